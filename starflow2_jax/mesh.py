@@ -1,0 +1,136 @@
+"""The device mesh and the named layouts.
+
+Weights name the logical axis of every dimension (`embed`, `heads`, `mlp`, ...). A layout is a table
+from logical axis to mesh axis, so comparing two layouts is comparing two small dictionaries.
+Activations follow the mesh alone: a batch is cut over `data` and `fsdp`, positions over `context`,
+heads and hidden channels over `tensor`; a mesh axis of size 1 cuts nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+_FSDP = {"embed": "fsdp"}
+_TENSOR = {a: "tensor" for a in ("heads", "kv_heads", "mlp", "vocab", "text")}
+LAYOUTS: dict[str, dict[str, str]] = {
+    "dp": {},
+    "fsdp": _FSDP,
+    "tp": _TENSOR,
+    "fsdp_tp": {**_FSDP, **_TENSOR},
+}
+
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": ("context",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+}
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`"data=2,fsdp=-1"` to `{"data": 2, "fsdp": -1}`.
+
+    Raises:
+        ValueError: an entry that is not `axis=size`, an unknown axis, or one named twice.
+    """
+    sizes: dict[str, int] = {}
+    for entry in filter(None, text.replace(" ", "").split(",")):
+        axis, equals, size = entry.partition("=")
+        if not equals or not size.lstrip("-").isdigit():
+            raise ValueError(f"mesh: {entry!r} is not axis=size (for example data=2,fsdp=4)")
+        if axis in sizes:
+            raise ValueError(f"mesh: axis {axis!r} is named twice in {text!r}")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def make_mesh(
+    sizes: Mapping[str, int] | str | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over `AXES` whose axes are all `AxisType.Auto`.
+
+    Args:
+        sizes: size of each named axis, 1 where left out; one of them may be -1 and takes what is
+            left. None puts every device on `data`.
+        devices: the devices to use, all of them by default.
+
+    Raises:
+        ValueError: an unknown axis, two -1, or a product that is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = parse_mesh(sizes) if isinstance(sizes, str) else dict(sizes or {"data": -1})
+    unknown = [axis for axis in sizes if axis not in AXES]
+    if unknown:
+        raise ValueError(f"mesh: unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}")
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
+        raise ValueError(f"mesh: sizes must be positive, at most one of them -1; got {sizes}")
+    if -1 in shape:
+        known = int(np.prod([n for n in shape if n != -1]))
+        shape[shape.index(-1)] = max(len(devices) // known, 1)
+    if int(np.prod(shape)) != len(devices):
+        raise ValueError(
+            f"mesh: {dict(zip(AXES, shape))} needs {int(np.prod(shape))} devices, "
+            f"{len(devices)} are there"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def weight_spec(
+    name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, layout: str
+) -> PartitionSpec:
+    """Where one weight lives under a layout.
+
+    Raises:
+        ValueError: an unknown layout, or a mesh axis that does not divide the dimension it is to
+            cut; names the weight, the dimension and the axis.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: {layout!r} is not one of {', '.join(LAYOUTS)}")
+    spec = []
+    for dimension, (size, logical) in enumerate(zip(shape, axes)):
+        axis = LAYOUTS[layout].get(logical)
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"layout {layout!r}: weight {name} has {size} in dimension {dimension} "
+                f"({logical}), which mesh axis {axis!r} of size {mesh.shape[axis]} does not divide"
+            )
+        spec.append(axis)
+    return PartitionSpec(*spec)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over `data` and `fsdp`; the other dimensions whole."""
+    return NamedSharding(mesh, PartitionSpec(ACTIVATIONS["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(rows: int, mesh: Mesh, what: str = "train.batch_size") -> None:
+    """Raises ValueError where the mesh's batch axes do not divide the number of rows."""
+    ways = int(np.prod([mesh.shape[axis] for axis in ACTIVATIONS["batch"]]))
+    if rows % ways:
+        raise ValueError(
+            f"{what}={rows} is not divisible by data x fsdp = {mesh.shape['data']} x "
+            f"{mesh.shape['fsdp']} = {ways}"
+        )
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pin an activation to the mesh set by `jax.set_mesh`; without one, x as it is.
+
+    Args:
+        x: any array; names: one of `ACTIVATIONS` or None for each of its leading dimensions.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = PartitionSpec(*(None if name is None else ACTIVATIONS[name] for name in names))
+    return jax.lax.with_sharding_constraint(x, spec)

@@ -1,0 +1,324 @@
+"""One pre-norm decoder layer that serves every causal transformer of the project.
+
+Axes: B batch, T query positions, S key positions, C width, H query heads, K key/value heads,
+G = H / K query heads per key head, D head channels, L layers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from starflow2_jax.mesh import constrain
+from starflow2_jax.params import Tree, Weight, ones, zeros
+
+# Queries are attended in this many parts, each to the keys before its end: with a causal mask that
+# leaves out (parts - 1) / (2 parts) of the scores.
+CAUSAL_PARTS = 4
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Shape and options of a layer. `rms_norm_offset` scales by 1 + weight, not weight."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm: str = "layer_norm"
+    norm_eps: float = 1e-5
+    activation: str = "gelu"
+    gated: bool = False
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    post_norm: bool = False
+    rope_pairs: str = "interleaved"
+
+    def __post_init__(self):
+        for field, allowed in (
+            ("norm", ("layer_norm", "rms_norm", "rms_norm_offset")),
+            ("activation", tuple(_ACTIVATIONS)),
+            ("rope_pairs", ("interleaved", "half")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}={getattr(self, field)!r} is not one of {allowed}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+
+
+@struct.dataclass
+class KVCache:
+    """Rotated keys and values, one pair of [B, K, S, D] arrays a layer, and how many are filled."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length: jax.Array
+
+
+def empty_cache(cfg: LayerConfig, layers: int, batch: int, size: int, dtype: Any) -> KVCache:
+    """A cache of `size` positions with none filled."""
+    shape = (batch, cfg.kv_heads, size, cfg.head_dim)
+    blank = tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+    return KVCache(keys=blank, values=blank, length=jnp.zeros((), jnp.int32))
+
+
+def _norm_weights(kind: str, shape: tuple[int, ...], axes: tuple) -> dict[str, Weight]:
+    if kind == "layer_norm":
+        return {"weight": Weight(shape, axes, ones), "bias": Weight(shape, axes, zeros)}
+    return {"weight": Weight(shape, axes, zeros if kind == "rms_norm_offset" else ones)}
+
+
+def declare(cfg: LayerConfig, layers: int) -> dict[str, Any]:
+    """Weights of `layers` layers, stacked on a leading `layers` axis; linears are [in, out]."""
+
+    def linear(inputs, outputs, axes, bias):
+        weights = {"weight": Weight((layers, inputs, outputs), ("layers", *axes))}
+        if bias:
+            weights["bias"] = Weight((layers, outputs), ("layers", axes[1]), zeros)
+        return weights
+
+    def norm(kind, size, axis):
+        return _norm_weights(kind, (layers, size), ("layers", axis))
+
+    queries, keys = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    tree = {
+        "attention_norm": norm(cfg.norm, cfg.width, "embed"),
+        "query": linear(cfg.width, queries, ("embed", "heads"), cfg.qkv_bias),
+        "key": linear(cfg.width, keys, ("embed", "kv_heads"), cfg.qkv_bias),
+        "value": linear(cfg.width, keys, ("embed", "kv_heads"), cfg.qkv_bias),
+        "out": linear(queries, cfg.width, ("heads", "embed"), cfg.out_bias),
+        "mlp_norm": norm(cfg.norm, cfg.width, "embed"),
+        "mlp_up": linear(cfg.width, cfg.mlp_width, ("embed", "mlp"), cfg.mlp_bias),
+        "mlp_down": linear(cfg.mlp_width, cfg.width, ("mlp", "embed"), cfg.mlp_bias),
+    }
+    if cfg.gated:
+        tree["mlp_gate"] = linear(cfg.width, cfg.mlp_width, ("embed", "mlp"), cfg.mlp_bias)
+    if cfg.qk_norm:
+        tree["query_norm"] = norm("rms_norm_offset", cfg.head_dim, None)
+        tree["key_norm"] = norm("rms_norm_offset", cfg.head_dim, None)
+    if cfg.post_norm:
+        tree["attention_post_norm"] = norm("rms_norm_offset", cfg.width, "embed")
+        tree["mlp_post_norm"] = norm("rms_norm_offset", cfg.width, "embed")
+    return tree
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Cast up to float32, never down: float64 stays float64."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def linear(params: Tree, x: jax.Array) -> jax.Array:
+    """x @ weight (+ bias) in x's dtype, [..., in] to [..., out].
+
+    Rows are flattened first: on a CPU the backward pass of [B, T, in] takes up to twice as long.
+    """
+    y = x.reshape(-1, x.shape[-1]) @ params["weight"].astype(x.dtype)
+    if "bias" in params:
+        y = y + params["bias"].astype(x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def layer_norm(params: Tree, x: jax.Array, eps: float = 1e-5) -> jax.Array:
+    """Zero mean, unit variance over the last dimension; statistics in at least float32."""
+    wide = at_least_float32(x)
+    wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    return (wide * params["weight"] + params["bias"]).astype(x.dtype)
+
+
+def rms_norm(params: Tree, x: jax.Array, eps: float = 1e-6, offset: bool = True) -> jax.Array:
+    """Unit mean square over the last dimension, times 1 + weight (or weight: `offset=False`)."""
+    wide = at_least_float32(x)
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    scale = at_least_float32(params["weight"])
+    return (wide * (1 + scale if offset else scale)).astype(x.dtype)
+
+
+def norm(params: Tree, x: jax.Array, kind: str, eps: float) -> jax.Array:
+    """`layer_norm`, `rms_norm` or `rms_norm_offset` by name."""
+    if kind == "layer_norm":
+        return layer_norm(params, x, eps)
+    return rms_norm(params, x, eps, offset=kind == "rms_norm_offset")
+
+
+def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array], pairs: str) -> jax.Array:
+    """Rotate the channel pairs of x [B, heads, T, D] by tables [T, D/2] or [B, T, D/2].
+
+    `interleaved` pairs channels (2i, 2i+1), `half` pairs (i, i + D/2).
+    """
+    cos, sin = (t[..., None, :, :].astype(x.dtype) for t in tables)
+    if pairs == "interleaved":
+        pair = x.reshape(*x.shape[:-1], -1, 2)
+        a, b = pair[..., 0], pair[..., 1]
+        return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)
+    a, b = jnp.split(x, 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def _attend(q, k, v, mask):
+    """softmax(q k) v for scaled q [B, K, G, T, D]; mask broadcasts to [B, 1, 1, T, S]."""
+    scores = at_least_float32(jnp.einsum("bkgtd,bksd->bkgts", q, k))
+    # Finite, so that a row which may attend to nothing gives numbers, not NaN.
+    scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    mixed = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v.dtype), v)
+    return mixed / total.astype(v.dtype)
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, temperature: Any = 1.0
+) -> jax.Array:
+    """Grouped-query attention with scale 1 / (sqrt(D) temperature) and softmax in float32.
+
+    Args:
+        q: [B, H, T, D]; k, v: [B, K, S, D].
+        mask: boolean, broadcastable to [B, T, S], True where a query may look; None is causal,
+            the queries being the last T of the S positions.
+        temperature: a number or [B].
+
+    Returns:
+        [B, H, T, D].
+    """
+    batch, heads, length, channels = q.shape
+    kv_heads, keys = k.shape[1:3]
+    scale = channels**-0.5 / jnp.reshape(jnp.asarray(temperature, q.dtype), (-1, 1, 1, 1, 1))
+    q = q.reshape(batch, kv_heads, heads // kv_heads, length, channels) * scale
+    if mask is not None:
+        return _attend(q, k, v, mask[..., None, None, :, :]).reshape(batch, heads, length, channels)
+    before = keys - length
+    parts = CAUSAL_PARTS if length % CAUSAL_PARTS == 0 and length >= 16 * CAUSAL_PARTS else 1
+    step, mixed = length // parts, []
+    for start in range(0, length, step):
+        end = before + start + step
+        causal = np.arange(before + start, end)[:, None] >= np.arange(end)[None, :]
+        mixed.append(
+            _attend(q[:, :, :, start : start + step], k[:, :, :end], v[:, :, :end], causal)
+        )
+    return jnp.concatenate(mixed, 3).reshape(batch, heads, length, channels)
+
+
+_ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+def mlp(params: Tree, x: jax.Array, cfg: LayerConfig) -> jax.Array:
+    """down(act(up x)), or down(act(gate x) * up x) where gated."""
+    act = _ACTIVATIONS[cfg.activation]
+    up = constrain(linear(params["mlp_up"], x), "batch", "length", "mlp")
+    hidden = act(linear(params["mlp_gate"], x)) * up if cfg.gated else act(up)
+    return linear(params["mlp_down"], hidden)
+
+
+def decoder_layer(
+    params: Tree,
+    h: jax.Array,
+    cfg: LayerConfig,
+    tables: tuple[jax.Array, jax.Array] | None,
+    mask: jax.Array | None,
+    temperature: Any = 1.0,
+    cached: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """h + attention(norm h), then h + mlp(norm h) (paper.md 3.2).
+
+    Args:
+        params: one layer's weights, without the leading layers axis.
+        h: [B, T, C] in the compute dtype.
+        tables: cos and sin of the T new positions, None without RoPE.
+        mask: as in `attention`, over the S positions of the cache where there is one.
+        cached: keys and values [B, K, S, D] of earlier positions and the offset at which the new
+            ones are written.
+
+    Returns:
+        h [B, T, C] and the layer's keys and values, with the new ones in place.
+    """
+
+    def project(name, heads):
+        y = linear(params[name], x).reshape(*x.shape[:2], heads, cfg.head_dim)
+        return constrain(y.swapaxes(1, 2), "batch", "heads", "length")
+
+    h = constrain(h, "batch", "length")
+    x = norm(params["attention_norm"], h, cfg.norm, cfg.norm_eps)
+    q, k = project("query", cfg.heads), project("key", cfg.kv_heads)
+    v = project("value", cfg.kv_heads)
+    if cfg.qk_norm:
+        q, k = rms_norm(params["query_norm"], q), rms_norm(params["key_norm"], k)
+    if tables is not None:
+        q, k = rotate(q, tables, cfg.rope_pairs), rotate(k, tables, cfg.rope_pairs)
+    if cached is not None:
+        keys, values, offset = cached
+        k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), offset, 2)
+        v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), offset, 2)
+    mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, temperature)
+    mixed = linear(params["out"], mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+    if cfg.post_norm:
+        mixed = rms_norm(params["attention_post_norm"], mixed)
+    h = h + mixed
+    y = mlp(params, norm(params["mlp_norm"], h, cfg.norm, cfg.norm_eps), cfg)
+    if cfg.post_norm:
+        y = rms_norm(params["mlp_post_norm"], y)
+    return constrain(h + y, "batch", "length"), (k, v)
+
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+def run_layers(
+    params: Tree,
+    h: jax.Array,
+    cfg: LayerConfig,
+    tables: tuple[jax.Array, jax.Array] | None,
+    mask: jax.Array | None = None,
+    temperature: Any = 1.0,
+    remat: str = "none",
+) -> jax.Array:
+    """All stacked layers over h [B, T, C] by a scan, rematerialised by the policy named `remat`."""
+
+    def body(h, layer):
+        return decoder_layer(layer, h, cfg, tables, mask, temperature)[0], None
+
+    if REMAT[remat] is not None:
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+    return jax.lax.scan(body, h, params)[0]
+
+
+def unstack(params: Tree, layers: int) -> tuple[Tree, ...]:
+    """One tree a layer from the stacked one. Done before a decode loop, so that the loop reads the
+    weights where they are."""
+    return tuple(jax.tree.map(lambda w, i=i: w[i], params) for i in range(layers))
+
+
+def run_layers_cached(
+    layers: tuple[Tree, ...],
+    h: jax.Array,
+    cfg: LayerConfig,
+    tables: tuple[jax.Array, jax.Array] | None,
+    mask: jax.Array,
+    cache: KVCache,
+    temperature: Any = 1.0,
+) -> tuple[jax.Array, KVCache]:
+    """The same over new positions h [B, T, C], reading and extending a cache.
+
+    Layers are unrolled (see `unstack`), each with arrays of its own in the cache: a scan would copy
+    the stacked cache at every step.
+    """
+    keys, values = [], []
+    for layer, k, v in zip(layers, cache.keys, cache.values):
+        cached = (k, v, cache.length)
+        h, (k, v) = decoder_layer(layer, h, cfg, tables, mask, temperature, cached)
+        keys.append(k)
+        values.append(v)
+    return h, KVCache(tuple(keys), tuple(values), cache.length + h.shape[1])
