@@ -1,0 +1,1 @@
+"""Datasets: schema, shards, manifests, importers, the shapes world, the input pipeline."""

@@ -1,0 +1,166 @@
+"""The manifest of a dataset folder: which shards it has, how large they are, and their sha256.
+
+A folder without a readable `dataset.json` is not a dataset: the manifest is written last, and an
+ArrayRecord file that was truncated or never closed opens without any error and reports no records.
+The manifest holds no time and no absolute path, so equal input gives equal bytes.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from etils import epath
+from msgspec import Meta
+
+FILE_NAME = "dataset.json"
+SCHEMA_VERSION = 1
+
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+# A plain file name, so that a manifest cannot point outside its folder.
+ShardName = Annotated[str, Meta(pattern=r"^shard-\d{5}-of-\d{5}\.array_record$")]
+Scalar = str | int | float | bool | None
+
+
+class DatasetError(ValueError):
+    """A dataset folder, shard, record or source that is not as it should be."""
+
+
+class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    path: ShardName
+    records: Annotated[int, Meta(ge=0)]
+    bytes: Annotated[int, Meta(ge=0)]
+    sha256: Sha256
+
+
+class Importer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What made the dataset: the importer, its version and the options that shape its output."""
+
+    name: str
+    version: str
+    options: dict[str, Scalar] = {}
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The contents of `dataset.json`.
+
+    `sources` maps the name of every source file to its sha256; `features` describes the arrays of
+    a parallel dataset (`kind="arrays"`) and what computed them.
+    """
+
+    v: Literal[1]
+    kind: Literal["records", "arrays"]
+    records: Annotated[int, Meta(ge=0)]
+    bytes: Annotated[int, Meta(ge=0)]
+    shards: list[Shard]
+    importer: Importer
+    sources: dict[str, Sha256] = {}
+    classes: list[str] | None = None
+    features: dict[str, Any] | None = None
+
+
+def make(
+    kind: Literal["records", "arrays"],
+    shards: list[Shard],
+    importer: Importer,
+    *,
+    sources: dict[str, str] | None = None,
+    classes: list[str] | None = None,
+    features: dict[str, Any] | None = None,
+) -> Manifest:
+    """The manifest of finished shards, totals filled in."""
+    return Manifest(
+        v=SCHEMA_VERSION,
+        kind=kind,
+        records=sum(shard.records for shard in shards),
+        bytes=sum(shard.bytes for shard in shards),
+        shards=shards,
+        importer=importer,
+        sources=sources or {},
+        classes=classes,
+        features=features,
+    )
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of `dataset.json`: fields in declared order, dicts sorted, a final newline."""
+    return (
+        msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2) + b"\n"
+    )
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """sha256 of the manifest: equal if and only if shards, classes and sources are equal."""
+    return hashlib.sha256(encode(manifest)).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as f:
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def load(path: str | os.PathLike[str], kind: Literal["records", "arrays"] = "records") -> Manifest:
+    """Reads the manifest of the dataset folder `path` and checks it against the shard sizes.
+
+    Cheap: it looks at file sizes only; `verify` reads everything.
+
+    Raises:
+      DatasetError: no such folder or manifest, a wrong field, totals that do not add up, or a shard
+        that is missing or has another size than the manifest says.
+    """
+    folder = epath.Path(path)
+    file = folder / FILE_NAME
+    if not file.exists():
+        what = "has no dataset.json" if folder.exists() else "does not exist"
+        raise DatasetError(f"{folder} {what}; expected a dataset folder made by `prepare import`")
+    try:
+        manifest = msgspec.json.decode(file.read_bytes(), type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise DatasetError(f"{file}: not a valid manifest: {error}") from error
+    if manifest.kind != kind:
+        raise DatasetError(f"{file}: a dataset of {manifest.kind}, expected one of {kind}")
+    for name in ("records", "bytes"):
+        total = sum(getattr(shard, name) for shard in manifest.shards)
+        if total != getattr(manifest, name):
+            raise DatasetError(
+                f"{file}: `{name}` is {getattr(manifest, name)} but its shards add up to {total}"
+            )
+    for shard in manifest.shards:
+        problem = _size_problem(folder, shard)
+        if problem:
+            raise DatasetError(problem)
+    return manifest
+
+
+def verify(path: str | os.PathLike[str], manifest: Manifest) -> Iterator[str]:
+    """Yields one line for every shard of `manifest` whose size or sha256 is not as recorded."""
+    folder = epath.Path(path)
+    for shard in manifest.shards:
+        problem = _size_problem(folder, shard)
+        if problem:
+            yield problem
+            continue
+        digest = sha256_file(folder / shard.path)
+        if digest != shard.sha256:
+            yield (
+                f"{folder / shard.path}: sha256 is {digest}, the manifest says {shard.sha256}: "
+                "the file changed after it was written"
+            )
+
+
+def _size_problem(folder: epath.Path, shard: Shard) -> str | None:
+    file = folder / shard.path
+    if not file.exists():
+        return f"{file}: the shard is missing"
+    size = file.stat().length
+    if size != shard.bytes:
+        return (
+            f"{file}: the shard has {size} bytes, the manifest says {shard.bytes} "
+            f"({shard.records} records): it was truncated or replaced"
+        )
+    return None

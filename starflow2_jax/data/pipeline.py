@@ -1,0 +1,350 @@
+"""From dataset folders to host batches, where the position is the step number.
+
+Batch k is a pure function of the options and k: the examples of global batch k are the same, in the
+same order, for any number of hosts, and a run resumes at step k by asking for step k. No iterator
+state is ever saved. Order: each dataset is shuffled globally with a seed of its own for each epoch,
+repeated, then mixed by weight; host p of n takes the p-th n-th of every global batch and reads
+nothing else.
+
+A host batch is a dict of numpy arrays, b rows: `image` uint8 [b, H, W, 3], or `latent_mean` and
+`latent_logvar` float32 [b, T, D]; `label` int32 [b]; `tokens` int32 [b, L] (UTF-8 bytes + 1, 0 =
+padding) or `text` float32 [b, L, E]; and `id`, a list of b strings, which stays on the host.
+"""
+
+import dataclasses
+import difflib
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from absl import logging
+
+from starflow2_jax.data import (
+    arrays as arrays_lib,
+)
+from starflow2_jax.data import (
+    images,
+    records,
+    tokens,
+)
+from starflow2_jax.data import (
+    manifest as manifest_lib,
+)
+from starflow2_jax.data.manifest import DatasetError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The keys of `cfg.data`.
+
+    Attributes:
+      path: one dataset folder, or else
+      mixture: several, as mappings `{path, weight, latents}`; a weight is a share of the examples.
+      pixels: side of the square images; any other size is an error, unless
+      resize: "center_crop" scales the short side to `pixels` and crops the centre.
+      labels: give `label`, from `meta.label` of each record.
+      text: "bytes" gives `tokens`, "features" gives `text` from the folder `latents`.
+      text_length: L; with bytes, a longer text is an error.
+      latents: folder of arrays made by `prepare features`; where it holds latents these are given
+        and no image is decoded.
+      shuffle: global shuffle, another order every epoch; without it, the order of the folder.
+      seed: of the shuffle, below 2**32.
+      threads: reading threads, each making whole batches; 0 reads in the caller's thread.
+      skip_bad: how many different bad records each host may replace by their neighbour, logged.
+    """
+
+    path: str = ""
+    mixture: tuple[Mapping[str, Any], ...] = ()
+    pixels: int | None = None
+    resize: str | None = None
+    labels: bool = False
+    text: str | None = None
+    text_length: int | None = None
+    latents: str | None = None
+    shuffle: bool = True
+    seed: int = 0
+    threads: int = 4
+    skip_bad: int = 0
+
+
+def options(cfg_data: Mapping[str, Any]) -> Options:
+    """Reads `cfg.data`; ValueError names an unknown key and the nearest one, or a bad value."""
+    given = dict(cfg_data.items())
+    names = [field.name for field in dataclasses.fields(Options)]
+    _refuse_unknown(given, names, "data")
+    for entry in given.get("mixture") or ():
+        _refuse_unknown(entry, ("path", "weight", "latents"), "data.mixture[]")
+    result = Options(**{**given, "mixture": tuple(given.get("mixture") or ())})
+    if bool(result.path) == bool(result.mixture):
+        raise ValueError("data.path or data.mixture: exactly one of them must be given")
+    if result.mixture and result.latents:
+        raise ValueError("data.latents: with data.mixture, give `latents` in each of its entries")
+    for key, allowed in (("resize", (None, "center_crop")), ("text", (None, "bytes", "features"))):
+        if getattr(result, key) not in allowed:
+            raise ValueError(f"data.{key} is {getattr(result, key)!r}, expected one of {allowed}")
+    if result.text == "bytes" and not result.text_length:
+        raise ValueError("data.text_length must be given with data.text='bytes'")
+    for key in ("threads", "skip_bad"):
+        if getattr(result, key) < 0:
+            raise ValueError(f"data.{key} is {getattr(result, key)}, expected 0 or more")
+    return result
+
+
+def batches(
+    cfg_data: Mapping[str, Any],
+    *,
+    batch_size: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, Any]]:
+    """Training batches without end, the first one that of `start_step`.
+
+    Args:
+      cfg_data: the keys of `Options`.
+      batch_size: examples in the global batch.
+      start_step: number of the first batch to give.
+      process_index, process_count: this host among the hosts.
+
+    Raises:
+      ValueError: a wrong option, or a batch that the hosts do not divide.
+      DatasetError: a folder or record that is not as it should be, naming it.
+    """
+    opts = options(cfg_data)
+    sources = _open(opts)
+    mine = _host_rows(batch_size, process_index, process_count)
+    order = _order(opts, sources)
+    read = _reader(opts, sources)
+
+    def make(step: int) -> dict[str, Any]:
+        return _stack([read(*order[step * batch_size + row])[0] for row in mine])
+
+    # MapDataset.range counts steps, so that threads work on whole batches.
+    steps = grain.MapDataset.range(start_step, sys.maxsize)
+    return iter(steps.map(make).to_iter_dataset(_read_options(opts)))
+
+
+def eval_batches(
+    cfg_data: Mapping[str, Any],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, Any]]:
+    """One pass over all examples in the order of the folders, every batch of full size.
+
+    Adds `mask` float32 [b]: 0 for the rows that fill the last batch (id "") and for bad records
+    within the `skip_bad` budget. Arguments and errors as in `batches`; shuffle and weights are
+    without effect.
+    """
+    opts = options(cfg_data)
+    sources = _open(opts)
+    mine = _host_rows(batch_size, process_index, process_count)
+    order = [(number, i) for number, source in enumerate(sources) for i in range(len(source))]
+    read = _reader(opts, sources)
+
+    def make(step: int) -> dict[str, Any]:
+        rows, mask = [], []
+        for row in mine:
+            position = step * batch_size + row
+            example, good = read(*order[min(position, len(order) - 1)])
+            if position >= len(order):
+                example, good = {**example, "id": ""}, False
+            rows.append(example)
+            mask.append(good)
+        return _stack(rows) | {"mask": np.asarray(mask, np.float32)}
+
+    steps = grain.MapDataset.range(-(-len(order) // batch_size))
+    return iter(steps.map(make).to_iter_dataset(_read_options(opts)))
+
+
+def describe(cfg_data: Mapping[str, Any]) -> dict[str, Any]:
+    """What the data are, without reading a record.
+
+    Returns:
+      `records`: examples in all folders; `classes`: their names or None; `fingerprints`: sha256 of
+      each manifest, in order; `features`: the manifests' `features` of the arrays folders.
+    """
+    sources = _open(options(cfg_data))
+    return {
+        "records": sum(len(source) for source in sources),
+        "classes": sources[0].records.manifest.classes,
+        "fingerprints": [manifest_lib.fingerprint(s.records.manifest) for s in sources],
+        "features": [s.features.manifest.features for s in sources if s.features],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """One dataset folder with its arrays folder, if any."""
+
+    records: records.Dataset
+    features: arrays_lib.Features | None
+    weight: float
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def _open(opts: Options) -> list[_Source]:
+    entries = opts.mixture or ({"path": opts.path, "latents": opts.latents},)
+    sources = []
+    for entry in entries:
+        dataset = records.read(entry["path"])
+        folder = entry.get("latents")
+        features = arrays_lib.read(folder, dataset.manifest) if folder else None
+        weight = float(entry.get("weight", 1.0))
+        if not weight > 0:
+            raise ValueError(f"data.mixture[]: the weight of {entry['path']} is {weight}, not > 0")
+        if opts.text == "features" and (features is None or "text" not in features.spec):
+            raise DatasetError(
+                f"data.text='features': {folder or 'no latents folder'} of {entry['path']} holds "
+                "no array `text`; make it with `prepare features --t5`"
+            )
+        if not (features and "latent_mean" in features.spec) and not opts.pixels:
+            raise ValueError("data.pixels must be given where images are read")
+        if opts.labels and dataset.manifest.classes is None:
+            raise DatasetError(
+                f"data.labels: {entry['path']} has no classes; import it again with --label"
+            )
+        sources.append(_Source(dataset, features, weight))
+    if opts.labels and any(
+        s.records.manifest.classes != sources[0].records.manifest.classes for s in sources
+    ):
+        raise DatasetError("data.labels: the folders of the mixture have different classes")
+    return sources
+
+
+def _order(opts: Options, sources: list[_Source]) -> grain.MapDataset:
+    """Position in the training stream -> (source number, record index)."""
+    streams = []
+    for number, source in enumerate(sources):
+        stream = grain.MapDataset.range(len(source)).map(functools.partial(_pair, number))
+        if opts.shuffle:
+            # grain shuffles epoch e with seed + e. Spread the seeds, or run seed 1 would see in its
+            # first epoch what run seed 0 sees in its second.
+            seed = np.random.SeedSequence((opts.seed, number)).generate_state(1)[0]
+            stream = stream.shuffle(seed=int(seed))
+        streams.append(stream.repeat())
+    if len(streams) == 1:
+        return streams[0]
+    return grain.MapDataset.mix(streams, weights=[source.weight for source in sources])
+
+
+def _pair(number: int, index: int) -> tuple[int, int]:
+    return number, index
+
+
+def _host_rows(batch_size: int, process_index: int, process_count: int) -> range:
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} of process_count {process_count}")
+    share, rest = divmod(batch_size, process_count)
+    if rest or not share:
+        raise ValueError(
+            f"batch_size {batch_size} cannot be divided evenly among {process_count} hosts"
+        )
+    return range(process_index * share, (process_index + 1) * share)
+
+
+def _reader(
+    opts: Options, sources: list[_Source]
+) -> Callable[[int, int], tuple[dict[str, Any], bool]]:
+    """A function (source number, index) -> (example, whether it is the one asked for)."""
+    lock = threading.Lock()
+    bad: set[tuple[int, int]] = set()
+
+    def read(number: int, index: int) -> tuple[dict[str, Any], bool]:
+        source, good = sources[number], True
+        while True:
+            try:
+                return _example(opts, source, index), good
+            except DatasetError as error:
+                with lock:
+                    new = (number, index) not in bad
+                    bad.add((number, index))
+                    count = len(bad)
+                if count > opts.skip_bad or count >= len(source):
+                    if opts.skip_bad:
+                        raise DatasetError(
+                            f"{count} bad records, more than data.skip_bad={opts.skip_bad}; "
+                            f"the last: {error}"
+                        ) from error
+                    raise
+                if new:
+                    logging.warning("skipped bad record %d of %d: %s", count, opts.skip_bad, error)
+                # The neighbour, so that the batch stays a function of the step alone.
+                index, good = (index + 1) % len(source), False
+
+    return read
+
+
+def _example(opts: Options, source: _Source, index: int) -> dict[str, Any]:
+    example: dict[str, Any] = {}
+    row: dict[str, np.ndarray] = {}
+    spec = source.features.spec if source.features else {}
+    if source.features:
+        example["id"], row = source.features[index]
+    if "latent_mean" in spec:
+        example |= {name: row[name] for name in ("latent_mean", "latent_logvar")}
+    if opts.text == "features":
+        example["text"] = row["text"].astype(np.float32, copy=False)
+    if "latent_mean" in spec and not opts.labels and opts.text != "bytes":
+        return example
+
+    record = source.records[index]
+    where = f"{source.records.where(index)} (id {record.id!r})"
+    if example.setdefault("id", record.id) != record.id:
+        raise DatasetError(
+            f"{where}: row {index} of its arrays is of {example['id']!r}: "
+            "the folders do not belong together"
+        )
+    if "latent_mean" not in spec:
+        example["image"] = _image(opts, record, where)
+    if opts.labels:
+        label = record.meta.get("label")
+        if type(label) is not int:
+            raise DatasetError(f"{where}: meta.label is {label!r}, expected a class number")
+        example["label"] = np.int32(label)
+    if opts.text == "bytes":
+        text = "\n".join(s.s for s in record.segs if isinstance(s, records.Text))
+        example["tokens"] = tokens.byte_tokens(text, opts.text_length, where)
+    return example
+
+
+def _image(opts: Options, record: records.Record, where: str) -> np.ndarray:
+    targets = [s.i for s in record.segs if isinstance(s, records.Img) and s.loss]
+    if len(targets) != 1 or targets[0] >= len(record.imgs):
+        raise DatasetError(f"{where}: expected one image with loss=True, found {len(targets)}")
+    image = images.decode(record.imgs[targets[0]].data, where)
+    if opts.resize == "center_crop" and image.shape[:2] != (opts.pixels, opts.pixels):
+        image = images.center_crop(image, opts.pixels)
+    if image.shape[:2] != (opts.pixels, opts.pixels):
+        raise DatasetError(
+            f"{where}: the image is {image.shape[0]} x {image.shape[1]} (h x w), expected "
+            f"data.pixels={opts.pixels}; data.resize='center_crop' would bring it to that size"
+        )
+    return image
+
+
+def _stack(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    batch: dict[str, Any] = {"id": [row["id"] for row in rows]}
+    for name in rows[0]:
+        if name != "id":
+            batch[name] = np.stack([row[name] for row in rows])
+    return batch
+
+
+def _read_options(opts: Options) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=opts.threads, prefetch_buffer_size=max(2, opts.threads))
+
+
+def _refuse_unknown(given: Mapping[str, Any], names: Any, what: str) -> None:
+    for key in given:
+        if key not in names:
+            near = difflib.get_close_matches(key, list(names), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+            raise ValueError(f"{what}.{key}: unknown key{hint}")

@@ -1,0 +1,324 @@
+"""The embedded world: coloured shapes on plain grounds, with exact captions, from a seed.
+
+Everything about a picture is known (its `Scene`), so generation can be judged without another
+model. Captions come in three wordings; the facts behind them are in the metadata format of GenEval
+(https://github.com/djghosh13/geneval): `tag`, `include`, `exclude`, `prompt`.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from starflow2_jax.data import images, records
+
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
+COLORS = {
+    "red": (220, 35, 35),
+    "orange": (250, 140, 20),
+    "yellow": (250, 225, 40),
+    "green": (35, 150, 60),
+    "blue": (40, 80, 225),
+    "purple": (130, 50, 175),
+    "pink": (250, 140, 195),
+    "brown": (120, 70, 30),
+}
+# Radius of the circle around the shape, in image sides: 7, 11 and 14 pixels across at 32.
+SIZES = {"small": 0.115, "medium": 0.165, "large": 0.22}
+BACKGROUNDS = {
+    "white": (248, 248, 248),
+    "light gray": (200, 200, 200),
+    "dark gray": (85, 85, 85),
+    "black": (15, 15, 15),
+    "pale blue": (200, 220, 238),
+    "cream": (238, 228, 208),
+}
+RELATIONS = ("left of", "right of", "above", "below")
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+WORDINGS = 3
+LABELS = ("shape", "color", "pair", "tag")
+
+_MARGIN = 0.03  # least gap between two objects, and between an object and the border
+_SUPERSAMPLE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """`x` (to the right) and `y` (down): centre, in image sides from the top left corner."""
+
+    shape: str
+    color: str
+    size: str
+    x: float
+    y: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """`ramp` brightens the ground towards the bottom, in levels of 255 at the border."""
+
+    background: str
+    ramp: float
+    objects: tuple[Object, ...]
+
+
+def draw(scene: Scene, pixels: int) -> np.ndarray:
+    """Paints a scene, antialiased: uint8 [pixels, pixels, 3]."""
+    fine = pixels * _SUPERSAMPLE
+    rows = np.linspace(-scene.ramp, scene.ramp, fine)[:, None, None]
+    ground = np.asarray(BACKGROUNDS[scene.background], np.float64) + rows
+    canvas = np.broadcast_to(ground.clip(0, 255).round().astype(np.uint8), (fine, fine, 3))
+    image = Image.fromarray(np.ascontiguousarray(canvas))
+    for item in scene.objects:
+        mask = Image.new("L", image.size, 0)
+        pen = ImageDraw.Draw(mask)
+        centre, radius = (item.x * fine, item.y * fine), SIZES[item.size] * fine
+        if item.shape in ("circle", "ring"):
+            _disc(pen, centre, 0.9 * radius, 255)
+            if item.shape == "ring":
+                _disc(pen, centre, 0.45 * radius, 0)
+        else:
+            outline = [
+                (centre[0] + radius * dx, centre[1] + radius * dy)
+                for dx, dy in _OUTLINES[item.shape]
+            ]
+            pen.polygon(outline, fill=255)
+        image.paste(COLORS[item.color], mask=mask)
+    return np.asarray(image.resize((pixels, pixels), Image.Resampling.BOX))
+
+
+def scene(rng: np.random.Generator, tag: str) -> Scene:
+    """A random scene that shows what `tag` asks for.
+
+    single_object, colors: one object. counting: two to four of one shape and colour. two_object,
+    position, color_attr: two objects of different shapes; for color_attr of different colours, for
+    position clearly beside or above one another.
+    """
+    if tag not in TAGS:
+        raise ValueError(f"unknown tag {tag!r}, expected one of {', '.join(TAGS)}")
+    shapes, colors = list(SHAPES), list(COLORS)
+    while True:
+        if tag in ("single_object", "colors"):
+            kinds = [(_pick(rng, shapes), _pick(rng, colors))]
+        elif tag == "counting":
+            kinds = [(_pick(rng, shapes), _pick(rng, colors))] * int(rng.integers(2, 5))
+        else:
+            first, second = rng.choice(len(shapes), 2, replace=False)
+            hues = rng.choice(len(colors), 2, replace=tag != "color_attr")
+            kinds = [(shapes[first], colors[hues[0]]), (shapes[second], colors[hues[1]])]
+        # Four large objects hardly fit.
+        sizes = list(SIZES) if len(kinds) < 3 else ["small", "medium"]
+        same = _pick(rng, sizes)
+        objects: list[Object] = []
+        for shape, color in kinds:
+            size = same if tag == "counting" else _pick(rng, sizes)
+            placed = _place(rng, objects, shape, color, size)
+            if placed is None:
+                break
+            objects.append(placed)
+        background, ramp = _pick(rng, list(BACKGROUNDS)), round(float(rng.uniform(-12, 12)), 2)
+        result = Scene(background, ramp, tuple(objects))
+        if len(objects) < len(kinds) or (tag == "position" and relation(*objects) is None):
+            continue
+        return result
+
+
+def relation(first: Object, second: Object) -> str | None:
+    """Where the first object is from the second, or None where the answer could be disputed."""
+    dx, dy = first.x - second.x, first.y - second.y
+    apart = SIZES[first.size] + SIZES[second.size]
+    if max(abs(dx), abs(dy)) < apart or min(abs(dx), abs(dy)) > 0.5 * max(abs(dx), abs(dy)):
+        return None
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+def caption(scene: Scene, tag: str, wording: int = 0) -> str:
+    """Says about the scene what `tag` is about, in one of `WORDINGS` wordings; 0 is GenEval's."""
+    a, b = scene.objects[0], scene.objects[-1]
+    if tag == "single_object":
+        said = _a(a.shape)
+    elif tag == "colors":
+        said = _a(f"{a.color} {a.shape}")
+    elif tag == "counting":
+        said = f"{NUMBERS[len(scene.objects)]} {_plural(a.shape)}"
+    elif tag == "two_object":
+        said = f"{_a(a.shape)} and {_a(b.shape)}"
+    elif tag == "position":
+        said = f"{_a(a.shape)} {relation(a, b)} {_a(b.shape)}"
+    elif tag == "color_attr":
+        said = f"{_a(f'{a.color} {a.shape}')} and {_a(f'{b.color} {b.shape}')}"
+    else:
+        raise ValueError(f"unknown tag {tag!r}, expected one of {', '.join(TAGS)}")
+    if wording == 0:
+        return f"a photo of {said}"
+    if wording == 1:
+        return f"{said} on a {scene.background} background"
+    if wording == 2:
+        verb = "is" if len(scene.objects) == 1 or said.startswith("a") else "are"
+        return f"there {verb} {said} in the picture"
+    raise ValueError(f"wording {wording}, expected 0 to {WORDINGS - 1}")
+
+
+def geneval(scene: Scene, tag: str) -> dict[str, object]:
+    """GenEval metadata of a scene: what a picture for its prompt must and must not show."""
+    a, b = scene.objects[0], scene.objects[-1]
+    include: list[dict[str, object]] = [{"class": a.shape, "count": 1}]
+    meta: dict[str, object] = {"tag": tag, "include": include}
+    if tag in ("colors", "color_attr"):
+        include[0]["color"] = a.color
+    if tag == "counting":
+        include[0]["count"] = len(scene.objects)
+        meta["exclude"] = [{"class": a.shape, "count": len(scene.objects) + 1}]
+    elif tag == "position":
+        # The relation belongs to the second entry and points back to the first.
+        include[:] = [
+            {"class": b.shape, "count": 1},
+            {"class": a.shape, "count": 1, "position": [relation(a, b), 0]},
+        ]
+    elif tag == "two_object":
+        include.append({"class": b.shape, "count": 1})
+    elif tag == "color_attr":
+        include.append({"class": b.shape, "count": 1, "color": b.color})
+    meta["prompt"] = caption(scene, tag)
+    return meta
+
+
+def example(seed: int, index: int, tags: Sequence[str] = TAGS) -> tuple[Scene, str, int]:
+    """Scene, tag and wording number `index` of `seed`; tags take turns."""
+    tag = tags[index % len(tags)]
+    rng = np.random.default_rng(np.random.SeedSequence((seed, index)))
+    picture = scene(rng, tag)
+    return picture, tag, int(rng.integers(WORDINGS))
+
+
+def classes(label: str) -> list[str]:
+    """Names of the classes of `--label shape|color|pair|tag`."""
+    if label == "shape":
+        return list(SHAPES)
+    if label == "color":
+        return list(COLORS)
+    if label == "pair":
+        return [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+    if label == "tag":
+        return list(TAGS)
+    raise ValueError(f"unknown label {label!r}, expected one of {', '.join(LABELS)}")
+
+
+def label_of(scene: Scene, tag: str, label: str) -> int:
+    """Class number of a scene; all but `tag` need objects of one shape and colour."""
+    if label == "tag":
+        return TAGS.index(tag)
+    kinds = {(item.color, item.shape) for item in scene.objects}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"--label {label} needs pictures of one kind of object, but {tag} shows two; "
+            "use --tags single_object,colors,counting"
+        )
+    color, shape = kinds.pop()
+    name = {"shape": shape, "color": color, "pair": f"{color} {shape}"}[label]
+    return classes(label).index(name)
+
+
+def make_records(
+    seed: int,
+    count: int,
+    pixels: int,
+    *,
+    tags: Sequence[str] = TAGS,
+    label: str | None = None,
+) -> Iterator[records.Record]:
+    """Text-to-image records 0 to count - 1 of `seed`; record i does not depend on `count`.
+
+    `meta` holds `tag`, the GenEval metadata and the scene (both JSON) and, with `label`, the class
+    number.
+    """
+    for index in range(count):
+        picture, tag, wording = example(seed, index, tags)
+        meta = {
+            "tag": tag,
+            "geneval": json.dumps(geneval(picture, tag)),
+            "scene": json.dumps(dataclasses.asdict(picture)),
+        }
+        if label is not None:
+            meta["label"] = label_of(picture, tag, label)
+        name = f"shapes-{seed}-{index:08d}"
+        blob = records.image_blob(images.encode_png(draw(picture, pixels)), name)
+        yield records.text_to_image(
+            name, f"shapes:{seed}", caption(picture, tag, wording), blob, meta
+        )
+
+
+def _place(
+    rng: np.random.Generator, objects: list[Object], shape: str, color: str, size: str
+) -> Object | None:
+    radius = SIZES[size]
+    for _ in range(50):
+        x, y = np.round(rng.uniform(radius + _MARGIN, 1 - radius - _MARGIN, 2), 4).tolist()
+        if all(
+            math.hypot(x - other.x, y - other.y) >= radius + SIZES[other.size] + _MARGIN
+            for other in objects
+        ):
+            return Object(shape, color, size, x, y)
+    return None
+
+
+def _disc(pen: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float, fill: int) -> None:
+    x, y = centre
+    pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+
+
+def _turns(count: int, start: float, radii: Sequence[float]) -> list[tuple[float, float]]:
+    """Corners around the centre, `start` in turns clockwise from the top, radii taken in turn."""
+    corners = []
+    for k in range(count):
+        angle = 2 * math.pi * (start + k / count)
+        radius = radii[k % len(radii)]
+        corners.append((radius * math.sin(angle), -radius * math.cos(angle)))
+    return corners
+
+
+def _heart() -> list[tuple[float, float]]:
+    points = []
+    for t in np.linspace(0, 2 * math.pi, 60, endpoint=False):
+        x = 16 * math.sin(t) ** 3
+        y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+        points.append((x / 17, -(y + 2.5) / 17))
+    return points
+
+
+# Outlines in units of the radius, x to the right and y down.
+_OUTLINES = {
+    "square": [(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)],
+    "triangle": [(0.0, -0.9), (0.95, 0.75), (-0.95, 0.75)],
+    "diamond": [(0.0, -1.0), (0.65, 0.0), (0.0, 1.0), (-0.65, 0.0)],
+    "star": _turns(10, 0.0, (1.0, 0.42)),
+    "cross": [
+        (sign_x * x, sign_y * y)
+        for sign_x, sign_y, corner in (
+            (1, -1, [(0.28, 0.9), (0.28, 0.28), (0.9, 0.28)]),
+            (1, 1, [(0.9, 0.28), (0.28, 0.28), (0.28, 0.9)]),
+            (-1, 1, [(0.28, 0.9), (0.28, 0.28), (0.9, 0.28)]),
+            (-1, -1, [(0.9, 0.28), (0.28, 0.28), (0.28, 0.9)]),
+        )
+        for x, y in corner
+    ],
+    "heart": _heart(),
+}
+
+
+def _pick(rng: np.random.Generator, items: list[str]) -> str:
+    return items[int(rng.integers(len(items)))]
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith("s") else "s")

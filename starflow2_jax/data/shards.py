@@ -1,0 +1,202 @@
+"""Shards of a dataset folder: ArrayRecord files of opaque payloads, written whole or not at all.
+
+A folder is built beside its final place, every shard closed, synced, opened again and counted, the
+manifest written last, and only then renamed. Nothing is ever written over an existing dataset
+unless asked, and then the old one stays until the new one is complete.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import grain
+from absl import logging
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from starflow2_jax.data import manifest as manifest_lib
+from starflow2_jax.data.manifest import DatasetError, Manifest, Shard
+
+# One record a group gives random access; images are compressed already.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+SHARD_BYTES = 256 << 20
+
+
+def write(
+    path: str | os.PathLike[str],
+    payloads: Iterable[bytes],
+    describe: Callable[[list[Shard]], Manifest],
+    *,
+    counts: Sequence[int] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> Manifest:
+    """Writes the dataset folder `path` from `payloads`, in order, and returns its manifest.
+
+    Args:
+      path: local folder to make. Copy it to object storage when it is complete.
+      payloads: encoded records; an exception raised by this iterator leaves the disk as it was.
+      describe: builds the manifest from the finished shards, once all payloads are written.
+      counts: records of each shard, for a dataset parallel to another one; the payloads must be
+        exactly as many. Without it a new shard starts after `shard_bytes` of payload.
+      shard_bytes: payload bytes after which a shard is full.
+      overwrite: replace an existing dataset folder (and only a dataset folder).
+
+    Raises:
+      DatasetError: the folder exists, there are no payloads, or their number does not fit `counts`.
+    """
+    if "://" in os.fspath(path):
+        raise DatasetError(f"{path}: datasets are written to a local folder; copy it there after")
+    out = pathlib.Path(os.path.abspath(path))
+    check_absent(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = out.parent / f".{out.name}.building-{os.getpid()}"
+    building.mkdir()
+    try:
+        shards = _write_shards(building, payloads, counts, shard_bytes)
+        manifest = describe(shards)
+        with open(building / manifest_lib.FILE_NAME, "wb") as f:
+            f.write(manifest_lib.encode(manifest))
+            f.flush()
+            os.fsync(f.fileno())
+        _sync_folder(building)
+        _put_in_place(building, out, overwrite)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return manifest
+
+
+def check_absent(out: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuses an output that exists, unless it is a dataset folder and may be replaced."""
+    out = pathlib.Path(out)
+    if not out.exists():
+        return
+    if not overwrite:
+        raise DatasetError(f"{out} exists; choose another --out or give --overwrite")
+    if not (out / manifest_lib.FILE_NAME).is_file():
+        raise DatasetError(f"{out} exists and is not a dataset folder; it is not overwritten")
+
+
+class Payloads:
+    """Random access to the payloads of a dataset folder: `len`, `[i]`, iteration; safe in threads.
+
+    A payload that cannot be read raises DatasetError naming shard and index.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], manifest: Manifest):
+        self.path = os.fspath(path)
+        self.manifest = manifest
+        shards = [shard for shard in manifest.shards if shard.records]
+        # Given counts spare the data source from opening every file before training starts.
+        self._source = grain.sources.ArrayRecordDataSource(
+            [_Instruction(os.path.join(self.path, s.path), 0, s.records, s.records) for s in shards]
+        )
+
+    def __len__(self) -> int:
+        return self.manifest.records
+
+    def __getitem__(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path}: record {index} of {len(self)}")
+        try:
+            return self._source[index]
+        except Exception as error:
+            raise DatasetError(f"{self.where(index)}: cannot be read: {error}") from error
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self[i] for i in range(len(self)))
+
+    def where(self, index: int) -> str:
+        """`SHARD record K` for error messages, K counted from 0 in the shard."""
+        in_shard = index
+        for shard in self.manifest.shards:
+            if in_shard < shard.records:
+                return f"{os.path.join(self.path, shard.path)} record {in_shard}"
+            in_shard -= shard.records
+        return f"{self.path} record {index}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """The file instruction protocol of array_record."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+def _write_shards(
+    building: pathlib.Path,
+    payloads: Iterable[bytes],
+    counts: Sequence[int] | None,
+    shard_bytes: int,
+) -> list[Shard]:
+    written: list[int] = []  # records of each finished shard
+    iterator = iter(payloads)
+    payload = next(iterator, None)
+    if payload is None:
+        raise DatasetError(f"nothing to write to {building.parent}: the source has no records")
+    while payload is not None:
+        number = len(written)
+        if counts is not None and number == len(counts):
+            raise DatasetError(f"more rows than the {sum(counts)} of the dataset they belong to")
+        file = building / f"{number:05d}.tmp"
+        writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
+        records, size = 0, 0
+        try:
+            while payload is not None and not (
+                records == counts[number] if counts else records and size >= shard_bytes
+            ):
+                writer.write(payload)
+                records, size = records + 1, size + len(payload)
+                payload = next(iterator, None)
+        finally:
+            writer.close()
+        _sync_file(file)
+        _check_count(file, records)
+        written.append(records)
+    if counts is not None and written != list(counts):
+        raise DatasetError(f"{sum(written)} rows for a dataset of {sum(counts)}")
+    shards = []
+    for number, records in enumerate(written):
+        name = f"shard-{number:05d}-of-{len(written):05d}.array_record"
+        file = building / name
+        os.rename(building / f"{number:05d}.tmp", file)
+        shards.append(Shard(name, records, file.stat().st_size, manifest_lib.sha256_file(file)))
+    return shards
+
+
+def _check_count(file: pathlib.Path, records: int) -> None:
+    # The writer reports no error on a full disk; only reading back shows what arrived.
+    reader = ArrayRecordReader(str(file))
+    found = reader.num_records() if reader.ok() else 0
+    reader.close()
+    if found != records:
+        raise DatasetError(f"{file}: wrote {records} records but {found} can be read: disk full?")
+
+
+def _put_in_place(building: pathlib.Path, out: pathlib.Path, overwrite: bool) -> None:
+    check_absent(out, overwrite)
+    if not out.exists():
+        os.rename(building, out)
+    else:
+        old = out.parent / f".{out.name}.old-{os.getpid()}"
+        os.rename(out, old)
+        os.rename(building, out)
+        shutil.rmtree(old)
+        logging.info("replaced the dataset in %s", out)
+    _sync_folder(out.parent)
+
+
+def _sync_file(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: pathlib.Path) -> None:
+    _sync_file(path)
