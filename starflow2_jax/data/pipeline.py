@@ -43,14 +43,15 @@ class Options:
 
     Attributes:
       path: one dataset folder, or else
-      mixture: several, as mappings `{path, weight, latents}`; a weight is a share of the examples.
+      mixture: several, as mappings `{path, weight, latents, features}`; a weight is a share of the
+        examples.
       pixels: side of the square images; any other size is an error, unless
       resize: "center_crop" scales the short side to `pixels` and crops the centre.
       labels: give `label`, from `meta.label` of each record.
-      text: "bytes" gives `tokens`, "features" gives `text` from the folder `latents`.
+      text: "bytes" gives `tokens`, "features" gives `text`.
       text_length: L; with bytes, a longer text is an error.
-      latents: folder of arrays made by `prepare features`; where it holds latents these are given
-        and no image is decoded.
+      latents: folder of arrays made by `prepare features`; its latents are given, no image is read.
+      features: the same for text features; may be the same folder.
       shuffle: global shuffle, another order every epoch; without it, the order of the folder.
       seed: of the shuffle, below 2**32.
       threads: reading threads, each making whole batches; 0 reads in the caller's thread.
@@ -59,12 +60,13 @@ class Options:
 
     path: str = ""
     mixture: tuple[Mapping[str, Any], ...] = ()
-    pixels: int | None = None
-    resize: str | None = None
+    pixels: int = 0
+    resize: str = "none"
     labels: bool = False
-    text: str | None = None
-    text_length: int | None = None
-    latents: str | None = None
+    text: str = "none"
+    text_length: int = 0
+    latents: str = ""
+    features: str = ""
     shuffle: bool = True
     seed: int = 0
     threads: int = 4
@@ -73,17 +75,18 @@ class Options:
 
 def options(cfg_data: Mapping[str, Any]) -> Options:
     """Reads `cfg.data`; ValueError names an unknown key and the nearest one, or a bad value."""
-    given = dict(cfg_data.items())
+    given = {key: value for key, value in cfg_data.items() if value is not None}
     names = [field.name for field in dataclasses.fields(Options)]
     _refuse_unknown(given, names, "data")
     for entry in given.get("mixture") or ():
-        _refuse_unknown(entry, ("path", "weight", "latents"), "data.mixture[]")
+        _refuse_unknown(entry, ("path", "weight", "latents", "features"), "data.mixture[]")
     result = Options(**{**given, "mixture": tuple(given.get("mixture") or ())})
     if bool(result.path) == bool(result.mixture):
         raise ValueError("data.path or data.mixture: exactly one of them must be given")
-    if result.mixture and result.latents:
-        raise ValueError("data.latents: with data.mixture, give `latents` in each of its entries")
-    for key, allowed in (("resize", (None, "center_crop")), ("text", (None, "bytes", "features"))):
+    if result.mixture and (result.latents or result.features):
+        raise ValueError("data.latents, data.features: with data.mixture, give them in its entries")
+    choices = {"resize": ("none", "center_crop"), "text": ("none", "bytes", "features")}
+    for key, allowed in choices.items():
         if getattr(result, key) not in allowed:
             raise ValueError(f"data.{key} is {getattr(result, key)!r}, expected one of {allowed}")
     if result.text == "bytes" and not result.text_length:
@@ -170,19 +173,21 @@ def describe(cfg_data: Mapping[str, Any]) -> dict[str, Any]:
       each manifest, in order; `features`: the manifests' `features` of the arrays folders.
     """
     sources = _open(options(cfg_data))
+    folders = [f for s in sources for f in (s.latents, s.features) if f]
     return {
         "records": sum(len(source) for source in sources),
         "classes": sources[0].records.manifest.classes,
         "fingerprints": [manifest_lib.fingerprint(s.records.manifest) for s in sources],
-        "features": [s.features.manifest.features for s in sources if s.features],
+        "features": [folder.manifest.features for folder in folders],
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """One dataset folder with its arrays folder, if any."""
+    """One dataset folder with the arrays folders that are read beside it."""
 
     records: records.Dataset
+    latents: arrays_lib.Features | None
     features: arrays_lib.Features | None
     weight: float
 
@@ -191,32 +196,43 @@ class _Source:
 
 
 def _open(opts: Options) -> list[_Source]:
-    entries = opts.mixture or ({"path": opts.path, "latents": opts.latents},)
+    entries = opts.mixture or (dataclasses.asdict(opts),)
     sources = []
     for entry in entries:
         dataset = records.read(entry["path"])
-        folder = entry.get("latents")
-        features = arrays_lib.read(folder, dataset.manifest) if folder else None
+        latents = features = None
+        if entry.get("latents"):
+            latents = _arrays(entry["latents"], dataset, "latent_mean", "--vae")
+        elif not opts.pixels:
+            raise ValueError("data.pixels must be given where images are read")
+        if opts.text == "features":
+            folder = entry.get("features") or ""
+            if not folder:
+                raise ValueError("data.features must be given with data.text='features'")
+            features = _arrays(folder, dataset, "text", "--t5")
         weight = float(entry.get("weight", 1.0))
         if not weight > 0:
             raise ValueError(f"data.mixture[]: the weight of {entry['path']} is {weight}, not > 0")
-        if opts.text == "features" and (features is None or "text" not in features.spec):
-            raise DatasetError(
-                f"data.text='features': {folder or 'no latents folder'} of {entry['path']} holds "
-                "no array `text`; make it with `prepare features --t5`"
-            )
-        if not (features and "latent_mean" in features.spec) and not opts.pixels:
-            raise ValueError("data.pixels must be given where images are read")
         if opts.labels and dataset.manifest.classes is None:
             raise DatasetError(
                 f"data.labels: {entry['path']} has no classes; import it again with --label"
             )
-        sources.append(_Source(dataset, features, weight))
+        sources.append(_Source(dataset, latents, features, weight))
     if opts.labels and any(
         s.records.manifest.classes != sources[0].records.manifest.classes for s in sources
     ):
         raise DatasetError("data.labels: the folders of the mixture have different classes")
     return sources
+
+
+def _arrays(folder: str, dataset: records.Dataset, name: str, flag: str) -> arrays_lib.Features:
+    features = arrays_lib.read(folder, dataset.manifest)
+    if name not in features.spec:
+        raise DatasetError(
+            f"{folder}: holds {sorted(features.spec)}, not {name!r}; make it with "
+            f"`prepare features {flag} FOLDER`"
+        )
+    return features
 
 
 def _order(opts: Options, sources: list[_Source]) -> grain.MapDataset:
@@ -284,42 +300,41 @@ def _reader(
 
 def _example(opts: Options, source: _Source, index: int) -> dict[str, Any]:
     example: dict[str, Any] = {}
-    row: dict[str, np.ndarray] = {}
-    spec = source.features.spec if source.features else {}
-    if source.features:
-        example["id"], row = source.features[index]
-    if "latent_mean" in spec:
+    ids: list[str] = []
+    if source.latents:
+        id, row = source.latents[index]
+        ids.append(id)
         example |= {name: row[name] for name in ("latent_mean", "latent_logvar")}
-    if opts.text == "features":
+    if source.features:
+        id, row = source.features[index]
+        ids.append(id)
         example["text"] = row["text"].astype(np.float32, copy=False)
-    if "latent_mean" in spec and not opts.labels and opts.text != "bytes":
-        return example
+    where = source.records.where(index)
+    if not source.latents or opts.labels or opts.text == "bytes":
+        record = source.records[index]
+        ids.append(record.id)
+        where = f"{where} (id {record.id!r})"
+        if not source.latents:
+            example["image"] = _image(opts, record, where)
+        if opts.labels:
+            example["label"] = _label(record, where)
+        if opts.text == "bytes":
+            text = records.text(record)
+            example["tokens"] = tokens.byte_tokens(text, opts.text_length, where)
+    if len(set(ids)) != 1:
+        raise DatasetError(f"{where}: its arrays are of {ids}: the folders do not belong together")
+    return {"id": ids[0], **example}
 
-    record = source.records[index]
-    where = f"{source.records.where(index)} (id {record.id!r})"
-    if example.setdefault("id", record.id) != record.id:
-        raise DatasetError(
-            f"{where}: row {index} of its arrays is of {example['id']!r}: "
-            "the folders do not belong together"
-        )
-    if "latent_mean" not in spec:
-        example["image"] = _image(opts, record, where)
-    if opts.labels:
-        label = record.meta.get("label")
-        if type(label) is not int:
-            raise DatasetError(f"{where}: meta.label is {label!r}, expected a class number")
-        example["label"] = np.int32(label)
-    if opts.text == "bytes":
-        text = "\n".join(s.s for s in record.segs if isinstance(s, records.Text))
-        example["tokens"] = tokens.byte_tokens(text, opts.text_length, where)
-    return example
+
+def _label(record: records.Record, where: str) -> np.int32:
+    label = record.meta.get("label")
+    if type(label) is not int:
+        raise DatasetError(f"{where}: meta.label is {label!r}, expected a class number")
+    return np.int32(label)
 
 
 def _image(opts: Options, record: records.Record, where: str) -> np.ndarray:
-    targets = [s.i for s in record.segs if isinstance(s, records.Img) and s.loss]
-    if len(targets) != 1 or targets[0] >= len(record.imgs):
-        raise DatasetError(f"{where}: expected one image with loss=True, found {len(targets)}")
-    image = images.decode(record.imgs[targets[0]].data, where)
+    image = records.target_image(record, where)
     if opts.resize == "center_crop" and image.shape[:2] != (opts.pixels, opts.pixels):
         image = images.center_crop(image, opts.pixels)
     if image.shape[:2] != (opts.pixels, opts.pixels):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Literal
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 
 from starflow2_jax.data import images
@@ -132,6 +133,19 @@ def check(record: Record, where: str, pixels: bool = False) -> None:
             raise DatasetError(f"{at}: sha256 of the data is not the declared {blob.sha256}")
         if pixels:
             images.decode(blob.data, at)
+
+
+def text(record: Record) -> str:
+    """All text segments of a record, one a line."""
+    return "\n".join(segment.s for segment in record.segs if isinstance(segment, Text))
+
+
+def target_image(record: Record, where: str) -> np.ndarray:
+    """The one image with loss=True, decoded to uint8 [H, W, 3]; DatasetError if not exactly one."""
+    targets = [s.i for s in record.segs if isinstance(s, Img) and s.loss]
+    if len(targets) != 1 or targets[0] >= len(record.imgs):
+        raise DatasetError(f"{where}: expected one image with loss=True, found {len(targets)}")
+    return images.decode(record.imgs[targets[0]].data, where)
 
 
 def write(

@@ -24,14 +24,14 @@ COLORS = {
     "blue": (40, 80, 225),
     "purple": (130, 50, 175),
     "pink": (250, 140, 195),
-    "brown": (120, 70, 30),
+    "brown": (140, 82, 35),
 }
-# Radius of the circle around the shape, in image sides: 7, 11 and 14 pixels across at 32.
-SIZES = {"small": 0.115, "medium": 0.165, "large": 0.22}
+# Radius of the circle around the shape, in image sides: 8, 11 and 15 pixels across at 32.
+SIZES = {"small": 0.13, "medium": 0.175, "large": 0.23}
 BACKGROUNDS = {
     "white": (248, 248, 248),
     "light gray": (200, 200, 200),
-    "dark gray": (85, 85, 85),
+    "dark gray": (65, 65, 65),
     "black": (15, 15, 15),
     "pale blue": (200, 220, 238),
     "cream": (238, 228, 208),
@@ -43,7 +43,7 @@ WORDINGS = 3
 LABELS = ("shape", "color", "pair", "tag")
 
 _MARGIN = 0.03  # least gap between two objects, and between an object and the border
-_SUPERSAMPLE = 8
+_SUPERSAMPLE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _heart() -> list[tuple[float, float]]:
 _OUTLINES = {
     "square": [(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)],
     "triangle": [(0.0, -0.9), (0.95, 0.75), (-0.95, 0.75)],
-    "diamond": [(0.0, -1.0), (0.65, 0.0), (0.0, 1.0), (-0.65, 0.0)],
+    "diamond": [(0.0, -1.0), (0.7, 0.0), (0.0, 1.0), (-0.7, 0.0)],
     "star": _turns(10, 0.0, (1.0, 0.42)),
     "cross": [
         (sign_x * x, sign_y * y)

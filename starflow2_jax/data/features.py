@@ -1,0 +1,174 @@
+"""Latents and text features of a dataset, made offline with the user's own SD-VAE and T5 files.
+
+Needs the extra `features` (torch, diffusers, transformers, sentencepiece). Only local safetensors
+are read. What comes out is a parallel dataset of arrays (`data/arrays.py`): `latent_mean` and
+`latent_logvar` float32 [T, D] of the scaled posterior, tokens in raster order and D = (row, column,
+channel) of a patch as in STARFlow; `text` float32 [L, E], zero past the caption's last token.
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from starflow2_jax.data import arrays, images, records, shards
+from starflow2_jax.data.manifest import DatasetError, Importer, Manifest, sha256_file
+
+VERSION = "1"
+
+
+def write(
+    out: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    vae: str | None,
+    t5: str | None,
+    text_length: int = 128,
+    pixels: int = 256,
+    patch: int = 1,
+    batch_size: int = 8,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> Manifest:
+    """Encodes every record of the dataset `data` into the arrays folder `out`.
+
+    Args:
+      out, data: folders.
+      vae: folder of a diffusers AutoencoderKL, or None for no latents.
+      t5: folder of a T5 encoder with its tokenizer, or None for no text features.
+      text_length: L; longer captions are cut, and counted in the log.
+      pixels: images are scaled and cropped to this side first.
+      patch: latent pixels on a side of one token; T = (pixels / 8 / patch)^2 for SD-VAE.
+      batch_size: rows at once; the last batch is filled up, so that all have one shape.
+      device: torch device.
+
+    The manifest's `features` holds the sha256 of all files used, the scaling, and `null_text`: the
+    features of the empty caption's tokens [n, E].
+
+    Raises:
+      DatasetError: folders of another kind, a record without exactly one image target.
+    """
+    if not vae and not t5:
+        raise DatasetError("nothing to compute: give --vae, --t5 or both")
+    shards.check_absent(out, overwrite)
+    dataset = records.read(data)
+    features: dict[str, Any] = {}
+    encode_images = encode_texts = None
+    if vae:
+        encode_images, features["vae"] = _open_vae(vae, patch, device)
+        features["vae"]["pixels"] = pixels
+    if t5:
+        encode_texts, features["t5"] = _open_t5(t5, text_length, device)
+        null = encode_texts([""] * batch_size)[0][0]
+        features["null_text"] = null[: np.flatnonzero(null.any(1))[-1] + 1].tolist()
+
+    def rows() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        cut = 0
+        for start in range(0, len(dataset), batch_size):
+            indices = range(start, min(start + batch_size, len(dataset)))
+            batch = [dataset[i] for i in indices]
+            fill = batch + [batch[-1]] * (batch_size - len(batch))
+            where = [f"{dataset.where(i)} (id {dataset[i].id!r})" for i in indices]
+            computed: dict[str, np.ndarray] = {}
+            if encode_images:
+                pictures = [
+                    images.center_crop(records.target_image(r, w), pixels)
+                    for r, w in zip(batch, where)
+                ]
+                pictures += [pictures[-1]] * (batch_size - len(batch))
+                mean, logvar = encode_images(np.stack(pictures))
+                computed |= {"latent_mean": mean, "latent_logvar": logvar}
+            if encode_texts:
+                computed["text"], lengths = encode_texts([records.text(r) for r in fill])
+                cut += sum(n > text_length for n in lengths[: len(batch)])
+            for k, record in enumerate(batch):
+                yield record.id, {name: value[k] for name, value in computed.items()}
+        if cut:
+            logging.warning("%d captions were longer than %d tokens and were cut", cut, text_length)
+
+    return arrays.write(
+        out,
+        rows(),
+        dataset.manifest,
+        importer=Importer("features", VERSION, {"batch_size": batch_size}),
+        features=features,
+        overwrite=overwrite,
+    )
+
+
+def to_tokens(latents: np.ndarray, patch: int) -> np.ndarray:
+    """[B, channels, rows, columns] -> [B, T, D]: raster order, D = (row, column, channel)."""
+    b, c, h, w = latents.shape
+    if h % patch or w % patch:
+        raise DatasetError(f"latents of {h} x {w} cannot be cut into patches of {patch}")
+    cut = latents.reshape(b, c, h // patch, patch, w // patch, patch)
+    tokens = cut.transpose(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
+    return np.ascontiguousarray(tokens, np.float32)
+
+
+def _open_vae(folder: str, patch: int, device: str):
+    import torch
+    from diffusers import AutoencoderKL
+
+    _check_folder(folder, "AutoencoderKL")
+    model = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    model = model.to(device, torch.float32).eval()
+    scale = float(model.config.scaling_factor)
+    shift = float(getattr(model.config, "shift_factor", None) or 0.0)
+
+    @torch.inference_mode()
+    def encode(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [B, H, W, 3] -> mean and log-variance [B, T, D] of (latent - shift) * scale."""
+        x = torch.from_numpy(pictures).to(device, torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
+        posterior = model.encode(x).latent_dist
+        mean = (posterior.mean - shift) * scale
+        logvar = posterior.logvar + 2 * math.log(scale)
+        return to_tokens(mean.cpu().numpy(), patch), to_tokens(logvar.cpu().numpy(), patch)
+
+    spec = {"files": _fingerprints(folder), "scale": scale, "shift": shift, "patch": patch}
+    return encode, spec
+
+
+def _open_t5(folder: str, length: int, device: str):
+    import torch
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    _check_folder(folder, None)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = T5EncoderModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    model = model.to(device, torch.float32).eval()
+
+    @torch.inference_mode()
+    def encode(texts: list[str]) -> tuple[np.ndarray, list[int]]:
+        """Captions -> features [B, L, E], zero past each caption; and their uncut token counts."""
+        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+        inputs = tokenizer(
+            texts, max_length=length, padding="max_length", truncation=True, return_tensors="pt"
+        )
+        ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = hidden * mask[..., None]
+        return hidden.float().cpu().numpy(), lengths
+
+    return encode, {"files": _fingerprints(folder), "length": length}
+
+
+def _check_folder(folder: str, kind: str | None) -> None:
+    config = pathlib.Path(folder) / "config.json"
+    if not config.is_file():
+        raise DatasetError(
+            f"{folder}: no config.json; expected a folder as diffusers or transformers save it"
+        )
+    if kind and kind not in config.read_text():
+        raise DatasetError(f"{config}: not the config of an {kind}")
+
+
+def _fingerprints(folder: str) -> dict[str, str]:
+    """sha256 of every file that decides the result."""
+    files = sorted(pathlib.Path(folder).iterdir())
+    wanted = (".safetensors", ".json", ".model")
+    return {file.name: sha256_file(file) for file in files if file.suffix in wanted}
