@@ -1,0 +1,1 @@
+"""Weights of others and of ours: name tables, safetensors in and out, model folders."""

@@ -1,0 +1,385 @@
+"""The run options of ml-tarflow and ml-starflow, and the `FlowConfig` they stand for.
+
+Two vocabularies name the same things: that of the constructor and that of the YAML files. Where
+they differ, the YAML name is turned into the constructor's.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from starflow2_jax.models.flow import FlowConfig
+
+FAMILIES = ("tarflow", "starflow")
+
+_YAML_NAMES = {"channel_size": "in_channels", "blocks": "num_blocks"}
+_STARFLOW_ONLY = {
+    *("top_block_channels", "num_heads", "num_kv_heads", "rope", "pt_seq_len", "sos", "txt_size"),
+    *("txt_dim", "cond_top_only", "use_softplus", "use_swiglu", "use_bias", "use_qk_norm"),
+    *("use_post_norm", "use_final_norm", "hf_style_rope", "norm_type", "soft_clip", "seq_order"),
+}
+_SHARED = {
+    *("img_size", "patch_size", "in_channels", "channels", "num_blocks", "layers_per_block"),
+    *("head_dim", "nvp", "num_classes"),
+}
+_REFUSED = {
+    "temporal_causal": "belongs to the video model",
+    "learnable_self_denoiser": "belongs to the video model",
+    "local_attn_window": "belongs to the video model",
+    "shallow_block_local": "belongs to the video model",
+    "vid_size": "belongs to the video model",
+    "use_pretrained_lm": "puts a pretrained language model in the deep block",
+    "use_mm_attn": "puts a pretrained language model in the deep block",
+    "model_type": "names a preset of theirs: give its width, blocks and layers instead",
+}
+# Options of the trainers and samplers whose names are near to a model option's.
+_TRAINER = {"cfg", "lr", "min_lr", "batch_size", "noise_std", "num_workers", "num_samples"}
+# Pixels to a latent's side for the autoencoder that the released configuration names.
+_VAE_FACTORS = {"sd-vae": 8, "sdxl-vae": 8}
+
+
+def read_options(options: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """Model options under the constructor's names, `vae` and `family` if given; no others.
+
+    Args:
+        options: a mapping in either vocabulary; `key=value` text; or the path of a file that
+            holds such text or YAML, a mapping or their list of one-key maps under `arguments`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: text that is neither, an option given twice with different values, one that the
+            image flows do not have, or a name near to a model option's but not equal.
+    """
+    given = dict(options) if isinstance(options, Mapping) else _parse(options)
+    if set(given) == {"arguments"}:
+        given = _merge_arguments(given["arguments"])
+    known: dict[str, Any] = {}
+    ignored = []
+    for name, value in given.items():
+        name = str(name).lstrip("-")
+        key, value = _YAML_NAMES.get(name, name), _value(value)
+        if key in _REFUSED:
+            if value not in (None, 0, False, ""):
+                raise ValueError(f"options: {name}={value} {_REFUSED[key]}, which is not converted")
+        elif key in _SHARED | _STARFLOW_ONLY | {"family", "vae"}:
+            if known.get(key, value) != value:
+                raise ValueError(f"options: {key} is given twice, {known[key]!r} and {value!r}")
+            known[key] = value
+        else:
+            _refuse_misspelt(name)
+            ignored.append(name)
+    if ignored:
+        logging.info("options that are not the model's are left out: %s", ", ".join(ignored))
+    if known.get("nvp", 1) in (0, False):
+        raise ValueError("options: nvp=0 (a running prior variance) is not converted")
+    if known.get("family", FAMILIES[0]) not in FAMILIES:
+        raise ValueError(f"options: family={known['family']!r} is not one of {FAMILIES}")
+    return known
+
+
+def _merge_arguments(arguments: Any) -> dict[str, Any]:
+    if isinstance(arguments, Mapping):
+        return dict(arguments)
+    merged: dict[str, Any] = {}
+    for entry in arguments if isinstance(arguments, list) else [arguments]:
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"options: arguments holds {entry!r}; expected a list of name: value")
+        for name, value in entry.items():
+            if merged.get(name, value) != value:
+                raise ValueError(f"options: {name} is given twice, {merged[name]!r} and {value!r}")
+            merged[name] = value
+    return merged
+
+
+def _parse(text: str | Path) -> dict[str, Any]:
+    looks_like_text = isinstance(text, str) and ("=" in text or "\n" in text)
+    if not looks_like_text:
+        path = Path(text)
+        if not path.is_file():
+            raise FileNotFoundError(f"options: no file {path} (or write key=value)")
+        text = path.read_text()
+    pairs = re.findall(r"([A-Za-z_]\w*)\s*=\s*(.*?)(?=[\s,;]+[A-Za-z_]\w*\s*=|\s*$)", text, re.S)
+    if pairs:
+        repeated = [k for k, v in pairs if dict(pairs)[k] != v]
+        if repeated:
+            raise ValueError(f"options: {repeated[0]} is given twice with different values")
+        return dict(pairs)
+    import yaml
+
+    try:
+        parsed = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"options: neither key=value nor YAML: {error}") from error
+    if not isinstance(parsed, Mapping):
+        raise ValueError(f"options: expected names and values, got {type(parsed).__name__}")
+    return dict(parsed)
+
+
+def _value(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = value.strip().strip("'\"")
+    words = {"none": None, "null": None, "true": True, "false": False, "": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _refuse_misspelt(name: str) -> None:
+    if name in _TRAINER:
+        return
+    near = difflib.get_close_matches(
+        name, [*_SHARED, *_STARFLOW_ONLY, *_YAML_NAMES, *_REFUSED, "family"], 1, 0.85
+    )
+    if near:
+        raise ValueError(f"options: unknown {name!r}; did you mean {near[0]!r}?")
+
+
+def find_family(options: Mapping[str, Any], names: set[str]) -> str:
+    """Which code a run is of.
+
+    What `family` says; else TarFlow if the file has a class vector; else STARFlow if an option or a
+    tensor is there that only STARFlow has; else TarFlow. Without any of these the two differ in
+    nothing but the order of numbers within a patch.
+    """
+    if options.get("family"):
+        return options["family"]
+    endings = {name.split(".", 2)[-1] for name in names}
+    if "class_embed" in endings or options.get("num_classes"):
+        return "tarflow"
+    theirs = {"sos_embed", "proj_txt.weight", "final_norm.weight"} & endings
+    if theirs or "feat_rope.freqs_cos" in names or _STARFLOW_ONLY & set(options):
+        return "starflow"
+    return "tarflow"
+
+
+def image_of(options: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """`{"pixels", "patch", "token_layout"}` of the image (or latent) that is cut into tokens.
+
+    `pixels` is the side of what the flow sees: with a VAE that of the latent. The numbers of a
+    token are in order (channel, row, column) for `channel_first`, (row, column, channel) for
+    `channel_last`.
+    """
+    pixels, patch = _need(options, "img_size"), _whole(options, "patch_size", 4)
+    vae = options.get("vae")
+    if vae:
+        factor = next((f for name, f in _VAE_FACTORS.items() if name in str(vae)), None)
+        if factor is None:
+            raise ValueError(
+                f"options: vae={vae!r} is not known, so img_size={pixels} says nothing of the "
+                "latent; leave vae out and give img_size as the latent's side"
+            )
+        pixels = _divide(pixels, factor, "img_size", f"the factor {factor} of {vae}")
+    _divide(pixels, patch, "img_size", "patch_size")
+    layout = "channel_first" if family == "tarflow" else "channel_last"
+    return {"pixels": pixels, "patch": patch, "token_layout": layout}
+
+
+def flow_config(
+    options: Mapping[str, Any], family: str, shapes: Mapping[str, tuple[int, ...]]
+) -> FlowConfig:
+    """The flow that `options` (of `read_options`) describe.
+
+    Two sizes that a run takes from its data or text encoder are read from the file's shapes where
+    the options leave them out: the number of classes and the text channels.
+
+    Raises:
+        ValueError: a needed option is missing, or a value that fits no image flow.
+    """
+    image = image_of(options, family)
+    side = image["pixels"] // image["patch"]
+    shared = dict(
+        channels=_need(options, "in_channels") * image["patch"] ** 2,
+        width=_need(options, "channels"),
+        layers=_layers(options),
+        head_dim=_whole(options, "head_dim", 64),
+    )
+    if family == "tarflow":
+        foreign = sorted(_STARFLOW_ONLY & set(options))
+        if foreign:
+            raise ValueError(f"options: TarFlow has no {', '.join(foreign)}")
+        return FlowConfig(
+            side=side,
+            start="shift",
+            positions="learned",
+            scale="exp",
+            classes=_whole(options, "num_classes", _size(shapes, "class_embed", 0)),
+            **shared,
+        )
+    if options.get("num_classes"):
+        raise ValueError("options: num_classes: STARFlow has no class vectors, only text")
+    rope = bool(options.get("rope"))
+    length = _whole(options, "txt_size", 0)
+    norm = options.get("norm_type") or "layer_norm"
+    if norm not in ("layer_norm", "rms_norm"):
+        raise ValueError(f"options: norm_type={norm!r} is not one of layer_norm, rms_norm")
+    if options.get("cond_top_only") and not length:
+        raise ValueError("options: cond_top_only needs txt_size")
+    text = _whole(options, "txt_dim", _size(shapes, "proj_txt.weight", 1)) if length else 0
+    if length and not text:
+        raise ValueError("options: txt_size without txt_dim, and the file has no proj_txt")
+    return FlowConfig(
+        side=_whole(options, "pt_seq_len", side) if rope else side,
+        deep_width=options.get("top_block_channels") or None,
+        heads=options.get("num_heads") or None,
+        kv_heads=options.get("num_kv_heads") or None,
+        start="token" if options.get("sos") else "shift",
+        order=options.get("seq_order") or "R2L",
+        positions="rope" if rope else "learned",
+        rope_pairs="half" if options.get("hf_style_rope") else "interleaved",
+        scale="softplus" if options.get("use_softplus") else "exp",
+        soft_clip=float(options.get("soft_clip") or 0.0),
+        final_norm=bool(options.get("use_final_norm")),
+        text_channels=text,
+        text_length=length,
+        text_blocks="deep" if options.get("cond_top_only") else "all",
+        norm=norm,
+        bias=bool(1 if options.get("use_bias") is None else options["use_bias"]),
+        qk_norm=bool(options.get("use_qk_norm")),
+        post_norm=bool(options.get("use_post_norm")),
+        gated_mlp=bool(options.get("use_swiglu")),
+        **shared,
+    )
+
+
+def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The constructor's options of a flow, `family` among them; the inverse of `flow_config`.
+
+    Args:
+        image: as `image_of` gives it; by default patches of one pixel, STARFlow's layout.
+
+    Raises:
+        ValueError: an option that neither public code has.
+    """
+    image = dict(image or {})
+    patch = int(image.get("patch", 1))
+    if cfg.start == "prefix" or cfg.mlp_ratio != 4:
+        raise ValueError(
+            f"model.start={cfg.start!r}, model.mlp_ratio={cfg.mlp_ratio}: "
+            "one of them is in neither public code"
+        )
+    rope = cfg.positions == "rope"
+    options = dict(
+        img_size=int(image.get("pixels", cfg.side * patch)),
+        patch_size=patch,
+        in_channels=_divide(cfg.channels, patch**2, "model.channels", "the patch area"),
+        channels=cfg.width,
+        num_blocks=len(cfg.layers),
+        layers_per_block=list(cfg.layers),
+        head_dim=cfg.head_dim,
+        nvp=1,
+    )
+    layout = image.get("token_layout") or ("channel_first" if cfg.classes else "channel_last")
+    if layout == "channel_first" or cfg.classes:
+        equal = len(set(cfg.layers)) == 1
+        if cfg != tarflow_like(cfg) or not equal or layout != "channel_first":
+            raise ValueError(
+                "TarFlow's options cannot say this flow: classes and channel-first patches go with "
+                "start='shift', learned positions, scale='exp' and equal blocks only"
+            )
+        options["layers_per_block"] = cfg.layers[0]
+        if cfg.classes:
+            options["num_classes"] = cfg.classes
+        return {"family": "tarflow", **options}
+    options.update(
+        rope=int(rope),
+        sos=int(cfg.start == "token"),
+        txt_size=cfg.text_length,
+        txt_dim=cfg.text_channels,
+        cond_top_only=int(cfg.text_blocks == "deep" and cfg.text_length > 0),
+        use_softplus=int(cfg.scale == "softplus"),
+        use_swiglu=int(cfg.gated_mlp),
+        use_bias=int(cfg.bias),
+        use_qk_norm=int(cfg.qk_norm),
+        use_post_norm=int(cfg.post_norm),
+        use_final_norm=int(cfg.final_norm),
+        hf_style_rope=int(cfg.rope_pairs == "half"),
+        norm_type=cfg.norm,
+        soft_clip=cfg.soft_clip,
+        seq_order=cfg.order,
+    )
+    for name, value in (
+        ("top_block_channels", cfg.deep_width),
+        ("num_heads", cfg.heads),
+        ("num_kv_heads", cfg.kv_heads),
+        ("pt_seq_len", cfg.side if rope else None),
+    ):
+        if value is not None:
+            options[name] = value
+    return {"family": "starflow", **options}
+
+
+def tarflow_like(cfg: FlowConfig) -> FlowConfig:
+    """The TarFlow of the sizes of `cfg`."""
+    return FlowConfig(
+        cfg.side,
+        cfg.channels,
+        cfg.width,
+        cfg.layers,
+        head_dim=cfg.head_dim,
+        classes=cfg.classes,
+        start="shift",
+        positions="learned",
+        scale="exp",
+        compute_dtype=cfg.compute_dtype,
+        remat=cfg.remat,
+    )
+
+
+def _layers(options: Mapping[str, Any]) -> tuple[int, ...]:
+    value, blocks = options.get("layers_per_block"), options.get("num_blocks")
+    if value is None:
+        raise ValueError("options: layers_per_block is missing")
+    parts = re.split(r"[\s,]+", value.strip("[]() ")) if isinstance(value, str) else value
+    try:
+        layers = [int(n) for n in (parts if isinstance(parts, (list, tuple)) else [parts])]
+    except (TypeError, ValueError):
+        raise ValueError(f"options: layers_per_block={value!r} is not whole numbers") from None
+    if len(layers) == 1:
+        layers *= _need(options, "num_blocks")
+    elif blocks is not None and int(blocks) != len(layers):
+        raise ValueError(f"options: num_blocks={blocks}, but layers_per_block has {len(layers)}")
+    if min(layers) < 0 or layers[-1] == 0:
+        raise ValueError(f"options: layers_per_block={layers}: the last block has at least 1 layer")
+    return tuple(layers)
+
+
+def _need(options: Mapping[str, Any], name: str) -> int:
+    if options.get(name) is None:
+        raise ValueError(f"options: {name} is missing")
+    return _whole(options, name, 0)
+
+
+def _whole(options: Mapping[str, Any], name: str, default: int) -> int:
+    value = options.get(name)
+    if value is None:
+        return default
+    if isinstance(value, str) or int(value) != value or value < 0:
+        raise ValueError(f"options: {name}={value!r} is not a whole number")
+    return int(value)
+
+
+def _size(shapes: Mapping[str, tuple[int, ...]], ending: str, axis: int) -> int:
+    found = [s[axis] for n, s in shapes.items() if n.endswith("." + ending) and len(s) > axis]
+    return found[0] if found else 0
+
+
+def _divide(total: int, by: int, what: str, of: str) -> int:
+    if by < 1 or total % by:
+        raise ValueError(f"options: {what}={total} is not a multiple of {of} ({by})")
+    return total // by
+
+
+def side_of(tokens: int) -> int:
+    """The side of a square grid of `tokens` tokens."""
+    return math.isqrt(tokens)
