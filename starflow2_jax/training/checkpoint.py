@@ -15,6 +15,7 @@ the retention follow in one background thread, whose errors come out of the next
 import concurrent.futures
 import dataclasses
 import json
+import logging as std_logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from starflow2_jax.training.step_folders import (
     COMMIT_FILE,
     FOLDER,
     Step,
+    check_files,
     committed,
     find,
     newest_good,
@@ -37,6 +39,7 @@ from starflow2_jax.training.step_folders import (
     steps,
 )
 from starflow2_jax.training.step_folders import latest as latest
+from starflow2_jax.training.step_folders import locate as locate
 
 
 class Row(NamedTuple):
@@ -105,8 +108,19 @@ def _described(parts: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 def _reason(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    full = any(words in text for words in ("No space left", "quota exceeded", "File too large"))
-    return ("the disk is full: " if full else "") + text.splitlines()[0][:400]
+    known = {
+        "No space left": "the disk is full: ",
+        "uota exceeded": "the disk quota is used up: ",
+        "File too large": "a limit on file sizes was hit: ",
+    }
+    prefix = next((said for words, said in known.items() if words in text), "")
+    return prefix + text.splitlines()[0][:400]
+
+
+def _is_not_an_echo(record: std_logging.LogRecord) -> bool:
+    """Orbax logs a failed write with its traceback from each thread it passes through, and raises
+    it as well: the one message that `save` makes of it would be lost among them."""
+    return "_SignalingThread.run()" not in record.getMessage()
 
 
 # ----------------------------------------------------------------------------------------- saving
@@ -123,6 +137,7 @@ def open(workdir: epath.PathLike, *, keep: int | None = 3, keep_every: int | Non
         raise ValueError(f"keep={keep}: at least one checkpoint has to be kept (None keeps all)")
     workdir = epath.Path(workdir)
     (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+    logging.get_absl_logger().addFilter(_is_not_an_echo)
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     return Writer(workdir, keep, keep_every, pool)
 
@@ -198,47 +213,6 @@ def close(writer: Writer) -> None:
 
 
 # -------------------------------------------------------------------------------------- restoring
-
-
-def _wrong_files(path: epath.Path, parts: Sequence[str] | None) -> dict[str, str] | None:
-    """What `digest` finds wrong with a step's files (of `parts`, and those that belong to no part).
-
-    None where the step has no sidecar. The hosts share the files among them.
-    """
-    expected = digest.read(path)
-    if expected is None:
-        return None
-    if parts is not None:
-        expected = {n: v for n, v in expected.items() if "/" not in n or n.split("/")[0] in parts}
-    names = sorted(expected)
-    share = names[jax.process_index() :: jax.process_count()]
-    wrong = digest.mismatches(path, {name: expected[name] for name in share})
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        flags = np.array([name in wrong for name in names], np.int32)
-        flags = np.atleast_2d(multihost_utils.process_allgather(flags)).any(axis=0)
-        wrong = {name: wrong.get(name, "damaged") for name, bad in zip(names, flags) if bad}
-    return wrong
-
-
-def _check_files(workdir: epath.PathLike, entry: Step, parts: Sequence[str] | None) -> None:
-    try:
-        wrong = _wrong_files(entry.path, parts)
-    except ValueError as error:
-        raise ValueError(f"{error}; {newest_good(workdir, entry.step)}") from None
-    if wrong is None:
-        logging.warning(
-            "%s has no %s (stopped between commit and digests): restoring it unchecked; "
-            "`convert verify --seal` reads it through and writes them",
-            *(entry.path, digest.SIDECAR),
-        )
-    elif wrong:
-        listed = "; ".join(f"{entry.path / name}: {what}" for name, what in wrong.items())
-        raise ValueError(
-            f"checkpoint of step {entry.step} is damaged: {listed}; "
-            f"{newest_good(workdir, entry.step)}"
-        )
 
 
 def _stored(entry: Step) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -325,7 +299,7 @@ def restore(
             raise ValueError(f"only={tuple(only)}: the abstract state has no {absent}")
         wanted = {name: wanted[name] for name in only}
     if verify:
-        _check_files(workdir, entry, only)
+        check_files(workdir, entry, only)
     stored, meta = _stored(entry)
     if only is not None:
         stored = {name: tree for name, tree in stored.items() if name in only}

@@ -1,9 +1,10 @@
-"""The step folders of a run: which there are, which can be restored, which go.
+"""The step folders of a run: which there are, which are whole, which go.
 
 A folder is a checkpoint once Orbax has written `commit_success.txt` into it, and sealed once the
 digests are there too. Nothing here opens an array.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -52,6 +53,14 @@ def latest(workdir: epath.PathLike) -> int | None:
     """Number of the newest committed step; None where there is none."""
     entries = committed(workdir)
     return entries[-1].step if entries else None
+
+
+def locate(path: epath.PathLike) -> tuple[epath.Path, int | None]:
+    """(workdir, step) of the path of a run (step None) or of one step, `RUN/checkpoints/120`."""
+    path = epath.Path(path)
+    if path.name.isdecimal() and path.parent.name == FOLDER:
+        return path.parent.parent, int(path.name)
+    return path, None
 
 
 def _on_all(value: int) -> int:
@@ -107,6 +116,48 @@ def newest_good(workdir: epath.PathLike, other_than: int) -> str:
             except ValueError:
                 logging.warning("step %d is damaged as well", entry.step)
     return "no other step with good digests"
+
+
+def wrong_files(path: epath.Path, parts: Sequence[str] | None) -> dict[str, str] | None:
+    """What `digest` finds wrong with a step's files (of `parts`, and those that belong to no part).
+
+    None where the step has no sidecar. The hosts share the files among them.
+    """
+    expected = digest.read(path)
+    if expected is None:
+        return None
+    if parts is not None:
+        expected = {n: v for n, v in expected.items() if "/" not in n or n.split("/")[0] in parts}
+    names = sorted(expected)
+    share = names[jax.process_index() :: jax.process_count()]
+    wrong = digest.mismatches(path, {name: expected[name] for name in share})
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        flags = np.array([name in wrong for name in names], np.int32)
+        flags = np.atleast_2d(multihost_utils.process_allgather(flags)).any(axis=0)
+        wrong = {name: wrong.get(name, "damaged") for name, bad in zip(names, flags) if bad}
+    return wrong
+
+
+def check_files(workdir: epath.PathLike, entry: Step, parts: Sequence[str] | None) -> None:
+    """ValueError where a file of a sealed step differs from its digest; a warning if unsealed."""
+    try:
+        wrong = wrong_files(entry.path, parts)
+    except ValueError as error:
+        raise ValueError(f"{error}; {newest_good(workdir, entry.step)}") from None
+    if wrong is None:
+        logging.warning(
+            "%s has no %s (stopped between commit and digests): restoring it unchecked; "
+            "`convert verify --seal` reads it through and writes them",
+            *(entry.path, digest.SIDECAR),
+        )
+    elif wrong:
+        listed = "; ".join(f"{entry.path / name}: {what}" for name, what in wrong.items())
+        raise ValueError(
+            f"checkpoint of step {entry.step} is damaged: {listed}; "
+            f"{newest_good(workdir, entry.step)}"
+        )
 
 
 def remove(path: epath.Path) -> None:

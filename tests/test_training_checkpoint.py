@@ -1,0 +1,407 @@
+"""Checkpoints: bit-identical on any mesh, nothing lost, nothing damaged restored in silence."""
+
+import dataclasses
+import logging
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+from flax import struct
+
+from starflow2_jax.training import checkpoint, digest
+
+META = {"config": {"width": 8, "rates": [1e-4, None]}, "jax": jax.__version__}
+
+
+@struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    ema: dict | None
+    opt_state: optax.OptState
+
+
+def mesh_of(devices):
+    return jax.make_mesh(
+        (devices, 1),
+        ("fsdp", "tensor"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        devices=jax.devices()[:devices],
+    )
+
+
+def sharding(mesh, leaf):
+    spec = ("fsdp",) if leaf.ndim and leaf.shape[0] % mesh.shape["fsdp"] == 0 else ()
+    return jax.NamedSharding(mesh, jax.P(*spec))
+
+
+def make_plain_state(step, width=8):
+    """A little of everything: odd values, bf16, scalars, optax namedtuples, empty dicts."""
+    rng = np.random.default_rng(step)
+    weight = rng.standard_normal((16, width)).astype(np.float32)
+    weight[0, :4] = [np.nan, np.inf, -0.0, 1e-42]
+    params = {
+        "blocks": {
+            "0": {"query": {"weight": weight}, "start": jnp.asarray(weight[1], jnp.bfloat16)},
+            "1": {},
+        }
+    }
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 2, 10)),
+    )
+    opt_state = optimizer.init(params)
+    opt_state = jax.tree.map(lambda x: x + jnp.ones_like(x) * step, opt_state)
+    ema = jax.tree.map(lambda x: x * 0.5, params)
+    return State(step=jnp.int32(step), params=params, ema=ema, opt_state=opt_state)
+
+
+def make_state(step, devices=8, width=8):
+    state, mesh = make_plain_state(step, width), mesh_of(devices)
+    return jax.tree.map(lambda x: jax.device_put(x, sharding(mesh, jnp.asarray(x))), state)
+
+
+def abstract(state, devices=8):
+    mesh = mesh_of(devices)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, x)), state
+    )
+
+
+def bits(tree):
+    return [
+        (jax.tree_util.keystr(path), np.asarray(leaf).dtype, np.asarray(leaf).tobytes())
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+
+def run(workdir, steps, keep=None, **options):
+    writer = checkpoint.open(workdir, keep=keep, **options)
+    for step in steps:
+        checkpoint.save(writer, step, make_state(step), META)
+    checkpoint.close(writer)
+    return workdir / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Three sealed steps, written once; tests that break something copy it."""
+    workdir = tmp_path_factory.mktemp("saved")
+    run(workdir, [1, 2, 3])
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def statuses(workdir):
+    return {entry.step: entry.status for entry in checkpoint.steps(workdir)}
+
+
+def warnings_of(caplog):
+    return " ".join(r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+
+
+# ------------------------------------------------------------------------------------ round trip
+
+
+@pytest.mark.parametrize("devices", [8, 4, 1])
+@pytest.mark.parametrize("inside_mesh", [False, True])
+def test_restore_on_another_mesh_is_bit_identical(saved, devices, inside_mesh):
+    state = make_state(3)
+    target = abstract(state, devices)
+    if inside_mesh:
+        with jax.set_mesh(mesh_of(devices)):
+            restored, meta = checkpoint.restore(saved, None, target)
+    else:
+        restored, meta = checkpoint.restore(saved, None, target)
+    assert bits(restored) == bits(state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert isinstance(restored, State) and int(restored.step) == 3
+    jax.tree.map(
+        lambda leaf, want: leaf.sharding == want.sharding or pytest.fail(), restored, target
+    )
+    assert meta == META == checkpoint.read_meta(saved, 3)
+
+
+def test_save_inside_a_mesh_and_donate_at_once(tmp_path):
+    state = make_state(5)
+    expected = bits(state)
+    writer = checkpoint.open(tmp_path)
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 7, s), donate_argnums=0)
+    with jax.set_mesh(mesh_of(8)):
+        checkpoint.save(writer, 5, state, META)
+        target = abstract(state)
+        for _ in range(3):
+            state = overwrite(state)
+    jax.block_until_ready(state)
+    checkpoint.close(writer)
+    restored, _ = checkpoint.restore(tmp_path, 5, target)
+    assert bits(restored) == expected
+    again = jax.tree.map(lambda x: x, restored)
+    jax.block_until_ready(overwrite(again))
+    assert bits(checkpoint.restore(tmp_path, 5, target)[0]) == expected
+
+
+def test_partial_restore_reads_no_optimizer(workdir):
+    shutil.rmtree(workdir / "checkpoints" / "3" / "opt_state")
+    state = make_state(3)
+    target = {"ema": abstract(state, 1).ema}
+    parts, meta = checkpoint.restore(workdir, 3, target, only=("ema",))
+    assert set(parts) == {"ema"} and bits(parts["ema"]) == bits(state.ema) and meta == META
+    parts, _ = checkpoint.restore(workdir, 3, abstract(state, 4), only=("params", "ema"))
+    assert set(parts) == {"params", "ema"} and bits(parts["params"]) == bits(state.params)
+    with pytest.raises(ValueError, match="emma"):
+        checkpoint.restore(workdir, 3, target, only=("emma",))
+    with pytest.raises(ValueError, match=r"opt_state/.*missing"):
+        checkpoint.restore(workdir, 3, abstract(state, 1))
+
+
+def test_parts_without_arrays_and_without_shardings(tmp_path):
+    state = dataclasses.replace(make_state(1, devices=1), ema=None, opt_state=(optax.EmptyState(),))
+    writer = checkpoint.open(tmp_path)
+    checkpoint.save(writer, 1, state, {})
+    checkpoint.close(writer)
+    target = jax.eval_shape(lambda: state)
+    restored, meta = checkpoint.restore(tmp_path, None, target)
+    assert bits(restored) == bits(state) and restored.opt_state == (optax.EmptyState(),)
+    assert restored.ema is None and meta == {}
+
+
+# --------------------------------------------------------------------------------- another model
+
+
+def test_another_model_lists_everything_together(saved):
+    target = abstract(make_state(3, width=4))
+    blocks = target.params["blocks"]
+    blocks["2"] = {"start": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    del blocks["0"]["start"]
+    target = dataclasses.replace(target, step=jax.ShapeDtypeStruct((), jnp.float32))
+    with pytest.raises(ValueError) as error:
+        checkpoint.restore(saved, 3, target)
+    message = str(error.value)
+    assert "1 missing: params.blocks.2.start" in message
+    assert "1 unexpected: params.blocks.0.start" in message
+    assert "params.blocks.0.query.weight is float32[16, 8], expected float32[16, 4]" in message
+    assert "opt_state.1.0.mu.blocks.0.query.weight is float32[16, 8]" in message
+    assert "step is int32[], expected float32[]" in message
+    assert str(saved) in message
+
+
+def test_save_refuses_what_it_cannot_give_back(tmp_path, saved):
+    writer = checkpoint.open(tmp_path)
+    with pytest.raises(TypeError, match=r"params\.rate is a float"):
+        checkpoint.save(writer, 1, {"params": {"rate": 0.1}}, META)
+    with pytest.raises(TypeError, match="JSON"):
+        checkpoint.save(writer, 1, make_state(1), {"x": np.float32(1)})
+    checkpoint.save(writer, 1, make_state(1), META)
+    checkpoint.wait(writer)
+    with pytest.raises(ValueError, match="committed checkpoint already"):
+        checkpoint.save(writer, 1, make_state(2), META)
+    checkpoint.close(writer)
+    assert checkpoint.steps(tmp_path)[0].status == "sealed" and len(checkpoint.steps(tmp_path)) == 1
+    with pytest.raises(ValueError, match="keep=0"):
+        checkpoint.open(tmp_path, keep=0)
+
+
+# ---------------------------------------------------------------------------------------- damage
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position // 8] ^= 1 << (position % 8)
+    path.write_bytes(data)
+
+
+def flip_and_restore(workdir, path, position, target):
+    flip(path, position)
+    with pytest.raises(ValueError) as error:
+        checkpoint.restore(workdir, None, target)
+    flip(path, position)
+    assert str(path) in str(error.value) and "newest good step: 2" in str(error.value)
+
+
+def test_a_flipped_bit_in_any_file_is_noticed(workdir):
+    target, rng = abstract(make_state(3)), random.Random(0)
+    files = [p for p in (workdir / "checkpoints" / "3").rglob("*") if p.is_file()]
+    assert len(files) > 20
+    for path in files:
+        if path.stat().st_size:
+            flip_and_restore(workdir, path, rng.randrange(8 * path.stat().st_size), target)
+    assert bits(checkpoint.restore(workdir, None, target)[0]) == bits(make_state(3))
+
+
+@pytest.mark.slow
+def test_flipped_bits_at_many_positions(workdir):
+    target, rng = abstract(make_state(3)), random.Random(1)
+    files = [p for p in (workdir / "checkpoints" / "3").rglob("*") if p.is_file()]
+    for path in files:
+        for _ in range(20 if path.stat().st_size else 0):
+            flip_and_restore(workdir, path, rng.randrange(8 * path.stat().st_size), target)
+
+
+def test_newest_good_step_skips_damaged_ones(workdir):
+    flip(workdir / "checkpoints" / "3" / "params" / "_METADATA", 100)
+    flip(workdir / "checkpoints" / "2" / digest.SIDECAR, 100)
+    with pytest.raises(ValueError, match="newest good step: 1"):
+        checkpoint.restore(workdir, None, abstract(make_state(3)))
+    reports = {report.step: report for report in checkpoint.verify(workdir)}
+    assert not reports[1].problems
+    assert "SHA256SUMS is damaged" in reports[2].problems[0]
+    assert reports[3].problems[0].startswith("params/_METADATA")
+    flip(workdir / "checkpoints" / "1" / "commit_success.txt", 9)
+    with pytest.raises(ValueError, match="no other step with good digests"):
+        checkpoint.restore(workdir, 3, abstract(make_state(3)))
+
+
+def test_truncated_and_missing_files(workdir):
+    data = next((workdir / "checkpoints/3/params/d").iterdir())
+    os.truncate(data, data.stat().st_size // 2)
+    with pytest.raises(ValueError, match=data.name):
+        checkpoint.restore(workdir, None, abstract(make_state(3)))
+    data.unlink()
+    with pytest.raises(ValueError, match=f"{data.name}: missing"):
+        checkpoint.restore(workdir, None, abstract(make_state(3)))
+
+
+def test_missing_commit_file(workdir, caplog):
+    (workdir / "checkpoints" / "3" / "commit_success.txt").unlink()
+    assert checkpoint.latest(workdir) == 2
+    assert statuses(workdir) == {1: "sealed", 2: "sealed", 3: "leftover"}
+    target = abstract(make_state(3))
+    with caplog.at_level(logging.WARNING):
+        restored, _ = checkpoint.restore(workdir, None, target)
+    assert int(restored.step) == 2
+    assert "[3]" in warnings_of(caplog) and "commit_success.txt" in warnings_of(caplog)
+    with pytest.raises(FileNotFoundError, match=r"step 3 has no commit_success.txt.*\[1, 2\]"):
+        checkpoint.restore(workdir, 3, target)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 9.*\[1, 2\]"):
+        checkpoint.restore(workdir, 9, target)
+    assert "commit_success.txt" in checkpoint.verify(workdir)[2].problems[0]
+    # The same step saved again takes the leftover's place.
+    run(workdir, [3])
+    assert bits(checkpoint.restore(workdir, None, target)[0]) == bits(make_state(3))
+
+
+def test_nothing_there(tmp_path):
+    assert checkpoint.steps(tmp_path) == [] and checkpoint.latest(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match="no committed checkpoint"):
+        checkpoint.restore(tmp_path, None, {})
+
+
+def half_delete(folder, keep):
+    """`rm -r` cut short: every other file is gone, those in `keep` are not."""
+    for path in sorted(Path(folder).rglob("*"))[::2]:
+        if path.is_file() and path.name not in keep:
+            path.unlink()
+
+
+def test_half_deleted_step(workdir, caplog):
+    target = abstract(make_state(3))
+    half_delete(workdir / "checkpoints" / "3", {"commit_success.txt", digest.SIDECAR})
+    with pytest.raises(ValueError, match=r"damaged: .*missing.*newest good step: 2"):
+        checkpoint.restore(workdir, None, target)
+    (workdir / "checkpoints" / "3" / digest.SIDECAR).unlink()
+    with pytest.raises(ValueError, match=r"3.* cannot be read"):
+        checkpoint.restore(workdir, None, target)
+    assert checkpoint.verify(workdir, 3, seal=True)[0].problems
+    assert statuses(workdir)[3] == "unsealed"
+
+
+# ------------------------------------------------------------------------------------------ seals
+
+
+def test_unsealed_step_restores_with_a_warning_and_can_be_sealed(workdir, caplog):
+    sidecar = workdir / "checkpoints" / "3" / digest.SIDECAR
+    before = sidecar.read_text()
+    sidecar.unlink()
+    assert statuses(workdir)[3] == "unsealed"
+    with caplog.at_level(logging.WARNING):
+        restored, _ = checkpoint.restore(workdir, None, abstract(make_state(3)))
+    assert bits(restored) == bits(make_state(3)) and "--seal" in warnings_of(caplog)
+    assert [(r.step, r.status) for r in checkpoint.verify(workdir)][2] == (3, "unsealed")
+    assert not sidecar.exists()
+    report = checkpoint.verify(workdir, 3, seal=True)[0]
+    assert report.status == "sealed" and not report.problems and sidecar.read_text() == before
+    assert not any(report.problems for report in checkpoint.verify(workdir))
+
+
+def test_sealing_reads_every_array(workdir):
+    folder = workdir / "checkpoints" / "3"
+    (folder / digest.SIDECAR).unlink()
+    data = next((folder / "params" / "d").iterdir())
+    os.truncate(data, data.stat().st_size // 2)
+    report = checkpoint.verify(workdir, 3, seal=True)[0]
+    assert "cannot be read" in report.problems[0] and report.status == "unsealed"
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no coreutils")
+def test_sidecar_is_read_by_sha256sum(workdir):
+    folder = workdir / "checkpoints" / "3"
+    check = ["sha256sum", "--check", "--quiet", digest.SIDECAR]
+    assert subprocess.run(check, cwd=folder, capture_output=True).returncode == 0
+    flip(folder / "params" / "_METADATA", 3)
+    assert subprocess.run(check, cwd=folder, capture_output=True).returncode == 1
+
+
+def test_show(saved):
+    rows = {row.name: row for row in checkpoint.show(saved, 3)}
+    weight = rows["opt_state.1.0.mu.blocks.0.query.weight"]
+    assert weight[1:] == ((16, 8), "float32", 512)
+    assert rows["params.blocks.0.start"][1:] == ((8,), "bfloat16", 16)
+    assert rows["step"][1:] == ((), "int32", 4)
+    assert len(rows) == len(jax.tree.leaves(make_state(3)))
+
+
+# -------------------------------------------------------------------------------------- retention
+
+
+def test_retention(tmp_path):
+    folder = run(tmp_path, [1, 2, 3, 4, 5, 6, 7], keep=2, keep_every=3)
+    assert sorted(int(p.name) for p in folder.iterdir()) == [3, 6, 7]
+    run(tmp_path, [9], keep=1)
+    assert list(statuses(tmp_path)) == [9]
+    # An older step saved on purpose stays, and does not push out the newest.
+    run(tmp_path, [8], keep=1)
+    assert list(statuses(tmp_path)) == [8, 9]
+
+
+def test_leftovers_go_once_a_newer_step_is_committed(workdir):
+    for step in (1, 3):
+        (workdir / "checkpoints" / str(step) / "commit_success.txt").unlink()
+    run(workdir, [2 + 2], keep=3)
+    assert statuses(workdir) == {2: "sealed", 4: "sealed"}
+    (workdir / "checkpoints" / "4" / "commit_success.txt").unlink()
+    run(workdir, [3])
+    assert statuses(workdir) == {2: "sealed", 3: "sealed", 4: "leftover"}
+
+
+def test_removal_cut_short_leaves_no_listed_step(workdir, monkeypatch, caplog):
+    def cut_short(path, *args, **kwargs):
+        half_delete(path, {"commit_success.txt", digest.SIDECAR})
+        raise OSError("Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(epath.Path("/")), "rmtree", cut_short)
+        with caplog.at_level(logging.WARNING):
+            run(workdir, [4], keep=3)
+    assert "Device or resource busy" in warnings_of(caplog)
+    assert statuses(workdir) == {1: "leftover", 2: "sealed", 3: "sealed", 4: "sealed"}
+    run(workdir, [5], keep=3)
+    assert list(statuses(workdir)) == [3, 4, 5]
+
+
+def test_locate(workdir):
+    assert checkpoint.locate(workdir) == (workdir, None)
+    assert checkpoint.locate(str(workdir / "checkpoints" / "2") + "/") == (workdir, 2)
