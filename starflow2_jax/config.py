@@ -1,0 +1,227 @@
+"""Every configuration key, documented once, and the check that names a wrong one.
+
+An experiment file's `get_config(variant)` starts from `default()` and changes what differs. `model`
+is free-form here: its keys are the fields of the model's config dataclass (see `build`).
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key's default, its meaning, and what its value must satisfy."""
+
+    default: Any
+    doc: str
+    valid: Callable[[Any], bool] = lambda value: True
+    wanted: str = ""
+
+
+def _positive(default, doc):
+    return Key(default, doc, lambda v: isinstance(v, int) and v > 0, "a positive whole number")
+
+
+def _count(default, doc):
+    return Key(default, doc, lambda v: isinstance(v, int) and v >= 0, "a whole number, 0 or more")
+
+
+def _number(default, doc, low=0.0, high=float("inf")):
+    wanted = f"a number from {low:g} to {high:g}" if high < float("inf") else f"at least {low:g}"
+    return Key(default, doc, lambda v: _is_number(v) and low <= v <= high, wanted)
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _choice(default, doc, *allowed):
+    return Key(default, doc, lambda v: v in allowed, f"one of {', '.join(map(str, allowed))}")
+
+
+def _flag(default, doc):
+    return Key(default, doc, lambda v: isinstance(v, bool), "True or False")
+
+
+def _text(default, doc):
+    return Key(default, doc, lambda v: isinstance(v, str), "a string")
+
+
+_DATA = {
+    "path": _text("", "dataset folder"),
+    "mixture": Key((), "instead of one path: a list of {path, weight}"),
+    "resize": _choice("none", "what to do with other sizes", "none", "center_crop"),
+    "labels": _flag(False, "read meta.label as the class"),
+    "text": _choice(
+        "none", "captions as UTF-8 bytes or as stored features", "none", "bytes", "features"
+    ),
+    "latents": _text("", "dataset folder of latents parallel to `path`, read instead of pixels"),
+    "features": _text("", "dataset folder of text features parallel to `path`"),
+    "shuffle": _flag(True, "a new global order every epoch"),
+    "threads": _positive(4, "decoding threads"),
+    "skip_bad": _count(0, "records that may fail to decode before the run stops"),
+}
+
+KEYS: dict[str, Key] = {
+    "seed": _count(0, "seed of weights, data order, noise, drops and samples"),
+    "compute_dtype": _choice("float32", "dtype of matmuls", "float32", "bfloat16", "float64"),
+    "layout": _text("dp", "where weights live: a name in mesh.LAYOUTS"),
+    "mesh": _text("data=-1", "devices along each mesh axis, -1 takes the rest"),
+    "image.pixels": _count(0, "height = width of the images, 0 where latents are read"),
+    "image.patch": _positive(1, "pixels along the side of a token"),
+    "image.layout": _choice(
+        "channel_first", "order inside a token", "channel_first", "channel_last"
+    ),
+    "image.flip": _flag(False, "mirror half of the rows, drawn anew at each step"),
+    "text.vocabulary": _count(0, "rows of the trained token embedding; 0: features are read"),
+    "noise.kind": _choice("gaussian", "noise added to the data", "gaussian", "uniform", "none"),
+    "noise.sigma": _number(0.05, "standard deviation of gaussian noise"),
+    "drop.condition": _number(0.1, "share of rows that lose text and label", 0.0, 1.0),
+    "loss.latent_penalty": _number(1e-4, "weight of the mean square before every block"),
+    **{f"data.{name}": key for name, key in _DATA.items()},
+    **{f"eval_data.{name}": key for name, key in _DATA.items()},
+    "train.batch_size": _positive(64, "rows of the global batch"),
+    "train.steps": _positive(1000, "optimizer steps"),
+    "train.microbatches": _positive(1, "parts of a batch whose gradients are added up in turn"),
+    "train.ema": _number(0.999, "decay of the averaged weights", 0.0, 1.0),
+    "train.trains": Key(("flow",), "top-level subtrees that are trained; the rest is frozen"),
+    "optim.lr": _number(1e-4, "peak learning rate"),
+    "optim.final_lr": _number(1e-6, "learning rate at the last step (cosine)"),
+    "optim.warmup": _count(100, "steps of linear warm-up"),
+    "optim.b1": _number(0.9, "AdamW beta 1", 0.0, 1.0),
+    "optim.b2": _number(0.95, "AdamW beta 2", 0.0, 1.0),
+    "optim.eps": _number(1e-8, "AdamW epsilon"),
+    "optim.weight_decay": _number(1e-4, "AdamW weight decay, on every weight"),
+    "optim.clip": _number(1.0, "largest global gradient norm; 0 does not clip"),
+    "log.every": _positive(10, "steps between rows of metrics.jsonl"),
+    "log.trackers": Key((), "any of tensorboard, wandb, trackio"),
+    "log.project": _text("starflow2_jax", "project name for wandb and trackio"),
+    "log.profile_steps": Key((), "(first, last) step of a profiler trace"),
+    "sample.every": _count(500, "steps between sample grids, 0 for none"),
+    "sample.count": _positive(16, "images in a grid"),
+    "sample.prompts": Key((), "captions of the grid in turn; of the evaluation data where empty"),
+    "sample.guidance": _number(0.0, "guidance weight"),
+    "sample.rule": _choice(
+        "product", "guidance rule", "product", "linear_log_scale", "linear_scale"
+    ),
+    "sample.denoise": _flag(True, "a score step after sampling where noise is gaussian"),
+    "evaluate.every": _count(500, "steps between evaluations, 0 for none but the last"),
+    "evaluate.rows": _positive(1000, "rows of the evaluation data that are used"),
+    "evaluate.batch_size": _positive(50, "rows evaluated at a time"),
+    "checkpoint.every": _positive(500, "steps between checkpoints"),
+    "checkpoint.keep": _positive(3, "newest checkpoints that are kept"),
+    "checkpoint.keep_every": _count(0, "steps whose multiples are kept for good, 0 for none"),
+    "init.from": _text("", "workdir or model folder whose weights start this run"),
+    "init.ema": _flag(True, "start from its averaged weights"),
+}
+
+
+def default() -> ConfigDict:
+    """A ConfigDict with every key at its default and an empty `model`."""
+    cfg = ConfigDict({"model": ConfigDict(), "name": ""})
+    for name, key in KEYS.items():
+        group = cfg
+        *path, last = name.split(".")
+        for part in path:
+            if part not in group:
+                group[part] = ConfigDict()
+            group = group[part]
+        group[last] = key.default
+    return cfg
+
+
+def flat(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mapping to dotted keys; `model` and `name` left out."""
+    rows: dict[str, Any] = {}
+
+    def walk(prefix, group):
+        for name, value in group.items():
+            dotted = f"{prefix}{name}"
+            if dotted in ("model", "name"):
+                continue
+            if isinstance(value, Mapping | ConfigDict) and dotted not in KEYS:
+                walk(f"{dotted}.", value)
+            else:
+                rows[dotted] = value
+
+    walk("", cfg)
+    return rows
+
+
+def nearest(word: str, words: Any) -> str:
+    """`; did you mean ...?` for an unknown word, empty where nothing is near."""
+    close = difflib.get_close_matches(word, list(words), 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check(cfg: Mapping[str, Any]) -> None:
+    """Check names and values of a whole experiment configuration.
+
+    Raises:
+        ValueError: names the unknown, missing or bad key, what was expected, and the nearest name.
+    """
+    values = flat(cfg)
+    for name, value in values.items():
+        if name not in KEYS:
+            raise ValueError(f"config: unknown key {name!r}{nearest(name, KEYS)}")
+        if not KEYS[name].valid(value):
+            raise ValueError(f"config: {name}={value!r} must be {KEYS[name].wanted}")
+    missing = [name for name in KEYS if name not in values]
+    if missing:
+        raise ValueError(f"config: key {missing[0]!r} is missing")
+    if values["train.batch_size"] % values["train.microbatches"]:
+        raise ValueError(
+            f"config: train.batch_size={values['train.batch_size']} is not a multiple of "
+            f"train.microbatches={values['train.microbatches']}"
+        )
+
+
+def build(kind: type[Config], group: Mapping[str, Any], prefix: str) -> Config:
+    """A frozen config dataclass from a mapping.
+
+    Raises:
+        ValueError: a key that the dataclass does not have, or one it needs and was not given.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for name in group:
+        if name not in fields:
+            raise ValueError(f"config: unknown key '{prefix}.{name}'{nearest(name, fields)}")
+    for name, f in fields.items():
+        if f.default is dataclasses.MISSING and name not in group:
+            raise ValueError(f"config: key '{prefix}.{name}' is missing")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
+    return kind(**values)
+
+
+def to_dict(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain nested dict (tuples as lists), as saved beside the metrics and in checkpoints."""
+
+    def plain(value):
+        if isinstance(value, Mapping | ConfigDict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+    return plain(cfg)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` of every key that differs, `model` included."""
+
+    def rows(cfg):
+        plain = to_dict(cfg)
+        return {**flat(plain), **{f"model.{k}": v for k, v in plain.get("model", {}).items()}}
+
+    a, b = rows(old), rows(new)
+    gone = "(absent)"
+    return [
+        f"{name}: {a.get(name, gone)!r} -> {b.get(name, gone)!r}"
+        for name in sorted({*a, *b})
+        if a.get(name, gone) != b.get(name, gone)
+    ]

@@ -1,0 +1,224 @@
+"""The training program of an experiment: what train, plan, bench and the tests all run.
+
+`build(cfg, mesh)` gives the jitted step, initialiser and evaluation, with every input and output
+pinned to its sharding, and their abstract values, from which anything can be lowered ahead of time.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from starflow2_jax import config
+from starflow2_jax import mesh as meshes
+from starflow2_jax import params as weights
+from starflow2_jax.models import flow
+from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.params import Tree, Weight, normal
+from starflow2_jax.training import inputs, optim
+from starflow2_jax.training.loss import flow_loss
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a step changes. The key of all randomness is the seed and `step`."""
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class Program:
+    """An experiment, built for a mesh.
+
+    Attributes:
+        declared: Weights of every top-level subtree; the trained ones are in `TrainState.params`,
+            the others are the step's `frozen` argument.
+        init: key -> (TrainState, frozen), born sharded.
+        step: (state, frozen, batch) -> (state, metrics); donates the state.
+        evaluate: (params, frozen, batch, row ids [b], mask [b]) -> masked sums of the parts that
+            `loss.flow_loss` names; noise depends on the row id alone.
+        abstract_state, abstract_frozen, abstract_batch: ShapeDtypeStructs with shardings.
+    """
+
+    cfg: Mapping[str, Any]
+    mesh: Mesh
+    model: FlowConfig
+    declared: Tree
+    init: Callable
+    step: Callable
+    evaluate: Callable
+    abstract_state: TrainState
+    abstract_frozen: Any
+    abstract_batch: Any
+
+    def lower_step(self) -> jax.stages.Lowered:
+        """The training step, lowered from abstract values."""
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.abstract_state, self.abstract_frozen, self.abstract_batch)
+
+
+def model_config(cfg: Mapping[str, Any]) -> FlowConfig:
+    """The flow of an experiment.
+
+    Raises:
+        ValueError: an unknown model key, or image keys that do not fit the model's.
+    """
+    group = dict(cfg["model"])
+    if cfg["compute_dtype"] != "float32":
+        group["compute_dtype"] = cfg["compute_dtype"]
+    model = config.build(FlowConfig, group, "model")
+    image = cfg["image"]
+    if image["pixels"]:
+        if image["pixels"] != model.side * image["patch"]:
+            raise ValueError(
+                f"config: image.pixels={image['pixels']} is not model.side={model.side} x "
+                f"image.patch={image['patch']}"
+            )
+        if model.channels != 3 * image["patch"] ** 2:
+            raise ValueError(
+                f"config: model.channels={model.channels} must be 3 x image.patch^2 = "
+                f"{3 * image['patch'] ** 2}"
+            )
+    return model
+
+
+def declare(cfg: Mapping[str, Any], model: FlowConfig) -> dict[str, Any]:
+    """Weights of an experiment: the flow, and a token embedding where text is embedded here."""
+    tree: dict[str, Any] = {"flow": flow.declare(model)}
+    vocabulary = cfg["text"]["vocabulary"]
+    if vocabulary:
+        shape = (vocabulary, model.text_channels)
+        tree["text"] = {"embed": Weight(shape, ("vocab", None), normal(1.0))}
+    return tree
+
+
+def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
+    """Build an experiment's program for a mesh.
+
+    Raises:
+        ValueError: a batch that the mesh does not divide, a layout that does not fit a weight, or
+            an unknown subtree in train.trains; names the key.
+    """
+    model = model_config(cfg)
+    train, rows = cfg["train"], cfg["train"]["batch_size"]
+    meshes.check_batch(rows, mesh)
+    meshes.check_batch(rows // train["microbatches"], mesh, "rows of a microbatch")
+    declared = declare(cfg, model)
+    trained, frozen = weights.split(declared, tuple(train["trains"]))
+    tx = optim.optimizer(cfg["optim"], train["steps"])
+    everywhere = meshes.replicated(mesh)
+    where = weights.shardings(trained, mesh, cfg["layout"])
+    where_frozen = weights.shardings(frozen, mesh, cfg["layout"])
+    where_batch = meshes.batch_sharding(mesh)
+    moments = optim.state_shardings(tx, weights.abstract(trained), where, mesh)
+    where_state = TrainState(everywhere, where, where, moments)
+
+    def init(key):
+        params = weights.init(key, trained)
+        # A copy: the step donates both.
+        ema = jax.tree.map(jnp.copy, params)
+        state = TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
+        return state, weights.init(key, frozen)
+
+    def loss(params, frozen, batch, keys, train, drop):
+        params = {**params, **frozen}
+        x = inputs.tokens(batch, keys, cfg, train)
+        given = inputs.conditions(params, batch, keys, drop)
+        penalty = cfg["loss"]["latent_penalty"] if train else 0.0
+        return flow_loss(params["flow"], x, model, latent_penalty=penalty, **given)
+
+    def gradients(params, frozen, batch, keys):
+        def mean(params, batch, keys):
+            each, sums = loss(params, frozen, batch, keys, True, cfg["drop"]["condition"])
+            mean = each.sum() / (rows * model.tokens * model.channels)
+            return mean, {"loss": mean, **jax.tree.map(jnp.sum, sums)}
+
+        def part(carry, now):
+            grads, sums = jax.grad(mean, has_aux=True)(params, *now)
+            return jax.tree.map(jnp.add, carry, (grads, sums)), None
+
+        parts = train["microbatches"]
+        if parts == 1:
+            return jax.grad(mean, has_aux=True)(params, batch, keys)
+        # Part m takes rows m, m + parts, ...: every device keeps its own rows.
+        cut = lambda a: a.reshape(rows // parts, parts, *a.shape[1:]).swapaxes(0, 1)
+        now = jax.tree.map(cut, (batch, keys))
+        first = jax.tree.map(lambda a: a[0], now)
+        shapes = jax.eval_shape(lambda now: jax.grad(mean, has_aux=True)(params, *now), first)
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        return jax.lax.scan(part, nothing, now)[0]
+
+    def step(state, frozen, batch):
+        keys = inputs.row_keys(cfg["seed"], state.step, jnp.arange(rows))
+        grads, metrics = gradients(state.params, frozen, batch, keys)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        updates, moments = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optim.update_ema(state.ema, params, train["ema"], state.step)
+        # A step that is not finite changes nothing but the counter, so the run stops in good state.
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        state = TrainState(
+            state.step + 1,
+            keep(params, state.params),
+            keep(ema, state.ema),
+            keep(moments, state.opt_state),
+        )
+        lr = optim.schedule(cfg["optim"], train["steps"])(state.step - 1)
+        return state, {**metrics, "grad_norm": norm, "finite": finite, "lr": lr}
+
+    def evaluate(params, frozen, batch, row_ids, mask):
+        keys = inputs.row_keys(cfg["seed"] + 1, 0, row_ids)
+
+        sums = loss(params, frozen, batch, keys, False, 0.0)[1]
+        return jax.tree.map(lambda each: (mask * each).sum(), sums)
+
+    abstract = inputs.abstract_batch(cfg, model, rows)
+    batch = {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where_batch)
+        for name, a in abstract.items()
+    }
+    place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    abstract_state, abstract_frozen = jax.tree.map(place, shapes, (where_state, where_frozen))
+    pinned = {"in_shardings": (where_state, where_frozen, where_batch), "donate_argnums": 0}
+    return Program(
+        cfg=cfg,
+        mesh=mesh,
+        model=model,
+        declared=declared,
+        init=jax.jit(init, out_shardings=(where_state, where_frozen)),
+        step=jax.jit(step, out_shardings=(where_state, everywhere), **pinned),
+        evaluate=jax.jit(evaluate, out_shardings=everywhere),
+        abstract_state=abstract_state,
+        abstract_frozen=abstract_frozen,
+        abstract_batch=batch,
+    )
+
+
+def to_device(program: Program, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A host's rows of a batch as global arrays; names that the step does not read are left out.
+
+    Raises:
+        ValueError: an array that is missing or has another shape than the step expects.
+    """
+    placed = {}
+    for name, expected in program.abstract_batch.items():
+        if name not in batch:
+            raise ValueError(f"batch: {name!r} is missing; the pipeline gave {sorted(batch)}")
+        rows = np.asarray(batch[name], expected.dtype)
+        if rows.shape[1:] != expected.shape[1:]:
+            raise ValueError(
+                f"batch: {name!r} has rows of shape {rows.shape[1:]}, expected {expected.shape[1:]}"
+            )
+        placed[name] = jax.make_array_from_process_local_data(expected.sharding, rows)
+    return placed
