@@ -1,6 +1,8 @@
 """The PyTorch yardstick reproduces the published programs' numbers, so others may lean on it."""
 
+import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the yardstick needs the [parity] extra")
 
 from peer import torch_flow  # noqa: E402
+from peer.option_cases import CASES, compute  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TARFLOW = dict(in_channels=3, img_size=16, patch_size=4, channels=64, num_blocks=4,
@@ -20,6 +23,15 @@ STARFLOW = dict(in_channels=4, img_size=8, patch_size=1, channels=64, num_blocks
 FORWARD = {"f32": 1e-5, "f64": 1e-10, "f64_hd16": 1e-10, "f64_exact_rope": 1e-10}
 SAMPLES = FORWARD | {"f32": 5e-5}
 ROPE_IN_F32 = 1e-8  # the published program rounds rope frequencies to float32 in its f64 run
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These tensors are far too small for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def golden(name: str) -> dict:
@@ -213,3 +225,76 @@ def test_starflow_variants(name):
     close(flow.loss(outputs, log_dets), data[f"{key}/loss"], ROPE_IN_F32)
     states, _ = flow.sample(flow.patchify(given("z_noise")), given("y"))
     close(flow.unpatchify(states[-1]), data[f"{key}/sample_g0"], ROPE_IN_F32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_option_cases_are_as_stored_and_invertible(name):
+    path = ROOT / "tests" / "golden" / "options_tiny.npz"
+    with np.load(path) as stored:
+        keys = [key for key in stored.files if key.startswith(f"{name}/")]
+        expected = {key.removeprefix(f"{name}/"): stored[key] for key in keys}
+    found = compute(name)
+    assert sorted(found) == sorted(expected)
+    options = json.loads(str(expected["options"]))
+    assert options == CASES[name][0]
+    for key in set(expected) - {"options"}:
+        assert found[key].dtype == expected[key].dtype
+        close(found[key], expected[key], 1e-12)
+    flow = torch_flow.Flow(options).double()
+    weights = {k[7:]: torch.from_numpy(v) for k, v in expected.items() if k.startswith("params/")}
+    assert set(weights) == {k for k, _ in flow.named_parameters()}
+    flow.load_state_dict(weights, strict=False)
+    text = torch.from_numpy(expected["text"]) if "text" in expected else None
+    grid = expected["grid"]
+    back, _ = flow.sample(torch.from_numpy(expected["z"]), text=text, grid=grid)
+    close(back[-1], expected["x"], 1e-10)
+    close(flow.patchify(torch.from_numpy(expected["x_image"])), expected["x"], 0)
+    close(flow.unpatchify(torch.from_numpy(expected["z"]), grid), expected["z_image"], 0)
+
+
+def test_reference_covers_tarflow_with_labels():
+    options = dict(in_channels=2, img_size=4, patch_size=2, channels=16, num_blocks=2,
+                   layers_per_block=1, head_dim=8, num_classes=3)  # fmt: skip
+    found = torch_flow.reference(options, seed=0)
+    assert found["params/blocks.1.class_embed"].shape == (3, 1, 16)
+    assert found["x"].shape == found["sample"].shape == (2, 4, 8)
+    assert found["sample_image"].shape == (2, 2, 4, 4)
+    assert np.abs(found["sample_guided"] - found["sample"]).max() > 1e-3
+    close(torch_flow.reference(options, seed=0)["z"], found["z"], 0)
+    assert np.abs(torch_flow.reference(options, seed=1)["z"] - found["z"]).max() > 1e-3
+
+
+def test_published_sizes():
+    """Parameter counts of the two timed models and of the released 3B one, and its key count."""
+    released = torch_flow.TIMED["starflow"] | dict(
+        in_channels=4, img_size=32, channels=3072, num_blocks=6, txt_size=128, txt_dim=2048,
+        layers_per_block="2 2 2 2 2 24",
+    )  # fmt: skip
+    with torch.device("meta"):
+        flows = [torch_flow.Flow(o) for o in (*torch_flow.TIMED.values(), released)]
+    counts = [sum(p.numel() for p in flow.parameters()) for flow in flows]
+    assert counts == [12_936_288, 44_629_696, 3_858_281_544]
+    assert len(flows[-1].state_dict()) == 455
+
+
+def test_unknown_option_is_named():
+    with pytest.raises(ValueError, match="use_softplush"):
+        torch_flow.Flow(TARFLOW | {"use_softplush": 1})
+
+
+@pytest.mark.parametrize(
+    "row", ["train_tarflow", "train_starflow", "sample_tarflow --guidance 1.5",
+            "sample_starflow --batch 2 --guidance 2.5 --jacobi"]
+)  # fmt: skip
+def test_timing_rows_print_one_json_object(row, monkeypatch, capsys):
+    small = dict(channels=64, num_blocks=2, layers_per_block=1)
+    sizes = {"tarflow": dict(img_size=4), "starflow": dict(img_size=4, txt_size=2, txt_dim=8)}
+    for family, size in sizes.items():
+        options = torch_flow.TIMED[family] | small | size
+        monkeypatch.setitem(torch_flow.TIMED, family, options)
+    arguments = f"torch_flow.py --repeats 2 --row {row}".split()
+    monkeypatch.setattr(sys, "argv", arguments)
+    torch_flow.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["row"] == arguments[4]
+    assert 0 < found["min_ms"] <= found["median_ms"] <= found["max_ms"]

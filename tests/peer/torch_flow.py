@@ -24,9 +24,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-sys.path.append(str(Path(__file__).parent))  # this file runs as a script and as peer.torch_flow
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `peer` where this runs as a script
 
-from torch_layers import (
+from peer.torch_layers import (
     FilledCache,
     JoinedCache,
     Layer,
@@ -287,7 +287,7 @@ def reference(
 ) -> dict[str, np.ndarray]:
     """A random float64 model of these options, run both ways; everything as numpy arrays.
 
-    Weights are multiples of 2^-10, so that float32 holds them exactly. Keys: `params/<name>`; `x`,
+    Weights and inputs are multiples of 1/64: exact in float32. Keys: `params/<name>`; `x`,
     `noise`, `z`, `sample` [B, T, D]; `x_image`, `z_image`, `sample_image` [B, C, H, W]; `log_det`
     [B] (sum in nats); `loss` (mean in nats, no constant), `grad_x`; `grid` (rows, columns); where
     the options have them `text` [B, L, E], `null_text` [1, L, E], `labels` [B], and then
@@ -299,11 +299,11 @@ def reference(
         owner, _, leaf = name.rpartition(".")
         centre = isinstance(flow.get_submodule(owner), nn.LayerNorm) and leaf == "weight"
         vector = weight.dim() == 1 or leaf.endswith("embed")
-        spread = 0.2 if vector else weight.size(-1) ** -0.5
+        spread = 0.2 if vector else 0.6 * weight.size(-1) ** -0.5
         value = centre + spread * draw.standard_normal(weight.shape)
-        weight.data = torch.from_numpy(np.round(value * 1024) / 1024)
+        weight.data = torch.from_numpy(np.round(value * 64) / 64)
     shape = (batch, grid[0] * grid[1], flow.o.token_width)
-    normal = lambda *shape: torch.from_numpy(draw.standard_normal(shape))
+    normal = lambda *shape: torch.from_numpy(np.round(64 * draw.standard_normal(shape)) / 64)
     x, noise, call, guided = normal(*shape).requires_grad_(), normal(*shape), {"grid": grid}, {}
     if flow.o.txt_dim:
         length = text_length or flow.o.txt_size
@@ -344,14 +344,14 @@ def prepare_row(row: str, batch: int, guidance: float, jacobi: bool):
     flow = Flow(TIMED[family] | classes)
     for block in flow.blocks:
         nn.init.normal_(block.proj_out.weight, std=0.005)
-    call = {"text": torch.randn(batch, 32, 768)} if family == "starflow" else {}
+    call = {"text": torch.randn(batch, flow.o.txt_size, flow.o.txt_dim)} if flow.o.txt_dim else {}
     if classes:
         call["labels"] = torch.randint(10, (batch,))
     if task == "sample":
         noise = torch.randn(batch, flow.o.side**2, flow.o.token_width)
         call |= {"guidance": guidance, "jacobi": (16, 1e-3) if jacobi else None}
         if guidance and family == "starflow":
-            call["null_text"] = torch.zeros(1, 32, 768)
+            call["null_text"] = torch.zeros_like(call["text"][:1])
         return flow, lambda: flow.unpatchify(flow.sample(noise, **call)[0][-1])
     image = torch.randn(batch, flow.o.in_channels, flow.o.img_size, flow.o.img_size)
     optimizer = torch.optim.AdamW(
@@ -375,6 +375,8 @@ def main():
     parser.add_argument("--jacobi", action="store_true", help="blocks of 16, threshold 1e-3")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
+    if args.jacobi and args.row != "sample_starflow":
+        parser.error(f"--jacobi is for sample_starflow, not {args.row}")
     torch.set_num_threads(2)
     training = args.row.startswith("train")
     batch = args.batch or {"train_tarflow": 8, "train_starflow": 4}.get(args.row, 1)
