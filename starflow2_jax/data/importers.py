@@ -22,6 +22,7 @@ from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError, sha256_file
 from starflow2_jax.data.records import Record
 
+VERSION = "1"  # in the manifest; raise it when equal sources would give other records
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTION_SUFFIX = ".txt"
 MAX_CLASSES = 10_000
@@ -91,7 +92,7 @@ def folder(root: str | os.PathLike[str], missing: Missing) -> Iterator[Record]:
       DatasetError: no images, two images with one name, a link that leads out, no caption, an image
         of another format.
     """
-    root = pathlib.Path(root)
+    root = pathlib.Path(root).resolve()
     files = _folder_files(root)
     previous = None
     for file in (f for f in files if f.suffix.lower() in IMAGE_SUFFIXES):
@@ -208,7 +209,7 @@ def label_by_caption(
 
 def folder_hashes(root: str | os.PathLike[str]) -> dict[str, str]:
     """One sha256 for a whole folder: of the names and contents of its images and captions."""
-    root, digest = pathlib.Path(root), hashlib.sha256()
+    root, digest = pathlib.Path(root).resolve(), hashlib.sha256()
     for file in _folder_files(root):
         digest.update(f"{file.relative_to(root).as_posix()}\0{sha256_file(file)}\n".encode())
     return {root.name: digest.hexdigest()}
@@ -305,9 +306,8 @@ def _folder_files(root: pathlib.Path) -> list[pathlib.Path]:
         (f for f in root.rglob("*") if f.suffix.lower() in (*IMAGE_SUFFIXES, CAPTION_SUFFIX)),
         key=lambda f: f.relative_to(root).as_posix(),
     )
-    inside = root.resolve()
     for file in files:
-        if not file.resolve().is_relative_to(inside):
+        if not file.resolve().is_relative_to(root):
             raise DatasetError(f"{file}: a link that leads out of {root}")
     if not any(f.suffix.lower() in IMAGE_SUFFIXES for f in files):
         raise DatasetError(f"{root}: no images ({', '.join(IMAGE_SUFFIXES)})")

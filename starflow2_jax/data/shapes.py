@@ -160,7 +160,7 @@ def caption(scene: Scene, tag: str, wording: int = 0) -> str:
     if wording == 1:
         return f"{said} on a {scene.background} background"
     if wording == 2:
-        verb = "is" if len(scene.objects) == 1 or said.startswith("a") else "are"
+        verb = "are" if tag == "counting" else "is"
         return f"there {verb} {said} in the picture"
     raise ValueError(f"wording {wording}, expected 0 to {WORDINGS - 1}")
 

@@ -1,0 +1,367 @@
+"""Makes and inspects datasets: import, validate, verify, stats, show, features.
+
+python -m starflow2_jax.prepare import --format shapes --n 10000 --pixels 32 --out data/shapes
+"""
+
+import difflib
+import glob
+import json
+import os
+import pathlib
+import statistics
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from absl import flags
+from PIL import Image, ImageDraw, ImageFont
+
+from starflow2_jax.data import images, importers, manifest, records, shapes, shards
+from starflow2_jax.data.manifest import DatasetError, Importer
+from starflow2_jax.data.records import Record
+
+FORMATS = ("webdataset", "folder", "tfds", "shapes")
+VERBS = ("import", "validate", "verify", "stats", "show", "features")
+EXAMPLES = """\
+python -m starflow2_jax.prepare import --format shapes --n 10000 --pixels 32 --out data/shapes
+python -m starflow2_jax.prepare import --format webdataset --source 'pictures-*.tar' --label caption --out data/pictures
+python -m starflow2_jax.prepare show --data data/pictures --out pictures.png
+"""  # noqa: E501
+_MAX_PROBLEMS = 20
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the flags of this command."""
+    text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
+    text("data", None, "dataset folder to read", flag_values=values)
+    text("out", None, "what to write: a dataset folder, or a PNG for show", flag_values=values)
+    switch("overwrite", False, "replace what --out names", flag_values=values)
+    switch("json", False, "print the result as JSON", flag_values=values)
+    flags.DEFINE_enum("format", None, FORMATS, "kind of source to import", flag_values=values)
+    flags.DEFINE_multi_string(
+        "source", [], "tar files (wildcards allowed, may be repeated), an image folder, or the "
+        "name of a TFDS set", flag_values=values,
+    )  # fmt: skip
+    text("label", "none", "classes: none, caption (the distinct captions), a class feature "
+         f"of the TFDS set, or for shapes one of {', '.join(shapes.LABELS)}", flag_values=values)  # fmt: skip
+    number("missing_captions", 0, "images without a caption that may be left out", 0,
+           flag_values=values)  # fmt: skip
+    number("n", None, "import: pictures of shapes (10000); show: pictures on the sheet (24)", 1,
+           flag_values=values)  # fmt: skip
+    number("pixels", None, "side of the images: shapes (32), features (256)", 8, flag_values=values)
+    number("seed", 0, "seed of the shapes", 0, flag_values=values)
+    flags.DEFINE_list("tags", list(shapes.TAGS), "kinds of shapes pictures", flag_values=values)
+    text("split", "train", "split of the TFDS set", flag_values=values)
+    text("tfds_dir", None, "data_dir of the TFDS set", flag_values=values)
+    text("image_key", "image", "image feature of the TFDS set", flag_values=values)
+    text("text_key", None, "caption feature of the TFDS set", flag_values=values)
+    text("vae", None, "features: folder of a diffusers AutoencoderKL", flag_values=values)
+    text("t5", None, "features: folder of a T5 encoder and tokenizer", flag_values=values)
+    number("text_length", 128, "features: tokens of text", 1, flag_values=values)
+    number("patch", 1, "features: latent pixels on a side of a token", 1, flag_values=values)
+    number("batch_size", 8, "features: images encoded at once", 1, flag_values=values)
+    text("device", "cpu", "features: torch device", flag_values=values)
+
+
+def import_(values: flags.FlagValues) -> dict[str, Any]:
+    """Source -> dataset folder. The same import over its own complete result does nothing."""
+    out = _needed(values, "out")
+    kind = _needed(values, "format")
+    make, importer, sources, classes = _SOURCES[kind](values)
+    if os.path.exists(out) and not values.overwrite:
+        if _same(out, importer, sources):
+            found = manifest.load(out)
+            return {"out": out, "records": found.records, "bytes": found.bytes, "was": "complete"}
+        shards.check_absent(out, overwrite=False)
+    if values.label == "caption":
+        classes, produced = importers.label_by_caption(make)
+    else:
+        produced = make()
+    written = records.write(
+        out,
+        produced,
+        importer=importer,
+        sources=sources,
+        classes=classes,
+        overwrite=values.overwrite,
+    )
+    return {
+        "out": out,
+        "records": written.records,
+        "bytes": written.bytes,
+        "shards": len(written.shards),
+        "classes": len(classes) if classes else 0,
+    }
+
+
+def validate(values: flags.FlagValues) -> dict[str, Any]:
+    """Schema, checks and image decoding of every record; lists the problems."""
+    return _problems(_needed(values, "data"), records.validate)
+
+
+def verify(values: flags.FlagValues) -> dict[str, Any]:
+    """sha256 of every shard, and where one differs the records that are damaged."""
+    return _problems(_needed(values, "data"), records.verify)
+
+
+def stats(values: flags.FlagValues) -> dict[str, Any]:
+    """Counts of records, segments, image sizes and formats, caption lengths, classes."""
+    dataset = records.read(_needed(values, "data"))
+    sizes, formats, classes, tags = Counter(), Counter(), Counter(), Counter()
+    targets = {"text": 0, "image": 0}
+    lengths, image_bytes = [], 0
+    for record in dataset:
+        lengths.append(len(records.text(record).encode()))
+        for blob in record.imgs:
+            sizes[f"{blob.h}x{blob.w}"] += 1
+            formats[blob.fmt] += 1
+            image_bytes += len(blob.data)
+        for segment in record.segs:
+            targets["text" if isinstance(segment, records.Text) else "image"] += segment.loss
+        if "label" in record.meta:
+            classes[record.meta["label"]] += 1
+        if "tag" in record.meta:
+            tags[record.meta["tag"]] += 1
+    names = dataset.manifest.classes or []
+    return {
+        "records": len(dataset),
+        "bytes": dataset.manifest.bytes,
+        "shards": len(dataset.manifest.shards),
+        "importer": dataset.manifest.importer.name,
+        "images": sum(sizes.values()),
+        "image_bytes": image_bytes,
+        "image_sizes_h_w": dict(sizes.most_common(20)),
+        "image_formats": dict(formats.most_common()),
+        "targets": targets,
+        "caption_bytes": {
+            "least": min(lengths),
+            "median": int(statistics.median(lengths)),
+            "most": max(lengths),
+        },
+        "tags": dict(sorted(tags.items())),
+        "classes": {name: classes[number] for number, name in enumerate(names)},
+    }
+
+
+def show(values: flags.FlagValues) -> dict[str, Any]:
+    """Writes a contact sheet with captions, records spread evenly over the dataset."""
+    out = pathlib.Path(_needed(values, "out"))
+    if out.suffix != ".png":
+        raise DatasetError(f"--out {out}: expected a file name that ends in .png")
+    if out.exists() and not values.overwrite:
+        raise DatasetError(f"{out} exists; choose another --out or give --overwrite")
+    dataset = records.read(_needed(values, "data"))
+    count = min(values.n or 24, len(dataset))
+    cells = []
+    for index in np.linspace(0, len(dataset) - 1, count).astype(int).tolist():
+        record = dataset[index]
+        for blob in record.imgs:
+            where = f"{dataset.where(index)} (id {record.id!r})"
+            cells.append((images.decode(blob.data, where), records.text(record)))
+    if not cells:
+        raise DatasetError(f"{values.data}: none of {count} records has an image")
+    sheet = contact_sheet(cells)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    sheet.save(unfinished, format="PNG")
+    os.replace(unfinished, out)
+    return {"out": str(out), "pictures": len(cells), "pixels": f"{sheet.width}x{sheet.height}"}
+
+
+def features(values: flags.FlagValues) -> dict[str, Any]:
+    """Latents and text features of a dataset, as a parallel dataset of arrays."""
+    from starflow2_jax.data import features as features_lib
+
+    out = _needed(values, "out")
+    written = features_lib.write(
+        out,
+        _needed(values, "data"),
+        vae=values.vae,
+        t5=values.t5,
+        text_length=values.text_length,
+        pixels=values.pixels or 256,
+        patch=values.patch,
+        batch_size=values.batch_size,
+        device=values.device,
+        overwrite=values.overwrite,
+    )
+    arrays = {name: a["shape"] for name, a in written.features["arrays"].items()}
+    return {"out": out, "records": written.records, "bytes": written.bytes, "arrays": arrays}
+
+
+def contact_sheet(
+    cells: list[tuple[np.ndarray, str]], side: int = 128, columns: int = 8
+) -> Image.Image:
+    """Pictures uint8 [H, W, 3] on a white sheet, `side` pixels each, captions below."""
+    font = ImageFont.load_default(11)
+    columns = min(columns, len(cells))
+    lines = [textwrap.wrap(text, side // 6)[:4] for _, text in cells]
+    line_height = 14
+    step = (side + 8, side + 10 + line_height * max(1, max(map(len, lines))))
+    rows = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (columns * step[0] + 8, rows * step[1] + 8), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (pixels, _) in enumerate(cells):
+        image = Image.fromarray(pixels)
+        scale = side / max(image.size)
+        # Small pictures keep their pixels visible.
+        how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        left, top = 8 + number % columns * step[0], 8 + number // columns * step[1]
+        sheet.paste(image.resize(size, how), (left, top))
+        for row, line in enumerate(lines[number]):
+            pen.text((left, top + side + 2 + row * line_height), line, "black", font)
+    return sheet
+
+
+# What an import needs: the records, how they are made, hashes of what they are made from, classes.
+_Source = tuple[Callable[[], Iterator[Record]], Importer, dict[str, str], list[str] | None]
+
+
+def _webdataset(values: flags.FlagValues) -> _Source:
+    tars = _sources(values)
+    hashes = {os.path.basename(tar): manifest.sha256_file(tar) for tar in tars}
+    if len(hashes) < len(tars):
+        raise DatasetError("--source: two tar files have the same name; ids would not be unique")
+
+    def make() -> Iterator[Record]:
+        return importers.webdataset(tars, importers.Missing(values.missing_captions))
+
+    return make, _importer(values, "webdataset", missing=values.missing_captions), hashes, None
+
+
+def _folder(values: flags.FlagValues) -> _Source:
+    (root,) = _sources(values, most=1)
+
+    def make() -> Iterator[Record]:
+        return importers.folder(root, importers.Missing(values.missing_captions))
+
+    importer = _importer(values, "folder", missing=values.missing_captions)
+    return make, importer, importers.folder_hashes(root), None
+
+
+def _tfds(values: flags.FlagValues) -> _Source:
+    if len(values.source) != 1:
+        raise DatasetError("--source: expected the name of one TFDS set")
+    label = values.label if values.label not in ("none", "caption") else None
+    source, classes, name = importers.tfds(values.source[0], values.split, values.tfds_dir, label)
+
+    def make() -> Iterator[Record]:
+        return importers.examples(
+            source,
+            name,
+            image_key=values.image_key,
+            text_key=values.text_key,
+            label_key=label,
+            class_names=classes,
+        )
+
+    keys = {"image_key": values.image_key, "text_key": values.text_key, "name": name}
+    return make, _importer(values, "tfds", **keys), {}, classes
+
+
+def _shapes(values: flags.FlagValues) -> _Source:
+    count, pixels = values.n or 10_000, values.pixels or 32
+    unknown = [tag for tag in values.tags if tag not in shapes.TAGS]
+    if unknown or not values.tags:
+        raise DatasetError(f"--tags: unknown {unknown}, expected some of {', '.join(shapes.TAGS)}")
+    label = values.label if values.label not in ("none", "caption") else None
+
+    def make() -> Iterator[Record]:
+        return shapes.make_records(values.seed, count, pixels, tags=values.tags, label=label)
+
+    options = {"seed": values.seed, "n": count, "pixels": pixels, "tags": ",".join(values.tags)}
+    classes = shapes.classes(label) if label else None
+    return make, _importer(values, "shapes", **options), {}, classes
+
+
+_SOURCES = {"webdataset": _webdataset, "folder": _folder, "tfds": _tfds, "shapes": _shapes}
+
+
+def _importer(values: flags.FlagValues, name: str, **options: Any) -> Importer:
+    if name in ("webdataset", "folder") and values.label not in ("none", "caption"):
+        raise DatasetError(f"--label {values.label}: a {name} import knows none and caption")
+    return Importer(name, importers.VERSION, {"label": values.label, **options})
+
+
+def _sources(values: flags.FlagValues, most: int | None = None) -> list[str]:
+    """Paths of --source, wildcards expanded in sorted order."""
+    paths = []
+    for pattern in values.source:
+        found = sorted(glob.glob(pattern))
+        if not found:
+            raise DatasetError(f"--source {pattern}: no such file")
+        paths += found
+    if not paths or (most and len(paths) > most):
+        raise DatasetError(f"--source: expected {'one path' if most else 'at least one path'}")
+    return paths
+
+
+def _same(out: str, importer: Importer, sources: dict[str, str]) -> bool:
+    try:
+        found = manifest.load(out)
+    except DatasetError:
+        return False
+    return found.importer == importer and found.sources == sources
+
+
+def _problems(path: str, find: Callable[[str], Iterator[str]]) -> dict[str, Any]:
+    found = list(find(path))
+    count = manifest.load(path).records
+    return {
+        "data": path,
+        "records": count,
+        "problems": len(found),
+        "list": found[:_MAX_PROBLEMS],
+        "failed": bool(found),
+    }
+
+
+def _needed(values: flags.FlagValues, name: str) -> str:
+    value = values[name].value
+    if not value:
+        raise DatasetError(f"--{name} must be given")
+    return value
+
+
+def main(argv: list[str]) -> int:
+    """Runs `prepare VERB --flags`; returns the exit status."""
+    values = flags.FlagValues()
+    define(values)
+    if len(argv) < 2 or argv[1] not in _RUN:
+        wrong = argv[1] if len(argv) > 1 else ""
+        near = difflib.get_close_matches(wrong, VERBS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"verb {wrong!r}: expected one of {', '.join(VERBS)}{hint}", file=sys.stderr)
+        return 2
+    try:
+        rest = values([argv[0], *argv[2:]])
+        if len(rest) > 1:
+            raise DatasetError(f"unexpected argument {rest[1]!r}; sources are given by --source")
+        result = _RUN[argv[1]](values)
+    except (ValueError, OSError, flags.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if values.json:
+        print(json.dumps(result, indent=2))
+    else:
+        for name, value in result.items():
+            print(f"{name}: {json.dumps(value) if isinstance(value, dict | list) else value}")
+    return 1 if result.get("failed") else 0
+
+
+_RUN = {
+    "import": import_,
+    "validate": validate,
+    "verify": verify,
+    "stats": stats,
+    "show": show,
+    "features": features,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
