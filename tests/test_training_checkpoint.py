@@ -402,6 +402,32 @@ def test_removal_cut_short_leaves_no_listed_step(workdir, monkeypatch, caplog):
     assert list(statuses(workdir)) == [3, 4, 5]
 
 
+def test_digests_that_cannot_be_written(tmp_path, monkeypatch):
+    def full(directory):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digest, "write", full)
+        writer = checkpoint.open(tmp_path)
+        checkpoint.save(writer, 1, make_state(1), META)
+        with pytest.raises(
+            RuntimeError, match=r"step 1 is committed, but.*disk is full.*no earlier"
+        ):
+            checkpoint.save(writer, 2, make_state(2), META)
+    assert statuses(tmp_path) == {1: "unsealed"}
+    checkpoint.save(writer, 2, make_state(2), META)
+    checkpoint.close(writer)
+    assert statuses(tmp_path) == {1: "unsealed", 2: "sealed"}
+
+
+def test_flipped_bit_in_meta_is_noticed(workdir):
+    path = workdir / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
+    flip(path, 8 * path.read_bytes().index(b"0.0001") + 3)
+    with pytest.raises(ValueError, match=r"_CHECKPOINT_METADATA: sha256.*newest good step: 2"):
+        checkpoint.read_meta(workdir)
+    assert checkpoint.read_meta(workdir, 2) == META
+
+
 def test_locate(workdir):
     assert checkpoint.locate(workdir) == (workdir, None)
     assert checkpoint.locate(str(workdir / "checkpoints" / "2") + "/") == (workdir, 2)

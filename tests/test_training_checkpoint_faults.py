@@ -78,6 +78,7 @@ def check_every_listed_step(workdir, at_least, width):
     """Whatever is listed is whole; no step that was finished is lost; the run can go on."""
     entries = [entry for entry in checkpoint.steps(workdir) if entry.status != "leftover"]
     assert entries and entries[-1].step >= at_least
+    assert all(path.name.isdecimal() for path in (workdir / "checkpoints").iterdir())
     for entry in entries:
         state = make_state(entry.step, width=width(entry.step))
         restored, meta = checkpoint.restore(workdir, entry.step, abstract(state))

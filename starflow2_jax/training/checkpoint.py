@@ -9,7 +9,8 @@
 A part of its own for each field lets a sampler read (and check) `ema` without the optimizer.
 Saving is asynchronous: `save` returns when the arrays are on the host, the files, the digests and
 the retention follow in one background thread, whose errors come out of the next `save`, `wait` or
-`close`. Every process calls every function here, save the ones that only look.
+`close`. Where there are several processes, each of them calls every function here alike; only
+`steps`, `latest` and `locate` may be called by one alone.
 """
 
 import concurrent.futures
@@ -78,7 +79,16 @@ class Writer:
     pending: concurrent.futures.Future | None = None
 
 
+def _worth_showing(record: std_logging.LogRecord) -> bool:
+    """Drops Orbax's own log below warnings (some 80 lines a save), and the tracebacks that it logs
+    in each thread a failed write passes through: it raises them too, and `save` says it once."""
+    if "_SignalingThread.run()" in record.getMessage():
+        return False
+    return record.levelno >= std_logging.WARNING or "orbax" not in record.pathname
+
+
 def _context() -> ocp.Context:
+    logging.get_absl_logger().addFilter(_worth_showing)
     context = ocp.Context()
     # Said out loud: the default on a local disk is an atomic rename, under which a step that lost
     # its commit file in a partial copy is still listed and restored.
@@ -117,12 +127,6 @@ def _reason(error: BaseException) -> str:
     return prefix + text.splitlines()[0][:400]
 
 
-def _is_not_an_echo(record: std_logging.LogRecord) -> bool:
-    """Orbax logs a failed write with its traceback from each thread it passes through, and raises
-    it as well: the one message that `save` makes of it would be lost among them."""
-    return "_SignalingThread.run()" not in record.getMessage()
-
-
 # ----------------------------------------------------------------------------------------- saving
 
 
@@ -137,7 +141,6 @@ def open(workdir: epath.PathLike, *, keep: int | None = 3, keep_every: int | Non
         raise ValueError(f"keep={keep}: at least one checkpoint has to be kept (None keeps all)")
     workdir = epath.Path(workdir)
     (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
-    logging.get_absl_logger().addFilter(_is_not_an_echo)
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     return Writer(workdir, keep, keep_every, pool)
 
@@ -325,8 +328,10 @@ def restore(
 
 
 def read_meta(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
-    """The `meta` that was given to `save`, without reading any array."""
-    return _stored(find(workdir, step))[1]
+    """The `meta` that was given to `save`; checked against its digest, no array is read."""
+    entry = find(workdir, step)
+    check_files(workdir, entry, ())
+    return _stored(entry)[1]
 
 
 def show(workdir: epath.PathLike, step: int | None = None) -> list[Row]:
