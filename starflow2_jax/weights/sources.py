@@ -29,6 +29,8 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 
+SAFETENSORS_NAMES = {np.dtype(kind): name for name, kind in _DTYPES.items()}
+
 Index = tuple[slice, ...]
 
 
@@ -71,12 +73,10 @@ def _array(name: str, value: Any) -> Stored:
         raise ValueError(f"{name} is a {type(value).__name__}; expected an array")
     if type(value).__module__.partition(".")[0] == "torch":
         return _tensor(name, value, "the mapping")
-    return Stored(
-        tuple(value.shape),
-        np.dtype(value.dtype),
-        "the mapping",
-        lambda index=(): np.asarray(value[index]),
-    )
+    if not getattr(value, "is_fully_addressable", True):
+        raise ValueError(f"{name} lies on devices of several hosts; gather it first")
+    read = lambda index=(): np.asarray(value[index] if index else value)
+    return Stored(tuple(value.shape), np.dtype(value.dtype), "the mapping", read)
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:

@@ -5,7 +5,7 @@ Theirs: linears (out, in), the rows of q, k and v in one matrix, one tensor a la
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from starflow2_jax.models.flow import FlowConfig, declare
 from starflow2_jax.params import Tree, flatten, unflatten
 from starflow2_jax.weights import starflow_options
-from starflow2_jax.weights.sources import Stored, open_source
+from starflow2_jax.weights.sources import Index, Stored, open_source
 from starflow2_jax.weights.starflow_options import find_family, image_of, read_options
 
 # Ours to theirs, within a block; of the gated MLP's names those that differ.
@@ -127,14 +127,18 @@ def load(
     """
     source = open_source(mapping_or_path)
     cfg, _ = describe(source, options)
-    return cfg, _fill(source, cfg)
+    leaves = flatten(tree_view(source, cfg))
+    return cfg, unflatten({name: stored.read() for name, stored in leaves.items()})
 
 
 def describe(
     source: Mapping[str, Stored], options: Mapping[str, Any] | str | Path
 ) -> tuple[FlowConfig, dict[str, Any]]:
-    """(configuration, image) of an opened state dict, whose names and shapes are checked."""
-    given = read_options(options)
+    """(configuration, image) of an opened state dict, whose names and shapes are checked.
+
+    `image` is that of `starflow_options.image_of`.
+    """
+    given = read_options(options)[0]
     family = find_family(given, set(source))
     shapes = {name: stored.shape for name, stored in source.items()}
     cfg = starflow_options.flow_config(given, family, shapes)
@@ -144,6 +148,8 @@ def describe(
 
 def _check(source: Mapping[str, Stored], cfg: FlowConfig, family: str) -> None:
     expected = {public.name: public.shape for public in table(cfg)}
+    # Of the buffers `var` alone is looked at: with RoPE no weight tells the side of the grid.
+    known = {**expected, **({"var": (cfg.tokens, cfg.channels)} if "var" in source else {})}
     denoiser = [name for name in source if name.startswith("learnable_self_denoiser.")]
     if denoiser:
         raise ValueError(f"{denoiser[0]}: the video model's self-denoiser is not converted")
@@ -151,9 +157,9 @@ def _check(source: Mapping[str, Stored], cfg: FlowConfig, family: str) -> None:
     unexpected = [n for n in source if n not in expected and not _DEAD.fullmatch(n)]
     both = [name for name in expected if name in source]
     misshapen = [
-        f"{name} is {list(source[name].shape)}, expected {list(expected[name])}"
-        for name in both
-        if source[name].shape != expected[name]
+        f"{name} is {list(source[name].shape)}, expected {list(shape)}"
+        for name, shape in known.items()
+        if name in source and source[name].shape != shape
     ]
     kinds = sorted({source[name].dtype.name for name in both if source[name].dtype in _DTYPES})
     odd = [f"{n} is {source[n].dtype}" for n in both if source[n].dtype not in _DTYPES]
@@ -177,22 +183,34 @@ def _check(source: Mapping[str, Stored], cfg: FlowConfig, family: str) -> None:
             )
 
 
-def _fill(source: Mapping[str, Stored], cfg: FlowConfig) -> dict[str, Any]:
-    declared, leaves = flatten(declare(cfg)), {}
+def tree_view(source: Mapping[str, Stored], cfg: FlowConfig) -> dict[str, Any]:
+    """Our tree of a checked state dict, as tensors that are put together when they are read."""
+    pieces: dict[str, list[tuple[Public, int, int]]] = {}
     for public in table(cfg):
-        tensor, first = source[public.name].read(), 0
+        first = 0
         for leaf, count in zip(public.leaves, public.rows):
-            if leaf not in leaves:
-                leaves[leaf] = np.empty(declared[leaf].shape, tensor.dtype)
-            target = leaves[leaf] if public.layer is None else leaves[leaf][public.layer]
-            part = tensor if len(public.leaves) == 1 else tensor[first : first + count]
-            target[...] = part.T if public.transposed else part.reshape(target.shape)
+            pieces.setdefault(leaf, []).append((public, first, count))
             first += count
-    return unflatten(leaves)
+
+    def stored(leaf: str, shape: tuple[int, ...]) -> Stored:
+        dtype = source[pieces[leaf][0][0].name].dtype
+
+        def read(index: Index = ()) -> np.ndarray:
+            whole = np.empty(shape, dtype)
+            for public, first, count in pieces[leaf]:
+                target = whole if public.layer is None else whole[public.layer]
+                rows = (slice(first, first + count),) if len(public.leaves) > 1 else ()
+                part = source[public.name].read(rows)
+                target[...] = part.T if public.transposed else part.reshape(target.shape)
+            return whole[index] if index else whole
+
+        return Stored(shape, dtype, "the state dict", read)
+
+    return unflatten({leaf: stored(leaf, w.shape) for leaf, w in flatten(declare(cfg)).items()})
 
 
-def public_tensors(params: Tree, cfg: FlowConfig) -> Iterator[tuple[Public, np.ndarray]]:
-    """Every tensor under its public name, made one at a time.
+def public_view(params: Tree, cfg: FlowConfig) -> dict[str, Stored]:
+    """The public state dict of a tree (arrays or Stored), as tensors made when they are read.
 
     Raises:
         ValueError: `params` is not a tree of `cfg`; missing, unexpected and misshapen leaves are
@@ -207,35 +225,42 @@ def public_tensors(params: Tree, cfg: FlowConfig) -> Iterator[tuple[Public, np.n
         if name in leaves and tuple(leaves[name].shape) != weight.shape
     ]
     if problems:
-        raise ValueError(f"the parameters are not those of the configuration: {problems}")
-    return _public_tensors(leaves, cfg)
+        raise ValueError(f"not the parameters of the configuration: {'; '.join(problems)}")
+
+    def stored(public: Public) -> Stored:
+        def read(index: Index = ()) -> np.ndarray:
+            parts = [_part(leaves[leaf], public.layer) for leaf in public.leaves]
+            parts = [part.T if public.transposed else part for part in parts]
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            whole = np.ascontiguousarray(whole).reshape(public.shape)
+            return whole[index] if index else whole
+
+        return Stored(public.shape, np.dtype(leaves[public.leaves[0]].dtype), "the tree", read)
+
+    return {public.name: stored(public) for public in table(cfg)}
 
 
-def _public_tensors(leaves: Mapping[str, Any], cfg: FlowConfig) -> Iterator:
-    for public in table(cfg):
-        parts = [leaves[leaf] for leaf in public.leaves]
-        if public.layer is not None:
-            parts = [part[public.layer] for part in parts]
-        parts = [np.asarray(part) for part in parts]
-        parts = [part.T if public.transposed else part for part in parts]
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        yield public, np.ascontiguousarray(whole).reshape(public.shape)
+def _part(leaf: Any, layer: int | None) -> np.ndarray:
+    """A leaf, or one layer of it."""
+    if isinstance(leaf, Stored):
+        return leaf.read() if layer is None else leaf.read((slice(layer, layer + 1),))[0]
+    return np.asarray(leaf if layer is None else leaf[layer])
 
 
 def export(params: Tree, cfg: FlowConfig) -> dict[str, np.ndarray]:
     """The public state dict, buffers left out: fused qkv, linears (out, in), the dtype kept.
 
     Raises:
-        ValueError: as `public_tensors`.
+        ValueError: as `public_view`.
     """
-    return {public.name: array for public, array in public_tensors(params, cfg)}
+    return {name: stored.read() for name, stored in public_view(params, cfg).items()}
 
 
 def options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The run options of `cfg` in the constructor's vocabulary, as `load` takes them.
 
     Args:
-        image: `{"pixels", "patch", "token_layout"}`; by default patches of one pixel.
+        image: `{"pixels", "patch", "layout"}`; by default patches of one pixel.
 
     Raises:
         ValueError: a flow that neither public code can be.

@@ -5,13 +5,10 @@ they differ, the YAML name is turned into the constructor's.
 """
 
 import difflib
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from absl import logging
 
 from starflow2_jax.models.flow import FlowConfig
 
@@ -37,14 +34,14 @@ _REFUSED = {
     "use_mm_attn": "puts a pretrained language model in the deep block",
     "model_type": "names a preset of theirs: give its width, blocks and layers instead",
 }
-# Options of the trainers and samplers whose names are near to a model option's.
-_TRAINER = {"cfg", "lr", "min_lr", "batch_size", "noise_std", "num_workers", "num_samples"}
 # Pixels to a latent's side for the autoencoder that the released configuration names.
 _VAE_FACTORS = {"sd-vae": 8, "sdxl-vae": 8}
 
 
-def read_options(options: Mapping[str, Any] | str | Path) -> dict[str, Any]:
-    """Model options under the constructor's names, `vae` and `family` if given; no others.
+def read_options(
+    options: Mapping[str, Any] | str | Path,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(model options under the constructor's names, with `vae` and `family` if given; the rest).
 
     Args:
         options: a mapping in either vocabulary; `key=value` text; or the path of a file that
@@ -59,7 +56,7 @@ def read_options(options: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     if set(given) == {"arguments"}:
         given = _merge_arguments(given["arguments"])
     known: dict[str, Any] = {}
-    ignored = []
+    others: dict[str, Any] = {}
     for name, value in given.items():
         name = str(name).lstrip("-")
         key, value = _YAML_NAMES.get(name, name), _value(value)
@@ -72,14 +69,12 @@ def read_options(options: Mapping[str, Any] | str | Path) -> dict[str, Any]:
             known[key] = value
         else:
             _refuse_misspelt(name)
-            ignored.append(name)
-    if ignored:
-        logging.info("options that are not the model's are left out: %s", ", ".join(ignored))
+            others[name] = value
     if known.get("nvp", 1) in (0, False):
         raise ValueError("options: nvp=0 (a running prior variance) is not converted")
     if known.get("family", FAMILIES[0]) not in FAMILIES:
         raise ValueError(f"options: family={known['family']!r} is not one of {FAMILIES}")
-    return known
+    return known, others
 
 
 def _merge_arguments(arguments: Any) -> dict[str, Any]:
@@ -97,18 +92,16 @@ def _merge_arguments(arguments: Any) -> dict[str, Any]:
 
 
 def _parse(text: str | Path) -> dict[str, Any]:
-    looks_like_text = isinstance(text, str) and ("=" in text or "\n" in text)
-    if not looks_like_text:
+    written_out = isinstance(text, str) and ("=" in text or "\n" in text)
+    if not written_out or ("\n" not in text and Path(text).is_file()):
         path = Path(text)
         if not path.is_file():
             raise FileNotFoundError(f"options: no file {path} (or write key=value)")
         text = path.read_text()
-    pairs = re.findall(r"([A-Za-z_]\w*)\s*=\s*(.*?)(?=[\s,;]+[A-Za-z_]\w*\s*=|\s*$)", text, re.S)
-    if pairs:
-        repeated = [k for k, v in pairs if dict(pairs)[k] != v]
-        if repeated:
-            raise ValueError(f"options: {repeated[0]} is given twice with different values")
-        return dict(pairs)
+    if re.match(r"\s*[A-Za-z_]\w*\s*=", text):
+        ends = r"(?=[\s,;]+[A-Za-z_]\w*\s*=|\s*$)"
+        pairs = re.findall(rf"([A-Za-z_]\w*)\s*=\s*(.*?){ends}", text, re.S)
+        return _merge_arguments([{name: value} for name, value in pairs])
     import yaml
 
     try:
@@ -136,8 +129,6 @@ def _value(value: Any) -> Any:
 
 
 def _refuse_misspelt(name: str) -> None:
-    if name in _TRAINER:
-        return
     near = difflib.get_close_matches(
         name, [*_SHARED, *_STARFLOW_ONLY, *_YAML_NAMES, *_REFUSED, "family"], 1, 0.85
     )
@@ -164,11 +155,10 @@ def find_family(options: Mapping[str, Any], names: set[str]) -> str:
 
 
 def image_of(options: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """`{"pixels", "patch", "token_layout"}` of the image (or latent) that is cut into tokens.
+    """`{"pixels", "patch", "layout"}` of the image (or latent) that is cut into tokens.
 
-    `pixels` is the side of what the flow sees: with a VAE that of the latent. The numbers of a
-    token are in order (channel, row, column) for `channel_first`, (row, column, channel) for
-    `channel_last`.
+    `pixels` is the side of what the flow sees: with a VAE that of the latent. `layout` is the order
+    within a token, as in `models.patches`.
     """
     pixels, patch = _need(options, "img_size"), _whole(options, "patch_size", 4)
     vae = options.get("vae")
@@ -182,7 +172,7 @@ def image_of(options: Mapping[str, Any], family: str) -> dict[str, Any]:
         pixels = _divide(pixels, factor, "img_size", f"the factor {factor} of {vae}")
     _divide(pixels, patch, "img_size", "patch_size")
     layout = "channel_first" if family == "tarflow" else "channel_last"
-    return {"pixels": pixels, "patch": patch, "token_layout": layout}
+    return {"pixels": pixels, "patch": patch, "layout": layout}
 
 
 def flow_config(
@@ -205,7 +195,9 @@ def flow_config(
         head_dim=_whole(options, "head_dim", 64),
     )
     if family == "tarflow":
-        foreign = sorted(_STARFLOW_ONLY & set(options))
+        harmless = {"use_bias": 1, "norm_type": "layer_norm", "seq_order": "R2L"}
+        foreign = [n for n in sorted(_STARFLOW_ONLY) if options.get(n, 0) != harmless.get(n, 0)]
+        foreign = [n for n in foreign if options.get(n) is not None]
         if foreign:
             raise ValueError(f"options: TarFlow has no {', '.join(foreign)}")
         return FlowConfig(
@@ -242,7 +234,7 @@ def flow_config(
         final_norm=bool(options.get("use_final_norm")),
         text_channels=text,
         text_length=length,
-        text_blocks="deep" if options.get("cond_top_only") else "all",
+        text_blocks="all" if length and not options.get("cond_top_only") else "deep",
         norm=norm,
         bias=bool(1 if options.get("use_bias") is None else options["use_bias"]),
         qk_norm=bool(options.get("use_qk_norm")),
@@ -253,7 +245,7 @@ def flow_config(
 
 
 def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The constructor's options of a flow, `family` among them; the inverse of `flow_config`.
+    """The constructor's options of a flow; the inverse of `flow_config`.
 
     Args:
         image: as `image_of` gives it; by default patches of one pixel, STARFlow's layout.
@@ -276,22 +268,22 @@ def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> d
         channels=cfg.width,
         num_blocks=len(cfg.layers),
         layers_per_block=list(cfg.layers),
-        head_dim=cfg.head_dim,
         nvp=1,
     )
-    layout = image.get("token_layout") or ("channel_first" if cfg.classes else "channel_last")
+    layout = image.get("layout") or ("channel_first" if cfg.classes else "channel_last")
     if layout == "channel_first" or cfg.classes:
         equal = len(set(cfg.layers)) == 1
-        if cfg != tarflow_like(cfg) or not equal or layout != "channel_first":
+        if cfg != _tarflow_of(cfg) or not equal or layout != "channel_first":
             raise ValueError(
                 "TarFlow's options cannot say this flow: classes and channel-first patches go with "
                 "start='shift', learned positions, scale='exp' and equal blocks only"
             )
-        options["layers_per_block"] = cfg.layers[0]
-        if cfg.classes:
-            options["num_classes"] = cfg.classes
-        return {"family": "tarflow", **options}
+        options.update(layers_per_block=cfg.layers[0], num_classes=cfg.classes)
+        if cfg.head_dim != 64:
+            options["head_dim"] = cfg.head_dim
+        return options
     options.update(
+        head_dim=cfg.head_dim,
         rope=int(rope),
         sos=int(cfg.start == "token"),
         txt_size=cfg.text_length,
@@ -316,10 +308,10 @@ def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> d
     ):
         if value is not None:
             options[name] = value
-    return {"family": "starflow", **options}
+    return options
 
 
-def tarflow_like(cfg: FlowConfig) -> FlowConfig:
+def _tarflow_of(cfg: FlowConfig) -> FlowConfig:
     """The TarFlow of the sizes of `cfg`."""
     return FlowConfig(
         cfg.side,
@@ -378,8 +370,3 @@ def _divide(total: int, by: int, what: str, of: str) -> int:
     if by < 1 or total % by:
         raise ValueError(f"options: {what}={total} is not a multiple of {of} ({by})")
     return total // by
-
-
-def side_of(tokens: int) -> int:
-    """The side of a square grid of `tokens` tokens."""
-    return math.isqrt(tokens)
