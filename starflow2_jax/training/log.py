@@ -1,0 +1,331 @@
+"""A run's records of itself.
+
+    WORKDIR/metrics.jsonl        one JSON object a row: `step` and figures; nan and inf are null
+            config.json          the resolved configuration
+            run.json             the run's id, and of every start: command, machine, versions
+            samples/00000500.png grids of generated images, NAME_00000500.png for other names
+            nonfinite/           the batch of a step whose loss or gradient was not finite
+            tensorboard/ ...     what `log.trackers` asks for
+
+Process 0 alone writes, save in `dump`; on the others every function returns at once. WORKDIR may be
+gs://: `metrics.jsonl` is then kept in a local file and uploaded by `upload`, at each checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import secrets
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+from etils import epath
+
+from starflow2_jax import config
+from starflow2_jax.training import pictures, speed, trackers
+
+METRICS, CONFIG, RUN = "metrics.jsonl", "config.json", "run.json"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclasses.dataclass
+class Log:
+    """What `open` returns: open file, trackers, and the clock of the progress line."""
+
+    workdir: epath.Path
+    writes: bool
+    path: Path | None = None
+    file: BinaryIO | None = None
+    fan_out: list[trackers.Tracker] = dataclasses.field(default_factory=list)
+    clock: speed.Clock = dataclasses.field(default_factory=speed.Clock)
+    unfinished_line: bool = False
+
+
+def _remote(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def _write(path: epath.Path, data: bytes) -> None:
+    """Writes a file whole or not at all; an object store does so by itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if _remote(path):
+        path.write_bytes(data)
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+# ------------------------------------------------------------------------------------ open, close
+
+
+def open(workdir: epath.PathLike, cfg: Mapping[str, Any], *, step: int = 0) -> Log:
+    """Opens a run's records: cuts rows past `step`, opens trackers, notes this start in `run.json`.
+
+    Args:
+      cfg: the resolved experiment configuration (`log.trackers`, `log.project` are read here).
+      step: the restored step, 0 for a new run.
+
+    Raises:
+      ValueError: an unknown tracker or one that is not installed, or a damaged `metrics.jsonl`.
+    """
+    workdir = epath.Path(workdir)
+    if jax.process_index():
+        return Log(workdir, writes=False)
+    cut(workdir, step)
+    starts, run_id = [], secrets.token_hex(4)
+    if (workdir / RUN).exists():
+        before = json.loads((workdir / RUN).read_text())
+        starts, run_id = before["starts"], before["id"]
+    # Opened before anything is noted, so that a tracker that fails leaves no trace.
+    fan_out = trackers.open(
+        cfg["log"]["trackers"],
+        workdir,
+        project=cfg["log"]["project"],
+        run_id=run_id,
+        step=step,
+        config=config.to_dict(cfg),
+    )
+    _write(workdir / RUN, _json({"id": run_id, "starts": [*starts, _start(step)]}))
+    log = Log(workdir, writes=True, path=Path(str(workdir / METRICS)), fan_out=fan_out)
+    if _remote(workdir):
+        log.path = Path(tempfile.mkdtemp(prefix="metrics_")) / METRICS
+        if (workdir / METRICS).exists():
+            log.path.write_bytes((workdir / METRICS).read_bytes())
+    # Unbuffered and appending: a row is one write, so a kill loses at most the row being written.
+    log.file = log.path.open("ab", buffering=0)
+    return log
+
+
+def upload(log: Log) -> None:
+    """Brings a remote workdir's `metrics.jsonl` up to date; to be called at each checkpoint."""
+    if log.writes and _remote(log.workdir):
+        _write(log.workdir / METRICS, log.path.read_bytes())
+
+
+def close(log: Log) -> None:
+    """Uploads, and closes file and trackers. May be called twice."""
+    if not log.writes or log.file.closed:
+        return
+    _end_line(log)
+    upload(log)
+    log.file.close()
+    for tracker in log.fan_out:
+        tracker.end()
+
+
+def _start(step: int) -> dict[str, Any]:
+    words = [os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]]
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"time": now, "step": step, "command": shlex.join(words), **environment()}
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code's arguments: versions, machine and devices."""
+    versions = {"python": platform.python_version()}
+    for name in ("starflow2_jax", *PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):
+        rows = Path("/proc/cpuinfo").read_text().split("model name", 1)[1]
+        cpu = rows.split(":", 1)[1].splitlines()[0].strip()
+    return {
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "machine": f"{platform.system()}, {cpu}, {os.cpu_count()} cores",
+        "versions": versions,
+    }
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def row(log: Log, step: int, values: Mapping[str, Any]) -> None:
+    """Writes one row of figures and sends it to the trackers.
+
+    Args:
+      values: name -> number or 0-d array; names of evaluations begin with `eval/`.
+
+    Raises:
+      ValueError: a value that is not one number; OSError: the disk is full.
+    """
+    if not log.writes:
+        return
+    plain = {name: _number(name, value) for name, value in values.items()}
+    line = {"step": int(step), **{k: v if math.isfinite(v) else None for k, v in plain.items()}}
+    log.file.write((json.dumps(line, allow_nan=False) + "\n").encode())
+    for tracker in log.fan_out:
+        tracker.scalars(int(step), plain)
+
+
+def _number(name: str, value: Any) -> int | float:
+    array = np.asarray(value)
+    if array.size != 1 or (array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16"):
+        raise ValueError(f"log: {name} is {array.dtype}{list(array.shape)}, expected one number")
+    return int(array.item()) if array.dtype.kind in "biu" else float(array.item())
+
+
+def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """Rows of `metrics.jsonl`, an empty list where there is none.
+
+    A last line without its line end was cut off by a kill and is left out.
+
+    Raises:
+      ValueError: another line that is not a row; names file and line.
+    """
+    path = epath.Path(workdir) / METRICS
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            values = json.loads(line)
+            values["step"] = int(values["step"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}: line {number} is {line[:60]!r}, expected a JSON object with `step`"
+            ) from None
+        rows.append(values)
+    return rows
+
+
+def cut(workdir: epath.PathLike, step: int) -> None:
+    """Removes rows past `step`, and a half-written last one, from `metrics.jsonl`."""
+    path = epath.Path(workdir) / METRICS
+    if not path.exists() or jax.process_index():
+        return
+    kept = [json.dumps(values) + "\n" for values in read(workdir) if values["step"] <= step]
+    text = "".join(kept).encode()
+    if text != path.read_bytes():
+        _write(path, text)
+
+
+def save_config(workdir: epath.PathLike, cfg: Mapping[str, Any]) -> None:
+    """Writes `config.json`."""
+    if not jax.process_index():
+        _write(epath.Path(workdir) / CONFIG, _json(config.to_dict(cfg)))
+
+
+def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """The configuration that `save_config` wrote, None where there is none."""
+    path = epath.Path(workdir) / CONFIG
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def dump(
+    workdir: epath.PathLike,
+    step: int,
+    batch: Mapping[str, Any],
+    ids: Sequence[str],
+    metrics: Mapping[str, Any],
+) -> epath.Path:
+    """Keeps the batch of a step that was not finite, for each process its own rows.
+
+    Writes `nonfinite/STEP[_pPROCESS].npz` with the arrays of `batch` (the host's, numpy) and a
+    `.json` with step, ids and metrics.
+
+    Returns:
+      path of the `.npz`.
+    """
+    process = f"_p{jax.process_index()}" if jax.process_count() > 1 else ""
+    path = epath.Path(workdir) / "nonfinite" / f"{int(step):08d}{process}.npz"
+    arrays = {name: np.asarray(value) for name, value in batch.items() if name != "id"}
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    _write(path, data.getvalue())
+    # As text: JSON has no nan.
+    figures = {name: str(_number(name, value)) for name, value in metrics.items()}
+    about = {"step": int(step), "ids": list(ids), "metrics": figures}
+    _write(path.with_suffix(".json"), _json(about))
+    return path
+
+
+# --------------------------------------------------------------------------------------- progress
+
+
+def progress(log: Log, step: int, steps: int, values: Mapping[str, Any]) -> None:
+    """Shows one line: rewritten in place on a terminal, a line of its own elsewhere.
+
+    Args:
+      values: any of `loss`, `nats_per_dim`, and what `speed.rates` gives.
+    """
+    if not log.writes:
+        return
+    forms = {
+        "loss": lambda v: f"loss {v:.4f}",
+        "nats_per_dim": lambda v: f"nats/dim {v:.4f}",
+        "tokens_per_second": lambda v: f"{_short(v)} tokens/s",
+        "flops_per_second": lambda v: f"{_short(v)}FLOP/s",
+        "mfu": lambda v: f"MFU {v:.0%}",
+    }
+    parts = [f"step {step:,}/{steps:,} ({step / max(steps, 1):.0%})"]
+    parts += [form(float(values[name])) for name, form in forms.items() if name in values]
+    left = speed.seconds_left(log.clock, step, steps)
+    if left is not None:
+        parts.append(f"{datetime.timedelta(seconds=round(left))} left")
+    line = "  ".join(parts)
+    if sys.stdout.isatty() and step < steps:
+        print(f"\r\x1b[2K{line}", end="", flush=True)
+        log.unfinished_line = True
+    else:
+        say(log, line)
+
+
+def say(log: Log, text: str) -> None:
+    """Prints a line of its own, below the progress line."""
+    if log.writes:
+        _end_line(log)
+        print(text, flush=True)
+
+
+def _end_line(log: Log) -> None:
+    if log.unfinished_line:
+        print(flush=True)
+    log.unfinished_line = False
+
+
+def _short(value: float) -> str:
+    """12,345 as `12.3k`."""
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def samples(
+    log: Log,
+    step: int,
+    images: np.ndarray,
+    captions: Sequence[str] | None = None,
+    *,
+    name: str = "samples",
+) -> epath.Path | None:
+    """Writes a grid of images uint8 [n, H, W, 3] under `samples/` and sends it to the trackers."""
+    if not log.writes:
+        return None
+    pixels = pictures.grid(images, captions)
+    prefix = "" if name == "samples" else f"{name}_"
+    path = log.workdir / "samples" / f"{prefix}{int(step):08d}.png"
+    _write(path, pictures.png(pixels))
+    for tracker in log.fan_out:
+        tracker.picture(int(step), name, pixels)
+    return path

@@ -1,0 +1,68 @@
+"""Many images in one picture, with captions."""
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """PNG of uint8 [H, W, 3]."""
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG", optimize=True)
+    return data.getvalue()
+
+
+def save_grid(
+    path: epath.PathLike, images: np.ndarray, captions: Sequence[str] | None = None
+) -> None:
+    """Writes images uint8 [n, H, W, 3] as one PNG, captions below each."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(grid(images, captions)))
+
+
+def grid(
+    images: np.ndarray, captions: Sequence[str] | None = None, columns: int | None = None
+) -> np.ndarray:
+    """Images uint8 [n, H, W, 3] as one picture uint8 [rows, columns, 3] on white.
+
+    Small images are enlarged by a whole factor, so that every pixel stays visible.
+
+    Args:
+      columns: by default the grid is square, or a little wider.
+
+    Raises:
+      ValueError: images of another shape or dtype, or not one caption an image.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
+        raise ValueError(f"grid: {images.dtype}{list(images.shape)}, expected uint8 [n, H, W, 3]")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"grid: {len(captions)} captions for {len(images)} images")
+    count, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    scale = max(1, round((112 if captions else 64) / width))
+    height, width, gap = height * scale, width * scale, 4
+    font, line_height = ImageFont.load_default(11), 14
+    lines = [_wrapped(text, width) for text in captions or [""] * count]
+    step = height + gap + line_height * max(map(len, lines))
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (gap + columns * (width + gap), gap + rows * step), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, pixels in enumerate(images):
+        left, top = gap + i % columns * (width + gap), gap + i // columns * step
+        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(image, (left, top))
+        for n, line in enumerate(lines[i]):
+            pen.text((left, top + height + 1 + n * line_height), line, "black", font)
+    return np.asarray(sheet)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """At most three lines of a caption that fit below an image of `width` pixels."""
+    return textwrap.wrap(text, max(8, width // 6), max_lines=3, placeholder=" ...")

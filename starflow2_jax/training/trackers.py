@@ -1,0 +1,116 @@
+"""Fan-out of a run's figures and pictures to TensorBoard, Weights & Biases and trackio.
+
+Each is opened once, by process 0, and imported only if `log.trackers` names it.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from starflow2_jax.config import nearest
+
+
+class Tracker(NamedTuple):
+    """Where figures and pictures (uint8 [H, W, 3]) go."""
+
+    name: str
+    scalars: Callable[[int, Mapping[str, float]], None]
+    picture: Callable[[int, str, np.ndarray], None]
+    end: Callable[[], None]
+
+
+def open(
+    names: Sequence[str],
+    workdir: epath.PathLike,
+    *,
+    project: str,
+    run_id: str,
+    step: int,
+    config: Mapping[str, Any],
+) -> list[Tracker]:
+    """Opens the trackers that are named.
+
+    Args:
+      project: groups runs in wandb and trackio; run_id: stays the same when a run is resumed.
+      step: where the run goes on; figures past it, of an earlier start, are superseded.
+      config: the resolved configuration, plain.
+
+    Raises:
+      ValueError: an unknown tracker, or one whose package is not installed.
+    """
+    for name in names:
+        if name not in _OPEN:
+            raise ValueError(
+                f"config: log.trackers names {name!r}, which is not one of {', '.join(_OPEN)}"
+                f"{nearest(name, _OPEN)}"
+            )
+    workdir = epath.Path(workdir)
+    return [_OPEN[name](workdir, project, run_id, step, dict(config)) for name in names]
+
+
+def _package(tracker: str, package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(
+            f"config: log.trackers names {tracker!r}, but its package {package} cannot be imported "
+            f"({error}); pip install 'starflow2_jax[{tracker}]'"
+        ) from error
+
+
+def _tensorboard(workdir, project, run_id, step, config) -> Tracker:
+    del project, run_id
+    writer = _package("tensorboard", "tensorboardX").SummaryWriter(
+        str(workdir / "tensorboard"), purge_step=step + 1 if step else None
+    )
+    text = "\n".join(f"    {name}: {value}" for name, value in config.items())
+    writer.add_text("config", text, step)
+
+    def scalars(step, values):
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    def picture(step, name, pixels):
+        writer.add_image(name, pixels, step, dataformats="HWC")
+        writer.flush()
+
+    return Tracker("tensorboard", scalars, picture, writer.close)
+
+
+def _wandb(workdir, project, run_id, step, config) -> Tracker:
+    del step
+    wandb = _package("wandb", "wandb")
+    local = None if "://" in str(workdir) else str(workdir)
+    run = wandb.init(
+        project=project, name=workdir.name, id=run_id, resume="allow", config=config, dir=local
+    )
+    # A step column of our own: wandb drops rows whose internal step goes back, as on a resume.
+    run.define_metric("*", step_metric="step")
+
+    def picture(step, name, pixels):
+        run.log({"step": step, name: wandb.Image(pixels)})
+
+    return Tracker(
+        "wandb", lambda step, values: run.log({**values, "step": step}), picture, run.finish
+    )
+
+
+def _trackio(workdir, project, run_id, step, config) -> Tracker:
+    del step
+    trackio = _package("trackio", "trackio")
+    # A run is resumed by its name, and folders of several projects may share theirs.
+    name = f"{workdir.name}-{run_id}"
+    run = trackio.init(project=project, name=name, config=config, resume="allow", embed=False)
+
+    def picture(step, name, pixels):
+        run.log({name: trackio.Image(pixels)}, step=step)
+
+    return Tracker(
+        "trackio", lambda step, values: run.log(dict(values), step=step), picture, run.finish
+    )
+
+
+_OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
