@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ml_collections import ConfigDict
-
 Config = TypeVar("Config")
 
 
@@ -123,8 +121,10 @@ KEYS: dict[str, Key] = {
 }
 
 
-def default() -> ConfigDict:
-    """A ConfigDict with every key at its default and an empty `model`."""
+def default() -> Any:
+    """An ml_collections ConfigDict with every key at its default and an empty `model`."""
+    from ml_collections import ConfigDict  # not needed where a plain mapping is given
+
     cfg = ConfigDict({"model": ConfigDict(), "name": ""})
     for name, key in KEYS.items():
         group = cfg
@@ -146,7 +146,7 @@ def flat(cfg: Mapping[str, Any]) -> dict[str, Any]:
             dotted = f"{prefix}{name}"
             if dotted in ("model", "name"):
                 continue
-            if isinstance(value, Mapping | ConfigDict) and dotted not in KEYS:
+            if hasattr(value, "items") and dotted not in KEYS:
                 walk(f"{dotted}.", value)
             else:
                 rows[dotted] = value
@@ -204,7 +204,7 @@ def to_dict(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """A plain nested dict (tuples as lists), as saved beside the metrics and in checkpoints."""
 
     def plain(value):
-        if isinstance(value, Mapping | ConfigDict):
+        if hasattr(value, "items"):
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 

@@ -6,6 +6,8 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_threefry_partitionable", True)
+# Tests are many small programs: compiling takes most of the time.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

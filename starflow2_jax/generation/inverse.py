@@ -139,7 +139,7 @@ def _begin(params, zeta, block, text, labels, grid, guidance, temperature, at):
         rows = 2 * batch
         labels, text = _with_null(guided, block, batch, labels, text)
         if guided.temperature_on == "unconditional":
-            null = jnp.broadcast_to(jnp.asarray(guided.temperature, jnp.float32), (batch,))
+            null = jnp.broadcast_to(jnp.asarray(guided.temperature, zeta.dtype), (batch,))
             temperature = jnp.concatenate([jnp.ones_like(null), null])
     length = text.shape[1] if block.text else 0
     at = flow.block_positions(block, grid, length) if at is None else at

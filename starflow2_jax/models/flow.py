@@ -318,7 +318,7 @@ def embed_text(params: Tree, text: jax.Array, batch: int, block: BlockConfig) ->
     return jnp.broadcast_to(h, (batch, *h.shape[1:]))
 
 
-def block_forward(
+def predict(
     params: Tree,
     x: jax.Array,
     block: BlockConfig,
@@ -327,9 +327,13 @@ def block_forward(
     grid: tuple[int, int],
     at: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One block in the normalising direction: x [B, T, D] to z [B, T, D] and its log_det [B]."""
+    """(scale, mean) [B, T, D] of every token given those before it.
+
+    Args:
+        x: tokens [B, T, D] in the block's own order; at: RoPE coordinates of its inputs, by default
+            `block_positions`.
+    """
     cfg, batch = block.flow, x.shape[0]
-    x = x[:, ::-1] if block.reverse else x
     inputs = x
     if block.start == "token":
         start = jnp.broadcast_to(params["start"].astype(x.dtype), (batch, 1, cfg.channels))
@@ -350,6 +354,18 @@ def block_forward(
     if block.start == "shift":
         mean = jnp.pad(mean[:, :-1], ((0, 0), (1, 0), (0, 0)))
         scale = jnp.pad(scale[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=1.0)
+    return scale, mean
+
+
+def block_forward(
+    params: Tree, x: jax.Array, block: BlockConfig, *given: Any
+) -> tuple[jax.Array, jax.Array]:
+    """One block in the normalising direction: x [B, T, D] to z [B, T, D] and its log_det [B].
+
+    Tokens are in raster order; `given` are the conditions of `predict`.
+    """
+    x = x[:, ::-1] if block.reverse else x
+    scale, mean = predict(params, x, block, *given)
     z = (at_least_float32(x) - mean) / scale
     log_det = -jnp.log(scale).sum((1, 2))
     return (z[:, ::-1] if block.reverse else z), log_det

@@ -1,0 +1,211 @@
+"""A trained flow, ready to draw images and to tell likelihoods.
+
+`load(path)` takes a workdir, a step in it, or a model folder. Axes: B images, T tokens, D channels.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax.data.tokens import byte_tokens
+from starflow2_jax.generation import denoise
+from starflow2_jax.generation.guidance import Guidance
+from starflow2_jax.generation.inverse import Jacobi, inverse
+from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models.patches import unpatchify
+from starflow2_jax.training import inputs
+from starflow2_jax.training.loss import log_likelihood
+from starflow2_jax.training.step import declare, model_config
+
+
+@dataclass(frozen=True)
+class Model:
+    """An experiment's resolved configuration, its flow, and all of its weights."""
+
+    cfg: Mapping[str, Any]
+    flow: FlowConfig
+    params: Mapping[str, Any]
+    source: str = ""
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn.
+
+    Attributes:
+        guidance, rule, what, annealed, guidance_temperature: see `guidance.Guidance`; 0 is none.
+        temperature: of the attention logits, without guidance.
+        jacobi: block-wise Jacobi instead of sequential sampling.
+        denoise: a score step after sampling, where the model was trained with gaussian noise.
+        seed: image i of a call is drawn from fold_in(key(seed), i).
+        batch: images drawn at a time.
+    """
+
+    guidance: float = 0.0
+    rule: str = "product"
+    what: str = "ab"
+    annealed: bool = False
+    guidance_temperature: float = 1.0
+    temperature: float = 1.0
+    jacobi: Jacobi | None = None
+    denoise: bool = True
+    seed: int = 0
+    batch: int = 16
+
+
+def load(path: str, mesh: jax.sharding.Mesh | None = None, layout: str = "dp") -> Model:
+    """A model from a workdir (newest checkpoint), a step folder in it, or a model folder.
+
+    The averaged weights of a checkpoint are taken, and no others are read.
+
+    Raises:
+        FileNotFoundError: nothing of the kind is there. ValueError: it is damaged or of another
+            model than its own configuration says.
+    """
+    from etils import epath
+
+    from starflow2_jax import params as weights
+    from starflow2_jax.training import checkpoint, step_folders
+    from starflow2_jax.weights import files
+
+    if (epath.Path(path) / "config.json").exists() and not (
+        epath.Path(path) / checkpoint.FOLDER
+    ).exists():
+        cfg = files.read_config(path)
+        model = model_config(cfg)
+        params = files.read_folder(path, declare(cfg, model), mesh, layout)
+        return Model(cfg, model, params, str(path), tuple(cfg.get("classes", ())))
+    workdir, step = step_folders.locate(path)
+    meta = checkpoint.read_meta(workdir, step)
+    cfg = meta["config"]
+    model = model_config(cfg)
+    wanted = {"ema": weights.abstract(declare(cfg, model), mesh, layout)}
+    found, _ = checkpoint.restore(workdir, step, wanted, only=("ema",))
+    source = json.dumps({"workdir": str(workdir), "step": meta["step"]})
+    return Model(cfg, model, found["ema"], source, tuple(meta.get("classes", ())))
+
+
+def generate(
+    model: Model,
+    count: int,
+    *,
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+    text: np.ndarray | None = None,
+    sampling: Sampling | None = None,
+) -> np.ndarray:
+    """Draw images.
+
+    Args:
+        prompts: `count` captions, for a model with a token embedding; labels: `count` classes, -1
+            for none in particular; text: features [count, L, E], for a model that reads them.
+
+    Returns:
+        uint8 [count, H, W, 3]; for a model of latents, float32 tokens [count, T, D].
+
+    Raises:
+        ValueError: conditions that the model does not take or needs, or a wrong number of them.
+    """
+    sampling = sampling or Sampling()
+    batch = _conditions(model, count, prompts, labels, text)
+    drawn = []
+    for start in range(0, count, sampling.batch):
+        rows = np.arange(start, start + sampling.batch)
+        # The last batch is filled up with repeated conditions, so that one program serves all.
+        part = {name: values[np.minimum(rows, count - 1)] for name, values in batch.items()}
+        guided = None
+        if sampling.guidance:
+            guided = Guidance(
+                weight=sampling.guidance,
+                temperature=sampling.guidance_temperature,
+                rule=sampling.rule,
+                what=sampling.what,
+                annealed=sampling.annealed,
+                temperature_on="all" if model.flow.text_channels else "unconditional",
+            )
+        drawn.append(_draw(model, part, rows, sampling, guided))
+    return np.concatenate(drawn)[:count]
+
+
+def _draw(model, part, rows, sampling, guided):
+    cfg, shape = model.flow, (model.flow.tokens, model.flow.channels)
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(sampling.seed)))(rows)
+    z = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    given = inputs.conditions(model.params, part, keys, 0.0)
+    x, _ = inverse(
+        model.params["flow"],
+        z,
+        cfg,
+        **given,
+        guidance=guided,
+        jacobi=sampling.jacobi,
+        temperature=sampling.temperature,
+    )
+    noise, image = model.cfg["noise"], model.cfg["image"]
+    if sampling.denoise and noise["kind"] == "gaussian" and noise["sigma"]:
+        x = _score_step(model.params["flow"], x, noise["sigma"], given, cfg=cfg)
+    if not image["pixels"]:
+        return np.asarray(x)
+    pixels = unpatchify(x, (cfg.side, cfg.side), image["patch"], image["layout"])
+    return np.asarray(jnp.clip(jnp.round((pixels + 1) * 127.5), 0, 255).astype(jnp.uint8))
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _score_step(params, x, sigma, given, *, cfg):
+    return denoise.score_step(params, x, cfg, sigma, **given)
+
+
+def likelihood(
+    model: Model,
+    x: np.ndarray,
+    *,
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[int] | None = None,
+    text: np.ndarray | None = None,
+) -> np.ndarray:
+    """log p [B] in nats of tokens x [B, T, D] as they are (no noise is added)."""
+    batch = _conditions(model, len(x), prompts, labels, text)
+    keys = jax.random.split(jax.random.key(0), len(x))
+    given = inputs.conditions(model.params, batch, keys, 0.0)
+    return np.asarray(_log_likelihood(model.params["flow"], x, given, cfg=model.flow))
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _log_likelihood(params, x, given, *, cfg):
+    return log_likelihood(params, x, cfg, **given)
+
+
+def _conditions(model, count, prompts, labels, text) -> dict[str, Any]:
+    """Conditions as the data pipeline gives them, checked."""
+    cfg, batch = model.flow, {}
+    embeds = bool(model.cfg["text"]["vocabulary"])
+    for name, values, takes in (
+        ("prompts", prompts, embeds),
+        ("labels", labels, bool(cfg.classes)),
+        ("text", text, bool(cfg.text_channels) and not embeds),
+    ):
+        if values is not None and not takes:
+            raise ValueError(f"{name}: this model does not take them")
+        if values is not None and len(values) != count:
+            raise ValueError(f"{name}: expected {count}, got {len(values)}")
+    if embeds:
+        given = [""] * count if prompts is None else prompts
+        batch["tokens"] = np.stack(
+            [byte_tokens(p, cfg.text_length, f"prompt {i}") for i, p in enumerate(given)]
+        )
+    elif cfg.text_channels:
+        empty = np.zeros((count, cfg.text_length, cfg.text_channels), np.float32)
+        batch["text"] = empty if text is None else np.asarray(text, np.float32)
+    if cfg.classes:
+        given = np.full(count, -1) if labels is None else np.asarray(labels)
+        if given.max() >= cfg.classes:
+            raise ValueError(f"labels: {given.max()} is not below the {cfg.classes} classes")
+        batch["label"] = given.astype(np.int32)
+    return batch
