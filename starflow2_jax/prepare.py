@@ -1,9 +1,10 @@
-"""Makes and inspects datasets: import, validate, verify, stats, show, features.
+"""Makes and inspects datasets.
 
 python -m starflow2_jax.prepare import --format shapes --n 10000 --pixels 32 --out data/shapes
+python -m starflow2_jax.prepare import --format webdataset --source pets.tar --out data/pets
+python -m starflow2_jax.prepare show --data data/pets --out pets.png
 """
 
-import difflib
 import glob
 import json
 import os
@@ -19,17 +20,20 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
+from starflow2_jax import command
 from starflow2_jax.data import images, importers, manifest, records, shapes, shards
 from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.data.records import Record
 
 FORMATS = ("webdataset", "folder", "tfds", "shapes")
-VERBS = ("import", "validate", "verify", "stats", "show", "features")
-EXAMPLES = """\
-python -m starflow2_jax.prepare import --format shapes --n 10000 --pixels 32 --out data/shapes
-python -m starflow2_jax.prepare import --format webdataset --source 'pictures-*.tar' --label caption --out data/pictures
-python -m starflow2_jax.prepare show --data data/pictures --out pictures.png
-"""  # noqa: E501
+VERBS = {
+    "import": "source -> dataset folder (--format --source --out)",
+    "validate": "schema, checks and image decoding of every record (--data)",
+    "verify": "sha256 of every shard (--data)",
+    "stats": "counts, sizes, caption lengths, classes (--data)",
+    "show": "contact sheet with captions (--data --out)",
+    "features": "SD-VAE latents and T5 text features, in parallel (--data --vae --t5 --out)",
+}
 _MAX_PROBLEMS = 20
 
 
@@ -45,8 +49,8 @@ def define(values: flags.FlagValues) -> None:
         "source", [], "tar files (wildcards allowed, may be repeated), an image folder, or the "
         "name of a TFDS set", flag_values=values,
     )  # fmt: skip
-    text("label", "none", "classes: none, caption (the distinct captions), a class feature "
-         f"of the TFDS set, or for shapes one of {', '.join(shapes.LABELS)}", flag_values=values)  # fmt: skip
+    text("label", "none", "classes: none, caption (the distinct captions), a class feature of the "
+         "TFDS set, or for shapes: " + ", ".join(shapes.LABELS), flag_values=values)  # fmt: skip
     number("missing_captions", 0, "images without a caption that may be left out", 0,
            flag_values=values)  # fmt: skip
     number("n", None, "import: pictures of shapes (10000); show: pictures on the sheet (24)", 1,
@@ -259,7 +263,7 @@ def _tfds(values: flags.FlagValues) -> _Source:
             class_names=classes,
         )
 
-    keys = {"image_key": values.image_key, "text_key": values.text_key, "name": name}
+    keys = {"image_key": values.image_key, "text_key": values.text_key, "set": name}
     return make, _importer(values, "tfds", **keys), {}, classes
 
 
@@ -315,8 +319,7 @@ def _problems(path: str, find: Callable[[str], Iterator[str]]) -> dict[str, Any]
         "data": path,
         "records": count,
         "problems": len(found),
-        "list": found[:_MAX_PROBLEMS],
-        "failed": bool(found),
+        "first": found[:_MAX_PROBLEMS],
     }
 
 
@@ -325,32 +328,6 @@ def _needed(values: flags.FlagValues, name: str) -> str:
     if not value:
         raise DatasetError(f"--{name} must be given")
     return value
-
-
-def main(argv: list[str]) -> int:
-    """Runs `prepare VERB --flags`; returns the exit status."""
-    values = flags.FlagValues()
-    define(values)
-    if len(argv) < 2 or argv[1] not in _RUN:
-        wrong = argv[1] if len(argv) > 1 else ""
-        near = difflib.get_close_matches(wrong, VERBS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        print(f"verb {wrong!r}: expected one of {', '.join(VERBS)}{hint}", file=sys.stderr)
-        return 2
-    try:
-        rest = values([argv[0], *argv[2:]])
-        if len(rest) > 1:
-            raise DatasetError(f"unexpected argument {rest[1]!r}; sources are given by --source")
-        result = _RUN[argv[1]](values)
-    except (ValueError, OSError, flags.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if values.json:
-        print(json.dumps(result, indent=2))
-    else:
-        for name, value in result.items():
-            print(f"{name}: {json.dumps(value) if isinstance(value, dict | list) else value}")
-    return 1 if result.get("failed") else 0
 
 
 _RUN = {
@@ -363,5 +340,20 @@ _RUN = {
 }
 
 
+def main(verb: str, words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Runs one verb and prints its result; exits with status 1 where it found problems."""
+    if words:
+        raise ValueError(f"unexpected argument {words[0]!r}; sources are given by --source")
+    result = _RUN[verb](values)
+    if values.json:
+        print(json.dumps(result, indent=2))
+    else:
+        for name, value in result.items():
+            print(f"{name}: {json.dumps(value) if isinstance(value, dict | list) else value}")
+    if result.get("problems"):
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    define(flags.FLAGS)
+    command.run(main, VERBS)

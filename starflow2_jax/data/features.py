@@ -6,6 +6,7 @@ are read. What comes out is a parallel dataset of arrays (`data/arrays.py`): `la
 channel) of a patch as in STARFlow; `text` float32 [L, E], zero past the caption's last token.
 """
 
+import importlib.util
 import math
 import os
 import pathlib
@@ -55,6 +56,9 @@ def write(
     if not vae and not t5:
         raise DatasetError("nothing to compute: give --vae, --t5 or both")
     shards.check_absent(out, overwrite)
+    for module in ("torch", "diffusers", "transformers"):
+        if importlib.util.find_spec(module) is None:
+            raise DatasetError(f"{module} is not installed: pip install 'starflow2_jax[features]'")
     dataset = records.read(data)
     features: dict[str, Any] = {}
     encode_images = encode_texts = None

@@ -117,17 +117,18 @@ def examples(
     text_key: str | None = None,
     label_key: str | None = None,
     class_names: Sequence[str] | None = None,
-    template: str = "a photo of a {}",
 ) -> Iterator[Record]:
     """Records of a random access source of dicts, such as `tfds.data_source`.
 
     The image is encoded bytes, kept as they are, or uint8 [H, W, 1 or 3], stored as PNG. The
-    caption is `text_key`, or `template` filled with the name of the class `label_key`, whose number
-    goes to `meta.label`.
+    caption is `text_key`, or "a photo of a ..." with the name of the class `label_key`; the number
+    of that class goes to `meta.label`.
 
     Raises:
       DatasetError: a missing key, naming those there are, or a value of another kind.
     """
+    if text_key is None and label_key is None:
+        raise DatasetError(f"{src}: no caption; name a text feature or a class feature")
     for index in range(len(source)):
         row, where = source[index], f"{src} example {index}"
         for key in (image_key, text_key, label_key):
@@ -143,7 +144,8 @@ def examples(
             text = row[text_key]
             caption = text.decode("utf-8") if isinstance(text, bytes) else str(text)
         else:
-            caption = template.format(class_names[meta["label"]].replace("_", " "))
+            noun = class_names[meta["label"]].replace("_", " ")
+            caption = f"a photo of {'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
         blob = records.image_blob(_encoded(row[image_key], where), where)
         yield records.text_to_image(f"{src}-{index:08d}", src, caption, blob, meta)
 
@@ -159,9 +161,15 @@ def tfds(
     """
     import tensorflow_datasets
 
-    builder = tensorflow_datasets.builder(
-        name, data_dir=data_dir, file_format="array_record", try_gcs=False
-    )
+    try:
+        builder = tensorflow_datasets.builder(
+            name, data_dir=data_dir, file_format="array_record", try_gcs=False
+        )
+    except tensorflow_datasets.core.DatasetNotFoundError as error:
+        # Its own message lists every set there is.
+        raise DatasetError(f"TFDS has no set {name!r}, and {data_dir} holds none") from error
+    if not builder.info.splits:
+        raise DatasetError(f"TFDS set {name!r}: not prepared as array_record in {builder.data_dir}")
     features = builder.info.features
     skip = {
         key: tensorflow_datasets.decode.SkipDecoding()
@@ -230,8 +238,9 @@ def _members(tar: str | os.PathLike[str], name: str) -> Iterator[tuple[str, str,
                     end = member.offset_data + member.size
                     if member.isfile():
                         yield from _member(archive, member, name)
-            if stream.count < end + tarfile.BLOCKSIZE:
-                # tarfile takes the end of the file for the end of the archive.
+            blocks = -(-end // tarfile.BLOCKSIZE) + 1
+            if stream.count < blocks * tarfile.BLOCKSIZE:
+                # tarfile takes the end of the file, or half a header, for the end of the archive.
                 raise DatasetError(f"{name}: truncated after byte {end}: no end-of-archive block")
     except FileNotFoundError as error:
         raise DatasetError(f"{tar}: no such file") from error

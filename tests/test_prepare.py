@@ -1,0 +1,176 @@
+"""The prepare command: each verb, run twice, and its errors."""
+
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from starflow2_jax import prepare
+from starflow2_jax.data import images, manifest, records, shapes
+from starflow2_jax.data.manifest import DatasetError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(capsys, verb, *words):
+    """Runs a verb in this process and returns its JSON."""
+    values = flags.FlagValues()
+    prepare.define(values)
+    values(["prepare", *map(str, words), "--json"])
+    capsys.readouterr()
+    prepare.main(verb, [], values)
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def tar(tmp_path):
+    path = tmp_path / "pets.tar"
+    with tarfile.open(path, "w") as archive:
+        for k, caption in enumerate(["cat", "dog", "cat"]):
+            pixels = np.full((8, 6, 3), 40 * k, np.uint8)
+            for name, data in ((f"{k}.png", images.encode_png(pixels)), (f"{k}.txt", caption)):
+                data = data if isinstance(data, bytes) else data.encode()
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_shapes_from_import_to_sheet(tmp_path, capsys):
+    out = tmp_path / "shapes"
+    words = ("--format", "shapes", "--n", 30, "--pixels", 32, "--seed", 5, "--out", out)
+    told = run(capsys, "import", *words)
+    assert told["records"] == 30
+    assert [r.id for r in records.read(out)][:2] == ["shapes-5-00000000", "shapes-5-00000001"]
+    before = (out / "dataset.json").read_bytes()
+    stamp = os.stat(out / "dataset.json").st_mtime_ns
+
+    assert run(capsys, "import", *words)["was"] == "complete"
+    assert os.stat(out / "dataset.json").st_mtime_ns == stamp
+    with pytest.raises(DatasetError, match="exists"):
+        run(capsys, "import", *words, "--n", 31)
+    assert run(capsys, "import", *words, "--overwrite")["records"] == 30
+    assert (out / "dataset.json").read_bytes() == before
+
+    for verb in ("validate", "verify"):
+        assert run(capsys, verb, "--data", out)["problems"] == 0
+    stats = run(capsys, "stats", "--data", out)
+    assert stats["image_sizes_h_w"] == {"32x32": 30} and stats["image_formats"] == {"png": 30}
+    assert stats["tags"] == dict.fromkeys(sorted(shapes.TAGS), 5)
+    assert stats["targets"] == {"text": 0, "image": 30}
+
+    sheet = tmp_path / "sheet.png"
+    assert run(capsys, "show", "--data", out, "--out", sheet, "--n", 10)["pictures"] == 10
+    drawn = np.asarray(Image.open(sheet))
+    first = images.decode(records.read(out)[0].imgs[0].data, "x")
+    assert (drawn[8 : 8 + 128 : 4, 8 : 8 + 128 : 4] == first).all()
+    with pytest.raises(DatasetError, match="exists"):
+        run(capsys, "show", "--data", out, "--out", sheet)
+    run(capsys, "show", "--data", out, "--out", sheet, "--overwrite")
+    with pytest.raises(DatasetError, match=r"ends in \.png"):
+        run(capsys, "show", "--data", out, "--out", tmp_path / "sheet.exe")
+    assert sorted(os.listdir(tmp_path)) == ["shapes", "sheet.png"]
+
+
+def test_shapes_with_classes(tmp_path, capsys):
+    words = ("--format", "shapes", "--n", 12, "--tags", "single_object", "--label", "shape")
+    assert run(capsys, "import", *words, "--out", tmp_path / "a")["classes"] == len(shapes.SHAPES)
+    stats = run(capsys, "stats", "--data", tmp_path / "a")
+    assert sum(stats["classes"].values()) == 12 and list(stats["classes"]) == list(shapes.SHAPES)
+    for wrong, message in (
+        (("--tags", "textures"), "--tags: unknown"),
+        (("--tags", "position"), "position shows two"),
+        (("--label", "texture"), "unknown label 'texture'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(capsys, "import", *words, *wrong, "--out", tmp_path / "b")
+    assert sorted(os.listdir(tmp_path)) == ["a"]
+
+
+def test_webdataset(tmp_path, tar, capsys):
+    out = tmp_path / "pets"
+    words = ("--format", "webdataset", "--label", "caption", "--out", out)
+    told = run(capsys, "import", *words, "--source", tmp_path / "p*.tar")
+    assert told["records"] == 3 and told["classes"] == 2
+    found = records.read(out).manifest
+    assert found.classes == ["cat", "dog"]
+    assert found.sources == {"pets.tar": manifest.sha256_file(tar)}
+    assert found.importer.options["label"] == "caption"
+    assert run(capsys, "import", *words, "--source", tar)["was"] == "complete"
+    with tarfile.open(tar, "a") as archive:
+        archive.addfile(tarfile.TarInfo("extra"))
+    with pytest.raises(DatasetError, match="exists"):
+        run(capsys, "import", *words, "--source", tar)
+    with pytest.raises(DatasetError, match="no such file"):
+        run(capsys, "import", *words, "--source", tmp_path / "nowhere.tar")
+    with pytest.raises(DatasetError, match="knows none and caption"):
+        run(capsys, "import", *words, "--source", tar, "--label", "shape")
+    with pytest.raises(DatasetError, match="--source: expected at least one path"):
+        run(capsys, "import", *words)
+    with pytest.raises(DatasetError, match="--out must be given"):
+        run(capsys, "import", "--format", "webdataset", "--source", tar)
+
+
+def test_a_bad_source_writes_nothing(tmp_path, tar, capsys):
+    with tarfile.open(tar, "a") as archive:
+        archive.addfile(tarfile.TarInfo("../../evil.png"))
+    with pytest.raises(DatasetError, match="climbs out"):
+        run(capsys, "import", "--format", "webdataset", "--source", tar, "--out", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["pets.tar"]
+
+
+def test_folder(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for k in range(3):
+        pixels = np.full((8, 6, 3), 40 * k, np.uint8)
+        (tmp_path / "in" / f"{k}.png").write_bytes(images.encode_png(pixels))
+        if k:
+            (tmp_path / "in" / f"{k}.txt").write_text(f"number {k}")
+    words = ("--format", "folder", "--source", tmp_path / "in", "--out", tmp_path / "out")
+    with pytest.raises(DatasetError, match=r"0\.png: no caption"):
+        run(capsys, "import", *words)
+    told = run(capsys, "import", *words, "--missing_captions", 1, "--label", "caption")
+    assert told["records"] == 2 and told["classes"] == 2
+
+
+def test_problems_are_listed_and_fail_the_command(tmp_path, capsys):
+    run(capsys, "import", "--format", "shapes", "--n", 5, "--out", tmp_path / "a")
+    (shard,) = (tmp_path / "a").glob("*.array_record")
+    data = bytearray(shard.read_bytes())
+    at = data.index(records.read(tmp_path / "a")[2].imgs[0].data)
+    data[at + 60] ^= 4
+    shard.write_bytes(data)
+    for verb, expected in (("verify", 2), ("validate", 1)):
+        with pytest.raises(SystemExit) as stopped:
+            run(capsys, verb, "--data", tmp_path / "a")
+        assert stopped.value.code == 1
+        told = json.loads(capsys.readouterr().out)
+        assert told["problems"] == expected and "record 2" in told["first"][-1]
+
+
+def test_the_command_line(tmp_path):
+    def command(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "starflow2_jax.prepare", *words],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+
+    out = str(tmp_path / "shapes")
+    made = command("import", "--format", "shapes", "--n", "3", "--out", out)
+    assert made.returncode == 0 and "records: 3" in made.stdout, made.stderr
+    wrong = command("verfy", "--data", out)
+    assert wrong.returncode != 0 and "verify" in wrong.stdout + wrong.stderr
+    gone = command("verify", "--data", str(tmp_path / "gone"))
+    assert gone.returncode == 1 and gone.stderr.startswith("error: ")
+    assert "Traceback" not in gone.stderr and "gone does not exist" in gone.stderr
