@@ -30,7 +30,8 @@ SHARD_BYTES = 5_000_000_000
 
 def is_folder(path: str | Path) -> bool:
     """Whether `path` is a model folder, whole or damaged."""
-    return (Path(path) / CONFIG_FILE).exists() and (Path(path) / DIGEST_FILE).exists()
+    own = (DIGEST_FILE, TENSOR_FILE, INDEX_FILE)
+    return (Path(path) / CONFIG_FILE).exists() and any((Path(path) / n).exists() for n in own)
 
 
 # ----------------------------------------------------------------------------------------- writing
@@ -96,15 +97,11 @@ def write_tensors(
             temporary.rename(path)
     except OSError as error:
         full = "the disk is full: " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        size = sum(map(_bytes, tensors.values()))
+        size = sum(stored.bytes for stored in tensors.values())
         reason = f"{path} could not be written ({size} bytes of tensors): {full}{error}"
         raise OSError(error.errno, reason) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _bytes(stored: Stored) -> int:
-    return int(np.prod(stored.shape, dtype=np.int64)) * stored.dtype.itemsize
 
 
 def _plan(tensors: Mapping[str, Stored], shard_bytes: int) -> list[list[str]]:
@@ -112,7 +109,7 @@ def _plan(tensors: Mapping[str, Stored], shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for name in sorted(tensors):
-        size = _bytes(tensors[name])
+        size = tensors[name].bytes
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
@@ -134,7 +131,7 @@ def _write_files(
     texts = dict(texts)
     if count > 1:
         index = {
-            "metadata": {"total_size": sum(map(_bytes, tensors.values()))},
+            "metadata": {"total_size": sum(stored.bytes for stored in tensors.values())},
             "weight_map": {n: file for file, names in zip(files, shards) for n in names},
         }
         texts[INDEX_FILE] = json.dumps(index, indent=2) + "\n"
@@ -171,7 +168,7 @@ def safetensors_parts(tensors: Mapping[str, Stored]) -> Iterator[Any]:
         stored = tensors[name]
         if stored.dtype not in SAFETENSORS_NAMES:
             raise ValueError(f"{name} has dtype {stored.dtype}, which safetensors does not hold")
-        start, end = end, end + _bytes(stored)
+        start, end = end, end + stored.bytes
         kind, shape = SAFETENSORS_NAMES[stored.dtype], list(stored.shape)
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -222,7 +219,8 @@ def verify(path: str | Path) -> list[str]:
         expected = {str(k): str(v) for k, v in json.loads(file.read_text()).items()}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a list of digests: {error}") from error
-    problems = []
+    held = sorted(held.name for held in Path(path).glob("*.safetensors"))
+    problems = [f"{name} is not in {DIGEST_FILE}" for name in held if name not in expected]
     for name, digest in expected.items():
         if not (Path(path) / name).exists():
             problems.append(f"{name} is missing")

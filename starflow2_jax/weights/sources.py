@@ -6,6 +6,7 @@ file. Nothing else is opened.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ class Stored:
     dtype: np.dtype
     where: str
     read: Callable[..., np.ndarray]
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def open_source(source: Mapping[str, Any] | str | Path) -> dict[str, Stored]:
@@ -147,9 +153,7 @@ def _folder(path: Path) -> dict[str, Stored]:
 def _shards(folder: Path, files: Mapping[str, str]) -> dict[str, Stored]:
     missing = sorted({f for f in files.values() if not (folder / f).exists()})
     if missing:
-        raise FileNotFoundError(
-            f"{folder}: {INDEX_FILE} names missing shards: {', '.join(missing)}"
-        )
+        raise FileNotFoundError(f"{folder / INDEX_FILE} names missing shards {', '.join(missing)}")
     tensors: dict[str, Stored] = {}
     for file in sorted(set(files.values())):
         held = open_safetensors(folder / file)

@@ -59,7 +59,8 @@ def read_options(
     others: dict[str, Any] = {}
     for name, value in given.items():
         name = str(name).lstrip("-")
-        key, value = _YAML_NAMES.get(name, name), _value(value)
+        key = _YAML_NAMES.get(name, name)
+        value = value if key == "norm_type" else _value(value)
         if key in _REFUSED:
             if value not in (None, 0, False, ""):
                 raise ValueError(f"options: {name}={value} {_REFUSED[key]}, which is not converted")
@@ -132,7 +133,8 @@ def _refuse_misspelt(name: str) -> None:
     near = difflib.get_close_matches(
         name, [*_SHARED, *_STARFLOW_ONLY, *_YAML_NAMES, *_REFUSED, "family"], 1, 0.85
     )
-    if near:
+    # The one option of their trainers that is as near to one of the model as a slip would be.
+    if near and name != "batch_size":
         raise ValueError(f"options: unknown {name!r}; did you mean {near[0]!r}?")
 
 
@@ -309,6 +311,16 @@ def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> d
         if value is not None:
             options[name] = value
     return options
+
+
+def to_yaml(options: Mapping[str, Any]) -> str:
+    """Options of `public_options` as their YAML files write them."""
+    yaml_names = {constructor: name for name, constructor in _YAML_NAMES.items()}
+    lines = ["arguments:"]
+    for name, value in options.items():
+        text = " ".join(map(str, value)) if isinstance(value, list) else value
+        lines.append(f"- {yaml_names.get(name, name)}: {text}")
+    return "\n".join(lines) + "\n"
 
 
 def _tarflow_of(cfg: FlowConfig) -> FlowConfig:

@@ -1,0 +1,138 @@
+"""Files that weights are read from, whole and broken."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from starflow2_jax.weights import sources
+
+ARRAYS = {
+    "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "b": np.arange(5).astype(ml_dtypes.bfloat16),
+    "c": np.linspace(0, 1, 4).reshape(2, 2),
+}
+
+
+def check(found, arrays=ARRAYS):
+    assert set(found) == set(arrays)
+    for name, stored in found.items():
+        assert stored.shape == arrays[name].shape and stored.dtype == arrays[name].dtype
+        np.testing.assert_array_equal(stored.read(), arrays[name])
+        assert stored.read().dtype == arrays[name].dtype
+        rows = (slice(1, 2),)
+        np.testing.assert_array_equal(stored.read(rows), arrays[name][rows])
+
+
+def test_safetensors_file_folder_and_mapping(tmp_path):
+    save_file(ARRAYS, tmp_path / "x.safetensors")
+    check(sources.open_source(tmp_path / "x.safetensors"))
+    check(sources.open_source(str(tmp_path)))
+    check(sources.open_source(ARRAYS))
+
+
+def test_sharded_folder(tmp_path):
+    names = sorted(ARRAYS)
+    for i, name in enumerate(names):
+        save_file({name: ARRAYS[name]}, tmp_path / f"s{i}.safetensors")
+    index = {"weight_map": {name: f"s{i}.safetensors" for i, name in enumerate(names)}}
+    (tmp_path / sources.INDEX_FILE).write_text(json.dumps(index))
+    check(sources.open_source(tmp_path))
+    (tmp_path / "s1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names missing shards s1\.safetensors"):
+        sources.open_source(tmp_path)
+
+
+def test_index_that_is_wrong(tmp_path):
+    save_file(ARRAYS, tmp_path / "x.safetensors")
+    index = tmp_path / sources.INDEX_FILE
+    index.write_text("{")
+    with pytest.raises(ValueError, match="not a safetensors index"):
+        sources.open_source(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"b": "../x.safetensors"}}))
+    with pytest.raises(ValueError, match=r"b is said to be in '\.\./x\.safetensors'"):
+        sources.open_source(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"b": "x.safetensors", "d": "x.safetensors"}}))
+    with pytest.raises(ValueError, match=r"do not agree about a\.weight, c, d"):
+        sources.open_source(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 40, -3])
+def test_truncated_safetensors(tmp_path, cut):
+    path = tmp_path / "x.safetensors"
+    save_file(ARRAYS, path)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"x\.safetensors is truncated or not a safetensors"):
+        sources.open_source(path)
+
+
+def test_what_is_not_there_or_not_known(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        sources.open_source(tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="found none"):
+        sources.open_source(tmp_path)
+    (tmp_path / "x.pkl").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"read from a folder or from \.safetensors, \.pth"):
+        sources.open_source(tmp_path / "x.pkl")
+    with pytest.raises(ValueError, match="epoch is a int; expected an array"):
+        sources.open_source({"epoch": 3})
+    (tmp_path / ".metadata").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"torch\.distributed checkpoint.*dcp_to_torch"):
+        sources.open_source(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files(tmp_path, zipped):
+    torch = pytest.importorskip("torch")
+    state = {
+        "a.weight": torch.from_numpy(ARRAYS["a.weight"].copy()),
+        "b": torch.arange(5).to(torch.bfloat16),
+        "c": torch.nn.Parameter(torch.from_numpy(ARRAYS["c"].copy())),
+    }
+    path = tmp_path / "x.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    check(sources.open_source(path))
+    check(sources.open_source(tmp_path))
+    check(sources.open_source(state))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"x\.pth is damaged"):
+        sources.open_source(path)
+
+
+class _Attack:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_pickles_run_no_code(tmp_path):
+    torch = pytest.importorskip("torch")
+    path, mark = tmp_path / "x.pth", tmp_path / "mark"
+    torch.save({"a": torch.zeros(2), "b": _Attack(mark)}, path)
+    with pytest.raises(ValueError, match=r"x\.pth is damaged, or holds more than tensors"):
+        sources.open_source(path)
+    assert not mark.exists()
+
+
+def test_torch_files_that_are_no_state_dict(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "x.pth"
+    torch.save({"model": {"a": torch.zeros(2)}, "step": 3}, path)
+    with pytest.raises(ValueError, match=r"'model' is a dict; expected a state_dict of tensors"):
+        sources.open_source(path)
+    torch.save(torch.zeros(2), path)
+    with pytest.raises(ValueError, match="holds a Tensor; expected a state_dict"):
+        sources.open_source(path)
+
+
+def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    (tmp_path / "x.pth").write_bytes(b"x")
+    with pytest.raises(ImportError, match=r"pip install 'starflow2_jax\[torch\]'"):
+        sources.open_source(tmp_path / "x.pth")
