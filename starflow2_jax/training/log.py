@@ -130,9 +130,13 @@ def close(log: Log) -> None:
 
 
 def _start(step: int) -> dict[str, Any]:
-    words = [os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"time": now, "step": step, "command": shlex.join(words), **environment()}
+    return {"time": now, "step": step, "command": command_line(), **environment()}
+
+
+def command_line() -> str:
+    """The command that started this process."""
+    return shlex.join([os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]])
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,196 @@
+"""Measures trained models, and writes the report of a run.
+
+python -m starflow2_jax.evaluate likelihood --model runs/cifar --data data/cifar_test
+python -m starflow2_jax.evaluate likelihood --model runs/cifar --fit data/cifar_train --rows 1000
+python -m starflow2_jax.evaluate report --workdir runs/cifar
+"""
+
+import hashlib
+import json
+import time
+from typing import Any
+
+import jax
+from absl import flags
+from etils import epath
+
+from starflow2_jax import command
+from starflow2_jax import mesh as meshes
+from starflow2_jax.data import pipeline
+from starflow2_jax.evaluation import likelihood, report
+from starflow2_jax.generation import model as models
+from starflow2_jax.training import digest, log, step_folders
+from starflow2_jax.weights import files
+
+VERBS = {
+    "likelihood": "exact nats/dim, and bits/dim where they are defined (--model --data)",
+    "report": "report.html of a run (--workdir)",
+}
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the flags of this command."""
+    text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
+    text("model", None, "workdir, step folder or model folder", flag_values=values)
+    text("workdir", None, "report: the run's folder", flag_values=values)
+    text("data", None, "dataset folder (default: that of the run's eval_data)", flag_values=values)
+    text("latents", None, "folder of latents parallel to --data", flag_values=values)
+    text("features", None, "folder of text features parallel to --data", flag_values=values)
+    text("fit", None, "training dataset of the Gaussian baseline", flag_values=values)
+    text("fit_latents", None, "folder of latents parallel to --fit", flag_values=values)
+    number("rows", None, "first rows of --data that are measured (all)", 1, flag_values=values)
+    number("batch_size", None, "rows at a time (that of the run)", 1, flag_values=values)
+    text("layout", "dp", "where weights live", flag_values=values)
+    text("mesh", "data=-1", "devices along each mesh axis", flag_values=values)
+    text("out", None, "JSON to write (likelihood of a run: in its evaluation/)", flag_values=values)
+    switch("overwrite", False, "replace what --out names", flag_values=values)
+    switch("json", False, "print the result as JSON", flag_values=values)
+
+
+def main(verb: str, words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Runs one verb and prints its result.
+
+    Raises:
+        ValueError, OSError: bad input; nothing was written over.
+    """
+    if words:
+        raise ValueError(f"{verb}: unexpected argument {words[0]!r}")
+    result, lines = {"likelihood": _likelihood, "report": _report}[verb](values)
+    if jax.process_index() == 0:
+        print(json.dumps(result, indent=2) if values.json else "\n".join(lines))
+
+
+def _report(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
+    if not values.workdir:
+        raise ValueError("report: --workdir is needed")
+    path = report.write(values.workdir)
+    return {"report": str(path)}, [str(path)]
+
+
+def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
+    if not values.model:
+        raise ValueError("likelihood: --model is needed")
+    mesh = meshes.make_mesh(values.mesh)
+    source = _source(values.model)
+    model = models.load(values.model, mesh, values.layout)
+    options = _options(model, values)
+    about = pipeline.describe(options)
+    out = _out(values, source, options)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = values.batch_size or -(-model.cfg["evaluate"]["batch_size"] // ways) * ways
+    meshes.check_batch(size, mesh, "--batch_size")
+    began = time.time()
+    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = pipeline.eval_batches(options, batch_size=size, **hosts)
+    nats, parts = likelihood.per_image(model, likelihood.limit(batches, values.rows, size), mesh)
+    figures = likelihood.summarise(nats, model.cfg)
+    result = {
+        "model": source,
+        "data": {
+            "path": str(options["path"]),
+            "fingerprints": about["fingerprints"],
+            "features": about["features"],
+            "records": about["records"],
+            "rows": len(nats),
+            "skipped": min(values.rows or about["records"], about["records"]) - len(nats),
+        },
+        **figures,
+        "parts": parts,
+        "baselines": _baselines(model, options, values, size),
+        "protocol": likelihood.protocol(model.cfg, model.flow),
+        "seconds": round(time.time() - began, 1),
+        "command": log.command_line(),
+        **log.environment(),
+    }
+    if out is not None and jax.process_index() == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    return result, _lines(result, out)
+
+
+def _options(model: models.Model, values: flags.FlagValues) -> dict[str, Any]:
+    """Where the data are: the run's `eval_data`, or --data and the folders parallel to it."""
+    given = {"latents": values.latents, "features": values.features}
+    changes = {name: value for name, value in given.items() if value}
+    if values.data:
+        absent = {"latents": "", "features": ""}
+        changes = {**absent, **changes, "path": values.data, "mixture": ()}
+    options = likelihood.data_options(model.cfg, model.flow, **changes)
+    if not options["path"] and not options["mixture"]:
+        raise ValueError("likelihood: --data is needed: the run has no eval_data.path")
+    if not options["pixels"] and not options["latents"]:
+        raise ValueError("likelihood: --latents is needed: the model reads latents")
+    return options
+
+
+def _baselines(
+    model: models.Model, options: dict[str, Any], values: flags.FlagValues, size: int
+) -> dict[str, Any]:
+    if not values.fit:
+        return {}
+    plain = {"labels": False, "text": "none", "features": ""}
+    fit = {**options, **plain, "path": values.fit, "latents": values.fit_latents or ""}
+    if not fit["pixels"] and not fit["latents"]:
+        raise ValueError("likelihood: --fit_latents is needed: the model reads latents")
+    # Every host reads all of it: a Gaussian is cheap.
+    measured = pipeline.eval_batches({**options, **plain}, batch_size=size)
+    nats = likelihood.gaussian_baseline(
+        pipeline.eval_batches(fit, batch_size=size),
+        likelihood.limit(measured, values.rows, size),
+        model.cfg,
+    )
+    bits = None
+    if not likelihood.not_comparable(model.cfg):
+        bits = likelihood.bits_per_dim(nats)
+    about = {"fit": values.fit, "fingerprints": pipeline.describe(fit)["fingerprints"]}
+    return {"gaussian_per_dimension": {"nats_per_dim": nats, "bits_per_dim": bits, **about}}
+
+
+def _source(path: str) -> dict[str, Any]:
+    """Path, step and digest of what is measured: the sha256 of its list of file digests."""
+    if files.is_folder(path):
+        listed, step, where = epath.Path(path) / files.DIGEST_FILE, None, str(path)
+    else:
+        workdir, step = step_folders.locate(path)
+        entry = step_folders.find(workdir, step)
+        listed, step, where = entry.path / digest.SIDECAR, entry.step, str(workdir)
+    sha256 = hashlib.sha256(listed.read_bytes()).hexdigest() if listed.exists() else None
+    return {"path": where, "step": step, "weights": "averaged", "sha256": sha256}
+
+
+def _out(
+    values: flags.FlagValues, source: dict[str, Any], options: dict[str, Any]
+) -> epath.Path | None:
+    """Where the result goes; refused here, before anything is computed, if it may not."""
+    out = values.out
+    if not out and source["step"] is not None:
+        name = (
+            f"likelihood_{source['step']:08d}_{epath.Path(options['path'] or 'mixture').name}.json"
+        )
+        out = epath.Path(source["path"]) / "evaluation" / name
+    if out and epath.Path(out).exists() and not values.overwrite:
+        raise FileExistsError(f"{out} is there already; --overwrite replaces it")
+    return epath.Path(out) if out else None
+
+
+def _lines(result: dict[str, Any], out: epath.Path | None) -> list[str]:
+    def interval(name):
+        pair = result[f"{name}_95"]
+        return f"  (95% over images: {pair[0]:.4f} to {pair[1]:.4f})" if pair else ""
+
+    lines = [f"rows       {result['rows']:,} of {result['data']['path']}"]
+    for name, label in (("nats_per_dim", "nats/dim"), ("bits_per_dim", "bits/dim")):
+        if result[name] is not None:
+            lines.append(f"{label}   {result[name]:.4f}{interval(name)}")
+    if result["not_comparable"]:
+        lines.append(f"bits/dim   {result['not_comparable']}")
+    for name, baseline in result["baselines"].items():
+        bits = baseline["bits_per_dim"]
+        also = f", {bits:.4f} bits/dim" if bits is not None else ""
+        lines.append(f"baseline   {name}: {baseline['nats_per_dim']:.4f} nats/dim{also}")
+    return [*lines, *([f"written    {out}"] if out else [])]
+
+
+if __name__ == "__main__":
+    define(flags.FLAGS)
+    command.run(main, VERBS)
