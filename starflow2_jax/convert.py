@@ -168,14 +168,11 @@ def _opened(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     meta = checkpoint.read_meta(workdir, step)
     cfg = {**meta["config"], **({"classes": meta["classes"]} if meta.get("classes") else {})}
     declared = declare_experiment(cfg, model_config(cfg))
-    trained, frozen = weights.split(declared, tuple(cfg["train"]["trains"]))
-    if frozen:
-        raise ValueError(f"{path}: {', '.join(frozen)} is frozen in this run, so not in it")
     part = "ema" if ema else "params"
     # On the host: a checkpoint may be larger than one accelerator's memory.
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=host)
-    wanted = {part: jax.tree.map(place, weights.abstract(trained))}
+    wanted = {part: jax.tree.map(place, weights.abstract(declared))}
     return cfg, checkpoint.restore(workdir, step, wanted, only=(part,))[0][part]
 
 

@@ -1,0 +1,253 @@
+"""The convert command: public weights in and out, model folders, checkpoints."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from safetensors.numpy import load_file, save_file
+
+from starflow2_jax import config, convert
+from starflow2_jax import params as weights
+from starflow2_jax.models import flow
+from starflow2_jax.training import checkpoint
+from starflow2_jax.training.step import declare, model_config
+from starflow2_jax.weights import files
+
+GOLDEN = Path(__file__).parent / "golden"
+TARFLOW = "img_size=16 patch_size=4 channel_size=3 channels=64 blocks=4 layers_per_block=2"
+STARFLOW = (
+    "img_size=8 patch_size=1 channel_size=4 channels=64 blocks=4 layers_per_block=2 2 2 4 "
+    "head_dim=32 rope=1 sos=1 txt_size=8 cond_top_only=1 use_softplus=1 use_final_norm=1 "
+    "soft_clip=4 seq_order=L2R"
+)
+
+
+def run(*words):
+    """`convert words...` in this process."""
+    values = flags.FlagValues()
+    convert.define(values)
+    verb, *rest = values(["convert", *map(str, words)])[1:]
+    convert.main(verb, rest, values)
+
+
+def golden(name):
+    with np.load(GOLDEN / f"{name}_tiny.npz") as arrays:
+        state = {k: arrays[k] for k in arrays.files if k.startswith("params/")}
+        given = {k: arrays[k] for k in ("x", "y")}
+        z = arrays["f32/fwd/z" if name == "starflow" else "f32/cond/y/z"]
+        given["tokens"] = (
+            arrays["x"].transpose(0, 2, 3, 1).reshape(2, 64, 4)
+            if name == "starflow"
+            else arrays["patchify_x"]
+        )
+    return {k.removeprefix("params/"): v for k, v in state.items()}, given, z
+
+
+@pytest.fixture
+def public(tmp_path):
+    for name in ("tarflow", "starflow"):
+        save_file(golden(name)[0], tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def opened(path):
+    cfg = files.read_config(path)
+    config.check(cfg)
+    model = model_config(cfg)
+    return cfg, model, files.read_folder(path, declare(cfg, model))
+
+
+def test_tarflow_to_a_model_folder(public, capsys):
+    out = public / "model"
+    options = TARFLOW + " noise_std=0.07 lr=1e-4"
+    run("tarflow", public / "tarflow.safetensors", "--options", options, "--out", out)
+    printed = capsys.readouterr().out
+    assert "442,752 parameters" in printed and "left out, as no part of the flow: lr" in printed
+    cfg, model, params = opened(out)
+    assert cfg["image"] | {"flip": 0} == {
+        "pixels": 16,
+        "patch": 4,
+        "layout": "channel_first",
+        "flip": 0,
+    }
+    assert cfg["noise"] == {"kind": "gaussian", "sigma": 0.07} and cfg["data"]["labels"]
+    _, given, z = golden("tarflow")
+    mine, _ = flow.forward(params["flow"], given["tokens"], model, labels=given["y"])
+    np.testing.assert_allclose(mine, z, atol=1e-5)
+
+
+def test_starflow_to_a_model_folder_and_back(public, capsys):
+    source, out, back = public / "starflow.safetensors", public / "model", public / "back"
+    run("starflow", source, "--options", STARFLOW, "--out", out, "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert result["parameters"] == 505_072
+    assert result["noise"] == {"kind": "gaussian", "sigma": 0.3}
+    cfg, model, params = opened(out)
+    assert cfg["image"]["pixels"] == 0 and cfg["data"]["text"] == "features"
+    _, given, z = golden("starflow")
+    mine, _ = flow.forward(params["flow"], given["tokens"], model, text=given["y"])
+    np.testing.assert_allclose(mine, z.transpose(0, 2, 3, 1).reshape(mine.shape), atol=1e-5)
+
+    run("export", "--model", out, "--public", "--out", back)
+    state, written = golden("starflow")[0], load_file(back / "model.safetensors")
+    assert all(np.array_equal(array, state[name]) for name, array in written.items())
+    assert len(written) == 146
+    run("starflow", back, "--options", back / "options.yaml", "--out", public / "again")
+    assert (public / "again" / "model.safetensors").read_bytes() == (
+        out / "model.safetensors"
+    ).read_bytes()
+
+
+def test_pth_to_a_model_folder(public):
+    torch = pytest.importorskip("torch")
+    state = {k: torch.from_numpy(v) for k, v in golden("tarflow")[0].items()}
+    torch.save(state, public / "x.pth")
+    run("tarflow", public / "x.pth", "--options", TARFLOW, "--out", public / "a")
+    run("tarflow", public / "tarflow.safetensors", "--options", TARFLOW, "--out", public / "b")
+    assert (public / "a" / "sha256.json").read_text() == (public / "b" / "sha256.json").read_text()
+
+
+def test_bad_input_writes_nothing(public):
+    source, out = public / "tarflow.safetensors", public / "model"
+    for words, error, message in (
+        (("tarflow", source, "--options", TARFLOW), ValueError, "--out is needed"),
+        (("tarflow", source, "--out", out), ValueError, "--options is needed"),
+        (("tarflow", "--options", TARFLOW, "--out", out), ValueError, "expected one INPUT"),
+        (
+            ("tarflow", public / "no.pth", "--options", TARFLOW, "--out", out),
+            FileNotFoundError,
+            "no such file",
+        ),
+        (
+            ("tarflow", source, "--options", TARFLOW + " family=starflow", "--out", out),
+            ValueError,
+            "the verb is tarflow",
+        ),
+        (
+            ("starflow", source, "--options", TARFLOW, "--out", out),
+            ValueError,
+            "4 unexpected: blocks.0.class_embed",
+        ),
+        (
+            ("tarflow", source, "--options", TARFLOW.replace("64", "96"), "--out", out),
+            ValueError,
+            "misshapen: .*expected",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            run(*words)
+        assert sorted(p.name for p in public.iterdir()) == [
+            "starflow.safetensors",
+            "tarflow.safetensors",
+        ]
+
+
+def test_overwrite(public):
+    out = public / "model"
+    words = ("tarflow", public / "tarflow.safetensors", "--options", TARFLOW, "--out", out)
+    run(*words)
+    with pytest.raises(FileExistsError, match="exists already"):
+        run(*words)
+    run(*words, "--overwrite")
+    run("verify", "--model", out)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    cfg = config.to_dict(config.default())
+    cfg["model"] = {"side": 2, "channels": 12, "width": 64, "layers": [1, 1]}
+    cfg["image"].update(pixels=4, patch=2, layout="channel_last")
+    cfg["model"] |= {"text_channels": 8, "text_length": 4}
+    cfg["text"]["vocabulary"] = 257
+    params = weights.init(jax.random.key(0), declare(cfg, model_config(cfg)))
+    writer = checkpoint.open(path)
+    for step in (1, 2):
+        ema = jax.tree.map(lambda a, step=step: a + step, params)
+        state = {"params": params, "ema": ema}
+        meta = {"config": {**cfg, "train": {**cfg["train"], "trains": ["flow", "text"]}}}
+        checkpoint.save(writer, step, state, {**meta, "step": step, "classes": ["cat"]})
+    checkpoint.close(writer)
+    return path, params
+
+
+def test_export_of_a_run(workdir, tmp_path):
+    path, params = workdir
+    for words, plus in (
+        ((path,), 2),
+        ((path / "checkpoints" / "1",), 1),
+        ((path, "--noema"), 0),
+    ):
+        out = tmp_path / f"model{plus}"
+        run("export", "--model", *words, "--out", out)
+        cfg = files.read_config(out)
+        assert cfg.pop("classes") == ["cat"]
+        read = files.read_folder(out, declare(cfg, model_config(cfg)))
+        for name, leaf in weights.flatten(params).items():
+            np.testing.assert_array_equal(weights.flatten(read)[name], leaf + plus)
+    again = tmp_path / "again"
+    run("export", "--model", tmp_path / "model2", "--out", again)
+    assert (again / "sha256.json").read_text() == (tmp_path / "model2/sha256.json").read_text()
+    run("export", "--model", path, "--public", "--out", tmp_path / "public")
+    options = tmp_path / "public" / "options.yaml"
+    run("starflow", tmp_path / "public", "--options", options, "--out", tmp_path / "back")
+    cfg, _, read = opened(tmp_path / "back")
+    assert cfg["image"]["pixels"] == 4 and cfg["image"]["layout"] == "channel_last"
+    start = params["flow"]["blocks"]["0"]["start"]
+    np.testing.assert_array_equal(read["flow"]["blocks"]["0"]["start"], start + 2)
+
+
+def test_list_show_verify(workdir, tmp_path, capsys):
+    path, params = workdir
+    run("list", "--workdir", path, "--json")
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["step"], row["status"]) for row in rows] == [(1, "sealed"), (2, "sealed")]
+    run("show", "--model", path / "checkpoints" / "1", "--json")
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 2 * len(weights.flatten(params))
+    assert sum(row["bytes"] for row in rows) == 2 * 4 * weights.count(params)
+    run("verify", "--workdir", path)
+    assert capsys.readouterr().out == "step 1: sealed, good\nstep 2: sealed, good\n"
+    run("export", "--model", path, "--out", tmp_path / "m")
+    capsys.readouterr()
+    run("show", "--model", tmp_path / "m")
+    assert f"{4 * weights.count(params):,}" in capsys.readouterr().out
+    tensors = tmp_path / "m" / "model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="1 of what was checked is damaged"):
+        run("verify", "--model", tmp_path / "m")
+    assert "model.safetensors has sha256" in capsys.readouterr().out
+    for verb in ("list", "verify"):
+        with pytest.raises(FileNotFoundError, match="no checkpoints"):
+            run(verb, "--workdir", tmp_path)
+
+
+def test_run_of_another_model(workdir, tmp_path):
+    path, params = workdir
+    writer = checkpoint.open(tmp_path / "run")
+    state = {"ema": {"flow": params["flow"]}}
+    checkpoint.save(writer, 1, state, checkpoint.read_meta(path))
+    checkpoint.close(writer)
+    with pytest.raises(ValueError, match="1 missing: ema.text.embed"):
+        run("export", "--model", tmp_path / "run", "--out", tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_command_line(tmp_path):
+    def call(*words):
+        words = [sys.executable, "-m", "starflow2_jax.convert", *words]
+        return subprocess.run(words, capture_output=True, text=True, env={**os.environ})
+
+    found = call("shwo")
+    assert found.returncode != 0 and "did you mean 'show'" in found.stdout + found.stderr
+    found = call("verify", "--workdir", str(tmp_path))
+    assert found.returncode == 1 and found.stdout == ""
+    assert found.stderr.strip() == f"error: {tmp_path}: no checkpoints in it"
+    found = call("show", "--modle", "x")
+    assert found.returncode != 0 and "Did you mean: model" in found.stderr
