@@ -153,6 +153,13 @@ def test_eval_batches_pass_once_in_order(folder, hosts):
     assert mask == [1.0] * 22 + [0.0] * 2
 
 
+def test_eval_batches_of_a_mixture_are_one_folder_after_the_other(folder, tmp_path):
+    records.write(tmp_path / "b", make(3, "b"))
+    cfg = {"mixture": [{"path": folder}, {"path": str(tmp_path / "b")}], "pixels": 8}
+    seen = flat(ids(pipeline.eval_batches(cfg, batch_size=5)))
+    assert seen == [f"r{k}" for k in range(22)] + ["b0", "b1", "b2"]
+
+
 def test_describe(folder):
     told = pipeline.describe({"path": folder, "pixels": 8})
     assert told["records"] == 22 and told["classes"] == ["a", "b", "c"]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 
 import msgspec
@@ -67,8 +68,10 @@ def test_never_over_an_existing_folder(tmp_path):
     path = tmp_path / "data"
     records.write(path, make(3))
     before = content(path)
+    source = make(5)
     with pytest.raises(DatasetError, match="exists"):
-        records.write(path, make(5))
+        records.write(path, source)
+    assert next(source).id == "r0"  # refused before anything was read
     assert content(path) == before
     records.write(path, make(5), overwrite=True)
     assert len(records.read(path)) == 5
@@ -105,7 +108,6 @@ def test_nothing_to_write(tmp_path):
 
 def test_a_shard_that_cannot_be_read_back_is_not_published(tmp_path, monkeypatch):
     class Forgetful(shards.ArrayRecordWriter):
-        # A full disk shows in the Python writer as missing records, not as an exception.
         def write(self, data):
             if not hasattr(self, "full"):
                 self.full = True
@@ -115,6 +117,19 @@ def test_a_shard_that_cannot_be_read_back_is_not_published(tmp_path, monkeypatch
     with pytest.raises(DatasetError, match="wrote 4 records but 1 can be read"):
         records.write(tmp_path / "data", make(4))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_leaves_the_disk_as_it_was(tmp_path):
+    records.write(tmp_path / "data", make(3))
+    before = content(tmp_path / "data")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(DatasetError, match=r"shard 0 could not be written.*write\(\) failed"):
+            records.write(tmp_path / "data", make(60, side=50), overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == ["data"] and content(tmp_path / "data") == before
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ def test_record_depends_on_seed_and_index_alone():
     other = [records.encode(r) for r in shapes.make_records(2, 7, 32)]
     assert few == many[:7]
     assert not set(few) & set(other)
+    solo = shapes.make_records(1, 40, 32, tags=["colors"])
+    assert len({record.imgs[0].data for record in solo}) == 40
 
 
 def test_objects_stay_apart_and_inside():

@@ -147,21 +147,28 @@ def eval_batches(
     opts = options(cfg_data)
     sources = _open(opts)
     mine = _host_rows(batch_size, process_index, process_count)
-    order = [(number, i) for number, source in enumerate(sources) for i in range(len(source))]
+    total = sum(len(source) for source in sources)
     read = _reader(opts, sources)
+
+    def place(position: int) -> tuple[int, int]:
+        for number, source in enumerate(sources):
+            if position < len(source):
+                break
+            position -= len(source)
+        return number, position
 
     def make(step: int) -> dict[str, Any]:
         rows, mask = [], []
         for row in mine:
             position = step * batch_size + row
-            example, good = read(*order[min(position, len(order) - 1)])
-            if position >= len(order):
+            example, good = read(*place(min(position, total - 1)))
+            if position >= total:
                 example, good = {**example, "id": ""}, False
             rows.append(example)
             mask.append(good)
         return _stack(rows) | {"mask": np.asarray(mask, np.float32)}
 
-    steps = grain.MapDataset.range(-(-len(order) // batch_size))
+    steps = grain.MapDataset.range(-(-total // batch_size))
     return iter(steps.map(make).to_iter_dataset(_read_options(opts)))
 
 

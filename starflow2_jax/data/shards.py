@@ -49,6 +49,7 @@ def write(
     if "://" in os.fspath(path):
         raise DatasetError(f"{path}: datasets are written to a local folder; copy it there after")
     out = pathlib.Path(os.path.abspath(path))
+    # Before the source is read for hours.
     check_absent(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     building = out.parent / f".{out.name}.building-{os.getpid()}"
@@ -153,7 +154,7 @@ def _write_shards(
                 records, size = records + 1, size + len(payload)
                 payload = next(iterator, None)
         finally:
-            writer.close()
+            _close(writer, number)
         _sync_file(file)
         _check_count(file, records)
         written.append(records)
@@ -168,13 +169,20 @@ def _write_shards(
     return shards
 
 
+def _close(writer: ArrayRecordWriter, number: int) -> None:
+    try:
+        writer.close()
+    except RuntimeError as error:
+        raise DatasetError(f"shard {number} could not be written: {error}") from error
+
+
 def _check_count(file: pathlib.Path, records: int) -> None:
-    # The writer reports no error on a full disk; only reading back shows what arrived.
+    # An ArrayRecord file without its footer opens without an error and has no records.
     reader = ArrayRecordReader(str(file))
     found = reader.num_records() if reader.ok() else 0
     reader.close()
     if found != records:
-        raise DatasetError(f"{file}: wrote {records} records but {found} can be read: disk full?")
+        raise DatasetError(f"{file}: wrote {records} records but {found} can be read")
 
 
 def _put_in_place(building: pathlib.Path, out: pathlib.Path, overwrite: bool) -> None:
