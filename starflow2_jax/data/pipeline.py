@@ -151,10 +151,10 @@ def eval_batches(
     read = _reader(opts, sources)
 
     def place(position: int) -> tuple[int, int]:
-        for number, source in enumerate(sources):
-            if position < len(source):
-                break
-            position -= len(source)
+        number = 0
+        while position >= len(sources[number]):
+            position -= len(sources[number])
+            number += 1
         return number, position
 
     def make(step: int) -> dict[str, Any]:
