@@ -234,7 +234,7 @@ def test_run_of_another_model(workdir, tmp_path):
     state = {"ema": {"flow": params["flow"]}}
     checkpoint.save(writer, 1, state, checkpoint.read_meta(path))
     checkpoint.close(writer)
-    with pytest.raises(ValueError, match="1 missing: ema.text.embed"):
+    with pytest.raises(ValueError, match=r"1 missing: ema\.text\.embed"):
         run("export", "--model", tmp_path / "run", "--out", tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
