@@ -110,11 +110,15 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
 
 def _options(model: models.Model, values: flags.FlagValues) -> dict[str, Any]:
     """Where the data are: the run's `eval_data`, or --data and the folders parallel to it."""
-    given = {"latents": values.latents, "features": values.features}
-    changes = {name: value for name, value in given.items() if value}
+    changes: dict[str, Any] = {}
     if values.data:
-        absent = {"latents": "", "features": ""}
-        changes = {**absent, **changes, "path": values.data, "mixture": ()}
+        text = "none"
+        if model.flow.text_channels:
+            text = "bytes" if model.cfg["text"]["vocabulary"] else "features"
+        changes = {"path": values.data, "mixture": (), "latents": "", "features": ""}
+        changes |= {"labels": bool(model.flow.classes), "text": text}
+    given = {"latents": values.latents, "features": values.features}
+    changes |= {name: value for name, value in given.items() if value}
     options = likelihood.data_options(model.cfg, model.flow, **changes)
     if not options["path"] and not options["mixture"]:
         raise ValueError("likelihood: --data is needed: the run has no eval_data.path")

@@ -1,7 +1,7 @@
 """Likelihoods against closed forms, paddings that change nothing, and the command."""
 
+import hashlib
 import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +145,8 @@ def test_bad_rows_are_named():
     cfg = experiment()
     with pytest.raises(ValueError, match="there are no rows to evaluate"):
         likelihood.per_image(model_of(cfg), [])
+    with pytest.raises(ValueError, match=r"reads 'image', the data give \['mask'\]"):
+        likelihood.per_image(model_of(cfg), [{"mask": np.ones(4)}])
     broken = model_of(cfg)
     weight = broken.params["flow"]["blocks"]["0"]["proj_out"]
     weight["bias"] = weight["bias"].at[0].set(jnp.nan)
@@ -191,3 +193,81 @@ def test_gaussian_baseline_refuses_what_it_cannot_fit():
         likelihood.gaussian_baseline([], batches(constant, 5), cfg)
     with pytest.raises(ValueError, match="no rows to evaluate"):
         likelihood.gaussian_baseline(batches(pictures(5), 5), [], cfg)
+
+
+def dataset(path, seed, count):
+    made = shapes.make_records(seed, count, SIDE, tags=("single_object",), label="color")
+    records.write(
+        path,
+        made,
+        importer=Importer("shapes", "1", {"seed": seed}),
+        classes=shapes.classes("color"),
+    )
+    return str(path)
+
+
+def run_command(capsys, verb, **given):
+    values = flags.FlagValues()
+    evaluate.define(values)
+    values(["evaluate", *(f"--{name}={value}" for name, value in given.items())])
+    evaluate.main(verb, [], values)
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A workdir with a checkpoint of a class-conditional flow, and two datasets."""
+    test, train = dataset(tmp_path / "test", 1, 21), dataset(tmp_path / "train", 2, 64)
+    classes = len(shapes.classes("color"))
+    cfg = experiment(**{"noise.kind": "uniform", "eval_data.path": test, "eval_data.labels": True})
+    cfg.model.classes = classes
+    workdir, model = tmp_path / "run", model_of(cfg, 0.05)
+    writer = checkpoint.open(workdir)
+    state = {"step": jnp.int32(30), "params": model.params, "ema": model.params}
+    meta = {"config": config.to_dict(cfg), "classes": shapes.classes("color"), "step": 30}
+    checkpoint.save(writer, 30, state, meta)
+    checkpoint.close(writer)
+    return {"model": model, "workdir": workdir, "train": train, "test": test}
+
+
+def test_the_command_measures_a_run_and_stamps_the_protocol(trained, capsys):
+    workdir, model = trained["workdir"], trained["model"]
+    # Eight devices: batches of 4 are raised to 8.
+    out = run_command(capsys, "likelihood", model=workdir, fit=trained["train"])
+    path = workdir / "evaluation" / "likelihood_00000030_test.json"
+    result = json.loads(path.read_text())
+    options = likelihood.data_options(model.cfg, model.flow)
+    nats, _ = likelihood.per_image(model, pipeline.eval_batches(options, batch_size=21))
+    assert result["nats_per_dim"] == pytest.approx(nats.mean(), rel=1e-6)
+    bits = result["bits_per_dim"]
+    assert bits == pytest.approx((nats.mean() + np.log(128)) / np.log(2), rel=1e-6)
+    assert f"bits/dim   {bits:.4f}" in out and str(path) in out
+    sums = (workdir / "checkpoints" / "30" / "SHA256SUMS").read_bytes()
+    assert result["model"]["sha256"] == hashlib.sha256(sums).hexdigest()
+    assert result["data"]["rows"] == 21 and result["data"]["skipped"] == 0
+    assert len(result["data"]["fingerprints"][0]) == 64
+    assert result["protocol"]["noise"] == {"kind": "uniform"}
+    assert result["protocol"]["conditions"] == ["label"]
+    assert "8 x cpu" in result["devices"] and result["versions"]["jax"] == jax.__version__
+    baseline = result["baselines"]["gaussian_per_dimension"]
+    assert baseline["bits_per_dim"] == pytest.approx(
+        likelihood.bits_per_dim(baseline["nats_per_dim"])
+    )
+    assert baseline["fingerprints"] != result["data"]["fingerprints"]
+
+
+def test_the_command_writes_nothing_over_and_takes_the_first_rows(trained, capsys, tmp_path):
+    given = {"model": trained["workdir"], "data": trained["test"], "rows": 5, "out": tmp_path / "a"}
+    first = json.loads(run_command(capsys, "likelihood", json=True, **given))
+    assert first["data"]["rows"] == 5
+    with pytest.raises(FileExistsError, match="is there already; --overwrite replaces it"):
+        run_command(capsys, "likelihood", **{**given, "rows": 7})
+    assert json.loads((tmp_path / "a").read_text())["rows"] == 5
+    run_command(capsys, "likelihood", overwrite=True, **{**given, "rows": 7})
+    assert json.loads((tmp_path / "a").read_text())["rows"] == 7
+    with pytest.raises(ValueError, match="--model is needed"):
+        run_command(capsys, "likelihood")
+    with pytest.raises(FileNotFoundError, match="no committed checkpoint"):
+        run_command(capsys, "likelihood", model=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"--batch_size=12 is not divisible by data x fsdp"):
+        run_command(capsys, "likelihood", **given, overwrite=True, batch_size=12)

@@ -92,7 +92,8 @@ def per_image(
         nats per dimension float64 [n], and the means that `evaluate` gives.
 
     Raises:
-        ValueError: a row whose likelihood is not finite, named; or no rows.
+        ValueError: a row whose likelihood is not finite, named; no rows; or an array that the
+            model reads and the data do not have.
     """
     mesh = mesh or meshes.make_mesh({"data": 1}, jax.local_devices()[:1])
     cfg, flow, place = model.cfg, model.flow, _placer(mesh)
@@ -107,6 +108,9 @@ def per_image(
     wanted = inputs.abstract_batch(cfg, flow, 1)
     found, totals = [], {}
     for number, batch in enumerate(batches):
+        absent = [name for name in wanted if name not in batch]
+        if absent:
+            raise ValueError(f"the model reads {absent[0]!r}, the data give {sorted(batch)}")
         arrays = {name: place(np.asarray(batch[name], a.dtype)) for name, a in wanted.items()}
         ids, mask, sums = jax.device_get(
             measure(model.params, arrays, *_rows(batch, number, place))
