@@ -44,9 +44,9 @@ def weights_of(golden, options, dtype, without=()):
     return cfg, jax.tree.map(jnp.asarray, params)
 
 
-@partial(jax.jit, static_argnames="cfg")
-def losses(params, x, cfg, penalty, given):
-    each, sums = flow_loss(params, x, cfg, latent_penalty=penalty, **given)
+@partial(jax.jit, static_argnames=("cfg", "grid"))
+def losses(params, x, cfg, penalty, given, grid=None):
+    each, sums = flow_loss(params, x, cfg, latent_penalty=penalty, grid=grid, **given)
     return each.sum() / x.size, sums
 
 
@@ -160,10 +160,10 @@ def deep_text_states(params, x, cfg, text):
 
 
 def forward_values(params, cfg, x, grid, text, names=None):
-    given = {"text": text, "grid": grid}
-    loss, sums = losses(params, x, cfg, 0.0, given)
+    given = {"text": text}
+    loss, sums = losses(params, x, cfg, 0.0, given, grid)
     log_det = sum(sums[f"log_det/{i}"] for i in range(4))
-    z, _ = flow.forward(params, x, cfg, **given)
+    z, _ = flow.forward(params, x, cfg, grid=grid, **given)
     picture = lambda t: unpatchify(t, grid, 1, "channel_last").transpose(0, 3, 1, 2)
     values = {
         "z": picture(z),
@@ -174,7 +174,7 @@ def forward_values(params, cfg, x, grid, text, names=None):
         "logdet_sum_per_example": log_det,
     }
     if names is not None:
-        mean = lambda p, x: losses(p, x, cfg, 0.0, given)[0]
+        mean = lambda p, x: losses(p, x, cfg, 0.0, given, grid)[0]
         grads = jax.grad(mean, argnums=(0, 1))(params, x)
         values["grad_x"] = picture(grads[1])
         values["grad_norms"] = grad_norms(grads[0], cfg, names)

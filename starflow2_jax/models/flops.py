@@ -1,4 +1,7 @@
-"""Floating-point operations of a flow, counted from its configuration (2 per multiply-add)."""
+"""Floating-point operations and bytes of a flow, counted from its configuration.
+
+A multiply-add counts 2. Norms, activations and the softmax are left out.
+"""
 
 from starflow2_jax.models.flow import FlowConfig
 
@@ -12,6 +15,22 @@ def matrix_parameters(cfg: FlowConfig, index: int) -> tuple[int, int]:
     return block.depth * layer.width * (projections + mlp), 3 * cfg.channels * layer.width
 
 
+def block_forward(
+    cfg: FlowConfig, index: int, tokens: int, text_length: int = 0, causal: bool = False
+) -> int:
+    """FLOPs of one row's forward pass through one block; arguments as in `forward`."""
+    block = cfg.block(index)
+    if not block.depth:
+        return 0
+    text_length = text_length if block.text else 0
+    length = tokens + text_length
+    everywhere, image_only = matrix_parameters(cfg, index)
+    total = 2 * (everywhere * length + image_only * tokens)
+    total += 2 * cfg.text_channels * block.layer.width * text_length
+    scores = 4 * length**2 * block.layer.heads * block.layer.head_dim * block.depth
+    return total + (scores // 2 if causal else scores)
+
+
 def forward(cfg: FlowConfig, tokens: int, text_length: int = 0, causal: bool = False) -> int:
     """FLOPs of one row's forward pass.
 
@@ -20,21 +39,24 @@ def forward(cfg: FlowConfig, tokens: int, text_length: int = 0, causal: bool = F
         causal: count only the half of the attention scores that a causal mask keeps; otherwise the
             full square, as model FLOPs utilisation is usually reported.
     """
-    total = 0
-    for i, depth in enumerate(cfg.layers):
-        if not depth:
-            continue
-        block = cfg.block(i)
-        length = tokens + (text_length if block.text else 0)
-        everywhere, image_only = matrix_parameters(cfg, i)
-        total += 2 * (everywhere * length + image_only * tokens)
-        if block.text:
-            total += 2 * cfg.text_channels * block.layer.width * text_length
-        scores = 4 * length**2 * block.layer.heads * block.layer.head_dim * depth
-        total += scores // 2 if causal else scores
-    return total
+    each = (block_forward(cfg, i, tokens, text_length, causal) for i in range(len(cfg.layers)))
+    return sum(each)
 
 
 def train_step(cfg: FlowConfig, batch: int, tokens: int, text_length: int = 0) -> int:
     """FLOPs of a training step: three forward passes, attention over the full square."""
     return 3 * batch * forward(cfg, tokens, text_length)
+
+
+def pass_bytes(
+    cfg: FlowConfig, index: int, rows: int, tokens: int, text_length: int = 0, itemsize: int = 4
+) -> int:
+    """Bytes that one decoding pass of a block reads at least: its matrices, and the keys and values
+    of the positions so far, taken as half of the tokens and all of the text.
+    """
+    block = cfg.block(index)
+    if not block.depth:
+        return 0
+    seen = tokens // 2 + (text_length if block.text else 0)
+    cached = 2 * rows * seen * block.layer.kv_heads * block.layer.head_dim * block.depth
+    return itemsize * (sum(matrix_parameters(cfg, index)) + cached)

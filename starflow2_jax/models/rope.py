@@ -36,17 +36,24 @@ def tables(angles: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def plane(grid: tuple[int, int], side: int) -> np.ndarray:
-    """(row, column) [T, 2] of a grid in raster order, in units of the training grid's side."""
+    """(row, column) float64 [T, 2] of a grid in raster order, in units of the training grid's side.
+
+    Rounded to float32 on the way, as the published models were trained: 3 / sqrt(32) * 8 is a
+    number that float32 does not hold, and weights have learnt the rounded one.
+    """
     rows, columns = grid
-    unit = side / np.sqrt(rows * columns)
-    both = np.meshgrid(np.arange(rows) * unit, np.arange(columns) * unit, indexing="ij")
-    return np.stack(both, -1).reshape(-1, 2)
+    mean = np.float32((rows * columns) ** 0.5)
+    steps = [np.arange(n, dtype=np.float32) / mean * np.float32(side) for n in (rows, columns)]
+    return np.stack(np.meshgrid(*steps, indexing="ij"), -1).reshape(-1, 2).astype(np.float64)
 
 
 def after_text(plane: np.ndarray, length: int, side: int) -> np.ndarray:
-    """STARFlow's coordinates [length + T, 3]: text has only a third one, scaled to `side`."""
+    """STARFlow's coordinates [length + T, 3]: text has only a third one, scaled to `side`.
+
+    In float32 on the way, as in `plane`.
+    """
     text, image = np.zeros((length, 3)), np.pad(plane, ((0, 0), (0, 1)))
-    text[:, 2] = np.arange(length) / max(length, 1) * side
+    text[:, 2] = np.arange(length, dtype=np.float32) / np.float32(max(length, 1)) * np.float32(side)
     return np.concatenate([text, image])
 
 

@@ -1,0 +1,341 @@
+"""Train an experiment: same command and same workdir resume it.
+
+python -m starflow2_jax.train --config experiments/tarflow_pixels.py:tiny --workdir runs/tiny
+python -m starflow2_jax.train --config experiments/tarflow_pixels.py:cifar --config.optim.lr=3e-4 --workdir runs/a
+python -m starflow2_jax.train --config experiments/starflow_t2i.py:3b --layout fsdp --mesh fsdp=-1 --workdir runs/3b --dry_run
+"""  # noqa: E501
+
+import os
+import signal
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from starflow2_jax import command, config
+from starflow2_jax import mesh as meshes
+from starflow2_jax import params as weights
+from starflow2_jax.data import pipeline
+from starflow2_jax.evaluation import likelihood, report
+from starflow2_jax.generation import model as generation
+from starflow2_jax.models import flops
+from starflow2_jax.training import checkpoint, speed, step_folders
+from starflow2_jax.training import log as logs
+from starflow2_jax.training import step as programs
+from starflow2_jax.training.loss import per_dim
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py[:variant], an experiment")
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of checkpoints, metrics, samples, report")
+_LAYOUT = flags.DEFINE_string("layout", None, "where weights live; overrides the config")
+_MESH = flags.DEFINE_string("mesh", None, "such as data=2,fsdp=4; overrides the config")
+_SEED = flags.DEFINE_integer("seed", None, "overrides the config")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "build, compile, print the tables, and end")
+
+# Keys that may differ when a run goes on: they change where and what is shown, not what is learnt.
+FREE_KEYS = ("layout", "mesh", "log.", "checkpoint.", "data.threads", "eval_data.threads")
+PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", "eval_data.")
+
+
+def main(words: list[str]) -> None:
+    """See the module's docstring."""
+    if words:
+        raise ValueError(f"unexpected argument {words[0]!r}")
+    if _CONFIG.value is None or not (_WORKDIR.value or _DRY_RUN.value):
+        raise ValueError("--config and --workdir are needed (--dry_run does without --workdir)")
+    for name, flag in (("layout", _LAYOUT), ("mesh", _MESH), ("seed", _SEED)):
+        if flag.value is not None:
+            _CONFIG.value[name] = flag.value
+    train(config.to_dict(_CONFIG.value), _WORKDIR.value, dry_run=_DRY_RUN.value)
+
+
+def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) -> None:
+    """Run or resume an experiment.
+
+    Args:
+        cfg: a resolved configuration (`config.to_dict`).
+
+    Raises:
+        ValueError: a bad key, data or checkpoint, or a workdir of another configuration.
+        RuntimeError: a step that was not finite (its batch is dumped), or a save that failed.
+    """
+    # -------------------------------------------------------------------- configuration and mesh
+    config.check(cfg)
+    _use_compilation_cache()
+    mesh = meshes.make_mesh(cfg["mesh"])
+    jax.set_mesh(mesh)
+
+    # -------------------------------------------------------------------------------------- data
+    model = programs.model_config(cfg)
+    of = lambda group: likelihood.data_options(cfg, model, group)
+    data = None
+    if not dry_run:
+        data = {g: pipeline.describe(of(g)) for g in ("data", "eval_data") if _given(cfg[g])}
+        if "data" not in data:
+            raise ValueError("config: data.path or data.mixture is needed")
+
+    # ------------------------------------------------------------------------------------- build
+    program = programs.build(cfg, mesh)
+    if jax.process_index() == 0:
+        print(overview(program), flush=True)
+    began = time.perf_counter()
+    compiled = program.lower_step().compile()
+    print(f"compiled in {time.perf_counter() - began:.1f} s; {_memory(compiled)}", flush=True)
+    if dry_run:
+        return
+
+    # ------------------------------------------------------------------------------------- start
+    workdir = epath.Path(workdir)
+    steps = cfg["train"]["steps"]
+    newest = _check_workdir(workdir, cfg, data)
+    if newest == steps:
+        print(f"{workdir} is finished: step {newest} of {steps}", flush=True)
+        return
+    state, frozen = program.init(jax.random.key(cfg["seed"]))
+    if newest is not None:  # 1. resume
+        del state
+        state, _ = checkpoint.restore(workdir, newest, program.abstract_state)
+        print(f"resumed {workdir} at step {newest}", flush=True)
+    elif cfg["init"]["from"]:  # 2. weights of another run
+        state = _warm_start(program, state, cfg["init"])
+        print(f"started from the weights of {cfg['init']['from']}", flush=True)
+    # 3. otherwise from the initialised weights
+    first = newest or 0
+    classes = data["data"]["classes"]
+    meta = {"config": cfg, "data": data, "classes": classes, "versions": logs.environment()}
+    logs.save_config(workdir, cfg)
+    log = logs.open(workdir, cfg, step=first)
+    writer = checkpoint.open(
+        workdir,
+        keep=cfg["checkpoint"]["keep"],
+        keep_every=cfg["checkpoint"]["keep_every"] or None,
+    )
+    stop = _catch_sigterm()
+    batches = pipeline.batches(
+        of("data"),
+        batch_size=cfg["train"]["batch_size"],
+        start_step=first,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    work = {
+        "tokens": cfg["train"]["batch_size"] * model.tokens,
+        "flops": flops.train_step(
+            model, cfg["train"]["batch_size"], model.tokens, model.text_length
+        ),
+        "peak": speed.peak_flops(),
+    }
+    window: list[dict[str, Any]] = []
+    waiting = None
+
+    def settle() -> None:
+        """Read the figures of the last step; stop where they are not finite."""
+        number, metrics, batch = waiting
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not values["finite"]:
+            arrays = {name: a for name, a in batch.items() if name != "id"}
+            path = logs.dump(workdir, number, arrays, batch["id"], values)
+            raise RuntimeError(
+                f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']} is not "
+                f"finite; the batch (ids {', '.join(batch['id'][:4])}, ...) is in {path}; weights "
+                f"of this step were not changed, the newest checkpoint is intact"
+            )
+        window.append(values)
+        if number % cfg["log"]["every"] == 0 or number == steps:
+            row = _summary(window) | speed.rates(log.clock, number, **work)
+            logs.row(log, number, row)
+            logs.progress(log, number, steps, row)
+            window.clear()
+
+    # -------------------------------------------------------------------------------------- loop
+    profile = tuple(cfg["log"]["profile_steps"])
+    number = first
+    try:
+        for number in range(first + 1, steps + 1):
+            if profile and number == profile[0]:
+                jax.profiler.start_trace(str(workdir / "profile"))
+            batch = next(batches)
+            state, metrics = compiled(state, frozen, programs.to_device(program, batch))
+            if waiting is not None:
+                settle()  # one step late, so that the device never waits for the host
+            waiting = (number, metrics, batch)
+            if profile and number == profile[1]:
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+            last = number == steps or stop["asked"]
+            due = lambda every: last or (every and number % every == 0)  # noqa: B023
+            if due(cfg["checkpoint"]["every"]):
+                settle()
+                waiting = None
+                with speed.pause(log.clock):
+                    checkpoint.save(writer, number, state, {**meta, "step": number})
+                    logs.upload(log)
+            if stop["asked"]:
+                break
+            if due(cfg["sample"]["every"]) and cfg["sample"]["every"]:
+                with speed.pause(log.clock):
+                    _sample(program, state, frozen, log, number, classes, of)
+            if due(cfg["evaluate"]["every"]) and "eval_data" in data:
+                with speed.pause(log.clock):
+                    _evaluate(program, state, frozen, log, number, of("eval_data"))
+        checkpoint.wait(writer)
+    finally:
+        checkpoint.close(writer)
+        logs.close(log)
+    if stop["asked"] and number < steps:
+        print(f"stopped by SIGTERM at step {number}, saved; the same command resumes", flush=True)
+        return
+    if jax.process_index() == 0:
+        print(f"done: {report.write(workdir)}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------ pieces
+
+
+def overview(program: programs.Program) -> str:
+    """The table of weights, trained or frozen, and what the run is."""
+    trained = set(program.cfg["train"]["trains"])
+    where = weights.flatten(
+        weights.shardings(program.declared, program.mesh, program.cfg["layout"])
+    )
+
+    def note(name):
+        kind = "trained" if name.split("/")[0] in trained else "frozen"
+        axes = [str(axis) for axis in where[name].spec if axis]
+        return f"{kind} {'x'.join(axes)}".rstrip()
+
+    shape = (
+        ", ".join(f"{axis}={n}" for axis, n in program.mesh.shape.items() if n > 1) or "1 device"
+    )
+    lines = weights.table(program.declared, note)
+    return "\n".join([*lines, f"layout {program.cfg['layout']} over {shape}"])
+
+
+def _memory(compiled: Any) -> str:
+    found = compiled.memory_analysis()
+    parts = {
+        "arguments": found.argument_size_in_bytes,
+        "outputs": found.output_size_in_bytes,
+        "aliased": found.alias_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+    }
+    return "per device: " + ", ".join(f"{n} {b / 2**20:,.0f} MiB" for n, b in parts.items())
+
+
+def _use_compilation_cache() -> None:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = os.path.expanduser("~/.cache/starflow2_jax")
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _given(group: dict[str, Any]) -> bool:
+    return bool(group["path"] or group["mixture"])
+
+
+def _check_workdir(workdir: epath.Path, cfg: dict[str, Any], data: dict[str, Any]) -> int | None:
+    """The newest step to resume from, None in a new workdir.
+
+    Raises:
+        ValueError: the workdir is another experiment's, or its data have changed.
+    """
+    newest = step_folders.latest(workdir)
+    saved = logs.read_config(workdir)
+    if saved is None:
+        return newest
+    moved = newest is not None and _fingerprints(checkpoint.read_meta(workdir)["data"])
+    same_data = moved == _fingerprints(data)
+    free = FREE_KEYS + (PATH_KEYS if same_data else ())
+    differing = [row for row in config.differences(saved, cfg) if not row.startswith(free)]
+    if differing:
+        raise ValueError(f"{workdir} holds another configuration:\n  " + "\n  ".join(differing))
+    if newest is not None and not same_data:
+        raise ValueError(
+            f"{workdir}: the data have changed since step {newest}: fingerprints {moved} then, "
+            f"{_fingerprints(data)} now"
+        )
+    return newest
+
+
+def _fingerprints(data: dict[str, Any]) -> list[str]:
+    return list(data["data"]["fingerprints"])
+
+
+def _warm_start(program: programs.Program, state: Any, init: dict[str, Any]) -> Any:
+    """Trained weights of another run or model folder in place of the drawn ones."""
+    source, step = step_folders.locate(init["from"])
+    part = "ema" if init["ema"] else "params"
+    wanted = {part: program.abstract_state.params}
+    found, _ = checkpoint.restore(source, step, wanted, only=(part,))
+    return state.replace(params=found[part], ema=jax.tree.map(lambda a: a.copy(), found[part]))
+
+
+def _catch_sigterm() -> dict[str, bool]:
+    stop = {"asked": False}
+    signal.signal(signal.SIGTERM, lambda *_: stop.update(asked=True))
+    return stop
+
+
+def _summary(window: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the steps since the last row; gradient norm and rate of the newest."""
+    sums = {name: sum(values[name] for values in window) for name in window[0]}
+    newest = {name: window[-1][name] for name in ("grad_norm", "lr")}
+    return {"loss": sums["loss"] / len(window), **per_dim(sums), **newest}
+
+
+def _evaluate(program, state, frozen, log, number, options) -> None:
+    evaluate = program.cfg["evaluate"]
+    size = evaluate["batch_size"]
+    batches = pipeline.eval_batches(
+        options,
+        batch_size=size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    rows = likelihood.limit(batches, evaluate["rows"], size)
+    values = likelihood.evaluate(program, state.ema, frozen, rows)
+    logs.row(log, number, {f"eval/{name}": value for name, value in values.items()})
+    logs.say(log, f"step {number}: evaluation nats/dim {values['nats_per_dim']:.4f}")
+
+
+def _sample(program, state, frozen, log, number, classes, of) -> None:
+    """A grid of fixed prompts or classes and fixed seeds from the averaged weights."""
+    cfg, sample = program.cfg, program.cfg["sample"]
+    count, given, captions = sample["count"], {}, None
+    if program.model.classes:
+        labels = np.arange(count) % program.model.classes
+        given["labels"] = labels
+        captions = [str(classes[i] if classes else i) for i in labels]
+    elif program.model.text_channels:
+        group = "eval_data" if _given(cfg["eval_data"]) else "data"
+        batch = next(iter(pipeline.eval_batches(of(group), batch_size=count)))
+        if cfg["text"]["vocabulary"]:
+            prompts = list(sample["prompts"]) or [_caption(row) for row in batch["tokens"]]
+            given["prompts"] = captions = [prompts[i % len(prompts)] for i in range(count)]
+        else:
+            given["text"], captions = batch["text"], list(batch["id"])
+    drawing = generation.Model(cfg, program.model, {**state.ema, **frozen})
+    images = generation.generate(
+        drawing,
+        count,
+        **given,
+        sampling=generation.Sampling(
+            guidance=sample["guidance"],
+            rule=sample["rule"],
+            denoise=sample["denoise"],
+            seed=cfg["seed"],
+            batch=count,
+        ),
+    )
+    if images.dtype == np.uint8:
+        logs.samples(log, number, images, captions)
+
+
+def _caption(tokens: np.ndarray) -> str:
+    return bytes(int(t) - 1 for t in tokens if t).decode(errors="replace")
+
+
+if __name__ == "__main__":
+    command.run(main)
