@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+# Not settings: the model's own keys, and what travels with a model folder.
+APART = ("model", "name", "classes", "null_text")
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,13 @@ def default() -> Any:
 
 
 def flat(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mapping to dotted keys; `model` and `name` left out."""
+    """Nested mapping to dotted keys; those of `APART` left out."""
     rows: dict[str, Any] = {}
 
     def walk(prefix, group):
         for name, value in group.items():
             dotted = f"{prefix}{name}"
-            if dotted in ("model", "name"):
+            if dotted in APART:
                 continue
             if hasattr(value, "items") and dotted not in KEYS:
                 walk(f"{dotted}.", value)

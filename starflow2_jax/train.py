@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
@@ -20,7 +19,7 @@ from starflow2_jax import command, config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.data import pipeline
-from starflow2_jax.evaluation import likelihood, report
+from starflow2_jax.evaluation import likelihood, report, samples
 from starflow2_jax.generation import model as generation
 from starflow2_jax.models import flops
 from starflow2_jax.training import checkpoint, speed, step_folders
@@ -77,8 +76,10 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         if "data" not in data:
             raise ValueError("config: data.path or data.mixture is needed")
 
+    null_text = _null_text(data["data"]) if data else None
+
     # ------------------------------------------------------------------------------------- build
-    program = programs.build(cfg, mesh)
+    program = programs.build(cfg, mesh, null_text=null_text)
     if jax.process_index() == 0:
         print(overview(program), flush=True)
     began = time.perf_counter()
@@ -105,7 +106,13 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     # 3. otherwise from the initialised weights
     first = newest or 0
     classes = data["data"]["classes"]
-    meta = {"config": cfg, "data": data, "classes": classes, "versions": logs.environment()}
+    meta = {
+        "config": cfg,
+        "data": data,
+        "classes": classes,
+        "null_text": null_text,
+        "versions": logs.environment(),
+    }
     logs.save_config(workdir, cfg)
     log = logs.open(workdir, cfg, step=first)
     writer = checkpoint.open(
@@ -177,7 +184,12 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
                 break
             if due(cfg["sample"]["every"]) and cfg["sample"]["every"]:
                 with speed.pause(log.clock):
-                    _sample(program, state, frozen, log, number, classes, of)
+                    shown = generation.Model(
+                        cfg, model, {**state.ema, **frozen}, "", tuple(classes or ()), null_text
+                    )
+                    group = "eval_data" if "eval_data" in data else "data"
+                    images, captions = samples.draw(shown, of(group))
+                    logs.samples(log, number, images, captions)
             if due(cfg["evaluate"]["every"]) and "eval_data" in data:
                 with speed.pause(log.clock):
                     _evaluate(program, state, frozen, log, number, of("eval_data"))
@@ -259,6 +271,14 @@ def _check_workdir(workdir: epath.Path, cfg: dict[str, Any], data: dict[str, Any
     return newest
 
 
+def _null_text(data: dict[str, Any]) -> list | None:
+    """Features of the empty prompt, as `prepare features` keeps them."""
+    for features in data["features"]:
+        if "null_text" in features:
+            return features["null_text"]
+    return None
+
+
 def _fingerprints(data: dict[str, Any]) -> list[str]:
     return list(data["data"]["fingerprints"])
 
@@ -298,43 +318,6 @@ def _evaluate(program, state, frozen, log, number, options) -> None:
     values = likelihood.evaluate(program, state.ema, frozen, rows)
     logs.row(log, number, {f"eval/{name}": value for name, value in values.items()})
     logs.say(log, f"step {number}: evaluation nats/dim {values['nats_per_dim']:.4f}")
-
-
-def _sample(program, state, frozen, log, number, classes, of) -> None:
-    """A grid of fixed prompts or classes and fixed seeds from the averaged weights."""
-    cfg, sample = program.cfg, program.cfg["sample"]
-    count, given, captions = sample["count"], {}, None
-    if program.model.classes:
-        labels = np.arange(count) % program.model.classes
-        given["labels"] = labels
-        captions = [str(classes[i] if classes else i) for i in labels]
-    elif program.model.text_channels:
-        group = "eval_data" if _given(cfg["eval_data"]) else "data"
-        batch = next(iter(pipeline.eval_batches(of(group), batch_size=count)))
-        if cfg["text"]["vocabulary"]:
-            prompts = list(sample["prompts"]) or [_caption(row) for row in batch["tokens"]]
-            given["prompts"] = captions = [prompts[i % len(prompts)] for i in range(count)]
-        else:
-            given["text"], captions = batch["text"], list(batch["id"])
-    drawing = generation.Model(cfg, program.model, {**state.ema, **frozen})
-    images = generation.generate(
-        drawing,
-        count,
-        **given,
-        sampling=generation.Sampling(
-            guidance=sample["guidance"],
-            rule=sample["rule"],
-            denoise=sample["denoise"],
-            seed=cfg["seed"],
-            batch=count,
-        ),
-    )
-    if images.dtype == np.uint8:
-        logs.samples(log, number, images, captions)
-
-
-def _caption(tokens: np.ndarray) -> str:
-    return bytes(int(t) - 1 for t in tokens if t).decode(errors="replace")
 
 
 if __name__ == "__main__":

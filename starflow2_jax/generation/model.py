@@ -26,13 +26,19 @@ from starflow2_jax.training.step import declare, model_config
 
 @dataclass(frozen=True)
 class Model:
-    """An experiment's resolved configuration, its flow, and all of its weights."""
+    """An experiment's resolved configuration, its flow, and all of its weights.
+
+    Attributes:
+        classes: their names, where known; null_text: features [n, E] of the empty prompt, for a
+            model that reads features; zeros where None.
+    """
 
     cfg: Mapping[str, Any]
     flow: FlowConfig
     params: Mapping[str, Any]
     source: str = ""
     classes: tuple[str, ...] = ()
+    null_text: Any = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,9 @@ def load(path: str, mesh: jax.sharding.Mesh | None = None, layout: str = "dp") -
         cfg = files.read_config(path)
         model = model_config(cfg)
         params = files.read_folder(path, declare(cfg, model), mesh, layout)
-        return Model(cfg, model, params, str(path), tuple(cfg.get("classes", ())))
+        return Model(
+            cfg, model, params, str(path), tuple(cfg.get("classes") or ()), cfg.get("null_text")
+        )
     workdir, step = step_folders.locate(path)
     meta = checkpoint.read_meta(workdir, step)
     cfg = meta["config"]
@@ -89,7 +97,7 @@ def load(path: str, mesh: jax.sharding.Mesh | None = None, layout: str = "dp") -
     wanted = {"ema": weights.abstract(declare(cfg, model), mesh, layout)}
     found, _ = checkpoint.restore(workdir, step, wanted, only=("ema",))
     source = json.dumps({"workdir": str(workdir), "step": meta["step"]})
-    return Model(cfg, model, found["ema"], source, tuple(meta.get("classes", ())))
+    return Model(cfg, model, found["ema"], source, tuple(meta["classes"] or ()), meta["null_text"])
 
 
 def generate(
@@ -129,9 +137,15 @@ def generate(
                 what=sampling.what,
                 annealed=sampling.annealed,
                 temperature_on="all" if model.flow.text_channels else "unconditional",
+                text=_null_text(model),
             )
         drawn.append(_draw(model, part, rows, sampling, guided))
     return np.concatenate(drawn)[:count]
+
+
+def _null_text(model):
+    """[1, L, E], None for a model without text."""
+    return inputs.pad_text(model.null_text, model.flow)[None] if model.flow.text_channels else None
 
 
 def _draw(model, part, rows, sampling, guided):
@@ -201,7 +215,8 @@ def _conditions(model, count, prompts, labels, text) -> dict[str, Any]:
             [byte_tokens(p, cfg.text_length, f"prompt {i}") for i, p in enumerate(given)]
         )
     elif cfg.text_channels:
-        empty = np.zeros((count, cfg.text_length, cfg.text_channels), np.float32)
+        shape = (count, cfg.text_length, cfg.text_channels)
+        empty = np.broadcast_to(_null_text(model), shape)
         batch["text"] = empty if text is None else np.asarray(text, np.float32)
     if cfg.classes:
         given = np.full(count, -1) if labels is None else np.asarray(labels)

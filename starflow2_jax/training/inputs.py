@@ -81,11 +81,12 @@ def tokens(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any], train: bool) -
 
 
 def conditions(
-    params: Tree, batch: Batch, keys: jax.Array, drop: float
+    params: Tree, batch: Batch, keys: jax.Array, drop: float, null_text: Any = 0.0
 ) -> dict[str, jax.Array | None]:
     """`text` [B, L, E] and `labels` [B], each None where the experiment has none.
 
-    A share `drop` of the rows loses both: label -1, and the features of an empty text, zeros.
+    A share `drop` of the rows loses both: label -1, and text replaced by that of an empty prompt,
+    `null_text` [L, E].
     """
     dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.split(key, 3)[2], drop))(keys)
     labels, text = batch.get("label"), batch.get("text")
@@ -94,8 +95,23 @@ def conditions(
     if "tokens" in batch:
         text = embed_tokens(params, batch["tokens"])
     if text is not None:
-        text = jnp.where(dropped[:, None, None], 0.0, text)
+        text = jnp.where(dropped[:, None, None], null_text, text)
     return {"text": text, "labels": labels}
+
+
+def pad_text(features: Any, model: FlowConfig) -> jax.Array:
+    """Features [n, E] of a short text as float32 [L, E], zeros behind; None gives all zeros.
+
+    Raises:
+        ValueError: more positions or other channels than the model's text has.
+    """
+    shape = (model.text_length, model.text_channels)
+    if features is None:
+        return jnp.zeros(shape)
+    features = jnp.asarray(features, jnp.float32)
+    if features.shape[0] > shape[0] or features.shape[1] != shape[1]:
+        raise ValueError(f"null text: features {list(features.shape)} do not fit {list(shape)}")
+    return jnp.pad(features, ((0, shape[0] - features.shape[0]), (0, 0)))
 
 
 def embed_tokens(params: Tree, tokens: jax.Array) -> jax.Array:

@@ -101,8 +101,12 @@ def declare(cfg: Mapping[str, Any], model: FlowConfig) -> dict[str, Any]:
     return tree
 
 
-def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
+def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Program:
     """Build an experiment's program for a mesh.
+
+    Args:
+        null_text: features [n, E] of the empty prompt, which dropped rows are given; zeros where
+            None.
 
     Raises:
         ValueError: a batch that the mesh does not divide, a layout that does not fit a weight, or
@@ -113,6 +117,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
     meshes.check_batch(rows, mesh)
     meshes.check_batch(rows // train["microbatches"], mesh, "rows of a microbatch")
     declared = declare(cfg, model)
+    null_text = inputs.pad_text(null_text, model)
     trained, frozen = weights.split(declared, tuple(train["trains"]))
     tx = optim.optimizer(cfg["optim"], train["steps"])
     everywhere = meshes.replicated(mesh)
@@ -132,7 +137,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
     def loss(params, frozen, batch, keys, train, drop):
         params = {**params, **frozen}
         x = inputs.tokens(batch, keys, cfg, train)
-        given = inputs.conditions(params, batch, keys, drop)
+        given = inputs.conditions(params, batch, keys, drop, null_text)
         penalty = cfg["loss"]["latent_penalty"] if train else 0.0
         return flow_loss(params["flow"], x, model, latent_penalty=penalty, **given)
 

@@ -1,0 +1,55 @@
+"""A grid of images for fixed prompts and seeds, to watch a run with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from starflow2_jax.data import pipeline
+from starflow2_jax.generation.model import Model, Sampling, generate
+
+
+def draw(model: Model, options: Mapping[str, Any]) -> tuple[np.ndarray, list[str] | None]:
+    """Images uint8 [n, H, W, 3] as the `sample` keys of the model's configuration say, and captions.
+
+    Classes take turns; captions are those of `sample.prompts`, or of the first rows of a dataset.
+
+    Args:
+        options: of `data.pipeline`, for the prompts of a model that reads text.
+    """
+    sample, count, cfg = model.cfg["sample"], model.cfg["sample"]["count"], model.flow
+    given: dict[str, Any] = {}
+    captions = None
+    if cfg.classes:
+        given["labels"] = np.arange(count) % cfg.classes
+        captions = [str(model.classes[i] if model.classes else i) for i in given["labels"]]
+    elif cfg.text_channels:
+        first = next(iter(pipeline.eval_batches(options, batch_size=count)))
+        if model.cfg["text"]["vocabulary"]:
+            prompts = list(sample["prompts"]) or [_caption(row) for row in first["tokens"]]
+            given["prompts"] = captions = [prompts[i % len(prompts)] for i in range(count)]
+        else:
+            given["text"], captions = first["text"], list(first["id"])
+    settings = Sampling(
+        guidance=sample["guidance"],
+        rule=sample["rule"],
+        denoise=sample["denoise"],
+        seed=model.cfg["seed"],
+        batch=count,
+    )
+    tokens = generate(model, count, **given, sampling=settings)
+    return _as_pictures(tokens, model), captions
+
+
+def _as_pictures(drawn: np.ndarray, model: Model) -> np.ndarray:
+    """Images as they are; of latents the first three channels, as there is no decoder here."""
+    if drawn.dtype == np.uint8:
+        return drawn
+    side = model.flow.side
+    shown = drawn[..., :3].reshape(len(drawn), side, side, -1)
+    low, high = np.quantile(shown, 0.01), np.quantile(shown, 0.99)
+    return (255 * np.clip((shown - low) / (high - low), 0, 1)).astype(np.uint8)
+
+
+def _caption(tokens: np.ndarray) -> str:
+    return bytes(int(t) - 1 for t in tokens if t).decode(errors="replace")
