@@ -10,7 +10,7 @@ from starflow2_jax.generation.model import Model, Sampling, generate
 
 
 def draw(model: Model, options: Mapping[str, Any]) -> tuple[np.ndarray, list[str] | None]:
-    """Images uint8 [n, H, W, 3] as the `sample` keys of the model's configuration say, and captions.
+    """Images uint8 [n, H, W, 3] and captions, as the `sample` keys of the configuration say.
 
     Classes take turns; captions are those of `sample.prompts`, or of the first rows of a dataset.
 
