@@ -224,7 +224,12 @@ def trained(tmp_path):
     workdir, model = tmp_path / "run", model_of(cfg, 0.05)
     writer = checkpoint.open(workdir)
     state = {"step": jnp.int32(30), "params": model.params, "ema": model.params}
-    meta = {"config": config.to_dict(cfg), "classes": shapes.classes("color"), "step": 30}
+    meta = {
+        "config": config.to_dict(cfg),
+        "classes": shapes.classes("color"),
+        "step": 30,
+        "null_text": None,
+    }
     checkpoint.save(writer, 30, state, meta)
     checkpoint.close(writer)
     return {"model": model, "workdir": workdir, "train": train, "test": test}

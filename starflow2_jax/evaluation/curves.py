@@ -101,7 +101,10 @@ def parts(rows: Sequence[Row]) -> bytes | None:
         grid = figure.subplots(lines, 2, squeeze=False).ravel()
         for axes, (title, (names, label)) in zip(grid, there.items()):
             if len(names) == 1:
-                _curve(axes, *series(rows, names[0]), TRAIN, None)
+                if title == "Learning rate":
+                    axes.plot(*series(rows, names[0]), color=TRAIN, lw=1.4)
+                else:
+                    _curve(axes, *series(rows, names[0]), TRAIN, None)
                 _limits(axes, [series(rows, names[0])[1]])
             else:
                 _blocks(axes, rows, names)

@@ -38,7 +38,8 @@ h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .
 .card span { color: #666; font-size: .82rem; }
 table { border-collapse: collapse; margin: .4rem 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .22rem 1.1rem .22rem 0; border-bottom: 1px solid #eee;
-         vertical-align: top; } th { font-weight: 600; } td.n { text-align: right; }
+         vertical-align: top; } th { font-weight: 600; }
+.n { text-align: right; padding-left: 1rem; }
 code, pre { font: 13px/1.45 ui-monospace, monospace; } pre { background: #f6f6f6; padding: .7rem;
          border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; }
 img { max-width: 100%; } figure { margin: 0; } figcaption { color: #666; font-size: .82rem; }
@@ -107,12 +108,14 @@ def _figure(value: Any) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     def cell(value):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = value is None or isinstance(value, int | float)
         return f'<td class="n">{_figure(value)}</td>' if number else f"<td>{_text(value)}</td>"
 
-    lines = ["<tr>" + "".join(f"<th>{_text(name)}</th>" for name in head) + "</tr>"] if head else []
-    lines += ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows]
-    return "<table>" + "\n".join(lines) + "</table>"
+    # A heading stands over its column's numbers.
+    kinds = [" class=n" if isinstance(value, int | float) else "" for value in rows[0]]
+    titles = "".join(f"<th{kind}>{_text(name)}</th>" for name, kind in zip(head, kinds))
+    lines = [titles, *("".join(map(cell, row)) for row in rows)]
+    return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines if line) + "</table>"
 
 
 def _picture(data: bytes, alt: str, caption: str = "") -> str:
@@ -262,12 +265,14 @@ def _spread(found: Mapping[str, Any], name: str) -> str:
 
 
 def _final(rows: Sequence[Mapping[str, Any]]) -> str:
-    names = dict.fromkeys(name for row in rows for name in row if name != "step")
-    lines = []
-    for name in names:
-        row = next((row for row in reversed(rows) if name in row), None)
-        lines.append((name, row[name], f"{row['step']:,}"))
-    return f"<h2>Last figures</h2>{_table(('figure', 'value', 'step'), lines)}" if lines else ""
+    names = dict.fromkeys(
+        name.removeprefix("eval/") for row in rows for name in row if name != "step"
+    )
+    # Even where the newest is not finite, it is the newest that counts.
+    last = {name: row[name] for row in rows for name in row}
+    lines = [(name, last.get(name, ""), last.get(f"eval/{name}", "")) for name in names]
+    head = ("figure", "training", "evaluation data")
+    return f"<h2>Last figures</h2>{_table(head, lines)}" if lines else ""
 
 
 def _starts(workdir: epath.Path) -> str:
@@ -279,7 +284,9 @@ def _starts(workdir: epath.Path) -> str:
     parts = ["<h2>Commands and machine</h2>"]
     for start in starts:
         parts.append(f"<p>{_text(start['time'])}, from step {start['step']:,}</p>")
-        parts.append(f"<pre>{_text(start['command'])}</pre>")
+        # A flag on each line, in a form that can be pasted into a shell.
+        lines = re.sub(r" (?='?--)", " \\\\\n    ", start["command"])
+        parts.append(f"<pre>{_text(lines)}</pre>")
     last = starts[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     about = [("devices", last["devices"]), ("processes", str(last["processes"]))]

@@ -275,7 +275,6 @@ def progress(log: Log, step: int, steps: int, values: Mapping[str, Any]) -> None
         "loss": lambda v: f"loss {v:.4f}",
         "nats_per_dim": lambda v: f"nats/dim {v:.4f}",
         "tokens_per_second": lambda v: f"{_short(v)} tokens/s",
-        "flops_per_second": lambda v: f"{_short(v)}FLOP/s",
         "mfu": lambda v: f"MFU {v:.0%}",
     }
     parts = [f"step {step:,}/{steps:,} ({step / max(steps, 1):.0%})"]
@@ -322,11 +321,12 @@ def samples(
     captions: Sequence[str] | None = None,
     *,
     name: str = "samples",
+    columns: int | None = None,
 ) -> epath.Path | None:
     """Writes a grid of images uint8 [n, H, W, 3] under `samples/` and sends it to the trackers."""
     if not log.writes:
         return None
-    pixels = pictures.grid(images, captions)
+    pixels = pictures.grid(images, captions, columns)
     prefix = "" if name == "samples" else f"{name}_"
     path = log.workdir / "samples" / f"{prefix}{int(step):08d}.png"
     _write(path, pictures.png(pixels))

@@ -18,12 +18,15 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def save_grid(
-    path: epath.PathLike, images: np.ndarray, captions: Sequence[str] | None = None
+    path: epath.PathLike,
+    images: np.ndarray,
+    captions: Sequence[str] | None = None,
+    columns: int | None = None,
 ) -> None:
-    """Writes images uint8 [n, H, W, 3] as one PNG, captions below each."""
+    """Writes images uint8 [n, H, W, 3] as one PNG; arguments as in `grid`."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(grid(images, captions)))
+    path.write_bytes(png(grid(images, captions, columns)))
 
 
 def grid(
@@ -34,7 +37,7 @@ def grid(
     Small images are enlarged by a whole factor, so that every pixel stays visible.
 
     Args:
-      columns: by default the grid is square, or a little wider.
+      columns: by default eight, where there are too few for two such rows a square.
 
     Raises:
       ValueError: images of another shape or dtype, or not one caption an image.
@@ -45,7 +48,7 @@ def grid(
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"grid: {len(captions)} captions for {len(images)} images")
     count, height, width, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
+    columns = columns or (8 if count >= 16 else math.ceil(math.sqrt(count)))
     scale = max(1, round((112 if captions else 64) / width))
     height, width, gap = height * scale, width * scale, 4
     font, line_height = ImageFont.load_default(11), 14
@@ -57,6 +60,8 @@ def grid(
     for i, pixels in enumerate(images):
         left, top = gap + i % columns * (width + gap), gap + i // columns * step
         image = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+        # A thin frame, or a white image would be lost on the white sheet.
+        pen.rectangle((left - 1, top - 1, left + width, top + height), outline="#cccccc")
         sheet.paste(image, (left, top))
         for n, line in enumerate(lines[i]):
             pen.text((left, top + height + 1 + n * line_height), line, "black", font)
