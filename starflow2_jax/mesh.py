@@ -14,7 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "context", "tensor")
 
-_FSDP = {"embed": "fsdp"}
+# In order of preference: a mesh axis cuts one dimension of a weight.
+_FSDP = {"embed": "fsdp", "mlp": "fsdp"}
 _TENSOR = {a: "tensor" for a in ("heads", "kv_heads", "mlp", "vocab", "text")}
 LAYOUTS: dict[str, dict[str, str]] = {
     "dp": {},
@@ -91,9 +92,13 @@ def weight_spec(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: {layout!r} is not one of {', '.join(LAYOUTS)}")
+    cut: dict[str, str] = {}
+    for logical, axis in LAYOUTS[layout].items():
+        if logical in axes and axis not in cut.values():
+            cut[logical] = axis
     spec = []
     for dimension, (size, logical) in enumerate(zip(shape, axes)):
-        axis = LAYOUTS[layout].get(logical)
+        axis = cut.get(logical)
         if axis is not None and size % mesh.shape[axis]:
             raise ValueError(
                 f"layout {layout!r}: weight {name} has {size} in dimension {dimension} "
