@@ -1,0 +1,124 @@
+"""Declared weights: born by name, born sharded, counted exactly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from starflow2_jax import mesh as meshes
+from starflow2_jax import params as weights
+from starflow2_jax.models import flow
+from starflow2_jax.params import Weight, fan_in, normal, ones, zeros
+
+TREE = {
+    "blocks": {
+        "0": {"weight": Weight((64, 256), ("embed", "mlp")), "bias": Weight((256,), ("mlp",), zeros)},
+        "1": {"weight": Weight((64, 256), ("embed", "mlp"))},
+    },
+    "start": Weight((32,), (None,), normal(0.5)),
+    "scale": Weight((), (), ones),
+}  # fmt: skip
+
+
+def same(ours, others):
+    ours, others = weights.flatten(ours), weights.flatten(others)
+    assert list(ours) == list(others)
+    for name, array in ours.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(others[name]), err_msg=name)
+
+
+def test_a_weight_depends_on_the_seed_and_its_own_name_alone():
+    drawn = weights.init(jax.random.key(0), TREE)
+    same(weights.init(jax.random.key(0), TREE), drawn)
+    fewer = {"blocks": {"1": TREE["blocks"]["1"]}, "other": Weight((4, 4), (None, None))}
+    again = weights.init(jax.random.key(0), fewer)
+    np.testing.assert_array_equal(again["blocks"]["1"]["weight"], drawn["blocks"]["1"]["weight"])
+    # Equal shapes of other names, and equal names of another seed, have other values.
+    assert (drawn["blocks"]["0"]["weight"] != drawn["blocks"]["1"]["weight"]).mean() > 0.99
+    other = weights.init(jax.random.key(1), TREE)
+    assert (drawn["start"] != other["start"]).all()
+
+
+def test_initial_distributions():
+    drawn = weights.init(jax.random.key(0), TREE)
+    weight = np.asarray(drawn["blocks"]["0"]["weight"])
+    assert np.abs(weight).max() <= 1 / 8 and np.abs(weight).max() > 0.99 / 8
+    assert weight.std() == pytest.approx(1 / 8 / 3**0.5, rel=0.02)
+    assert not np.asarray(drawn["blocks"]["0"]["bias"]).any()
+    assert float(drawn["scale"]) == 1
+    assert np.asarray(drawn["start"]).std() == pytest.approx(0.5, rel=0.4)
+    # The inputs are the last dimension but one, also where layers are stacked before them.
+    stacked = fan_in(jax.random.key(0), (3, 16, 4), jnp.float32)
+    assert 0.24 < np.abs(stacked).max() <= 0.25
+
+
+def test_dtype_of_init_and_abstract(x64):
+    for dtype in (jnp.bfloat16, jnp.float64):
+        drawn = weights.init(jax.random.key(0), TREE, dtype)
+        shapes = weights.abstract(TREE, dtype=dtype)
+        pairs = zip(weights.flatten(drawn).values(), weights.flatten(shapes).values())
+        for array, shape in pairs:
+            assert array.dtype == shape.dtype == dtype and array.shape == shape.shape
+
+
+@pytest.mark.parametrize(
+    "layout, sizes", [("dp", "data=8"), ("fsdp", "fsdp=8"), ("fsdp_tp", "fsdp=4,tensor=2")]
+)
+def test_born_sharded_with_the_values_of_one_device(layout, sizes):
+    mesh = meshes.make_mesh(sizes)
+    where = weights.shardings(TREE, mesh, layout)
+    build = jax.jit(lambda key: weights.init(key, TREE), out_shardings=where)
+    compiled = build.lower(jax.random.key(0)).compile()
+    drawn = compiled(jax.random.key(0))
+    same(drawn, weights.init(jax.random.key(0), TREE))
+    abstract = weights.flatten(weights.abstract(TREE, mesh, layout))
+    for name, array in weights.flatten(drawn).items():
+        assert array.sharding == abstract[name].sharding
+        assert array.shape == abstract[name].shape and array.dtype == abstract[name].dtype
+    cut = {"dp": (64, 256), "fsdp": (8, 256), "fsdp_tp": (16, 128)}[layout]
+    for block in ("0", "1"):
+        array = drawn["blocks"][block]["weight"]
+        assert {shard.data.shape for shard in array.addressable_shards} == {cut}
+    if layout != "dp":
+        # No device ever holds a whole weight, 64 KiB: neither as output nor on the way.
+        memory = compiled.memory_analysis()
+        assert memory.output_size_in_bytes < 32 << 10 and memory.temp_size_in_bytes < 64 << 10
+
+
+def test_flatten_split_count_table():
+    flat = weights.flatten(TREE)
+    assert list(flat) == ["blocks/0/bias", "blocks/0/weight", "blocks/1/weight", "scale", "start"]
+    assert weights.unflatten(flat) == TREE
+    total = 2 * 64 * 256 + 256 + 32 + 1
+    assert weights.count(TREE) == total == weights.count(weights.init(jax.random.key(0), TREE))
+    assert weights.count(weights.abstract(TREE)) == total
+    chosen, rest = weights.split(TREE, ("blocks",))
+    assert list(chosen) == ["blocks"] and sorted(rest) == ["scale", "start"]
+    assert weights.split(TREE, ()) == ({}, TREE)
+    lines = weights.table(TREE, lambda name: "frozen" if name == "start" else "")
+    assert lines[1].split() == ["blocks/0/weight", "64x256", "16,384"]
+    assert lines[3].split() == ["scale", "scalar", "1"]
+    assert lines[4].split() == ["start", "32", "32", "frozen"]
+    assert lines[-1].split() == ["total", f"{total:,}"]
+
+
+def test_bad_declarations_and_names():
+    with pytest.raises(ValueError, match=r"1 axes \('embed',\) for shape \(2, 3\)"):
+        Weight((2, 3), ("embed",))
+    with pytest.raises(ValueError, match="no subtree 'vlm'; there are blocks, scale, start"):
+        weights.split(TREE, ("blocks", "vlm"))
+    with pytest.raises(ValueError, match=r"weight blocks/0/bias has 256 in dimension 0 \(mlp\)"):
+        weights.shardings(TREE, meshes.make_mesh("tensor=3", jax.devices()[:3]), "tp")
+
+
+def test_the_released_model_has_exactly_its_parameters():
+    assert weights.count(flow.declare(flow.starflow_3b())) == 3_858_281_544
+
+
+def test_tarflow_counts_by_hand():
+    """Blocks of l layers: l (12 C^2 + 13 C) + (D + 1) C + (C + 1) 2 D + T C (+ classes C)."""
+    tokens, channels, width, depth, classes = 1024, 12, 768, 8, 7
+    layer = 12 * width**2 + 13 * width
+    ends = (channels + 1) * width + (width + 1) * 2 * channels + tokens * width
+    cfg = flow.tarflow(32, channels, width, (depth,) * 8, classes=classes)
+    assert weights.count(flow.declare(cfg)) == 8 * (depth * layer + ends + classes * width)
