@@ -92,7 +92,7 @@ def test_report_shows_what_was_measured_and_the_baseline(tmp_path):
     (folder / "likelihood_00000040_test.json").write_text(json.dumps(measured))
     page = report.write(tmp_path).read_text()
     assert "1.2500 (1.2000 to 1.3000)" in page and "step 40, data/test" in page
-    assert "not comparable: trained with gaussian noise." in page
+    assert "Bits/dim are not comparable: trained with gaussian noise." in page
     assert "<b>2.5000</b><span>nats/dim, Gaussian per dimension</span>" in page
     (folder / "likelihood_broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"likelihood_broken.json is not JSON"):

@@ -216,7 +216,10 @@ def test_rates_leave_out_pauses(monkeypatch):
     clock = speed.Clock()
     assert speed.rates(clock, 1, tokens=64) == {}
     now[0] += 4
-    with speed.pause(clock):
+    waited = []
+    monkeypatch.setattr(speed.jax, "block_until_ready", waited.append)
+    with speed.pause(clock, after="metrics"):
+        assert waited == ["metrics"]
         now[0] += 50
     got = speed.rates(clock, 3, tokens=64, flops=1e9, peak=2e9)
     expected = {"seconds_per_step": 2, "tokens_per_second": 32, "flops_per_second": 5e8}

@@ -19,7 +19,7 @@ _STYLE = {
     "axes.edgecolor": "#999999",
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
 }
 
 

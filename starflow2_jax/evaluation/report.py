@@ -237,13 +237,16 @@ def _likelihoods(measured: Sequence[Mapping[str, Any]]) -> str:
         lines.append((what, found["rows"], noise, *spreads))
         for name, baseline in found["baselines"].items():
             bits = baseline["bits_per_dim"]
-            values = (_figure(baseline["nats_per_dim"]), "" if bits is None else _figure(bits))
+            values = (
+                _figure(baseline["nats_per_dim"]),
+                "not comparable" if bits is None else _figure(bits),
+            )
             lines.append(
                 (f"{name.replace('_', ' ')}, fitted to {baseline['fit']}", "", "", *values)
             )
         notes += [found["not_comparable"]] if found["not_comparable"] else []
     head = ("what", "images", "noise", "nats/dim (95% over images)", "bits/dim")
-    below = "".join(f"<p>bits/dim: {_text(note)}.</p>" for note in dict.fromkeys(notes))
+    below = "".join(f"<p>Bits/dim are {_text(note)}.</p>" for note in dict.fromkeys(notes))
     stamp = json.dumps(
         {
             key: measured[-1].get(key)
@@ -259,7 +262,7 @@ def _likelihoods(measured: Sequence[Mapping[str, Any]]) -> str:
 
 def _spread(found: Mapping[str, Any], name: str) -> str:
     if found[name] is None:
-        return ""
+        return "not comparable"
     pair = found.get(f"{name}_95")
     return _figure(found[name]) + (f" ({_figure(pair[0])} to {_figure(pair[1])})" if pair else "")
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,14 @@ def start(clock: Clock, step: int) -> None:
 
 
 @contextlib.contextmanager
-def pause(clock: Clock) -> Iterator[None]:
-    """Time spent inside (sampling, evaluating, saving) is not counted by `rates`."""
+def pause(clock: Clock, after: Any = None) -> Iterator[None]:
+    """Time spent inside (sampling, evaluating, saving) is not counted by `rates`.
+
+    Args:
+      after: arrays of the step in flight, waited for before the pause begins: or else that step
+        would run inside it, and the next rate would be too high.
+    """
+    jax.block_until_ready(after)
     began = time.perf_counter()
     try:
         yield
