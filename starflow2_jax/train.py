@@ -177,13 +177,13 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
             if due(cfg["checkpoint"]["every"]):
                 settle()
                 waiting = None
-                with speed.pause(log.clock):
+                with speed.pause(log.clock, after=metrics):
                     checkpoint.save(writer, number, state, {**meta, "step": number})
                     logs.upload(log)
             if stop["asked"]:
                 break
             if due(cfg["sample"]["every"]) and cfg["sample"]["every"]:
-                with speed.pause(log.clock):
+                with speed.pause(log.clock, after=metrics):
                     shown = generation.Model(
                         cfg, model, {**state.ema, **frozen}, "", tuple(classes or ()), null_text
                     )
@@ -191,7 +191,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
                     images, captions = samples.draw(shown, of(group))
                     logs.samples(log, number, images, captions)
             if due(cfg["evaluate"]["every"]) and "eval_data" in data:
-                with speed.pause(log.clock):
+                with speed.pause(log.clock, after=metrics):
                     _evaluate(program, state, frozen, log, number, of("eval_data"))
         checkpoint.wait(writer)
     finally:

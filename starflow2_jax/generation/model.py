@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.data.tokens import byte_tokens
@@ -168,7 +167,7 @@ def _draw(model, part, rows, sampling, guided):
     if not image["pixels"]:
         return np.asarray(x)
     pixels = unpatchify(x, (cfg.side, cfg.side), image["patch"], image["layout"])
-    return np.asarray(jnp.clip(jnp.round((pixels + 1) * 127.5), 0, 255).astype(jnp.uint8))
+    return np.asarray(inputs.to_pixels(pixels, noise["kind"]))
 
 
 @partial(jax.jit, static_argnames="cfg")

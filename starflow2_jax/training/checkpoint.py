@@ -139,7 +139,7 @@ def open(workdir: epath.PathLike, *, keep: int | None = 3, keep_every: int | Non
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint has to be kept (None keeps all)")
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).resolve()
     (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     return Writer(workdir, keep, keep_every, pool)

@@ -51,6 +51,12 @@ def scale_pixels(image: jax.Array) -> jax.Array:
     return image.astype(jnp.float32) / 127.5 - 1
 
 
+def to_pixels(x: jax.Array, noise: str) -> jax.Array:
+    """Data values to uint8: the inverse of what `tokens` does to pixels with noise of a kind."""
+    levels = jnp.floor((x + 1) * 128) if noise == "uniform" else jnp.round((x + 1) * 127.5)
+    return jnp.clip(levels, 0, 255).astype(jnp.uint8)
+
+
 def tokens(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any], train: bool) -> jax.Array:
     """Data tokens float32 [B, T, D] with the experiment's noise; mirrored rows in training.
 

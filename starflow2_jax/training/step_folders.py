@@ -30,9 +30,14 @@ class Step(NamedTuple):
     path: epath.Path
 
 
+def folder(workdir: epath.PathLike) -> epath.Path:
+    """`WORKDIR/checkpoints`, absolute: Orbax takes no relative path."""
+    return epath.Path(workdir).resolve() / FOLDER
+
+
 def steps(workdir: epath.PathLike) -> list[Step]:
     """Every step folder, in order of step, whatever its status."""
-    directory = epath.Path(workdir) / FOLDER
+    directory = folder(workdir)
     if not directory.exists():
         return []
     found = []
@@ -74,7 +79,7 @@ def _on_all(value: int) -> int:
 
 def find(workdir: epath.PathLike, step: int | None) -> Step:
     """The committed step asked for, or the newest; FileNotFoundError says what there is instead."""
-    directory = epath.Path(workdir) / FOLDER
+    directory = folder(workdir)
     entries = {entry.step: entry for entry in steps(workdir)}
     good = [entry.step for entry in entries.values() if entry.status != "leftover"]
     if step is None:
