@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from absl import app, flags
 
-from starflow2_jax.config import nearest
+from starflow2_jax.config import KEYS, nearest
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an error was raised")
 
@@ -30,6 +30,34 @@ def parse_verb(argv: list[str], verbs: Mapping[str, str]) -> str:
     if argv[1] not in verbs:
         raise app.UsageError(f"unknown verb {argv[1]!r}{nearest(argv[1], verbs)}\n{listed}")
     return argv[1]
+
+
+def explain(argv: list[str], error: Exception) -> str:
+    """What is wrong with `--config` where reading it raised `error`; empty if it is not that."""
+    for word, following in zip(argv[1:], [*argv[2:], ""]):
+        name, equals, value = word.lstrip("-").partition("=")
+        key = name.removeprefix("config.")
+        if name == "config":
+            path, _, variant = (value if equals else following).partition(":")
+            if variant and error.args == (variant,):
+                return f"--config: {path} has no variant {variant!r}"
+        elif key != name and not key.startswith("model.") and key not in KEYS:
+            return f"config: unknown key {key!r}{nearest(key, KEYS)}"
+        elif key != name and key.rpartition(".")[2] in str(error):
+            return f"config: the experiment does not set {key!r}; only its file can add it"
+    return ""
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's own parsing, but one line where `--config` is wrong."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        problem = explain(argv, error)
+        if not problem:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(1)
 
 
 def run(main: Callable[..., None], verbs: Mapping[str, str] | None = None) -> None:
@@ -51,4 +79,4 @@ def run(main: Callable[..., None], verbs: Mapping[str, str] | None = None) -> No
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 
-    app.run(start)
+    app.run(start, flags_parser=_parse_flags)
