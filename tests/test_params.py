@@ -12,12 +12,15 @@ from starflow2_jax.params import Weight, fan_in, normal, ones, zeros
 
 TREE = {
     "blocks": {
-        "0": {"weight": Weight((64, 256), ("embed", "mlp")), "bias": Weight((256,), ("mlp",), zeros)},
+        "0": {
+            "weight": Weight((64, 256), ("embed", "mlp")),
+            "bias": Weight((256,), ("mlp",), zeros),
+        },
         "1": {"weight": Weight((64, 256), ("embed", "mlp"))},
     },
     "start": Weight((32,), (None,), normal(0.5)),
     "scale": Weight((), (), ones),
-}  # fmt: skip
+}
 
 
 def same(ours, others):

@@ -1,0 +1,191 @@
+"""Configuration: a wrong key or value is named, and every experiment builds at full size."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from starflow2_jax import command, config
+from starflow2_jax import mesh as meshes
+from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.training import step
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+VARIANTS = ["tarflow_pixels:tiny", "tarflow_pixels:cifar", "tarflow_pixels:in64",
+            "starflow_t2i:tiny", "starflow_t2i:3b"]  # fmt: skip
+
+
+def experiment(name):
+    file, variant = name.split(":")
+    return runpy.run_path(str(EXPERIMENTS / f"{file}.py"))["get_config"](variant)
+
+
+def changed(**changes):
+    """The defaults with dotted keys set, new ones among them."""
+    cfg = config.to_dict(config.default())
+    for dotted, value in changes.items():
+        group, (*path, last) = cfg, dotted.split(".")
+        for part in path:
+            group = group.setdefault(part, {})
+        group[last] = value
+    return cfg
+
+
+def test_defaults_are_whole_and_pass():
+    cfg = config.default()
+    config.check(cfg)
+    config.check(config.to_dict(cfg))
+    assert set(config.flat(cfg)) == set(config.KEYS)
+    assert all(key.doc for key in config.KEYS.values())
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("optim.rl", 1.0, "unknown key 'optim.rl'; did you mean 'optim.lr'?"),
+        ("trian.steps", 3, "unknown key 'trian.steps'; did you mean 'train.steps'?"),
+        ("optim", 3, "unknown key 'optim'"),
+        ("zzz", 1, "unknown key 'zzz'"),
+        ("train.steps", 0, "train.steps=0 must be a positive whole number"),
+        ("train.steps", "many", "train.steps='many' must be a positive whole number"),
+        ("train.batch_size", 6.0, "train.batch_size=6.0 must be a positive whole number"),
+        ("optim.warmup", -1, "optim.warmup=-1 must be a whole number, 0 or more"),
+        ("optim.lr", -1e-3, "optim.lr=-0.001 must be at least 0"),
+        ("optim.lr", float("nan"), "optim.lr=nan must be at least 0"),
+        ("optim.lr", True, "optim.lr=True must be at least 0"),
+        ("drop.condition", 1.5, "drop.condition=1.5 must be a number from 0 to 1"),
+        ("noise.kind", "gauss", "noise.kind='gauss' must be one of gaussian, uniform, none"),
+        ("image.flip", 1, "image.flip=1 must be True or False"),
+        ("data.path", None, "data.path=None must be a string"),
+        ("compute_dtype", "fp8", "'fp8' must be one of float32, bfloat16, float64"),
+        ("train.microbatches", 7, "train.batch_size=64 is not a multiple of train.microbatches=7"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(key, value, words):
+    with pytest.raises(ValueError) as error:
+        config.check(changed(**{key: value}))
+    assert words in str(error.value) and str(error.value).startswith("config: ")
+
+
+def test_a_missing_key_is_named():
+    cfg = changed()
+    del cfg["optim"]["b2"]
+    with pytest.raises(ValueError, match=r"config: key 'optim.b2' is missing"):
+        config.check(cfg)
+
+
+def test_model_keys_are_those_of_the_dataclass():
+    given = {"side": 4, "channels": 3, "width": 64, "layers": [1, 2]}
+    assert config.build(FlowConfig, given, "model") == FlowConfig(4, 3, 64, (1, 2))
+    with pytest.raises(ValueError, match=r"unknown key 'model.widht'; did you mean 'width'\?"):
+        config.build(FlowConfig, {**given, "widht": 3}, "model")
+    del given["layers"]
+    with pytest.raises(ValueError, match=r"key 'model.layers' is missing"):
+        config.build(FlowConfig, given, "model")
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("model.start", "sos", "model.start='sos' is not one of"),
+        ("model.start", "prefix", "model.start='prefix' needs text: model.text_channels is 0"),
+        ("model.text_channels", 8, "model.text_channels and model.text_length are both 0 or both"),
+        ("model.positions", "none", "model.positions='none' is not one of"),
+        ("model.kv_heads", 2, "heads=3 is not a multiple of kv_heads=2"),
+        ("model.head_dim", 2, "model.head_dim=2 leaves no RoPE pairs"),
+        ("image.pixels", 31, "image.pixels=31 is not model.side=8 x image.patch=4"),
+        ("model.channels", 12, "model.channels=12 must be 3 x image.patch^2 = 48"),
+        ("train.trains", ["flow", "vlm"], "no subtree 'vlm'; there are flow"),
+        ("train.batch_size", 20, "train.batch_size=20 is not divisible by data x fsdp = 8 x 1 = 8"),
+        ("train.microbatches", 16, "rows of a microbatch=4 is not divisible by data x fsdp"),
+        ("layout", "ddp", "layout: 'ddp' is not one of dp, fsdp, tp, fsdp_tp"),
+    ],
+)
+def test_what_only_the_built_model_can_tell(key, value, words):
+    cfg = config.to_dict(experiment("tarflow_pixels:tiny"))
+    if key == "model.head_dim":
+        cfg["model"]["positions"] = "rope"
+    group, last = key.split(".") if "." in key else (None, key)
+    (cfg[group] if group else cfg)[last] = value
+    config.check(cfg)
+    with pytest.raises(ValueError) as error:
+        program = step.build(cfg, meshes.make_mesh(cfg["mesh"]))
+        program.lower_step()
+    assert words in str(error.value)
+
+
+def test_differences_name_keys_of_the_model_too():
+    old, new = changed(), changed(**{"optim.lr": 3e-4, "model.width": 8, "name": "other"})
+    del new["seed"]
+    assert config.differences(old, old) == []
+    assert config.differences(old, new) == [
+        "model.width: '(absent)' -> 8",
+        "optim.lr: 0.0001 -> 0.0003",
+        "seed: 0 -> '(absent)'",
+    ]
+    # A tuple in Python is a list in the file.
+    assert config.differences(config.default(), json.loads(json.dumps(old))) == []
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_experiments_pass_and_are_saved_as_json(name):
+    cfg = experiment(name)
+    config.check(cfg)
+    plain = config.to_dict(cfg)
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["name"] == name.replace(":", "_")
+    docs = (EXPERIMENTS / f"{name.split(':')[0]}.py").read_text().split('"""')[1]
+    file = f"experiments/{name.split(':')[0]}.py"
+    assert docs.startswith("python -m starflow2_jax.train --config " + file)
+    assert f"\n    {name.split(':')[1]} " in docs
+
+
+# The 3B model lowers under every layout in test_mesh.
+@pytest.mark.parametrize("name", VARIANTS[:-1])
+def test_experiments_lower_at_full_size(name):
+    cfg = config.to_dict(experiment(name))
+    program = step.build(cfg, meshes.make_mesh(cfg["mesh"]))
+    state, metrics = program.lower_step().out_info
+    assert state.step.shape == () and metrics["loss"].dtype == "float32"
+    rows = {leaf.shape[0] for leaf in program.abstract_batch.values()}
+    assert rows == {cfg["train"]["batch_size"]}
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--config={}:huge"], "--config: {} has no variant 'huge'"),
+        (["--config", "{}:huge"], "--config: {} has no variant 'huge'"),
+        (["--config={}:tiny", "--config.optim.rl=1"],
+         "config: unknown key 'optim.rl'; did you mean 'optim.lr'?"),
+        (["--config={}:tiny", "--config.model.widht", "1"],
+         "config: the experiment does not set 'model.widht'; only its file can add it"),
+    ],
+)  # fmt: skip
+def test_a_wrong_key_or_variant_on_the_command_line_is_one_line(words, expected, monkeypatch):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    path = str(EXPERIMENTS / "tarflow_pixels.py")
+    argv = ["train", *(word.format(path) for word in words)]
+    monkeypatch.setattr(sys, "argv", argv)  # where config_flags looks for overrides
+    with pytest.raises((AttributeError, KeyError)) as error:
+        values(argv)
+    assert command.explain(argv, error.value) == expected.format(path)
+    assert command.explain(argv[:1], error.value) == ""
+
+
+def test_the_command_ends_with_that_line():
+    words = ["--config=experiments/tarflow_pixels.py:tiny", "--config.optim.rl=1", "--dry_run"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "starflow2_jax.train", *words],
+        cwd=EXPERIMENTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1 and ran.stdout == ""
+    assert ran.stderr == "error: config: unknown key 'optim.rl'; did you mean 'optim.lr'?\n"
