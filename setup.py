@@ -7,43 +7,52 @@ from setuptools import find_packages, setup
 version = {}
 exec(Path(__file__).with_name("starflow2_jax").joinpath("__init__.py").read_text(), version)
 
+tensorboard = ["tensorboardX>=2.6.4,<3"]  # writes what TensorBoard reads, without TensorFlow
+torch = ["torch>=2.6,<3", "pyyaml>=6,<7"]
+features = ["torch>=2.6,<3", "diffusers>=0.35,<1", "sentencepiece>=0.2,<0.3", "protobuf>=4"]
+
 setup(
     name="starflow2_jax",
     version=version["__version__"],
     description="STARFlow2 in JAX: unified text and image modelling with exact-likelihood flows",
-    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["starflow2_jax", "starflow2_jax.*"]),
+    # Shipped model folders, whatever they hold.
+    package_data={"starflow2_jax": ["pretrained/*/*", "pretrained/*/*/*"]},
     python_requires=">=3.11",
-    # Lower bounds are tested on python 3.11, upper ones on python 3.12.
+    # Lower bounds are what python 3.11 is tested with, upper ones end what python 3.12 is tested
+    # with; a package without an upper bound has not broken its interface between releases.
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",  # its v1 interface still moves
         "grain>=0.2.18,<0.3",
-        "array_record>=0.8.3",
-        "ml-collections>=1.1.0",
-        "tensorflow-datasets>=4.9.9",
+        "array_record>=0.8.3,<0.9",
+        "ml-collections>=1.1.0,<2",
+        "tensorflow-datasets>=4.9.9,<5",
         "transformers>=5.0,<6",
-        "numpy>=2.0",
-        "absl-py>=2.1",
-        "etils[epath]>=1.12",
-        "msgspec>=0.19",
-        "pillow>=12.2",  # earlier releases hold decoder vulnerabilities
-        "safetensors>=0.6",
-        "matplotlib>=3.9",
+        "numpy>=2.0,<3",
+        "absl-py>=2.1,<3",
+        "etils[epath]>=1.12,<2",
+        "msgspec>=0.19,<1",
+        "pillow>=12.2,<14",  # earlier releases hold decoder vulnerabilities
+        "safetensors>=0.6,<1",
+        "matplotlib>=3.9,<4",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "plan": ["libtpu"],
-        "test": ["pytest>=8", "ruff>=0.8", "tensorboardX>=2.6.4"],
-        "parity": ["torch>=2.6"],
-        "torch": ["torch>=2.6", "pyyaml>=6"],
-        "tensorboard": ["tensorboardX>=2.6.4"],
-        "wandb": ["wandb"],
-        "trackio": ["trackio"],
+        "plan": ["libtpu>=0.0.42,<0.1"],
+        "test": ["pytest>=8.3,<10", "pytest-xdist>=3.6,<4", "ruff>=0.15,<0.18", *tensorboard],
+        # One release, so that pip does not look further than a build that is at hand.
+        "parity": ["torch==2.13.0", *torch, *features],
+        "torch": torch,
+        "features": features,
+        "tensorboard": tensorboard,
+        "wandb": ["wandb>=0.21,<1"],
+        "trackio": ["trackio>=0.14,<1"],
     },
 )

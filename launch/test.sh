@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Installs what tests need, checks style, runs the tests.
+#
+#   bash launch/test.sh [--parity] [--plan] [--slow] [-- PYTEST ARGUMENTS]
+#
+#   --parity  also against PyTorch and diffusers (installs both, CPU builds where pip finds them)
+#   --plan    also what compiles for TPUs (installs libtpu; no TPU is needed)
+#   --slow    also the tests marked slow
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+extras=(test)
+options=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --parity | --plan) extras+=("${1#--}") ;;
+    --slow) options+=(-m "") ;;
+    --)
+      shift
+      options+=("$@")
+      break
+      ;;
+    *) die "unknown argument $1: launch/test.sh [--parity] [--plan] [--slow] [-- PYTEST ARGUMENTS]" ;;
+  esac
+  shift
+done
+
+prepare_environment "${extras[@]}"
+[ "$install_seconds" = 0 ] || printf 'installed in %d s\n' "$install_seconds"
+
+"$venv_python" -m ruff check --quiet . || die "ruff check failed; no test was run"
+"$venv_python" -m ruff format --check --quiet . \
+  || die "ruff format --check failed; no test was run ('ruff format' mends it)"
+
+# Two workers on two cores: libraries with thread pools of their own get one thread in each.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}
+# Whole files go to a worker, so that what a file's tests share is made once.
+exec "$venv_python" -m pytest --quiet -n 2 --dist loadfile --durations 15 \
+  ${options[@]+"${options[@]}"} < /dev/null
