@@ -1,5 +1,6 @@
 """Files that weights are read from, whole and broken."""
 
+import itertools
 import json
 
 import ml_dtypes
@@ -136,3 +137,36 @@ def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "x.pth").write_bytes(b"x")
     with pytest.raises(ImportError, match=r"pip install 'starflow2_jax\[torch\]'"):
         sources.open_source(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("read_bytes", [1, 60, 1 << 20])
+def test_every_slice_of_a_safetensors_file(tmp_path, monkeypatch, read_bytes):
+    monkeypatch.setattr(sources, "READ_BYTES", read_bytes)
+    rng = np.random.default_rng(0)
+    arrays = {
+        "cube": rng.normal(size=(5, 7, 6)).astype(np.float32),
+        "scalar": np.array(3.0, np.float32),
+        "none": np.zeros((0, 3), np.float32),
+    }
+    save_file(arrays, tmp_path / "x.safetensors")
+    found = sources.open_safetensors(tmp_path / "x.safetensors")
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name].read(), array)
+    for index in itertools.product(
+        [slice(None), slice(1, 3), slice(2, 2), slice(3, None)], repeat=3
+    ):
+        for some in (index, index[:2], index[:1]):
+            np.testing.assert_array_equal(found["cube"].read(some), arrays["cube"][some])
+    with pytest.raises(ValueError, match="cube: slices must have step 1"):
+        found["cube"].read((slice(None, None, 2),))
+    (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-900])
+    with pytest.raises(ValueError, match=r"x\.safetensors ended within cube"):
+        found["cube"].read()
+
+
+def test_an_index_that_names_a_tensor_twice(tmp_path):
+    save_file(ARRAYS, tmp_path / "x.safetensors")
+    entries = ", ".join(f'"{name}": "x.safetensors"' for name in [*ARRAYS, "b"])
+    (tmp_path / sources.INDEX_FILE).write_text(f'{{"weight_map": {{{entries}}}}}')
+    with pytest.raises(ValueError, match=r"index\.json is not a safetensors index: .*twice: b"):
+        sources.open_source(tmp_path)

@@ -127,7 +127,7 @@ def qwen2_5_vl_72b(**changes: Any) -> Config:
 
 
 def declare(cfg: Config) -> dict[str, Any]:
-    """Every weight: `embed`, `layers`, `final_norm`, `head` unless tied, `vision` if there is one."""
+    """Every weight: `embed`, `layers`, `final_norm`, `head` unless tied, `vision` with a tower."""
     tree = {
         "embed": {"weight": Weight((cfg.vocab, cfg.width), ("vocab", "embed"), normal(0.02))},
         "layers": layers.declare(cfg.layer, cfg.layers),

@@ -33,6 +33,8 @@ _DTYPES = {
 SAFETENSORS_NAMES = {np.dtype(kind): name for name, kind in _DTYPES.items()}
 
 Index = tuple[slice, ...]
+# A column is cut out of at least so much, read at once.
+READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _array(name: str, value: Any) -> Stored:
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file, memory-mapped.
+    """The tensors of one safetensors file, none of them read yet.
 
     Raises:
         ValueError: the file is truncated, damaged, or holds a dtype that is not known.
@@ -100,29 +102,94 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
             f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes): {error}"
         ) from error
 
-    def stored(name: str) -> Stored:
-        view = handle.get_slice(name)
-        kind = view.get_dtype()
+    del handle
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+
+    def stored(name: str, kind: str, shape: list[int], data_offsets: list[int]) -> Stored:
         if kind not in _DTYPES:
             raise ValueError(f"{path}: {name} has dtype {kind}; known are {', '.join(_DTYPES)}")
-        return Stored(
-            tuple(view.get_shape()),
-            np.dtype(_DTYPES[kind]),
-            str(path),
-            lambda index=(): view[index] if index else handle.get_tensor(name),
-        )
+        shape, dtype, start = tuple(shape), np.dtype(_DTYPES[kind]), 8 + size + data_offsets[0]
+        read = lambda index=(): _read(path, name, shape, dtype, start, index)
+        return Stored(shape, dtype, str(path), read)
 
-    return {name: stored(name) for name in handle.keys()}  # noqa: SIM118
+    return {
+        name: stored(name, held["dtype"], held["shape"], held["data_offsets"])
+        for name, held in header.items()
+    }
+
+
+def _read(
+    path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, start: int, index: Index
+) -> np.ndarray:
+    """A slice of one tensor, by ordinary reads of little more than its bytes.
+
+    Pages of a mapped file stay in the process, so that a large file would count twice.
+    """
+    index = (*index, *(slice(None),) * (len(shape) - len(index)))
+    bounds = [range(*part.indices(size)) for part, size in zip(index, shape)]
+    if any(bound.step != 1 for bound in bounds):
+        raise ValueError(f"{name}: slices must have step 1, got {index}")
+    whole = np.empty([len(bound) for bound in bounds], dtype)
+    with path.open("rb", buffering=0) as stream:
+        try:
+            _fill(stream, whole, start, shape, bounds)
+        except EOFError:
+            raise ValueError(f"{path} ended within {name}; was it changed meanwhile?") from None
+    return whole
+
+
+def _fill(stream: Any, target: np.ndarray, start: int, shape: Any, bounds: list[range]) -> None:
+    if not target.size:
+        return
+    if all(len(bound) == size for bound, size in zip(bounds[1:], shape[1:])):
+        row = target.nbytes // (len(bounds[0]) if bounds else 1)
+        stream.seek(start + (bounds[0].start * row if bounds else 0))
+        _read_into(stream, target)
+        return
+    row = math.prod(shape[1:]) * target.itemsize
+    if row >= READ_BYTES:
+        for part, i in zip(target, bounds[0]):
+            _fill(stream, part, start + i * row, shape[1:], bounds[1:])
+        return
+    inner = tuple(slice(bound.start, bound.stop) for bound in bounds[1:])
+    step = max(READ_BYTES // row, 1)
+    for first in range(0, len(target), step):
+        part = target[first : first + step]
+        rows = np.empty((len(part), *shape[1:]), target.dtype)
+        stream.seek(start + (bounds[0].start + first) * row)
+        _read_into(stream, rows)
+        part[...] = rows[(slice(None), *inner)]
+
+
+def _read_into(stream: Any, array: np.ndarray) -> None:
+    data = memoryview(array.reshape(-1).view(np.uint8))
+    while data:
+        count = stream.readinto(data)
+        if not count:
+            raise EOFError
+        data = data[count:]
 
 
 def read_index(path: Path) -> dict[str, str]:
     """File by tensor name, from a `model.safetensors.index.json`.
 
     Raises:
-        ValueError: the index cannot be parsed, or names a file outside its own folder.
+        ValueError: the index cannot be parsed, names a tensor twice, or a file outside its folder.
     """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"named twice: {', '.join(twice)}")
+        return found
+
     try:
-        files = dict(json.loads(path.read_text())["weight_map"])
+        files = dict(json.loads(path.read_text(), object_pairs_hook=once)["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a safetensors index: {error!r}") from error
     for name, file in files.items():
