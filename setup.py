@@ -15,8 +15,6 @@ setup(
     name="starflow2_jax",
     version=version["__version__"],
     description="STARFlow2 in JAX: unified text and image modelling with exact-likelihood flows",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["starflow2_jax", "starflow2_jax.*"]),
     # Shipped model folders, whatever they hold.
