@@ -1,0 +1,57 @@
+"""Plain convolutional parts of the perceptual distance and of the discriminator.
+
+Axes: B batch, H x W positions, c channels; kernels are [rows, columns, in, out].
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from starflow2_jax.models.layers import at_least_float32
+from starflow2_jax.params import Tree, Weight, normal, ones, zeros
+
+
+def declare_conv(kernel: int, inputs: int, outputs: int, std: float = 0.02) -> dict[str, Any]:
+    """A convolution with a bias."""
+    return {
+        "weight": Weight((kernel, kernel, inputs, outputs), (None,) * 4, normal(std)),
+        "bias": Weight((outputs,), (None,), zeros),
+    }
+
+
+def declare_group_norm(channels: int) -> dict[str, Any]:
+    """Scale and shift of every channel."""
+    return {
+        "weight": Weight((channels,), (None,), ones),
+        "bias": Weight((channels,), (None,), zeros),
+    }
+
+
+def conv(params: Tree, x: jax.Array, stride: int = 1, padding: int = 1) -> jax.Array:
+    """[B, H, W, in] to [B, H', W', out] in x's dtype, `padding` zeros on every side."""
+    y = jax.lax.conv_general_dilated(
+        x,
+        params["weight"].astype(x.dtype),
+        (stride, stride),
+        ((padding, padding),) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y + params["bias"].astype(x.dtype)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """Largest of every 2 x 2 positions; an odd last row or column is left out."""
+    least = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
+    return jax.lax.reduce_window(x, least, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def group_norm(params: Tree, x: jax.Array, groups: int, eps: float = 1e-6) -> jax.Array:
+    """Zero mean and unit variance of every group of channels of a row, over all positions.
+
+    Unlike batch norm it makes no row depend on another. Statistics in at least float32.
+    """
+    wide = at_least_float32(x).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    wide = wide - wide.mean((1, 3), keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean((1, 3), keepdims=True) + eps)
+    return (wide.reshape(x.shape) * params["weight"] + params["bias"]).astype(x.dtype)

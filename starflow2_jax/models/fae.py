@@ -1,0 +1,343 @@
+"""The latent codec FAE (arXiv 2512.07829): features of a frozen teacher to few channels, back to
+features, and on to pixels (paper.md 2).
+
+Axes: B batch, T patches in raster order, C feature channels, D latent channels, H x W pixels.
+
+Latents outside this file are normalised: every channel has zero mean and unit variance over a data
+set, by the statistics in the parameters' subtree `latent` (zeros and ones until they are measured).
+The teacher may be any: what is encoded are features [B, T, C].
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax.mesh import constrain
+from starflow2_jax.models import layers, rope
+from starflow2_jax.models.layers import LayerConfig, at_least_float32, linear
+from starflow2_jax.models.patches import unpatchify
+from starflow2_jax.params import Tree, Weight, normal, ones, zeros
+
+# Beyond these a variance is zero or infinite for every purpose, and its exponential overflows.
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+_ACTIVATIONS = {"gelu": lambda x: jax.nn.gelu(x, approximate=False), "silu": jax.nn.silu}
+_EVERYTHING = np.ones((1, 1), bool)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the three modules.
+
+    Attributes:
+        side: rows (= columns) of the grid of patches; latent: D.
+        activation: of the encoder, `gelu` or `silu` (the paper does not say).
+        decoder_mlp, pixel_mlp: hidden channels of the SwiGLUs; two thirds of four times the width,
+            rounded up to a multiple of eight.
+        patch: side of the square of pixels that one token paints.
+        noise: standard deviation of the Gaussian noise on the features from which the pixel decoder
+            learns; 0.4 is for DINOv2, for other teachers in proportion to their features' norm.
+        compute_dtype: dtype of matmuls; None is that of the parameters.
+        remat: a name in `layers.REMAT`.
+    """
+
+    feature_width: int
+    side: int
+    latent: int
+    encoder_heads: int
+    encoder_head_dim: int
+    decoder_layers: int
+    decoder_heads: int
+    decoder_head_dim: int
+    decoder_mlp: int
+    pixel_layers: int
+    pixel_width: int
+    pixel_heads: int
+    pixel_mlp: int
+    patch: int
+    activation: str = "gelu"
+    noise: float = 0.4
+    compute_dtype: str | None = None
+    remat: str = "none"
+
+    def __post_init__(self):
+        for field, allowed in (("activation", _ACTIVATIONS), ("remat", layers.REMAT)):
+            if getattr(self, field) not in allowed:
+                value = getattr(self, field)
+                raise ValueError(f"fae: {field}={value!r} is not one of {tuple(allowed)}")
+        if self.pixel_width % self.pixel_heads:
+            raise ValueError(
+                f"fae: pixel_width={self.pixel_width} is not a multiple of "
+                f"pixel_heads={self.pixel_heads}"
+            )
+        if self.decoder_head_dim % 4:
+            raise ValueError(
+                f"fae: decoder_head_dim={self.decoder_head_dim} is not a multiple of 4, so that "
+                "rows and columns cannot share its RoPE pairs"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.side**2
+
+    @property
+    def pixels(self) -> int:
+        """H (= W) of the decoded image."""
+        return self.side * self.patch
+
+    @property
+    def decoder_layer(self) -> LayerConfig:
+        """A layer of the feature decoder."""
+        return LayerConfig(
+            width=self.feature_width,
+            heads=self.decoder_heads,
+            kv_heads=self.decoder_heads,
+            head_dim=self.decoder_head_dim,
+            mlp_width=self.decoder_mlp,
+            norm="rms_norm",
+            norm_eps=1e-6,
+            activation="silu",
+            gated=True,
+        )
+
+    @property
+    def pixel_layer(self) -> LayerConfig:
+        """A layer of the pixel decoder.
+
+        That its MLP is a SwiGLU and its norms are LayerNorms is our reading: with them the module
+        has the 305.36 M parameters of the paper, with a plain MLP 304.93 M.
+        """
+        return LayerConfig(
+            width=self.pixel_width,
+            heads=self.pixel_heads,
+            kv_heads=self.pixel_heads,
+            head_dim=self.pixel_width // self.pixel_heads,
+            mlp_width=self.pixel_mlp,
+            norm="layer_norm",
+            norm_eps=1e-6,
+            activation="silu",
+            gated=True,
+        )
+
+
+PRESETS = {
+    # DINOv2-g/14 on 224 pixels, images of 256.
+    "paper": Config(
+        feature_width=1536,
+        side=16,
+        latent=32,
+        encoder_heads=24,
+        encoder_head_dim=256,
+        decoder_layers=6,
+        decoder_heads=24,
+        decoder_head_dim=64,
+        decoder_mlp=4096,
+        pixel_layers=24,
+        pixel_width=1024,
+        pixel_heads=16,
+        pixel_mlp=2736,
+        patch=16,
+    ),
+    # Images of 64 pixels, for a CPU.
+    "tiny": Config(
+        feature_width=128,
+        side=8,
+        latent=16,
+        encoder_heads=4,
+        encoder_head_dim=64,
+        decoder_layers=2,
+        decoder_heads=4,
+        decoder_head_dim=32,
+        decoder_mlp=344,
+        pixel_layers=4,
+        pixel_width=128,
+        pixel_heads=4,
+        pixel_mlp=344,
+        patch=8,
+    ),
+}
+
+
+def preset(name: str, **changes: Any) -> Config:
+    """`paper` or `tiny`, with changes.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"fae: preset {name!r} is not one of {', '.join(PRESETS)}")
+    return dataclasses.replace(PRESETS[name], **changes)
+
+
+def declare(cfg: Config) -> dict[str, Any]:
+    """Every weight, in the subtrees `encoder`, `feature_decoder`, `pixel_decoder` and `latent`.
+
+    At paper size the first three hold 38,166,592, 170,428,416 and 305,360,896 parameters.
+    """
+
+    def project(inputs, outputs, axes):
+        return {
+            "weight": Weight((inputs, outputs), axes),
+            "bias": Weight((outputs,), axes[1:], zeros),
+        }
+
+    inner = cfg.encoder_heads * cfg.encoder_head_dim
+    width, pixel = cfg.feature_width, cfg.pixel_width
+    names = ("query", "key", "value", "parallel")
+    return {
+        "encoder": {
+            **{name: project(width, inner, ("embed", "heads")) for name in names},
+            "head": project(inner, 2 * cfg.latent, ("heads", None)),
+        },
+        "feature_decoder": {
+            "proj_in": project(cfg.latent, width, (None, "embed")),
+            "position": Weight((cfg.tokens, width), (None, "embed"), normal(1e-2)),
+            "layers": layers.declare(cfg.decoder_layer, cfg.decoder_layers),
+            "final_norm": {"weight": Weight((width,), ("embed",), ones)},
+        },
+        "pixel_decoder": {
+            "proj_in": project(width, pixel, (None, "embed")),
+            "position": Weight((cfg.tokens, pixel), (None, "embed"), normal(1e-2)),
+            "layers": layers.declare(cfg.pixel_layer, cfg.pixel_layers),
+            "final_norm": {
+                "weight": Weight((pixel,), ("embed",), ones),
+                "bias": Weight((pixel,), ("embed",), zeros),
+            },
+            "proj_out": project(pixel, 3 * cfg.patch**2, ("embed", None)),
+        },
+        "latent": {
+            "mean": Weight((cfg.latent,), (None,), zeros),
+            "std": Weight((cfg.latent,), (None,), ones),
+        },
+    }
+
+
+# ----------------------------------------------------------------------------------------- encoding
+
+
+def _dtype(params: Tree, cfg: Config) -> Any:
+    weight = next(iter(jax.tree.leaves(params)))
+    return jnp.dtype(cfg.compute_dtype or weight.dtype)
+
+
+def posterior(params: Tree, features: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
+    """Mean and log-variance, each [B, T, D] in at least float32, before normalisation.
+
+    One self-attention layer beside a linear one, their sum activated, a linear head. T is free.
+
+    Raises:
+        ValueError: features of another width than the configuration's.
+    """
+    if features.shape[-1] != cfg.feature_width:
+        raise ValueError(
+            f"fae: features have {features.shape[-1]} channels, expected {cfg.feature_width}"
+        )
+    own = params["encoder"]
+    x = constrain(features.astype(_dtype(own, cfg)), "batch", "length")
+
+    def project(name):
+        y = linear(own[name], x).reshape(*x.shape[:2], cfg.encoder_heads, cfg.encoder_head_dim)
+        return constrain(y.swapaxes(1, 2), "batch", "heads", "length")
+
+    mixed = layers.attention(project("query"), project("key"), project("value"), _EVERYTHING)
+    mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)
+    h = _ACTIVATIONS[cfg.activation](mixed + linear(own["parallel"], x))
+    mean, log_variance = jnp.split(at_least_float32(linear(own["head"], h)), 2, -1)
+    return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
+
+
+def encode(params: Tree, features: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
+    """Mean and log-variance [B, T, D] of the normalised latents of features [B, T, C].
+
+    Raises:
+        ValueError: as `posterior`.
+    """
+    mean, log_variance = posterior(params, features, cfg)
+    return normalize(params, mean), log_variance - 2 * jnp.log(params["latent"]["std"])
+
+
+def sample(keys: jax.Array, mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """A draw of a diagonal Gaussian, mean + exp(log_variance / 2) noise, with one key a row [B]."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys)
+    return mean + jnp.exp(0.5 * log_variance) * noise
+
+
+def normalize(params: Tree, latents: jax.Array) -> jax.Array:
+    """Raw latents [..., D] to zero mean and unit variance."""
+    return (latents - params["latent"]["mean"]) / params["latent"]["std"]
+
+
+def denormalize(params: Tree, latents: jax.Array) -> jax.Array:
+    """The inverse of `normalize`."""
+    return latents * params["latent"]["std"] + params["latent"]["mean"]
+
+
+def moments(mean: jax.Array, log_variance: jax.Array) -> dict[str, jax.Array]:
+    """Sums that `with_statistics` reads, of what `posterior` gives; add them up over a data set.
+
+    Returns:
+        `count` scalar; `sum` and `square` [D], the expected sums of a sample and of its square.
+    """
+    square = jnp.square(mean) + jnp.exp(log_variance)
+    count = jnp.asarray(mean.shape[0] * mean.shape[1], mean.dtype)
+    return {"count": count, "sum": mean.sum((0, 1)), "square": square.sum((0, 1))}
+
+
+def with_statistics(params: Tree, sums: Tree) -> dict[str, Any]:
+    """`params` whose latents are normalised by the moments of a data set.
+
+    Raises:
+        ValueError: a channel without variance, or moments that are not finite.
+    """
+    count, total, square = (np.asarray(sums[k], np.float64) for k in ("count", "sum", "square"))
+    mean = total / count
+    variance = square / count - mean**2
+    bad = np.flatnonzero(~(np.isfinite(variance) & (variance > 0)))
+    if bad.size:
+        raise ValueError(f"fae: latent channel {bad[0]} has variance {variance[bad[0]]}")
+    old = params["latent"]
+    fresh = {"mean": mean, "std": np.sqrt(variance)}
+    return {**params, "latent": {k: jnp.asarray(v, old[k].dtype) for k, v in fresh.items()}}
+
+
+# ----------------------------------------------------------------------------------------- decoding
+
+
+def _start(params: Tree, x: jax.Array, cfg: Config) -> jax.Array:
+    if x.shape[1] != cfg.tokens:
+        raise ValueError(f"fae: {x.shape[1]} tokens, expected {cfg.side} x {cfg.side}")
+    h = linear(params["proj_in"], x.astype(_dtype(params, cfg)))
+    return h + params["position"].astype(h.dtype)
+
+
+def decode_features(params: Tree, latents: jax.Array, cfg: Config) -> jax.Array:
+    """Normalised latents [B, T, D] to the teacher's features [B, T, C] in at least float32.
+
+    Raises:
+        ValueError: another number of tokens than the configuration's grid.
+    """
+    own = params["feature_decoder"]
+    h = _start(own, denormalize(params, latents), cfg)
+    plane = rope.plane((cfg.side, cfg.side), cfg.side)
+    angles = rope.angles(plane, cfg.decoder_head_dim)
+    tables = rope.tables(angles, jnp.promote_types(h.dtype, jnp.float32))
+    h = layers.run_layers(own["layers"], h, cfg.decoder_layer, tables, _EVERYTHING, remat=cfg.remat)
+    return at_least_float32(layers.rms_norm(own["final_norm"], h, offset=False))
+
+
+def decode_pixels(params: Tree, features: jax.Array, cfg: Config) -> jax.Array:
+    """Features [B, T, C] to images [B, H, W, 3] in at least float32, in [-1, 1] but not clipped.
+
+    Raises:
+        ValueError: another number of tokens than the configuration's grid.
+    """
+    own = params["pixel_decoder"]
+    h = _start(own, features, cfg)
+    h = layers.run_layers(own["layers"], h, cfg.pixel_layer, None, _EVERYTHING, remat=cfg.remat)
+    h = layers.layer_norm(own["final_norm"], h, cfg.pixel_layer.norm_eps)
+    out = at_least_float32(linear(own["proj_out"], h))
+    return unpatchify(out, (cfg.side, cfg.side), cfg.patch, "channel_last")

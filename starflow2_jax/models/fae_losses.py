@@ -1,0 +1,158 @@
+"""Losses of the latent codec: features (reconstruction and KL), then pixels (paper.md 2.2).
+
+Every loss is one number a row, so that microbatches, devices and hosts add up to the same mean.
+Sums over a batch become means by `count`.
+
+Axes: B batch, T patches, C feature channels, D latent channels, H x W pixels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from starflow2_jax.models import discriminator, fae
+from starflow2_jax.models.fae import Config
+from starflow2_jax.models.layers import at_least_float32
+from starflow2_jax.params import Tree
+
+
+def kl(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """KL(N(mean, exp(log_variance)) || N(0, 1)) of each row [B], nats, summed over T and D."""
+    terms = jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance
+    return 0.5 * terms.sum((1, 2))
+
+
+def mean_square(x: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean square of the difference over all but the rows, [B], in at least float32."""
+    difference = at_least_float32(x) - at_least_float32(target)
+    return jnp.square(difference).mean(range(1, x.ndim))
+
+
+def mean_absolute(x: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean absolute difference over all but the rows, [B], in at least float32."""
+    return jnp.abs(at_least_float32(x) - at_least_float32(target)).mean(range(1, x.ndim))
+
+
+def add_noise(keys: jax.Array, x: jax.Array, sigma: float | jax.Array) -> jax.Array:
+    """x [B, ...] + sigma noise, with one key a row [B]; sigma is a number or [B]."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+    return x + jnp.reshape(jnp.asarray(sigma, x.dtype), (-1, *(1,) * (x.ndim - 1))) * noise
+
+
+def feature_loss(
+    params: Tree,
+    features: jax.Array,
+    keys: jax.Array,
+    cfg: Config,
+    *,
+    beta: float,
+    sigma: float = 0.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Reconstruction of the teacher's features plus beta times the KL divergence.
+
+    Args:
+        features: [B, T, C]; keys: one a row [B].
+        beta: weight of the KL in nats of a whole row against the *mean* square of a row; the paper
+            gives no number, 1e-6 to 1e-4 are usual.
+        sigma: noise on the normalised latents from which the decoder learns, so that it bears
+            latents that were sampled.
+
+    Returns:
+        The loss of each row [B], and what it is made of, each [B]: `mean_square`, `kl`, and `count`
+        (ones).
+    """
+    mean, log_variance = fae.posterior(params, features, cfg)
+    draw = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
+    latents = fae.normalize(params, fae.sample(draw[:, 0], mean, log_variance))
+    if sigma:
+        latents = add_noise(draw[:, 1], latents, sigma)
+    square = mean_square(fae.decode_features(params, latents, cfg), features)
+    nats = kl(mean, log_variance)
+    sums = {"count": jnp.ones_like(square), "mean_square": square, "kl": nats}
+    return square + beta * nats, sums
+
+
+@dataclass(frozen=True)
+class PixelWeights:
+    """Weights of the pixel decoder's losses; what weighs 0 is not computed (paper.md 10)."""
+
+    l1: float = 0.0
+    l2: float = 1.0
+    perceptual: float = 1.0
+    gan: float = 0.1
+
+
+def pixel_loss(
+    params: Tree,
+    features: jax.Array,
+    image: jax.Array,
+    keys: jax.Array,
+    cfg: Config,
+    weights: PixelWeights,
+    *,
+    sigma: float | None = None,
+    perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    logits: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """The pixel decoder's loss of images from features with noise.
+
+    Args:
+        features: [B, T, C], the teacher's, or reconstructed ones; image: [B, H, W, 3] in [-1, 1].
+        keys: one a row [B]; sigma: noise on the features, by default `cfg.noise`.
+        perceptual: (decoded, image) -> distance [B], e.g. of `perceptual.lpips`.
+        logits: image -> logits [B, h, w] of a discriminator whose weights are held.
+
+    Returns:
+        The loss of each row [B], the decoded image, and what the loss is made of, each [B]: `l1`,
+        `l2`, `perceptual`, `gan` (where weighted) and `count` (ones).
+
+    Raises:
+        ValueError: a weighted term whose function is missing.
+    """
+    for name, function in (("perceptual", perceptual), ("gan", logits)):
+        if getattr(weights, name) and function is None:
+            raise ValueError(
+                f"fae: weights.{name}={getattr(weights, name)}, but it has no function"
+            )
+    decoded = fae.decode_pixels(
+        params, add_noise(keys, features, cfg.noise if sigma is None else sigma), cfg
+    )
+    terms = {
+        "l1": lambda: mean_absolute(decoded, image),
+        "l2": lambda: mean_square(decoded, image),
+        "perceptual": lambda: perceptual(decoded, image),
+        "gan": lambda: discriminator.generator_loss(logits(decoded)),
+    }
+    used = {name: term() for name, term in terms.items() if getattr(weights, name)}
+    loss = sum((getattr(weights, n) * row for n, row in used.items()), jnp.zeros(image.shape[0]))
+    return loss, decoded, {**used, "count": jnp.ones_like(loss)}
+
+
+def discriminator_loss(
+    params: Tree,
+    image: jax.Array,
+    decoded: jax.Array,
+    running: Tree,
+    cfg: discriminator.Config,
+    *,
+    lecam: float = 1e-3,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The discriminator's hinge loss plus `lecam` times LeCam's penalty.
+
+    Args:
+        params: the discriminator's; decoded: [B, H, W, 3], no gradient is taken into it.
+        running: means of past logits (`discriminator.lecam_start`).
+
+    Returns:
+        The loss of each row [B], and each [B]: `hinge`, `lecam`, `real` and `fake` (mean logits, by
+        which `discriminator.lecam_update` goes on), `count` (ones).
+    """
+    real = discriminator.forward(params, image, cfg)
+    fake = discriminator.forward(params, jax.lax.stop_gradient(decoded), cfg)
+    hinge = discriminator.hinge_loss(real, fake)
+    penalty = discriminator.lecam_penalty(running, real, fake)
+    sums = {"hinge": hinge, "lecam": penalty, "count": jnp.ones_like(hinge)}
+    sums |= {"real": real.mean((1, 2)), "fake": fake.mean((1, 2))}
+    return hinge + lecam * penalty, sums

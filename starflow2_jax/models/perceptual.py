@@ -1,0 +1,94 @@
+"""Distances between images that agree better with the eye than pixels do.
+
+LPIPS (arXiv 1801.03924) on VGG16 where the user has its weights, or the distance of a frozen
+teacher's own features.
+
+Axes: B batch, H x W pixels, T tokens, C channels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from starflow2_jax.models.convolutions import conv, declare_conv, max_pool
+from starflow2_jax.models.dinov2 import PIXEL_MEAN, PIXEL_STD
+from starflow2_jax.models.layers import at_least_float32
+from starflow2_jax.params import Tree, Weight, ones
+
+# Convolutions before each pooling of VGG16.
+DEPTHS = (2, 2, 3, 3, 3)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Channels of the five stages of VGG16."""
+
+    widths: tuple[int, ...] = (64, 128, 256, 512, 512)
+
+    def __post_init__(self):
+        object.__setattr__(self, "widths", tuple(self.widths))
+        if len(self.widths) != len(DEPTHS):
+            raise ValueError(f"perceptual: widths={self.widths}, expected {len(DEPTHS)} numbers")
+
+
+def declare(cfg: Config) -> dict[str, Any]:
+    """`stages/i/j` convolutions, and `channels/i`, the weight of every channel of a stage."""
+    inputs = (3, *cfg.widths[:-1])
+    stages = {}
+    for i, (depth, width) in enumerate(zip(DEPTHS, cfg.widths)):
+        sizes = (inputs[i], *(width,) * (depth - 1))
+        std = [(2 / (9 * size)) ** 0.5 for size in sizes]
+        stages[str(i)] = {
+            str(j): declare_conv(3, size, width, std[j]) for j, size in enumerate(sizes)
+        }
+    channels = {str(i): Weight((width,), (None,), ones) for i, width in enumerate(cfg.widths)}
+    return {"stages": stages, "channels": channels}
+
+
+def stages(params: Tree, image: jax.Array) -> list[jax.Array]:
+    """Activations [B, H / 2^i, W / 2^i, C_i] after each stage of an image in [-1, 1]."""
+    mean, std = (jnp.asarray(values, image.dtype) for values in (PIXEL_MEAN, PIXEL_STD))
+    x = ((image + 1) / 2 - mean) / std
+    outputs = []
+    for i, depth in enumerate(DEPTHS):
+        x = max_pool(x) if i else x
+        for j in range(depth):
+            x = jax.nn.relu(conv(params["stages"][str(i)][str(j)], x))
+        outputs.append(x)
+    return outputs
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x / |x| over the last dimension; zeros stay zeros, with a finite gradient."""
+    x = at_least_float32(x)
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-10)
+
+
+def lpips(params: Tree, image: jax.Array, target: jax.Array) -> jax.Array:
+    """Distance [B] of images [B, H, W, 3] in [-1, 1], sides at least 16.
+
+    The sum over stages of the weighted square of the difference of unit-length activations,
+    averaged over positions.
+
+    Raises:
+        ValueError: an image too small for four poolings.
+    """
+    if min(image.shape[1:3]) < 16:
+        raise ValueError(f"perceptual: image of {image.shape[1:3]}, sides must be at least 16")
+    total = jnp.zeros(image.shape[0])
+    for i, (a, b) in enumerate(zip(stages(params, image), stages(params, target))):
+        square = jnp.square(unit(a) - unit(b)) * params["channels"][str(i)]
+        total = total + square.sum(-1).mean((1, 2))
+    return total
+
+
+def token_distance(tokens: Sequence[jax.Array], targets: Sequence[jax.Array]) -> jax.Array:
+    """Distance [B] of a teacher's features of two images, each a list of [B, T, C].
+
+    The square of the difference of unit-length tokens, averaged over tokens and over the list.
+    """
+    rows = [jnp.square(unit(a) - unit(b)).sum(-1).mean(-1) for a, b in zip(tokens, targets)]
+    return sum(rows) / len(rows)

@@ -1,0 +1,432 @@
+"""The latent codec: counts at paper size, its rules in closed form, and that it learns."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from starflow2_jax import mesh as meshes
+from starflow2_jax import params as weights
+from starflow2_jax.models import discriminator, fae, fae_losses, perceptual
+from starflow2_jax.weights import lpips
+
+PAPER = fae.preset("paper", compute_dtype="bfloat16")
+TOY = fae.preset(
+    "tiny",
+    feature_width=24,
+    side=4,
+    latent=6,
+    encoder_heads=2,
+    encoder_head_dim=16,
+    decoder_heads=2,
+    decoder_head_dim=8,
+    decoder_mlp=32,
+    pixel_layers=2,
+    pixel_width=32,
+    pixel_heads=2,
+    pixel_mlp=40,
+    patch=4,
+)
+CRITIC = discriminator.Config(widths=(8, 16), groups=4)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(lambda key: weights.init(key, fae.declare(TOY)))(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def features():
+    """Tokens that few numbers describe: 3 dimensions in 24 channels."""
+    low = jax.random.normal(jax.random.key(1), (4, TOY.tokens, 3))
+    return low @ jax.random.normal(jax.random.key(2), (3, TOY.feature_width))
+
+
+def keys(seed, rows=4):
+    return jax.random.split(jax.random.key(seed), rows)
+
+
+# ------------------------------------------------------------------------------- sizes and layouts
+
+
+def test_paper_counts():
+    """The paper's 38.17 M, 170.43 M and 305.36 M."""
+    declared = fae.declare(fae.preset("paper"))
+    counts = {name: weights.count(tree) for name, tree in declared.items()}
+    assert counts == {
+        "encoder": 38_166_592,
+        "feature_decoder": 170_428_416,
+        "pixel_decoder": 305_360_896,
+        "latent": 64,
+    }
+
+
+@pytest.mark.parametrize("layout", meshes.LAYOUTS)
+def test_paper_lowers_under_every_layout(layout):
+    mesh = meshes.make_mesh("data=2,fsdp=2,tensor=2")
+    params = weights.abstract(fae.declare(PAPER), mesh, layout, jnp.bfloat16)
+    shape = (8, PAPER.tokens, PAPER.feature_width)
+    given = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=meshes.batch_sharding(mesh))
+
+    def whole(params, features):
+        mean, log_variance = fae.encode(params, features, PAPER)
+        rebuilt = fae.decode_features(params, mean, PAPER)
+        return log_variance, rebuilt, fae.decode_pixels(params, rebuilt, PAPER)
+
+    with jax.set_mesh(mesh):
+        out = jax.jit(whole).lower(params, given).out_info
+    assert [o.shape for o in out] == [(8, 256, 32), (8, 256, 1536), (8, 256, 256, 3)]
+    assert {o.dtype for o in out} == {jnp.dtype(jnp.float32)}
+
+
+def test_layouts_give_the_numbers_of_one_device(params, features):
+    mesh = meshes.make_mesh("data=2,fsdp=2,tensor=2")
+
+    def whole(params, features):
+        mean, log_variance = fae.encode(params, features, TOY)
+        rebuilt = fae.decode_features(params, mean, TOY)
+        return log_variance, rebuilt, fae.decode_pixels(params, rebuilt, TOY)
+
+    alone = jax.jit(whole)(params, features)
+    where = weights.shardings(fae.declare(TOY), mesh, "fsdp_tp")
+    placed = jax.device_put(features, meshes.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        cut = jax.jit(whole)(jax.device_put(params, where), placed)
+    for a, b in zip(alone, cut):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- the encoder
+
+
+def test_encoder_by_hand(params, features):
+    """Softmax attention of every head, plus the parallel linear, GELU, head; in float64."""
+    own = {k: np.asarray(v, np.float64) for k, v in weights.flatten(params["encoder"]).items()}
+    x = np.asarray(features, np.float64)
+    line = lambda name, x: x @ own[f"{name}/weight"] + own[f"{name}/bias"]
+    q, k, v = (line(n, x) for n in ("query", "key", "value"))
+    heads = []
+    for h in range(TOY.encoder_heads):
+        cut = slice(h * TOY.encoder_head_dim, (h + 1) * TOY.encoder_head_dim)
+        scores = q[..., cut] @ k[..., cut].swapaxes(1, 2) / math.sqrt(TOY.encoder_head_dim)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        heads.append(scores / scores.sum(-1, keepdims=True) @ v[..., cut])
+    summed = np.concatenate(heads, -1) + line("parallel", x)
+    erf = np.vectorize(math.erf)
+    out = line("head", summed * 0.5 * (1 + erf(summed / math.sqrt(2))))
+    mean, log_variance = fae.posterior(params, features, TOY)
+    np.testing.assert_allclose(mean, out[..., :6], atol=1e-5)
+    np.testing.assert_allclose(log_variance, out[..., 6:], atol=1e-5)
+
+
+def test_encoder_takes_any_length_but_its_own_width(params):
+    mean, _ = fae.encode(params, jnp.ones((1, 7, 24)), TOY)
+    assert mean.shape == (1, 7, 6)
+    with pytest.raises(ValueError, match="23 channels, expected 24"):
+        fae.encode(params, jnp.ones((1, 7, 23)), TOY)
+    with pytest.raises(ValueError, match="7 tokens, expected 4 x 4"):
+        fae.decode_features(params, mean, TOY)
+    with pytest.raises(ValueError, match="7 tokens, expected 4 x 4"):
+        fae.decode_pixels(params, jnp.ones((1, 7, 24)), TOY)
+
+
+def test_bad_configs():
+    with pytest.raises(ValueError, match="preset 'huge' is not one of paper, tiny"):
+        fae.preset("huge")
+    for change, words in (
+        ({"activation": "relu"}, "activation='relu'"),
+        ({"remat": "some"}, "remat='some'"),
+        ({"pixel_heads": 3}, "pixel_width=32 is not a multiple of pixel_heads=3"),
+        ({"decoder_head_dim": 6}, "decoder_head_dim=6"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dataclasses.replace(TOY, **change)
+
+
+def test_posterior_sample():
+    """A draw is mean + std noise; its noise is the row's own, whatever the batch."""
+    mean = jnp.arange(4.0)[:, None, None] * jnp.ones((4, 1000, 6))
+    log_variance = jnp.full_like(mean, 2 * math.log(0.3))
+    drawn = fae.sample(keys(0), mean, log_variance)
+    noise = jax.vmap(lambda key: jax.random.normal(key, (1000, 6)))(keys(0))
+    np.testing.assert_allclose(drawn, mean + 0.3 * noise, atol=1e-6)
+    alone = fae.sample(keys(0)[2:3], mean[2:3], log_variance[2:3])
+    np.testing.assert_array_equal(alone[0], drawn[2])
+    np.testing.assert_allclose((drawn - mean).std(), 0.3, rtol=0.02)
+
+
+def test_statistics_normalise_latents(params, features):
+    """Measured statistics give unit variance to samples, and change nothing that is decoded."""
+    mean, log_variance = fae.posterior(params, features, TOY)
+    parts = [fae.moments(mean[i : i + 2], log_variance[i : i + 2]) for i in (0, 2)]
+    measured = fae.with_statistics(params, jax.tree.map(lambda a, b: a + b, *parts))
+    unit, narrow = fae.encode(measured, features, TOY)
+    sums = fae.moments(unit, narrow)
+    np.testing.assert_allclose(sums["sum"] / sums["count"], 0, atol=1e-5)
+    np.testing.assert_allclose(sums["square"] / sums["count"], 1, rtol=1e-5)
+    np.testing.assert_allclose(fae.denormalize(measured, unit), mean, atol=1e-5)
+    before = fae.decode_features(params, fae.encode(params, features, TOY)[0], TOY)
+    np.testing.assert_allclose(fae.decode_features(measured, unit, TOY), before, atol=1e-4)
+    flat = {"count": 4.0, "sum": np.ones(6), "square": np.full(6, 0.25)}
+    with pytest.raises(ValueError, match="channel 0 has variance 0"):
+        fae.with_statistics(params, flat)
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+
+def test_kl_closed_form():
+    """Against torch's formula by hand, by Monte Carlo, and zero for the prior."""
+    mean, variance = 0.7, 0.3
+    shape = (2, 3, 5)
+    ours = fae_losses.kl(jnp.full(shape, mean), jnp.full(shape, math.log(variance)))
+    one = 0.5 * (mean**2 + variance - 1 - math.log(variance))
+    np.testing.assert_allclose(ours, 15 * one, rtol=1e-6)
+    x = np.random.default_rng(0).normal(mean, variance**0.5, 400_000)
+    sampled = np.mean(0.5 * (x**2 - (x - mean) ** 2 / variance - math.log(variance)))
+    np.testing.assert_allclose(one, sampled, rtol=0.02)
+    np.testing.assert_array_equal(fae_losses.kl(jnp.zeros(shape), jnp.zeros(shape)), 0)
+
+
+def test_feature_loss_parts(params, features):
+    run = jax.jit(fae_losses.feature_loss, static_argnums=3, static_argnames="sigma")
+    loss, parts = run(params, features, keys(3), TOY, beta=1e-2)
+    np.testing.assert_allclose(loss, parts["mean_square"] + 1e-2 * parts["kl"], rtol=1e-6)
+    np.testing.assert_allclose(
+        parts["kl"], fae_losses.kl(*fae.posterior(params, features, TOY)), rtol=1e-6
+    )
+    noisy, _ = run(params, features, keys(3), TOY, beta=1e-2, sigma=3.0)
+    assert (jnp.abs(noisy - loss) > 1e-4).all()
+    one, _ = run(params, features[1:2], keys(3)[1:2], TOY, beta=1e-2)
+    np.testing.assert_allclose(one[0], loss[1], rtol=1e-5)
+
+
+def test_noise():
+    x = jnp.zeros((4, 500, 3))
+    out = fae_losses.add_noise(keys(5), x, jnp.array([0.0, 0.4, 1.0, 2.0]))
+    np.testing.assert_allclose(out.std((1, 2)), [0, 0.4, 1, 2], rtol=0.05)
+    assert fae.preset("paper").noise == 0.4
+
+
+def test_hinge_and_lecam_by_hand():
+    real = jnp.array([[[2.0, 0.5]], [[-1.0, 1.0]]])
+    fake = jnp.array([[[-3.0, 0.5]], [[0.0, -0.5]]])
+    np.testing.assert_allclose(
+        discriminator.hinge_loss(real, fake),
+        [0.5 * ((0 + 0.5) / 2 + (0 + 1.5) / 2), 0.5 * ((2 + 0) / 2 + (1 + 0.5) / 2)],
+    )
+    np.testing.assert_allclose(discriminator.generator_loss(fake), [1.25, 0.25])
+    running = {"real": jnp.array(0.25), "fake": jnp.array(-0.5)}
+    np.testing.assert_allclose(
+        discriminator.lecam_penalty(running, real, fake),
+        [
+            (2.5**2 + 1.0**2) / 2 + (3.25**2 + 0) / 2,
+            (0 + 1.5**2) / 2 + (0.25**2 + 0.75**2) / 2,
+        ],
+    )
+    updated = discriminator.lecam_update(running, real, fake, decay=0.9)
+    np.testing.assert_allclose(updated["real"], 0.25 * 0.9 + 0.1 * 0.625, rtol=1e-6)
+    np.testing.assert_allclose(updated["fake"], -0.5 * 0.9 + 0.1 * -0.75, rtol=1e-6)
+    assert set(discriminator.lecam_start()) == {"real", "fake"}
+
+
+def test_discriminator(params):
+    declared = discriminator.declare(CRITIC)
+    critic = weights.init(jax.random.key(0), declared)
+    images = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
+    logits = discriminator.forward(critic, images, CRITIC)
+    assert logits.shape == (3, 4, 4) and logits.dtype == jnp.float32
+    # Rows do not depend on one another.
+    np.testing.assert_allclose(
+        discriminator.forward(critic, images[1:2], CRITIC)[0], logits[1], atol=1e-6
+    )
+    assert weights.count(discriminator.declare(discriminator.Config())) == 2_762_945
+    with pytest.raises(ValueError, match="multiples of groups=32"):
+        discriminator.Config(widths=(8, 40))
+    args = (critic, images, images + 1, discriminator.lecam_start(), CRITIC)
+    loss, parts = fae_losses.discriminator_loss(*args, lecam=0.5)
+    np.testing.assert_allclose(loss, parts["hinge"] + 0.5 * parts["lecam"], rtol=1e-6)
+    np.testing.assert_allclose(parts["real"], logits.mean((1, 2)), rtol=1e-5)
+    into = jax.grad(
+        lambda fake: fae_losses.discriminator_loss(args[0], images, fake, *args[3:])[0].sum()
+    )(images)
+    assert not into.any()
+
+
+def test_pixel_loss(params, features):
+    """Every weighted term is there, weighs what it should, and reaches every weight."""
+    image = jnp.tanh(jax.random.normal(jax.random.key(4), (4, 16, 16, 3)))
+    critic = weights.init(jax.random.key(0), discriminator.declare(CRITIC))
+    chosen = fae_losses.PixelWeights(l1=0.5, l2=2.0, perceptual=3.0, gan=0.25)
+    functions = {
+        "perceptual": lambda a, b: perceptual.token_distance([a[:, 0]], [b[:, 0]]),
+        "logits": lambda x: discriminator.forward(critic, x, CRITIC),
+    }
+
+    def loss(own, chosen=chosen, **given):
+        given = given or functions
+        full = {**params, "pixel_decoder": own}
+        return fae_losses.pixel_loss(full, features, image, keys(6), TOY, chosen, **given)
+
+    rows, decoded, parts = loss(params["pixel_decoder"])
+    by_hand = 0.5 * parts["l1"] + 2 * parts["l2"] + 3 * parts["perceptual"] + 0.25 * parts["gan"]
+    np.testing.assert_allclose(rows, by_hand, rtol=1e-6)
+    np.testing.assert_allclose(parts["l1"], jnp.abs(decoded - image).mean((1, 2, 3)), rtol=1e-5)
+    gradients = jax.jit(jax.grad(lambda own: loss(own)[0].sum()))(params["pixel_decoder"])
+    still = [n for n, g in weights.flatten(gradients).items() if not jnp.abs(g).max() > 0]
+    # Softmax is blind to what adds the same to every score.
+    assert still in ([], ["layers/key/bias"]), still
+    plain = fae_losses.PixelWeights(l1=1, l2=0, perceptual=0, gan=0)
+    clean, _, parts = loss(params["pixel_decoder"], plain, sigma=0.0)
+    assert set(parts) == {"l1", "count"}
+    pixels = fae.decode_pixels(params, features, TOY)
+    np.testing.assert_allclose(clean, fae_losses.mean_absolute(pixels, image), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"weights.perceptual=1.0"):
+        loss(params["pixel_decoder"], fae_losses.PixelWeights(), logits=functions["logits"])
+
+
+def test_learns_in_a_few_steps(params, features):
+    """decode(encode) of a toy batch, then pixels; the gradient reaches all that is trained."""
+    image = jnp.tanh(features[..., :3]).reshape(4, 4, 4, 3).repeat(4, 1).repeat(4, 2)
+    trained, fixed = weights.split(params, ("encoder", "feature_decoder"))
+    tx = optax.adam(1e-2)
+
+    def features_loss(own, key):
+        full = {**own, **fixed}
+        drawn = jax.random.split(key, 4)
+        return fae_losses.feature_loss(full, features, drawn, TOY, beta=1e-5)[0].mean()
+
+    def pixels_loss(own, key):
+        full = {**params, "pixel_decoder": own}
+        drawn = jax.random.split(key, 4)
+        chosen = fae_losses.PixelWeights(l2=1, perceptual=0, gan=0)
+        return fae_losses.pixel_loss(full, features, image, drawn, TOY, chosen)[0].mean()
+
+    for loss, own in ((features_loss, trained), (pixels_loss, params["pixel_decoder"])):
+
+        @jax.jit
+        def step(own, state, key, loss=loss):
+            value, gradients = jax.value_and_grad(loss)(own, key)
+            updates, state = tx.update(gradients, state)
+            return optax.apply_updates(own, updates), state, value, gradients
+
+        state, values = tx.init(own), []
+        for i in range(40):
+            own, state, value, gradients = step(own, state, jax.random.key(i))
+            values.append(float(value))
+            if i == 0:
+                flat = weights.flatten(gradients)
+                still = [n for n, g in flat.items() if not jnp.abs(g).max() > 0]
+                assert all(n.endswith("key/bias") for n in still), still
+        assert np.mean(values[-5:]) < 0.3 * values[0], values[::8]
+
+
+# ------------------------------------------------------------------------------ perceptual distance
+
+
+SMALL = perceptual.Config(widths=(4, 6, 8, 8, 6))
+
+
+def public_lpips(cfg, lins=True):
+    """A random state dict with the names of the lpips package, or of torchvision's VGG16."""
+    draw = np.random.default_rng(0)
+    index = {0: (0, 2), 1: (5, 7), 2: (10, 12, 14), 3: (17, 19, 21), 4: (24, 26, 28)}
+    tensors, inputs = {}, 3
+    for i, width in enumerate(cfg.widths):
+        for j in index[i]:
+            name = f"net.slice{i + 1}.{j}" if lins else f"features.{j}"
+            tensors[f"{name}.weight"] = draw.normal(size=(width, inputs, 3, 3)) * 0.4
+            tensors[f"{name}.bias"] = draw.normal(size=width) * 0.1
+            inputs = width
+        if lins:
+            tensors[f"lin{i}.model.1.weight"] = draw.random((1, width, 1, 1))
+    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+
+
+def test_lpips_as_torch():
+    torch = pytest.importorskip("torch")
+    tensors = public_lpips(SMALL)
+    cfg, tree = lpips.load(tensors)
+    assert cfg == SMALL
+    a, b = (
+        np.random.default_rng(s).uniform(-1, 1, (2, 33, 20, 3)).astype(np.float32) for s in (1, 2)
+    )
+
+    def activations(image):
+        # The constants of the lpips package.
+        x = torch.from_numpy(image.transpose(0, 3, 1, 2).copy())
+        shift, scale = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+        x = (x - torch.tensor(shift)[None, :, None, None]) / torch.tensor(scale)[
+            None, :, None, None
+        ]
+        out = []
+        for i in range(5):
+            x = torch.nn.functional.max_pool2d(x, 2) if i else x
+            for name in (
+                n for n in tensors if n.startswith(f"net.slice{i + 1}.") and "w" in n[-6:]
+            ):
+                weight, bias = tensors[name], tensors[name.replace("weight", "bias")]
+                x = torch.nn.functional.conv2d(
+                    x, torch.from_numpy(weight), torch.from_numpy(bias), padding=1
+                ).relu()
+            out.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return out
+
+    theirs = 0
+    for i, (x, y) in enumerate(zip(activations(a), activations(b))):
+        channels = torch.from_numpy(tensors[f"lin{i}.model.1.weight"])
+        square = torch.nn.functional.conv2d((x - y).square(), channels)
+        theirs = theirs + square.mean((1, 2, 3))
+    ours = jax.jit(perceptual.lpips)(tree, a, b)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5)
+
+
+def test_lpips_properties():
+    _, tree = lpips.load(public_lpips(SMALL, lins=False))
+    distance = jax.jit(perceptual.lpips)
+    assert (tree["channels"]["2"] == 1).all()
+    image = jnp.tanh(jax.random.normal(jax.random.key(0), (2, 16, 16, 3)))
+    np.testing.assert_array_equal(distance(tree, image, image), 0)
+    near, far = (distance(tree, image, jnp.clip(image + e, -1, 1)) for e in (0.02, 0.5))
+    assert (near > 0).all() and (near < far).all()
+    # Dead activations have no direction, and yet a gradient that is a number.
+    dead = jax.tree.map(jnp.zeros_like, tree)
+    slope = jax.jit(jax.grad(lambda x: perceptual.lpips(dead, x, image).sum()))(0 * image)
+    assert jnp.isfinite(slope).all()
+    with pytest.raises(ValueError, match="at least 16"):
+        perceptual.lpips(tree, image[:, :8], image[:, :8])
+    full = weights.count(perceptual.declare(perceptual.Config()))
+    assert full == 14_714_688 + sum((64, 128, 256, 512, 512))
+
+
+def test_lpips_bad_files(tmp_path):
+    good = public_lpips(SMALL)
+    # The package's second names of the channel weights, as they stand in some files.
+    second = {n.replace("lin", "lins.") if n.startswith("lin") else n: t for n, t in good.items()}
+    again = lpips.load({**second, "scaling_layer.shift": np.zeros((1, 3, 1, 1))})[1]
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(lpips.load(good)[1])):
+        np.testing.assert_array_equal(a, b)
+    cut = {n: t for n, t in good.items() if n != "net.slice3.12.bias"}
+    with pytest.raises(ValueError, match=r"1 missing: net\.slice3\.12\.bias"):
+        lpips.load(cut)
+    with pytest.raises(ValueError, match="1 unexpected: head"):
+        lpips.load({**good, "head": np.zeros(2)})
+    wrong = {**good, "net.slice2.5.weight": np.zeros((6, 5, 3, 3), np.float32)}
+    with pytest.raises(
+        ValueError, match=r"net\.slice2\.5\.weight is \[6, 5, 3, 3\], expected \[6, 4"
+    ):
+        lpips.load(wrong)
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        lpips.load(tmp_path / "none.safetensors")
+
+
+def test_token_distance():
+    a = jnp.array([[[3.0, 4.0], [1.0, 0.0]]])
+    b = jnp.array([[[6.0, 8.0], [0.0, 5.0]]])
+    # Length does not count; a right angle is a square of 2.
+    np.testing.assert_allclose(perceptual.token_distance([a], [b]), [1.0], rtol=1e-6)
+    np.testing.assert_allclose(perceptual.token_distance([a, a], [b, a]), [0.5], rtol=1e-6)
