@@ -120,7 +120,8 @@ def load(
     leaves = {}
     for name in declared:
         target = np.dtype(held[name].dtype if dtype is None else dtype)
-        leaves[name] = _place(held[name], where.get(name), target)
+        # Waiting keeps later leaves from being read while this one is still on its way.
+        leaves[name] = _place(held[name], where.get(name), target).block_until_ready()
     return cfg, unflatten(leaves)
 
 
@@ -215,8 +216,12 @@ def view(source: Mapping[str, Stored], cfg: Config) -> dict[str, Any]:
         def read(index: Index = ()) -> np.ndarray:
             if not stacked:
                 return part(tensors[0])[index]
-            layers, *rest = index or (slice(None),)
-            return np.stack([part(tensor)[tuple(rest)] for tensor in tensors[layers]])
+            layers, *rest = (*index, *(slice(None),) * (len(shape) - len(index)))
+            sizes = [len(range(*cut.indices(size))) for cut, size in zip((layers, *rest), shape)]
+            whole = np.empty(sizes, tensors[0].dtype)
+            for target, tensor in zip(whole, tensors[layers]):
+                target[...] = part(tensor)[tuple(rest)]
+            return whole
 
         return Stored(shape, tensors[0].dtype, tensors[0].where, read)
 
