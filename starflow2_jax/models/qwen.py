@@ -61,6 +61,7 @@ class Config:
                 f"sections={self.sections} must be three numbers that sum to half of the "
                 f"{self.head_dim} head channels"
             )
+        self.layer  # noqa: B018  raises where the sizes or the activation are wrong
         if self.remat not in layers.REMAT:
             raise ValueError(f"remat={self.remat!r} is not one of {tuple(layers.REMAT)}")
         if self.vision is not None and self.vision.out_width != self.width:

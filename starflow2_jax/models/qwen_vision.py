@@ -59,6 +59,7 @@ class VisionConfig:
             raise ValueError(f"vision width={self.width} is not a multiple of 4 heads={self.heads}")
         if self.window < self.patch * self.merge:
             raise ValueError(f"vision window={self.window} is smaller than {self.merge} patches")
+        self.layer  # noqa: B018  raises where the activation is wrong
 
     @property
     def patch_values(self) -> int:
