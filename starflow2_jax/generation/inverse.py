@@ -118,7 +118,8 @@ def _inverse(
     return tokens[-1], jnp.stack(passes), jnp.stack(residuals), tokens
 
 
-def _is_guided(guidance: Guidance | None, block: BlockConfig) -> bool:
+def is_guided(guidance: Guidance | None, block: BlockConfig) -> bool:
+    """Whether a block runs twice as many rows under `guidance`."""
     if guidance is None or guidance.blocks == "all":
         return guidance is not None
     if guidance.blocks == "top":
@@ -130,7 +131,7 @@ def _begin(params, zeta, block, text, labels, grid, guidance, temperature, at):
     """Conditions, cache and y_0 of a block: (chain, y_0 [R, 1, D], cache)."""
     cfg, (batch, tokens, _) = block.flow, zeta.shape
     rows, temperature = batch, jnp.asarray(temperature)
-    guided = guidance if _is_guided(guidance, block) else None
+    guided = guidance if is_guided(guidance, block) else None
     if guidance is not None:
         temperature = jnp.ones(())
         if guidance.temperature_on == "all":
@@ -275,7 +276,9 @@ def _jacobi(chain, first, cache, zeta, block_size, threshold, max_iterations):
 
     carry = (y, cache, jnp.zeros((), jnp.int32), jnp.zeros((), y.dtype))
     whole, rest = divmod(count, block_size)
-    carry = jax.lax.fori_loop(0, whole, lambda c, s: chunk(c * block_size, s, block_size), carry)
+    if whole:  # a loop of no turns is traced all the same, and the chunk does not fit
+        body = lambda c, state: chunk(c * block_size, state, block_size)
+        carry = jax.lax.fori_loop(0, whole, body, carry)
     if rest:
         carry = chunk(whole * block_size, carry, rest)
     y, _, passes, residual = carry
