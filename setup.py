@@ -32,6 +32,7 @@ setup(
         "ml-collections>=1.1.0,<2",
         "tensorflow-datasets>=4.9.9,<5",
         "transformers>=5.0,<6",
+        "jinja2>=3.1",  # chat templates; transformers does not ask for it
         "numpy>=2.0,<3",
         "absl-py>=2.1,<3",
         "etils[epath]>=1.12,<2",
