@@ -36,8 +36,6 @@ prepare_environment "${extras[@]}"
 # Two workers on two cores: libraries with thread pools of their own get one thread in each.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}
 # Each worker goes through one half of the tests and then takes from the other's end, so that what
-# a file's tests share is mostly made once; the longest file starts first. (testpaths counts only
-# where no path is named.)
+# a file's tests share is mostly made once.
 exec "$venv_python" -m pytest -n 2 --dist worksteal --durations 25 \
-  -o testpaths="tests/test_models_flow_golden.py tests" \
   ${options[@]+"${options[@]}"} < /dev/null
