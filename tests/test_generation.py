@@ -1,0 +1,293 @@
+"""Loading a trained flow, drawing from it, telling likelihoods, and the clean-up of samples."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from starflow2_jax import config
+from starflow2_jax import mesh as meshes
+from starflow2_jax import params as weights
+from starflow2_jax.generation import denoise
+from starflow2_jax.generation.inverse import Jacobi
+from starflow2_jax.generation.model import Model, Sampling, generate, likelihood, load
+from starflow2_jax.models import flow
+from starflow2_jax.models.patches import unpatchify
+from starflow2_jax.training import checkpoint, step
+from starflow2_jax.weights import files
+
+SIDE, PATCH = 4, 2
+TARFLOW = {"start": "shift", "positions": "learned", "scale": "exp"}
+STARFLOW = {"head_dim": 20, "heads": 1, "text_length": 6, "text_channels": 5, "final_norm": True}
+
+
+def experiment(**changes):
+    """2 x 2 tokens: of pixels with classes unless `changes` say otherwise."""
+    cfg = config.default()
+    cfg.model = {"side": 2, "channels": 12, "width": 16, "layers": (1, 1), "head_dim": 8}
+    cfg.image.update(pixels=SIDE, patch=PATCH)
+    cfg.noise.sigma = 0.1
+    for name, value in changes.items():
+        cfg[name].update(value)
+    return config.to_dict(cfg)
+
+
+def model_of(cfg, spread=0.1, seed=0, **fields):
+    """A flow whose output layers are random of size `spread`; 0 is the identity."""
+    shape = step.model_config(cfg)
+    rng, drawn = np.random.default_rng(seed), {}
+    for name, weight in weights.flatten(step.declare(cfg, shape)).items():
+        size = spread if "proj_out" in name else 0.3
+        drawn[name] = jnp.asarray(size * rng.standard_normal(weight.shape).astype(np.float32))
+    return Model(cfg, shape, weights.unflatten(drawn), **fields)
+
+
+def labelled():
+    return model_of(experiment(model={**TARFLOW, "classes": 3}), classes=("cat", "dog", "owl"))
+
+
+def worded():
+    return model_of(experiment(model=STARFLOW, text={"vocabulary": 257}))
+
+
+def featured():
+    """Latents [4, 12] and features of text, an empty prompt's among them."""
+    cfg = experiment(model=STARFLOW, image={"pixels": 0})
+    return model_of(cfg, null_text=[[0.5, -1.0, 2.0, 0.1, 0.3]])
+
+
+def noise_of(seed, count):
+    key = jax.random.key(seed)
+    return np.stack([jax.random.normal(jax.random.fold_in(key, i), (4, 12)) for i in range(count)])
+
+
+def close(ours, others, tolerance=2e-5):
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(others), atol=tolerance, rtol=tolerance)
+
+
+# ------------------------------------------------------------------------------------- drawing
+
+
+def test_an_identity_flow_draws_the_noise_of_seed_and_number():
+    cfg = experiment(model=TARFLOW)
+    model = model_of(cfg, 0.0)
+    drawn = generate(model, 3, sampling=Sampling(denoise=False, seed=7, batch=2))
+    assert drawn.dtype == np.uint8 and drawn.shape == (3, SIDE, SIDE, 3)
+    values = unpatchify(jnp.asarray(noise_of(7, 3)), (2, 2), PATCH, "channel_first")
+    np.testing.assert_array_equal(drawn, np.clip(np.round((values + 1) * 127.5), 0, 255))
+    # Tweedie: the density is N(0, 1), so every value shrinks by 1 - sigma^2.
+    cleaned = generate(model, 3, sampling=Sampling(seed=7))
+    expected = np.clip(np.round((values * (1 - 0.1**2) + 1) * 127.5), 0, 255)
+    np.testing.assert_array_equal(cleaned, expected)
+    # Uniform noise is never taken away, and pixels are floor(128 (x + 1)) under its protocol.
+    changes = {"noise": {"kind": "uniform"}, "image": {"layout": "channel_last"}}
+    uniform = dataclasses.replace(model, cfg=experiment(model=TARFLOW, **changes))
+    values = unpatchify(jnp.asarray(noise_of(7, 3)), (2, 2), PATCH, "channel_last")
+    expected = np.clip(np.floor((values + 1) * 128), 0, 255)
+    np.testing.assert_array_equal(generate(uniform, 3, sampling=Sampling(seed=7)), expected)
+
+
+def test_a_sample_depends_on_seed_and_number_not_on_the_batch():
+    model = featured()
+    text = np.random.default_rng(0).standard_normal((5, 6, 5)).astype(np.float32)
+    options = {"guidance": 1.5, "seed": 3, "denoise": False}
+    draw = lambda count, **changes: generate(
+        model, count, text=text[:count], sampling=Sampling(**{**options, **changes})
+    )
+    whole = draw(5)
+    assert whole.shape == (5, 4, 12) and whole.dtype == np.float32
+    close(draw(5, batch=2), whole)
+    close(draw(2, batch=2), whole[:2])
+    close(draw(5, jacobi=Jacobi(4, 0.0, 4)), whole)
+    assert np.abs(draw(5, seed=4) - whole).min((1, 2)).max() > 1e-4
+    assert np.abs(draw(5, guidance=0.0) - whole).max() > 1e-3
+    assert np.abs(draw(5, guidance_temperature=0.5) - whole).max() > 1e-5
+
+
+def test_samples_have_the_models_likelihood():
+    """x drawn from z has log p(x) = log N(z) - log |dx/dz|: here each sample's own z is known."""
+    model = featured()
+    text = np.random.default_rng(0).standard_normal((3, 6, 5)).astype(np.float32)
+    x = generate(model, 3, text=text, sampling=Sampling(denoise=False, seed=1))
+    z, log_det = flow.forward(model.params["flow"], x, model.flow, text=text)
+    close(z, noise_of(1, 3))
+    gaussian = (-0.5 * noise_of(1, 3) ** 2 - 0.5 * np.log(2 * np.pi)).sum((1, 2))
+    close(likelihood(model, x, text=text), gaussian + np.asarray(log_det))
+    assert np.abs(likelihood(model, x, text=text[::-1]) - likelihood(model, x, text=text)).max() > 0
+
+
+def test_conditions_change_samples_and_likelihoods():
+    model = labelled()
+    sampling = Sampling(seed=2, batch=4)
+    x = np.random.default_rng(1).standard_normal((4, 4, 12)).astype(np.float32)
+    plain, first = (generate(model, 4, labels=n, sampling=sampling) for n in (None, [0] * 4))
+    assert (plain != first).any()
+    np.testing.assert_array_equal(generate(model, 4, labels=[-1] * 4, sampling=sampling), plain)
+    np.testing.assert_array_equal(generate(model, 4, labels=[0, -1, 0, 1], sampling=sampling)[0],
+                                  first[0])  # fmt: skip
+    close(likelihood(model, x, labels=[-1] * 4), likelihood(model, x))
+    assert np.abs(likelihood(model, x, labels=[1] * 4) - likelihood(model, x)).max() > 1e-3
+
+    model = worded()
+    plain = likelihood(model, x)
+    close(likelihood(model, x, prompts=[""] * 4), plain)
+    said = likelihood(model, x, prompts=["red", "red", "blue", ""])
+    assert abs(said[3] - plain[3]) < 1e-4 and np.abs(said[:3] - plain[:3]).min() > 1e-4
+    assert generate(model, 2, prompts=["a", "bc"]).shape == (2, SIDE, SIDE, 3)
+
+
+def test_no_text_is_the_text_of_an_empty_prompt():
+    model = featured()
+    empty = np.zeros((2, 6, 5), np.float32)
+    empty[:, 0] = model.null_text[0]
+    x = np.random.default_rng(1).standard_normal((2, 4, 12)).astype(np.float32)
+    close(likelihood(model, x), likelihood(model, x, text=empty))
+    assert np.abs(likelihood(model, x, text=0 * empty) - likelihood(model, x)).max() > 1e-3
+    # Guided towards what it has anyway, nothing changes.
+    close(generate(model, 2, sampling=Sampling(guidance=3.0)), generate(model, 2), 1e-4)
+    wide = dataclasses.replace(model, null_text=np.zeros((7, 5)))
+    with pytest.raises(ValueError, match=r"null text: features \[7, 5\] do not fit \[6, 5\]"):
+        generate(wide, 1)
+
+
+@pytest.mark.parametrize(
+    "make, given, words",
+    [
+        (labelled, {"labels": [0, 3]}, "labels: 3 is not below the 3 classes"),
+        (labelled, {"labels": [0]}, "labels: expected 2, got 1"),
+        (labelled, {"prompts": ["a", "b"]}, "prompts: this model does not take them"),
+        (labelled, {"text": np.zeros((2, 6, 5))}, "text: this model does not take them"),
+        (worded, {"labels": [0, 1]}, "labels: this model does not take them"),
+        (worded, {"text": np.zeros((2, 6, 5))}, "text: this model does not take them"),
+        (worded, {"prompts": ["a"]}, "prompts: expected 2, got 1"),
+        (worded, {"prompts": ["a", "too long"]}, "prompt 1: the text has 8 bytes"),
+        (featured, {"prompts": ["a", "b"]}, "prompts: this model does not take them"),
+        (featured, {"text": np.zeros((3, 6, 5))}, "text: expected 2, got 3"),
+        (featured, {"text": np.zeros((2, 6, 4))}, r"text: expected \[B, L, 5\], got \[\d+, 6, 4\]"),
+    ],
+)
+def test_wrong_conditions_are_named(make, given, words):
+    model = make()
+    with pytest.raises(ValueError, match=words):
+        generate(model, 2, **given)
+    with pytest.raises(ValueError, match=words):
+        likelihood(model, np.zeros((2, 4, 12), np.float32), **given)
+
+
+def test_tokens_of_another_width_and_unknown_rules_are_named():
+    with pytest.raises(ValueError, match=r"tokens: expected \[B, T, 12\], got \[2, 4, 11\]"):
+        likelihood(labelled(), np.zeros((2, 4, 11), np.float32))
+    with pytest.raises(ValueError, match=r"guidance.rule='sum' is not of"):
+        generate(labelled(), 1, sampling=Sampling(guidance=1.0, rule="sum"))
+
+
+# ------------------------------------------------------------------------------------- clean-up
+
+
+def test_the_score_step_is_the_posterior_mean_of_a_gaussian():
+    cfg = flow.FlowConfig(side=2, channels=3, width=8, layers=(1,), head_dim=8, scale="exp")
+    drawn = weights.init(jax.random.key(0), flow.declare(cfg))
+    scale, mean, sigma = np.array([0.8, 1.0, 1.5]), np.array([0.5, -1.0, 2.0]), 0.5
+    drawn["blocks"]["0"]["proj_out"]["bias"] = jnp.asarray([*np.log(scale), *mean])
+    rng = np.random.default_rng(0)
+    clean = mean + np.sqrt(scale**2 - sigma**2) * rng.standard_normal((500, 4, 3))
+    noisy = clean + sigma * rng.standard_normal(clean.shape)
+    step_to = denoise.score_step(drawn, jnp.asarray(noisy, jnp.float32), cfg, sigma)
+    close(step_to, noisy - sigma**2 * (noisy - mean) / scale**2, 1e-5)
+    error = lambda x: np.square(np.asarray(x) - clean).mean((0, 1))
+    # What is left is the posterior's variance, sigma^2 (1 - sigma^2 / scale^2).
+    left = sigma**2 * (1 - sigma**2 / scale**2)
+    np.testing.assert_allclose(error(step_to), left, rtol=0.1)
+    assert (error(step_to) < error(noisy)).all()
+
+
+# -------------------------------------------------------------------------------------- loading
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run with two checkpoints whose averaged weights differ from the raw ones, and both."""
+    workdir, models = tmp_path_factory.mktemp("run"), {}
+    writer = checkpoint.open(workdir)
+    for number in (1, 2):
+        models[number] = dataclasses.replace(
+            model_of(labelled().cfg, seed=number), classes=("cat", "dog", "owl")
+        )
+        raw = jax.tree.map(lambda a: a + 1, models[number].params)
+        state = {"step": jnp.int32(number), "params": raw, "ema": models[number].params}
+        meta = {
+            "config": models[number].cfg, "classes": ["cat", "dog", "owl"], "null_text": None,
+            "step": number,
+        }  # fmt: skip
+        checkpoint.save(writer, number, state, meta)
+    checkpoint.close(writer)
+    return workdir, models
+
+
+def check_same(found, expected):
+    assert found.flow == expected.flow and found.classes == expected.classes
+    ours, theirs = weights.flatten(found.params), weights.flatten(expected.params)
+    assert list(ours) == list(theirs)
+    for name, array in ours.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(theirs[name]), err_msg=name)
+
+
+def test_load_a_run_and_a_step_of_it(saved):
+    workdir, models = saved
+    check_same(load(str(workdir)), models[2])
+    found = load(str(workdir / "checkpoints" / "1"))
+    check_same(found, models[1])
+    assert json.loads(found.source) == {"workdir": str(workdir), "step": 1}
+    drawn = generate(found, 3, labels=[0, 1, 2])
+    np.testing.assert_array_equal(drawn, generate(models[1], 3, labels=[0, 1, 2]))
+
+
+def test_load_a_model_folder(saved, tmp_path):
+    model = saved[1][2]
+    cfg = {**model.cfg, "classes": list(model.classes)}
+    files.write_folder(tmp_path / "folder", model.params, cfg)
+    found = load(str(tmp_path / "folder"))
+    check_same(found, model)
+    assert found.source == str(tmp_path / "folder")
+    np.testing.assert_array_equal(generate(found, 2), generate(model, 2))
+
+
+@pytest.mark.parametrize("kind", ["run", "folder"])
+def test_load_onto_a_mesh(saved, tmp_path, kind):
+    workdir, models = saved
+    if kind == "folder":
+        workdir = tmp_path / "folder"
+        files.write_folder(
+            workdir, models[2].params, {**models[2].cfg, "classes": ["cat", "dog", "owl"]}
+        )
+    found = load(str(workdir), meshes.make_mesh("fsdp=8"), "fsdp")
+    check_same(found, models[2])
+    up = found.params["flow"]["blocks"]["0"]["layers"]["mlp_up"]["weight"]
+    assert {shard.data.shape for shard in up.addressable_shards} == {(1, 2, 64)}
+    x = np.random.default_rng(1).standard_normal((8, 4, 12)).astype(np.float32)
+    close(likelihood(found, x), likelihood(models[2], x))
+
+
+def test_load_says_what_is_not_there_or_damaged(saved, tmp_path):
+    workdir, models = saved
+    with pytest.raises(FileNotFoundError, match="no committed checkpoint in"):
+        load(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint of step 9.*\[1, 2\]"):
+        load(str(workdir / "checkpoints" / "9"))
+    with pytest.raises(ValueError, match="layout: 'zz' is not one of"):
+        load(str(workdir), meshes.make_mesh(), "zz")
+    # A run whose own configuration names another model.
+    writer = checkpoint.open(tmp_path / "other")
+    cfg = {**models[1].cfg, "model": {**models[1].cfg["model"], "width": 24}}
+    state = {"step": jnp.int32(1), "params": {}, "ema": models[1].params}
+    meta = {"config": cfg, "classes": None, "null_text": None, "step": 1}
+    checkpoint.save(writer, 1, state, meta)
+    checkpoint.close(writer)
+    with pytest.raises(ValueError, match=r"checkpoint of another model.*of another shape"):
+        load(str(tmp_path / "other"))
+    files.write_folder(tmp_path / "folder", models[1].params, cfg)
+    with pytest.raises(ValueError, match="expected"):
+        load(str(tmp_path / "folder"))
