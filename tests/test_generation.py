@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import starflow2_jax
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
@@ -19,6 +23,7 @@ from starflow2_jax.models.patches import unpatchify
 from starflow2_jax.training import checkpoint, step
 from starflow2_jax.weights import files
 
+ROOT = Path(starflow2_jax.__file__).parent
 SIDE, PATCH = 4, 2
 TARFLOW = {"start": "shift", "positions": "learned", "scale": "exp"}
 STARFLOW = {"head_dim": 20, "heads": 1, "text_length": 6, "text_channels": 5, "final_norm": True}
@@ -182,6 +187,20 @@ def test_tokens_of_another_width_and_unknown_rules_are_named():
         likelihood(labelled(), np.zeros((2, 4, 11), np.float32))
     with pytest.raises(ValueError, match=r"guidance.rule='sum' is not of"):
         generate(labelled(), 1, sampling=Sampling(guidance=1.0, rule="sum"))
+
+
+def test_models_and_sampling_need_no_data_stack():
+    """They are timed on machines that have jax, flax, optax and numpy alone."""
+    rooms = [ROOT / "models", ROOT / "generation"]
+    names = [f"{room.name}.{file.stem}" for room in rooms for file in room.glob("[!_]*.py")]
+    names += ["params", "mesh", "training.loss", "training.optim", "training.step"]
+    assert "generation.inverse" in names and "models.flow" in names
+    blocked = ["msgspec", "grain", "array_record", "orbax", "PIL", "ml_collections", "safetensors",
+               "transformers", "torch", "tensorflow"]  # fmt: skip
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
+    code += "\n".join(f"import starflow2_jax.{name}" for name in names)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 # ------------------------------------------------------------------------------------- clean-up

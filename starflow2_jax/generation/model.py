@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from starflow2_jax.data.tokens import byte_tokens
 from starflow2_jax.generation import denoise
 from starflow2_jax.generation.guidance import Guidance
 from starflow2_jax.generation.inverse import Jacobi, inverse
@@ -209,6 +208,8 @@ def _conditions(model, count, prompts, labels, text) -> dict[str, Any]:
         if values is not None and len(values) != count:
             raise ValueError(f"{name}: expected {count}, got {len(values)}")
     if embeds:
+        from starflow2_jax.data.tokens import byte_tokens
+
         given = [""] * count if prompts is None else prompts
         batch["tokens"] = np.stack(
             [byte_tokens(p, cfg.text_length, f"prompt {i}") for i, p in enumerate(given)]
