@@ -42,6 +42,7 @@ def from_state(state, cfg):
     source, leaves = sources.open_source(renamed), {}
     for piece in table.table(cfg):
         part = table._read(source, piece)
+        part = part.T if piece.transposed else part
         leaves.setdefault(piece.leaf, []).append(part)
         if piece.layer is None:
             leaves[piece.leaf] = part

@@ -225,38 +225,42 @@ def _check_tied(folder: str | Path, head: Stored, embed: Stored) -> None:
 
 
 def _read(source: Mapping[str, Stored], piece: Piece) -> np.ndarray:
-    """One piece in our orientation, in the file's dtype."""
+    """One piece as the file holds it, but for the patch embedding as a matrix (out, in)."""
     part = source[piece.name].read((slice(piece.rows, piece.rows + piece.shape[0]),))
-    return part.reshape(len(part), -1).T if piece.transposed else part
+    return part.reshape(len(part), -1) if piece.transposed else part
 
 
 def _place(pieces: list[Piece], weight: Weight, read: Any, sharding: Any, dtype: Any) -> jax.Array:
-    """One leaf; a stacked one is born empty and filled a layer at a time, in place."""
-    if pieces[0].layer is None:
-        return _put(read(pieces[0]), sharding, dtype)
-    inner = sharding
+    """One leaf; a stacked one is born empty and filled a layer at a time, in place.
+
+    Devices are sent rows as they lie in the file; they turn and cast them.
+    """
+    turned, layered = pieces[0].transposed, pieces[0].layer is not None
+    theirs = sharding
     if isinstance(sharding, NamedSharding):
-        inner = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        axes = sharding.spec[1:] if layered else tuple(sharding.spec)
+        theirs = NamedSharding(sharding.mesh, PartitionSpec(*(axes[::-1] if turned else axes)))
+    convert = lambda part: (part.T if turned else part).astype(dtype)
+    if not layered:
+        return jax.jit(convert, out_shardings=sharding)(_put(read(pieces[0]), theirs))
+
+    def fill(stack, part, layer):
+        return jax.lax.dynamic_update_index_in_dim(stack, convert(part), layer, 0)
+
+    fill = jax.jit(fill, donate_argnums=0, out_shardings=sharding)
     stack = jax.jit(lambda: jnp.zeros(weight.shape, dtype), out_shardings=sharding)()
-    fill = jax.jit(
-        jax.lax.dynamic_update_index_in_dim,
-        static_argnums=3,
-        donate_argnums=0,
-        out_shardings=sharding,
-    )
     for piece in pieces:
         # Waiting keeps later layers from being read while this one is still on its way.
-        stack = fill(stack, _put(read(piece), inner, dtype), piece.layer, 0).block_until_ready()
+        stack = fill(stack, _put(read(piece), theirs), piece.layer).block_until_ready()
     return stack
 
 
-def _put(array: np.ndarray, sharding: Any, dtype: Any) -> jax.Array:
-    parts, held = [], {}
+def _put(array: np.ndarray, sharding: Any) -> jax.Array:
+    parts, last, part = [], None, array
     for device, index in sharding.addressable_devices_indices_map(array.shape).items():
-        key = str(index)
-        if key not in held:
-            held = {key: array[index].astype(dtype, order="C", copy=False)}
-        parts.append(jax.device_put(held[key], device).block_until_ready())
+        if str(index) != last:
+            last, part = str(index), np.ascontiguousarray(array[index])
+        parts.append(jax.device_put(part, device).block_until_ready())
     return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
 
