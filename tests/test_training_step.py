@@ -127,6 +127,10 @@ def test_noise_of_a_row_depends_on_seed_step_and_row_alone():
     part = {k: v[5:9] for k, v in batch.items()}
     some = inputs.tokens(part, inputs.row_keys(3, 7, rows[5:9]), cfg, True)
     np.testing.assert_array_equal(whole[5:9], some)
+    keys = [
+        jax.random.key_data(inputs.row_keys(*given, rows)) for given in ((3, 7), (3, 8), (4, 7))
+    ]
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 3 * ROWS
     other = inputs.tokens(part, inputs.row_keys(3, 8, rows[5:9]), cfg, True)
     assert float(jnp.abs(other - some).min(axis=(1, 2)).max()) > 0
 
