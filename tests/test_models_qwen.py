@@ -1,7 +1,6 @@
 """Qwen2.5-VL beside transformers: every hidden state, logits, cached decoding, greedy tokens."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 
@@ -11,17 +10,15 @@ import numpy as np
 import pytest
 from golden_parity import error
 from peer import torch_qwen
+from qwen_parity import TOLERANCE, check, from_state, ours, prompt_of, step
 
 from starflow2_jax import params as weights
 from starflow2_jax.generation import chat
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import layers, qwen, qwen_vision
-from starflow2_jax.weights import qwen as table
-from starflow2_jax.weights import sources
 from starflow2_jax.weights.qwen_options import read_options
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "qwen_tiny.npz"
-TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -33,83 +30,9 @@ def golden():
     return cfg, from_state(state, cfg), arrays
 
 
-def from_state(state, cfg):
-    """Our tree of a state dict of theirs, by the table of names alone."""
-    renamed = {}
-    for name, array in state.items():
-        name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-        renamed[name] = array
-    source, leaves = sources.open_source(renamed), {}
-    for piece in table.table(cfg):
-        part = table._read(source, piece)
-        part = part.T if piece.transposed else part
-        leaves.setdefault(piece.leaf, []).append(part)
-        if piece.layer is None:
-            leaves[piece.leaf] = part
-    return weights.unflatten({name: jnp.asarray(np.array(leaf)) for name, leaf in leaves.items()})
-
-
-def ours(params, cfg, given):
-    """What `torch_qwen.reference` gives."""
-    positions = qwen.rope_indices(given["ids"], cfg, given["grids"], given["valid"])[0]
-    patches, at = None, None
-    if len(given["grids"]):
-        patches, at = given["patches"], qwen_vision.plan(given["grids"], cfg.vision)
-    found = _compute(params, given["ids"], given["valid"], positions, patches, at, cfg)
-    return {"positions": positions, **found}
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def _compute(params, ids, valid, positions, patches, at, cfg):
-    found, mask = {}, qwen.causal_mask(valid)
-    if patches is not None:
-        seen = (params["vision"], patches, at, cfg.vision)
-        found["vision"] = qwen_vision.hidden_states(*seen)
-        found["features"] = qwen_vision.encode(*seen)
-    h = qwen.embed_all(params, ids, cfg, patches, at)
-    found["hidden"] = qwen.hidden_states(params, h, positions, mask, cfg)
-    found["logits"] = qwen.forward(
-        params, ids, cfg, patches=patches, at=at, positions=positions, mask=mask
-    )
-    return found
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def _step(params, unstacked, ids, patches, at, positions, mask, cache, cfg):
-    """Logits of new tokens against a cache."""
-    h = qwen.embed_all(params, ids, cfg, patches, at)
-    states, cache = qwen.run({**params, "layers": unstacked}, h, positions, mask, cfg, cache)
-    return qwen.logits(params, states, cfg), cache
-
-
-def check(params, cfg, given, reference):
-    """Every array is as the reference; what padding sees is nobody's business."""
-    made, valid = ours(params, cfg, given), given["valid"]
-    np.testing.assert_array_equal(made["positions"], reference["positions"])
-    for key in made:
-        if key == "positions":
-            continue
-        mine, theirs = np.asarray(made[key]), reference[key]
-        assert mine.shape == theirs.shape, key
-        if key == "hidden":
-            pairs = [(a[valid], b[valid]) for a, b in zip(mine, theirs)]
-        elif key == "vision":
-            pairs = list(zip(mine, theirs))
-        else:
-            pairs = [(mine, theirs)] if key == "features" else [(mine[valid], theirs[valid])]
-        for i, pair in enumerate(pairs):
-            assert error(*pair) <= TOLERANCE, f"{key} {i}: off by {error(*pair):.2e}"
-
-
 def case(arrays, name):
     keys = [k for k in arrays if k.startswith(f"{name}/")]
     return {k.removeprefix(f"{name}/"): arrays[k] for k in keys}
-
-
-def prompt_of(given, cfg):
-    positions, following = qwen.rope_indices(given["ids"], cfg, given["grids"], given["valid"])
-    patches = given["patches"] if len(given["grids"]) else None
-    return chat.Prompt(given["ids"], given["valid"], positions, following, patches, given["grids"])
 
 
 # ----------------------------------------------------------------------------------- without torch
@@ -159,7 +82,7 @@ def test_cached_steps_are_the_whole(golden):
     for first, last in [(0, 3), *((i, i + 1) for i in range(3, length))]:
         mask = seen[:, None] & (slots <= np.arange(first, last)[:, None])
         args = (ids[:, first:last], None, None, positions[:, first:last], mask, cache, cfg)
-        out, cache = _step(params, unstacked, *args)
+        out, cache = step(params, unstacked, *args)
         found.append(np.asarray(out))
     found = np.concatenate(found, 1)
     assert int(cache.length) == length
@@ -346,128 +269,3 @@ def test_configurations_that_cannot_be(golden):
         dataclasses.replace(cfg.vision, heads=3)
     with pytest.raises(ValueError, match="vision window=4 is smaller than 2 patches"):
         dataclasses.replace(cfg.vision, window=4)
-
-
-# -------------------------------------------------------------------------------------- with torch
-
-
-@pytest.fixture
-def torch():
-    torch = pytest.importorskip("torch", reason="parity needs the [parity] extra")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch
-    torch.set_num_threads(threads)
-
-
-def converted(model):
-    cfg = read_options(json.loads(model.config.to_json_string()))
-    state = {name: w.numpy() for name, w in model.state_dict().items()}
-    if cfg.tied:
-        state.pop("lm_head.weight", None)
-    return cfg, from_state(state, cfg)
-
-
-WIDER = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
-
-
-WIDE = {"seed": 2, "tied": True, "text": WIDER, "vision": {"out_hidden_size": 48}}
-WINDOWS = {"seed": 3, "vision": {"window_size": 24, "fullatt_block_indexes": [0, 2]}}
-
-
-@pytest.mark.parametrize(
-    ("build", "name"),
-    [
-        *(({"seed": 1}, name) for name in torch_qwen.CASES),
-        (WIDE, "three_right"),
-        (WINDOWS, "three_left"),
-    ],
-)
-def test_random_models(torch, build, name):
-    model, given = torch_qwen.make(**build), torch_qwen.CASES[name]()
-    cfg, params = converted(model)
-    assert cfg.tied == build.get("tied", False) and ("head" in params) != cfg.tied
-    check(params, cfg, given, torch_qwen.reference(model, given))
-
-
-@pytest.mark.parametrize("name", ["one", "three_left", "three_right"])
-def test_cached_decode_step_by_step(torch, name):
-    """After images and padding on either side, each step's logits are those of the cached model."""
-    model, given = torch_qwen.make(seed=4), torch_qwen.CASES[name]()
-    cfg, params = converted(model)
-    ids, valid, grids = given["ids"], given["valid"], given["grids"]
-    rows, length, steps = *ids.shape, 6
-    extra = np.random.default_rng(5).integers(3, 80, (rows, steps))
-    at, delta = torch_qwen.positions(model, given)
-    positions, following = qwen.rope_indices(ids, cfg, grids, valid)
-    np.testing.assert_array_equal(following, (delta[:, 0] + torch.tensor(valid.sum(1))).numpy())
-
-    out = model(**torch_qwen.arguments(given), position_ids=at, use_cache=True)
-    theirs, past = [out.logits[:, -1].numpy()], out.past_key_values
-    seen = np.concatenate([valid, np.ones((rows, steps), bool)], 1)
-    for i in range(steps):
-        out = model(
-            input_ids=torch.tensor(extra[:, i : i + 1]),
-            attention_mask=torch.tensor(seen[:, : length + i + 1].astype(np.int64)),
-            position_ids=torch.tensor(np.broadcast_to((following + i)[:, None], (3, rows, 1))),
-            past_key_values=past,
-            use_cache=True,
-        )
-        theirs.append(out.logits[:, 0].numpy())
-
-    unstacked = layers.unstack(params["layers"], cfg.layers)
-    cache = qwen.empty_cache(cfg, rows, length + steps, jnp.float32)
-    slots = np.arange(length + steps)
-    plan = qwen_vision.plan(grids, cfg.vision)
-    mask = seen[:, None] & (slots <= np.arange(length)[:, None])
-    args = (ids, given["patches"], plan, positions, mask, cache, cfg)
-    out, cache = _step(params, unstacked, *args)
-    mine = [np.asarray(out)[:, -1]]
-    for i in range(steps):
-        mask = seen[:, None] & (slots <= length + i)
-        where = np.repeat((following + i)[:, None, None], 3, 2)
-        args = (extra[:, i : i + 1].astype(np.int32), None, None, where, mask, cache, cfg)
-        out, cache = _step(params, unstacked, *args)
-        mine.append(np.asarray(out)[:, 0])
-    whole = valid[:, -1]
-    assert error(mine[0][whole], theirs[0][whole]) <= TOLERANCE
-    for a, b in zip(mine[1:], theirs[1:]):
-        assert error(a, b) <= TOLERANCE
-
-
-@pytest.mark.parametrize("name", ["text", "three_left"])
-def test_greedy_tokens(torch, name):
-    model = torch_qwen.make(seed=6)
-    given = torch_qwen.CASES[name]()
-    if name == "text":
-        given = torch_qwen.inputs([[20], [13]], "left")
-    cfg, params = converted(model)
-    rows = chat.generate(params, cfg, prompt_of(given, cfg), max_tokens=64)
-    np.testing.assert_array_equal(np.array(rows), torch_qwen.greedy(model, given))
-
-
-@pytest.mark.slow
-def test_at_the_widths_of_the_7b_model(torch):
-    """Two layers of each stack and a small vocabulary; 0.6 billion parameters."""
-    text = {
-        "vocab_size": 2048,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-        "patch_size": 14,
-        "window_size": 112,
-    }
-    model = torch_qwen.make(text=text, vision=vision, sections=(16, 24, 24))
-    sizes = ((1, 12, 10), (1, 6, 18))
-    rows = [[5, None, 6], [3, None, 2]]
-    given = torch_qwen.inputs(rows, "left", sizes, values=1176)
-    cfg, params = converted(model)
-    check(params, cfg, given, torch_qwen.reference(model, given))
