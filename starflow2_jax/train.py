@@ -61,13 +61,8 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         ValueError: a bad key, data or checkpoint, or a workdir of another configuration.
         RuntimeError: a step that was not finite (its batch is dumped), or a save that failed.
     """
-    # -------------------------------------------------------------------- configuration and mesh
+    # ------------------------------------------------------------- configuration, data, workdir
     config.check(cfg)
-    _use_compilation_cache()
-    mesh = meshes.make_mesh(cfg["mesh"])
-    jax.set_mesh(mesh)
-
-    # -------------------------------------------------------------------------------------- data
     model = programs.model_config(cfg)
     of = lambda group: likelihood.data_options(cfg, model, group)
     data = None
@@ -77,8 +72,19 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
             raise ValueError("config: data.path or data.mixture is needed")
 
     null_text = _null_text(data["data"]) if data else None
+    steps, newest = cfg["train"]["steps"], None
+    if not dry_run:
+        workdir = epath.Path(workdir)
+        newest = _check_workdir(workdir, cfg, data)
+        if newest == steps:
+            print(f"{workdir} is finished: step {newest} of {steps}", flush=True)
+            return
 
-    # ------------------------------------------------------------------------------------- build
+    # ----------------------------------------------------------------------------- mesh, program
+    _use_compilation_cache()
+    peak = speed.peak_flops()  # on one device, so before a mesh is set
+    mesh = meshes.make_mesh(cfg["mesh"])
+    jax.set_mesh(mesh)
     program = programs.build(cfg, mesh, null_text=null_text)
     if jax.process_index() == 0:
         print(overview(program), flush=True)
@@ -89,12 +95,6 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         return
 
     # ------------------------------------------------------------------------------------- start
-    workdir = epath.Path(workdir)
-    steps = cfg["train"]["steps"]
-    newest = _check_workdir(workdir, cfg, data)
-    if newest == steps:
-        print(f"{workdir} is finished: step {newest} of {steps}", flush=True)
-        return
     state, frozen = program.init(jax.random.key(cfg["seed"]))
     if newest is not None:  # 1. resume
         del state
@@ -133,7 +133,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         "flops": flops.train_step(
             model, cfg["train"]["batch_size"], model.tokens, model.text_length
         ),
-        "peak": speed.peak_flops(),
+        "peak": peak,
     }
     window: list[dict[str, Any]] = []
     waiting = None
