@@ -32,7 +32,17 @@ part "training data" "$venv_python" "${import[@]}" --n 10000 --seed 0 --out $tra
 part "test data" "$venv_python" "${import[@]}" --n 1000 --seed 1 --out $test_data
 part "training" "$venv_python" -m starflow2_jax.train --config experiments/tarflow_pixels.py:tiny \
   --config.data.path=$train_data --config.eval_data.path=$test_data --workdir $run
-if compgen -G "$run/evaluation/likelihood_*.json" > /dev/null; then
+# Training that was told to stop saves, says so and ends well.
+step=$("$venv_python" - $run << 'END'
+import sys
+from starflow2_jax.training import log, step_folders
+
+step, steps = step_folders.latest(sys.argv[1]), log.read_config(sys.argv[1])["train"]["steps"]
+print("%08d" % step if step == steps else "unfinished")
+END
+)
+[ "$step" != unfinished ] || die "training was stopped before its end; the same command goes on"
+if compgen -G "$run/evaluation/likelihood_${step}_*.json" > /dev/null; then
   printf '\nthe likelihood is measured already: %s\n' "$run/evaluation"
 else
   part "likelihood of test data" "$venv_python" -m starflow2_jax.evaluate likelihood \
