@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
@@ -26,6 +27,7 @@ from starflow2_jax.training import checkpoint, speed, step_folders
 from starflow2_jax.training import log as logs
 from starflow2_jax.training import step as programs
 from starflow2_jax.training.loss import per_dim
+from starflow2_jax.weights import files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py[:variant], an experiment")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of checkpoints, metrics, samples, report")
@@ -70,6 +72,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         data = {g: pipeline.describe(of(g)) for g in ("data", "eval_data") if _given(cfg[g])}
         if "data" not in data:
             raise ValueError("config: data.path or data.mixture is needed")
+        _check_classes(cfg, data)
 
     null_text = _null_text(data["data"]) if data else None
     steps, newest = cfg["train"]["steps"], None
@@ -247,6 +250,17 @@ def _given(group: dict[str, Any]) -> bool:
     return bool(group["path"] or group["mixture"])
 
 
+def _check_classes(cfg: dict[str, Any], data: dict[str, Any]) -> None:
+    """ValueError where labels are not those of the model: a number too high would go unnoticed."""
+    wanted = cfg["model"].get("classes", 0)
+    for group, told in data.items() if wanted else ():
+        count = len(told["classes"] or ()) if cfg[group]["labels"] else 0
+        if count != wanted:
+            raise ValueError(f"config: model.classes={wanted}, but {group} gives {count} classes")
+        if told["classes"] != data["data"]["classes"]:
+            raise ValueError(f"config: the classes of {group} are not those of data")
+
+
 def _check_workdir(workdir: epath.Path, cfg: dict[str, Any], data: dict[str, Any]) -> int | None:
     """The newest step to resume from, None in a new workdir.
 
@@ -285,11 +299,16 @@ def _fingerprints(data: dict[str, Any]) -> list[str]:
 
 def _warm_start(program: programs.Program, state: Any, init: dict[str, Any]) -> Any:
     """Trained weights of another run or model folder in place of the drawn ones."""
-    source, step = step_folders.locate(init["from"])
-    part = "ema" if init["ema"] else "params"
-    wanted = {part: program.abstract_state.params}
-    found, _ = checkpoint.restore(source, step, wanted, only=(part,))
-    return state.replace(params=found[part], ema=jax.tree.map(lambda a: a.copy(), found[part]))
+    if files.is_folder(init["from"]):
+        args = (program.declared, program.mesh, program.cfg["layout"], np.float32)
+        whole = files.read_folder(init["from"], *args)
+        found = {name: whole[name] for name in state.params}
+    else:
+        source, step = step_folders.locate(init["from"])
+        part = "ema" if init["ema"] else "params"
+        wanted = {part: program.abstract_state.params}
+        found = checkpoint.restore(source, step, wanted, only=(part,))[0][part]
+    return state.replace(params=found, ema=jax.tree.map(lambda a: a.copy(), found))
 
 
 def _catch_sigterm() -> dict[str, bool]:
@@ -307,7 +326,8 @@ def _summary(window: list[dict[str, Any]]) -> dict[str, float]:
 
 def _evaluate(program, state, frozen, log, number, options) -> None:
     evaluate = program.cfg["evaluate"]
-    size = evaluate["batch_size"]
+    ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    size = -(-evaluate["batch_size"] // ways) * ways  # no figure depends on it
     batches = pipeline.eval_batches(
         options,
         batch_size=size,
