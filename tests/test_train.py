@@ -1,0 +1,232 @@
+"""Real training processes: stopped, killed, resumed, moved to other meshes, and refused."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from test_training_step import experiment
+
+from starflow2_jax import config, mesh, train
+from starflow2_jax.data import records, shapes
+from starflow2_jax.training import checkpoint, log, step, step_folders
+
+RUNNER = pathlib.Path(__file__).with_name("train_runner.py")
+CLOCKS = ("seconds_per_step", "tokens_per_second", "flops_per_second", "mfu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "shapes"
+    rows = shapes.make_records(0, 40, 8, tags=("single_object",), label="color")
+    records.write(path, rows, classes=shapes.classes("color"))
+    return path
+
+
+def run_config(data, **changes):
+    base = {
+        "model.classes": 8, "train.steps": 6, "optim.lr": 1e-3, "checkpoint.every": 2,
+        "checkpoint.keep": 9, "log.every": 1, "sample.every": 3, "sample.count": 2,
+        "evaluate.every": 3, "evaluate.rows": 16, "evaluate.batch_size": 16, "mesh": "data=-1",
+    }  # fmt: skip
+    cfg = experiment()
+    for group in ("data", "eval_data"):
+        cfg[group] |= {"path": str(data), "labels": True, "threads": 1}
+    for name, value in {**base, **changes}.items():
+        *path, last = name.split(".")
+        group = cfg
+        for part in path:
+            group = group[part]
+        group[last] = value
+    config.check(cfg)
+    return cfg
+
+
+def start(cfg, workdir, kill="", devices=1):
+    """A process that trains, with a number of virtual devices."""
+    file = workdir.with_suffix(".json")
+    file.write_text(json.dumps(cfg))
+    cache = pathlib.Path(cfg["data"]["path"]).parent / "cache"
+    command = [sys.executable, str(RUNNER), str(file), str(workdir), *([kill] if kill else [])]
+    pipe = subprocess.PIPE
+    environment = environment_of(cache, devices)
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT)
+
+
+def environment_of(cache, devices):
+    """Programs are compiled once for all processes of this file, and quickly."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def finish(process, expected=0):
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == expected, output[-3000:]
+    return output
+
+
+def state_of(workdir, number, cfg):
+    program = step.build({**cfg, "mesh": "data=1"}, mesh.make_mesh("data=1", jax.devices()[:1]))
+    state, _ = checkpoint.restore(workdir, number, program.abstract_state)
+    return jax.tree.map(np.asarray, state)
+
+
+def rows_of(workdir):
+    rows = log.read(workdir)
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    cfg = run_config(data)
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    output = finish(start(cfg, workdir))
+    assert (workdir / "report.html").exists() and "done" in output
+    return cfg, workdir
+
+
+def assert_equal_runs(one, other, cfg):
+    jax.tree.map(np.testing.assert_array_equal, state_of(one, 6, cfg), state_of(other, 6, cfg))
+    assert rows_of(one) == rows_of(other)
+
+
+def test_rows_and_checkpoints_of_a_run(unbroken):
+    cfg, workdir = unbroken
+    rows = rows_of(workdir)
+    assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in rows if "eval/nats_per_dim" in r] == [3, 6]
+    found = [(s.step, s.status) for s in step_folders.steps(workdir)]
+    assert found == [(2, "sealed"), (4, "sealed"), (6, "sealed")]
+    assert log.read_config(workdir) == cfg
+
+
+KILLS = ["after:2", "writing:4", "before:4", "after:4", "writing:6"]
+
+
+@pytest.mark.parametrize(
+    "kill", [k if k == "writing:4" else pytest.param(k, marks=pytest.mark.slow) for k in KILLS]
+)
+def test_killed_and_resumed_equals_unbroken_bit_for_bit(unbroken, tmp_path, kill):
+    cfg, whole = unbroken
+    workdir = tmp_path / "run"
+    finish(start(cfg, workdir, kill), expected=-signal.SIGKILL)
+    newest = step_folders.latest(workdir)
+    assert newest in ((2, 4) if kill == "writing:4" else (2, 4, 6))
+    output = finish(start(cfg, workdir))
+    if newest != 6:
+        assert f"resumed {workdir} at step {newest}" in output
+    assert_equal_runs(whole, workdir, cfg)
+
+
+def test_resume_on_other_meshes(unbroken, tmp_path):
+    cfg, whole = unbroken
+    workdir = tmp_path / "run"
+    fsdp = lambda ways: {**cfg, "layout": "fsdp", "mesh": f"fsdp={ways}"}
+    finish(start(fsdp(8), workdir, "after:2", devices=8), expected=-signal.SIGKILL)
+    finish(start(fsdp(4), workdir, "after:4", devices=4), expected=-signal.SIGKILL)
+    assert "resumed" in finish(start({**cfg, "layout": "dp", "mesh": "data=1"}, workdir))
+    moved, stayed = rows_of(workdir), rows_of(whole)
+    assert [r["step"] for r in moved] == [r["step"] for r in stayed]
+    for a, b in zip(moved, stayed):
+        name = "loss" if "loss" in a else "eval/nats_per_dim"
+        assert abs(a[name] - b[name]) <= 1e-5, (a["step"], a[name], b[name])
+
+
+def test_sigterm_saves_and_the_same_command_resumes(data, tmp_path):
+    long = {"train.steps": 1_000_000, "checkpoint.every": 500_000}
+    cfg = run_config(data, **long, **{"sample.every": 0, "evaluate.every": 0})
+    workdir = tmp_path / "run"
+    stopped = []
+    for _ in range(2):
+        process = start(cfg, workdir)
+        deadline = time.time() + 200
+        at = stopped[-1] if stopped else 0
+        while not any(row["step"] > at for row in log.read(workdir)):
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        output = finish(process)
+        stopped.append(step_folders.latest(workdir))
+        assert f"stopped by SIGTERM at step {stopped[-1]}" in output
+    assert f"resumed {workdir} at step {stopped[0]}" in output
+    assert stopped[1] > stopped[0] > 0
+
+
+def test_finished_workdir_says_so(unbroken, capsys):
+    cfg, workdir = unbroken
+    train.train(cfg, str(workdir))
+    assert "is finished: step 6 of 6" in capsys.readouterr().out
+
+
+def test_another_configuration_is_refused_with_the_differing_keys(unbroken):
+    cfg, workdir = unbroken
+    before = sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*"))
+    other = {**cfg, "optim": {**cfg["optim"], "lr": 0.5}, "log": {**cfg["log"], "every": 2}}
+    with pytest.raises(ValueError, match=r"another configuration:\n  optim.lr: 0.001 -> 0.5$"):
+        train.train(other, str(workdir))
+    assert sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*")) == before
+
+
+def test_changed_data_are_refused_and_moved_data_are_not(unbroken, data, tmp_path, capsys):
+    cfg, workdir = unbroken
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    there = {**cfg, "data": {**cfg["data"], "path": str(moved)}}
+    train.train(there, str(workdir))
+    assert "finished" in capsys.readouterr().out
+    shutil.rmtree(moved)
+    rows = shapes.make_records(9, 40, 8, tags=("single_object",), label="color")
+    records.write(moved, rows, classes=shapes.classes("color"))
+    with pytest.raises(ValueError, match=r"data.path"):
+        train.train(there, str(workdir))
+
+
+def test_a_step_that_is_not_finite_stops_with_ids_and_a_dump(data, tmp_path):
+    cfg = run_config(data, **{"optim.lr": 1e30, "optim.clip": 0.0, "optim.warmup": 0})
+    output = finish(start(cfg, tmp_path / "run"), expected=1)
+    assert "is not finite; the batch (ids " in output
+    dumps = list((tmp_path / "run" / "nonfinite").glob("*.npz"))
+    assert len(dumps) == 1
+    arrays = np.load(dumps[0])
+    assert arrays["image"].shape == (16, 8, 8, 3)
+    assert len(json.loads(dumps[0].with_suffix(".json").read_text())["ids"]) == 16
+
+
+def test_warm_start_takes_the_averaged_weights(unbroken, tmp_path):
+    cfg, source = unbroken
+    cfg = {**cfg, "init": {"from": str(source), "ema": True}}
+    cfg = {**cfg, "optim": {**cfg["optim"], "lr": 0.0, "final_lr": 0.0}}
+    finish(start(cfg, tmp_path / "run", "after:2"), expected=-signal.SIGKILL)
+    taken, given = state_of(tmp_path / "run", 2, cfg), state_of(source, 6, cfg)
+    jax.tree.map(np.testing.assert_array_equal, taken.params, given.ema)
+
+
+def test_dry_run_compiles_and_writes_nothing(tmp_path):
+    experiment_file = pathlib.Path(__file__).parent.parent / "experiments" / "tarflow_pixels.py"
+    flags = [
+        f"--config={experiment_file}:tiny", "--dry_run", "--config.model.width=64",
+        "--config.model.layers=(1,1)", "--config.train.batch_size=8", "--layout=fsdp",
+        "--mesh=fsdp=2",
+    ]  # fmt: skip
+    environment = environment_of(tmp_path / "cache", 2)
+    command = [sys.executable, "-m", "starflow2_jax.train", *flags]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "layout fsdp over fsdp=2" in done.stdout and "per device: arguments" in done.stdout
+    assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == []
