@@ -193,6 +193,11 @@ def test_changed_data_are_refused_and_moved_data_are_not(unbroken, data, tmp_pat
     records.write(moved, rows, classes=shapes.classes("color"))
     with pytest.raises(ValueError, match=r"data.path"):
         train.train(there, str(workdir))
+    # The same folder with other data in it.
+    shutil.copytree(workdir, tmp_path / "run")
+    log.save_config(tmp_path / "run", there)
+    with pytest.raises(ValueError, match="the data have changed since step 6: fingerprints"):
+        train.train(there, str(tmp_path / "run"))
 
 
 def test_a_step_that_is_not_finite_stops_with_ids_and_a_dump(data, tmp_path):
