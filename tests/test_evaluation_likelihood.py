@@ -184,7 +184,8 @@ def test_gaussian_baseline_is_the_closed_form(kind):
     x = np.asarray(inputs.tokens({"image": jnp.asarray(fit)}, keys, cfg, False), np.float64)
     y = noisy(cfg, held_out)
     exact = 0.5 * np.log(2 * np.pi * x.var(0)) + 0.5 * (y - x.mean(0)) ** 2 / x.var(0)
-    assert got == pytest.approx(exact.mean(), rel=1e-9)
+    # The noise is float32 and drawn here by another program: its last bit may differ.
+    assert got == pytest.approx(exact.mean(), rel=1e-7)
 
 
 def test_gaussian_baseline_refuses_what_it_cannot_fit():
