@@ -14,7 +14,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from starflow2_jax import command
+from starflow2_jax import allocator, command
 from starflow2_jax import mesh as meshes
 from starflow2_jax.data import pipeline
 from starflow2_jax.evaluation import likelihood, report
@@ -197,4 +197,5 @@ def _lines(result: dict[str, Any], out: epath.Path | None) -> list[str]:
 
 if __name__ == "__main__":
     define(flags.FLAGS)
+    allocator.keep_freed_memory()
     command.run(main, VERBS)

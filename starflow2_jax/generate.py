@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from starflow2_jax import command, config
+from starflow2_jax import allocator, command, config
 from starflow2_jax import mesh as meshes
 
 _MODEL = flags.DEFINE_string("model", None, "workdir, step in it, or model folder")
@@ -125,4 +125,5 @@ def _say(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()
     command.run(main)

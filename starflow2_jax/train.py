@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import command, config
+from starflow2_jax import allocator, command, config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.data import pipeline
@@ -341,4 +341,5 @@ def _evaluate(program, state, frozen, log, number, options) -> None:
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()
     command.run(main)

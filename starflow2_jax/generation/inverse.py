@@ -193,7 +193,7 @@ def _layers(chain, h, cache, start):
     tables = chain.tables
     if tables is not None:
         tables = tuple(jax.lax.dynamic_slice_in_dim(t, start, count, -2) for t in tables)
-    size = cache.keys[0].shape[2]
+    size = cache.keys[0].shape[-2]
     mask = (start + jnp.arange(count))[:, None] >= jnp.arange(size)[None, :]
     args = (chain.params["layers"], h, block.layer, tables, mask, cache, chain.temperature)
     return layers.run_layers_cached(*args)

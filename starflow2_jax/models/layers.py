@@ -20,6 +20,8 @@ from starflow2_jax.params import Tree, Weight, ones, zeros
 CAUSAL_PARTS = 4
 # Layers that a CPU runs without a loop between them.
 CPU_UNROLL = 8
+# Columns of a tall weight that a CPU's decode step reads side by side (see `unstack`).
+PANEL = 64
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,11 @@ class LayerConfig:
 
 @struct.dataclass
 class KVCache:
-    """Rotated keys and values, one pair of [B, K, S, D] arrays a layer, and how many are filled."""
+    """Rotated keys and values, a pair of [B, K, S, D] arrays a layer, and how many are filled.
+
+    A single row's have no batch axis: with an axis of one, XLA's fusions on a CPU copy the whole
+    cache at every step.
+    """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -65,7 +71,8 @@ class KVCache:
 
 def empty_cache(cfg: LayerConfig, layers: int, batch: int, size: int, dtype: Any) -> KVCache:
     """A cache of `size` positions with none filled."""
-    shape = (batch, cfg.kv_heads, size, cfg.head_dim)
+    rows = (batch,) if batch > 1 else ()
+    shape = (*rows, cfg.kv_heads, size, cfg.head_dim)
     blank = tuple(jnp.zeros(shape, dtype) for _ in range(layers))
     return KVCache(keys=blank, values=blank, length=jnp.zeros((), jnp.int32))
 
@@ -120,7 +127,13 @@ def linear(params: Tree, x: jax.Array) -> jax.Array:
 
     Rows are flattened first: on a CPU the backward pass of [B, T, in] takes up to twice as long.
     """
-    y = x.reshape(-1, x.shape[-1]) @ params["weight"].astype(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    if "panels" in params:
+        panels = params["panels"].astype(x.dtype)
+        each = jnp.broadcast_to(rows, (len(panels), *rows.shape))
+        y = jnp.einsum("pri,pio->pro", each, panels).swapaxes(0, 1).reshape(len(rows), -1)
+    else:
+        y = rows @ params["weight"].astype(x.dtype)
     if "bias" in params:
         y = y + params["bias"].astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -164,14 +177,17 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array], pairs: str) -> jax
 
 
 def _attend(q, k, v, mask):
-    """softmax(q k) v for scaled q [B, K, G, T, D]; mask broadcasts to [B, 1, 1, T, S]."""
-    scores = at_least_float32(jnp.einsum("bkgtd,bksd->bkgts", q, k))
+    """softmax(q k) v for scaled q [B, K, G, T, D]; mask broadcasts to [B, 1, 1, T, S].
+
+    All of them may lack the axis B.
+    """
+    scores = at_least_float32(jnp.einsum("...kgtd,...ksd->...kgts", q, k))
     # Added and finite: a sum has no work to do in the backward pass, and a row which may attend to
     # nothing gives numbers, not NaN.
     closed = 0.5 * float(jnp.finfo(scores.dtype).min)
     xp = np if isinstance(mask, np.ndarray) else jnp
     weights = jax.nn.softmax(scores + xp.where(mask, 0.0, closed).astype(scores.dtype))
-    return jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v.dtype), v)
+    return jnp.einsum("...kgts,...ksd->...kgtd", weights.astype(v.dtype), v)
 
 
 def attention(
@@ -180,7 +196,7 @@ def attention(
     """Grouped-query attention with scale 1 / (sqrt(D) temperature) and softmax in float32.
 
     Args:
-        q: [B, H, T, D]; k, v: [B, K, S, D].
+        q: [B, H, T, D]; k, v: [B, K, S, D], or [K, S, D] of a single row.
         mask: boolean, broadcastable to [B, T, S], True where a query may look; None is causal,
             the queries being the last T of the S positions.
         temperature: a number or [B].
@@ -189,20 +205,22 @@ def attention(
         [B, H, T, D].
     """
     batch, heads, length, channels = q.shape
-    kv_heads, keys = k.shape[1:3]
+    kv_heads, keys = k.shape[-3:-1]
     scale = channels**-0.5 / jnp.reshape(jnp.asarray(temperature, q.dtype), (-1, 1, 1, 1, 1))
     q = q.reshape(batch, kv_heads, heads // kv_heads, length, channels) * scale
     if mask is not None:
-        return _attend(q, k, v, mask[..., None, None, :, :]).reshape(batch, heads, length, channels)
+        mask = mask[..., None, None, :, :]
+        if k.ndim == 3:
+            q, mask = q[0], mask.reshape(mask.shape[-4:])
+        return _attend(q, k, v, mask).reshape(batch, heads, length, channels)
     before = keys - length
     parts = CAUSAL_PARTS if length % CAUSAL_PARTS == 0 and length >= 16 * CAUSAL_PARTS else 1
     step, mixed = length // parts, []
     for start in range(0, length, step):
         end = before + start + step
         causal = np.arange(before + start, end)[:, None] >= np.arange(end)[None, :]
-        mixed.append(
-            _attend(q[:, :, :, start : start + step], k[:, :, :end], v[:, :, :end], causal)
-        )
+        now = q[:, :, :, start : start + step]
+        mixed.append(_attend(now, k[..., :end, :], v[..., :end, :], causal))
     return jnp.concatenate(mixed, 3).reshape(batch, heads, length, channels)
 
 
@@ -244,29 +262,36 @@ def decoder_layer(
         h: [B, T, C] in the compute dtype.
         tables: cos and sin of the T new positions, None without RoPE.
         mask: as in `attention`, over the S positions of the cache where there is one.
-        cached: keys and values [B, K, S, D] of earlier positions and the offset at which the new
-            ones are written.
+        cached: keys and values of earlier positions, as in `KVCache`, and the offset at which the
+            new ones are written.
 
     Returns:
         h [B, T, C] and the layer's keys and values, with the new ones in place.
     """
 
-    def project(name, heads):
-        y = linear(params[name], x).reshape(*x.shape[:2], heads, cfg.head_dim)
+    def by_head(y):
+        y = y.reshape(*x.shape[:2], -1, cfg.head_dim)
         return constrain(y.swapaxes(1, 2), "batch", "heads", "length")
+
+    def write(array, new, offset):
+        new = new.astype(array.dtype).reshape(*array.shape[:-2], *new.shape[-2:])
+        return jax.lax.dynamic_update_slice_in_dim(array, new, offset, array.ndim - 2)
 
     h = constrain(h, "batch", "length")
     x = norm(params["attention_norm"], h, cfg.norm, cfg.norm_eps)
-    q, k = project("query", cfg.heads), project("key", cfg.kv_heads)
-    v = project("value", cfg.kv_heads)
+    if "query_key_value" in params:
+        ends = np.cumsum([cfg.heads, cfg.kv_heads]) * cfg.head_dim
+        parts = jnp.split(linear(params["query_key_value"], x), ends, -1)
+    else:
+        parts = (linear(params[name], x) for name in ("query", "key", "value"))
+    q, k, v = map(by_head, parts)
     if cfg.qk_norm:
         q, k = rms_norm(params["query_norm"], q), rms_norm(params["key_norm"], k)
     if tables is not None:
         q, k = rotate(q, tables, cfg.rope_pairs), rotate(k, tables, cfg.rope_pairs)
     if cached is not None:
         keys, values, offset = cached
-        k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), offset, 2)
-        v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), offset, 2)
+        k, v = write(keys, k, offset), write(values, v, offset)
     mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, temperature)
     mixed = linear(params["out"], mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1))
     if cfg.post_norm:
@@ -314,8 +339,29 @@ def _on_cpu() -> bool:
 
 def unstack(params: Tree, layers: int) -> tuple[Tree, ...]:
     """One tree a layer from the stacked one. Done before a decode loop, so that the loop reads the
-    weights where they are."""
-    return tuple(jax.tree.map(lambda w, i=i: w[i], params) for i in range(layers))
+    weights where they are.
+
+    On a CPU they are laid out for a few rows at a time: query, key and value are one linear, and
+    linears with more inputs than outputs are `panels`, blocks of PANEL columns one after the other.
+    """
+    each = (jax.tree.map(lambda w, i=i: w[i], params) for i in range(layers))
+    return tuple(_for_few_rows(layer) for layer in each) if _on_cpu() else tuple(each)
+
+
+def _for_few_rows(layer):
+    def panels(tree):
+        inputs, outputs = tree["weight"].shape
+        if inputs <= outputs or outputs % PANEL:
+            return tree
+        rest = {name: leaf for name, leaf in tree.items() if name != "weight"}
+        weight = tree["weight"].reshape(inputs, -1, PANEL).swapaxes(0, 1)
+        return {"panels": weight, **rest}
+
+    joined = [layer[name] for name in ("query", "key", "value")]
+    rest = {name: tree for name, tree in layer.items() if name not in ("query", "key", "value")}
+    whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, -1), *joined)
+    rest["mlp_down"] = panels(rest["mlp_down"])
+    return {"query_key_value": whole, **rest}
 
 
 def run_layers_cached(

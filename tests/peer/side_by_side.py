@@ -1,0 +1,80 @@
+"""`bench` and the eager torch programs on one machine, turn by turn, and the ratios.
+
+    python tests/peer/side_by_side.py --rounds 3 --repeats 3
+    python tests/peer/side_by_side.py --only "sample_starflow --batch 8"
+
+Every turn is a process of its own; a round runs each program once. Small machines drift by tens of
+per cent within minutes: ratios come from the two medians over all rounds, and the lowest and the
+highest ratio of a single round stand beside them. Needs the `parity` extra and a quiet machine.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROWS = (
+    "train_tarflow",
+    "train_starflow",
+    "sample_starflow --batch 1",
+    "sample_starflow --batch 8",
+    "sample_starflow --batch 1 --guidance 2.5",
+    "sample_starflow --batch 1 --jacobi",
+    "sample_tarflow --batch 1",
+    "sample_tarflow --batch 8",
+)
+
+
+def commands(row: str, repeats: int) -> tuple[list[str], list[str]]:
+    """The two command lines of a row: ours and torch's."""
+    name, *options = row.split()
+    verb, family = name.split("_")
+    shared = [*options, "--repeats", str(repeats)]
+    theirs = [sys.executable, str(HERE / "torch_flow.py"), "--row", name, *shared]
+    ours = [sys.executable, "-m", "starflow2_jax.bench", verb, "--preset", f"peer_{family}"]
+    jacobi = {"--jacobi": "--jacobi=16,1e-3"}
+    return [*ours, *(jacobi.get(word, word) for word in shared), "--json"], theirs
+
+
+def run(command: list[str]) -> dict:
+    """What a program printed: a JSON object, its last line or all of it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout[done.stdout.index("{") :])
+
+
+def compare(row: str, rounds: int, repeats: int) -> dict:
+    """Medians in ms and torch's time over ours."""
+    ours, theirs = commands(row, repeats)
+    found = [(run(ours), run(theirs)) for _ in range(rounds)]
+    pairs = [(mine["ms"], peer["median_ms"]) for mine, peer in found]
+    median = [statistics.median(times) for times in zip(*pairs)]
+    ratios = [peer / mine for mine, peer in pairs]
+    result = {"row": row, "ours_ms": round(median[0]), "torch_ms": round(median[1])}
+    result["ratio"] = round(median[1] / median[0], 2)
+    result |= {"ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2)}
+    result["peak_mb"] = [round(max(one[i]["peak_mb"] for one in found)) for i in (0, 1)]
+    for name in ("share_of_matmul_rate", "share_of_bound"):
+        if name in found[0][0]:
+            result[name] = round(statistics.median(mine[name] for mine, _ in found), 2)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help=f"one row; all are: {'; '.join(ROWS)}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    for row in [args.only] if args.only else ROWS:
+        print(json.dumps(compare(row, args.rounds, args.repeats)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

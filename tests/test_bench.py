@@ -1,0 +1,146 @@
+"""bench: what a row says, on tiny work; no time is judged here."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+
+from starflow2_jax import allocator, bench, timing
+from starflow2_jax.generation.inverse import Jacobi
+from starflow2_jax.models import flow
+
+RATES = {"matmul_float32_gflops": 100.0, "copy_gb_per_s": 10.0, "sum_gb_per_s": 20.0}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    text = dict(text_channels=5, text_length=3)
+    own = {
+        "peer_tarflow": flow.tarflow(4, 3, 64, (1, 1)),
+        "peer_starflow": flow.FlowConfig(side=4, channels=3, width=64, layers=(1, 2), **text),
+    }
+    monkeypatch.setattr(bench, "PRESETS", own)
+    return own
+
+
+def test_timed_waits_for_the_result_and_takes_the_median():
+    calls = []
+
+    def run():
+        calls.append(1)
+        return jnp.ones(3)
+
+    row = timing.timed(run, 5, warm_up=1)
+    assert len(calls) == 6 and row["repeats"] == 5
+    assert row["ms_min"] <= row["ms"] <= row["ms_max"]
+    assert row["peak_mb"] > 10
+
+
+def test_shares_are_work_over_time():
+    row = timing.shares(1000.0, RATES, work=50e9, moved=10e9)
+    assert row["gflops"] == pytest.approx(50) and row["share_of_matmul_rate"] == pytest.approx(0.5)
+    assert row["machine_gb_per_s"] == 20.0 and row["bound_ms"] == pytest.approx(500)
+    assert row["share_of_bound"] == pytest.approx(0.5)
+    assert "bound_ms" not in timing.shares(1000.0, RATES, work=1e9)
+
+
+def test_machine_gives_every_rate():
+    row = timing.machine(repeats=1, side=64, pairs=1)
+    rates = [name for name in row if name.endswith(("gflops", "gb_per_s"))]
+    assert len(rates) == 5 and all(row[name] > 0 for name in rates)
+
+
+@pytest.mark.parametrize("name", ["peer_tarflow", "peer_starflow"])
+def test_train_row(tiny, name):
+    row = bench.train_preset(name, 2, "float32", 1, RATES)
+    assert row["batch"] == 2 and row["tokens_per_s"] == pytest.approx(2 * 16 * 1000 / row["ms"])
+    assert row["gflop"] > 0 and row["compile_s"] > 0
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+@pytest.mark.parametrize("jacobi", [None, Jacobi(4, 0.0, 4)])
+def test_sample_row(tiny, guidance, jacobi):
+    rows = [
+        bench.sample_preset("peer_starflow", rows, guidance, jacobi, "float32", 1, RATES)
+        for rows in (1, 2)
+    ]
+    assert rows[0]["passes"] == rows[1]["passes"] == 32
+    assert rows[1]["gflop"] == pytest.approx(2 * rows[0]["gflop"])
+    assert rows[0]["gb"] < rows[1]["gb"] < 2 * rows[0]["gb"]  # the weights are read once
+
+
+def test_the_presets_are_the_peers_work():
+    sizes = {name: flow.declare(cfg) for name, cfg in bench.PRESETS.items()}
+    count = lambda tree: sum(int(np.prod(w.shape)) for w in jax.tree.leaves(tree))
+    assert {name: count(tree) for name, tree in sizes.items()} == {
+        "peer_tarflow": 12_936_288,
+        "peer_starflow": 44_629_696,
+    }
+
+
+def values(*words):
+    own = flags.FlagValues()
+    bench.define(own)
+    own(["bench", *words])
+    return own
+
+
+def test_command_prints_json_and_lines(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "machine", lambda repeats=1: RATES)
+    words = ("--preset", "peer_tarflow", "--repeats", "1")
+    bench.main("sample", [], values(*words, "--json"))
+    assert json.loads(capsys.readouterr().out)["row"] == "sample peer_tarflow"
+    bench.main("sample", [], values(*words))
+    assert "share_of_bound" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "message"),
+    [
+        ("train", (), "--preset is needed"),
+        ("data", (), "--data is needed"),
+        ("load", (), "--model is needed"),
+        ("sample", ("--preset=peer_tarflow", "--jacobi=16"), "expected BLOCK,THRESHOLD"),
+    ],
+)
+def test_bad_input_names_the_flag(verb, words, message, monkeypatch):
+    monkeypatch.setattr(bench, "machine", lambda repeats=1: RATES)
+    with pytest.raises(ValueError, match=message):
+        bench.main(verb, [], values(*words))
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from starflow2_jax import allocator
+kept = sys.argv[1] == "keep" and allocator.keep_freed_memory()
+for turn in range(6):
+    if turn == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.full(2**25, 1.0)
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_freed_memory_is_not_asked_for_again():
+    def faults(how):
+        command = [sys.executable, "-c", FAULTS, how]
+        kept, count = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        return kept, int(count)
+
+    kept, count = faults("keep")
+    if kept == "False":
+        pytest.skip("not glibc, or an accelerator is there")
+    assert count < 1000
+    assert faults("leave")[1] > 10 * max(count, 1)
+
+
+def test_an_accelerators_host_is_left_alone(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    assert allocator.keep_freed_memory() is False
