@@ -39,6 +39,7 @@ setup(
         "msgspec>=0.19,<1",
         "pillow>=12.2,<14",  # earlier releases hold decoder vulnerabilities
         "safetensors>=0.6,<1",
+        "pyarrow>=20",
         "matplotlib>=3.9,<4",
     ],
     extras_require={

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 Config = TypeVar("Config")
 # Not settings: the model's own keys, and what travels with a model folder.
 APART = ("model", "name", "classes", "null_text")
+BYTE_VOCABULARY = 257
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,20 @@ class Key:
 
 
 def _positive(default, doc):
-    return Key(default, doc, lambda v: isinstance(v, int) and v > 0, "a positive whole number")
+    return Key(default, doc, lambda v: _is_whole(v) and v > 0, "a positive whole number")
 
 
 def _count(default, doc):
-    return Key(default, doc, lambda v: isinstance(v, int) and v >= 0, "a whole number, 0 or more")
+    return Key(default, doc, lambda v: _is_whole(v) and v >= 0, "a whole number, 0 or more")
 
 
 def _number(default, doc, low=0.0, high=float("inf")):
     wanted = f"a number from {low:g} to {high:g}" if high < float("inf") else f"at least {low:g}"
     return Key(default, doc, lambda v: _is_number(v) and low <= v <= high, wanted)
+
+
+def _is_whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value):
@@ -80,7 +85,12 @@ KEYS: dict[str, Key] = {
         "channel_first", "order inside a token", "channel_first", "channel_last"
     ),
     "image.flip": _flag(False, "mirror half of the rows, drawn anew at each step"),
-    "text.vocabulary": _count(0, "rows of the trained token embedding; 0: features are read"),
+    "text.vocabulary": Key(
+        0,
+        "rows of the trained token embedding; 0: features are read",
+        lambda v: _is_whole(v) and (v == 0 or v >= BYTE_VOCABULARY),
+        f"0, or at least {BYTE_VOCABULARY} (every byte, and 0 as padding)",
+    ),
     "noise.kind": _choice("gaussian", "noise added to the data", "gaussian", "uniform", "none"),
     "noise.sigma": _number(0.05, "standard deviation of gaussian noise"),
     "drop.condition": _number(0.1, "share of rows that lose text and label", 0.0, 1.0),

@@ -159,7 +159,7 @@ def _opened(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """(configuration, parameters or Stored tensors) of a run, a step or a model folder."""
     from starflow2_jax.training import checkpoint, step_folders
     from starflow2_jax.training.step import declare as declare_experiment
-    from starflow2_jax.training.step import model_config
+    from starflow2_jax.training.step import frozen_weights, model_config
 
     if files.is_folder(path):
         cfg = files.read_config(path)
@@ -172,8 +172,10 @@ def _opened(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     # On the host: a checkpoint may be larger than one accelerator's memory.
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=host)
-    wanted = {part: jax.tree.map(place, weights.abstract(declared))}
-    return cfg, checkpoint.restore(workdir, step, wanted, only=(part,))[0][part]
+    trained, _ = weights.split(declared, tuple(cfg["train"]["trains"]))
+    wanted = {part: jax.tree.map(place, weights.abstract(trained))}
+    found, _ = checkpoint.restore(workdir, step, wanted, only=(part,))
+    return cfg, {**found[part], **frozen_weights(cfg, declared)}
 
 
 def _summary(out: str, count: int, left_out: list[str] | None = None) -> tuple[dict, list[str]]:

@@ -6,6 +6,7 @@ Activations follow the mesh alone: a batch is cut over `data` and `fsdp`, positi
 heads and hidden channels over `tensor`; a mesh axis of size 1 cuts nothing.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -41,7 +42,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for entry in filter(None, text.replace(" ", "").split(",")):
         axis, equals, size = entry.partition("=")
-        if not equals or not size.lstrip("-").isdigit():
+        if not equals or not re.fullmatch(r"-?\d+", size):
             raise ValueError(f"mesh: {entry!r} is not axis=size (for example data=2,fsdp=4)")
         if axis in sizes:
             raise ValueError(f"mesh: axis {axis!r} is named twice in {text!r}")

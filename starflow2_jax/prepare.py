@@ -14,18 +14,19 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
 from starflow2_jax import command
-from starflow2_jax.data import images, importers, manifest, records, shapes, shards
+from starflow2_jax.data import images, importers, interleaved, manifest, records, shapes, shards
 from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.data.records import Record
 
-FORMATS = ("webdataset", "folder", "tfds", "shapes")
+PARQUET = ("bagel_t2i", "bagel_edit", "llava", "obelics", "omnicorpus", "huggingface")
+FORMATS = ("webdataset", "folder", "tfds", "shapes", *PARQUET)
 VERBS = {
     "import": "source -> dataset folder (--format --source --out)",
     "validate": "schema, checks and image decoding of every record (--data)",
@@ -46,8 +47,8 @@ def define(values: flags.FlagValues) -> None:
     switch("json", False, "print the result as JSON", flag_values=values)
     flags.DEFINE_enum("format", None, FORMATS, "kind of source to import", flag_values=values)
     flags.DEFINE_multi_string(
-        "source", [], "tar files (wildcards allowed, may be repeated), an image folder, or the "
-        "name of a TFDS set", flag_values=values,
+        "source", [], "files (wildcards allowed, may be repeated), an image folder, a folder of "
+        "datasets.save_to_disk, or the name of a TFDS set", flag_values=values,
     )  # fmt: skip
     text("label", "none", "classes: none, caption (the distinct captions), a class feature of the "
          "TFDS set, or for shapes: " + ", ".join(shapes.LABELS), flag_values=values)  # fmt: skip
@@ -60,8 +61,12 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("tags", list(shapes.TAGS), "kinds of shapes pictures", flag_values=values)
     text("split", "train", "split of the TFDS set", flag_values=values)
     text("tfds_dir", None, "data_dir of the TFDS set", flag_values=values)
-    text("image_key", "image", "image feature of the TFDS set", flag_values=values)
-    text("text_key", None, "caption feature of the TFDS set", flag_values=values)
+    text("image_key", "image", "image feature: TFDS, huggingface", flag_values=values)
+    text("text_key", None, "caption feature: TFDS, huggingface", flag_values=values)
+    text("image_root", "", "folder of the images: llava, obelics, omnicorpus", flag_values=values)
+    flags.DEFINE_enum("missing_images", "record", ("record", "image"), "what is left out, and "
+                      "counted, where an image is not there", flag_values=values)  # fmt: skip
+    text("caption", "all", "bagel_t2i: the caption to take, by name", flag_values=values)
     text("vae", None, "features: folder of a diffusers AutoencoderKL", flag_values=values)
     text("t5", None, "features: folder of a T5 encoder and tokenizer", flag_values=values)
     number("text_length", 128, "features: tokens of text", 1, flag_values=values)
@@ -74,7 +79,7 @@ def import_(values: flags.FlagValues) -> dict[str, Any]:
     """Source -> dataset folder. The same import over its own complete result does nothing."""
     out = _needed(values, "out")
     kind = _needed(values, "format")
-    make, importer, sources, classes = _SOURCES[kind](values)
+    make, importer, sources, classes, counts = _SOURCES[kind](values)
     if os.path.exists(out) and not values.overwrite:
         if _same(out, importer, sources):
             found = manifest.load(out)
@@ -98,6 +103,7 @@ def import_(values: flags.FlagValues) -> dict[str, Any]:
         "bytes": written.bytes,
         "shards": len(written.shards),
         "classes": len(classes) if classes else 0,
+        **counts(),
     }
 
 
@@ -221,8 +227,14 @@ def contact_sheet(
     return sheet
 
 
-# What an import needs: the records, how they are made, hashes of what they are made from, classes.
-_Source = tuple[Callable[[], Iterator[Record]], Importer, dict[str, str], list[str] | None]
+class _Source(NamedTuple):
+    """What an import needs: records, how they are made, hashes of what from, classes, counts."""
+
+    make: Callable[[], Iterator[Record]]
+    importer: Importer
+    hashes: dict[str, str]
+    classes: list[str] | None = None
+    counts: Callable[[], dict[str, int]] = dict
 
 
 def _webdataset(values: flags.FlagValues) -> _Source:
@@ -234,7 +246,8 @@ def _webdataset(values: flags.FlagValues) -> _Source:
     def make() -> Iterator[Record]:
         return importers.webdataset(tars, importers.Missing(values.missing_captions))
 
-    return make, _importer(values, "webdataset", missing=values.missing_captions), hashes, None
+    importer = _importer(values, "webdataset", missing=values.missing_captions)
+    return _Source(make, importer, hashes)
 
 
 def _folder(values: flags.FlagValues) -> _Source:
@@ -244,7 +257,7 @@ def _folder(values: flags.FlagValues) -> _Source:
         return importers.folder(root, importers.Missing(values.missing_captions))
 
     importer = _importer(values, "folder", missing=values.missing_captions)
-    return make, importer, importers.folder_hashes(root), None
+    return _Source(make, importer, importers.folder_hashes(root))
 
 
 def _tfds(values: flags.FlagValues) -> _Source:
@@ -264,7 +277,7 @@ def _tfds(values: flags.FlagValues) -> _Source:
         )
 
     keys = {"image_key": values.image_key, "text_key": values.text_key, "set": name}
-    return make, _importer(values, "tfds", **keys), {}, classes
+    return _Source(make, _importer(values, "tfds", **keys), {}, classes)
 
 
 def _shapes(values: flags.FlagValues) -> _Source:
@@ -279,14 +292,40 @@ def _shapes(values: flags.FlagValues) -> _Source:
 
     options = {"seed": values.seed, "n": count, "pixels": pixels, "tags": ",".join(values.tags)}
     classes = shapes.classes(label) if label else None
-    return make, _importer(values, "shapes", **options), {}, classes
+    return _Source(make, _importer(values, "shapes", **options), {}, classes)
 
 
-_SOURCES = {"webdataset": _webdataset, "folder": _folder, "tfds": _tfds, "shapes": _shapes}
+def _interleaved(values: flags.FlagValues) -> _Source:
+    kind, read = values.format, getattr(interleaved, values.format)
+    if kind == "huggingface":
+        (folder,) = _sources(values, most=1)
+        keys = {"image_key": values.image_key, "text_key": values.text_key}
+        hashes = interleaved.folder_hashes(folder)
+        return _Source(lambda: read(folder, **keys), _importer(values, kind, **keys), hashes)
+    paths = _sources(values)
+    hashes = {os.path.basename(path): manifest.sha256_file(path) for path in paths}
+    if len(hashes) < len(paths):
+        raise DatasetError("--source: two files have the same name; ids would not be unique")
+    if kind in ("bagel_t2i", "bagel_edit"):
+        options = {"caption": values.caption} if kind == "bagel_t2i" else {}
+        return _Source(lambda: read(paths, **options), _importer(values, kind, **options), hashes)
+    root = interleaved.ImageRoot(values.image_root, values.missing_images == "image")
+    options = {"image_root": values.image_root, "missing_images": values.missing_images}
+    importer = _importer(values, kind, **options)
+    return _Source(lambda: read(paths, root), importer, hashes, None, root.counts)
+
+
+_SOURCES = {
+    "webdataset": _webdataset,
+    "folder": _folder,
+    "tfds": _tfds,
+    "shapes": _shapes,
+    **dict.fromkeys(PARQUET, _interleaved),
+}
 
 
 def _importer(values: flags.FlagValues, name: str, **options: Any) -> Importer:
-    if name in ("webdataset", "folder") and values.label not in ("none", "caption"):
+    if name not in ("tfds", "shapes") and values.label not in ("none", "caption"):
         raise DatasetError(f"--label {values.label}: a {name} import knows none and caption")
     return Importer(name, importers.VERSION, {"label": values.label, **options})
 

@@ -54,6 +54,8 @@ def test_defaults_are_whole_and_pass():
         ("train.steps", 0, "train.steps=0 must be a positive whole number"),
         ("train.steps", "many", "train.steps='many' must be a positive whole number"),
         ("train.batch_size", 6.0, "train.batch_size=6.0 must be a positive whole number"),
+        ("train.steps", True, "train.steps=True must be a positive whole number"),
+        ("text.vocabulary", 256, "text.vocabulary=256 must be 0, or at least 257"),
         ("optim.warmup", -1, "optim.warmup=-1 must be a whole number, 0 or more"),
         ("optim.lr", -1e-3, "optim.lr=-0.001 must be at least 0"),
         ("optim.lr", float("nan"), "optim.lr=nan must be at least 0"),

@@ -191,6 +191,15 @@ def test_export_of_a_run(workdir, tmp_path):
         read = files.read_folder(out, declare(cfg, model_config(cfg)))
         for name, leaf in weights.flatten(params).items():
             np.testing.assert_array_equal(weights.flatten(read)[name], leaf + plus)
+    # Drawn from the seed, a subtree that is not trained is in no checkpoint but in the folder.
+    meta = {"config": {**cfg, "train": {**cfg["train"], "trains": ["flow"]}}, "step": 1}
+    writer = checkpoint.open(tmp_path / "frozen")
+    checkpoint.save(writer, 1, {"ema": {"flow": params["flow"]}}, meta)
+    checkpoint.close(writer)
+    run("export", "--model", tmp_path / "frozen", "--out", tmp_path / "thawed")
+    read = files.read_folder(tmp_path / "thawed", declare(cfg, model_config(cfg)))
+    drawn = weights.init(jax.random.key(cfg["seed"]), declare(cfg, model_config(cfg)))
+    np.testing.assert_array_equal(read["text"]["embed"], drawn["text"]["embed"])
     again = tmp_path / "again"
     run("export", "--model", tmp_path / "model2", "--out", again)
     assert (again / "sha256.json").read_text() == (tmp_path / "model2/sha256.json").read_text()

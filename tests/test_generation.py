@@ -264,6 +264,26 @@ def test_load_a_run_and_a_step_of_it(saved):
     np.testing.assert_array_equal(drawn, generate(models[1], 3, labels=[0, 1, 2]))
 
 
+def test_load_a_run_with_a_frozen_subtree(tmp_path):
+    """It is in no checkpoint: the seed draws it as it did for the run."""
+    cfg = config.to_dict(config.default())
+    cfg["model"] = {"side": 2, "channels": 12, "width": 64, "layers": [1, 1]}
+    cfg["model"] |= {"text_channels": 8, "text_length": 4}
+    cfg["image"].update(pixels=4, patch=2)
+    cfg["text"]["vocabulary"], cfg["seed"] = 257, 5
+    mesh = meshes.make_mesh("data=-1")
+    with jax.set_mesh(mesh):
+        state, frozen = step.build(cfg, mesh).init(jax.random.key(cfg["seed"]))
+    writer = checkpoint.open(tmp_path)
+    meta = {"config": cfg, "classes": None, "null_text": None, "step": 1}
+    checkpoint.save(writer, 1, {"step": state.step, "params": state.params, "ema": state.ema}, meta)
+    checkpoint.close(writer)
+    for at in (None, meshes.make_mesh("fsdp=-1")):
+        found = load(str(tmp_path), at, "fsdp")
+        np.testing.assert_array_equal(found.params["text"]["embed"], frozen["text"]["embed"])
+    assert generate(found, 1, prompts=["red"]).shape == (1, 4, 4, 3)
+
+
 def test_load_a_model_folder(saved, tmp_path):
     model = saved[1][2]
     cfg = {**model.cfg, "classes": list(model.classes)}

@@ -21,7 +21,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 def test_parse_mesh():
     assert meshes.parse_mesh("data=2, fsdp=-1") == {"data": 2, "fsdp": -1}
     assert meshes.parse_mesh("") == {}
-    for bad in ("data", "data=", "data=two", "2"):
+    for bad in ("data", "data=", "data=two", "2", "data=--2"):
         with pytest.raises(ValueError, match=f"mesh: '{bad}' is not axis=size"):
             meshes.parse_mesh(bad)
     with pytest.raises(ValueError, match="axis 'data' is named twice in 'data=2,data=4'"):

@@ -19,7 +19,7 @@ from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import unpatchify
 from starflow2_jax.training import inputs
 from starflow2_jax.training.loss import log_likelihood
-from starflow2_jax.training.step import declare, model_config
+from starflow2_jax.training.step import declare, frozen_weights, model_config
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,13 @@ def load(path: str, mesh: jax.sharding.Mesh | None = None, layout: str = "dp") -
     meta = checkpoint.read_meta(workdir, step)
     cfg = meta["config"]
     model = model_config(cfg)
-    wanted = {"ema": weights.abstract(declare(cfg, model), mesh, layout)}
+    declared = declare(cfg, model)
+    trained, _ = weights.split(declared, tuple(cfg["train"]["trains"]))
+    wanted = {"ema": weights.abstract(trained, mesh, layout)}
     found, _ = checkpoint.restore(workdir, step, wanted, only=("ema",))
+    params = {**found["ema"], **frozen_weights({**cfg, "layout": layout}, declared, mesh)}
     source = json.dumps({"workdir": str(workdir), "step": meta["step"]})
-    return Model(cfg, model, found["ema"], source, tuple(meta["classes"] or ()), meta["null_text"])
+    return Model(cfg, model, params, source, tuple(meta["classes"] or ()), meta["null_text"])
 
 
 def generate(

@@ -6,6 +6,7 @@ pinned to its sharding, and their abstract values, from which anything can be lo
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -99,6 +100,21 @@ def declare(cfg: Mapping[str, Any], model: FlowConfig) -> dict[str, Any]:
         shape = (vocabulary, model.text_channels)
         tree["text"] = {"embed": Weight(shape, ("vocab", None), normal(1.0))}
     return tree
+
+
+def frozen_weights(
+    cfg: Mapping[str, Any], declared: Mapping[str, Any], mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """The subtrees that an experiment does not train, as its run drew them from the seed.
+
+    Checkpoints hold only the others.
+    """
+    frozen = weights.split(declared, tuple(cfg["train"]["trains"]))[1]
+    if not frozen:
+        return {}
+    where = None if mesh is None else weights.shardings(frozen, mesh, cfg["layout"])
+    draw = jax.jit(partial(weights.init, tree=frozen), out_shardings=where)
+    return draw(jax.random.key(cfg["seed"]))
 
 
 def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Program:
