@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from starflow2_jax import config, mesh
+from starflow2_jax.generation.inverse import inverse
+from starflow2_jax.models import flow
 from starflow2_jax.training import checkpoint, inputs, step
 
 ROWS = 16
@@ -99,6 +101,27 @@ def test_a_step_that_is_not_finite_changes_no_weight():
     assert not metrics["finite"] and int(after.step) == 1
     now = jax.tree.map(np.asarray, (after.params, after.ema, after.opt_state))
     jax.tree.map(np.testing.assert_array_equal, now, kept)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"start": "token", "positions": "rope", "scale": "softplus", "soft_clip": 4.0}],
+    ids=["tarflow", "starflow"],
+)
+def test_trained_weights_invert_in_float32(kind):
+    """After forty steps: the first weights are nearly the identity and would prove nothing."""
+    cfg = experiment(**{"train.steps": 40, "image.flip": False})
+    cfg["model"] |= kind
+    _, state, _ = run(cfg, steps=40, batches=[batch_of()] * 40)
+    model, batch = step.model_config(cfg), batch_of(seed=1)
+    keys = inputs.row_keys(0, 0, jnp.arange(ROWS))
+    image = {"image": batch["image"]}
+    x = inputs.tokens(image, keys, cfg, False)
+    labels = jnp.asarray(batch["label"])
+    z, log_det = flow.forward(state.params["flow"], x, model, labels=labels)
+    assert float(jnp.abs(z - x).max()) > 0.5 and float(jnp.abs(log_det).min()) > 0.1
+    back, _ = inverse(state.params["flow"], z, model, labels=labels)
+    np.testing.assert_allclose(np.asarray(back), np.asarray(x), rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_weights_stay_bit_for_bit_and_have_no_moments():
