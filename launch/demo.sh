@@ -27,7 +27,7 @@ prepare_environment
 [ "$install_seconds" = 0 ] || printf 'installed in %d s\n' "$install_seconds"
 work_began=$SECONDS
 
-import=(-m starflow2_jax.prepare import --format shapes --tags single_object --label pair)
+import=(-m starflow2_jax.prepare import --format shapes --pixels 16 --tags single_object --label pair)
 part "training data" "$venv_python" "${import[@]}" --n 10000 --seed 0 --out $train_data
 part "test data" "$venv_python" "${import[@]}" --n 1000 --seed 1 --out $test_data
 part "training" "$venv_python" -m starflow2_jax.train --config experiments/tarflow_pixels.py:tiny \

@@ -9,7 +9,7 @@ of standard deviation 0.005), Gaussian input, the same batch at every step. A tr
 forward, loss without regulariser, backward and AdamW; sampling is every block with a cache. They
 need nothing but jax, flax, optax, numpy and absl. `train --config` runs an experiment's own step.
 
-Times are medians of --repeats after two warm-up runs. `cores_elsewhere` says how many cores other
+Times are medians of --repeats after three warm-up runs. `cores_elsewhere` says how many cores other
 processes used meanwhile: where it is not near 0, take the minimum, or measure again. Beside PyTorch
 on the same machine: tests/peer/side_by_side.py.
 """

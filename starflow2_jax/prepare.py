@@ -21,7 +21,16 @@ from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
 from starflow2_jax import command
-from starflow2_jax.data import images, importers, interleaved, manifest, records, shapes, shards
+from starflow2_jax.data import (
+    images,
+    importers,
+    interleaved,
+    manifest,
+    packing,
+    records,
+    shapes,
+    shards,
+)
 from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.data.records import Record
 
@@ -33,6 +42,7 @@ VERBS = {
     "verify": "sha256 of every shard (--data)",
     "stats": "counts, sizes, caption lengths, classes (--data)",
     "show": "contact sheet with captions (--data --out)",
+    "index": "lengths and packing plan of rows (--data --row_length)",
     "features": "SD-VAE latents and T5 text features, in parallel (--data --vae --t5 --out)",
 }
 _MAX_PROBLEMS = 20
@@ -57,7 +67,7 @@ def define(values: flags.FlagValues) -> None:
     number("n", None, "import: pictures of shapes (10000); show: pictures on the sheet (24)", 1,
            flag_values=values)  # fmt: skip
     number("pixels", None, "side of the images: shapes (32), features (256)", 8, flag_values=values)
-    number("seed", 0, "seed of the shapes", 0, flag_values=values)
+    number("seed", 0, "seed: shapes, index", 0, flag_values=values)
     flags.DEFINE_list("tags", list(shapes.TAGS), "kinds of shapes pictures", flag_values=values)
     text("split", "train", "split of the TFDS set", flag_values=values)
     text("tfds_dir", None, "data_dir of the TFDS set", flag_values=values)
@@ -71,6 +81,10 @@ def define(values: flags.FlagValues) -> None:
     text("t5", None, "features: folder of a T5 encoder and tokenizer", flag_values=values)
     number("text_length", 128, "features: tokens of text", 1, flag_values=values)
     number("patch", 1, "features: latent pixels on a side of a token", 1, flag_values=values)
+    number("row_length", 2048, "index: positions of a row", 1, flag_values=values)
+    text("tokenizer", "bytes", "index: bytes, or a tokenizer folder", flag_values=values)
+    number("image_tokens", 256, "index: positions of an image", 1, flag_values=values)
+    number("turn_tokens", 0, "index: positions that a change of role adds", 0, flag_values=values)
     number("batch_size", 8, "features: images encoded at once", 1, flag_values=values)
     text("device", "cpu", "features: torch device", flag_values=values)
 
@@ -200,6 +214,21 @@ def features(values: flags.FlagValues) -> dict[str, Any]:
     )
     arrays = {name: a["shape"] for name, a in written.features["arrays"].items()}
     return {"out": out, "records": written.records, "bytes": written.bytes, "arrays": arrays}
+
+
+def index(values: flags.FlagValues) -> dict[str, Any]:
+    """Lengths of the records and a packing plan, beside the manifest; done already, it is read."""
+    measure = packing.Measure(values.tokenizer, values.image_tokens, values.turn_tokens)
+    file, plan = packing.index(
+        _needed(values, "data"), measure, values.row_length, values["seed"].value
+    )
+    return {
+        "out": file,
+        "records": len(plan.lengths),
+        "rows": len(plan),
+        "longest": int(plan.lengths.max()),
+        "waste": round(plan.waste, 4),
+    }
 
 
 def contact_sheet(
@@ -375,6 +404,7 @@ _RUN = {
     "verify": verify,
     "stats": stats,
     "show": show,
+    "index": index,
     "features": features,
 }
 

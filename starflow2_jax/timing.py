@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-WARM_UP = 2
+WARM_UP = 3
 Result = dict[str, Any]
 
 

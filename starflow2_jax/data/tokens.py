@@ -4,8 +4,6 @@ import numpy as np
 
 from starflow2_jax.data.manifest import DatasetError
 
-BYTE_VOCABULARY = 257  # 0 = padding, then the 256 byte values
-
 
 def byte_tokens(text: str, length: int, where: str = "text") -> np.ndarray:
     """UTF-8 bytes + 1 of `text`, padded with 0 at the end: int32 [length].
