@@ -8,6 +8,7 @@ A command module defines absl flags and `main`, and ends with
 Its docstring is the text of `--help`: what it does and three example lines.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 
@@ -66,6 +67,9 @@ def run(main: Callable[..., None], verbs: Mapping[str, str] | None = None) -> No
     Bad input (ValueError, OSError, RuntimeError) ends with one line on stderr and exit status 1;
     `--traceback` shows the rest.
     """
+
+    # Or every command on a machine without a TPU begins with jax's line that it has none.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
 
     def start(argv: list[str]) -> None:
         # Only here is it known which flags were given.
