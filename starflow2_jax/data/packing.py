@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 
 import grain
@@ -177,7 +178,7 @@ def _read(file: str, text: str, count: int, row_length: int) -> Plan:
         with np.load(file, allow_pickle=False) as held:
             plan = Plan(held["lengths"], held["items"], held["ends"], row_length)
             same = str(held["about"]) == text
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         message = f"{file}: damaged packing plan ({error}); remove it to make it anew"
         raise DatasetError(message) from error
     whole = np.array_equal(np.sort(plan.items), np.arange(count)) and plan.ends[-1] == count
