@@ -21,7 +21,17 @@ from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
 from starflow2_jax import command
-from starflow2_jax.data import images, importers, interleaved, manifest, records, shapes, shards
+from starflow2_jax.data import (
+    images,
+    importers,
+    interleaved,
+    manifest,
+    records,
+    shapes,
+    shapes_tasks,
+    shapes_withheld,
+    shards,
+)
 from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.data.records import Record
 
@@ -59,6 +69,10 @@ def define(values: flags.FlagValues) -> None:
     number("pixels", None, "side of the images: shapes (32), features (256)", 8, flag_values=values)
     number("seed", 0, "seed of the shapes", 0, flag_values=values)
     flags.DEFINE_list("tags", list(shapes.TAGS), "kinds of shapes pictures", flag_values=values)
+    flags.DEFINE_list("tasks", ["t2i"], "shapes records, in turn: "
+                      + ", ".join(shapes_tasks.TASKS), flag_values=values)  # fmt: skip
+    flags.DEFINE_enum("withheld", "none", shapes_withheld.CHOICES, "shapes pairs and combinations "
+                      "kept for evaluation", flag_values=values)  # fmt: skip
     text("split", "train", "split of the TFDS set", flag_values=values)
     text("tfds_dir", None, "data_dir of the TFDS set", flag_values=values)
     text("image_key", "image", "image feature: TFDS, huggingface", flag_values=values)
@@ -287,10 +301,29 @@ def _shapes(values: flags.FlagValues) -> _Source:
         raise DatasetError(f"--tags: unknown {unknown}, expected some of {', '.join(shapes.TAGS)}")
     label = values.label if values.label not in ("none", "caption") else None
 
+    if values.label != "none" and values.tasks != ["t2i"]:
+        raise DatasetError(f"--label {values.label}: only --tasks t2i has classes")
+    keep = shapes_withheld.scenes(values.withheld)
+
     def make() -> Iterator[Record]:
-        return shapes.make_records(values.seed, count, pixels, tags=values.tags, label=label)
+        if values.tasks == ["t2i"]:
+            return shapes.make_records(
+                values.seed, count, pixels, tags=values.tags, label=label, keep=keep
+            )
+        return shapes_tasks.make_records(
+            values.seed,
+            count,
+            pixels,
+            tasks=values.tasks,
+            tags=values.tags,
+            withheld=values.withheld,
+        )
 
     options = {"seed": values.seed, "n": count, "pixels": pixels, "tags": ",".join(values.tags)}
+    if values.tasks != ["t2i"]:
+        options["tasks"] = ",".join(values.tasks)
+    if values.withheld != "none":
+        options["withheld"] = values.withheld
     classes = shapes.classes(label) if label else None
     return _Source(make, _importer(values, "shapes", **options), {}, classes)
 
