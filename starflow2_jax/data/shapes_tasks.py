@@ -117,7 +117,8 @@ def edit(rng: np.random.Generator, wording: int, tag: str) -> Draft:
             kind = tuple(pick(rng, _others(scene, key)) for key in ("shape", "color"))
             kind, rest = (*kind, pick(rng, ("small", "medium"))), scene.objects
         new = shapes_scenes.place_so(rng, rest, kind, relation, b)
-        if new is None or (tag == "move" and shapes.relation(a, b) == relation):
+        # Before a move the two stand clearly otherwise, so that leaving them there is an error.
+        if new is None or (tag == "move" and shapes.relation(a, b) in (relation, None)):
             return edit(rng, wording, tag)
         words |= {"new": f"a {new.size} {new.color} {new.shape}",
                   "relation": relation}  # fmt: skip
