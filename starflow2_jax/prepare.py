@@ -5,7 +5,6 @@ python -m starflow2_jax.prepare import --format webdataset --source pets.tar --o
 python -m starflow2_jax.prepare show --data data/pets --out pets.png
 """
 
-import glob
 import json
 import os
 import pathlib
@@ -14,7 +13,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -24,18 +23,17 @@ from starflow2_jax import command
 from starflow2_jax.data import (
     images,
     importers,
-    interleaved,
     manifest,
     packing,
     records,
     shapes,
+    shapes_tasks,
+    shapes_withheld,
     shards,
 )
 from starflow2_jax.data.manifest import DatasetError, Importer
-from starflow2_jax.data.records import Record
+from starflow2_jax.sources import SOURCES
 
-PARQUET = ("bagel_t2i", "bagel_edit", "llava", "obelics", "omnicorpus", "huggingface")
-FORMATS = ("webdataset", "folder", "tfds", "shapes", *PARQUET)
 VERBS = {
     "import": "source -> dataset folder (--format --source --out)",
     "validate": "schema, checks and image decoding of every record (--data)",
@@ -55,7 +53,7 @@ def define(values: flags.FlagValues) -> None:
     text("out", None, "what to write: a dataset folder, or a PNG for show", flag_values=values)
     switch("overwrite", False, "replace what --out names", flag_values=values)
     switch("json", False, "print the result as JSON", flag_values=values)
-    flags.DEFINE_enum("format", None, FORMATS, "kind of source to import", flag_values=values)
+    flags.DEFINE_enum("format", None, list(SOURCES), "kind of source to import", flag_values=values)
     flags.DEFINE_multi_string(
         "source", [], "files (wildcards allowed, may be repeated), an image folder, a folder of "
         "datasets.save_to_disk, or the name of a TFDS set", flag_values=values,
@@ -69,6 +67,10 @@ def define(values: flags.FlagValues) -> None:
     number("pixels", None, "side of the images: shapes (32), features (256)", 8, flag_values=values)
     number("seed", 0, "seed: shapes, index", 0, flag_values=values)
     flags.DEFINE_list("tags", list(shapes.TAGS), "kinds of shapes pictures", flag_values=values)
+    flags.DEFINE_list("tasks", ["t2i"], "shapes records, in turn: "
+                      + ", ".join(shapes_tasks.TASKS), flag_values=values)  # fmt: skip
+    flags.DEFINE_enum("withheld", "none", shapes_withheld.CHOICES, "shapes pairs and combinations "
+                      "kept for evaluation", flag_values=values)  # fmt: skip
     text("split", "train", "split of the TFDS set", flag_values=values)
     text("tfds_dir", None, "data_dir of the TFDS set", flag_values=values)
     text("image_key", "image", "image feature: TFDS, huggingface", flag_values=values)
@@ -93,7 +95,7 @@ def import_(values: flags.FlagValues) -> dict[str, Any]:
     """Source -> dataset folder. The same import over its own complete result does nothing."""
     out = _needed(values, "out")
     kind = _needed(values, "format")
-    make, importer, sources, classes, counts = _SOURCES[kind](values)
+    make, importer, sources, classes, counts = SOURCES[kind](values)
     if os.path.exists(out) and not values.overwrite:
         if _same(out, importer, sources):
             found = manifest.load(out)
@@ -254,122 +256,6 @@ def contact_sheet(
         for row, line in enumerate(lines[number]):
             pen.text((left, top + side + 2 + row * line_height), line, "black", font)
     return sheet
-
-
-class _Source(NamedTuple):
-    """What an import needs: records, how they are made, hashes of what from, classes, counts."""
-
-    make: Callable[[], Iterator[Record]]
-    importer: Importer
-    hashes: dict[str, str]
-    classes: list[str] | None = None
-    counts: Callable[[], dict[str, int]] = dict
-
-
-def _webdataset(values: flags.FlagValues) -> _Source:
-    tars = _sources(values)
-    hashes = {os.path.basename(tar): manifest.sha256_file(tar) for tar in tars}
-    if len(hashes) < len(tars):
-        raise DatasetError("--source: two tar files have the same name; ids would not be unique")
-
-    def make() -> Iterator[Record]:
-        return importers.webdataset(tars, importers.Missing(values.missing_captions))
-
-    importer = _importer(values, "webdataset", missing=values.missing_captions)
-    return _Source(make, importer, hashes)
-
-
-def _folder(values: flags.FlagValues) -> _Source:
-    (root,) = _sources(values, most=1)
-
-    def make() -> Iterator[Record]:
-        return importers.folder(root, importers.Missing(values.missing_captions))
-
-    importer = _importer(values, "folder", missing=values.missing_captions)
-    return _Source(make, importer, importers.folder_hashes(root))
-
-
-def _tfds(values: flags.FlagValues) -> _Source:
-    if len(values.source) != 1:
-        raise DatasetError("--source: expected the name of one TFDS set")
-    label = values.label if values.label not in ("none", "caption") else None
-    source, classes, name = importers.tfds(values.source[0], values.split, values.tfds_dir, label)
-
-    def make() -> Iterator[Record]:
-        return importers.examples(
-            source,
-            name,
-            image_key=values.image_key,
-            text_key=values.text_key,
-            label_key=label,
-            class_names=classes,
-        )
-
-    keys = {"image_key": values.image_key, "text_key": values.text_key, "set": name}
-    return _Source(make, _importer(values, "tfds", **keys), {}, classes)
-
-
-def _shapes(values: flags.FlagValues) -> _Source:
-    count, pixels = values.n or 10_000, values.pixels or 32
-    unknown = [tag for tag in values.tags if tag not in shapes.TAGS]
-    if unknown or not values.tags:
-        raise DatasetError(f"--tags: unknown {unknown}, expected some of {', '.join(shapes.TAGS)}")
-    label = values.label if values.label not in ("none", "caption") else None
-
-    def make() -> Iterator[Record]:
-        return shapes.make_records(values.seed, count, pixels, tags=values.tags, label=label)
-
-    options = {"seed": values.seed, "n": count, "pixels": pixels, "tags": ",".join(values.tags)}
-    classes = shapes.classes(label) if label else None
-    return _Source(make, _importer(values, "shapes", **options), {}, classes)
-
-
-def _interleaved(values: flags.FlagValues) -> _Source:
-    kind, read = values.format, getattr(interleaved, values.format)
-    if kind == "huggingface":
-        (folder,) = _sources(values, most=1)
-        keys = {"image_key": values.image_key, "text_key": values.text_key}
-        hashes = interleaved.folder_hashes(folder)
-        return _Source(lambda: read(folder, **keys), _importer(values, kind, **keys), hashes)
-    paths = _sources(values)
-    hashes = {os.path.basename(path): manifest.sha256_file(path) for path in paths}
-    if len(hashes) < len(paths):
-        raise DatasetError("--source: two files have the same name; ids would not be unique")
-    if kind in ("bagel_t2i", "bagel_edit"):
-        options = {"caption": values.caption} if kind == "bagel_t2i" else {}
-        return _Source(lambda: read(paths, **options), _importer(values, kind, **options), hashes)
-    root = interleaved.ImageRoot(values.image_root, values.missing_images == "image")
-    options = {"image_root": values.image_root, "missing_images": values.missing_images}
-    importer = _importer(values, kind, **options)
-    return _Source(lambda: read(paths, root), importer, hashes, None, root.counts)
-
-
-_SOURCES = {
-    "webdataset": _webdataset,
-    "folder": _folder,
-    "tfds": _tfds,
-    "shapes": _shapes,
-    **dict.fromkeys(PARQUET, _interleaved),
-}
-
-
-def _importer(values: flags.FlagValues, name: str, **options: Any) -> Importer:
-    if name not in ("tfds", "shapes") and values.label not in ("none", "caption"):
-        raise DatasetError(f"--label {values.label}: a {name} import knows none and caption")
-    return Importer(name, importers.VERSION, {"label": values.label, **options})
-
-
-def _sources(values: flags.FlagValues, most: int | None = None) -> list[str]:
-    """Paths of --source, wildcards expanded in sorted order."""
-    paths = []
-    for pattern in values.source:
-        found = sorted(glob.glob(pattern))
-        if not found:
-            raise DatasetError(f"--source {pattern}: no such file")
-        paths += found
-    if not paths or (most and len(paths) > most):
-        raise DatasetError(f"--source: expected {'one path' if most else 'at least one path'}")
-    return paths
 
 
 def _same(out: str, importer: Importer, sources: dict[str, str]) -> bool:

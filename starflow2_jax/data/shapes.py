@@ -8,7 +8,7 @@ model. Captions come in three wordings; the facts behind them are in the metadat
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -74,21 +74,25 @@ def draw(scene: Scene, pixels: int) -> np.ndarray:
     canvas = np.broadcast_to(ground.clip(0, 255).round().astype(np.uint8), (fine, fine, 3))
     image = Image.fromarray(np.ascontiguousarray(canvas))
     for item in scene.objects:
-        mask = Image.new("L", image.size, 0)
-        pen = ImageDraw.Draw(mask)
         centre, radius = (item.x * fine, item.y * fine), SIZES[item.size] * fine
-        if item.shape in ("circle", "ring"):
-            _disc(pen, centre, 0.9 * radius, 255)
-            if item.shape == "ring":
-                _disc(pen, centre, 0.45 * radius, 0)
-        else:
-            outline = [
-                (centre[0] + radius * dx, centre[1] + radius * dy)
-                for dx, dy in _OUTLINES[item.shape]
-            ]
-            pen.polygon(outline, fill=255)
-        image.paste(COLORS[item.color], mask=mask)
+        image.paste(COLORS[item.color], mask=mask(item.shape, image.size, centre, radius))
     return np.asarray(image.resize((pixels, pixels), Image.Resampling.BOX))
+
+
+def mask(
+    shape: str, size: tuple[int, int], centre: tuple[float, float], radius: float
+) -> Image.Image:
+    """A shape as 255 on 0, not antialiased; `size` is (width, height), all lengths in pixels."""
+    image = Image.new("L", size, 0)
+    pen = ImageDraw.Draw(image)
+    if shape in ("circle", "ring"):
+        _disc(pen, centre, 0.9 * radius, 255)
+        if shape == "ring":
+            _disc(pen, centre, 0.45 * radius, 0)
+    else:
+        x, y = centre
+        pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _OUTLINES[shape]], fill=255)
+    return image
 
 
 def scene(rng: np.random.Generator, tag: str) -> Scene:
@@ -103,28 +107,43 @@ def scene(rng: np.random.Generator, tag: str) -> Scene:
     shapes, colors = list(SHAPES), list(COLORS)
     while True:
         if tag in ("single_object", "colors"):
-            kinds = [(_pick(rng, shapes), _pick(rng, colors))]
+            kinds = [(pick(rng, shapes), pick(rng, colors))]
         elif tag == "counting":
-            kinds = [(_pick(rng, shapes), _pick(rng, colors))] * int(rng.integers(2, 5))
+            kinds = [(pick(rng, shapes), pick(rng, colors))] * int(rng.integers(2, 5))
         else:
             first, second = rng.choice(len(shapes), 2, replace=False)
             hues = rng.choice(len(colors), 2, replace=tag != "color_attr")
             kinds = [(shapes[first], colors[hues[0]]), (shapes[second], colors[hues[1]])]
         # Four large objects hardly fit.
         sizes = list(SIZES) if len(kinds) < 3 else ["small", "medium"]
-        same = _pick(rng, sizes)
+        same = pick(rng, sizes)
         objects: list[Object] = []
         for shape, color in kinds:
-            size = same if tag == "counting" else _pick(rng, sizes)
-            placed = _place(rng, objects, shape, color, size)
+            size = same if tag == "counting" else pick(rng, sizes)
+            placed = place(rng, objects, shape, color, size)
             if placed is None:
                 break
             objects.append(placed)
-        background, ramp = _pick(rng, list(BACKGROUNDS)), round(float(rng.uniform(-12, 12)), 2)
+        background, ramp = pick(rng, list(BACKGROUNDS)), round(float(rng.uniform(-12, 12)), 2)
         result = Scene(background, ramp, tuple(objects))
         if len(objects) < len(kinds) or (tag == "position" and relation(*objects) is None):
             continue
         return result
+
+
+def place(
+    rng: np.random.Generator, objects: Sequence[Object], shape: str, color: str, size: str
+) -> Object | None:
+    """A new object clear of the others and of the border, or None where 50 tries found no room."""
+    radius = SIZES[size]
+    for _ in range(50):
+        x, y = np.round(rng.uniform(radius + _MARGIN, 1 - radius - _MARGIN, 2), 4).tolist()
+        if all(
+            math.hypot(x - other.x, y - other.y) >= radius + SIZES[other.size] + _MARGIN
+            for other in objects
+        ):
+            return Object(shape, color, size, x, y)
+    return None
 
 
 def relation(first: Object, second: Object) -> str | None:
@@ -142,17 +161,17 @@ def caption(scene: Scene, tag: str, wording: int = 0) -> str:
     """Says about the scene what `tag` is about, in one of `WORDINGS` wordings; 0 is GenEval's."""
     a, b = scene.objects[0], scene.objects[-1]
     if tag == "single_object":
-        said = _a(a.shape)
+        said = with_article(a.shape)
     elif tag == "colors":
-        said = _a(f"{a.color} {a.shape}")
+        said = with_article(f"{a.color} {a.shape}")
     elif tag == "counting":
-        said = f"{NUMBERS[len(scene.objects)]} {_plural(a.shape)}"
+        said = f"{NUMBERS[len(scene.objects)]} {plural(a.shape)}"
     elif tag == "two_object":
-        said = f"{_a(a.shape)} and {_a(b.shape)}"
+        said = f"{with_article(a.shape)} and {with_article(b.shape)}"
     elif tag == "position":
-        said = f"{_a(a.shape)} {relation(a, b)} {_a(b.shape)}"
+        said = f"{with_article(a.shape)} {relation(a, b)} {with_article(b.shape)}"
     elif tag == "color_attr":
-        said = f"{_a(f'{a.color} {a.shape}')} and {_a(f'{b.color} {b.shape}')}"
+        said = f"{with_article(f'{a.color} {a.shape}')} and {with_article(f'{b.color} {b.shape}')}"
     else:
         raise ValueError(f"unknown tag {tag!r}, expected one of {', '.join(TAGS)}")
     if wording == 0:
@@ -189,11 +208,18 @@ def geneval(scene: Scene, tag: str) -> dict[str, object]:
     return meta
 
 
-def example(seed: int, index: int, tags: Sequence[str] = TAGS) -> tuple[Scene, str, int]:
-    """Scene, tag and wording number `index` of `seed`; tags take turns."""
+def example(
+    seed: int,
+    index: int,
+    tags: Sequence[str] = TAGS,
+    keep: Callable[[Scene], bool] = lambda scene: True,
+) -> tuple[Scene, str, int]:
+    """Scene to keep, its tag and wording, number `index` of `seed`; tags take turns."""
     tag = tags[index % len(tags)]
     rng = np.random.default_rng(np.random.SeedSequence((seed, index)))
     picture = scene(rng, tag)
+    while not keep(picture):
+        picture = scene(rng, tag)
     return picture, tag, int(rng.integers(WORDINGS))
 
 
@@ -232,6 +258,7 @@ def make_records(
     *,
     tags: Sequence[str] = TAGS,
     label: str | None = None,
+    keep: Callable[[Scene], bool] = lambda scene: True,
 ) -> Iterator[records.Record]:
     """Text-to-image records 0 to count - 1 of `seed`; record i does not depend on `count`.
 
@@ -239,7 +266,7 @@ def make_records(
     number.
     """
     for index in range(count):
-        picture, tag, wording = example(seed, index, tags)
+        picture, tag, wording = example(seed, index, tags, keep)
         meta = {
             "tag": tag,
             "geneval": json.dumps(geneval(picture, tag)),
@@ -254,18 +281,19 @@ def make_records(
         )
 
 
-def _place(
-    rng: np.random.Generator, objects: list[Object], shape: str, color: str, size: str
-) -> Object | None:
-    radius = SIZES[size]
-    for _ in range(50):
-        x, y = np.round(rng.uniform(radius + _MARGIN, 1 - radius - _MARGIN, 2), 4).tolist()
-        if all(
-            math.hypot(x - other.x, y - other.y) >= radius + SIZES[other.size] + _MARGIN
-            for other in objects
-        ):
-            return Object(shape, color, size, x, y)
-    return None
+def pick(rng: np.random.Generator, items: Sequence[str]) -> str:
+    """One of some words."""
+    return items[int(rng.integers(len(items)))]
+
+
+def with_article(noun: str) -> str:
+    """ "a red circle", "an orange star" """
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def plural(noun: str) -> str:
+    """ "circles", "crosses" """
+    return noun + ("es" if noun.endswith("s") else "s")
 
 
 def _disc(pen: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float, fill: int) -> None:
@@ -310,15 +338,3 @@ _OUTLINES = {
     ],
     "heart": _heart(),
 }
-
-
-def _pick(rng: np.random.Generator, items: list[str]) -> str:
-    return items[int(rng.integers(len(items)))]
-
-
-def _a(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def _plural(noun: str) -> str:
-    return noun + ("es" if noun.endswith("s") else "s")

@@ -1,0 +1,358 @@
+"""Records of every task of the shapes world: what is said is what is drawn, answers are true."""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections import Counter, defaultdict
+
+import pytest
+from absl import flags
+
+from starflow2_jax import prepare
+from starflow2_jax.data import images, records, shapes, shapes_tasks, shapes_withheld
+from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.data.records import Img, Text
+from starflow2_jax.data.shapes_wordings import WORDINGS
+from starflow2_jax.evaluation import shapes_eval
+
+TAGS = {
+    "caption": shapes.TAGS,
+    "question": shapes_tasks.QUESTIONS,
+    "edit": shapes_tasks.EDITS,
+    "reason": shapes_tasks.REASONS,
+    "multi": shapes_tasks.MULTI,
+    "text": shapes_tasks.TEXTS,
+}
+COLOR, SHAPE = "|".join(shapes.COLORS), "|".join(shapes.SHAPES)
+PAIR = re.compile(rf"({COLOR}) ({SHAPE})\b")
+
+
+def some(task, count, seed=0, withheld="none", pixels=16):
+    return shapes_tasks.make_records(seed, count, pixels, tasks=[task], withheld=withheld)
+
+
+def scenes(record):
+    found = []
+    for raw in json.loads(record.meta["scenes"]):
+        raw["objects"] = tuple(shapes.Object(**item) for item in raw["objects"])
+        found.append(shapes.Scene(**raw))
+    return found
+
+
+def said(record):
+    """Request and answers."""
+    words = [s.s for s in record.segs if isinstance(s, Text)]
+    return words[0], words[1:]
+
+
+def pictures(record):
+    return [images.decode(blob.data, record.id) for blob in record.imgs]
+
+
+def kinds(scene):
+    return Counter((item.color, item.shape) for item in scene.objects)
+
+
+def test_record_depends_on_seed_and_number_alone():
+    few = [records.encode(r) for r in shapes_tasks.make_records(1, 21, 16)]
+    many = [records.encode(r) for r in shapes_tasks.make_records(1, 50, 16)]
+    other = [records.encode(r) for r in shapes_tasks.make_records(2, 21, 16)]
+    assert few == many[:21] and not set(few) & set(other)
+    assert len({records.decode(data, "x").id for data in many}) == 50
+    # The other tasks of a mixture change nothing of a task.
+    alone = [records.encode(r) for r in some("edit", 3, seed=1)]
+    assert alone == few[2::7]
+    assert records.decode(few[9], "x").id == "shapes-edit-1-00000001"
+
+
+def test_pictures_for_captions_stay_as_they_were():
+    """Ids, words, roles and metadata; the digest was taken before there were other tasks."""
+    digest = hashlib.sha256()
+    mixed = shapes_tasks.make_records(3, 60, 16, tasks=["t2i"])
+    for record, alone in zip(mixed, shapes.make_records(3, 60, 16), strict=True):
+        assert record == alone
+        told = (record.id, record.src, record.segs, sorted(record.meta.items()))
+        digest.update(repr(told).encode())
+    expected = "71bd6171c5ac55379186069904bbc96f91c0b937772c0435cc74743a11c75c22"
+    assert digest.hexdigest() == expected
+
+
+@pytest.mark.parametrize("task", TAGS)
+def test_form(task):
+    """Schema, roles, loss, turn-taking tags, wordings, and pictures that show the scenes."""
+    tags, requests = Counter(), defaultdict(set)
+    for record in some(task, 20 * len(TAGS[task])):
+        records.check(record, record.id, pixels=True)
+        tags[record.meta["tag"]] += 1
+        roles = [segment.role for segment in record.segs]
+        assert roles == sorted(roles, reverse=True) and set(roles) == {"user", "assistant"}
+        assert all(s.loss == (s.role == "assistant") for s in record.segs)
+        assert [s.i for s in record.segs if isinstance(s, Img)] == list(range(len(record.imgs)))
+        for scene, picture in zip(scenes(record), pictures(record)):
+            if record.meta["tag"] != "zoom" or scene != scenes(record)[0]:
+                assert (shapes.draw(scene, 16) == picture).all()
+        request, answers = said(record)
+        key = "caption" if task == "caption" else record.meta["tag"]
+        forms = [re.sub(r"\\\{\w+\\\}", ".+", re.escape(form)) for form in WORDINGS[key]]
+        fits = [(len(form), k) for k, form in enumerate(forms) if re.fullmatch(form, request)]
+        requests[key].add(max(fits)[1])
+        assert all(answer and answer == answer.strip() for answer in answers)
+        assert len(answers) == (task != "edit")
+    assert tags == dict.fromkeys(TAGS[task], 20)
+    assert all(found == {0, 1, 2} for found in requests.values()), requests
+
+
+def test_three_wordings_of_everything():
+    assert set(WORDINGS) == {"caption"}.union(*(TAGS[t] for t in TAGS if t != "caption"))
+    for forms in WORDINGS.values():
+        assert len(set(forms)) == shapes.WORDINGS == 3
+        assert len({frozenset(re.findall(r"\{(\w+)\}", f.lower())) for f in forms}) == 1
+
+
+def test_captions_name_everything():
+    for record in some("caption", 120):
+        (scene,), (_, (answer,)) = scenes(record), said(record)
+        assert f"{scene.background} background" in answer or f"is {scene.background}" in answer
+        rest = answer.replace(scene.background, "plain")
+        told = Counter()
+        for number, color, noun in re.findall(rf"(\w+) \w+ ({COLOR}) (\w+)", rest):
+            shape = noun if noun in shapes.SHAPES else re.sub("(?<=s)es$|s$", "", noun)
+            told[color, shape] += 1 if number == "a" else shapes.NUMBERS.index(number)
+        assert told == kinds(scene)
+        facts = json.loads(record.meta["geneval"])
+        assert facts["prompt"] == answer
+        for entry in facts["include"]:
+            if "position" in entry:
+                a, b = (next(o for o in scene.objects if o.shape == e["class"]) for e in
+                        (entry, facts["include"][entry["position"][1]]))  # fmt: skip
+                assert entry["position"][0] == shapes.relation(a, b)
+
+
+def oracle(tag, request, objects, scene):
+    """The answer, read from the words of the request and the scene alone."""
+    colors = re.findall(rf"\b({COLOR})\b", request)
+    named = re.findall(rf"\b({SHAPE})(?:s|es)?\b", request)
+    whole = [
+        next((o for o in objects if (o.color, o.shape) == pair), None)
+        for pair in PAIR.findall(request)
+    ]
+    match = [o for o in objects if o.shape in named or (not named and o.color in colors)]
+    if tag in ("color", "shape", "size"):
+        (item,) = [w for w in whole if w] or match
+        return getattr(item, tag)
+    if tag == "count":
+        return shapes.NUMBERS[len(match)]
+    if tag == "exists":
+        return "yes" if whole[0] else "no"
+    if tag == "background":
+        return scene.background
+    if tag == "relation":
+        a, b = reversed(whole) if request.startswith("Seen from") else whole
+        return shapes.relation(a, b)
+    assert tag == "is_relation"
+    return "yes" if shapes.relation(*whole) in request else "no"
+
+
+def test_questions_are_answered_right():
+    answers = defaultdict(Counter)
+    for record in some("question", 400):
+        (scene,), (request, (answer,)) = scenes(record), said(record)
+        tag = record.meta["tag"]
+        assert answer == oracle(tag, request, scene.objects, scene), (request, scene)
+        answers[tag][answer] += 1
+    for tag, least in (("color", 8), ("shape", 8), ("size", 3), ("count", 5), ("relation", 4)):
+        assert len(answers[tag]) == least, answers[tag]
+    for tag in ("exists", "is_relation"):
+        assert min(answers[tag]["yes"], answers[tag]["no"]) > 12
+    assert max(answers["count"].values()) < 0.6 * answers["count"].total()
+
+
+def test_edits_do_what_they_say_and_nothing_else():
+    changes = Counter()
+    for record in some("edit", 75, pixels=64):
+        source, target = scenes(record)
+        request, tag = said(record)[0], record.meta["tag"]
+        assert (source.background, source.ramp) == (target.background, target.ramp)
+        gone, new = (
+            (set(source.objects) - set(target.objects)),
+            (set(target.objects) - set(source.objects)),
+        )
+        changes[tag, len(gone), len(new)] += 1
+        for item in gone:
+            assert f"{item.color} {item.shape}" in request
+        for item, old in itertools.product(new, gone):
+            same = {k for k in ("shape", "color", "size", "x", "y")
+                    if getattr(item, k) == getattr(old, k)}  # fmt: skip
+            assert {"recolor": {"shape", "size", "x", "y"}, "replace": {"size", "x", "y"},
+                    "move": {"shape", "color", "size"}}[tag] == same  # fmt: skip
+        if tag in ("add", "move"):
+            (item,) = new
+            anchor = PAIR.findall(request)[1]
+            (anchor,) = [o for o in target.objects if (o.color, o.shape) == anchor]
+            assert shapes.relation(item, anchor) in request
+        before, after = pictures(record)
+        facts = json.loads(record.meta["geneval"])
+        assert shapes_eval.judge(after, facts).correct
+        assert not shapes_eval.judge(before, facts).correct, (tag, source, target)
+    assert changes == {
+        ("recolor", 1, 1): 15, ("add", 0, 1): 15, ("remove", 1, 0): 15, ("move", 1, 1): 15,
+        ("replace", 1, 1): 15,
+    }  # fmt: skip
+
+
+def test_reasoning_goes_through_a_picture():
+    answers = defaultdict(Counter)
+    for record in some("reason", 90, pixels=64):
+        kinds_ = [type(s) for s in record.segs if s.role == "assistant"]
+        assert kinds_ == [Img, Text]
+        request, (answer,) = said(record)
+        tag, (source, helpful) = record.meta["tag"], pictures(record)
+        answers[tag][answer] += 1
+        found = shapes_eval.find(helpful)
+        color = re.findall(rf"({COLOR}) objects?", request)
+        if tag == "zoom":
+            assert (answer, color[0]) in [(item.shape, item.color) for item in found]
+            (item,) = [o for o in scenes(record)[0].objects if o.color == color[0]]
+            (near,) = [f for f in found if (f.shape, f.color) == (item.shape, item.color)]
+            (far,) = [f for f in shapes_eval.find(source) if f.color == item.color]
+            assert near.box[3] - near.box[1] == pytest.approx(
+                2 * (far.box[3] - far.box[1]), abs=0.1
+            )
+            continue
+        assert shapes_eval.judge(helpful, json.loads(record.meta["geneval"])).correct
+        if tag == "count_after_removal":
+            assert len(found) == len(shapes_eval.find(source)) - 1
+        else:
+            color = color or re.findall(rf"be ({COLOR})\?", request)
+            found = [item for item in found if item.color == color[0]]
+        assert answer == shapes.NUMBERS[len(found)]
+    assert len(answers["zoom"]) == 8 and len(answers["count_after_removal"]) == 3
+    assert len(answers["count_after_edit"]) >= 3
+
+
+def test_questions_across_pictures():
+    answers = defaultdict(Counter)
+    for record in some("multi", 120):
+        shown, (request, (answer,)) = scenes(record), said(record)
+        assert len(shown) == len(record.imgs) in (2, 3)
+        tag, counts = record.meta["tag"], [len(scene.objects) for scene in shown]
+        answers[tag][answer] += 1
+        if tag == "same_shape":
+            assert answer == ("yes" if len({s.objects[0].shape for s in shown}) == 1 else "no")
+        elif tag == "total":
+            assert answer == shapes.NUMBERS[sum(counts)]
+        else:
+            fits = [PAIR.findall(request)[0] in kinds(scene) for scene in shown] if (
+                tag == "which_shows") else [count == max(counts) for count in counts]  # fmt: skip
+            assert sum(fits) == 1 and answer == ("first", "second", "third")[fits.index(True)]
+    assert {tag: len(found) for tag, found in answers.items()} == {
+        "same_shape": 2, "which_shows": 3, "which_has_most": 3, "total": 4,
+    }  # fmt: skip
+
+
+def test_text_alone():
+    for record in some("text", 90):
+        assert not record.imgs
+        request, (answer,) = said(record)
+        if record.meta["tag"] == "count_left":
+            n, m = (shapes.NUMBERS.index(w) for w in re.findall(r"\w+", request.lower())
+                    if w in shapes.NUMBERS)  # fmt: skip
+            assert answer == shapes.NUMBERS[n - m]
+            continue
+        (scene,) = scenes(record)
+        a, b = scene.objects
+        fact = f"{a.color} {a.shape} is {shapes.relation(a, b)} a {b.color} {b.shape}"
+        assert fact in request.replace(" an ", " a ")
+        if record.meta["tag"] == "turn_around":
+            assert answer == f"{shapes.relation(b, a)} the {a.color} {a.shape}"
+        else:
+            asked = re.findall(rf"({SHAPE})\W?(?: have\?)?$", request)[0]
+            assert answer == {a.shape: a.color, b.shape: b.color}[asked]
+
+
+def test_list_of_what_is_withheld():
+    assert len(set(shapes_withheld.PAIRS)) == len(shapes.COLORS) * len(shapes.SHAPES) // 8
+    assert {color for color, _ in shapes_withheld.PAIRS} == set(shapes.COLORS)
+    assert {shape for _, shape in shapes_withheld.PAIRS} == set(shapes.SHAPES)
+    things = [
+        shapes.Object(shape, color, "small", 0.5, 0.5)
+        for shape, color in itertools.product(shapes.SHAPES, shapes.COLORS)
+    ]
+    back = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    out, seen = 0, set()
+    for a, b in itertools.product(things, repeat=2):
+        for relation in shapes.RELATIONS:
+            withheld = shapes_withheld.combination(a, relation, b)
+            assert withheld == shapes_withheld.combination(b, back[relation], a)
+            out += withheld
+            if not withheld:
+                seen |= {(a.shape, relation, b.shape), (a.color, relation, b.color)}
+    assert out == 64 * 64 * 4 // 8
+    assert len(seen) == 2 * 8 * 4 * 8
+
+
+@pytest.mark.parametrize("task", shapes_tasks.TASKS)
+def test_withheld(task):
+    def unseen(record):
+        raw = record.meta.get("scenes") or f"[{record.meta['scene']}]"
+        objects = [[shapes.Object(**o) for o in scene["objects"]] for scene in json.loads(raw)]
+        words = {pair for pair in PAIR.findall(records.text(record).lower())}
+        pairs = words | {(o.color, o.shape) for scene in objects for o in scene}
+        if pairs & set(shapes_withheld.PAIRS):
+            return True
+        for a, b in (pair for scene in objects for pair in itertools.permutations(scene, 2)):
+            if shapes.relation(a, b) and shapes_withheld.combination(a, shapes.relation(a, b), b):
+                return True
+        if record.meta["tag"] == "is_relation":
+            (relation,) = re.findall("|".join(shapes.RELATIONS), records.text(record))
+            a, b = (shapes.Object(s, c, "small", 0.5, 0.5)
+                    for c, s in PAIR.findall(records.text(record)))  # fmt: skip
+            return shapes_withheld.combination(a, relation, b)
+        return False
+
+    held = [unseen(r) for r in some(task, 60, withheld="none", pixels=8)]
+    assert 0 < sum(held) < 60
+    assert not any(unseen(r) for r in some(task, 120, withheld="leave_out", pixels=8))
+    for record in some(task, 60, withheld="only", pixels=8):
+        assert unseen(record) and record.meta.get("withheld") != "none"
+
+
+def run(verb, *words):
+    values = flags.FlagValues()
+    prepare.define(values)
+    values(["prepare", *map(str, words)])
+    return getattr(prepare, verb)(values)
+
+
+def test_import(tmp_path):
+    words = ("--format", "shapes", "--pixels", 16, "--n", 14, "--seed", 4)
+    every = ("--tasks", ",".join(shapes_tasks.TASKS), "--withheld", "leave_out")
+    run("import_", *words, *every, "--out", tmp_path / "all")
+    expected = shapes_tasks.make_records(4, 14, 16, withheld="leave_out")
+    assert list(records.read(tmp_path / "all")) == list(expected)
+    assert list(records.validate(tmp_path / "all")) == []
+    assert run("import_", *words, *every, "--out", tmp_path / "all")["was"] == "complete"
+    with pytest.raises(DatasetError, match="exists"):
+        run("import_", *words, *every, "--withheld", "none", "--out", tmp_path / "all")
+
+    run("import_", *words, "--out", tmp_path / "plain")
+    plain = records.read(tmp_path / "plain")
+    assert list(plain) == list(shapes.make_records(4, 14, 16))
+    assert set(plain.manifest.importer.options) == {"label", "seed", "n", "pixels", "tags"}
+    only = ("--withheld", "only", "--tags", "colors", "--label", "pair")
+    run("import_", *words, *only, "--out", tmp_path / "only")
+    shown = {r.meta["label"] for r in records.read(tmp_path / "only")}
+    names = shapes.classes("pair")
+    assert {names[k] for k in shown} <= {" ".join(pair) for pair in shapes_withheld.PAIRS}
+    for wrong, message in (
+        (("--tasks", "caption,poem"), r"--tasks: unknown \['poem'\]"),
+        (("--tasks", "caption,caption"), "named twice"),
+        (("--tasks", "caption", "--label", "shape"), "only --tasks t2i has classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run("import_", *words, *wrong, "--out", tmp_path / "none")
+    with pytest.raises(ValueError, match="--withheld some"):
+        next(shapes_tasks.make_records(0, 1, 16, tasks=["text"], withheld="some"))
+    assert sorted(os.listdir(tmp_path)) == ["all", "only", "plain"]
