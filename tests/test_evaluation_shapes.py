@@ -78,17 +78,17 @@ def test_judge_is_right(sigma):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pixels", "sigma", "least"), [
-    (64, 0.0, 0.999), (64, 0.1, 0.999), (32, 0.0, 0.999), (32, 0.1, 0.995), (128, 0.1, 0.999),
-])  # fmt: skip
-def test_judge_is_right_in_full(pixels, sigma, least):
+@pytest.mark.parametrize(
+    ("pixels", "sigma"), [(64, 0.0), (64, 0.1), (32, 0.0), (32, 0.1), (128, 0.1)]
+)
+def test_judge_is_right_in_full(pixels, sigma):
     """On matches and on near-misses alike, not only together."""
     judged, wrong = accuracy(600 if pixels == 128 else 1500, pixels, sigma, seed=1)
     for matching in (True, False):
         all_ = sum(n for what, n in judged.items() if what.startswith("match") == matching)
         bad = sum(n for what, n in wrong.items() if what.startswith("match") == matching)
         print(f"{pixels} pixels, sigma {sigma}, matching {matching}: {all_ - bad} of {all_} right")
-        assert 1 - bad / all_ >= least, wrong
+        assert 1 - bad / all_ >= 0.999, wrong
 
 
 @pytest.mark.parametrize("pixels", [32, 48, 64, 96, 128])

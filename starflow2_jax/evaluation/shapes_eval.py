@@ -22,6 +22,7 @@ _CONTRAST = 30.0  # least distance from the ground, in levels of 255; the world 
 _LEAST_AREA = 0.006  # of the picture; the smallest star has 0.02
 _MOST_COLOR_DISTANCE = 30.0  # in CIELAB; the world's blue and purple are 29 apart
 _MOST_MISFIT = 0.3  # squared error of the coverage over the area of the shape
+_SHARES = (0.5, 0.7)  # of the contrast nearby: the edge of an object
 _BOX_GAP = 0.1  # of GenEval's evaluation: share of the two boxes that offsets must exceed
 _SUPERSAMPLE = 4
 
@@ -116,11 +117,27 @@ def find(pixels: np.ndarray) -> list[Found]:
     image = _levels(pixels)
     height, width = image.shape[:2]
     away, noise = _from_ground(image)
-    # Noise is averaged out where there is any; a clean picture keeps its sharp edges.
-    size = np.linalg.norm(_blur(away) if noise > 3 else away, axis=-1)
-    # Half of the contrast nearby is the edge of an antialiased object, whatever its colour.
+    size = np.linalg.norm(_blur(away), axis=-1)
+    # Half of the contrast nearby is the edge of an antialiased object, whatever its colour. Small
+    # pictures of close objects need more to tell them apart.
     nearby = _grow(size, max(1, round(min(height, width) / 32)))
-    labels, count = _components(size > np.maximum(_CONTRAST, 0.5 * nearby))
+    readings = []
+    for share in _SHARES:
+        inked = size > np.maximum(_CONTRAST, share * nearby)
+        readings.append(_objects(image, away, size, noise, inked))
+        unknown = [sum(item.shape == OTHER for item in reading) for reading in readings]
+        if not unknown[-1]:
+            break
+    found = readings[int(np.argmin(unknown))]
+    return sorted(found, key=lambda item: (item.y, item.x))
+
+
+def _objects(
+    image: np.ndarray, away: np.ndarray, size: np.ndarray, noise: float, inked: np.ndarray
+) -> list[Found]:
+    """The objects that connected pixels show; arguments as `find` has them, flags [H, W] last."""
+    height, width = inked.shape
+    labels, count = _components(inked)
     found = []
     for number in range(1, count + 1):
         own = labels == number
@@ -140,7 +157,7 @@ def find(pixels: np.ndarray) -> list[Found]:
             (rows[-1] + 1) / height,
         )
         found.append(Found(shape, _color(image[core].mean(0)), x / width, y / height, box))
-    return sorted(found, key=lambda item: (item.y, item.x))
+    return found
 
 
 def _levels(pixels: np.ndarray) -> np.ndarray:
