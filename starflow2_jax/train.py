@@ -299,7 +299,10 @@ def _null_text(data: dict[str, Any]) -> list | None:
 
 
 def _fingerprints(data: dict[str, Any]) -> list[str]:
-    return list(data["data"]["fingerprints"])
+    """Of the records, and of the encoder where latents are read."""
+    told = data["data"]
+    encoders = [features.get("fae") for features in told["features"]]
+    return [*told["fingerprints"], *(encoder["sha256"] for encoder in encoders if encoder)]
 
 
 def _check_frozen(workdir: epath.Path, then: dict[str, Any], program: programs.Program) -> None:

@@ -14,7 +14,8 @@ from starflow2_jax import config, mesh
 from starflow2_jax import params as weights
 from starflow2_jax.data import records, shapes
 from starflow2_jax.models import fae
-from starflow2_jax.training import checkpoint, fae_step, step
+from starflow2_jax.models import teacher as teachers
+from starflow2_jax.training import checkpoint, fae_step, inputs, step
 
 ROWS = 8
 TINY = {
@@ -96,7 +97,9 @@ def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, frozen))
     assert np.mean(losses[-5:]) < 0.6 * losses[0], losses[::10]
     # The averaged weights' own statistics: their latents have unit variance.
-    x = fae_step.teacher_features(program, frozen, batch_of()["image"])
+    image = inputs.scale_pixels(batch_of()["image"])
+    teacher = fae_step.teacher_of(cfg, program.model)
+    x = teachers.features(frozen["teacher"], image, teacher)
     sums = fae.moments(*fae.encode(state.ema, x, program.model))
     np.testing.assert_allclose(sums["square"] / sums["count"], 1, atol=0.1)
     np.testing.assert_allclose(sums["sum"] / sums["count"], 0, atol=0.1)

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.models import teacher as teachers
 from starflow2_jax.models.fae import Config
 from starflow2_jax.models.teacher import Teacher
 from starflow2_jax.training import fae_objectives, inputs, optim
@@ -185,9 +184,3 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
         identity={"teacher": teacher_weights.identity(path)} if path else {},
         means=own.means,
     )
-
-
-def teacher_features(program: Program, frozen: Mapping[str, Any], image: Any) -> jax.Array:
-    """The frozen tower's features [B, T, C] of images uint8 [B, H, W, 3]."""
-    teacher = teacher_of(program.cfg, program.model)
-    return teachers.features(frozen["teacher"], inputs.scale_pixels(jnp.asarray(image)), teacher)
