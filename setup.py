@@ -51,6 +51,7 @@ setup(
         "parity": ["torch==2.13.0", *torch, *features],
         "torch": torch,
         "features": features,
+        "beam": ["apache-beam>=2.60,<3"],
         "tensorboard": tensorboard,
         "wandb": ["wandb>=0.21,<1"],
         "trackio": ["trackio>=0.14,<1"],

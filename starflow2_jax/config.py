@@ -74,7 +74,10 @@ _DATA = {
     "skip_bad": _count(0, "records that may fail to decode before the run stops"),
 }
 
+TASKS = ("flow", "fae_features")
+
 KEYS: dict[str, Key] = {
+    "task": _choice("flow", "what is trained: a flow, or a module of the latent codec", *TASKS),
     "seed": _count(0, "seed of weights, data order, noise, drops and samples"),
     "compute_dtype": _choice("float32", "dtype of matmuls", "float32", "bfloat16", "float64"),
     "layout": _text("dp", "where weights live: a name in mesh.LAYOUTS"),
@@ -95,6 +98,14 @@ KEYS: dict[str, Key] = {
     "noise.sigma": _number(0.05, "standard deviation of gaussian noise"),
     "drop.condition": _number(0.1, "share of rows that lose text and label", 0.0, 1.0),
     "loss.latent_penalty": _number(1e-4, "weight of the mean square before every block"),
+    "teacher.kind": _choice("dinov2", "the codec's frozen tower", "dinov2", "qwen"),
+    "teacher.path": _text("", "its folder as published; empty: a tiny one, drawn from the seed"),
+    "teacher.pixels": _positive(64, "side to which images are resized for the tower"),
+    "fae.beta": _number(1e-6, "weight of the KL in nats of a row against the mean square"),
+    "fae.latent_noise": _number(
+        0.0, "noise on unit-variance latents from which the feature decoder learns"
+    ),
+    "fae.statistics_decay": _number(0.999, "decay of the latents' mean and std", 0.0, 1.0),
     **{f"data.{name}": key for name, key in _DATA.items()},
     **{f"eval_data.{name}": key for name, key in _DATA.items()},
     "train.batch_size": _positive(64, "rows of the global batch"),

@@ -135,6 +135,8 @@ def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
     from starflow2_jax.training.step import model_config
 
     path, out = _need(values, "model"), _need(values, "out")
+    if _task(path) != "flow":
+        return _export_codec(values, path, out)
     cfg, tree = _opened(path, values.ema)
     if not values.public:
         files.write_folder(out, tree, cfg, overwrite=values.overwrite)
@@ -153,6 +155,26 @@ def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
     texts = {"options.yaml": starflow_options.to_yaml(options)}
     files.write_tensors(out, tensors, texts, overwrite=values.overwrite)
     return _summary(out, weights.count(tree["flow"]), sorted(set(tree) - {"flow"}))
+
+
+def _task(path: str) -> str:
+    """What a run, a step or a model folder is a training of."""
+    from starflow2_jax.training import checkpoint, step_folders
+
+    if files.is_folder(path):
+        return files.read_config(path).get("task", "flow")
+    return checkpoint.read_meta(*step_folders.locate(path))["config"].get("task", "flow")
+
+
+def _export_codec(values: flags.FlagValues, path: str, out: str) -> tuple[dict, list[str]]:
+    """A latent codec and its tower to a model folder."""
+    from starflow2_jax.generation import codec
+
+    if values.public or not values.ema:
+        raise ValueError("--public, --noema: a codec is exported as it is, averaged weights")
+    found = codec.load(path)
+    codec.export(found, out, overwrite=values.overwrite)
+    return _summary(out, weights.count(found.params))
 
 
 def _opened(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:

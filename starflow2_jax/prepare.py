@@ -42,6 +42,7 @@ VERBS = {
     "show": "contact sheet with captions (--data --out)",
     "index": "lengths and packing plan of rows (--data --row_length)",
     "features": "SD-VAE latents and T5 text features, in parallel (--data --vae --t5 --out)",
+    "latents": "a trained codec's latents, in parallel (--data --fae --out --shard i/n)",
 }
 _MAX_PROBLEMS = 20
 
@@ -88,6 +89,11 @@ def define(values: flags.FlagValues) -> None:
     number("image_tokens", 256, "index: positions of an image", 1, flag_values=values)
     number("turn_tokens", 0, "index: positions that a change of role adds", 0, flag_values=values)
     number("batch_size", 8, "features: images encoded at once", 1, flag_values=values)
+    text("fae", None, "latents: workdir or model folder of the codec", flag_values=values)
+    text("shard", "0/1", "latents: i/n, this job among n that share the shards", flag_values=values)
+    switch("beam", False, "latents: make the shards in an Apache Beam pipeline", flag_values=values)
+    flags.DEFINE_multi_string("beam_option", [], "latents: of the pipeline, may be repeated",
+                              flag_values=values)  # fmt: skip
     text("device", "cpu", "features: torch device", flag_values=values)
 
 
@@ -233,6 +239,24 @@ def index(values: flags.FlagValues) -> dict[str, Any]:
     }
 
 
+def latents(values: flags.FlagValues) -> dict[str, Any]:
+    """Latents of a dataset; what is finished is kept, so the same command resumes."""
+    from starflow2_jax.data import latents as latents_lib
+    from starflow2_jax.data import latents_beam
+    from starflow2_jax.generation import codec
+
+    out, data, fae = (_needed(values, name) for name in ("out", "data", "fae"))
+    if values.overwrite:
+        raise DatasetError("--overwrite: latents are never written over; choose another --out")
+    if values.beam:
+        options = values.beam_option
+        found = latents_beam.write(out, data, codec.open_encoder, fae, options=options)
+    else:
+        shard = latents_lib.parse_shard(values.shard)
+        found = latents_lib.write(out, data, *codec.open_encoder(fae), shard=shard)
+    return {"out": out, **found}
+
+
 def contact_sheet(
     cells: list[tuple[np.ndarray, str]], side: int = 128, columns: int = 8
 ) -> Image.Image:
@@ -292,6 +316,7 @@ _RUN = {
     "show": show,
     "index": index,
     "features": features,
+    "latents": latents,
 }
 
 

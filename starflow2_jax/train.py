@@ -8,6 +8,7 @@ python -m starflow2_jax.train --config experiments/starflow_t2i.py:3b --layout f
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,10 +24,9 @@ from starflow2_jax.data import pipeline
 from starflow2_jax.evaluation import likelihood, report, samples
 from starflow2_jax.generation import model as generation
 from starflow2_jax.models import flops
-from starflow2_jax.training import checkpoint, speed, step_folders
+from starflow2_jax.training import checkpoint, fae_step, speed, step_folders
 from starflow2_jax.training import log as logs
 from starflow2_jax.training import step as programs
-from starflow2_jax.training.loss import per_dim
 from starflow2_jax.weights import files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py[:variant], an experiment")
@@ -65,7 +65,8 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     """
     # ------------------------------------------------------------- configuration, data, workdir
     config.check(cfg)
-    model = programs.model_config(cfg)
+    is_flow = cfg["task"] == "flow"
+    model = (programs if is_flow else fae_step).model_config(cfg)
     of = lambda group: likelihood.data_options(cfg, model, group)
     data = None
     if not dry_run:
@@ -88,7 +89,10 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     peak = speed.peak_flops()  # on one device, so before a mesh is set
     mesh = meshes.make_mesh(cfg["mesh"])
     jax.set_mesh(mesh)
-    program = programs.build(cfg, mesh, null_text=null_text)
+    if is_flow:
+        program = programs.build(cfg, mesh, null_text=null_text)
+    else:
+        program = fae_step.build(cfg, mesh)
     if jax.process_index() == 0:
         print(overview(program), flush=True)
     began = time.perf_counter()
@@ -101,7 +105,8 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     state, frozen = program.init(jax.random.key(cfg["seed"]))
     if newest is not None:  # 1. resume
         del state
-        state, _ = checkpoint.restore(workdir, newest, program.abstract_state)
+        state, then = checkpoint.restore(workdir, newest, program.abstract_state)
+        _check_frozen(workdir, then, program)
         print(f"resumed {workdir} at step {newest}", flush=True)
     elif cfg["init"]["from"]:  # 2. weights of another run
         state = _warm_start(program, state, cfg["init"])
@@ -114,6 +119,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         "data": data,
         "classes": classes,
         "null_text": null_text,
+        "frozen": program.identity,
         "versions": logs.environment(),
     }
     logs.save_config(workdir, cfg)
@@ -133,9 +139,8 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     )
     work = {
         "tokens": cfg["train"]["batch_size"] * model.tokens,
-        "flops": flops.train_step(
-            model, cfg["train"]["batch_size"], model.tokens, model.text_length
-        ),
+        "flops": is_flow
+        and flops.train_step(model, cfg["train"]["batch_size"], model.tokens, model.text_length),
         "peak": peak,
     }
     window: list[dict[str, Any]] = []
@@ -155,7 +160,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
             )
         window.append(values)
         if number % cfg["log"]["every"] == 0 or number == steps:
-            row = _summary(window) | speed.rates(log.clock, number, **work)
+            row = _summary(window, program.means) | speed.rates(log.clock, number, **work)
             logs.row(log, number, row)
             logs.progress(log, number, steps, row)
             window.clear()
@@ -185,7 +190,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
                     logs.upload(log)
             if stop["asked"]:
                 break
-            if due(cfg["sample"]["every"]) and cfg["sample"]["every"]:
+            if is_flow and due(cfg["sample"]["every"]) and cfg["sample"]["every"]:
                 with speed.pause(log.clock, after=metrics):
                     shown = generation.Model(
                         cfg, model, {**state.ema, **frozen}, "", tuple(classes or ()), null_text
@@ -294,7 +299,21 @@ def _null_text(data: dict[str, Any]) -> list | None:
 
 
 def _fingerprints(data: dict[str, Any]) -> list[str]:
-    return list(data["data"]["fingerprints"])
+    """Of the records, and of the encoder where latents are read."""
+    told = data["data"]
+    encoders = [features.get("fae") for features in told["features"]]
+    return [*told["fingerprints"], *(encoder["sha256"] for encoder in encoders if encoder)]
+
+
+def _check_frozen(workdir: epath.Path, then: dict[str, Any], program: programs.Program) -> None:
+    """ValueError where what is frozen is read from other files than when the run began."""
+    before = then.get("frozen") or {}
+    for name, sha256 in program.identity.items():
+        if before.get(name) != sha256:
+            raise ValueError(
+                f"{workdir}: {name} has changed since the checkpoint: sha256 {before.get(name)} "
+                f"then, {sha256} now"
+            )
 
 
 def _warm_start(program: programs.Program, state: Any, init: dict[str, Any]) -> Any:
@@ -317,11 +336,11 @@ def _catch_sigterm() -> dict[str, bool]:
     return stop
 
 
-def _summary(window: list[dict[str, Any]]) -> dict[str, float]:
+def _summary(window: list[dict[str, Any]], means: Callable) -> dict[str, float]:
     """Means over the steps since the last row; gradient norm and rate of the newest."""
     sums = {name: sum(values[name] for values in window) for name in window[0]}
     newest = {name: window[-1][name] for name in ("grad_norm", "lr")}
-    return {"loss": sums["loss"] / len(window), **per_dim(sums), **newest}
+    return {"loss": sums["loss"] / len(window), **means(sums), **newest}
 
 
 def _evaluate(program, state, frozen, log, number, options) -> None:
@@ -337,7 +356,8 @@ def _evaluate(program, state, frozen, log, number, options) -> None:
     rows = likelihood.limit(batches, evaluate["rows"], size)
     values = likelihood.evaluate(program, state.ema, frozen, rows)
     logs.row(log, number, {f"eval/{name}": value for name, value in values.items()})
-    logs.say(log, f"step {number}: evaluation nats/dim {values['nats_per_dim']:.4f}")
+    name, value = next(iter(values.items()))
+    logs.say(log, f"step {number}: evaluation {name} {value:.4f}")
 
 
 if __name__ == "__main__":

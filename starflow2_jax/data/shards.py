@@ -61,7 +61,7 @@ def write(
             f.write(manifest_lib.encode(manifest))
             f.flush()
             os.fsync(f.fileno())
-        _sync_folder(building)
+        sync(building)
         _put_in_place(building, out, overwrite)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -155,8 +155,8 @@ def _write_shards(
                 payload = next(iterator, None)
         finally:
             _close(writer, number)
-        _sync_file(file)
-        _check_count(file, records)
+        sync(file)
+        check_count(file, records)
         written.append(records)
     if counts is not None and written != list(counts):
         raise DatasetError(f"{sum(written)} rows for a dataset of {sum(counts)}")
@@ -169,6 +169,23 @@ def _write_shards(
     return shards
 
 
+def write_file(file: pathlib.Path, payloads: Iterable[bytes], number: int) -> None:
+    """Writes, closes and syncs one file of payloads; where that fails the file goes."""
+    writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
+    done = False
+    try:
+        try:
+            for payload in payloads:
+                writer.write(payload)
+        finally:
+            _close(writer, number)
+        sync(file)
+        done = True
+    finally:
+        if not done:
+            file.unlink(missing_ok=True)
+
+
 def _close(writer: ArrayRecordWriter, number: int) -> None:
     try:
         writer.close()
@@ -176,13 +193,14 @@ def _close(writer: ArrayRecordWriter, number: int) -> None:
         raise DatasetError(f"shard {number} could not be written: {error}") from error
 
 
-def _check_count(file: pathlib.Path, records: int) -> None:
+def check_count(file: pathlib.Path, records: int) -> None:
+    """DatasetError where a shard has another number of records than it should have."""
     # An ArrayRecord file without its footer opens without an error and has no records.
     reader = ArrayRecordReader(str(file))
     found = reader.num_records() if reader.ok() else 0
     reader.close()
     if found != records:
-        raise DatasetError(f"{file}: wrote {records} records but {found} can be read")
+        raise DatasetError(f"{file}: {records} records expected but {found} can be read")
 
 
 def _put_in_place(building: pathlib.Path, out: pathlib.Path, overwrite: bool) -> None:
@@ -195,16 +213,13 @@ def _put_in_place(building: pathlib.Path, out: pathlib.Path, overwrite: bool) ->
         os.rename(building, out)
         shutil.rmtree(old)
         logging.info("replaced the dataset in %s", out)
-    _sync_folder(out.parent)
+    sync(out.parent)
 
 
-def _sync_file(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
+    """Waits until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sync_folder(path: pathlib.Path) -> None:
-    _sync_file(path)

@@ -28,9 +28,9 @@ SEED_RULE = "noise of row i of the dataset: fold_in(fold_in(key(seed + 1), 0), i
 LEVELS = 128
 
 
-def data_options(cfg: Config, flow: FlowConfig, group: str = "eval_data", **changes: Any) -> dict:
+def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: Any) -> dict:
     """Options of `data.pipeline` for a group of an experiment's configuration, with `changes`."""
-    shape = {"pixels": cfg["image"]["pixels"], "text_length": flow.text_length}
+    shape = {"pixels": cfg["image"]["pixels"], "text_length": getattr(model, "text_length", 0)}
     return {**dict(cfg[group]), **shape, "seed": cfg["seed"], **changes}
 
 
@@ -60,7 +60,7 @@ def limit(batches: Iterable[Batch], rows: int | None, batch_size: int) -> Iterat
 def evaluate(
     program: Program, params: Any, frozen: Any, batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """Means over the unmasked rows, as training reports them: `nats_per_dim` and its parts.
+    """Means over the unmasked rows, as training reports them: of a flow `nats_per_dim` and parts.
 
     Args:
         program: its `evaluate` is run; params: the trained subtrees, raw or averaged.
@@ -76,7 +76,7 @@ def evaluate(
         sums = program.evaluate(params, frozen, to_device(program, batch), ids, mask)
         for name, value in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0.0) + float(value)
-    return _means(totals)
+    return _means(totals, program.means)
 
 
 def per_image(
@@ -127,10 +127,10 @@ def per_image(
     return np.concatenate(found), means
 
 
-def _means(totals: Mapping[str, float]) -> dict[str, float]:
+def _means(totals: Mapping[str, float], means: Callable = per_dim) -> dict[str, float]:
     if not totals.get("count"):
         raise ValueError("there are no rows to evaluate")
-    return {name: float(value) for name, value in per_dim(dict(totals)).items()}
+    return {name: float(value) for name, value in means(dict(totals)).items()}
 
 
 def _placer(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:

@@ -20,7 +20,8 @@ from PIL import Image
 
 from starflow2_jax import config, params
 from starflow2_jax.evaluation import curves
-from starflow2_jax.training import log, step
+from starflow2_jax.models import fae
+from starflow2_jax.training import fae_step, log, step
 
 FILE = "report.html"
 _SAMPLE = re.compile(r"(?:(.+)_)?(\d+)\.png")
@@ -153,7 +154,10 @@ def _last(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def _cards(cfg, rows, measured, gaussian) -> str:
-    parameters = params.count(step.declare(cfg, step.model_config(cfg)))
+    if cfg.get("task", "flow") == "flow":
+        parameters = params.count(step.declare(cfg, step.model_config(cfg)))
+    else:
+        parameters = params.count(fae.declare(fae_step.model_config(cfg)))
     mfu = _last(rows, "mfu")
     tokens = _last(rows, "tokens_per_second")
     bits = next((m["bits_per_dim"] for m in reversed(measured) if m.get("bits_per_dim")), None)
@@ -162,6 +166,7 @@ def _cards(cfg, rows, measured, gaussian) -> str:
         ("nats/dim, training", _last(rows, "nats_per_dim"), None),
         ("nats/dim, Gaussian per dimension", gaussian, None),
         ("bits/dim", bits, None),
+        ("relative error of features", _last(rows, "eval/relative_error"), None),
         ("parameters", parameters, None),
         ("tokens/s", tokens, None if tokens is None else f"{tokens:,.0f}"),
         ("of the peak (MFU)", mfu, None if mfu is None else f"{mfu:.1%}"),

@@ -57,6 +57,15 @@ def to_pixels(x: jax.Array, noise: str) -> jax.Array:
     return jnp.clip(levels, 0, 255).astype(jnp.uint8)
 
 
+def images(batch: Batch, keys: jax.Array, flip: bool) -> jax.Array:
+    """Images float32 [B, H, W, 3] in [-1, 1], with `flip` half of the rows mirrored."""
+    image = batch["image"]
+    if flip:
+        mirrored = jax.vmap(jax.random.bernoulli)(keys)
+        image = jnp.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
+    return scale_pixels(image)
+
+
 def tokens(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any], train: bool) -> jax.Array:
     """Data tokens float32 [B, T, D] with the experiment's noise; mirrored rows in training.
 

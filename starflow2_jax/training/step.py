@@ -4,6 +4,7 @@
 pinned to its sharding, and their abstract values, from which anything can be lowered ahead of time.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from starflow2_jax.models import flow
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import Tree, Weight, normal
 from starflow2_jax.training import inputs, optim
-from starflow2_jax.training.loss import flow_loss
+from starflow2_jax.training.loss import flow_loss, per_dim
 
 
 @struct.dataclass
@@ -48,11 +49,13 @@ class Program:
         evaluate: (params, frozen, batch, row ids [b], mask [b]) -> masked sums of the parts that
             `loss.flow_loss` names; noise depends on the row id alone.
         abstract_state, abstract_frozen, abstract_batch: ShapeDtypeStructs with shardings.
+        identity: sha256 of what frozen subtrees are read from, by name; empty where all are drawn.
+        means: summed metrics to readable figures, the first of which stands for the others.
     """
 
     cfg: Mapping[str, Any]
     mesh: Mesh
-    model: FlowConfig
+    model: Any
     declared: Tree
     init: Callable
     step: Callable
@@ -60,6 +63,8 @@ class Program:
     abstract_state: TrainState
     abstract_frozen: Any
     abstract_batch: Any
+    identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    means: Callable = per_dim
 
     def lower_step(self) -> jax.stages.Lowered:
         """The training step, lowered from abstract values."""
@@ -163,20 +168,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Progr
             mean = each.sum() / (rows * model.tokens * model.channels)
             return mean, {"loss": mean, **jax.tree.map(jnp.sum, sums)}
 
-        def part(carry, now):
-            grads, sums = jax.grad(mean, has_aux=True)(params, *now)
-            return jax.tree.map(jnp.add, carry, (grads, sums)), None
-
-        parts = train["microbatches"]
-        if parts == 1:
-            return jax.grad(mean, has_aux=True)(params, batch, keys)
-        # Part m takes rows m, m + parts, ...: every device keeps its own rows.
-        cut = lambda a: a.reshape(rows // parts, parts, *a.shape[1:]).swapaxes(0, 1)
-        now = jax.tree.map(cut, (batch, keys))
-        first = jax.tree.map(lambda a: a[0], now)
-        shapes = jax.eval_shape(lambda now: jax.grad(mean, has_aux=True)(params, *now), first)
-        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        return jax.lax.scan(part, nothing, now)[0]
+        return accumulate(mean, params, (batch, keys), rows, train["microbatches"])
 
     def step(state, frozen, batch):
         keys = inputs.row_keys(cfg["seed"], state.step, jnp.arange(rows))
@@ -224,6 +216,28 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Progr
         abstract_frozen=abstract_frozen,
         abstract_batch=batch,
     )
+
+
+def accumulate(mean: Callable, params: Tree, rows_of: Any, rows: int, parts: int) -> tuple:
+    """Gradient and auxiliary sums of `mean(params, *rows_of) -> (its share of the mean, sums)`.
+
+    Args:
+        rows_of: a tuple of trees of arrays with `rows` rows; parts: microbatches, taken in turn.
+    """
+
+    def part(carry, now):
+        grads, sums = jax.grad(mean, has_aux=True)(params, *now)
+        return jax.tree.map(jnp.add, carry, (grads, sums)), None
+
+    if parts == 1:
+        return jax.grad(mean, has_aux=True)(params, *rows_of)
+    # Part m takes rows m, m + parts, ...: every device keeps its own rows.
+    cut = lambda a: a.reshape(rows // parts, parts, *a.shape[1:]).swapaxes(0, 1)
+    now = jax.tree.map(cut, rows_of)
+    first = jax.tree.map(lambda a: a[0], now)
+    shapes = jax.eval_shape(lambda now: jax.grad(mean, has_aux=True)(params, *now), first)
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    return jax.lax.scan(part, nothing, now)[0]
 
 
 def to_device(program: Program, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -135,7 +135,12 @@ def _public_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
 
 
 def load(
-    folder: str | Path, mesh: Mesh | None = None, layout: str = "fsdp", dtype: Any = None
+    folder: str | Path,
+    mesh: Mesh | None = None,
+    layout: str = "fsdp",
+    dtype: Any = None,
+    *,
+    only: str = "",
 ) -> tuple[Config, dict[str, Any]]:
     """A published Qwen2.5-VL, tensor by tensor straight into arrays where they are to lie.
 
@@ -145,6 +150,7 @@ def load(
         folder: `config.json` and safetensors (one file, or shards with an index).
         mesh, layout: where the weights go; without a mesh to the default device.
         dtype: by default that of the files.
+        only: the one top-level subtree that is read, such as `vision`.
 
     Raises:
         FileNotFoundError: no such folder, or a shard is missing.
@@ -161,12 +167,13 @@ def load(
     dtype = np.dtype(kinds.pop() if dtype is None else dtype)
     if dtype.itemsize == 8 and not jax.config.jax_enable_x64:
         raise ValueError(f"{folder} is {dtype}; enable jax_enable_x64 or give a dtype")
-    declared = flatten(declare(cfg))
+    tree = declare(cfg)
+    declared = flatten(weights.split(tree, (only,))[0] if only else tree)
     if mesh is None:
         device = SingleDeviceSharding(jnp.zeros(()).device)
         where = {leaf: device for leaf in declared}
     else:
-        where = flatten(weights.shardings(declare(cfg), mesh, layout))
+        where = flatten(weights.shardings(unflatten(declared), mesh, layout))
     pieces: dict[str, list[Piece]] = {}
     for piece in table(cfg):
         pieces.setdefault(piece.leaf, []).append(piece)

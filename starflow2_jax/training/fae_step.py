@@ -1,0 +1,186 @@
+"""The training program of the latent codec's modules, with the interface of `training/step.py`.
+
+The frozen teacher is an argument of the step: it has no gradient and no optimizer state.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from starflow2_jax import config
+from starflow2_jax import mesh as meshes
+from starflow2_jax import params as weights
+from starflow2_jax.models.fae import Config
+from starflow2_jax.models.teacher import Teacher
+from starflow2_jax.training import fae_objectives, inputs, optim
+from starflow2_jax.training.step import Program, TrainState, accumulate
+from starflow2_jax.weights import teacher as teacher_weights
+
+
+def model_config(cfg: Mapping[str, Any]) -> Config:
+    """The codec of an experiment.
+
+    Raises:
+        ValueError: an unknown model key, or images of another size than the model's.
+    """
+    group = dict(cfg["model"])
+    if cfg["compute_dtype"] != "float32":
+        group["compute_dtype"] = cfg["compute_dtype"]
+    model = config.build(Config, group, "model")
+    if cfg["image"]["pixels"] != model.pixels:
+        raise ValueError(
+            f"config: image.pixels={cfg['image']['pixels']} is not model.side={model.side} x "
+            f"model.patch={model.patch}"
+        )
+    return model
+
+
+def teacher_of(cfg: Mapping[str, Any], model: Config) -> Teacher:
+    """The tower of an experiment, whose features the model takes.
+
+    Raises:
+        FileNotFoundError, ValueError: as `weights.teacher.describe`; features of another grid or
+            width than the model's.
+    """
+    teacher = teacher_weights.describe(cfg)
+    for name, given, wanted in (
+        ("side", teacher.side, model.side),
+        ("feature_width", teacher.width, model.feature_width),
+    ):
+        if given != wanted:
+            raise ValueError(
+                f"config: model.{name}={wanted}, but the teacher ({teacher.kind}, "
+                f"teacher.pixels={teacher.pixels}) gives {given}"
+            )
+    return teacher
+
+
+def objective_of(
+    cfg: Mapping[str, Any], model: Config, teacher: Teacher
+) -> fae_objectives.Objective:
+    """What an experiment's `task` minimises."""
+    return fae_objectives.features(cfg, model, teacher)
+
+
+def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
+    """Build the program of an experiment with a `task` of the codec.
+
+    Its `init` reads the frozen weights from their folders, and draws those that have none.
+
+    Raises:
+        ValueError: a batch that the mesh does not divide, a layout that does not fit a weight, a
+            wrong train.trains, or a teacher that does not fit the model.
+    """
+    model = model_config(cfg)
+    teacher = teacher_of(cfg, model)
+    own = objective_of(cfg, model, teacher)
+    train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
+    meshes.check_batch(rows, mesh)
+    meshes.check_batch(rows // parts, mesh, "rows of a microbatch")
+    if sorted(train["trains"]) != sorted(own.trained + own.tracked):
+        raise ValueError(
+            f"config: train.trains={list(train['trains'])}, but task={cfg['task']!r} trains "
+            f"{list(own.trained + own.tracked)}"
+        )
+    trained, frozen = weights.split(own.declared, own.trained + own.tracked)
+    everywhere, where_batch = meshes.replicated(mesh), meshes.batch_sharding(mesh)
+    where = weights.shardings(trained, mesh, cfg["layout"])
+    where_frozen = weights.shardings(frozen, mesh, cfg["layout"])
+    tx = optim.optimizer(cfg["optim"], train["steps"])
+    pick = lambda tree, names: {name: tree[name] for name in names}
+    moments = {
+        group: optim.state_shardings(
+            tx, weights.abstract(pick(trained, names)), pick(where, names), mesh
+        )
+        for group, names in own.groups.items()
+    }
+    where_state = TrainState(everywhere, where, where, moments)
+
+    def first(key):
+        params = weights.init(key, trained)
+        # A copy: the step donates both.
+        ema = jax.tree.map(jnp.copy, params)
+        opt_state = {group: tx.init(pick(params, names)) for group, names in own.groups.items()}
+        return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state)
+
+    begin = jax.jit(first, out_shardings=where_state)
+
+    def init(key):
+        return begin(key), {"teacher": teacher_weights.load(cfg, teacher, mesh, cfg["layout"])}
+
+    def draws(step, ids):
+        """Keys of each row [B, 2]: of its image, and of the loss."""
+        keys = inputs.row_keys(cfg["seed"], step, ids)
+        return jax.vmap(lambda key: jax.random.split(key, 2))(keys)
+
+    def step(state, frozen, batch):
+        tracked = pick(state.params, own.tracked)
+
+        def mean(params, batch, keys):
+            given = own.prepare(frozen, batch, keys[:, 0], True)
+            given = jax.lax.stop_gradient(given)
+            full = {**params, **tracked}
+            each, sums = own.loss(full, frozen, given, keys[:, 1], True)
+            mean = each.sum() / rows
+            seen = {
+                "params": own.observe(jax.lax.stop_gradient(full), frozen, given),
+                "ema": own.observe(state.ema, frozen, given),
+            }
+            return mean, ({"loss": mean, **jax.tree.map(jnp.sum, sums)}, seen)
+
+        params = pick(state.params, own.trained)
+        now = (batch, draws(state.step, jnp.arange(rows)))
+        grads, (metrics, seen) = accumulate(mean, params, now, rows, parts)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        fresh, opt_state = {}, {}
+        for group, names in own.groups.items():
+            old = pick(params, names)
+            updates, opt_state[group] = tx.update(pick(grads, names), state.opt_state[group], old)
+            fresh |= optax.apply_updates(old, updates)
+        ema = optim.update_ema(pick(state.ema, own.trained), fresh, train["ema"], state.step)
+        fresh |= own.track(tracked, seen["params"], state.step)
+        ema |= own.track(pick(state.ema, own.tracked), seen["ema"], state.step)
+        # A step that is not finite changes nothing but the counter, so the run stops in good state.
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        lr = optim.schedule(cfg["optim"], train["steps"])(state.step)
+        state = TrainState(
+            state.step + 1,
+            keep(fresh, state.params),
+            keep(ema, state.ema),
+            keep(opt_state, state.opt_state),
+        )
+        return state, {**metrics, "grad_norm": norm, "finite": finite, "lr": lr}
+
+    def evaluate(params, frozen, batch, row_ids, mask):
+        keys = jax.vmap(lambda key: jax.random.split(key, 2))(
+            inputs.row_keys(cfg["seed"] + 1, 0, row_ids)
+        )
+        given = own.prepare(frozen, batch, keys[:, 0], False)
+        sums = own.loss(params, frozen, given, keys[:, 1], False)[1]
+        return jax.tree.map(lambda each: (mask * each).sum(), sums)
+
+    pixels = (rows, model.pixels, model.pixels, 3)
+    batch = {"image": jax.ShapeDtypeStruct(pixels, jnp.uint8, sharding=where_batch)}
+    place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    shapes = jax.eval_shape(first, jax.random.key(0))
+    pinned = {"in_shardings": (where_state, where_frozen, where_batch), "donate_argnums": 0}
+    path = cfg["teacher"]["path"]
+    return Program(
+        cfg=cfg,
+        mesh=mesh,
+        model=model,
+        declared=own.declared,
+        init=init,
+        step=jax.jit(step, out_shardings=(where_state, everywhere), **pinned),
+        evaluate=jax.jit(evaluate, out_shardings=everywhere),
+        abstract_state=jax.tree.map(place, shapes, where_state),
+        abstract_frozen=weights.abstract(frozen, mesh, cfg["layout"]),
+        abstract_batch=batch,
+        identity={"teacher": teacher_weights.identity(path)} if path else {},
+        means=own.means,
+    )

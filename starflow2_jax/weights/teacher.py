@@ -1,0 +1,64 @@
+"""The frozen tower of an experiment: its shape, its weights, and what they were read from."""
+
+import hashlib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from starflow2_jax import params as weights
+from starflow2_jax.models import teacher as teachers
+from starflow2_jax.models.teacher import Teacher
+from starflow2_jax.weights import dinov2, qwen, qwen_options
+from starflow2_jax.weights.files import CONFIG_FILE, read_config
+
+
+def describe(cfg: Mapping[str, Any]) -> Teacher:
+    """The tower of an experiment's `teacher` group; no weight is read.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: another architecture, a model without a
+            tower, or images that the tower cannot cut.
+    """
+    group = cfg["teacher"]
+    kind, path = group["kind"], group["path"]
+    if not path:
+        tower = teachers.DRAWN[kind]
+    elif kind == "dinov2":
+        tower = dinov2.read_options(read_config(path))
+    else:
+        tower = qwen_options.read_options(read_config(path), str(Path(path) / CONFIG_FILE)).vision
+    return Teacher(kind, tower, group["pixels"])
+
+
+def load(
+    cfg: Mapping[str, Any], teacher: Teacher, mesh: Mesh | None = None, layout: str = "dp"
+) -> dict[str, Any]:
+    """Its weights in float32, read from `teacher.path`, or else drawn from the experiment's seed.
+
+    Raises:
+        FileNotFoundError, ValueError: as `weights.dinov2.load` and `weights.qwen.load`.
+    """
+    path, tree = cfg["teacher"]["path"], teachers.declare(teacher)
+    if not path:
+        where = None if mesh is None else weights.shardings(tree, mesh, layout)
+        draw = jax.jit(partial(weights.init, tree=tree), out_shardings=where)
+        return draw(jax.random.key(cfg["seed"]))
+    if teacher.kind == "dinov2":
+        return dinov2.load(path, mesh, layout, jnp.float32)[1]
+    return qwen.load(path, mesh, layout, jnp.float32, only="vision")[1]["vision"]
+
+
+def identity(path: str) -> str:
+    """sha256 over names and contents of the files of a folder that make the tower."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).iterdir()):
+        if file.name == CONFIG_FILE or file.suffix == ".safetensors":
+            with file.open("rb") as stream:
+                inner = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest.update(f"{file.name} {inner}\n".encode())
+    return digest.hexdigest()

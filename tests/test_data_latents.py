@@ -1,0 +1,207 @@
+"""Latents made offline: those of online encoding, whole after any kill, of one encoder only."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from test_training_fae import experiment
+
+from starflow2_jax import mesh
+from starflow2_jax.data import arrays, latents, latents_beam, manifest, pipeline, records, shapes
+from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.generation import codec
+from starflow2_jax.models import fae
+from starflow2_jax.models import teacher as teachers
+from starflow2_jax.training import checkpoint, fae_step, inputs
+
+SHARDS, ROWS = 4, 21
+
+
+def make_run(workdir, seed):
+    """A workdir with a checkpoint, as a short training would leave it."""
+    cfg = experiment(seed=seed)
+    program = fae_step.build(cfg, mesh.make_mesh("data=1", jax.devices()[:1]))
+    state, _ = program.init(jax.random.key(seed))
+    latent = {"mean": np.full(4, 0.25, np.float32), "std": np.full(4, 0.5, np.float32)}
+    state = state.replace(ema={**state.ema, "latent": jax.tree.map(jax.numpy.asarray, latent)})
+    writer = checkpoint.open(workdir)
+    checkpoint.save(writer, 1, state, {"config": cfg, "step": 1, "frozen": {}})
+    checkpoint.close(writer)
+    return str(workdir)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """(workdir of a codec, dataset folder)."""
+    root = tmp_path_factory.mktemp("latents")
+    rows = list(shapes.make_records(0, ROWS, 16, tags=("single_object",)))
+    size = sum(len(records.encode(row)) for row in rows)
+    found = records.write(root / "data", rows, shard_bytes=size // SHARDS)
+    assert len(found.shards) == SHARDS, found.shards
+    return make_run(root / "run", 0), str(root / "data")
+
+
+@pytest.fixture(scope="module")
+def whole(parts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    counts = latents.write(out, parts[1], *codec.open_encoder(parts[0]))
+    assert counts == {"shards": SHARDS, "made": SHARDS, "kept": 0, "missing": 0}
+    return out
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in pathlib.Path(folder).iterdir()}
+
+
+def test_offline_equals_online_bit_for_bit(parts, whole):
+    """Whatever the rows and the size of the online batch."""
+    opened, dataset = codec.load(parts[0]), records.read(parts[1])
+    pixels = np.stack([records.target_image(r, "") for r in dataset])
+    stored = arrays.read(whole, dataset.manifest)
+    rows = [stored[i][1] for i in range(ROWS)]
+    draw = np.random.default_rng(0)
+    for size in (1, 5, 8, 19):
+        chosen = draw.permutation(ROWS)[:size]
+        mean, log_variance = codec.encode(opened, pixels[chosen])
+        for k, i in enumerate(chosen):
+            np.testing.assert_array_equal(mean[k], rows[i]["latent_mean"])
+            np.testing.assert_array_equal(log_variance[k], rows[i]["latent_logvar"])
+    # And they are the codec's: the posterior, normalised.
+    scaled = inputs.scale_pixels(pixels)
+    x = teachers.features(opened.params["teacher"], scaled, opened.teacher)
+    raw, _ = fae.posterior(opened.params, x, opened.model)
+    np.testing.assert_allclose(
+        np.stack([r["latent_mean"] for r in rows]), (raw - 0.25) / 0.5, atol=1e-5
+    )
+
+
+def test_the_pipeline_reads_them(parts, whole):
+    options = {"path": parts[1], "latents": str(whole), "threads": 0}
+    batch = next(pipeline.batches(options, batch_size=4))
+    assert batch["latent_mean"].shape == batch["latent_logvar"].shape == (4, 4, 4)
+    assert pipeline.describe(options)["features"][0]["fae"]["sha256"] == codec.load(parts[0]).sha256
+
+
+def test_jobs_share_the_shards(parts, whole, tmp_path):
+    encoder = codec.open_encoder(parts[0])
+    out = tmp_path / "out"
+    first = latents.write(out, parts[1], *encoder, shard=(1, 2))
+    assert first == {"shards": SHARDS, "made": 2, "kept": 0, "missing": 2}
+    with pytest.raises(DatasetError, match=r"no dataset\.json"):
+        manifest.load(out, kind="arrays")
+    last = latents.write(out, parts[1], *encoder, shard=(0, 2))
+    assert last["missing"] == 0 and contents(out) == contents(whole)
+    again = latents.write(out, parts[1], *encoder, shard=(0, 2))
+    assert again == {"shards": SHARDS, "made": 0, "kept": 2, "missing": 0}
+
+
+def test_another_encoder_is_refused(parts, whole, tmp_path):
+    other = codec.open_encoder(make_run(tmp_path / "run", 1))
+    before = contents(whole)
+    with pytest.raises(DatasetError, match=r"latents of the encoder .*, expected those of"):
+        latents.write(whole, parts[1], *other)
+    out = tmp_path / "part"
+    latents.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(0, 2))
+    with pytest.raises(DatasetError, match="latents of the encoder"):
+        latents.write(out, parts[1], *other, shard=(1, 2))
+    assert contents(whole) == before
+    records.write(tmp_path / "data", shapes.make_records(9, 4, 16, tags=("single_object",)))
+    with pytest.raises(DatasetError, match="latents of another dataset"):
+        latents.write(whole, tmp_path / "data", *codec.open_encoder(parts[0]))
+    with pytest.raises(DatasetError, match="a dataset of records, expected one of arrays"):
+        latents.write(parts[1], parts[1], *other)
+    with pytest.raises(DatasetError, match="holds other things"):
+        latents.write(parts[0], parts[1], *other)
+    for wrong in ("2/2", "1", "a/b"):
+        with pytest.raises(DatasetError, match="--shard"):
+            latents.parse_shard(wrong)
+
+
+# -------------------------------------------------------------------------------------- killed jobs
+
+# Encodes without a model, so that a process is up at once, and dies at the N-th event: a row that
+# is written, a file that is about to be renamed or has been.
+JOB = """
+import os, signal, sys
+import numpy as np
+from starflow2_jax.data import latents, arrays
+out, data, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+events = 0
+def event():
+    global events
+    events += 1
+    if events == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+def around(function):
+    def run(*args):
+        event()
+        result = function(*args)
+        event()
+        return result
+    return run
+arrays.encode, latents.os.rename = around(arrays.encode), around(os.rename)
+latents.shards.check_count = around(latents.shards.check_count)
+def encode(pixels):
+    mean = pixels[:, :2, :2].reshape(len(pixels), 4, 3).astype(np.float32)
+    return mean, mean - 1
+latents.write(out, data, encode, {"sha256": "0" * 64, "pixels": 16})
+print(events)
+"""
+
+
+def job(out, data, at=0):
+    command = [sys.executable, "-c", JOB, str(out), data, str(at)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": "."}
+    )
+
+
+def kill_and_finish(parts, tmp_path, at, expected):
+    out = tmp_path / f"out{at}"
+    assert job(out, parts[1], at).returncode == -signal.SIGKILL
+    done = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
+    finished = job(out, parts[1])
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert contents(out) == expected
+    now = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
+    assert done.items() <= now.items()
+
+
+def test_killed_between_shards_and_started_again(parts, tmp_path):
+    plain = job(tmp_path / "whole", parts[1])
+    assert plain.returncode == 0, plain.stderr[-2000:]
+    kill_and_finish(parts, tmp_path, int(plain.stdout) // 2, contents(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_points(parts, tmp_path):
+    events = int(job(tmp_path / "whole", parts[1]).stdout)
+    expected = contents(tmp_path / "whole")
+    draw = np.random.default_rng(0)
+    # The last one is after the manifest, before the rest is cleared away.
+    for at in (*draw.choice(np.arange(1, events), 9, replace=False), events):
+        kill_and_finish(parts, tmp_path, int(at), expected)
+
+
+def test_beam_makes_the_same(parts, whole, tmp_path):
+    pytest.importorskip("apache_beam", reason="the extra `beam` is not installed")
+    out = tmp_path / "out"
+    latents.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(3, 4))
+    options = ["--runner=DirectRunner", "--direct_num_workers=1"]
+    counts = latents_beam.write(out, parts[1], codec.open_encoder, parts[0], options=options)
+    assert counts == {"shards": SHARDS, "made": SHARDS - 1, "kept": 1, "missing": 0}
+    assert contents(out) == contents(whole)
+
+
+def test_a_model_folder_has_the_same_fingerprint(parts, tmp_path):
+    opened = codec.load(parts[0])
+    codec.export(opened, tmp_path / "model")
+    again = codec.load(str(tmp_path / "model"))
+    assert again.sha256 == opened.sha256 and again.teacher == opened.teacher
+    image = np.zeros((1, 16, 16, 3), np.uint8)
+    np.testing.assert_array_equal(codec.encode(again, image)[0], codec.encode(opened, image)[0])

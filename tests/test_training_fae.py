@@ -1,0 +1,176 @@
+"""The trainings of the latent codec: equal on every mesh, resumed bit for bit, teacher frozen."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+from test_train import finish, rows_of, start
+
+from starflow2_jax import config, mesh
+from starflow2_jax import params as weights
+from starflow2_jax.data import records, shapes
+from starflow2_jax.models import fae
+from starflow2_jax.models import teacher as teachers
+from starflow2_jax.training import checkpoint, fae_step, inputs, step
+
+ROWS = 8
+TINY = {
+    "encoder_heads": 2, "encoder_head_dim": 8, "decoder_layers": 1, "decoder_heads": 2,
+    "decoder_head_dim": 8, "decoder_mlp": 16, "pixel_layers": 1, "pixel_width": 16,
+    "pixel_heads": 2, "pixel_mlp": 16, "latent": 4,
+}  # fmt: skip
+
+
+def experiment(**changes):
+    """Stage one on 16 pixels, seen at 16 by the drawn tower: 2 x 2 features, as a plain dict."""
+    cfg = config.default()
+    cfg.task = "fae_features"
+    model = fae.preset("tiny", side=2, patch=8, **TINY)
+    cfg.model.update(dataclasses.asdict(model))
+    cfg.image.pixels, cfg.image.flip, cfg.teacher.pixels = 16, True, 16
+    cfg.train.trains = ("encoder", "feature_decoder", "latent")
+    cfg.train.batch_size, cfg.train.steps = ROWS, 6
+    cfg.optim.lr, cfg.optim.warmup, cfg.sample.every = 1e-2, 2, 0
+    cfg.fae.statistics_decay, cfg.fae.latent_noise = 0.9, 0.3
+    cfg.update_from_flattened_dict(changes)
+    return config.to_dict(cfg)
+
+
+def batch_of(seed=0):
+    rng = np.random.default_rng(seed)
+    return {"image": rng.integers(0, 256, (ROWS, 16, 16, 3)).astype(np.uint8), "id": ["x"] * ROWS}
+
+
+def run(cfg, steps=4, devices=None, batches=None):
+    """(losses, state, frozen) after some steps."""
+    grid = mesh.make_mesh(cfg["mesh"], devices or jax.devices()[:1])
+    with jax.set_mesh(grid):
+        program = fae_step.build(cfg, grid)
+        state, frozen = program.init(jax.random.key(cfg["seed"]))
+        losses = []
+        for i in range(steps):
+            batch = step.to_device(program, batches[i] if batches else batch_of(i))
+            state, metrics = program.step(state, frozen, batch)
+            losses.append(float(metrics["loss"]))
+    return np.array(losses), state, frozen
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(experiment())
+
+
+@pytest.mark.parametrize("layout, sizes", [("dp", "data=8"), ("fsdp", "data=2,fsdp=4")])
+def test_eight_devices_equal_one(one_device, layout, sizes):
+    losses, state, _ = run(experiment(layout=layout, mesh=sizes), devices=jax.devices())
+    np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        state.ema["latent"]["std"], one_device[1].ema["latent"]["std"], rtol=1e-4
+    )
+
+
+def test_microbatches_equal_the_whole_batch(one_device):
+    losses, state, _ = run(experiment(**{"train.microbatches": 4}))
+    np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
+    mean = one_device[1].params["latent"]["mean"]
+    np.testing.assert_allclose(state.params["latent"]["mean"], mean, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "qwen"])
+def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
+    fast = {"train.ema": 0.9, "fae.statistics_decay": 0.8, "image.flip": False}
+    cfg = experiment(**{"train.steps": 60, "teacher.kind": kind, **fast})
+    grid = mesh.make_mesh("data=1", jax.devices()[:1])
+    program = fae_step.build(cfg, grid)
+    state, frozen = program.init(jax.random.key(0))
+    before = jax.tree.map(np.asarray, frozen)
+    assert set(frozen) == {"teacher"} == set(program.declared) - set(state.params)
+    # Two moments of each trained weight, and no more than a few counters.
+    held = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+    wanted = 2 * sum(weights.count(state.params[n]) for n in ("encoder", "feature_decoder"))
+    assert wanted <= held <= wanted + 4
+    losses, state, frozen = run(cfg, 60, batches=[batch_of()] * 60)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, frozen))
+    assert np.mean(losses[-5:]) < 0.6 * losses[0], losses[::10]
+    # The averaged weights' own statistics: their latents have unit variance.
+    image = inputs.scale_pixels(batch_of()["image"])
+    teacher = fae_step.teacher_of(cfg, program.model)
+    x = teachers.features(frozen["teacher"], image, teacher)
+    sums = fae.moments(*fae.encode(state.ema, x, program.model))
+    np.testing.assert_allclose(sums["square"] / sums["count"], 1, atol=0.1)
+    np.testing.assert_allclose(sums["sum"] / sums["count"], 0, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"teacher.pixels": 32}, "model.side=2, but the teacher"),
+        ({"teacher.pixels": 20}, "teacher.pixels=20 is not a multiple of 8"),
+        ({"image.pixels": 32}, "image.pixels=32 is not model.side=2"),
+        ({"train.trains": ("encoder",)}, "task='fae_features' trains"),
+        ({"teacher.path": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_configurations(change, words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        fae_step.build(experiment(**change), mesh.make_mesh("data=1", jax.devices()[:1]))
+
+
+# ------------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "shapes"
+    records.write(path, shapes.make_records(0, 24, 16, tags=("single_object",)))
+    return path
+
+
+def run_config(data, **changes):
+    base = {
+        "checkpoint.every": 2, "checkpoint.keep": 9, "log.every": 1, "evaluate.every": 3,
+        "evaluate.rows": 16, "evaluate.batch_size": 8, "data.path": str(data),
+        "eval_data.path": str(data), "data.threads": 1, "eval_data.threads": 1,
+    }  # fmt: skip
+    cfg = experiment(**{**base, **changes})
+    config.check(cfg)
+    return cfg
+
+
+def state_of(workdir, cfg):
+    program = fae_step.build(cfg, mesh.make_mesh("data=1", jax.devices()[:1]))
+    state, _ = checkpoint.restore(workdir, 6, program.abstract_state)
+    return jax.tree.map(np.asarray, state)
+
+
+def test_killed_and_resumed_equals_unbroken_bit_for_bit(data, tmp_path):
+    cfg = run_config(data)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(start(cfg, whole))
+    finish(start(cfg, broken, "after:4"), expected=-signal.SIGKILL)
+    assert "resumed" in finish(start(cfg, broken))
+    jax.tree.map(np.testing.assert_array_equal, state_of(whole, cfg), state_of(broken, cfg))
+    assert rows_of(whole) == rows_of(broken)
+    rows = rows_of(whole)
+    assert [r["step"] for r in rows if "eval/relative_error" in r] == [3, 6]
+    assert {"loss", "relative_error", "mean_square", "kl", "grad_norm"} <= set(rows[0])
+    assert checkpoint.read_meta(whole)["frozen"] == {}
+
+
+@pytest.mark.parametrize("name", ["fae_features"])
+def test_experiments_declare_the_stated_sizes(name):
+    file = pathlib.Path(__file__).parent.parent / "experiments" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tiny, paper = (config.to_dict(module.get_config(v)) for v in ("tiny", "paper"))
+    for cfg in (tiny, paper):
+        config.check(cfg)
+    assert fae_step.build(tiny, mesh.make_mesh("data=1", jax.devices()[:1])).model.pixels == 64
+    declared = fae.declare(fae_step.model_config(paper))
+    assert weights.count(declared["encoder"]) == 38_166_592
+    assert weights.count(declared["feature_decoder"]) == 170_428_416
