@@ -89,10 +89,8 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     peak = speed.peak_flops()  # on one device, so before a mesh is set
     mesh = meshes.make_mesh(cfg["mesh"])
     jax.set_mesh(mesh)
-    if is_flow:
-        program = programs.build(cfg, mesh, null_text=null_text)
-    else:
-        program = fae_step.build(cfg, mesh)
+    more = {"null_text": null_text} if is_flow else {}
+    program = (programs if is_flow else fae_step).build(cfg, mesh, **more)
     if jax.process_index() == 0:
         print(overview(program), flush=True)
     began = time.perf_counter()
@@ -106,7 +104,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     if newest is not None:  # 1. resume
         del state
         state, then = checkpoint.restore(workdir, newest, program.abstract_state)
-        _check_frozen(workdir, then, program)
+        checkpoint.check_frozen(workdir, then, program.identity)
         print(f"resumed {workdir} at step {newest}", flush=True)
     elif cfg["init"]["from"]:  # 2. weights of another run
         state = _warm_start(program, state, cfg["init"])
@@ -137,12 +135,10 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    work = {
-        "tokens": cfg["train"]["batch_size"] * model.tokens,
-        "flops": is_flow
-        and flops.train_step(model, cfg["train"]["batch_size"], model.tokens, model.text_length),
-        "peak": peak,
-    }
+    rows, tokens = cfg["train"]["batch_size"], model.tokens
+    work = {"tokens": rows * tokens, "flops": 0, "peak": peak}
+    if is_flow:
+        work["flops"] = flops.train_step(model, rows, tokens, model.text_length)
     window: list[dict[str, Any]] = []
     waiting = None
 
@@ -305,17 +301,6 @@ def _fingerprints(data: dict[str, Any]) -> list[str]:
     return [*told["fingerprints"], *(encoder["sha256"] for encoder in encoders if encoder)]
 
 
-def _check_frozen(workdir: epath.Path, then: dict[str, Any], program: programs.Program) -> None:
-    """ValueError where what is frozen is read from other files than when the run began."""
-    before = then.get("frozen") or {}
-    for name, sha256 in program.identity.items():
-        if before.get(name) != sha256:
-            raise ValueError(
-                f"{workdir}: {name} has changed since the checkpoint: sha256 {before.get(name)} "
-                f"then, {sha256} now"
-            )
-
-
 def _warm_start(program: programs.Program, state: Any, init: dict[str, Any]) -> Any:
     """Trained weights of another run or model folder in place of the drawn ones."""
     if files.is_folder(init["from"]):
@@ -353,11 +338,11 @@ def _evaluate(program, state, frozen, log, number, options) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    rows = likelihood.limit(batches, evaluate["rows"], size)
-    values = likelihood.evaluate(program, state.ema, frozen, rows)
+    batches = likelihood.limit(batches, evaluate["rows"], size)
+    values = likelihood.evaluate(program, state.ema, frozen, batches)
     logs.row(log, number, {f"eval/{name}": value for name, value in values.items()})
-    name, value = next(iter(values.items()))
-    logs.say(log, f"step {number}: evaluation {name} {value:.4f}")
+    first = "{} {:.4f}".format(*next(iter(values.items())))
+    logs.say(log, f"step {number}: evaluation {first}")
 
 
 if __name__ == "__main__":

@@ -378,3 +378,16 @@ def _read_through(entry: Step) -> None:
         except Exception as error:
             cause = error.__cause__ or error
             raise ValueError(f"{entry.path / name} cannot be read: {_reason(cause)}") from error
+
+
+def check_frozen(
+    workdir: str | epath.Path, meta: Mapping[str, Any], identity: Mapping[str, str]
+) -> None:
+    """ValueError where what is frozen is read from other files than when the run began."""
+    before = meta.get("frozen") or {}
+    for name, sha256 in identity.items():
+        if before.get(name) != sha256:
+            raise ValueError(
+                f"{workdir}: {name} has changed since the checkpoint: sha256 {before.get(name)} "
+                f"then, {sha256} now"
+            )
