@@ -22,6 +22,7 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.data import pipeline
 from starflow2_jax.evaluation import likelihood, report, samples
+from starflow2_jax.generation import codec as codecs
 from starflow2_jax.generation import model as generation
 from starflow2_jax.models import flops
 from starflow2_jax.training import checkpoint, fae_step, speed, step_folders
@@ -37,7 +38,11 @@ _SEED = flags.DEFINE_integer("seed", None, "overrides the config")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build, compile, print the tables, and end")
 
 # Keys that may differ when a run goes on: they change where and what is shown, not what is learnt.
-FREE_KEYS = ("layout", "mesh", "log.", "checkpoint.", "data.threads", "eval_data.threads")
+FREE_KEYS = (
+    *("layout", "mesh", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
+    # Their contents are compared instead.
+    *("teacher.path", "init.fae", "fae.lpips"),
+)
 PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", "eval_data.")
 
 
@@ -92,7 +97,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     if is_flow:
         program = programs.build(cfg, mesh, null_text=null_text)
     else:
-        program = fae_step.build(cfg, mesh)
+        program = fae_step.build(cfg, mesh, _codec(cfg, dry_run))
     if jax.process_index() == 0:
         print(overview(program), flush=True)
     began = time.perf_counter()
@@ -190,13 +195,16 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
                     logs.upload(log)
             if stop["asked"]:
                 break
-            if is_flow and due(cfg["sample"]["every"]) and cfg["sample"]["every"]:
+            if due(cfg["sample"]["every"]) and cfg["sample"]["every"] and (is_flow or program.show):
+                group = "eval_data" if "eval_data" in data else "data"
                 with speed.pause(log.clock, after=metrics):
-                    shown = generation.Model(
-                        cfg, model, {**state.ema, **frozen}, "", tuple(classes or ()), null_text
-                    )
-                    group = "eval_data" if "eval_data" in data else "data"
-                    images, captions = samples.draw(shown, of(group))
+                    if is_flow:
+                        shown = generation.Model(
+                            cfg, model, {**state.ema, **frozen}, "", tuple(classes or ()), null_text
+                        )
+                        images, captions = samples.draw(shown, of(group))
+                    else:
+                        images, captions = _beside(program, state, frozen, of(group))
                     logs.samples(log, number, images, captions)
             if due(cfg["evaluate"]["every"]) and "eval_data" in data:
                 with speed.pause(log.clock, after=metrics):
@@ -307,12 +315,12 @@ def _fingerprints(data: dict[str, Any]) -> list[str]:
 
 def _check_frozen(workdir: epath.Path, then: dict[str, Any], program: programs.Program) -> None:
     """ValueError where what is frozen is read from other files than when the run began."""
-    before = then.get("frozen") or {}
-    for name, sha256 in program.identity.items():
-        if before.get(name) != sha256:
+    before, now = then.get("frozen") or {}, program.identity
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
             raise ValueError(
                 f"{workdir}: {name} has changed since the checkpoint: sha256 {before.get(name)} "
-                f"then, {sha256} now"
+                f"then, {now.get(name)} now"
             )
 
 
@@ -328,6 +336,26 @@ def _warm_start(program: programs.Program, state: Any, init: dict[str, Any]) -> 
         wanted = {part: program.abstract_state.params}
         found = checkpoint.restore(source, step, wanted, only=(part,))[0][part]
     return state.replace(params=found, ema=jax.tree.map(lambda a: a.copy(), found))
+
+
+def _codec(cfg: dict[str, Any], dry_run: bool) -> codecs.Codec | None:
+    """The codec whose pixel decoder is trained."""
+    path = cfg["init"]["fae"]
+    if cfg["task"] != "fae_pixels":
+        return None
+    if not path and not dry_run:
+        raise ValueError("config: init.fae is needed where task='fae_pixels'")
+    return codecs.load(path) if path else None
+
+
+def _beside(program, state, frozen, options) -> tuple[np.ndarray, None]:
+    """The first images of a dataset, and beside each what the decoder makes of it."""
+    ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    size = -(-program.cfg["sample"]["count"] // 2 // ways) * ways
+    batch = next(iter(pipeline.eval_batches(options, batch_size=size)))
+    placed = programs.to_device(program, batch)
+    shown = np.asarray(program.show(state.ema, frozen, placed))
+    return np.stack([batch["image"], shown], 1).reshape(-1, *shown.shape[1:]), None
 
 
 def _catch_sigterm() -> dict[str, bool]:
