@@ -74,7 +74,7 @@ _DATA = {
     "skip_bad": _count(0, "records that may fail to decode before the run stops"),
 }
 
-TASKS = ("flow", "fae_features")
+TASKS = ("flow", "fae_features", "fae_pixels")
 
 KEYS: dict[str, Key] = {
     "task": _choice("flow", "what is trained: a flow, or a module of the latent codec", *TASKS),
@@ -105,6 +105,18 @@ KEYS: dict[str, Key] = {
     "fae.latent_noise": _number(
         0.0, "noise on unit-variance latents from which the feature decoder learns"
     ),
+    "fae.reconstructed": _flag(
+        False, "pixels from decoded latents, with latent_noise, instead of noisy tower features"
+    ),
+    "fae.l1": _number(0.0, "weight of the mean absolute error of pixels"),
+    "fae.l2": _number(1.0, "weight of their mean square error"),
+    "fae.perceptual": _number(1.0, "weight of the perceptual distance"),
+    "fae.lpips": _text("", "safetensors of LPIPS or VGG16; empty: distance of tower features"),
+    "fae.gan": _number(0.1, "weight of the discriminator's judgement"),
+    "fae.gan_start": _count(0, "step from which there is a discriminator"),
+    "fae.lecam": _number(1e-3, "weight of LeCam's regulariser of the discriminator"),
+    "fae.discriminator_widths": Key((64, 128, 256, 512), "channels; each halves the sides"),
+    "fae.discriminator_groups": _positive(32, "groups of its norms; divides all but the first"),
     "fae.statistics_decay": _number(0.999, "decay of the latents' mean and std", 0.0, 1.0),
     **{f"data.{name}": key for name, key in _DATA.items()},
     **{f"eval_data.{name}": key for name, key in _DATA.items()},
@@ -140,6 +152,7 @@ KEYS: dict[str, Key] = {
     "checkpoint.keep": _positive(3, "newest checkpoints that are kept"),
     "checkpoint.keep_every": _count(0, "steps whose multiples are kept for good, 0 for none"),
     "init.from": _text("", "workdir or model folder whose weights start this run"),
+    "init.fae": _text("", "workdir or model folder of the codec whose pixel decoder is trained"),
     "init.ema": _flag(True, "start from its averaged weights"),
 }
 

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import allocator, command, config
+from starflow2_jax import allocator, command, config, start
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.data import pipeline
@@ -27,7 +26,6 @@ from starflow2_jax.models import flops
 from starflow2_jax.training import checkpoint, fae_step, speed, step_folders
 from starflow2_jax.training import log as logs
 from starflow2_jax.training import step as programs
-from starflow2_jax.weights import files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py[:variant], an experiment")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of checkpoints, metrics, samples, report")
@@ -37,7 +35,11 @@ _SEED = flags.DEFINE_integer("seed", None, "overrides the config")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build, compile, print the tables, and end")
 
 # Keys that may differ when a run goes on: they change where and what is shown, not what is learnt.
-FREE_KEYS = ("layout", "mesh", "log.", "checkpoint.", "data.threads", "eval_data.threads")
+FREE_KEYS = (
+    *("layout", "mesh", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
+    # Their contents are compared instead.
+    *("teacher.path", "init.fae", "fae.lpips"),
+)
 PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", "eval_data.")
 
 
@@ -89,8 +91,10 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     peak = speed.peak_flops()  # on one device, so before a mesh is set
     mesh = meshes.make_mesh(cfg["mesh"])
     jax.set_mesh(mesh)
-    more = {"null_text": null_text} if is_flow else {}
-    program = (programs if is_flow else fae_step).build(cfg, mesh, **more)
+    if is_flow:
+        program = programs.build(cfg, mesh, null_text=null_text)
+    else:
+        program = fae_step.build(cfg, mesh, start.codec(cfg, dry_run))
     if jax.process_index() == 0:
         print(overview(program), flush=True)
     began = time.perf_counter()
@@ -107,7 +111,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         checkpoint.check_frozen(workdir, then, program.identity)
         print(f"resumed {workdir} at step {newest}", flush=True)
     elif cfg["init"]["from"]:  # 2. weights of another run
-        state = _warm_start(program, state, cfg["init"])
+        state = start.warm(program, state, cfg["init"])
         print(f"started from the weights of {cfg['init']['from']}", flush=True)
     # 3. otherwise from the initialised weights
     first = newest or 0
@@ -186,13 +190,16 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
                     logs.upload(log)
             if stop["asked"]:
                 break
-            if is_flow and due(cfg["sample"]["every"]) and cfg["sample"]["every"]:
+            if due(cfg["sample"]["every"]) and cfg["sample"]["every"] and (is_flow or program.show):
+                group = "eval_data" if "eval_data" in data else "data"
                 with speed.pause(log.clock, after=metrics):
-                    shown = generation.Model(
-                        cfg, model, {**state.ema, **frozen}, "", tuple(classes or ()), null_text
-                    )
-                    group = "eval_data" if "eval_data" in data else "data"
-                    images, captions = samples.draw(shown, of(group))
+                    if is_flow:
+                        shown = generation.Model(
+                            cfg, model, {**state.ema, **frozen}, "", tuple(classes or ()), null_text
+                        )
+                        images, captions = samples.draw(shown, of(group))
+                    else:
+                        images, captions = samples.beside(program, state, frozen, of(group))
                     logs.samples(log, number, images, captions)
             if due(cfg["evaluate"]["every"]) and "eval_data" in data:
                 with speed.pause(log.clock, after=metrics):
@@ -299,20 +306,6 @@ def _fingerprints(data: dict[str, Any]) -> list[str]:
     told = data["data"]
     encoders = [features.get("fae") for features in told["features"]]
     return [*told["fingerprints"], *(encoder["sha256"] for encoder in encoders if encoder)]
-
-
-def _warm_start(program: programs.Program, state: Any, init: dict[str, Any]) -> Any:
-    """Trained weights of another run or model folder in place of the drawn ones."""
-    if files.is_folder(init["from"]):
-        args = (program.declared, program.mesh, program.cfg["layout"], np.float32)
-        whole = files.read_folder(init["from"], *args)
-        found = {name: whole[name] for name in state.params}
-    else:
-        source, step = step_folders.locate(init["from"])
-        part = "ema" if init["ema"] else "params"
-        wanted = {part: program.abstract_state.params}
-        found = checkpoint.restore(source, step, wanted, only=(part,))[0][part]
-    return state.replace(params=found, ema=jax.tree.map(lambda a: a.copy(), found))
 
 
 def _catch_sigterm() -> dict[str, bool]:

@@ -13,6 +13,7 @@ from test_train import finish, rows_of, start
 from starflow2_jax import config, mesh
 from starflow2_jax import params as weights
 from starflow2_jax.data import records, shapes
+from starflow2_jax.generation import codec
 from starflow2_jax.models import fae
 from starflow2_jax.models import teacher as teachers
 from starflow2_jax.training import checkpoint, fae_step, inputs, step
@@ -64,7 +65,10 @@ def one_device():
     return run(experiment())
 
 
-@pytest.mark.parametrize("layout, sizes", [("dp", "data=8"), ("fsdp", "data=2,fsdp=4")])
+@pytest.mark.parametrize(
+    "layout, sizes",
+    [("fsdp", "data=2,fsdp=4"), pytest.param("dp", "data=8", marks=pytest.mark.slow)],
+)
 def test_eight_devices_equal_one(one_device, layout, sizes):
     losses, state, _ = run(experiment(layout=layout, mesh=sizes), devices=jax.devices())
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
@@ -80,7 +84,7 @@ def test_microbatches_equal_the_whole_batch(one_device):
     np.testing.assert_allclose(state.params["latent"]["mean"], mean, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "qwen"])
+@pytest.mark.parametrize("kind", [pytest.param("dinov2", marks=pytest.mark.slow), "qwen"])
 def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
     fast = {"train.ema": 0.9, "fae.statistics_decay": 0.8, "image.flip": False}
     cfg = experiment(**{"train.steps": 60, "teacher.kind": kind, **fast})
@@ -93,7 +97,10 @@ def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
     held = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
     wanted = 2 * sum(weights.count(state.params[n]) for n in ("encoder", "feature_decoder"))
     assert wanted <= held <= wanted + 4
-    losses, state, frozen = run(cfg, 60, batches=[batch_of()] * 60)
+    batch, losses = step.to_device(program, batch_of()), []
+    for _ in range(60):
+        state, metrics = program.step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, frozen))
     assert np.mean(losses[-5:]) < 0.6 * losses[0], losses[::10]
     # The averaged weights' own statistics: their latents have unit variance.
@@ -103,6 +110,50 @@ def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
     sums = fae.moments(*fae.encode(state.ema, x, program.model))
     np.testing.assert_allclose(sums["square"] / sums["count"], 1, atol=0.1)
     np.testing.assert_allclose(sums["sum"] / sums["count"], 0, atol=0.1)
+
+
+def pixel_experiment(**changes):
+    """Stage two, its discriminator from step 2 on."""
+    base = {
+        "task": "fae_pixels", "train.trains": ("pixel_decoder", "discriminator", "lecam"),
+        "fae.l1": 1.0, "fae.gan_start": 2, "fae.discriminator_widths": (4, 8),
+        "fae.discriminator_groups": 4, "train.ema": 0.9, "image.flip": False,
+    }  # fmt: skip
+    return experiment(**{**base, **changes})
+
+
+RECONSTRUCTED = {"fae.reconstructed": True, "teacher.kind": "qwen"}
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param(RECONSTRUCTED, marks=pytest.mark.slow)])
+def test_pixels_learn_a_batch_and_leave_the_rest_alone(changes):
+    cfg = pixel_experiment(**{"train.steps": 40, "optim.lr": 3e-3, **changes})
+    grid = mesh.make_mesh("data=1", jax.devices()[:1])
+    program = fae_step.build(cfg, grid)
+    state, frozen = program.init(jax.random.key(0))
+    frozen_parts = {"encoder", "feature_decoder", "latent", "teacher"}
+    assert set(frozen) == frozen_parts and set(state.opt_state) == {"decoder", "discriminator"}
+    before = jax.tree.map(np.asarray, (frozen, state.params))
+    batch, rows = step.to_device(program, batch_of()), []
+    for _ in range(40):
+        state, metrics = program.step(state, frozen, batch)
+        rows.append(program.means(jax.device_get(metrics)))
+        if len(rows) == 2:  # not judged before its start
+            after = jax.tree.map(np.asarray, state.params)
+            for name in ("discriminator", "lecam"):
+                jax.tree.map(np.testing.assert_array_equal, after[name], before[1][name])
+    jax.tree.map(np.testing.assert_array_equal, before[0], jax.tree.map(np.asarray, frozen))
+    assert rows[-1]["l2"] < 0.8 * rows[0]["l2"] and rows[-1]["psnr"] > rows[0]["psnr"]
+    assert np.ptp([row["discriminator_hinge"] for row in rows[2:]]) > 0
+    assert float(state.params["lecam"]["real"]) != 0
+    assert program.show(state.ema, frozen, batch).shape == (ROWS, 16, 16, 3)
+
+
+@pytest.mark.slow
+def test_pixels_on_eight_devices_equal_one():
+    alone = run(pixel_experiment())[0]
+    many = run(pixel_experiment(layout="dp", mesh="data=8"), devices=jax.devices())[0]
+    np.testing.assert_allclose(many, alone, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -130,13 +181,13 @@ def data(tmp_path_factory):
     return path
 
 
-def run_config(data, **changes):
+def run_config(data, kind=experiment, **changes):
     base = {
         "checkpoint.every": 2, "checkpoint.keep": 9, "log.every": 1, "evaluate.every": 3,
         "evaluate.rows": 16, "evaluate.batch_size": 8, "data.path": str(data),
         "eval_data.path": str(data), "data.threads": 1, "eval_data.threads": 1,
     }  # fmt: skip
-    cfg = experiment(**{**base, **changes})
+    cfg = kind(**{**base, **changes})
     config.check(cfg)
     return cfg
 
@@ -147,10 +198,16 @@ def state_of(workdir, cfg):
     return jax.tree.map(np.asarray, state)
 
 
-def test_killed_and_resumed_equals_unbroken_bit_for_bit(data, tmp_path):
+@pytest.fixture(scope="module")
+def features_run(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("features") / "run"
+    finish(start(run_config(data), workdir))
+    return workdir
+
+
+def test_killed_and_resumed_equals_unbroken_bit_for_bit(data, tmp_path, features_run):
     cfg = run_config(data)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start(cfg, whole))
+    whole, broken = features_run, tmp_path / "broken"
     finish(start(cfg, broken, "after:4"), expected=-signal.SIGKILL)
     assert "resumed" in finish(start(cfg, broken))
     jax.tree.map(np.testing.assert_array_equal, state_of(whole, cfg), state_of(broken, cfg))
@@ -161,7 +218,44 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(data, tmp_path):
     assert checkpoint.read_meta(whole)["frozen"] == {}
 
 
-@pytest.mark.parametrize("name", ["fae_features"])
+def test_pixels_after_features(data, tmp_path, features_run):
+    first = codec.load(str(features_run))
+    changes = {"init.fae": str(features_run), "sample.every": 2, "sample.count": 4}
+    workdir = tmp_path / "pixels"
+    finish(start(run_config(data, pixel_experiment, **changes, **{"train.steps": 2}), workdir))
+    assert (workdir / "samples" / "00000002.png").exists()
+    assert "eval/psnr" in rows_of(workdir)[-1]
+    both = codec.load(str(workdir))
+    assert both.sha256 == first.sha256 == checkpoint.read_meta(workdir)["frozen"]["fae"]
+    mean, _ = codec.encode(both, batch_of()["image"])
+    assert codec.decode(both, mean).shape == (ROWS, 16, 16, 3)
+    with pytest.raises(ValueError, match="no pixel decoder"):
+        codec.decode(first, mean)
+    codec.export(both, tmp_path / "model")
+    again = codec.load(str(tmp_path / "model"))
+    np.testing.assert_array_equal(codec.decode(again, mean), codec.decode(both, mean))
+
+
+@pytest.mark.slow
+def test_pixels_resumed_then_on_reconstructed_features(data, tmp_path, features_run):
+    cfg = run_config(data, pixel_experiment, **{"init.fae": str(features_run)})
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(start(cfg, whole))
+    finish(start(cfg, broken, "after:4"), expected=-signal.SIGKILL)
+    assert "resumed" in finish(start(cfg, broken))
+    assert rows_of(broken) == rows_of(whole)
+    one, other = (codec.load(str(workdir)).params for workdir in (whole, broken))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    # The next training takes the codec from a folder, and the decoder from the run.
+    codec.export(codec.load(str(features_run)), tmp_path / "model")
+    then = {"init.fae": str(tmp_path / "model"), "init.from": str(whole), "optim.lr": 0.0}
+    then |= {"fae.reconstructed": True, "optim.final_lr": 0.0, "train.steps": 2}
+    finish(start(run_config(data, pixel_experiment, **then), tmp_path / "then"))
+    after = codec.load(str(tmp_path / "then")).params["pixel_decoder"]
+    jax.tree.map(np.testing.assert_array_equal, after, one["pixel_decoder"])
+
+
+@pytest.mark.parametrize("name", ["fae_features", "fae_pixels"])
 def test_experiments_declare_the_stated_sizes(name):
     file = pathlib.Path(__file__).parent.parent / "experiments" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, file)
@@ -174,3 +268,4 @@ def test_experiments_declare_the_stated_sizes(name):
     declared = fae.declare(fae_step.model_config(paper))
     assert weights.count(declared["encoder"]) == 38_166_592
     assert weights.count(declared["feature_decoder"]) == 170_428_416
+    assert weights.count(declared["pixel_decoder"]) == 305_360_896

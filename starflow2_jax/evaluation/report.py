@@ -166,6 +166,7 @@ def _cards(cfg, rows, measured, gaussian) -> str:
         ("nats/dim, training", _last(rows, "nats_per_dim"), None),
         ("nats/dim, Gaussian per dimension", gaussian, None),
         ("bits/dim", bits, None),
+        ("PSNR, dB", _last(rows, "eval/psnr"), None),
         ("relative error of features", _last(rows, "eval/relative_error"), None),
         ("parameters", parameters, None),
         ("tokens/s", tokens, None if tokens is None else f"{tokens:,.0f}"),

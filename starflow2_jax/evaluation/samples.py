@@ -7,6 +7,7 @@ import numpy as np
 
 from starflow2_jax.data import pipeline
 from starflow2_jax.generation.model import Model, Sampling, generate
+from starflow2_jax.training.step import Program, to_device
 
 
 def draw(model: Model, options: Mapping[str, Any]) -> tuple[np.ndarray, list[str] | None]:
@@ -53,3 +54,15 @@ def _as_pictures(drawn: np.ndarray, model: Model) -> np.ndarray:
 
 def _caption(tokens: np.ndarray) -> str:
     return bytes(int(t) - 1 for t in tokens if t).decode(errors="replace")
+
+
+def beside(
+    program: Program, state: Any, frozen: Any, options: Mapping[str, Any]
+) -> tuple[np.ndarray, None]:
+    """The first images of a dataset, and beside each what the decoder makes of it."""
+    ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    size = -(-program.cfg["sample"]["count"] // 2 // ways) * ways
+    batch = next(iter(pipeline.eval_batches(options, batch_size=size)))
+    placed = to_device(program, batch)
+    shown = np.asarray(program.show(state.ema, frozen, placed))
+    return np.stack([batch["image"], shown], 1).reshape(-1, *shown.shape[1:]), None

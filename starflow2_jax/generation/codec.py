@@ -33,7 +33,8 @@ class Codec:
     """An experiment's configuration, the codec's and the tower's shapes, and their weights.
 
     Attributes:
-        params: `encoder`, `feature_decoder`, `latent` and `teacher`.
+        params: `encoder`, `feature_decoder`, `latent`, `teacher`, and `pixel_decoder` once that is
+            trained.
         sha256: of all that a latent depends on.
     """
 
@@ -59,22 +60,38 @@ def load(path: str) -> Codec:
         kind = dinov2.Config if shape["kind"] == "dinov2" else qwen_vision.VisionConfig
         tower = config.build(kind, shape["tower"], "teacher_shape.tower")
         teacher = Teacher(shape["kind"], tower, cfg["teacher"]["pixels"])
-        return _made(cfg, model, teacher, files.read_folder(path, _declare(model, teacher)))
+        declared = _declare(model, teacher)
+        if cfg["task"] == "fae_features":
+            del declared["pixel_decoder"]
+        return _made(cfg, model, teacher, files.read_folder(path, declared))
     workdir, step = step_folders.locate(path)
     meta = checkpoint.read_meta(workdir, step)
     cfg = meta["config"]
     _check_task(cfg, path)
     model = fae_step.model_config(cfg)
+    if cfg["task"] == "fae_pixels":
+        first = load(cfg["init"]["fae"])
+        if first.sha256 != meta["frozen"]["fae"]:
+            raise ValueError(
+                f"{path}: the codec in {cfg['init']['fae']} is not the one it began from"
+            )
+        own = _averaged(workdir, step, cfg, model, first.teacher)
+        params = {**first.params, "pixel_decoder": own["pixel_decoder"]}
+        return _made(cfg, model, first.teacher, params)
     teacher = fae_step.teacher_of(cfg, model)
     folder = cfg["teacher"]["path"]
     if folder and teacher_weights.identity(folder) != meta["frozen"]["teacher"]:
         raise ValueError(f"{path}: the tower in {folder} is not the one it was trained on")
-    own = {n: w for n, w in _declare(model, teacher).items() if n != "teacher"}
-    wanted = {"ema": weights.abstract(own)}
-    params = checkpoint.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
-    return _made(
-        cfg, model, teacher, {**params, "teacher": teacher_weights.load(cfg, teacher, None)}
-    )
+    own = _averaged(workdir, step, cfg, model, teacher)
+    return _made(cfg, model, teacher, {**own, "teacher": teacher_weights.load(cfg, teacher)})
+
+
+def _averaged(workdir: Any, step: int | None, cfg: Any, model: Any, teacher: Any) -> Any:
+    """The averaged weights of a checkpoint."""
+    own = fae_step.objective_of(cfg, model, teacher)
+    trained, _ = weights.split(own.declared, own.trained + own.tracked)
+    wanted = {"ema": weights.abstract(trained)}
+    return checkpoint.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
 
 
 def export(codec: Codec, path: str, *, overwrite: bool = False) -> None:
@@ -121,6 +138,27 @@ def _encode(params, image, *, model, teacher):
     return fae.encode(params, x, model)
 
 
+def decode(codec: Codec, latents: np.ndarray) -> np.ndarray:
+    """Images uint8 [B, H, W, 3] of normalised latents [B, T, D].
+
+    Raises:
+        ValueError: the pixel decoder is not trained yet.
+    """
+    if "pixel_decoder" not in codec.params:
+        raise ValueError(f"codec {codec.cfg['name']!r}: it has no pixel decoder (task=fae_pixels)")
+    parts = [
+        np.asarray(_decode(codec.params, latents[first : first + BATCH], model=codec.model))
+        for first in range(0, len(latents), BATCH)
+    ]
+    return np.concatenate(parts)
+
+
+@partial(jax.jit, static_argnames="model")
+def _decode(params, latents, *, model):
+    x = fae.decode_features(params, latents, model)
+    return inputs.to_pixels(fae.decode_pixels(params, x, model), "none")
+
+
 def open_encoder(path: str) -> tuple[Callable, dict[str, Any]]:
     """What `data.latents` needs: images -> latents, and what a manifest says of the encoder."""
     codec = load(path)
@@ -128,16 +166,12 @@ def open_encoder(path: str) -> tuple[Callable, dict[str, Any]]:
 
 
 def _declare(model: fae.Config, teacher: Teacher) -> dict[str, Any]:
-    tree = {**fae.declare(model), "teacher": teachers.declare(teacher)}
-    del tree["pixel_decoder"]
-    return tree
+    return {**fae.declare(model), "teacher": teachers.declare(teacher)}
 
 
 def _check_task(cfg: Mapping[str, Any], path: str) -> None:
-    if cfg.get("task") != "fae_features":
-        raise ValueError(
-            f"{path}: task={cfg.get('task')!r}, expected a training with task='fae_features'"
-        )
+    if cfg.get("task") not in ("fae_features", "fae_pixels"):
+        raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a training of the codec")
 
 
 def _made(cfg: Any, model: fae.Config, teacher: Teacher, params: Any) -> Codec:

@@ -385,9 +385,9 @@ def check_frozen(
 ) -> None:
     """ValueError where what is frozen is read from other files than when the run began."""
     before = meta.get("frozen") or {}
-    for name, sha256 in identity.items():
-        if before.get(name) != sha256:
+    for name in sorted({*before, *identity}):
+        if before.get(name) != identity.get(name):
             raise ValueError(
                 f"{workdir}: {name} has changed since the checkpoint: sha256 {before.get(name)} "
-                f"then, {sha256} now"
+                f"then, {identity.get(name)} now"
             )

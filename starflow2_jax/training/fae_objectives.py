@@ -3,6 +3,7 @@
 Axes: B rows, T patches, C feature channels, D latent channels, H x W pixels.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.models import fae, fae_losses
+from starflow2_jax.models import discriminator, fae, fae_losses, perceptual
 from starflow2_jax.models import teacher as teachers
 from starflow2_jax.models.fae import Config
+from starflow2_jax.models.fae_losses import PixelWeights
 from starflow2_jax.models.teacher import Teacher
-from starflow2_jax.params import Tree
+from starflow2_jax.params import Tree, Weight, zeros
 from starflow2_jax.training import inputs, optim
+from starflow2_jax.weights import lpips
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,11 @@ class Objective:
         groups: trained subtrees by the optimizer that they share.
         tracked: subtrees of running statistics: no gradient, no optimizer, changed by `track`.
         prepare: (frozen, batch, keys, train) -> what is given, computed without a gradient.
-        loss: (params, frozen, given, keys, train) -> loss of each row [B], figures of each [B].
-        observe: (params, frozen, given) -> sums over rows that `track` reads.
-        track: (tracked, observed, step) -> tracked.
+        loss: (params, frozen, given, keys, step) -> loss of each row [B], figures of each [B]; step
+            is None where no training goes on.
+        observe: (params, given) -> sums over rows that `track` reads.
+        track: (tracked, observed, summed figures, step) -> tracked.
+        show: (params, frozen, given) -> images [B, H, W, 3] in [-1, 1], None where there are none.
         means: summed figures to readable ones.
     """
 
@@ -41,6 +46,8 @@ class Objective:
     observe: Callable
     track: Callable
     means: Callable
+    show: Callable | None = None
+    begins: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -62,18 +69,19 @@ def features(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objecti
         image = inputs.images(batch, keys, train and cfg["image"]["flip"])
         return {"features": teachers.features(frozen["teacher"], image, teacher)}
 
-    def loss(params, frozen, given, keys, train):
+    def loss(params, frozen, given, keys, step):
         del frozen
         x = given["features"]
-        options = {"beta": group["beta"], "sigma": group["latent_noise"] if train else 0.0}
+        sigma = 0.0 if step is None else group["latent_noise"]
+        options = {"beta": group["beta"], "sigma": sigma}
         each, sums = fae_losses.feature_loss(params, x, keys, model, **options)
         return each, {**sums, "feature_square": jnp.square(x).mean((1, 2))}
 
-    def observe(params, frozen, given):
-        del frozen
+    def observe(params, given):
         return fae.moments(*fae.posterior(params, given["features"], model))
 
-    def track(tracked, observed, step):
+    def track(tracked, observed, sums, step):
+        del sums
         return {"latent": track_latent(tracked["latent"], observed, group, step)}
 
     return Objective(
@@ -86,6 +94,104 @@ def features(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objecti
         track=track,
         means=feature_means,
     )
+
+
+def pixels(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective:
+    """Pixel decoder, and a discriminator beside it, from frozen features.
+
+    Features are the tower's with noise, or with `fae.reconstructed` those decoded from latents with
+    `fae.latent_noise` on them.
+    """
+    whole, group = fae.declare(model), cfg["fae"]
+    critic = discriminator.Config(
+        tuple(group["discriminator_widths"]), group["discriminator_groups"], model.compute_dtype
+    )
+    chosen = PixelWeights(*(group[name] for name in ("l1", "l2", "perceptual", "gan")))
+    scalar = Weight((), (), zeros)
+    declared = {
+        **whole,
+        "teacher": teachers.declare(teacher),
+        "discriminator": discriminator.declare(critic),
+        "lecam": {"real": scalar, "fake": scalar},
+    }
+    if group["lpips"]:
+        declared["lpips"] = perceptual.declare(lpips.load(group["lpips"])[0])
+
+    def prepare(frozen, batch, keys, train):
+        draw = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
+        image = inputs.images(batch, draw[:, 0], train and cfg["image"]["flip"])
+        x = own = teachers.features(frozen["teacher"], image, teacher)
+        if group["reconstructed"]:
+            latents, log_variance = fae.encode(frozen, own, model)
+            if train:
+                latents = fae.sample(draw[:, 1], latents, log_variance)
+                latents = fae_losses.add_noise(draw[:, 2], latents, group["latent_noise"])
+            x = fae.decode_features(frozen, latents, model)
+        return {"image": image, "features": x, "own_features": own}
+
+    def loss(params, frozen, given, keys, step):
+        image, running = given["image"], params["lecam"]
+        began = jnp.asarray(0.0 if step is None else step >= group["gan_start"], jnp.float32)
+        held = jax.lax.stop_gradient(params["discriminator"])
+
+        def distance(decoded, image):
+            if group["lpips"]:
+                return perceptual.lpips(frozen["lpips"], decoded, image)
+            found = teachers.features(frozen["teacher"], decoded, teacher)
+            return perceptual.token_distance([found], [given["own_features"]])
+
+        clean = step is None or group["reconstructed"]
+        each, decoded, sums = fae_losses.pixel_loss(
+            params,
+            given["features"],
+            image,
+            keys,
+            model,
+            chosen,
+            sigma=0.0 if clean else None,
+            perceptual=distance,
+            logits=lambda x: began * discriminator.forward(held, x, critic),
+        )
+        square = fae_losses.mean_square(jnp.clip(decoded, -1, 1), image)
+        # Values span 2.
+        sums["psnr"] = 10 * jnp.log10(4 / jnp.maximum(square, 1e-10))
+        if not chosen.gan or step is None:
+            return each, sums
+        judged, parts = fae_losses.discriminator_loss(
+            params["discriminator"], image, decoded, running, critic, lecam=group["lecam"]
+        )
+        figures = {f"discriminator_{k}": parts[k] for k in ("hinge", "lecam", "real", "fake")}
+        return each + began * judged, {**sums, **figures}
+
+    def track(tracked, observed, sums, step):
+        del observed
+        if not chosen.gan:
+            return tracked
+        now = (sums[f"discriminator_{k}"] / sums["count"] for k in ("real", "fake"))
+        after = discriminator.lecam_update(tracked["lecam"], *now)
+        keep = lambda new, old: jnp.where(step >= group["gan_start"], new, old)
+        return {"lecam": jax.tree.map(keep, after, tracked["lecam"])}
+
+    return Objective(
+        declared=declared,
+        groups={"decoder": ("pixel_decoder",), "discriminator": ("discriminator",)},
+        tracked=("lecam",),
+        prepare=prepare,
+        loss=loss,
+        observe=lambda params, given: {},
+        track=track,
+        means=pixel_means,
+        begins={"discriminator": group["gan_start"]},
+        show=lambda params, frozen, given: fae.decode_pixels(params, given["features"], model),
+    )
+
+
+def pixel_means(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """`psnr` in dB, and every term of the losses before its weight, as means over rows."""
+    names = [name for name in sums if name not in ("psnr", "count", "loss")]
+    known = ("l1", "l2", "perceptual", "gan")
+    named = [name for name in names if name in known or name.startswith("discriminator_")]
+    return {name: sums[name] / sums["count"] for name in ("psnr", *named)}
 
 
 def feature_means(sums: Mapping[str, Any]) -> dict[str, Any]:

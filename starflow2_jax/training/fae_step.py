@@ -4,6 +4,7 @@ The frozen teacher is an argument of the step: it has no gradient and no optimiz
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from starflow2_jax.models.fae import Config
 from starflow2_jax.models.teacher import Teacher
 from starflow2_jax.training import fae_objectives, inputs, optim
 from starflow2_jax.training.step import Program, TrainState, accumulate
+from starflow2_jax.weights import lpips
 from starflow2_jax.weights import teacher as teacher_weights
 
 
@@ -63,24 +65,31 @@ def objective_of(
     cfg: Mapping[str, Any], model: Config, teacher: Teacher
 ) -> fae_objectives.Objective:
     """What an experiment's `task` minimises."""
-    return fae_objectives.features(cfg, model, teacher)
+    kind = fae_objectives.features if cfg["task"] == "fae_features" else fae_objectives.pixels
+    return kind(cfg, model, teacher)
 
 
-def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
+def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
     """Build the program of an experiment with a `task` of the codec.
 
     Its `init` reads the frozen weights from their folders, and draws those that have none.
 
+    Args:
+        codec: a `generation.codec.Codec`, whose encoder, feature decoder and tower the pixel
+            decoder's training takes; where None they are drawn, and the tower is `teacher`'s.
+
     Raises:
         ValueError: a batch that the mesh does not divide, a layout that does not fit a weight, a
-            wrong train.trains, or a teacher that does not fit the model.
+            wrong train.trains, or a teacher or codec that does not fit the model.
     """
     model = model_config(cfg)
-    teacher = teacher_of(cfg, model)
+    teacher = codec.teacher if codec else teacher_of(cfg, model)
     own = objective_of(cfg, model, teacher)
     train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
     meshes.check_batch(rows, mesh)
     meshes.check_batch(rows // parts, mesh, "rows of a microbatch")
+    if codec:
+        _check_codec(own.declared, codec)
     if sorted(train["trains"]) != sorted(own.trained + own.tracked):
         raise ValueError(
             f"config: train.trains={list(train['trains'])}, but task={cfg['task']!r} trains "
@@ -110,7 +119,23 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
     begin = jax.jit(first, out_shardings=where_state)
 
     def init(key):
-        return begin(key), {"teacher": teacher_weights.load(cfg, teacher, mesh, cfg["layout"])}
+        given = codec.params if codec else {}
+        found = {}
+        for name in frozen:
+            if name in given:
+                found[name] = jax.device_put(given[name], where_frozen[name])
+            elif name == "teacher":
+                found[name] = teacher_weights.load(cfg, teacher, mesh, cfg["layout"])
+            elif name == "lpips":
+                tree = lpips.load(cfg["fae"]["lpips"])[1]
+                found[name] = jax.device_put(tree, where_frozen[name])
+            else:
+                part = {name: frozen[name]}
+                draw = jax.jit(
+                    partial(weights.init, tree=part), out_shardings=pick(where_frozen, part)
+                )
+                found |= draw(key)
+        return begin(key), found
 
     def draws(step, ids):
         """Keys of each row [B, 2]: of its image, and of the loss."""
@@ -124,11 +149,11 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
             given = own.prepare(frozen, batch, keys[:, 0], True)
             given = jax.lax.stop_gradient(given)
             full = {**params, **tracked}
-            each, sums = own.loss(full, frozen, given, keys[:, 1], True)
+            each, sums = own.loss({**frozen, **full}, frozen, given, keys[:, 1], state.step)
             mean = each.sum() / rows
             seen = {
-                "params": own.observe(jax.lax.stop_gradient(full), frozen, given),
-                "ema": own.observe(state.ema, frozen, given),
+                "params": own.observe(jax.lax.stop_gradient(full), given),
+                "ema": own.observe(state.ema, given),
             }
             return mean, ({"loss": mean, **jax.tree.map(jnp.sum, sums)}, seen)
 
@@ -140,11 +165,18 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
         fresh, opt_state = {}, {}
         for group, names in own.groups.items():
             old = pick(params, names)
-            updates, opt_state[group] = tx.update(pick(grads, names), state.opt_state[group], old)
-            fresh |= optax.apply_updates(old, updates)
+            updates, after = tx.update(pick(grads, names), state.opt_state[group], old)
+            now = (optax.apply_updates(old, updates), after)
+            if own.begins.get(group):
+                # Its warm-up, too, begins only then.
+                on = state.step >= own.begins[group]
+                keep = lambda a, b: jnp.where(on, a, b)  # noqa: B023
+                now = jax.tree.map(keep, now, (old, state.opt_state[group]))
+            fresh |= now[0]
+            opt_state[group] = now[1]
         ema = optim.update_ema(pick(state.ema, own.trained), fresh, train["ema"], state.step)
-        fresh |= own.track(tracked, seen["params"], state.step)
-        ema |= own.track(pick(state.ema, own.tracked), seen["ema"], state.step)
+        fresh |= own.track(tracked, seen["params"], metrics, state.step)
+        ema |= own.track(pick(state.ema, own.tracked), seen["ema"], metrics, state.step)
         # A step that is not finite changes nothing but the counter, so the run stops in good state.
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         lr = optim.schedule(cfg["optim"], train["steps"])(state.step)
@@ -161,15 +193,20 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
             inputs.row_keys(cfg["seed"] + 1, 0, row_ids)
         )
         given = own.prepare(frozen, batch, keys[:, 0], False)
-        sums = own.loss(params, frozen, given, keys[:, 1], False)[1]
+        sums = own.loss({**frozen, **params}, frozen, given, keys[:, 1], None)[1]
         return jax.tree.map(lambda each: (mask * each).sum(), sums)
+
+    def show(params, frozen, batch):
+        keys = inputs.row_keys(cfg["seed"], 0, jnp.arange(len(batch["image"])))
+        given = own.prepare(frozen, batch, keys, False)
+        shown = own.show({**frozen, **params}, frozen, given)
+        return inputs.to_pixels(shown, "none")
 
     pixels = (rows, model.pixels, model.pixels, 3)
     batch = {"image": jax.ShapeDtypeStruct(pixels, jnp.uint8, sharding=where_batch)}
     place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     shapes = jax.eval_shape(first, jax.random.key(0))
     pinned = {"in_shardings": (where_state, where_frozen, where_batch), "donate_argnums": 0}
-    path = cfg["teacher"]["path"]
     return Program(
         cfg=cfg,
         mesh=mesh,
@@ -181,6 +218,28 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
         abstract_state=jax.tree.map(place, shapes, where_state),
         abstract_frozen=weights.abstract(frozen, mesh, cfg["layout"]),
         abstract_batch=batch,
-        identity={"teacher": teacher_weights.identity(path)} if path else {},
+        identity=_identity(cfg, codec),
         means=own.means,
+        show=jax.jit(show, out_shardings=everywhere) if own.show else None,
     )
+
+
+def _identity(cfg: Mapping[str, Any], codec: Any) -> dict[str, str]:
+    """sha256 of what is frozen and read, by name."""
+    found = {"fae": codec.sha256} if codec else {}
+    if not codec and cfg["teacher"]["path"]:
+        found["teacher"] = teacher_weights.identity(cfg["teacher"]["path"])
+    if cfg["task"] == "fae_pixels" and cfg["fae"]["lpips"]:
+        found["lpips"] = teacher_weights.identity(cfg["fae"]["lpips"])
+    return found
+
+
+def _check_codec(declared: Mapping[str, Any], codec: Any) -> None:
+    """ValueError where a codec's weights are not those that the experiment's model declares."""
+    given = weights.flatten(codec.params)
+    for name, weight in weights.flatten(declared).items():
+        if name in given and tuple(given[name].shape) != weight.shape:
+            raise ValueError(
+                f"config: model and init.fae differ: {name} is {list(given[name].shape)} in "
+                f"{codec.cfg['name']!r}, expected {list(weight.shape)}"
+            )

@@ -51,6 +51,8 @@ class Program:
         abstract_state, abstract_frozen, abstract_batch: ShapeDtypeStructs with shardings.
         identity: sha256 of what frozen subtrees are read from, by name; empty where all are drawn.
         means: summed metrics to readable figures, the first of which stands for the others.
+        show: (params, frozen, batch) -> what is made of the batch's images, uint8 [B, H, W, 3];
+            None for a flow.
     """
 
     cfg: Mapping[str, Any]
@@ -65,6 +67,7 @@ class Program:
     abstract_batch: Any
     identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
     means: Callable = per_dim
+    show: Callable | None = None
 
     def lower_step(self) -> jax.stages.Lowered:
         """The training step, lowered from abstract values."""

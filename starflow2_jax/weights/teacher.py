@@ -54,9 +54,9 @@ def load(
 
 
 def identity(path: str) -> str:
-    """sha256 over names and contents of the files of a folder that make the tower."""
+    """sha256 over names and contents of the files of a folder that make a model, or of one file."""
     digest = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()):
+    for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]:
         if file.name == CONFIG_FILE or file.suffix == ".safetensors":
             with file.open("rb") as stream:
                 inner = hashlib.file_digest(stream, "sha256").hexdigest()

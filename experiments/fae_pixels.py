@@ -1,0 +1,51 @@
+"""python -m starflow2_jax.train --config experiments/fae_pixels.py:tiny --config.init.fae=runs/fae_features --workdir runs/fae_pixels
+
+The latent codec, second training: pixels from the features of `fae_features.py`'s tower, with noise
+on them; `init.fae` names that run, from which encoder, feature decoder and tower are taken. Then on
+reconstructed features: the same with --config.fae.reconstructed --config.init.from=runs/fae_pixels
+and a workdir of its own. --config.fae.lpips=FILE names a safetensors file of LPIPS or VGG16; without
+it the perceptual distance is that of the tower's features.
+Variants:
+    tiny   64x64 shapes. paper  256x256 images (paper.md 2.2); accelerators only.
+"""  # noqa: E501
+
+import dataclasses
+
+from starflow2_jax import config
+from starflow2_jax.models import fae
+
+
+def get_config(variant: str = "tiny"):
+    """The resolved configuration of a variant."""
+    cfg = config.default()
+    cfg.name, cfg.task = f"fae_pixels_{variant}", "fae_pixels"
+    model = fae.preset(variant)
+    cfg.model.update(dataclasses.asdict(model))
+    cfg.image.pixels, cfg.image.flip = model.pixels, True
+    cfg.train.trains = ("pixel_decoder", "discriminator", "lecam")
+    cfg.optim.b2, cfg.optim.weight_decay = 0.999, 0.0
+    cfg.fae.l1 = 1.0
+    {"tiny": _tiny, "paper": _paper}[variant](cfg)
+    return cfg
+
+
+def _tiny(cfg):
+    cfg.data.path, cfg.eval_data.path = "data_cache/shapes64", "data_cache/shapes64_test"
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 32, 500, 0.99
+    cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 30
+    cfg.fae.latent_noise, cfg.fae.gan_start = 0.3, 300
+    cfg.fae.discriminator_widths = (32, 64, 128)
+    cfg.sample.every, cfg.sample.count = 100, 48
+    cfg.evaluate.every, cfg.evaluate.rows = 100, 500
+    cfg.checkpoint.every = 100
+
+
+def _paper(cfg):
+    cfg.teacher.pixels = 224
+    cfg.compute_dtype, cfg.layout, cfg.mesh = "bfloat16", "fsdp", "fsdp=-1"
+    cfg.data.path, cfg.eval_data.path = "data_cache/images256", "data_cache/images256_test"
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 512, 1_000_000, 0.9999
+    cfg.optim.lr, cfg.optim.warmup = 1e-4, 1000
+    cfg.fae.latent_noise, cfg.fae.gan_start = 0.3, 50_000
+    cfg.sample.every = cfg.evaluate.every = cfg.checkpoint.every = 10_000
+    cfg.evaluate.rows, cfg.log.every = 50_000, 100
