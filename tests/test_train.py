@@ -213,7 +213,7 @@ def test_a_step_that_is_not_finite_stops_with_ids_and_a_dump(data, tmp_path):
 
 def test_warm_start_takes_the_averaged_weights(unbroken, tmp_path):
     cfg, source = unbroken
-    cfg = {**cfg, "init": {"from": str(source), "ema": True}}
+    cfg = {**cfg, "init": {**cfg["init"], "from": str(source), "ema": True}}
     cfg = {**cfg, "optim": {**cfg["optim"], "lr": 0.0, "final_lr": 0.0}}
     finish(start(cfg, tmp_path / "run", "after:2"), expected=-signal.SIGKILL)
     taken, given = state_of(tmp_path / "run", 2, cfg), state_of(source, 6, cfg)

@@ -200,7 +200,7 @@ def check_count(file: pathlib.Path, records: int) -> None:
     found = reader.num_records() if reader.ok() else 0
     reader.close()
     if found != records:
-        raise DatasetError(f"{file}: {records} records expected but {found} can be read")
+        raise DatasetError(f"{file}: wrote {records} records but {found} can be read")
 
 
 def _put_in_place(building: pathlib.Path, out: pathlib.Path, overwrite: bool) -> None:

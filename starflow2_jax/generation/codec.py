@@ -19,7 +19,7 @@ from starflow2_jax import params as weights
 from starflow2_jax.models import dinov2, fae, qwen_vision
 from starflow2_jax.models import teacher as teachers
 from starflow2_jax.models.teacher import Teacher
-from starflow2_jax.training import checkpoint, fae_step, inputs, step_folders
+from starflow2_jax.training import fae_step, inputs
 from starflow2_jax.weights import files
 from starflow2_jax.weights import teacher as teacher_weights
 
@@ -52,6 +52,8 @@ def load(path: str) -> Codec:
         FileNotFoundError: nothing of the kind is there. ValueError: it is damaged, another kind of
             model, or its tower's files have changed since.
     """
+    from starflow2_jax.training import checkpoint, step_folders
+
     if files.is_folder(path):
         cfg = files.read_config(path)
         _check_task(cfg, path)
@@ -88,6 +90,8 @@ def load(path: str) -> Codec:
 
 def _averaged(workdir: Any, step: int | None, cfg: Any, model: Any, teacher: Any) -> Any:
     """The averaged weights of a checkpoint."""
+    from starflow2_jax.training import checkpoint
+
     own = fae_step.objective_of(cfg, model, teacher)
     trained, _ = weights.split(own.declared, own.trained + own.tracked)
     wanted = {"ema": weights.abstract(trained)}
