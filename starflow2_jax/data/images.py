@@ -71,6 +71,22 @@ def center_crop(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
+def fit(pixels: np.ndarray, side: int, resize: str, where: str) -> np.ndarray:
+    """An image of `side` x `side`: as it is or, where `resize` is "center_crop", brought to it.
+
+    Raises:
+      DatasetError: naming `where`, if the size is another and `resize` is "none".
+    """
+    if resize == "center_crop" and pixels.shape[:2] != (side, side):
+        pixels = center_crop(pixels, side)
+    if pixels.shape[:2] != (side, side):
+        raise DatasetError(
+            f"{where}: the image is {pixels.shape[0]} x {pixels.shape[1]} (h x w), expected "
+            f"data.pixels={side}; data.resize='center_crop' would bring it to that size"
+        )
+    return pixels
+
+
 def _open(data: bytes, where: str) -> Image.Image:
     if len(data) > MAX_BYTES:
         raise DatasetError(f"{where}: the image has {len(data)} bytes, at most {MAX_BYTES} allowed")
