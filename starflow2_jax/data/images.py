@@ -71,11 +71,11 @@ def center_crop(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-def fit(pixels: np.ndarray, side: int, resize: str, where: str) -> np.ndarray:
-    """An image of `side` x `side`: as it is or, where `resize` is "center_crop", brought to it.
+def square(pixels: np.ndarray, side: int, resize: str, where: str) -> np.ndarray:
+    """uint8 [side, side, 3]; with `resize` "center_crop" of any image, with "none" of that size.
 
     Raises:
-      DatasetError: naming `where`, if the size is another and `resize` is "none".
+      DatasetError: an image of another size, naming `where`.
     """
     if resize == "center_crop" and pixels.shape[:2] != (side, side):
         pixels = center_crop(pixels, side)

@@ -322,8 +322,7 @@ def _example(opts: Options, source: _Source, index: int) -> dict[str, Any]:
         ids.append(record.id)
         where = f"{where} (id {record.id!r})"
         if not source.latents:
-            image = records.target_image(record, where)
-            example["image"] = images.fit(image, opts.pixels, opts.resize, where)
+            example["image"] = _image(opts, record, where)
         if opts.labels:
             example["label"] = _label(record, where)
         if opts.text == "bytes":
@@ -339,6 +338,18 @@ def _label(record: records.Record, where: str) -> np.int32:
     if type(label) is not int:
         raise DatasetError(f"{where}: meta.label is {label!r}, expected a class number")
     return np.int32(label)
+
+
+def _image(opts: Options, record: records.Record, where: str) -> np.ndarray:
+    image = records.target_image(record, where)
+    if opts.resize == "center_crop" and image.shape[:2] != (opts.pixels, opts.pixels):
+        image = images.center_crop(image, opts.pixels)
+    if image.shape[:2] != (opts.pixels, opts.pixels):
+        raise DatasetError(
+            f"{where}: the image is {image.shape[0]} x {image.shape[1]} (h x w), expected "
+            f"data.pixels={opts.pixels}; data.resize='center_crop' would bring it to that size"
+        )
+    return image
 
 
 def _stack(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def pictures(data: str, side: int, resize: str = "none") -> Iterator[Picture]:
         known = scenes(record.meta)
         for k, blob in enumerate(record.imgs):
             pixels = images.decode(blob.data, f"{where}: $.imgs[{k}]")
-            fitted = images.fit(pixels, side, resize, where)
+            fitted = images.square(pixels, side, resize, where)
             yield Picture(fitted, known[k] if k < len(known) else None)
 
 
