@@ -3,8 +3,8 @@
 A job takes every n-th shard. A shard appears under its name only when it is whole, so a job that
 was killed at any point and is started again keeps what is finished and makes the rest; the job that
 finds all shards there writes the manifest. What comes out is the parallel dataset of `data/arrays`
-with `latent_mean` and `latent_logvar` float32 [I, T, D] of the I images of a record, in order (I may
-be 0); its manifest names the encoder's sha256.
+with `latent_mean` and `latent_logvar` float32 [I, T, D] of the I images of a record, in order (I
+may be 0); its manifest names the sha256 of the encoder.
 """
 
 import os
