@@ -27,6 +27,7 @@ from starflow2_jax.weights import teacher as teacher_weights
 # Every image is encoded in a batch of this size, so that offline and online latents are equal.
 BATCH = 8
 ENCODER = ("encoder", "latent", "teacher")
+TASKS = ("fae_features", "fae_pixels")
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _declare(model: fae.Config, teacher: Teacher) -> dict[str, Any]:
 
 
 def _check_task(cfg: Mapping[str, Any], path: str) -> None:
-    if cfg.get("task") not in ("fae_features", "fae_pixels"):
+    if cfg.get("task") not in TASKS:
         raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a training of the codec")
 
 
