@@ -16,14 +16,12 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import allocator, command, config, online, start
+from starflow2_jax import allocator, command, config, online, start, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.data import pipeline
 from starflow2_jax.evaluation import likelihood, report, samples
 from starflow2_jax.generation import model as generation
-from starflow2_jax.models import flops
-from starflow2_jax.training import checkpoint, fae_step, speed, step_folders
+from starflow2_jax.training import checkpoint, speed, step_folders
 from starflow2_jax.training import log as logs
 from starflow2_jax.training import step as programs
 
@@ -68,13 +66,13 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     # ------------------------------------------------------------- configuration, data, workdir
     config.check(cfg)
     is_flow = cfg["task"] == "flow"
-    model = (programs if is_flow else fae_step).model_config(cfg)
+    model, reader = tasks.model_config(cfg), tasks.reader(cfg)
     fae = online.open(cfg, model)
-    of = lambda group: online.options(likelihood.data_options(cfg, model, group), fae)
+    of = lambda group: online.options(tasks.data_options(cfg, model, group), fae)
     data = None
     if not dry_run:
         given = [group for group in ("data", "eval_data") if _given(cfg[group])]
-        data = {g: online.describe(pipeline.describe(of(g)), fae, f"{g}.latents") for g in given}
+        data = {g: online.describe(reader.describe(of(g)), fae, f"{g}.latents") for g in given}
         if "data" not in data:
             raise ValueError("config: data.path or data.mixture is needed")
         _check_classes(cfg, data)
@@ -93,10 +91,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     peak = speed.peak_flops()  # on one device, so before a mesh is set
     mesh = meshes.make_mesh(cfg["mesh"])
     jax.set_mesh(mesh)
-    if is_flow:
-        program = programs.build(cfg, mesh, null_text=null_text)
-    else:
-        program = fae_step.build(cfg, mesh, start.codec(cfg, dry_run))
+    program = tasks.build(cfg, mesh, null_text=null_text, dry_run=dry_run)
     if jax.process_index() == 0:
         print(overview(program), flush=True)
     began = time.perf_counter()
@@ -135,7 +130,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         keep_every=cfg["checkpoint"]["keep_every"] or None,
     )
     stop = _catch_sigterm()
-    batches = pipeline.batches(
+    batches = reader.batches(
         of("data"),
         batch_size=cfg["train"]["batch_size"],
         start_step=first,
@@ -143,10 +138,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         process_count=jax.process_count(),
     )
     batches = online.encoded(batches, fae)
-    rows, tokens = cfg["train"]["batch_size"], model.tokens
-    work = {"tokens": rows * tokens, "flops": 0, "peak": peak}
-    if is_flow:
-        work["flops"] = flops.train_step(model, rows, tokens, model.text_length)
+    work = {**tasks.work(cfg, model, program.declared), "peak": peak}
     window: list[dict[str, Any]] = []
     waiting = None
 
@@ -329,7 +321,7 @@ def _evaluate(program, state, frozen, log, number, options, fae=None) -> None:
     evaluate = program.cfg["evaluate"]
     ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     size = -(-evaluate["batch_size"] // ways) * ways  # no figure depends on it
-    batches = pipeline.eval_batches(
+    batches = tasks.reader(program.cfg).eval_batches(
         options,
         batch_size=size,
         process_index=jax.process_index(),

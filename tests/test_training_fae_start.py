@@ -78,7 +78,7 @@ def test_folders_that_do_not_fit(codec, folder, tmp_path):
     program, state, _ = built(pixel_experiment(**{"model.pixel_width": 32}))
     with pytest.raises(ValueError, match=r"pixel_decoder/\S+ is \[.*16.*\], expected \[.*32.*\]"):
         starts.warm(program, state, {"from": folder, "ema": True})
-    with pytest.raises(ValueError, match="model and init.fae differ: encoder/"):
+    with pytest.raises(ValueError, match=r"model and init\.fae differ: encoder/"):
         built(pixel_experiment(**{"model.latent": 8}), codec)
     first = {name: tree for name, tree in codec.params.items() if name != "pixel_decoder"}
     cfg = {**codec.cfg, "task": "fae_features"}
