@@ -20,15 +20,16 @@ def warm(program: programs.Program, state: Any, init: dict[str, Any]) -> Any:
 
     Of a codec's folder the parts that the run trains; its discriminator stays as drawn.
     """
-    if files.is_folder(init["from"]):
+    path = str(files.locate(init["from"]))
+    if files.is_folder(path):
         if program.cfg["task"] in codecs.TASKS:
-            found = _of_codec(program, state.params, init["from"])
+            found = _of_codec(program, state.params, path)
         else:
             args = (program.declared, program.mesh, program.cfg["layout"], np.float32)
-            whole = files.read_folder(init["from"], *args)
+            whole = files.read_folder(path, *args)
             found = {name: whole[name] for name in state.params}
     else:
-        source, step = step_folders.locate(init["from"])
+        source, step = step_folders.locate(path)
         part = "ema" if init["ema"] else "params"
         wanted = {part: program.abstract_state.params}
         found = checkpoint.restore(source, step, wanted, only=(part,))[0][part]
