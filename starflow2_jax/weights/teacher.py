@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
