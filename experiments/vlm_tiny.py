@@ -10,7 +10,8 @@ it. Data and tokenizer, in half of which every picture is asked several times:
     python -m starflow2_jax.prepare import --format shapes --pixels 64 --withheld leave_out \\
         --tasks question --n 1000 --seed 1 --out data_cache/vlm_test
     python -m starflow2_jax.prepare import --format shapes --pixels 64 --withheld leave_out \\
-        --tasks caption,question,dialog,edit,reason,multi,text,t2i --n 4000 --out data_cache/vlm_words
+        --tasks caption,question,dialog,edit,reason,multi,text,t2i --n 4000 \\
+        --out data_cache/vlm_words
     python -m starflow2_jax.prepare tokenizer --data data_cache/vlm_words --vocabulary 640 \\
         --tower_patch 8 --tower_merge 1 --out data_cache/tokenizer
 Variants:
