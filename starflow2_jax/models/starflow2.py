@@ -346,23 +346,34 @@ def image_head(params: Tree, h: jax.Array, cfg: Config) -> tuple[jax.Array, jax.
     return flow.head(params["deep"], h, cfg.deep)
 
 
-def flow_skip(params: Tree, h: jax.Array, cfg: Config) -> jax.Array:
-    """W_D h [..., V], what the flow adds to the VLM's states; h [..., C] after the final norm."""
+def flow_skip(params: Tree, h: jax.Array, cfg: Config, *, into_flow: bool = True) -> jax.Array:
+    """W_D h [..., V], what the flow adds to the VLM's states; its final norm comes first.
+
+    Args:
+        h: [..., C] of `deep_states`; into_flow: False lets no gradient past W_D.
+    """
     if cfg.flow.final_norm:
         h = layers.rms_norm(params["deep"]["final_norm"], h)
-    return linear(params["skip"]["deep"], h)
+    return linear(params["skip"]["deep"], h if into_flow else jax.lax.stop_gradient(h))
 
 
-def text_logits(params: Tree, y: jax.Array, h: jax.Array | None, cfg: Config) -> jax.Array:
-    """Logits [..., vocabulary] of the next token, in at least float32.
+def text_states(
+    params: Tree, y: jax.Array, h: jax.Array | None, cfg: Config, *, into_flow: bool = True
+) -> jax.Array:
+    """y + W_D h [..., V], which the VLM's head reads.
 
     Args:
         y: [..., V]; h: [..., C] of `deep_states`, or None where no flow is run, which is exact
-            while W_D is zero.
+            while W_D is zero; into_flow: as in `flow_skip`.
     """
-    if h is not None and "deep" in cfg.skips:
-        y = y + flow_skip(params, h, cfg).astype(y.dtype)
-    return qwen.logits(params["vlm"], y, cfg.vlm)
+    if h is None or "deep" not in cfg.skips:
+        return y
+    return y + flow_skip(params, h, cfg, into_flow=into_flow).astype(y.dtype)
+
+
+def text_logits(params: Tree, states: jax.Array, cfg: Config) -> jax.Array:
+    """Logits [..., vocabulary] of the next token in at least float32, from `text_states`."""
+    return qwen.logits(params["vlm"], states, cfg.vlm)
 
 
 # ---------------------------------------------------------------------------------------- caches
