@@ -16,14 +16,12 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import allocator, command, config, start
+from starflow2_jax import allocator, command, config, start, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.data import pipeline
 from starflow2_jax.evaluation import likelihood, report, samples
 from starflow2_jax.generation import model as generation
-from starflow2_jax.models import flops
-from starflow2_jax.training import checkpoint, fae_step, speed, step_folders
+from starflow2_jax.training import checkpoint, speed, step_folders
 from starflow2_jax.training import log as logs
 from starflow2_jax.training import step as programs
 
@@ -68,11 +66,11 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     # ------------------------------------------------------------- configuration, data, workdir
     config.check(cfg)
     is_flow = cfg["task"] == "flow"
-    model = (programs if is_flow else fae_step).model_config(cfg)
-    of = lambda group: likelihood.data_options(cfg, model, group)
+    model, reader = tasks.model_config(cfg), tasks.reader(cfg)
+    of = lambda group: tasks.data_options(cfg, model, group)
     data = None
     if not dry_run:
-        data = {g: pipeline.describe(of(g)) for g in ("data", "eval_data") if _given(cfg[g])}
+        data = {g: reader.describe(of(g)) for g in ("data", "eval_data") if _given(cfg[g])}
         if "data" not in data:
             raise ValueError("config: data.path or data.mixture is needed")
         _check_classes(cfg, data)
@@ -91,10 +89,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     peak = speed.peak_flops()  # on one device, so before a mesh is set
     mesh = meshes.make_mesh(cfg["mesh"])
     jax.set_mesh(mesh)
-    if is_flow:
-        program = programs.build(cfg, mesh, null_text=null_text)
-    else:
-        program = fae_step.build(cfg, mesh, start.codec(cfg, dry_run))
+    program = tasks.build(cfg, mesh, null_text=null_text, dry_run=dry_run)
     if jax.process_index() == 0:
         print(overview(program), flush=True)
     began = time.perf_counter()
@@ -132,17 +127,14 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         keep_every=cfg["checkpoint"]["keep_every"] or None,
     )
     stop = _catch_sigterm()
-    batches = pipeline.batches(
+    batches = reader.batches(
         of("data"),
         batch_size=cfg["train"]["batch_size"],
         start_step=first,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    rows, tokens = cfg["train"]["batch_size"], model.tokens
-    work = {"tokens": rows * tokens, "flops": 0, "peak": peak}
-    if is_flow:
-        work["flops"] = flops.train_step(model, rows, tokens, model.text_length)
+    work = {**tasks.work(cfg, model, program.declared), "peak": peak}
     window: list[dict[str, Any]] = []
     waiting = None
 
@@ -325,7 +317,7 @@ def _evaluate(program, state, frozen, log, number, options) -> None:
     evaluate = program.cfg["evaluate"]
     ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     size = -(-evaluate["batch_size"] // ways) * ways  # no figure depends on it
-    batches = pipeline.eval_batches(
+    batches = tasks.reader(program.cfg).eval_batches(
         options,
         batch_size=size,
         process_index=jax.process_index(),

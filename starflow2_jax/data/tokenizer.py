@@ -71,7 +71,8 @@ def write(
     """A folder with the tokenizer, the chat template and an image processor.
 
     Args:
-      text: what `train` gave; patch, merge, frames: of the vision tower, in pixels, patches, frames.
+      text: what `train` gave.
+      patch, merge, frames: of the vision tower, in pixels, patches and frames.
 
     Raises:
       FileExistsError: there is such a folder.

@@ -1,8 +1,9 @@
 """Text to token ids, and a record as one causal sequence of text tokens and image slots.
 
-The layout is that of Qwen's chat template. A turn is `<|im_start|>role\\n ... <|im_end|>\\n`, an image
-`<|vision_start|>`, one slot for each of its N patches, `<|vision_end|>`; what has no role stands as
-it is. `layout` writes every delimiter, in training and in generation.
+The layout is that of Qwen's chat template: a turn is `<|im_start|>role`, a line end, what is said,
+`<|im_end|>` and a line end; an image is `<|vision_start|>`, one slot for each of its N patches, and
+`<|vision_end|>`; what has no role stands as it is. `layout` writes every delimiter, in training and
+in generation.
 """
 
 import functools

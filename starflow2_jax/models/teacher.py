@@ -84,8 +84,5 @@ def features(params: Tree, image: jax.Array, teacher: Teacher) -> jax.Array:
     if image.shape[1:3] != (side, side):
         image = jnp.clip(dinov2.resize(image, (side, side), antialias=True), -1, 1)
     mean, std = (jnp.asarray(v, image.dtype) for v in (qwen_vision.MEAN, qwen_vision.STD))
-    patches = qwen_vision.patchify(((image + 1) / 2 - mean) / std, tower)
-    rows = side // tower.patch
-    plan = qwen_vision.plan([[1, rows, rows]] * len(image), tower)
-    found = qwen_vision.encode(params, patches.reshape(-1, tower.patch_values), plan, tower)
-    return at_least_float32(found.reshape(len(image), -1, teacher.width))
+    found = qwen_vision.encode_images(params, ((image + 1) / 2 - mean) / std, tower)
+    return at_least_float32(found)
