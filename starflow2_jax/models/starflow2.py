@@ -93,24 +93,23 @@ class Config:
         return self.flow.tokens
 
 
-def flow_config(vlm_width: int, **sizes: Any) -> FlowConfig:
-    """A flow behind a VLM, with STARFlow's released options and the order that it needs.
-
-    Args:
-        sizes: fields of `FlowConfig`; side, channels, width and layers at least.
-    """
-    given = {
+def flow_defaults(vlm_width: int, blocks: int) -> dict[str, Any]:
+    """Fields of a `FlowConfig` behind a VLM but for its sizes: STARFlow's released options."""
+    return {
         "start": "prefix",
         # By either parity, the deep block of this many reads in raster order (paper.md 3.1).
-        "order": "R2L" if len(sizes["layers"]) % 2 else "L2R",
+        "order": "R2L" if blocks % 2 else "L2R",
         "soft_clip": 4.0,
         "final_norm": True,
         "text_channels": vlm_width,
         # Rows are of any length; what matters is that positions have a third coordinate.
         "text_length": 1,
-        **sizes,
     }
-    return FlowConfig(**given)
+
+
+def flow_config(vlm_width: int, **sizes: Any) -> FlowConfig:
+    """A flow behind a VLM: `flow_defaults` and its side, channels, width and layers at least."""
+    return FlowConfig(**{**flow_defaults(vlm_width, len(sizes["layers"])), **sizes})
 
 
 def tiny(**changes: Any) -> Config:
@@ -123,6 +122,7 @@ def tiny(**changes: Any) -> Config:
         kv_heads=2,
         mlp_width=384,
         sections=(4, 6, 6),
+        rope_base=1e4,
         tied=True,
         image_token=5,
         video_token=6,
@@ -163,6 +163,16 @@ def preset(name: str, **changes: Any) -> Config:
     if name not in PRESETS:
         raise ValueError(f"starflow2: preset {name!r} is not one of {', '.join(PRESETS)}")
     return PRESETS[name](**changes)
+
+
+def options(cfg: Config) -> dict[str, Any]:
+    """An experiment's `model` group; what follows from the VLM and the number of blocks is left
+    out, so that either can be changed alone."""
+    group = dataclasses.asdict(cfg)
+    for name in ("order", "text_channels", "text_length", "compute_dtype"):
+        del group["flow"][name]
+    del group["vlm"]["vision"], group["vlm"]["compute_dtype"]
+    return group
 
 
 def declare(cfg: Config) -> dict[str, Any]:
@@ -236,12 +246,6 @@ def place(u: jax.Array, image: jax.Array) -> jax.Array:
 
 
 # ------------------------------------------------------------------------------------ two streams
-
-
-def causal(segments: jax.Array) -> jax.Array:
-    """Mask [B, T, T]: a position sees those up to itself in its own segment [B, T]."""
-    same = segments[:, :, None] == segments[:, None, :]
-    return same & jnp.tril(jnp.ones(same.shape[1:], bool))
 
 
 def deep_positions(positions: jax.Array, cfg: Config, grid: tuple[int, int] | None = None) -> Any:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from starflow2_jax.models import flow, qwen
+from starflow2_jax.models import flow, layers, qwen
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.models.starflow2 import Config
@@ -41,10 +41,11 @@ class Stage:
 
 
 def stage_of(trains: Iterable[str]) -> Stage:
-    """The stage that trains these subtrees (design.md 4): the flows ask for images, the others for
-    text."""
+    """The stage that trains these subtrees (design.md 4): flows are for images, the adapter and the
+    VLM for text, the skips for both."""
     names = set(trains)
-    return Stage(bool(names & {"shallow", "deep"}), bool(names & {"adapter", "skip", "vlm"}))
+    images = bool(names & {"shallow", "deep", "skip"})
+    return Stage(images, bool(names & {"adapter", "skip", "vlm"}))
 
 
 @struct.dataclass
@@ -128,7 +129,7 @@ def terms(
         text_chunk: positions of a row whose logits are held at a time.
     """
     image, places = batch["image"], x.shape[:2]
-    is_image, mask = image >= 0, pretzel.causal(batch["segments"])
+    is_image, mask = image >= 0, layers.segment_mask(batch["segments"])
     outputs, log_dets = pretzel.shallow(params, x.reshape(-1, *x.shape[2:]), cfg)
     u = pretzel.place(outputs[-1].reshape(x.shape), image)
     text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
@@ -152,9 +153,7 @@ def terms(
         )
         if stage.text and "vlm" in cfg.skips:
             share = jnp.where(is_image, _seen_share(params, y, u, cfg), 0)
-            found = found.replace(
-                seen=share.sum(1), patches=is_image.sum(1).astype(share.dtype)
-            )
+            found = found.replace(seen=share.sum(1), patches=is_image.sum(1).astype(share.dtype))
     if stage.text:
         args = (token, text_targets, text_chunk, text_into_flow)
         found = found.replace(**_text_terms(params, y, h, batch["ids"], cfg, *args))
@@ -275,8 +274,8 @@ def row_loss(
 
 
 def means(made: Mapping[str, Any]) -> dict[str, Any]:
-    """Readable figures from added-up `sums`: nats of a latent channel and its parts, nats of a token
-    and the share of likeliest ones, shares of the skips. What there was nothing of is left out."""
+    """Readable figures from added-up `sums`: nats a latent channel and its parts, nats a token and
+    the share of likeliest ones, shares of the skips. What there was nothing of is left out."""
     found: dict[str, Any] = {}
     if made.get("count", 0) > 0:
         found |= per_dim(dict(made))
