@@ -1,5 +1,6 @@
 """What a run starts from where it does not resume: weights of another run, a trained codec."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,18 +12,64 @@ from starflow2_jax.training import step as programs
 from starflow2_jax.weights import files
 
 
-def warm(program: programs.Program, state: Any, init: dict[str, Any]) -> Any:
-    """Trained weights of another run or model folder in place of the drawn ones."""
+def warm(
+    program: programs.Program,
+    state: Any,
+    init: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+) -> Any:
+    """Weights of another run or model folder in place of the drawn ones, and nothing else of it.
+
+    Args:
+        data: what the run reads, as train describes it.
+
+    Raises:
+        FileNotFoundError: no such run or folder.
+        ValueError: other subtrees, names or shapes than this program's, all of them listed; or a
+            stage before that was trained beside another VLM or on another codec's latents.
+    """
+    stage = program.cfg["task"] == "starflow2"
+    # A stage's VLM, even one that is trained, comes from its own folder.
+    kept = lambda tree: {n: each for n, each in tree.items() if not (stage and n == "vlm")}
+    own = kept(program.abstract_state.params)
     if files.is_folder(init["from"]):
-        args = (program.declared, program.mesh, program.cfg["layout"], np.float32)
+        args = (kept(program.declared), program.mesh, program.cfg["layout"], np.float32)
         whole = files.read_folder(init["from"], *args)
-        found = {name: whole[name] for name in state.params}
+        found = {name: whole[name] for name in own}
     else:
         source, step = step_folders.locate(init["from"])
         part = "ema" if init["ema"] else "params"
-        wanted = {part: program.abstract_state.params}
-        found = checkpoint.restore(source, step, wanted, only=(part,))[0][part]
+        parts, meta = checkpoint.restore(source, step, {part: own}, only=(part,))
+        found = parts[part]
+        if stage:
+            _check_before(init["from"], meta, program.identity, data)
+    found = {**state.params, **found}
     return state.replace(params=found, ema=jax.tree.map(lambda a: a.copy(), found))
+
+
+def _check_before(
+    source: str, meta: Mapping[str, Any], identity: Mapping[str, str], data: Any
+) -> None:
+    """ValueError where a stage before saw another VLM or another codec's latents."""
+    before = (meta.get("frozen") or {}).get("vlm")
+    if before != identity.get("vlm"):
+        raise ValueError(
+            f"init.from={source!r} was trained beside another VLM: sha256 {before}, that of "
+            f"vlm.path is {identity.get('vlm')}"
+        )
+    old, new = encoders(meta.get("data")), encoders(data)
+    if old and new and old != new:
+        raise ValueError(
+            f"init.from={source!r} was trained on latents of another codec: sha256 "
+            f"{', '.join(sorted(old))}, those of the data are of {', '.join(sorted(new))}"
+        )
+
+
+def encoders(data: Mapping[str, Any] | None) -> set[str]:
+    """sha256 of the encoders that made the latents of what train describes."""
+    told = (data or {}).get("data") or {}
+    made = [features.get("fae") for features in told.get("features") or () if features]
+    return {encoder["sha256"] for encoder in made if encoder}
 
 
 def codec(cfg: dict[str, Any], dry_run: bool) -> codecs.Codec | None:

@@ -36,7 +36,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build, compile, print the tables
 FREE_KEYS = (
     *("layout", "mesh", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
     # Their contents are compared instead.
-    *("teacher.path", "init.fae", "fae.lpips"),
+    *("teacher.path", "init.fae", "fae.lpips", "vlm.path"),
 )
 PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", "eval_data.")
 
@@ -106,7 +106,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         checkpoint.check_frozen(workdir, then, program.identity)
         print(f"resumed {workdir} at step {newest}", flush=True)
     elif cfg["init"]["from"]:  # 2. weights of another run
-        state = start.warm(program, state, cfg["init"])
+        state = start.warm(program, state, cfg["init"], data)
         print(f"started from the weights of {cfg['init']['from']}", flush=True)
     # 3. otherwise from the initialised weights
     first = newest or 0
