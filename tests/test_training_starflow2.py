@@ -1,5 +1,9 @@
 """The stages' program: exact sums on every mesh, frozen parts untouched, one stage from another."""
 
+import dataclasses
+import runpy
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +14,10 @@ from starflow2_jax import config, mesh, start
 from starflow2_jax import params as weights
 from starflow2_jax.models import qwen, qwen_vision, starflow2
 from starflow2_jax.training import checkpoint, inputs, starflow2_loss, starflow2_step, step
+from starflow2_jax.training.loss import HALF_LOG_2_PI
 from starflow2_jax.weights import qwen as qwen_weights
 
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 ROWS = 8
 STAGES = {1: ("shallow", "deep"), 2: ("adapter",), 3: ("adapter", "shallow", "deep", "skip")}
 
@@ -90,7 +96,7 @@ def test_the_joint_stage_changes_everything_but_the_vlm(stage3):
     wanted = {"nats_per_dim", "log_det/0", "log_det/1", "log_det/2", "text_nats", "text_accuracy"}
     assert wanted <= set(figures) and 0 < figures["skip_vlm"] < 1 and 0 < figures["skip_deep"] < 1
     # The whole of the loss, from what is logged of it.
-    nats = figures["nats_per_dim"] - starflow2_loss.per_dim.__globals__["HALF_LOG_2_PI"]
+    nats = figures["nats_per_dim"] - HALF_LOG_2_PI
     squares = sum(float(metrics[f"latent/{i}"]) for i in range(3)) / float(metrics["count"])
     expected = nats + 1e-4 * squares + figures["text_nats"]
     np.testing.assert_allclose(float(metrics["loss"]), expected, rtol=1e-5)
@@ -229,9 +235,7 @@ def folder(tmp_path_factory):
     vision = qwen_vision.VisionConfig(
         depth=1, width=16, heads=2, mlp_width=16, out_width=32, full_layers=(0,), patch=4, window=16
     )
-    from dataclasses import replace
-
-    cfg = replace(small.model(tied=True).vlm, vision=vision, compute_dtype=None)
+    cfg = dataclasses.replace(small.model(tied=True).vlm, vision=vision, compute_dtype=None)
     params = weights.init(jax.random.key(7), qwen.declare(cfg))
     path = tmp_path_factory.mktemp("vlm") / "folder"
     qwen_weights.export(params, cfg, path)
@@ -272,19 +276,14 @@ def test_a_vlm_that_is_trained_is_in_the_state(folder):
 
 
 def lower(stage, layout, sizes):
-    from importlib import util
-
-    file = {1: "stage1_t2i", 2: "stage2_i2t", 3: "stage3_joint"}[stage]
-    spec = util.spec_from_file_location(file, f"experiments/{file}.py")
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    cfg = module.get_config("paper")
-    cfg.layout, cfg.mesh = layout, sizes
+    """The step at the paper's size, lowered, and how many parameters it trains."""
+    file = EXPERIMENTS / f"{('stage1_t2i', 'stage2_i2t', 'stage3_joint')[stage - 1]}.py"
+    cfg = runpy.run_path(str(file))["get_config"]("paper")
+    cfg.layout, cfg.mesh, cfg.train.batch_size = layout, sizes, 8
     config.check(cfg)
     program = starflow2_step.build(config.to_dict(cfg), mesh.make_mesh(sizes))
-    text = program.lower_step().as_text()
     trained = weights.split(program.declared, tuple(cfg.train.trains))[0]
-    return text, weights.count(trained)
+    return program.lower_step().as_text(), weights.count(trained)
 
 
 def check_lowered(stage, layout, sizes):
