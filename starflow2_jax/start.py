@@ -6,10 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from starflow2_jax import params as weights
 from starflow2_jax.generation import codec as codecs
 from starflow2_jax.training import checkpoint, step_folders
 from starflow2_jax.training import step as programs
 from starflow2_jax.weights import files
+
+# Of the codec's training alone; no model folder holds them.
+_BESIDE = ("discriminator", "lecam")
 
 
 def warm(
@@ -19,6 +23,8 @@ def warm(
     data: Mapping[str, Any] | None = None,
 ) -> Any:
     """Weights of another run or model folder in place of the drawn ones, and nothing else of it.
+
+    Of a codec's folder the parts that the run trains; its discriminator stays as drawn.
 
     Args:
         data: what the run reads, as train describes it.
@@ -32,7 +38,9 @@ def warm(
     # A stage's VLM, even one that is trained, comes from its own folder.
     kept = lambda tree: {n: each for n, each in tree.items() if not (stage and n == "vlm")}
     own = kept(program.abstract_state.params)
-    if files.is_folder(init["from"]):
+    if files.is_folder(init["from"]) and program.cfg["task"] in codecs.TASKS:
+        found = _of_codec(program, state.params, init["from"])
+    elif files.is_folder(init["from"]):
         args = (kept(program.declared), program.mesh, program.cfg["layout"], np.float32)
         whole = files.read_folder(init["from"], *args)
         found = {name: whole[name] for name in own}
@@ -70,6 +78,22 @@ def encoders(data: Mapping[str, Any] | None) -> set[str]:
     told = (data or {}).get("data") or {}
     made = [features.get("fae") for features in told.get("features") or () if features]
     return {encoder["sha256"] for encoder in made if encoder}
+
+
+def _of_codec(program: programs.Program, params: Any, path: str) -> Any:
+    given = codecs.load(path).params
+    absent = [name for name in params if name not in (*given, *_BESIDE)]
+    if absent:
+        raise ValueError(f"{path}: the codec holds {', '.join(given)}, expected {absent[0]} too")
+    taken = {name: given[name] for name in params if name in given}
+    where = {name: program.abstract_state.params[name] for name in taken}
+    flat = weights.flatten(taken)
+    for name, wanted in weights.flatten(where).items():
+        if name not in flat or flat[name].shape != wanted.shape:
+            found = list(flat[name].shape) if name in flat else "missing"
+            raise ValueError(f"{path}: {name} is {found}, expected {list(wanted.shape)}")
+    place = lambda a, wanted: jax.device_put(np.asarray(a), wanted.sharding)
+    return {**params, **jax.tree.map(place, taken, where)}
 
 
 def codec(cfg: dict[str, Any], dry_run: bool) -> codecs.Codec | None:
