@@ -20,14 +20,14 @@ def warm(
     program: programs.Program,
     state: Any,
     init: Mapping[str, Any],
-    data: Mapping[str, Any] | None = None,
+    identity: Mapping[str, str] | None = None,
 ) -> Any:
     """Weights of another run or model folder in place of the drawn ones, and nothing else of it.
 
     Of a codec's folder the parts that the run trains; its discriminator stays as drawn.
 
     Args:
-        data: what the run reads, as train describes it.
+        identity: sha256 of what is frozen, the latents' codec too; the program's by default.
 
     Raises:
         FileNotFoundError: no such run or folder.
@@ -50,34 +50,20 @@ def warm(
         parts, meta = checkpoint.restore(source, step, {part: own}, only=(part,))
         found = parts[part]
         if stage:
-            _check_before(init["from"], meta, program.identity, data)
+            _check_before(init["from"], meta, program.identity if identity is None else identity)
     found = {**state.params, **found}
     return state.replace(params=found, ema=jax.tree.map(lambda a: a.copy(), found))
 
 
-def _check_before(
-    source: str, meta: Mapping[str, Any], identity: Mapping[str, str], data: Any
-) -> None:
+def _check_before(source: str, meta: Mapping[str, Any], identity: Mapping[str, str]) -> None:
     """ValueError where a stage before saw another VLM or another codec's latents."""
-    before = (meta.get("frozen") or {}).get("vlm")
-    if before != identity.get("vlm"):
-        raise ValueError(
-            f"init.from={source!r} was trained beside another VLM: sha256 {before}, that of "
-            f"vlm.path is {identity.get('vlm')}"
-        )
-    old, new = encoders(meta.get("data")), encoders(data)
-    if old and new and old != new:
-        raise ValueError(
-            f"init.from={source!r} was trained on latents of another codec: sha256 "
-            f"{', '.join(sorted(old))}, those of the data are of {', '.join(sorted(new))}"
-        )
-
-
-def encoders(data: Mapping[str, Any] | None) -> set[str]:
-    """sha256 of the encoders that made the latents of what train describes."""
-    told = (data or {}).get("data") or {}
-    made = [features.get("fae") for features in told.get("features") or () if features]
-    return {encoder["sha256"] for encoder in made if encoder}
+    before = meta.get("frozen") or {}
+    for name, what in (("vlm", "beside another VLM"), ("fae", "on latents of another codec")):
+        if before.get(name) != identity.get(name):
+            raise ValueError(
+                f"init.from={source!r} was trained {what}: sha256 {before.get(name)} then, "
+                f"{identity.get(name)} now"
+            )
 
 
 def _of_codec(program: programs.Program, params: Any, path: str) -> Any:

@@ -196,7 +196,7 @@ def test_a_stage_starts_from_the_one_before(tmp_path):
     assert not any(np.any(m) for m in jax.tree.leaves(begun.opt_state[1][0].mu))
 
 
-@pytest.mark.parametrize("kind", ["missing", "other", "vlm"])
+@pytest.mark.parametrize("kind", ["missing", "other", "vlm", "fae"])
 def test_a_stage_refuses_what_is_not_its_own(tmp_path, kind):
     _, program, state, _ = begin(experiment(2))
     if kind == "missing":
@@ -207,23 +207,14 @@ def test_a_stage_refuses_what_is_not_its_own(tmp_path, kind):
         skip = {"vlm": {"weight": jnp.zeros((3, 3))}, "deep": state.ema["skip"]["deep"]}
         save(tmp_path, state.replace(ema={**state.ema, "deep": deep, "skip": skip}))
         words = r"unexpected: ema\.deep\.start.*of another shape.*ema\.skip\.vlm\.weight"
-    else:
+    elif kind == "vlm":
         save(tmp_path, state, {"vlm": "0" * 64})
         words = "trained beside another VLM: sha256 000"
+    else:
+        save(tmp_path, state, {"fae": "0" * 64})
+        words = "trained on latents of another codec: sha256 000"
     with pytest.raises(ValueError, match=words):
         start.warm(program, state, {"from": str(tmp_path), "ema": True})
-
-
-def test_a_stage_refuses_latents_of_another_codec(tmp_path):
-    _, program, state, _ = begin(experiment(2))
-    told = lambda sha: {"data": {"features": [{"fae": {"sha256": sha}}]}}
-    writer = checkpoint.open(tmp_path)
-    checkpoint.save(writer, 1, state, {"step": 1, "frozen": {}, "data": told("a")})
-    checkpoint.close(writer)
-    init = {"from": str(tmp_path), "ema": True}
-    start.warm(program, state, init, told("a"))
-    with pytest.raises(ValueError, match="another codec: sha256 a, those of the data are of b"):
-        start.warm(program, state, init, told("b"))
 
 
 # -------------------------------------------------------------------------------------- frozen VLM
