@@ -31,9 +31,9 @@ def _tiny(cfg):
     cfg.eval_data.path = "data_cache/t2i64_test"
     cfg.eval_data.latents = "data_cache/t2i64_test_latents"
     cfg.text.length, cfg.text.images = 224, 2
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 24, 1500, 0.995
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 500, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 50
-    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 250, 120, 24
+    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 250, 128, 16
     cfg.checkpoint.every = 250
 
 

@@ -34,10 +34,10 @@ def _tiny(cfg):
     cfg.eval_data.path = "data_cache/i2t64_test"
     cfg.eval_data.latents = "data_cache/i2t64_test_latents"
     cfg.text.length, cfg.text.images = 224, 2
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 24, 600, 0.99
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 150, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 2e-5, 50
-    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 200, 120, 24
-    cfg.checkpoint.every = 200
+    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 75, 128, 16
+    cfg.checkpoint.every = 75
 
 
 def _large(cfg):

@@ -41,10 +41,10 @@ def _tiny(cfg):
     cfg.data.mixture = _parts(64, t2i=0.45, i2t=0.25, edit=0.15, reasoning=0.15)
     cfg.eval_data.mixture = _parts("64_test", t2i=1.0, i2t=1.0, edit=1.0, reasoning=1.0)
     cfg.text.length, cfg.text.images = 224, 2
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 24, 1500, 0.995
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 400, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 7e-4, 1e-5, 50
-    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 250, 120, 24
-    cfg.checkpoint.every = 250
+    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 200, 128, 16
+    cfg.checkpoint.every = 200
 
 
 def _large(cfg):

@@ -49,8 +49,11 @@ def begin(cfg, devices=None):
         return grid, program, *program.init(jax.random.key(cfg["seed"]))
 
 
-def run(cfg, steps=2, devices=None):
-    """(losses, state, last metrics, state at first on the host, frozen before and after)."""
+def run(cfg, steps=3, devices=None):
+    """(losses, state, last metrics, state at first on the host, frozen before and after).
+
+    Three steps: heads are zero at birth, so W_vlm sees no gradient before the second.
+    """
     grid, program, state, frozen = begin(cfg, devices)
     host = lambda tree: jax.tree.map(np.array, tree)
     first, still, losses = host(state), host(frozen), []
