@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from starflow2_jax.mesh import constrain
 from starflow2_jax.models import flow, layers, qwen
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.layers import at_least_float32
@@ -186,6 +187,9 @@ def _text_terms(params, y, h, ids, cfg, token, limit, chunk, into_flow):
             share = _share(y, pretzel.flow_skip(params, h, cfg))
             found["shared"] = jnp.where(here, share, 0).sum(1)
     states = pretzel.text_states(params, y, h, cfg, into_flow=into_flow)
+    # Said out loud: left to itself, the partitioner of jax 0.10.2 gives wrong gradients of the
+    # gathers above on a mesh of data, fsdp and tensor together.
+    states = constrain(states, "batch")
     nll, correct = _cross_entropy(params, states, wanted, cfg, chunk)
     nll = jnp.where(here, nll, 0)
     too_many = (token.sum(1) > limit)[:, None]
@@ -208,7 +212,9 @@ def _cross_entropy(params, states, wanted, cfg, chunk):
     @jax.checkpoint
     def part(states, wanted):
         logits = pretzel.text_logits(params, states, cfg)
-        own = jnp.take_along_axis(logits, wanted[..., None], -1)[..., 0]
+        # By comparison: where the vocabulary is cut over devices, so is this, and a gather is not.
+        mine = wanted[..., None] == jnp.arange(logits.shape[-1])
+        own = jnp.where(mine, logits, 0).sum(-1)
         return jax.nn.logsumexp(logits, -1) - own, logits.argmax(-1) == wanted
 
     found = jax.lax.map(lambda now: part(*now), (cut(states), cut(wanted)))
