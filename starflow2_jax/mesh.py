@@ -129,6 +129,23 @@ def check_batch(rows: int, mesh: Mesh, what: str = "train.batch_size") -> None:
         )
 
 
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`, for which the program being traced is meant: by `jax.set_mesh`, which
+    may hold devices of another machine, else the default device's.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def activation_ways() -> dict[str, int]:
+    """Into how many parts the mesh set by `jax.set_mesh` cuts each of `ACTIVATIONS`."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return {
+        name: int(np.prod([shape.get(axis, 1) for axis in axes]))
+        for name, axes in ACTIVATIONS.items()
+    }
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pin an activation to the mesh set by `jax.set_mesh`; without one, x as it is.
 
