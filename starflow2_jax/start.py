@@ -1,14 +1,34 @@
-"""What a run starts from where it does not resume: weights of another run, a trained codec."""
+"""What a run starts from: its program, and where it does not resume, weights of another run or a
+trained codec.
+"""
 
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from starflow2_jax.generation import codec as codecs
-from starflow2_jax.training import checkpoint, step_folders
+from starflow2_jax.training import checkpoint, fae_step, step_folders
 from starflow2_jax.training import step as programs
 from starflow2_jax.weights import files
+
+
+def build(
+    cfg: dict[str, Any], mesh: Mesh, *, null_text: Any = None, dry_run: bool = False
+) -> programs.Program:
+    """The program of an experiment, whatever its `task`: what train and plan compile.
+
+    Args:
+        null_text: features of the empty prompt (see `training.step.build`); dry_run: nothing will
+            be trained, so what it would be trained on may be missing.
+
+    Raises:
+        ValueError: as `training.step.build` and `training.fae_step.build`.
+    """
+    if cfg["task"] == "flow":
+        return programs.build(cfg, mesh, null_text=null_text)
+    return fae_step.build(cfg, mesh, codec(cfg, dry_run))
 
 
 def warm(program: programs.Program, state: Any, init: dict[str, Any]) -> Any:

@@ -91,10 +91,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     peak = speed.peak_flops()  # on one device, so before a mesh is set
     mesh = meshes.make_mesh(cfg["mesh"])
     jax.set_mesh(mesh)
-    if is_flow:
-        program = programs.build(cfg, mesh, null_text=null_text)
-    else:
-        program = fae_step.build(cfg, mesh, start.codec(cfg, dry_run))
+    program = start.build(cfg, mesh, null_text=null_text, dry_run=dry_run)
     if jax.process_index() == 0:
         print(overview(program), flush=True)
     began = time.perf_counter()

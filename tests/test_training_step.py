@@ -62,6 +62,7 @@ def one_device():
         ("fsdp", "fsdp=8"),
         ("tp", "tensor=8"),
         ("fsdp_tp", "data=2,fsdp=2,tensor=2"),
+        ("hybrid", "data=2,fsdp=4"),
     ],
 )
 def test_eight_devices_equal_one(one_device, layout, sizes):
@@ -71,7 +72,7 @@ def test_eight_devices_equal_one(one_device, layout, sizes):
     assert losses[-1] != losses[0]
     up = state.params["flow"]["blocks"]["0"]["layers"]["mlp_up"]["weight"]
     held = up.addressable_shards[0].data.size
-    ways = {"dp": 1, "fsdp": 8, "tp": 8, "fsdp_tp": 4}[layout]
+    ways = {"dp": 1, "fsdp": 8, "tp": 8, "fsdp_tp": 4, "hybrid": 4}[layout]
     assert held * ways == up.size
     moments = jax.tree.leaves(state.opt_state)
     assert any(m.shape == up.shape and m.sharding == up.sharding for m in moments)

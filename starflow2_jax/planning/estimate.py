@@ -1,0 +1,192 @@
+"""One row of a plan: a program compiled for a mesh, and what that costs."""
+
+import copy
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from starflow2_jax import mesh as meshes
+from starflow2_jax import params as weights
+from starflow2_jax import start
+from starflow2_jax.planning import cost, decode, hlo, memory, work
+from starflow2_jax.planning.topology import Topology
+
+Row = dict[str, Any]
+# So that `--layout tp` means something on many chips: heads and channels rarely divide by more.
+TENSOR = 8
+
+
+def default_mesh(layout: str, topology: Topology) -> str:
+    """A mesh that shows what a layout is for, on all devices of a topology."""
+    count, slices = len(topology.devices), topology.slices
+    tensor = math.gcd(count, TENSOR)
+    return {
+        "dp": "data=-1",
+        "fsdp": "fsdp=-1",
+        "tp": f"data=-1,tensor={tensor}",
+        "fsdp_tp": f"fsdp=-1,tensor={min(tensor, 4)}",
+        "hybrid": f"data={slices if slices > 1 else 2 if count < 64 else 4},fsdp=-1",
+    }[layout]
+
+
+def changed(cfg: Mapping[str, Any], key: str, value: Any, within: str = "") -> dict[str, Any]:
+    """A copy with every key of this name, at any depth (of the group `within`), set."""
+    found = copy.deepcopy(dict(cfg))
+
+    def visit(group, inside):
+        for name, inner in group.items():
+            if isinstance(inner, dict):
+                visit(inner, inside or name == within)
+            elif name == key and inside:
+                group[name] = value
+
+    visit(found, not within)
+    return found
+
+
+def model_flops(cfg: Mapping[str, Any], mesh: Mesh) -> float:
+    """FLOPs of a training step itself: its products without rematerialisation, causal attention as
+    the plain path computes it (5/8 of the square where rows are long).
+    """
+    bare = changed(changed(cfg, "remat", "none", "model"), "attention", "plain", "model")
+    if bare["task"] == "flow":
+        bare["model"]["attention"] = "plain"
+    bare["train"]["microbatches"] = 1
+    program = start.build(bare, mesh, dry_run=True)
+    return work.flops(_trace(program))
+
+
+def _trace(program):
+    with jax.set_mesh(program.mesh):
+        given = (program.abstract_state, program.abstract_frozen, program.abstract_batch)
+        return program.step.trace(*given)
+
+
+def train_step(cfg: Mapping[str, Any], topology: Topology, own_flops: float | None = None) -> Row:
+    """Compile an experiment's training step for a topology under its `layout` and `mesh`.
+
+    Args:
+        cfg: a resolved, checked configuration; own_flops: of `model_flops`, where known.
+
+    Raises:
+        ValueError: what building the program says of configuration, mesh or layout.
+    """
+    mesh = meshes.make_mesh(cfg["mesh"], topology.devices)
+    program = start.build(cfg, mesh, dry_run=True)
+    rows, parts = cfg["train"]["batch_size"], cfg["train"]["microbatches"]
+    traced = _trace(program)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
+    activations = work.kept(traced.jaxpr, rows // parts, ways)
+    trained = set(cfg["train"]["trains"])
+    count = {
+        "trained": sum(weights.count(t) for n, t in program.declared.items() if n in trained),
+        "frozen": sum(weights.count(t) for n, t in program.declared.items() if n not in trained),
+    }
+    with jax.set_mesh(mesh):
+        lowered = traced.lower()
+    row = _compiled(lowered, mesh, topology, memory.declared(program), activations)
+    row = {**_told(cfg, topology, mesh, rows), "parameters": count, **row}
+    held = row.pop("_memory")
+    row["advice"] = memory.advice(held, cfg, dict(mesh.shape), rows)
+    flops = model_flops(cfg, mesh) if own_flops is None else own_flops
+    return _rates(row, flops, rows * tokens_of(program), topology)
+
+
+def generate(cfg: Mapping[str, Any], topology: Topology, rows: int) -> Row:
+    """Compile the drawing of `rows` images; as `train_step`."""
+    mesh = meshes.make_mesh(cfg["mesh"], topology.devices)
+    made = decode.lower(cfg, mesh, rows)
+    row = _compiled(made.lowered, mesh, topology, made.declared, 0.0)
+    row = {**_told(cfg, topology, mesh, rows), **row}
+    row.pop("_memory")
+    row["advice"] = [] if row["fits"] else ["a layout that cuts weights, or a smaller --batch"]
+    return _rates(row, None, made.tokens, topology)
+
+
+def tokens_of(program: Any) -> int:
+    """Tokens of a row: those of the model's image, or positions of the batch's rows."""
+    if hasattr(program.model, "tokens"):
+        return program.model.tokens
+    return max(leaf.shape[1] for leaf in jax.tree.leaves(program.abstract_batch) if leaf.ndim > 1)
+
+
+def _told(cfg, topology, mesh, rows):
+    return {
+        "name": cfg["name"],
+        "topology": topology.name,
+        "devices": len(topology.devices),
+        "layout": cfg["layout"],
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "batch": rows,
+        "microbatches": cfg["train"]["microbatches"],
+        "remat": cfg["model"].get("remat", ""),
+    }
+
+
+def _compiled(lowered, mesh, topology, declared, activations):
+    """Memory and work of a lowered program; work is missing where it was too large to compile."""
+    began, chip = time.perf_counter(), topology.chip
+    try:
+        made = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        held = memory.too_large(str(error), declared, activations, chip.memory)
+        if held is None:
+            raise
+        seconds = time.perf_counter() - began
+        return {"fits": False, "compile_s": seconds, "memory": asdict(held), "_memory": held}
+    seconds = time.perf_counter() - began
+    module = hlo.parse(made.as_text())
+    held = memory.compiled(made.memory_analysis(), module, declared, activations, chip.memory)
+    found = cost.analyse(module, mesh.shape)
+    row = {"fits": held.fits, "compile_s": seconds, "memory": asdict(held), "_memory": held}
+    row["flops"], row["kernel_flops"], row["bytes"] = found.flops, found.kernel_flops, found.bytes
+    row["collectives"] = _summed(found.collectives)
+    row["unknown_loops"] = list(found.unknown_loops)
+    if chip.flops:
+        row["compute_s"] = found.flops / chip.flops
+        row["memory_s"] = found.bytes / chip.bandwidth
+        # Each operation waits for its products or its bytes, whichever takes longer.
+        row["device_s"] = sum(
+            times * max(flops / chip.flops, moved / chip.bandwidth)
+            for flops, moved, times in found.operations
+        )
+        devices = list(mesh.devices.flat)
+        row["network_s"] = sum(
+            each.times * each.wire / topology.bandwidth([devices[n] for n in each.group])
+            for each in found.collectives
+            if len(each.group) > 1
+        )
+    return row
+
+
+def _summed(collectives):
+    found: dict[tuple[str, str], Row] = {}
+    for each in collectives:
+        key = (each.kind, each.axes)
+        sums = found.setdefault(
+            key, {"kind": each.kind, "axes": each.axes, "count": 0.0, "bytes": 0.0, "wire": 0.0}
+        )
+        sums["count"] += each.times
+        sums["bytes"] += each.times * each.bytes
+        sums["wire"] += each.times * each.wire
+    return sorted(found.values(), key=lambda row: -row["wire"])
+
+
+def _rates(row, flops, tokens, topology):
+    """Step time between two bounds, and what follows from them."""
+    row["model_flops"], row["tokens"] = flops, tokens
+    if "device_s" not in row:
+        return row
+    row["step_s"] = max(row["device_s"], row["network_s"])
+    row["step_without_overlap_s"] = row["device_s"] + row["network_s"]
+    row["tokens_per_s"] = tokens / row["step_s"]
+    if flops:
+        peak = row["devices"] * topology.chip.flops
+        row["mfu_bound"] = flops / peak / row["step_s"]
+        row["mfu_without_overlap"] = flops / peak / row["step_without_overlap_s"]
+    return row
