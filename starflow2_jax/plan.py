@@ -46,6 +46,9 @@ def main(words: list[str]) -> None:
         raise ValueError(f"unexpected argument {words[0]!r}")
     if _CONFIG.value is None or _TOPOLOGY.value is None:
         raise ValueError("--config and --topology are needed")
+    if not _TOPOLOGY.value.startswith("gpu"):
+        # Before any device is asked for: a libtpu without a TPU would be waited for.
+        jax.config.update("jax_platforms", "cpu")
     cfg = config.to_dict(_CONFIG.value)
     if _BATCH.value and _WHAT.value == "train":
         cfg["train"]["batch_size"] = _BATCH.value

@@ -38,7 +38,8 @@ class Collective:
     Attributes:
         kind: one of `KINDS`; axes: mesh axes over which it goes, joined by `+`.
         group: positions (in the mesh, flattened) of one set of devices that takes part.
-        bytes: what the result of an all-gather holds, else the operand, on one device.
+        bytes: what the result of an all-gather holds, else the operand, on one device; sizes:
+            elements of each array in it, since one exchange may carry several.
         wire: what a device sends, by a ring.
         times: how often in a step; source: the operation of the program it comes from.
     """
@@ -47,6 +48,7 @@ class Collective:
     axes: str
     group: tuple[int, ...]
     bytes: int
+    sizes: tuple[int, ...]
     wire: float
     times: float
     source: str
@@ -283,21 +285,51 @@ def _is_new(seen, body, instruction):
     return True
 
 
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}"
+)
+_IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{([\d,{}]*)\}")
+
+
 def groups(instruction: Instruction, devices: int) -> list[tuple[int, ...]]:
-    """Positions of the devices that exchange with one another."""
-    pairs = instruction.attribute("source_target_pairs")
-    if pairs:
-        return [tuple(map(int, p)) for p in re.findall(r"\{(\d+),(\d+)\}", pairs)]
-    text = instruction.attribute("replica_groups")
-    iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if iota:
-        shape, dims = (tuple(map(int, iota[n].split(","))) for n in (1, 2))
-        order = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            order = order.transpose([int(n) for n in iota[3].split(",")])
-        return [tuple(row) for row in order.reshape(shape).tolist()]
-    found = [tuple(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", text)]
-    return found or [tuple(range(devices))]
+    """Positions of the devices that exchange with one another.
+
+    Raises:
+        ValueError: they are written in a way that is not known.
+    """
+    text, numbers = instruction.attributes, lambda text: [int(n) for n in text.split(",") if n]
+
+    def order(dims, transposed):
+        found = np.arange(math.prod(dims)).reshape(dims)
+        return (found.transpose(numbers(transposed)) if transposed else found).ravel()
+
+    if iota := _IOTA_GROUPS.search(text):
+        rows = order(numbers(iota[2]), iota[3]).reshape(numbers(iota[1]))
+    elif named := _MESH_GROUPS.search(text):
+        sizes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])]
+        # An axis may be taken in part: 'a':(2)4 are its digits of weight 4 behind 2 others.
+        chosen, split = [], []
+        parts = {
+            n: (int(p), int(k)) for n, p, k in re.findall(r"'([^']+)':\((\d+)\)(\d+)", named[4])
+        }
+        whole = re.findall(r"'([^']+)'(?!:)", named[4])
+        for name, size in sizes:
+            before, taken = parts.get(name, (1, size if name in whole else 1))
+            chosen += [False, True, False]
+            split += [before, taken, size // before // taken]
+        dims = numbers(named[2]) if named[2] else [size for _, size in sizes]
+        grid = order(dims, named[3]).reshape(split)
+        last = [n for n, taken in enumerate(chosen) if taken]
+        rest = [n for n, taken in enumerate(chosen) if not taken]
+        rows = grid.transpose(rest + last).reshape(-1, math.prod(split[n] for n in last))
+    elif listed := _LISTED_GROUPS.search(text):
+        found = [tuple(numbers(g)) for g in re.findall(r"\{([\d,]+)\}", listed[1])]
+        return found or [tuple(range(devices))]
+    else:
+        raise ValueError(f"{instruction.name}: groups of devices written as {text[:120]!r}")
+    return [tuple(row) for row in rows.tolist()]
 
 
 def axes_of(found: list[tuple[int, ...]], mesh_shape: Mapping[str, int]) -> str:
@@ -314,11 +346,12 @@ def _collective(scope, instruction, times, mesh_shape, called):
     kind = _kind(instruction)
     found = groups(instruction, math.prod(mesh_shape.values()))
     group = max(found, key=len)
-    given = [scope.by_name[n] for n in instruction.operands if n in scope.by_name]
-    size = sum(s.bytes for i in given for s in i.shapes)
+    arrays = [
+        s for n in instruction.operands if n in scope.by_name for s in scope.by_name[n].shapes
+    ]
     ways = len(group)
-    if kind == "all-gather":
-        size *= ways
+    whole = ways if kind == "all-gather" else 1
+    size = whole * sum(s.bytes for s in arrays)
     if kind == "all-reduce" and called.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     share = (ways - 1) / ways
@@ -329,6 +362,7 @@ def _collective(scope, instruction, times, mesh_shape, called):
         axes=axes_of(found, mesh_shape),
         group=group,
         bytes=size,
+        sizes=tuple(whole * math.prod(s.dims) for s in arrays),
         wire=size * wire.get(kind, share),
         times=times,
         source=source[1] if source else "",

@@ -147,10 +147,13 @@ def find(name: str) -> Topology:
     # No question to a metadata server that only a TPU has; several processes may plan at once.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    options = {"num_slices": slices}
+    # jax's own devices have read XLA_FLAGS by now. libtpu reads them when it first compiles, and
+    # aborts at a flag that is not its own; it has LIBTPU_INIT_ARGS.
+    jax.devices()
+    os.environ.pop("XLA_FLAGS", None)
     try:
         described = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{kind}:{shape}", **options
+            platform="tpu", topology_name=f"{kind}:{shape}", num_slices=slices
         )
     except RuntimeError as error:
         raise RuntimeError(
