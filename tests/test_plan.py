@@ -9,7 +9,9 @@ import pytest
 from test_planning import experiment
 
 from starflow2_jax import plan
+from starflow2_jax.models import flops
 from starflow2_jax.planning import estimate, report, topology
+from starflow2_jax.training.step import model_config
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed (extra `plan`)")
@@ -104,9 +106,9 @@ def test_generate_is_planned_too():
     cfg = experiment(**{"sample.guidance": 0.0})
     (row,) = plan.plan(cfg, "cpu", ["fsdp"], what="generate")
     assert row["batch"] == 8 and row["tokens"] == 8 * 64 and not row["unknown_loops"]
-    # There is one row on a device: every token passes every weight, and looks at the whole cache.
-    per_token = 2 * row["memory"]["declared"]["params"] * 8 / 4 + 2 * 4 * 64 * 256
-    assert row["flops"] == pytest.approx(64 * per_token, rel=0.05)
+    # There is one row on a device: every token passes every matrix, and looks at the whole cache.
+    matrices = sum(flops.matrix_parameters(model_config(cfg), 0))
+    assert row["flops"] == pytest.approx(64 * (2 * matrices + 2 * 4 * 64 * 256), rel=0.02)
     with pytest.raises(ValueError, match="task='fae_pixels' is not planned"):
         plan.plan({**cfg, "task": "fae_pixels"}, "cpu", ["fsdp"], what="generate")
 
