@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow2_jax import config, start
+from starflow2_jax import config, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax.models import flops, layers
 from starflow2_jax.planning import cost, hlo, intent, memory, work
@@ -43,7 +43,7 @@ def experiment(layout="fsdp", mesh=None, depth=2, **changes):
 
 def compiled(cfg):
     """(program, executable, its text parsed, what it does)."""
-    program = start.build(cfg, meshes.make_mesh(cfg["mesh"]))
+    program = tasks.build(cfg, meshes.make_mesh(cfg["mesh"]))
     made = program.lower_step().compile()
     module = hlo.parse(made.as_text())
     return program, made, module, cost.analyse(module, program.mesh.shape)
@@ -157,7 +157,7 @@ def test_kept_activations_are_those_of_the_loops(of_layout):
     tokens, width, depth = 64, 64, 2
     expected = depth * ROWS * tokens * width * 4 / 8
     assert work.kept(trace(program), ROWS, 8) == pytest.approx(expected, rel=0.05)
-    other = start.build(experiment(**{"model.remat": "none"}), program.mesh)
+    other = tasks.build(experiment(**{"model.remat": "none"}), program.mesh)
     assert work.kept(trace(other), ROWS, 8) > 5 * expected
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax import start
+from starflow2_jax import tasks
 from starflow2_jax.planning import cost, decode, hlo, memory, work
 from starflow2_jax.planning.topology import Topology
 
@@ -57,7 +57,7 @@ def model_flops(cfg: Mapping[str, Any], mesh: Mesh) -> float:
     if bare["task"] == "flow":
         bare["model"]["attention"] = "plain"
     bare["train"]["microbatches"] = 1
-    program = start.build(bare, mesh, dry_run=True)
+    program = tasks.build(bare, mesh, dry_run=True)
     return work.flops(_trace(program))
 
 
@@ -77,7 +77,7 @@ def train_step(cfg: Mapping[str, Any], topology: Topology, own_flops: float | No
         ValueError: what building the program says of configuration, mesh or layout.
     """
     mesh = meshes.make_mesh(cfg["mesh"], topology.devices)
-    program = start.build(cfg, mesh, dry_run=True)
+    program = tasks.build(cfg, mesh, dry_run=True)
     rows, parts = cfg["train"]["batch_size"], cfg["train"]["microbatches"]
     traced = _trace(program)
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
@@ -94,7 +94,8 @@ def train_step(cfg: Mapping[str, Any], topology: Topology, own_flops: float | No
     held = row.pop("_memory")
     row["advice"] = memory.advice(held, cfg, dict(mesh.shape), rows)
     flops = model_flops(cfg, mesh) if own_flops is None else own_flops
-    return _rates(row, flops, rows * tokens_of(program), topology)
+    tokens = tasks.work(cfg, program.model, program.declared)["tokens"]
+    return _rates(row, flops, tokens, topology)
 
 
 def generate(cfg: Mapping[str, Any], topology: Topology, rows: int) -> Row:
@@ -106,13 +107,6 @@ def generate(cfg: Mapping[str, Any], topology: Topology, rows: int) -> Row:
     row.pop("_memory")
     row["advice"] = [] if row["fits"] else ["a layout that cuts weights, or a smaller --batch"]
     return _rates(row, None, made.tokens, topology)
-
-
-def tokens_of(program: Any) -> int:
-    """Tokens of a row: those of the model's image, or positions of the batch's rows."""
-    if hasattr(program.model, "tokens"):
-        return program.model.tokens
-    return max(leaf.shape[1] for leaf in jax.tree.leaves(program.abstract_batch) if leaf.ndim > 1)
 
 
 def _told(cfg, topology, mesh, rows):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from starflow2_jax import mesh as meshes
-from starflow2_jax import start
+from starflow2_jax import tasks
 from starflow2_jax.models.layers import REMAT
 from starflow2_jax.planning import estimate, memory, work
 from starflow2_jax.planning.topology import Topology
@@ -60,7 +60,7 @@ def search(
     for new in candidates(cfg, topology, layouts):
         try:
             mesh = meshes.make_mesh(new["mesh"], topology.devices)
-            program = start.build(new, mesh, dry_run=True)
+            program = tasks.build(new, mesh, dry_run=True)
         except ValueError:  # does not divide: not a candidate
             refused += 1
             continue
