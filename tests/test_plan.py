@@ -179,8 +179,7 @@ def test_splash_compiles_for_a_tpu_and_arguments_are_exact():
     held = row["memory"]
     assert held["unused"] == 0
     assert sum(held["declared"].values()) + held["padding"] == held["arguments"]
-    plain = {**cfg, "model": {**cfg["model"], "attention": "plain"}}
-    (other,) = plan.plan(plain, "v5e:2x2", ["fsdp"])
+    (other,) = plan.plan({**cfg, "attention": "plain"}, "v5e:2x2", ["fsdp"])
     assert other["kernel_flops"] == 0
     assert other["flops"] == pytest.approx(row["flops"], rel=0.2)
 

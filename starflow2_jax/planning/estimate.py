@@ -1,6 +1,5 @@
 """One row of a plan: a program compiled for a mesh, and what that costs."""
 
-import copy
 import math
 import time
 from collections.abc import Mapping
@@ -8,12 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax import tasks
-from starflow2_jax.planning import cost, decode, hlo, memory, work
+from starflow2_jax.planning import cost, decode, hlo, intent, memory, work
 from starflow2_jax.planning.topology import Topology
 
 Row = dict[str, Any]
@@ -34,31 +32,23 @@ def default_mesh(layout: str, topology: Topology) -> str:
     }[layout]
 
 
-def changed(cfg: Mapping[str, Any], key: str, value: Any, within: str = "") -> dict[str, Any]:
-    """A copy with every key of this name, at any depth (of the group `within`), set."""
-    found = copy.deepcopy(dict(cfg))
-
-    def visit(group, inside):
-        for name, inner in group.items():
-            if isinstance(inner, dict):
-                visit(inner, inside or name == within)
-            elif name == key and inside:
-                group[name] = value
-
-    visit(found, not within)
-    return found
+def changed(group: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+    """A copy of nested dicts in which every key of these names, at any depth, has these values."""
+    return {
+        name: changed(inner, **values) if isinstance(inner, Mapping) else values.get(name, inner)
+        for name, inner in group.items()
+    }
 
 
-def model_flops(cfg: Mapping[str, Any], mesh: Mesh) -> float:
+def model_flops(cfg: Mapping[str, Any]) -> float:
     """FLOPs of a training step itself: its products without rematerialisation, causal attention as
     the plain path computes it (5/8 of the square where rows are long).
     """
-    bare = changed(changed(cfg, "remat", "none", "model"), "attention", "plain", "model")
-    if bare["task"] == "flow":
-        bare["model"]["attention"] = "plain"
-    bare["train"]["microbatches"] = 1
-    program = tasks.build(bare, mesh, dry_run=True)
-    return work.flops(_trace(program))
+    bare = {**cfg, "layout": "dp", "train": {**cfg["train"], "microbatches": 1}}
+    # Products that a trace can count, as there are none in a kernel.
+    bare |= {"attention": "plain", "model": changed(cfg["model"], remat="none")}
+    mesh = meshes.make_mesh("data=1", jax.devices("cpu")[:1])
+    return work.flops(_trace(tasks.build(bare, mesh, dry_run=True)).jaxpr)
 
 
 def _trace(program):
@@ -90,10 +80,14 @@ def train_step(cfg: Mapping[str, Any], topology: Topology, own_flops: float | No
     with jax.set_mesh(mesh):
         lowered = traced.lower()
     row = _compiled(lowered, mesh, topology, memory.declared(program), activations)
+    if "flops" in row:
+        module, found = row.pop("_compiled")
+        tree = {name: part for name, part in program.declared.items() if name in trained}
+        row["unintended"] = intent.unintended(tree, found, module, mesh, cfg["layout"])
     row = {**_told(cfg, topology, mesh, rows), "parameters": count, **row}
     held = row.pop("_memory")
     row["advice"] = memory.advice(held, cfg, dict(mesh.shape), rows)
-    flops = model_flops(cfg, mesh) if own_flops is None else own_flops
+    flops = model_flops(cfg) if own_flops is None else own_flops
     tokens = tasks.work(cfg, program.model, program.declared)["tokens"]
     return _rates(row, flops, tokens, topology)
 
@@ -105,6 +99,7 @@ def generate(cfg: Mapping[str, Any], topology: Topology, rows: int) -> Row:
     row = _compiled(made.lowered, mesh, topology, made.declared, 0.0)
     row = {**_told(cfg, topology, mesh, rows), **row}
     row.pop("_memory")
+    row.pop("_compiled", None)
     row["advice"] = [] if row["fits"] else ["a layout that cuts weights, or a smaller --batch"]
     return _rates(row, None, made.tokens, topology)
 
@@ -118,7 +113,8 @@ def _told(cfg, topology, mesh, rows):
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "batch": rows,
         "microbatches": cfg["train"]["microbatches"],
-        "remat": cfg["model"].get("remat", ""),
+        "remat": cfg["model"].get("remat", "none"),
+        "attention": cfg["attention"],
     }
 
 
@@ -140,7 +136,7 @@ def _compiled(lowered, mesh, topology, declared, activations):
     row = {"fits": held.fits, "compile_s": seconds, "memory": asdict(held), "_memory": held}
     row["flops"], row["kernel_flops"], row["bytes"] = found.flops, found.kernel_flops, found.bytes
     row["collectives"] = _summed(found.collectives)
-    row["unknown_loops"] = list(found.unknown_loops)
+    row["unknown_loops"], row["_compiled"] = list(found.unknown_loops), (module, found)
     if chip.flops:
         row["compute_s"] = found.flops / chip.flops
         row["memory_s"] = found.bytes / chip.bandwidth

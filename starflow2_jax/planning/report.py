@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 GIB = 2**30
+# Lines about one layout, of exchanges that it does not mean.
+MOST = 3
 Row = dict[str, Any]
 _SHORT = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "scatter",
           "all-to-all": "to-all", "collective-permute": "permute"}  # fmt: skip
@@ -35,6 +37,10 @@ def lines(rows: Sequence[Row]) -> list[str]:
             over = row["memory"]["over"] / GIB
             found.append(f"{name} does not fit by {over:,.2f} GiB a chip; what would help:")
             found += [f"  {hint}" for hint in row["advice"]]
+        told = row.get("unintended", [])
+        found += [f"{name}: {line}" for line in told[:MOST]]
+        if len(told) > MOST:
+            found.append(f"{name}: and {len(told) - MOST} more that the layout does not mean")
         if row.get("unknown_loops"):
             found.append(f"{name}: loops of unknown length, counted once: "
                          f"{', '.join(row['unknown_loops'])}")  # fmt: skip
