@@ -13,7 +13,7 @@ time is a bound from the maker's figures: everything overlaps, or nothing does. 
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -57,19 +57,20 @@ def main(words: list[str]) -> None:
     if out is not None and out.exists() and not _OVERWRITE.value:
         raise FileExistsError(f"{out} is there already; --overwrite replaces it")
     layouts = _layouts(_LAYOUT.value or cfg["layout"])
+    told = lambda rows: result(cfg, rows, _TOPOLOGY.value, _WHAT.value)
+    keep = lambda rows: write(out, told(rows)) if out is not None else None
     rows = plan(
         cfg,
         _TOPOLOGY.value,
         layouts,
+        after=keep,
         mesh=_MESH.value,
         what=_WHAT.value,
         batch=_BATCH.value,
         tries=_TRIES.value if _SEARCH.value else 0,
     )
-    told = result(cfg, rows, _TOPOLOGY.value, _WHAT.value)
-    if out is not None:
-        write(out, told)
-    print(json.dumps(told, indent=2) if _JSON.value else "\n".join(table(told)))
+    keep(rows)
+    print(json.dumps(told(rows), indent=2) if _JSON.value else "\n".join(table(told(rows))))
 
 
 def _layouts(text: str) -> list[str]:
@@ -90,8 +91,11 @@ def plan(
     what: str = "train",
     batch: int | None = None,
     tries: int = 0,
+    after: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Rows of a plan, one a layout, or with `tries` those of a search.
+
+    `after` is called with the rows so far after each layout, which may take minutes.
 
     Of several layouts, one that does not suit the model or the devices gives a row that says why.
 
@@ -125,6 +129,7 @@ def plan(
             row = {"layout": layout, "mesh": meshes.parse_mesh(now["mesh"]), "error": str(error)}
         _say(f"{layout}: {time.perf_counter() - began:.0f} s")
         rows.append(row)
+        after(rows)
     return rows
 
 
