@@ -78,6 +78,12 @@ def test_eight_devices_equal_one(one_device, layout, sizes):
     assert any(m.shape == up.shape and m.sharding == up.sharding for m in moments)
 
 
+def test_positions_over_context_equal_one_device(one_device):
+    cfg = experiment(layout="fsdp", mesh="fsdp=4,context=2")
+    losses, _, _ = run(cfg, devices=jax.devices())
+    np.testing.assert_allclose(losses, one_device, rtol=1e-5, atol=1e-5)
+
+
 def test_microbatches_equal_the_whole_batch(one_device):
     losses, _, _ = run(experiment(**{"train.microbatches": 4}))
     np.testing.assert_allclose(losses, one_device, rtol=1e-5, atol=1e-5)
