@@ -86,6 +86,11 @@ KEYS: dict[str, Key] = {
     "seed": _count(0, "seed of weights, data order, noise, drops and samples"),
     "compute_dtype": _choice("float32", "dtype of matmuls", "float32", "bfloat16", "float64"),
     "frozen_dtype": _choice("float32", "dtype of a frozen VLM", "float32", "bfloat16"),
+    "attention": _choice(
+        "auto",
+        "kernel of causal attention; auto: what the platform has (models/attention.py)",
+        *("auto", "plain", "splash", "cudnn"),
+    ),
     "layout": _text("dp", "where weights live: a name in mesh.LAYOUTS"),
     "mesh": _text("data=-1", "devices along each mesh axis, -1 takes the rest"),
     "image.pixels": _count(0, "height = width of the images, 0 where latents are read"),
@@ -253,6 +258,18 @@ def build(kind: type[Config], group: Mapping[str, Any], prefix: str) -> Config:
             raise ValueError(f"config: key '{prefix}.{name}' is missing")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
     return kind(**values)
+
+
+def model_group(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` group of a causal model, with `compute_dtype` and `attention` where they are not
+    the default. Configurations saved before there was a choice of kernel lack `attention`.
+    """
+    group = dict(cfg["model"])
+    if cfg["compute_dtype"] != "float32":
+        group["compute_dtype"] = cfg["compute_dtype"]
+    if cfg.get("attention", "auto") != "auto":
+        group["attention"] = cfg["attention"]
+    return group
 
 
 def to_dict(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build, compile, print the tables
 
 # Keys that may differ when a run goes on: they change where and what is shown, not what is learnt.
 FREE_KEYS = (
-    *("layout", "mesh", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
+    *("layout", "mesh", "attention", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
     # Their contents are compared instead.
     *("teacher.path", "init.fae", "fae.path", "fae.lpips", "vlm.path"),
 )

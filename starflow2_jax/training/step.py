@@ -81,9 +81,7 @@ def model_config(cfg: Mapping[str, Any]) -> FlowConfig:
     Raises:
         ValueError: an unknown model key, or image keys that do not fit the model's.
     """
-    group = dict(cfg["model"])
-    if cfg["compute_dtype"] != "float32":
-        group["compute_dtype"] = cfg["compute_dtype"]
+    group = config.model_group(cfg)
     model = config.build(FlowConfig, group, "model")
     image = cfg["image"]
     if image["pixels"]:
