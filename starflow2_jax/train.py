@@ -6,7 +6,6 @@ python -m starflow2_jax.train --config experiments/starflow_t2i.py:3b --layout f
 """  # noqa: E501
 
 import os
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import allocator, command, config, start
+from starflow2_jax import allocator, command, config, distributed, start
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.data import pipeline
@@ -37,6 +36,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build, compile, print the tables
 # Keys that may differ when a run goes on: they change where and what is shown, not what is learnt.
 FREE_KEYS = (
     *("layout", "mesh", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
+    "distributed.",
     # Their contents are compared instead.
     *("teacher.path", "init.fae", "fae.lpips"),
 )
@@ -67,6 +67,8 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     """
     # ------------------------------------------------------------- configuration, data, workdir
     config.check(cfg)
+    distributed.init_distributed(cfg["distributed"])
+    distributed.agree("the configuration", cfg)
     is_flow = cfg["task"] == "flow"
     model = (programs if is_flow else fae_step).model_config(cfg)
     of = lambda group: likelihood.data_options(cfg, model, group)
@@ -75,21 +77,27 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         data = {g: pipeline.describe(of(g)) for g in ("data", "eval_data") if _given(cfg[g])}
         if "data" not in data:
             raise ValueError("config: data.path or data.mixture is needed")
+        distributed.agree("the data", {group: told["fingerprints"] for group, told in data.items()})
         _check_classes(cfg, data)
 
     null_text = _null_text(data["data"]) if data else None
     steps, newest = cfg["train"]["steps"], None
     if not dry_run:
         workdir = epath.Path(workdir)
+        distributed.agree(
+            f"what they see in {workdir}", {"newest step": step_folders.latest(workdir)}
+        )
         newest = _check_workdir(workdir, cfg, data)
         if newest == steps:
+            if not (workdir / report.FILE).exists():
+                report.write(workdir)  # the run was killed between its last step and this
             print(f"{workdir} is finished: step {newest} of {steps}", flush=True)
             return
 
     # ----------------------------------------------------------------------------- mesh, program
     _use_compilation_cache()
-    peak = speed.peak_flops()  # on one device, so before a mesh is set
     mesh = meshes.make_mesh(cfg["mesh"])
+    peak = speed.peak_flops()  # on one device, so before a mesh is set
     jax.set_mesh(mesh)
     if is_flow:
         program = programs.build(cfg, mesh, null_text=null_text)
@@ -131,7 +139,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         keep=cfg["checkpoint"]["keep"],
         keep_every=cfg["checkpoint"]["keep_every"] or None,
     )
-    stop = _catch_sigterm()
+    stop_asked = distributed.stopper()
     batches = pipeline.batches(
         of("data"),
         batch_size=cfg["train"]["batch_size"],
@@ -167,7 +175,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
 
     # -------------------------------------------------------------------------------------- loop
     profile = tuple(cfg["log"]["profile_steps"])
-    number = first
+    number, stopped = first, False
     try:
         for number in range(first + 1, steps + 1):
             if profile and number == profile[0]:
@@ -180,17 +188,16 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
             if profile and number == profile[1]:
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
-            last = number == steps or stop["asked"]
+            stopped = stop_asked(number) and number < steps
+            last = number == steps or stopped
             due = lambda every: last or (every and number % every == 0)  # noqa: B023
-            if due(cfg["checkpoint"]["every"]):
+            showing = due(cfg["sample"]["every"]) and cfg["sample"]["every"] and not stopped
+            measuring = due(cfg["evaluate"]["every"]) and "eval_data" in data and not stopped
+            saving = due(cfg["checkpoint"]["every"])
+            if showing or measuring or saving:
                 settle()
                 waiting = None
-                with speed.pause(log.clock, after=metrics):
-                    checkpoint.save(writer, number, state, {**meta, "step": number})
-                    logs.upload(log)
-            if stop["asked"]:
-                break
-            if due(cfg["sample"]["every"]) and cfg["sample"]["every"] and (is_flow or program.show):
+            if showing and (is_flow or program.show):
                 group = "eval_data" if "eval_data" in data else "data"
                 with speed.pause(log.clock, after=metrics):
                     if is_flow:
@@ -201,14 +208,20 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
                     else:
                         images, captions = samples.beside(program, state, frozen, of(group))
                     logs.samples(log, number, images, captions)
-            if due(cfg["evaluate"]["every"]) and "eval_data" in data:
+            if measuring:
                 with speed.pause(log.clock, after=metrics):
                     _evaluate(program, state, frozen, log, number, of("eval_data"))
+            if saving:  # last: a step that is restored has all that belongs to it
+                with speed.pause(log.clock, after=metrics):
+                    checkpoint.save(writer, number, state, {**meta, "step": number})
+                    logs.upload(log)
+            if stopped:
+                break
         checkpoint.wait(writer)
     finally:
         checkpoint.close(writer)
         logs.close(log)
-    if stop["asked"] and number < steps:
+    if stopped:
         print(f"stopped by SIGTERM at step {number}, saved; the same command resumes", flush=True)
         return
     if jax.process_index() == 0:
@@ -306,12 +319,6 @@ def _fingerprints(data: dict[str, Any]) -> list[str]:
     told = data["data"]
     encoders = [features.get("fae") for features in told["features"]]
     return [*told["fingerprints"], *(encoder["sha256"] for encoder in encoders if encoder)]
-
-
-def _catch_sigterm() -> dict[str, bool]:
-    stop = {"asked": False}
-    signal.signal(signal.SIGTERM, lambda *_: stop.update(asked=True))
-    return stop
 
 
 def _summary(window: list[dict[str, Any]], means: Callable) -> dict[str, float]:
