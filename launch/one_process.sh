@@ -33,7 +33,7 @@ reason() { # STATUS
   fi
   [ -n "$said" ] || said=$(grep -v '^ *$' "$log" | tail -n 1)
   if [ "$1" -gt 128 ]; then
-    printf 'killed by signal %d; ' $(($1 - 128))
+    printf 'ended by signal %d; its last words: ' $(($1 - 128))
   fi
   printf '%s\n' "${said#error: }" | cut -c1-600
 }
@@ -41,11 +41,11 @@ reason() { # STATUS
 PYTHONUNBUFFERED=1 "$@" > >(tee "$log") 2>&1 &
 pid=$!
 trap 'kill -TERM $pid 2> /dev/null' TERM INT
-wait "$pid"
+wait "$pid" 2> /dev/null
 status=$?
 # A trap interrupts the first wait; the second gives the status of the command itself.
 while kill -0 "$pid" 2> /dev/null; do
-  wait "$pid"
+  wait "$pid" 2> /dev/null
   status=$?
 done
 if [ "$status" -ne 0 ]; then

@@ -144,8 +144,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         of("data"),
         batch_size=cfg["train"]["batch_size"],
         start_step=first,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=meshes.host_rows(cfg["train"]["batch_size"], mesh),
     )
     rows, tokens = cfg["train"]["batch_size"], model.tokens
     work = {"tokens": rows * tokens, "flops": 0, "peak": peak}
@@ -332,12 +331,8 @@ def _evaluate(program, state, frozen, log, number, options) -> None:
     evaluate = program.cfg["evaluate"]
     ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     size = -(-evaluate["batch_size"] // ways) * ways  # no figure depends on it
-    batches = pipeline.eval_batches(
-        options,
-        batch_size=size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    mine = meshes.host_rows(size, program.mesh)
+    batches = pipeline.eval_batches(options, batch_size=size, rows=mine)
     batches = likelihood.limit(batches, evaluate["rows"], size)
     values = likelihood.evaluate(program, state.ema, frozen, batches)
     logs.row(log, number, {f"eval/{name}": value for name, value in values.items()})

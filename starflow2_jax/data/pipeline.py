@@ -3,8 +3,8 @@
 Batch k is a pure function of the options and k: the examples of global batch k are the same, in the
 same order, for any number of hosts, and a run resumes at step k by asking for step k. No iterator
 state is ever saved. Order: each dataset is shuffled globally with a seed of its own for each epoch,
-repeated, then mixed by weight; host p of n takes the p-th n-th of every global batch and reads
-nothing else.
+repeated, then mixed by weight; a host makes the rows of every global batch that it is asked for
+and reads nothing else.
 
 A host batch is a dict of numpy arrays, b rows: `image` uint8 [b, H, W, 3], or `latent_mean` and
 `latent_logvar` float32 [b, T, D]; `label` int32 [b]; `tokens` int32 [b, L] (UTF-8 bytes + 1, 0 =
@@ -16,7 +16,7 @@ import difflib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -102,8 +102,7 @@ def batches(
     *,
     batch_size: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Training batches without end, the first one that of `start_step`.
 
@@ -111,15 +110,15 @@ def batches(
       cfg_data: the keys of `Options`.
       batch_size: examples in the global batch.
       start_step: number of the first batch to give.
-      process_index, process_count: this host among the hosts.
+      rows: which rows of each global batch this host makes, in order (`mesh.host_rows`); None: all.
 
     Raises:
-      ValueError: a wrong option, or a batch that the hosts do not divide.
+      ValueError: a wrong option, or rows that a batch does not have.
       DatasetError: a folder or record that is not as it should be, naming it.
     """
     opts = options(cfg_data)
     sources = _open(opts)
-    mine = _host_rows(batch_size, process_index, process_count)
+    mine = _checked(rows, batch_size)
     order = _order(opts, sources)
     read = _reader(opts, sources)
 
@@ -135,18 +134,17 @@ def eval_batches(
     cfg_data: Mapping[str, Any],
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One pass over all examples in the order of the folders, every batch of full size.
 
-    Adds `mask` float32 [b]: 0 for the rows that fill the last batch (id "") and for bad records
-    within the `skip_bad` budget. Arguments and errors as in `batches`; shuffle and weights are
-    without effect.
+    Adds `row` int32 [b], each row's position in the pass, and `mask` float32 [b]: 0 for the rows
+    that fill the last batch (id "") and for bad records within the `skip_bad` budget. Arguments and
+    errors as in `batches`; shuffle and weights are without effect.
     """
     opts = options(cfg_data)
     sources = _open(opts)
-    mine = _host_rows(batch_size, process_index, process_count)
+    mine = _checked(rows, batch_size)
     total = sum(len(source) for source in sources)
     read = _reader(opts, sources)
 
@@ -158,15 +156,15 @@ def eval_batches(
         return number, position
 
     def make(step: int) -> dict[str, Any]:
-        rows, mask = [], []
-        for row in mine:
-            position = step * batch_size + row
+        examples, mask, positions = [], [], [step * batch_size + row for row in mine]
+        for position in positions:
             example, good = read(*place(min(position, total - 1)))
             if position >= total:
                 example, good = {**example, "id": ""}, False
-            rows.append(example)
+            examples.append(example)
             mask.append(good)
-        return _stack(rows) | {"mask": np.asarray(mask, np.float32)}
+        found = {"row": np.asarray(positions, np.int32), "mask": np.asarray(mask, np.float32)}
+        return _stack(examples) | found
 
     steps = grain.MapDataset.range(-(-total // batch_size))
     return iter(steps.map(make).to_iter_dataset(_read_options(opts)))
@@ -262,15 +260,11 @@ def _pair(number: int, index: int) -> tuple[int, int]:
     return number, index
 
 
-def _host_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} of process_count {process_count}")
-    share, rest = divmod(batch_size, process_count)
-    if rest or not share:
-        raise ValueError(
-            f"batch_size {batch_size} cannot be divided evenly among {process_count} hosts"
-        )
-    return range(process_index * share, (process_index + 1) * share)
+def _checked(rows: Sequence[int] | None, batch_size: int) -> list[int]:
+    mine = list(range(batch_size)) if rows is None else [int(row) for row in rows]
+    if not mine or min(mine) < 0 or max(mine) >= batch_size:
+        raise ValueError(f"rows {mine[:4]} ... are not of a batch of batch_size={batch_size}")
+    return mine
 
 
 def _reader(
