@@ -27,6 +27,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import logging
 import os
 import platform
 import re
@@ -189,6 +190,7 @@ def init_distributed(timeouts: Mapping[str, int] | None = None) -> None:
     before = sys.excepthook
     sys.excepthook = lambda kind, error, trace: (before(kind, error, trace), fail(error))
     atexit.register(_finish, _session)
+    logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
     jax.distributed.initialize(
         place.coordinator,
         place.processes,

@@ -40,14 +40,10 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module", params=list(EXPERIMENTS))
 def make(request, data):
     """changes -> configuration."""
-    return lambda **changes: EXPERIMENTS[request.param](
-        data,
-        **{
-            **QUIET,
-            "distributed": PATIENT,
-            **{name.replace("__", "."): value for name, value in changes.items()},
-        },
-    )
+    build = EXPERIMENTS[request.param]
+    fixed = {**QUIET, "distributed": PATIENT}
+    dotted = lambda changes: {name.replace("__", "."): value for name, value in changes.items()}
+    return lambda **changes: build(data, **{**fixed, **dotted(changes)})
 
 
 def start(cfg, workdir, shape="2x4", what="", notes="", environ=None):
