@@ -47,6 +47,14 @@ if [ -z "$port" ]; then
   done
 fi
 
+prefix() { # Not awk, of which some keep lines back.
+  trap '' TERM INT
+  local line
+  while IFS= read -r line || [ -n "$line" ]; do
+    printf '%s %s\n' "$1" "$line"
+  done
+}
+
 pids=()
 trap 'kill -TERM "${pids[@]}" 2> /dev/null' TERM INT
 for ((i = 0; i < count; i++)); do
@@ -65,7 +73,7 @@ for ((i = 0; i < count; i++)); do
         ;;
     esac
     exec bash "$here/one_process.sh" "$@"
-  ) > >(awk -v p="[$i] " '{ print p $0; fflush() }') 2>&1 &
+  ) > >(prefix "[$i]") 2>&1 &
   pids+=($!)
 done
 
@@ -89,10 +97,11 @@ while [ ${#left[@]} -gt 0 ]; do
     for i in ${left[@]+"${left[@]}"}; do
       pkill -KILL -P "${pids[i]}"
     done
+    deadline=$((SECONDS + 60)) # they have something to say yet
   fi
   sleep 0.2
 done
-sleep 0.3 # awk may have a line to write yet
+sleep 0.3 # `prefix` may have a line to write yet
 if [ -n "$first" ]; then
   printf 'error: the first of %d processes to end: %s\n' "$count" \
     "$(cat "$logs/process_$first.reason" 2> /dev/null || echo "process $first, status $status")" >&2
