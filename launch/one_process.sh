@@ -31,7 +31,7 @@ reason() { # STATUS
     said=$(awk '/absl::Status: / { sub(/.*absl::Status: /, ""); found = $0; getline more
       if (found ~ /unhealthy/) found = found " process " more } END { print found }' "$log")
   fi
-  [ -n "$said" ] || said=$(grep -v '^ *$' "$log" | tail -n 1)
+  [ -n "$said" ] || said=$(grep -Ev '^ *$|^\[Gloo\]' "$log" | tail -n 1)
   if [ "$1" -gt 128 ]; then
     printf 'ended by signal %d; its last words: ' $(($1 - 128))
   fi
