@@ -95,7 +95,7 @@ while [ ${#left[@]} -gt 0 ]; do
   left=(${still[@]+"${still[@]}"})
   if [ -n "$first" ] && [ "$SECONDS" -ge "$deadline" ]; then
     for i in ${left[@]+"${left[@]}"}; do
-      pkill -KILL -P "${pids[i]}"
+      kill -USR1 "${pids[i]}" # on which one_process.sh kills its command
     done
     deadline=$((SECONDS + 60)) # they have something to say yet
   fi

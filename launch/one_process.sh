@@ -5,7 +5,7 @@
 #
 # Each launcher starts its processes through this. Output goes on and into LOGS/process_N.log (LOGS:
 # $STARFLOW2_LOGS, default runs/logs). SIGTERM and SIGINT are passed on as SIGTERM, on which training
-# saves. The exit status is the command's; where it died of signal S, 128 + S.
+# saves; SIGUSR1 kills it. The exit status is the command's; where it died of signal S, 128 + S.
 set -uo pipefail
 
 [ $# -gt 0 ] || {
@@ -41,6 +41,7 @@ reason() { # STATUS
 PYTHONUNBUFFERED=1 "$@" > >(tee "$log") 2>&1 &
 pid=$!
 trap 'kill -TERM $pid 2> /dev/null' TERM INT
+trap 'kill -KILL $pid 2> /dev/null' USR1
 wait "$pid" 2> /dev/null
 status=$?
 # A trap interrupts the first wait; the second gives the status of the command itself.

@@ -31,6 +31,7 @@ from starflow2_jax.training.step_folders import (
     COMMIT_FILE,
     FOLDER,
     Step,
+    absolute,
     check_files,
     committed,
     find,
@@ -139,7 +140,7 @@ def open(workdir: epath.PathLike, *, keep: int | None = 3, keep_every: int | Non
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint has to be kept (None keeps all)")
-    workdir = epath.Path(workdir).resolve()
+    workdir = absolute(workdir)
     (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     return Writer(workdir, keep, keep_every, pool)
