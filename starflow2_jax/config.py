@@ -71,13 +71,16 @@ _DATA = {
     "features": _text("", "dataset folder of text features parallel to `path`"),
     "shuffle": _flag(True, "a new global order every epoch"),
     "threads": _positive(4, "decoding threads"),
+    "blank": _flag(False, "grey images in place of those of interleaved rows"),
     "skip_bad": _count(0, "records that may fail to decode before the run stops"),
 }
 
-TASKS = ("flow", "fae_features", "fae_pixels")
+TASKS = ("flow", "fae_features", "fae_pixels", "vlm")
 
 KEYS: dict[str, Key] = {
-    "task": _choice("flow", "what is trained: a flow, or a module of the latent codec", *TASKS),
+    "task": _choice(
+        "flow", "what is trained: a flow, a module of the latent codec, a model that reads", *TASKS
+    ),
     "seed": _count(0, "seed of weights, data order, noise, drops and samples"),
     "compute_dtype": _choice("float32", "dtype of matmuls", "float32", "bfloat16", "float64"),
     "layout": _text("dp", "where weights live: a name in mesh.LAYOUTS"),
@@ -94,13 +97,21 @@ KEYS: dict[str, Key] = {
         lambda v: _is_whole(v) and (v == 0 or v >= BYTE_VOCABULARY),
         f"0, or at least {BYTE_VOCABULARY} (every byte, and 0 as padding)",
     ),
+    "text.tokenizer": _text("", "folder of the tokenizer of interleaved rows"),
+    "text.length": _positive(256, "positions of an interleaved row"),
+    "text.images": _count(0, "images of an interleaved row, 0 as many as fit"),
     "noise.kind": _choice("gaussian", "noise added to the data", "gaussian", "uniform", "none"),
     "noise.sigma": _number(0.05, "standard deviation of gaussian noise"),
     "drop.condition": _number(0.1, "share of rows that lose text and label", 0.0, 1.0),
+    "drop.all": _number(0.0, "share of interleaved records that lose images, too", 0.0, 1.0),
+    "vlm.reconstruction": _number(0.1, "weight of pixels read back from the tower's features"),
     "loss.latent_penalty": _number(1e-4, "weight of the mean square before every block"),
     "teacher.kind": _choice("dinov2", "the codec's frozen tower", "dinov2", "qwen"),
-    "teacher.path": _text("", "its folder as published; empty: a tiny one, drawn from the seed"),
+    "teacher.path": _text(
+        "", "its folder as published, or pretrained/NAME; empty: a tiny one, drawn from the seed"
+    ),
     "teacher.pixels": _positive(64, "side to which images are resized for the tower"),
+    "fae.path": _text("", "workdir or model folder of the codec that encodes a flow's images"),
     "fae.beta": _number(1e-6, "weight of the KL in nats of a row against the mean square"),
     "fae.latent_noise": _number(
         0.0, "noise on unit-variance latents from which the feature decoder learns"

@@ -30,6 +30,10 @@ from starflow2_jax.data import (
     shapes_tasks,
     shapes_withheld,
     shards,
+    tokens,
+)
+from starflow2_jax.data import (
+    tokenizer as tokenizer_lib,
 )
 from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.sources import SOURCES
@@ -40,7 +44,8 @@ VERBS = {
     "verify": "sha256 of every shard (--data)",
     "stats": "counts, sizes, caption lengths, classes (--data)",
     "show": "contact sheet with captions (--data --out)",
-    "index": "lengths and packing plan of rows (--data --row_length)",
+    "tokenizer": "a small tokenizer of a dataset's texts (--data --vocabulary --out)",
+    "index": "lengths and packing plan of rows (--data --tokenizer --row_length)",
     "features": "SD-VAE latents and T5 text features, in parallel (--data --vae --t5 --out)",
     "latents": "a trained codec's latents, in parallel (--data --fae --out --shard i/n)",
 }
@@ -85,9 +90,15 @@ def define(values: flags.FlagValues) -> None:
     number("text_length", 128, "features: tokens of text", 1, flag_values=values)
     number("patch", 1, "features: latent pixels on a side of a token", 1, flag_values=values)
     number("row_length", 2048, "index: positions of a row", 1, flag_values=values)
-    text("tokenizer", "bytes", "index: bytes, or a tokenizer folder", flag_values=values)
+    text("tokenizer", None, "index: folder of a tokenizer", flag_values=values)
+    number("vocabulary", 640, "tokenizer: how many ids", 1, flag_values=values)
+    number(
+        "tower_patch", 4, "tokenizer: pixels of a patch of the vision tower", 1, flag_values=values
+    )
+    number("tower_merge", 2, "tokenizer: patches of the tower side by side in one feature", 1,
+           flag_values=values)  # fmt: skip
     number("image_tokens", 256, "index: positions of an image", 1, flag_values=values)
-    number("turn_tokens", 0, "index: positions that a change of role adds", 0, flag_values=values)
+    number("row_images", 0, "index: images of a row, 0 as many as fit", 0, flag_values=values)
     number("batch_size", 8, "features: images encoded at once", 1, flag_values=values)
     text("fae", None, "latents: workdir or model folder of the codec", flag_values=values)
     text("shard", "0/1", "latents: i/n, this job among n that share the shards", flag_values=values)
@@ -224,12 +235,19 @@ def features(values: flags.FlagValues) -> dict[str, Any]:
     return {"out": out, "records": written.records, "bytes": written.bytes, "arrays": arrays}
 
 
+def tokenizer(values: flags.FlagValues) -> dict[str, Any]:
+    """A folder with a tokenizer, chat template and image processor."""
+    data, out = (_needed(values, name) for name in ("data", "out"))
+    text = tokenizer_lib.train(data, values.vocabulary)
+    tokenizer_lib.write(text, out, patch=values.tower_patch, merge=values.tower_merge, frames=2)
+    return {"out": out, "size": tokens.open_tokenizer(out).size}
+
+
 def index(values: flags.FlagValues) -> dict[str, Any]:
     """Lengths of the records and a packing plan, beside the manifest; done already, it is read."""
-    measure = packing.Measure(values.tokenizer, values.image_tokens, values.turn_tokens)
-    file, plan = packing.index(
-        _needed(values, "data"), measure, values.row_length, values["seed"].value
-    )
+    room = packing.Room(values.row_length, values.image_tokens, values.row_images)
+    data, tokenizer = (_needed(values, name) for name in ("data", "tokenizer"))
+    file, plan = packing.index(data, tokenizer, room, values["seed"].value)
     return {
         "out": file,
         "records": len(plan.lengths),
@@ -314,6 +332,7 @@ _RUN = {
     "verify": verify,
     "stats": stats,
     "show": show,
+    "tokenizer": tokenizer,
     "index": index,
     "features": features,
     "latents": latents,

@@ -15,14 +15,12 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import allocator, command, config, distributed, start
+from starflow2_jax import allocator, command, config, distributed, online, start, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.data import pipeline
 from starflow2_jax.evaluation import likelihood, report, samples
 from starflow2_jax.generation import model as generation
-from starflow2_jax.models import flops
-from starflow2_jax.training import checkpoint, fae_step, speed, step_folders
+from starflow2_jax.training import checkpoint, speed, step_folders
 from starflow2_jax.training import log as logs
 from starflow2_jax.training import step as programs
 
@@ -38,7 +36,7 @@ FREE_KEYS = (
     *("layout", "mesh", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
     "distributed.",
     # Their contents are compared instead.
-    *("teacher.path", "init.fae", "fae.lpips"),
+    *("teacher.path", "init.fae", "fae.path", "fae.lpips"),
 )
 PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", "eval_data.")
 
@@ -70,11 +68,13 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     distributed.init_distributed(cfg["distributed"])
     distributed.agree("the configuration", cfg)
     is_flow = cfg["task"] == "flow"
-    model = (programs if is_flow else fae_step).model_config(cfg)
-    of = lambda group: likelihood.data_options(cfg, model, group)
+    model, reader = tasks.model_config(cfg), tasks.reader(cfg)
+    fae = online.open(cfg, model)
+    of = lambda group: online.options(tasks.data_options(cfg, model, group), fae)
     data = None
     if not dry_run:
-        data = {g: pipeline.describe(of(g)) for g in ("data", "eval_data") if _given(cfg[g])}
+        given = [group for group in ("data", "eval_data") if _given(cfg[group])]
+        data = {g: online.describe(reader.describe(of(g)), fae, f"{g}.latents") for g in given}
         if "data" not in data:
             raise ValueError("config: data.path or data.mixture is needed")
         distributed.agree("the data", {group: told["fingerprints"] for group, told in data.items()})
@@ -99,10 +99,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     mesh = meshes.make_mesh(cfg["mesh"])
     peak = speed.peak_flops()  # on one device, so before a mesh is set
     jax.set_mesh(mesh)
-    if is_flow:
-        program = programs.build(cfg, mesh, null_text=null_text)
-    else:
-        program = fae_step.build(cfg, mesh, start.codec(cfg, dry_run))
+    program = tasks.build(cfg, mesh, null_text=null_text, dry_run=dry_run)
     if jax.process_index() == 0:
         print(overview(program), flush=True)
     began = time.perf_counter()
@@ -113,10 +110,11 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
 
     # ------------------------------------------------------------------------------------- start
     state, frozen = program.init(jax.random.key(cfg["seed"]))
+    frozen_files = {**program.identity, **online.identity(data["data"])}
     if newest is not None:  # 1. resume
         del state
         state, then = checkpoint.restore(workdir, newest, program.abstract_state)
-        checkpoint.check_frozen(workdir, then, program.identity)
+        checkpoint.check_frozen(workdir, then, frozen_files)
         print(f"resumed {workdir} at step {newest}", flush=True)
     elif cfg["init"]["from"]:  # 2. weights of another run
         state = start.warm(program, state, cfg["init"])
@@ -129,7 +127,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         "data": data,
         "classes": classes,
         "null_text": null_text,
-        "frozen": program.identity,
+        "frozen": frozen_files,
         "versions": logs.environment(),
     }
     logs.save_config(workdir, cfg)
@@ -140,16 +138,14 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         keep_every=cfg["checkpoint"]["keep_every"] or None,
     )
     stop_asked = distributed.stopper()
-    batches = pipeline.batches(
+    batches = reader.batches(
         of("data"),
         batch_size=cfg["train"]["batch_size"],
         start_step=first,
         rows=meshes.host_rows(cfg["train"]["batch_size"], mesh),
     )
-    rows, tokens = cfg["train"]["batch_size"], model.tokens
-    work = {"tokens": rows * tokens, "flops": 0, "peak": peak}
-    if is_flow:
-        work["flops"] = flops.train_step(model, rows, tokens, model.text_length)
+    batches = online.encoded(batches, fae)
+    work = {**tasks.work(cfg, model, program.declared), "peak": peak}
     window: list[dict[str, Any]] = []
     waiting = None
 
@@ -209,7 +205,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
                     logs.samples(log, number, images, captions)
             if measuring:
                 with speed.pause(log.clock, after=metrics):
-                    _evaluate(program, state, frozen, log, number, of("eval_data"))
+                    _evaluate(program, state, frozen, log, number, of("eval_data"), fae)
             if saving:  # last: a step that is restored has all that belongs to it
                 with speed.pause(log.clock, after=metrics):
                     checkpoint.save(writer, number, state, {**meta, "step": number})
@@ -327,13 +323,14 @@ def _summary(window: list[dict[str, Any]], means: Callable) -> dict[str, float]:
     return {"loss": sums["loss"] / len(window), **means(sums), **newest}
 
 
-def _evaluate(program, state, frozen, log, number, options) -> None:
+def _evaluate(program, state, frozen, log, number, options, fae=None) -> None:
     evaluate = program.cfg["evaluate"]
     ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     size = -(-evaluate["batch_size"] // ways) * ways  # no figure depends on it
-    mine = meshes.host_rows(size, program.mesh)
-    batches = pipeline.eval_batches(options, batch_size=size, rows=mine)
-    batches = likelihood.limit(batches, evaluate["rows"], size)
+    batches = tasks.reader(program.cfg).eval_batches(
+        options, batch_size=size, rows=meshes.host_rows(size, program.mesh)
+    )
+    batches = online.encoded(likelihood.limit(batches, evaluate["rows"], size), fae)
     values = likelihood.evaluate(program, state.ema, frozen, batches)
     logs.row(log, number, {f"eval/{name}": value for name, value in values.items()})
     first = "{} {:.4f}".format(*next(iter(values.items())))

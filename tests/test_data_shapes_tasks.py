@@ -56,15 +56,15 @@ def kinds(scene):
 
 
 def test_record_depends_on_seed_and_number_alone():
-    few = [records.encode(r) for r in shapes_tasks.make_records(1, 21, 16)]
+    few = [records.encode(r) for r in shapes_tasks.make_records(1, 24, 16)]
     many = [records.encode(r) for r in shapes_tasks.make_records(1, 50, 16)]
-    other = [records.encode(r) for r in shapes_tasks.make_records(2, 21, 16)]
-    assert few == many[:21] and not set(few) & set(other)
+    other = [records.encode(r) for r in shapes_tasks.make_records(2, 24, 16)]
+    assert few == many[:24] and not set(few) & set(other)
     assert len({records.decode(data, "x").id for data in many}) == 50
     # The other tasks of a mixture change nothing of a task.
     alone = [records.encode(r) for r in some("edit", 3, seed=1)]
-    assert alone == few[2::7]
-    assert records.decode(few[9], "x").id == "shapes-edit-1-00000001"
+    assert alone == few[2::8]
+    assert records.decode(few[10], "x").id == "shapes-edit-1-00000001"
 
 
 def test_pictures_for_captions_stay_as_they_were():

@@ -71,6 +71,22 @@ def center_crop(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
+def square(pixels: np.ndarray, side: int, resize: str, where: str) -> np.ndarray:
+    """uint8 [side, side, 3]; with `resize` "center_crop" of any image, with "none" of that size.
+
+    Raises:
+      DatasetError: an image of another size, naming `where`.
+    """
+    if resize == "center_crop" and pixels.shape[:2] != (side, side):
+        pixels = center_crop(pixels, side)
+    if pixels.shape[:2] != (side, side):
+        raise DatasetError(
+            f"{where}: the image is {pixels.shape[0]} x {pixels.shape[1]} (h x w), expected "
+            f"data.pixels={side}; data.resize='center_crop' would bring it to that size"
+        )
+    return pixels
+
+
 def _open(data: bytes, where: str) -> Image.Image:
     if len(data) > MAX_BYTES:
         raise DatasetError(f"{where}: the image has {len(data)} bytes, at most {MAX_BYTES} allowed")

@@ -10,34 +10,40 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import grain
 import numpy as np
 
 from starflow2_jax.data import manifest as manifest_lib
-from starflow2_jax.data import records
+from starflow2_jax.data import records, tokens
 from starflow2_jax.data.manifest import DatasetError
-from starflow2_jax.data.records import Img, Record
+from starflow2_jax.data.records import Record
+from starflow2_jax.data.tokens import Tokenizer
 
-VERSION = 1  # raise it when equal arguments would give another plan
+VERSION = 2  # raise it when equal arguments would give another plan
 # Rows that stay open. More waste less; first fit over them keeps the plan one pass.
 OPEN_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Measure:
-    """How long a record is.
+class Room:
+    """What a row holds.
 
     Attributes:
-        tokenizer: "bytes" (UTF-8), or a folder with a tokenizer of `transformers`.
-        image_tokens: positions of an image, its two delimiters not counted.
-        turn_tokens: positions that a change of role adds.
+        positions: T, items of all its records.
+        patches: N, positions of an image beside its two delimiters.
+        images: M, images at most; 0 as many as fit.
     """
 
-    tokenizer: str = "bytes"
-    image_tokens: int = 256
-    turn_tokens: int = 0
+    positions: int
+    patches: int
+    images: int = 0
+
+    @property
+    def places(self) -> int:
+        """M."""
+        return self.images or self.positions // (self.patches + 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +51,17 @@ class Plan:
     """Rows of records.
 
     Attributes:
-        lengths: int32 [records], in positions.
+        lengths: int32 [records], in positions; images: int32 [records].
         items: int32 [records], the records of row 0, then of row 1, ...
         ends: int64 [rows], where each row ends in `items`.
-        row_length: positions of a row.
+        room: of a row.
     """
 
     lengths: np.ndarray
+    images: np.ndarray
     items: np.ndarray
     ends: np.ndarray
-    row_length: int
+    room: Room
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -68,74 +75,59 @@ class Plan:
     @property
     def waste(self) -> float:
         """Share of positions that hold nothing."""
-        return 1 - int(self.lengths.sum()) / (len(self) * self.row_length)
+        return 1 - int(self.lengths.sum()) / (len(self) * self.room.positions)
 
 
-def length(record: Record, measure: Measure, count: Callable[[str], int]) -> int:
-    """Positions that a record takes; `count` gives those of a text."""
-    total, role = 0, None
-    for segment in record.segs:
-        if segment.role != role:
-            total, role = total + measure.turn_tokens, segment.role
-        image = isinstance(segment, Img)
-        total += measure.image_tokens + 2 if image else count(segment.s)
-    return total
+def size(record: Record, tokenizer: Tokenizer, patches: int) -> tuple[int, int]:
+    """Positions and images of a record as `tokens.layout` lays it out."""
+    parts, images = tokens.parts(record)
+    return len(tokens.layout(parts, tokenizer, patches).ids), len(images)
 
 
-def counter(tokenizer: str) -> Callable[[str], int]:
-    """Text -> number of tokens.
-
-    Raises:
-        DatasetError: a folder without a tokenizer.
-    """
-    if tokenizer == "bytes":
-        return lambda text: len(text.encode())
-    from transformers import AutoTokenizer
-
-    try:
-        found = AutoTokenizer.from_pretrained(
-            tokenizer, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{tokenizer}: no tokenizer in this folder: {error}") from error
-    return lambda text: len(found(text, add_special_tokens=False)["input_ids"])
-
-
-def pack(lengths: Sequence[int], row_length: int, seed: int = 0) -> Plan:
+def pack(lengths: Sequence[int], images: Sequence[int], room: Room, seed: int = 0) -> Plan:
     """First fit over the records in an order drawn from `seed`; equal arguments, equal plan.
 
     Raises:
-        DatasetError: a record longer than a row; names the first, and how many there are.
+        DatasetError: a record longer than a row, or with more images; names the first, and how many
+            there are.
     """
-    sizes = np.asarray(lengths, np.int32)
-    long = np.flatnonzero(sizes > row_length)
-    if len(long):
-        raise DatasetError(
-            f"record {long[0]} takes {sizes[long[0]]} positions, a row has {row_length} "
-            f"({len(long)} records are too long); give longer rows or leave them out of the data"
-        )
+    sizes = np.stack([np.asarray(lengths, np.int32), np.asarray(images, np.int32)], -1)
+    most = np.asarray([room.positions, room.places])
+    for axis, what in enumerate(("positions", "images")):
+        long = np.flatnonzero(sizes[:, axis] > most[axis])
+        if len(long):
+            raise DatasetError(
+                f"record {long[0]} takes {sizes[long[0], axis]} {what}, a row has {most[axis]} "
+                f"({len(long)} records have too many); give larger rows or leave them out"
+            )
     rows: list[list[int]] = []
-    room = np.zeros(0, np.int64)  # of the open rows
+    left = np.zeros((0, 2), np.int64)  # of the open rows
     numbers = np.zeros(0, np.int64)
     for item in np.random.default_rng(seed).permutation(len(sizes)).tolist():
-        fits = np.flatnonzero(room >= sizes[item])
+        fits = np.flatnonzero((left >= sizes[item]).all(1))
         if len(fits):
             at = fits[0]
         else:
             # The fullest row closes for a new one.
-            keep = np.arange(len(room)) != room.argmin() if len(room) == OPEN_ROWS else slice(None)
-            room, numbers = np.append(room[keep], row_length), np.append(numbers[keep], len(rows))
+            full = len(left) == OPEN_ROWS
+            keep = np.arange(len(left)) != left[:, 0].argmin() if full else slice(None)
+            left = np.concatenate([left[keep], most[None]])
+            numbers = np.append(numbers[keep], len(rows))
             rows.append([])
-            at = len(room) - 1
+            at = len(left) - 1
         rows[numbers[at]].append(item)
-        room[at] -= sizes[item]
+        left[at] -= sizes[item]
     items = np.asarray([item for row in rows for item in row], np.int32)
-    return Plan(sizes, items, np.cumsum([len(row) for row in rows]), row_length)
+    ends = np.cumsum([len(row) for row in rows])
+    return Plan(sizes[:, 0], sizes[:, 1], items, ends, room)
 
 
-def index(path: str, measure: Measure, row_length: int, seed: int = 0) -> tuple[str, Plan]:
+def index(path: str, tokenizer: str, room: Room, seed: int = 0) -> tuple[str, Plan]:
     """The plan of a dataset folder, read where it is there, else made and written beside the
     manifest. Returns its file and the plan.
+
+    Args:
+        tokenizer: a folder, see `tokens.open_tokenizer`.
 
     Raises:
         DatasetError: no dataset, a record longer than a row, a damaged plan.
@@ -144,23 +136,22 @@ def index(path: str, measure: Measure, row_length: int, seed: int = 0) -> tuple[
     about = {
         "version": VERSION,
         "dataset": manifest_lib.fingerprint(dataset.manifest),
-        "measure": dataclasses.asdict(measure),
-        "tokenizer_sha256": _folder_sha256(measure.tokenizer),
-        "row_length": row_length,
+        # By content: a tokenizer that moved is the same one.
+        "tokenizer_sha256": _folder_sha256(tokenizer),
+        "room": dataclasses.asdict(room),
         "seed": seed,
     }
-    # By content: a tokenizer that moved is the same one.
-    about["measure"].pop("tokenizer")
     text = json.dumps(about, sort_keys=True)
     file = os.path.join(path, f"index-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz")
     if os.path.exists(file):
-        return file, _read(file, text, len(dataset), row_length)
-    count = counter(measure.tokenizer)
-    lengths = [length(record, measure, count) for record in dataset]
-    plan = pack(lengths, row_length, seed)
+        return file, _read(file, text, len(dataset), room)
+    held = tokens.open_tokenizer(tokenizer)
+    sizes = np.asarray([size(record, held, room.patches) for record in dataset])
+    plan = pack(*sizes.T, room, seed)
     unfinished = f"{file}.{os.getpid()}.tmp"
     with open(unfinished, "wb") as out:
-        np.savez(out, about=text, lengths=plan.lengths, items=plan.items, ends=plan.ends)
+        arrays = {name: getattr(plan, name) for name in ("lengths", "images", "items", "ends")}
+        np.savez(out, about=text, **arrays)
         out.flush()
         os.fsync(out.fileno())
     os.replace(unfinished, file)
@@ -173,25 +164,24 @@ def rows(dataset: records.Dataset, plan: Plan) -> grain.MapDataset:
     return grain.MapDataset.range(len(plan)).map(read)
 
 
-def _read(file: str, text: str, count: int, row_length: int) -> Plan:
+def _read(file: str, text: str, count: int, room: Room) -> Plan:
     try:
         with np.load(file, allow_pickle=False) as held:
-            plan = Plan(held["lengths"], held["items"], held["ends"], row_length)
+            arrays = (held[name] for name in ("lengths", "images", "items", "ends"))
+            plan = Plan(*arrays, room)
             same = str(held["about"]) == text
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         message = f"{file}: damaged packing plan ({error}); remove it to make it anew"
         raise DatasetError(message) from error
     whole = np.array_equal(np.sort(plan.items), np.arange(count)) and plan.ends[-1] == count
     sums = np.add.reduceat(plan.lengths[plan.items], np.r_[0, plan.ends[:-1]])
-    if not same or not whole or sums.max() > row_length:
+    if not same or not whole or sums.max() > room.positions:
         raise DatasetError(f"{file}: not a plan of these {count} records; remove it")
     return plan
 
 
 def _folder_sha256(tokenizer: str) -> str:
-    """Of the names and contents of a tokenizer's files; empty for bytes."""
-    if tokenizer == "bytes":
-        return ""
+    """Of the names and contents of a tokenizer's files."""
     digest = hashlib.sha256()
     for name in sorted(os.listdir(tokenizer)) if os.path.isdir(tokenizer) else ():
         if name.startswith(("tokenizer", "vocab", "merges", "added_tokens", "special_tokens")):

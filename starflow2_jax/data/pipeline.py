@@ -1,10 +1,4 @@
-"""From dataset folders to host batches, where the position is the step number.
-
-Batch k is a pure function of the options and k: the examples of global batch k are the same, in the
-same order, for any number of hosts, and a run resumes at step k by asking for step k. No iterator
-state is ever saved. Order: each dataset is shuffled globally with a seed of its own for each epoch,
-repeated, then mixed by weight; a host makes the rows of every global batch that it is asked for
-and reads nothing else.
+"""From dataset folders to host batches of captioned images; their order is that of `stream`.
 
 A host batch is a dict of numpy arrays, b rows: `image` uint8 [b, H, W, 3], or `latent_mean` and
 `latent_logvar` float32 [b, T, D]; `label` int32 [b]; `tokens` int32 [b, L] (UTF-8 bytes + 1, 0 =
@@ -12,16 +6,10 @@ padding) or `text` float32 [b, L, E]; and `id`, a list of b strings, which stays
 """
 
 import dataclasses
-import difflib
-import functools
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
-from absl import logging
 
 from starflow2_jax.data import (
     arrays as arrays_lib,
@@ -29,6 +17,7 @@ from starflow2_jax.data import (
 from starflow2_jax.data import (
     images,
     records,
+    stream,
     tokens,
 )
 from starflow2_jax.data import (
@@ -77,9 +66,9 @@ def options(cfg_data: Mapping[str, Any]) -> Options:
     """Reads `cfg.data`; ValueError names an unknown key and the nearest one, or a bad value."""
     given = {key: value for key, value in cfg_data.items() if value is not None}
     names = [field.name for field in dataclasses.fields(Options)]
-    _refuse_unknown(given, names, "data")
+    stream.refuse_unknown(given, names, "data")
     for entry in given.get("mixture") or ():
-        _refuse_unknown(entry, ("path", "weight", "latents", "features"), "data.mixture[]")
+        stream.refuse_unknown(entry, ("path", "weight", "latents", "features"), "data.mixture[]")
     result = Options(**{**given, "mixture": tuple(given.get("mixture") or ())})
     if bool(result.path) == bool(result.mixture):
         raise ValueError("data.path or data.mixture: exactly one of them must be given")
@@ -118,16 +107,15 @@ def batches(
     """
     opts = options(cfg_data)
     sources = _open(opts)
-    mine = _checked(rows, batch_size)
-    order = _order(opts, sources)
-    read = _reader(opts, sources)
-
-    def make(step: int) -> dict[str, Any]:
-        return _stack([read(*order[step * batch_size + row])[0] for row in mine])
-
-    # MapDataset.range counts steps, so that threads work on whole batches.
-    steps = grain.MapDataset.range(start_step, sys.maxsize)
-    return iter(steps.map(make).to_iter_dataset(_read_options(opts)))
+    counts, shares = [len(s) for s in sources], [s.weight for s in sources]
+    return stream.endless(
+        stream.order(counts, shares, shuffle=opts.shuffle, seed=opts.seed),
+        _reader(opts, sources),
+        batch_size=batch_size,
+        threads=opts.threads,
+        start_step=start_step,
+        rows=rows,
+    )
 
 
 def eval_batches(
@@ -138,36 +126,19 @@ def eval_batches(
 ) -> Iterator[dict[str, Any]]:
     """One pass over all examples in the order of the folders, every batch of full size.
 
-    Adds `row` int32 [b], each row's position in the pass, and `mask` float32 [b]: 0 for the rows
-    that fill the last batch (id "") and for bad records within the `skip_bad` budget. Arguments and
-    errors as in `batches`; shuffle and weights are without effect.
+    Adds `mask` float32 [b]: 0 for the rows that fill the last batch (id "") and for bad records
+    within the `skip_bad` budget. Arguments and errors as in `batches`; shuffle and weights are
+    without effect.
     """
     opts = options(cfg_data)
     sources = _open(opts)
-    mine = _checked(rows, batch_size)
-    total = sum(len(source) for source in sources)
-    read = _reader(opts, sources)
-
-    def place(position: int) -> tuple[int, int]:
-        number = 0
-        while position >= len(sources[number]):
-            position -= len(sources[number])
-            number += 1
-        return number, position
-
-    def make(step: int) -> dict[str, Any]:
-        examples, mask, positions = [], [], [step * batch_size + row for row in mine]
-        for position in positions:
-            example, good = read(*place(min(position, total - 1)))
-            if position >= total:
-                example, good = {**example, "id": ""}, False
-            examples.append(example)
-            mask.append(good)
-        found = {"row": np.asarray(positions, np.int32), "mask": np.asarray(mask, np.float32)}
-        return _stack(examples) | found
-
-    steps = grain.MapDataset.range(-(-total // batch_size))
-    return iter(steps.map(make).to_iter_dataset(_read_options(opts)))
+    return stream.one_pass(
+        [len(source) for source in sources],
+        _reader(opts, sources),
+        batch_size=batch_size,
+        threads=opts.threads,
+        rows=rows,
+    )
 
 
 def describe(cfg_data: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,63 +211,9 @@ def _arrays(folder: str, dataset: records.Dataset, name: str, flag: str) -> arra
     return features
 
 
-def _order(opts: Options, sources: list[_Source]) -> grain.MapDataset:
-    """Position in the training stream -> (source number, record index)."""
-    streams = []
-    for number, source in enumerate(sources):
-        stream = grain.MapDataset.range(len(source)).map(functools.partial(_pair, number))
-        if opts.shuffle:
-            # grain shuffles epoch e with seed + e. Spread the seeds, or run seed 1 would see in its
-            # first epoch what run seed 0 sees in its second.
-            seed = np.random.SeedSequence((opts.seed, number)).generate_state(1)[0]
-            stream = stream.shuffle(seed=int(seed))
-        streams.append(stream.repeat())
-    if len(streams) == 1:
-        return streams[0]
-    return grain.MapDataset.mix(streams, weights=[source.weight for source in sources])
-
-
-def _pair(number: int, index: int) -> tuple[int, int]:
-    return number, index
-
-
-def _checked(rows: Sequence[int] | None, batch_size: int) -> list[int]:
-    mine = list(range(batch_size)) if rows is None else [int(row) for row in rows]
-    if not mine or min(mine) < 0 or max(mine) >= batch_size:
-        raise ValueError(f"rows {mine[:4]} ... are not of a batch of batch_size={batch_size}")
-    return mine
-
-
-def _reader(
-    opts: Options, sources: list[_Source]
-) -> Callable[[int, int], tuple[dict[str, Any], bool]]:
-    """A function (source number, index) -> (example, whether it is the one asked for)."""
-    lock = threading.Lock()
-    bad: set[tuple[int, int]] = set()
-
-    def read(number: int, index: int) -> tuple[dict[str, Any], bool]:
-        source, good = sources[number], True
-        while True:
-            try:
-                return _example(opts, source, index), good
-            except DatasetError as error:
-                with lock:
-                    new = (number, index) not in bad
-                    bad.add((number, index))
-                    count = len(bad)
-                if count > opts.skip_bad or count >= len(source):
-                    if opts.skip_bad:
-                        raise DatasetError(
-                            f"{count} bad records, more than data.skip_bad={opts.skip_bad}; "
-                            f"the last: {error}"
-                        ) from error
-                    raise
-                if new:
-                    logging.warning("skipped bad record %d of %d: %s", count, opts.skip_bad, error)
-                # The neighbour, so that the batch stays a function of the step alone.
-                index, good = (index + 1) % len(source), False
-
-    return read
+def _reader(opts: Options, sources: list[_Source]) -> stream.Read:
+    example = lambda number, index, at: _example(opts, sources[number], index)
+    return stream.forgiving(example, [len(source) for source in sources], opts.skip_bad)
 
 
 def _example(opts: Options, source: _Source, index: int) -> dict[str, Any]:
@@ -306,6 +223,10 @@ def _example(opts: Options, source: _Source, index: int) -> dict[str, Any]:
         id, row = source.latents[index]
         ids.append(id)
         example |= {name: row[name] for name in ("latent_mean", "latent_logvar")}
+        if example["latent_mean"].ndim == 3:  # of every image of the record
+            record, where = source.records[index], source.records.where(index)
+            number = records.target(record, f"{where} (id {record.id!r})")
+            example = {name: array[number] for name, array in example.items()}
     if source.features:
         id, row = source.features[index]
         ids.append(id)
@@ -316,7 +237,8 @@ def _example(opts: Options, source: _Source, index: int) -> dict[str, Any]:
         ids.append(record.id)
         where = f"{where} (id {record.id!r})"
         if not source.latents:
-            example["image"] = _image(opts, record, where)
+            image = records.target_image(record, where)
+            example["image"] = images.square(image, opts.pixels, opts.resize, where)
         if opts.labels:
             example["label"] = _label(record, where)
         if opts.text == "bytes":
@@ -332,35 +254,3 @@ def _label(record: records.Record, where: str) -> np.int32:
     if type(label) is not int:
         raise DatasetError(f"{where}: meta.label is {label!r}, expected a class number")
     return np.int32(label)
-
-
-def _image(opts: Options, record: records.Record, where: str) -> np.ndarray:
-    image = records.target_image(record, where)
-    if opts.resize == "center_crop" and image.shape[:2] != (opts.pixels, opts.pixels):
-        image = images.center_crop(image, opts.pixels)
-    if image.shape[:2] != (opts.pixels, opts.pixels):
-        raise DatasetError(
-            f"{where}: the image is {image.shape[0]} x {image.shape[1]} (h x w), expected "
-            f"data.pixels={opts.pixels}; data.resize='center_crop' would bring it to that size"
-        )
-    return image
-
-
-def _stack(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    batch: dict[str, Any] = {"id": [row["id"] for row in rows]}
-    for name in rows[0]:
-        if name != "id":
-            batch[name] = np.stack([row[name] for row in rows])
-    return batch
-
-
-def _read_options(opts: Options) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=opts.threads, prefetch_buffer_size=max(2, opts.threads))
-
-
-def _refuse_unknown(given: Mapping[str, Any], names: Any, what: str) -> None:
-    for key in given:
-        if key not in names:
-            near = difflib.get_close_matches(key, list(names), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
-            raise ValueError(f"{what}.{key}: unknown key{hint}")

@@ -3,6 +3,7 @@
     task      user                        assistant
     caption   picture, request            description
     question  picture, question           one or two words
+    dialog    picture, several questions  one or two words to each
     edit      picture, instruction        picture
     reason    picture, request            picture (zoomed or edited), one or two words
     multi     two or three pictures, ...  one word
@@ -30,12 +31,15 @@ QUESTIONS = ("color", "shape", "size", "count", "exists", "relation", "is_relati
 REASONS = ("zoom", "count_after_removal", "count_after_edit")
 MULTI = ("same_shape", "which_shows", "which_has_most", "total")
 TEXTS = ("turn_around", "count_left", "color_of")
+DIALOGS = ("distinct", "groups")
+_QUESTIONS = 8  # of a dialog, fewer where one comes twice or has no clear answer
 _ORDINALS = ("first", "second", "third")
 
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A record before it is drawn. `said`: what is spoken of beside the `scenes`."""
+    """A record before it is drawn. `said`: what is spoken of beside the `scenes`; `more`: further
+    words of user and assistant in turn."""
 
     tag: str
     user: tuple[str | Scene, ...]
@@ -43,6 +47,7 @@ class Draft:
     scenes: tuple[Scene, ...]
     said: tuple[Object | shapes_withheld.Combination, ...] = ()
     geneval: dict[str, object] | None = None
+    more: tuple[tuple[str, str], ...] = ()
 
 
 def caption(rng: np.random.Generator, wording: int, tag: str) -> Draft:
@@ -58,9 +63,45 @@ def caption(rng: np.random.Generator, wording: int, tag: str) -> Draft:
 
 def question(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     """Picture and question -> one or two words."""
-    said: tuple[Object | shapes_withheld.Combination, ...] = ()
     if tag == "count":
         scene = shapes_scenes.groups(rng)
+    else:
+        scene = shapes_scenes.distinct(rng, 2 if "relation" in tag else int(rng.integers(1, 5)))
+    asks, answer, said = _ask(rng, scene, wording, tag)
+    return Draft(tag, (scene, asks), (answer,), (scene,), said, facts(scene, asks))
+
+
+def dialog(rng: np.random.Generator, wording: int, tag: str) -> Draft:
+    """Picture and several questions, each with its answer; the second scene kind has groups."""
+    if tag == "distinct":
+        scene = shapes_scenes.distinct(rng, int(rng.integers(1, 5)), apart=False)
+        tags = list(QUESTIONS)
+    else:
+        scene, tags = shapes_scenes.groups(rng), ["count", "background"]
+    asked: dict[str, str] = {}
+    said: list[Object | shapes_withheld.Combination] = []
+    for _ in range(_QUESTIONS if tag == "distinct" else _QUESTIONS // 2):
+        kind = pick(rng, tags)
+        mixed = [scene.objects[k] for k in rng.permutation(len(scene.objects))]
+        turned = dataclasses.replace(scene, objects=tuple(mixed))
+        if "relation" in kind and (len(mixed) < 2 or not shapes.relation(mixed[0], mixed[-1])):
+            continue
+        asks, answer, spoken = _ask(rng, turned, int(rng.integers(shapes.WORDINGS)), kind)
+        asked[asks] = answer
+        said += spoken
+    if not asked:
+        return dialog(rng, wording, tag)
+    (asks, answer), *more = asked.items()
+    return Draft(tag, (scene, asks), (answer,), (scene,), tuple(said), facts(scene, asks),
+                 tuple(more))  # fmt: skip
+
+
+def _ask(
+    rng: np.random.Generator, scene: Scene, wording: int, tag: str
+) -> tuple[str, str, tuple[Object | shapes_withheld.Combination, ...]]:
+    """Question, answer, and what is spoken of; the objects differ, but for a count."""
+    said: tuple[Object | shapes_withheld.Combination, ...] = ()
+    if tag == "count":
         a = scene.objects[0]
         key = pick(rng, ("shape", "color"))
         value = getattr(a, key)
@@ -70,7 +111,6 @@ def question(rng: np.random.Generator, wording: int, tag: str) -> Draft:
         things = plural(value) if key == "shape" else f"{value} objects"
         words, answer = {"things": things}, NUMBERS[count]
     else:
-        scene = shapes_scenes.distinct(rng, 2 if "relation" in tag else int(rng.integers(1, 5)))
         a, b = scene.objects[0], scene.objects[-1]
         words = {"shape": a.shape, "color": a.color, "a": the(a), "b": the(b)}
         if tag == "exists":
@@ -89,8 +129,7 @@ def question(rng: np.random.Generator, wording: int, tag: str) -> Draft:
             said = ((a, asked, b),)
         else:
             answer = scene.background if tag == "background" else getattr(a, tag)
-    asks = request(tag, wording, **words)
-    return Draft(tag, (scene, asks), (answer,), (scene,), said, facts(scene, asks))
+    return request(tag, wording, **words), answer, said
 
 
 def edit(rng: np.random.Generator, wording: int, tag: str) -> Draft:
@@ -214,8 +253,10 @@ _MAKE: dict[str, tuple[Callable[[np.random.Generator, int, str], Draft], Sequenc
     "reason": (reason, REASONS),
     "multi": (multi, MULTI),
     "text": (text, TEXTS),
+    "dialog": (dialog, DIALOGS),
 }
-TASKS = (*_MAKE, "t2i")
+# In this order: the number of a task is part of its seed.
+TASKS = ("caption", "question", "edit", "reason", "multi", "text", "t2i", "dialog")
 
 
 def draft(seed: int, index: int, task: str, withheld: str = "none") -> Draft:
@@ -272,7 +313,10 @@ def make_records(
 def _record(made: Draft, task: str, id: str, seed: int, pixels: int) -> Record:
     segments: list[Text | Img] = []
     blobs = []
-    for role, parts in (("user", made.user), ("assistant", made.assistant)):
+    turns = [("user", made.user), ("assistant", made.assistant)]
+    for asks, answer in made.more:
+        turns += [("user", (asks,)), ("assistant", (answer,))]
+    for role, parts in turns:
         for part in parts:
             loss = role == "assistant"
             if isinstance(part, str):

@@ -31,7 +31,8 @@ LEVELS = 128
 def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: Any) -> dict:
     """Options of `data.pipeline` for a group of an experiment's configuration, with `changes`."""
     shape = {"pixels": cfg["image"]["pixels"], "text_length": getattr(model, "text_length", 0)}
-    return {**dict(cfg[group]), **shape, "seed": cfg["seed"], **changes}
+    own = {name: value for name, value in cfg[group].items() if name != "blank"}
+    return {**own, **shape, "seed": cfg["seed"], **changes}
 
 
 def limit(batches: Iterable[Batch], rows: int | None, batch_size: int) -> Iterator[dict[str, Any]]:
@@ -125,7 +126,7 @@ def per_image(
 
 
 def _means(totals: Mapping[str, float], means: Callable = per_dim) -> dict[str, float]:
-    if not totals.get("count"):
+    if not any(totals.values()):
         raise ValueError("there are no rows to evaluate")
     return {name: float(value) for name, value in means(dict(totals)).items()}
 

@@ -255,6 +255,12 @@ def merge_images(h: jax.Array, ids: jax.Array, features: jax.Array, cfg: Config)
     return jnp.where(at[..., None], picked, h)
 
 
+def place_images(h: jax.Array, image: jax.Array, features: jax.Array) -> jax.Array:
+    """h [B, T, C] with a row's features [B, P, C] where `image` int [B, T] names one; -1 none."""
+    picked = jnp.take_along_axis(features, jnp.maximum(image, 0)[..., None], 1)
+    return jnp.where(image[..., None] >= 0, picked.astype(h.dtype), h)
+
+
 def embed_all(
     params: Tree, ids: jax.Array, cfg: Config, patches: jax.Array | None, at: Plan | None
 ) -> jax.Array:

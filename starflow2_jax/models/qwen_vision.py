@@ -24,6 +24,7 @@ MAX_PIXELS = 16384 * 28 * 28
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 EPS = 1e-6
+EVERYTHING = np.ones((1, 1), bool)
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,12 @@ def plan(grids: Any, cfg: VisionConfig) -> Plan:
     )
 
 
+def _is_even(groups: Groups) -> bool:
+    """Whether groups known at trace time are equally long, so that a reshape makes them."""
+    known = isinstance(groups.index, np.ndarray)
+    return known and np.array_equal(groups.index.ravel(), np.arange(groups.index.size))
+
+
 def _layers(params: Tree, patches: jax.Array, at: Plan, cfg: VisionConfig, every: bool) -> Any:
     """States [N, C] in order of window after the last layer, or [depth + 1, N, C] of every one."""
     if patches.shape != (cfg.merge**2 * len(at.order), cfg.patch_values):
@@ -251,16 +258,23 @@ def _layers(params: Tree, patches: jax.Array, at: Plan, cfg: VisionConfig, every
             f"got {list(patches.shape)}"
         )
     dtype = jnp.dtype(cfg.compute_dtype or params["patch"]["weight"].dtype)
-    h = linear(params["patch"], patches.astype(dtype))
-    h = h.reshape(len(at.order), -1, cfg.width)[at.order].reshape(h.shape)
+    # Ordered before the first weight, so that no gradient is scattered back through the order.
+    blocks = patches.reshape(len(at.order), -1, cfg.patch_values)[at.order]
+    h = linear(params["patch"], blocks.reshape(patches.shape).astype(dtype))
     wide = jnp.promote_types(dtype, jnp.float32)
 
     def attend(groups):
+        even = _is_even(groups)
         inside = groups.index >= 0
         angles = jnp.asarray(at.angles)[jnp.maximum(groups.index, 0)]
         tables = rope.tables(angles, wide)
 
         def run(h, layer):
+            if even:
+                x = h.reshape(*groups.index.shape, cfg.width)
+                return layers.decoder_layer(layer, x, cfg.layer, tables, EVERYTHING)[0].reshape(
+                    h.shape
+                )
             x = h[jnp.maximum(groups.index, 0)]
             x, _ = layers.decoder_layer(layer, x, cfg.layer, tables, inside[:, None])
             return x.reshape(-1, cfg.width)[groups.at]
@@ -306,3 +320,16 @@ def encode(params: Tree, patches: jax.Array, at: Plan, cfg: VisionConfig) -> jax
     h = layers.rms_norm(merger["norm"], h, EPS, offset=False)
     h = linear(merger["up"], h.reshape(len(at.order), -1))
     return linear(merger["down"], jax.nn.gelu(h, approximate=False))[at.restore]
+
+
+def encode_images(params: Tree, images: jax.Array, cfg: VisionConfig) -> jax.Array:
+    """Features [B, N / U, out_width] of equally large images [B, H, W, 3], normalised.
+
+    Raises:
+        ValueError: as `check_size`.
+    """
+    patches = patchify(images, cfg)
+    grid = [[1, *(n // cfg.patch for n in images.shape[1:3])]]
+    at = plan(grid * len(images), cfg)
+    found = encode(params, patches.reshape(-1, cfg.patch_values), at, cfg)
+    return found.reshape(len(images), -1, cfg.out_width)

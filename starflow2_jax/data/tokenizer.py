@@ -1,0 +1,127 @@
+"""Trains a byte-level BPE tokenizer with the special tokens, splitting and chat of Qwen's.
+
+For small models that stand in for a published checkpoint: the folder reads like one, so that
+nothing else needs to know which of the two it has.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from starflow2_jax.data import records
+from starflow2_jax.data.manifest import DatasetError
+
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# Contractions, words with the space before them, single digits, marks, line ends, spaces.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# As the published one, but for the words that it puts into the system's mouth.
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def train(data: str | os.PathLike[str], size: int) -> str:
+    """A tokenizer.json of `size` ids, from the texts of a dataset; equal data, equal tokenizer.
+
+    Raises:
+      DatasetError: no dataset, or a size that has no room for all bytes and special tokens.
+    """
+    import tokenizers  # heavy
+
+    least = 256 + len(SPECIAL)
+    if size < least:
+        raise DatasetError(f"--vocabulary {size}: expected at least {least}: bytes, special tokens")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.normalizer = tokenizers.normalizers.NFC()
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated")
+    spaces = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, spaces])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    made.train_from_iterator(_texts(records.read(data)), trainer)
+    return made.to_str(pretty=True)
+
+
+def write(
+    text: str, folder: str | os.PathLike[str], *, patch: int, merge: int, frames: int
+) -> None:
+    """A folder with the tokenizer, the chat template and an image processor.
+
+    Args:
+      text: what `train` gave.
+      patch, merge, frames: of the vision tower, in pixels, patches and frames.
+
+    Raises:
+      FileExistsError: there is such a folder.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there; choose another --out")
+    special = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "bos_token": None,
+    }
+    images = {
+        # As published: named by model, which a torch-free transformers opens too.
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": patch,
+        "merge_size": merge,
+        "temporal_patch_size": frames,
+        "min_pixels": (patch * merge) ** 2,
+        "max_pixels": 16384 * (patch * merge) ** 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    files = {
+        "tokenizer.json": json.loads(text),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 32768,
+            "chat_template": TEMPLATE,
+            **special,
+        },
+        "preprocessor_config.json": images,
+    }
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_text(
+            json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8"
+        )
+
+
+def _texts(dataset: Iterable[records.Record]) -> Iterator[str]:
+    """Texts of a dataset, and the role that the layout writes before each turn."""
+    for record in dataset:
+        role = "none"
+        for segment in record.segs:
+            if segment.role not in (role, "none"):
+                yield f"{segment.role}\n"
+            role = segment.role
+            if isinstance(segment, records.Text):
+                yield segment.s

@@ -1,0 +1,83 @@
+"""What differs between the tasks of `train`: model, data, program, and the work of a step."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from jax.sharding import Mesh
+
+from starflow2_jax import params as weights
+from starflow2_jax import start
+from starflow2_jax.data import packing, pipeline, rows
+from starflow2_jax.evaluation import likelihood
+from starflow2_jax.models import flops
+from starflow2_jax.training import fae_step, vlm_step
+from starflow2_jax.training import step as programs
+
+Config = Mapping[str, Any]
+
+# Those that read interleaved rows of several records.
+INTERLEAVED = ("vlm",)
+
+
+def _step(cfg: Config) -> ModuleType:
+    return {"flow": programs, "vlm": vlm_step}.get(cfg["task"], fae_step)
+
+
+def model_config(cfg: Config) -> Any:
+    """The model of an experiment; ValueError as the `model_config` of its task's step."""
+    return _step(cfg).model_config(cfg)
+
+
+def build(cfg: Config, mesh: Mesh, *, null_text: Any = None, dry_run: bool = False) -> Any:
+    """The program of an experiment; errors as the `build` of its task's step."""
+    if cfg["task"] == "flow":
+        return programs.build(cfg, mesh, null_text=null_text)
+    if cfg["task"] == "vlm":
+        return vlm_step.build(cfg, mesh)
+    return fae_step.build(cfg, mesh, start.codec(cfg, dry_run))
+
+
+def reader(cfg: Config) -> ModuleType:
+    """`rows` or `pipeline`: describe, batches and eval_batches of the task's options."""
+    return rows if cfg["task"] in INTERLEAVED else pipeline
+
+
+def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: Any) -> Any:
+    """Options of `reader(cfg)` for a group of an experiment's configuration, with `changes`."""
+    if cfg["task"] not in INTERLEAVED:
+        return likelihood.data_options(cfg, model, group, **changes)
+    side, text, drop = vlm_step.side(cfg, model), cfg["text"], cfg["drop"]
+    own = {name: v for name, v in cfg[group].items() if name not in ("labels", "text", "features")}
+    own["mixture"] = tuple(own["mixture"])
+    own |= {
+        "tokenizer": text["tokenizer"],
+        "room": packing.Room(text["length"], side**2, text["images"]),
+        "side": side,
+        "pixels": cfg["image"]["pixels"],
+        "seed": cfg["seed"],
+        "drop": drop["condition"],
+        "drop_all": drop["all"],
+    }
+    return rows.Options(**{**own, **changes})
+
+
+def work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
+    """Tokens and FLOPs of a step; FLOPs are 0 where they are not counted."""
+    count = cfg["train"]["batch_size"]
+    if cfg["task"] == "flow":
+        done = flops.train_step(model, count, model.tokens, model.text_length)
+        return {"tokens": count * model.tokens, "flops": done}
+    if cfg["task"] == "vlm":
+        length = cfg["text"]["length"]
+        places = cfg["text"]["images"] or length // (vlm_step.side(cfg, model) ** 2 + 2)
+        patches = places * (cfg["image"]["pixels"] // model.vision.patch) ** 2
+        tree = dict(declared["vlm"])
+        tower = weights.count(tree.pop("vision"))
+        # A tied embedding multiplies as the head; that of its own only looks up.
+        language = weights.count(tree) - (0 if model.tied else model.vocab * model.width)
+        return {
+            "tokens": count * length,
+            "flops": 6 * count * (length * language + patches * tower),
+        }
+    return {"tokens": count * model.tokens, "flops": 0}
