@@ -170,10 +170,8 @@ def serve(root):
         def parts(self):
             url = urllib.parse.urlsplit(self.path)
             query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-            bucket, _, name = re.match(
-                r"(?:/upload)?/storage/v1/b/([^/]+)/o(/(.*))?", url.path
-            ).groups()
-            return bucket, urllib.parse.unquote(name or ""), query
+            found = re.match(r"(?:/upload)?/storage/v1/b/([^/]+)/o(?:/(.*))?", url.path)
+            return found[1], urllib.parse.unquote(found[2] or ""), query
 
         def refused(self, name, query):
             """Whether a condition on the object's generation does not hold."""
@@ -192,9 +190,8 @@ def serve(root):
             bucket, name, query = self.parts()
             if not name:
                 names = store.names(f"{bucket}/{query.get('prefix', '')}")
-                items = [
-                    {"name": n.split("/", 1)[1], "generation": "1", "size": "0"} for n in names
-                ]
+                about = {"generation": "1", "size": "0"}
+                items = [{"name": name.split("/", 1)[1], **about} for name in names]
                 return self.answer(200, json.dumps({"items": items}).encode())
             name = f"{bucket}/{name}"
             with store.lock:
@@ -206,10 +203,8 @@ def serve(root):
             data, generation = found
             if query.get("alt") != "media":
                 return self.about(name, generation, len(data))
-            headers = [
-                ("x-goog-generation", str(generation)),
-                ("x-goog-stored-content-length", str(len(data))),
-            ]
+            headers = [("x-goog-generation", str(generation))]
+            headers.append(("x-goog-stored-content-length", str(len(data))))
             wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
             if wanted is None:
                 return self.answer(200, data, headers)

@@ -12,7 +12,9 @@ import time
 
 import jax
 import numpy as np
+import object_store
 import pytest
+from etils import epath
 from test_train import RUNNER, environment_of, run_config, state_of
 
 from starflow2_jax.training import checkpoint, log, step_folders
@@ -47,20 +49,21 @@ def make(request, data):
     return lambda **changes: build(data, **{**fixed, **dotted(changes)})
 
 
-def start(cfg, workdir, shape="2x4", what="", notes="", environ=None):
+def start(cfg, workdir, shape="2x4", what="", notes="", beside=None, **environ):
     """Processes that train, started by the launcher."""
     processes, devices = SHAPES[shape]
-    workdir.parent.mkdir(parents=True, exist_ok=True)
-    file = workdir.with_suffix(".json")
+    beside = pathlib.Path(beside or workdir)
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    file = beside.with_suffix(".json")
     file.write_text(json.dumps(cfg))
     cache = pathlib.Path(cfg["data"]["path"]).parent / f"cache_{shape}"
     command = ["bash", str(LAUNCHER), str(processes), "--cpu", str(devices)]
-    command += ["--logs", str(workdir.with_suffix(".logs"))]
+    command += ["--logs", str(beside.with_suffix(".logs"))]
     command += [sys.executable, str(RUNNER), str(file), str(workdir), what]
     if notes:
         notes.mkdir(exist_ok=True, parents=True)
         command.append(str(notes))
-    environment = {**environment_of(cache, 1), "PYTHONPATH": str(ROOT), **(environ or {})}
+    environment = {**environment_of(cache, 1), "PYTHONPATH": str(ROOT), **environ}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT)
 
@@ -235,6 +238,40 @@ def test_losses_of_processes_equal_those_of_one(make, tmp_path, layout):
     for shape in ("2x4", "4x2"):
         for (number, ours), (same, theirs) in zip(rows[shape], rows["1x8"], strict=True):
             assert number == same and abs(ours - theirs) <= 1e-5, (shape, number, ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [{"1x8": 3, "1x1": 6}, pytest.param({"2x4": 3, "4x2": 4, "1x1": 6}, marks=pytest.mark.slow)],
+    ids=len,
+)
+def test_a_chain_of_shapes_in_an_object_store(make, tmp_path, monkeypatch, stops):
+    """Where nothing can be renamed or appended to; and what `convert` says of it."""
+    (tmp_path / "objects").mkdir()
+    server, url = object_store.serve(tmp_path / "objects")
+    store = {"OBJECT_STORE": str(tmp_path / "objects"), "TENSORSTORE_GCS_HTTP_URL": url}
+    store["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "none"
+    for name, value in store.items():
+        monkeypatch.setenv(name, value)
+    object_store.use()
+    cfg, whole = make(train__steps=6, checkpoint__every=2), tmp_path / "whole"
+    finish(start(cfg, whole, "1x8", notes=tmp_path / "w"))
+    run, before = epath.Path("gs://bucket/runs/a"), None
+    for shape, stop in stops.items():
+        place = {"notes": tmp_path / shape, "beside": tmp_path / "beside" / shape}
+        output = finish(start(cfg, run, shape, f"stop:{stop}", **place, **store))
+        if before:
+            assert f"resumed {run} at step {before}" in output
+            assert_restored(tmp_path / shape, run, before, cfg)
+        assert step_folders.latest(run) == stop
+        before = stop
+    for shape in stops:
+        assert_same_run(run, whole, tmp_path / shape, tmp_path / "w", 6)
+    assert (run / "report.html").exists()
+    reports = checkpoint.verify(run)
+    assert [r.step for r in reports][-1] == 6
+    assert all(r.status == "sealed" and not r.problems for r in reports)
+    server.shutdown()
 
 
 WHERE = ("data", "step", "before", "writing", "after")

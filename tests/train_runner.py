@@ -23,6 +23,10 @@ from starflow2_jax.data import pipeline
 from starflow2_jax.training import checkpoint
 from starflow2_jax.training import step as programs
 
+if "OBJECT_STORE" in os.environ:
+    import object_store
+
+    object_store.use()
 config, workdir = json.loads(pathlib.Path(sys.argv[1]).read_text()), sys.argv[2]
 what = sys.argv[3] if len(sys.argv) > 3 else ""
 notes = pathlib.Path(sys.argv[4]) if len(sys.argv) > 4 else None

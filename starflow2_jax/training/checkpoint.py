@@ -43,6 +43,9 @@ from starflow2_jax.training.step_folders import (
 from starflow2_jax.training.step_folders import latest as latest
 from starflow2_jax.training.step_folders import locate as locate
 
+# Beside the arrays themselves; without a limit all of them are read at once.
+READ_AT_ONCE = 1 << 29
+
 
 class Row(NamedTuple):
     """One array of a stored step."""
@@ -311,8 +314,12 @@ def restore(
     targets = {
         n: jax.tree.map(_target, tree) for n, tree in wanted.items() if jax.tree.leaves(tree)
     }
+    # Bytes that are read and decoded at a time; one array has to fit.
+    largest = max((t.size * t.dtype.itemsize for t in jax.tree.leaves(targets)), default=0)
+    context = _context()
+    context.memory.read_concurrent_bytes = max(READ_AT_ONCE, 2 * largest)
     try:
-        with _context():
+        with context:
             loaded = ocp.load_checkpointables(entry.path, targets) if targets else {}
     except Exception as error:
         cause = error.__cause__ or error
