@@ -198,6 +198,31 @@ def activation_ways() -> dict[str, int]:
     }
 
 
+def host_rows(rows: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a global batch this process holds, in order: int [n].
+
+    Processes along `data` and `fsdp` share the rows out; those that differ along `tensor` or
+    `context` alone hold the same ones. On a TPU slice they need not be one block.
+    """
+    where = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+    blocks = sorted({(index[0].start or 0, index[0].stop or rows) for index in where.values()})
+    return np.concatenate([np.arange(*block) for block in blocks])
+
+
+def place_rows(local: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The global array of a batch, from this process's rows of it (`host_rows`)."""
+    ways = int(np.prod([mesh.shape[axis] for axis in ACTIVATIONS["batch"]]))
+    mine = host_rows(ways, mesh).tolist()
+    size = len(local) // len(mine)
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        first = mine.index((index[0].start or 0) // size) * size
+        return local[first : first + size]
+
+    shape = (size * ways, *local.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), read)
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pin an activation to the mesh set by `jax.set_mesh`; without one, x as it is.
 

@@ -274,5 +274,5 @@ def to_device(program: Program, batch: Mapping[str, np.ndarray]) -> dict[str, ja
             raise ValueError(
                 f"batch: {name!r} has rows of shape {rows.shape[1:]}, expected {expected.shape[1:]}"
             )
-        placed[name] = jax.make_array_from_process_local_data(expected.sharding, rows)
+        placed[name] = meshes.place_rows(rows, program.mesh)
     return placed
