@@ -1,11 +1,21 @@
 """python -m starflow2_jax.train --config experiments/vlm_tiny.py --workdir runs/vlm_tiny
 
-A small vision-language model of Qwen2.5-VL's shape, with its own tower and tokenizer, that reads the
-shapes world: captions, questions, dialogs, several pictures, text. STARFlow2's `tiny` stands on it.
+A small vision-language model of Qwen2.5-VL's shape, with its own tower and tokenizer, that reads
+the shapes world: captions, questions, dialogs, several pictures, text. STARFlow2's `tiny` stands on
+it. Data and tokenizer, in half of which every picture is asked several times:
     python -m starflow2_jax.prepare import --format shapes --pixels 64 --withheld leave_out \\
-        --tasks dialog,caption,dialog,question,dialog,text,multi ...   (see README)
+        --tasks dialog --n 40000 --seed 0 --out data_cache/vlm_dialog
+    python -m starflow2_jax.prepare import --format shapes --pixels 64 --withheld leave_out \\
+        --tasks caption,question,multi,text --n 40000 --seed 0 --out data_cache/vlm_mixed
+    python -m starflow2_jax.prepare import --format shapes --pixels 64 --withheld leave_out \\
+        --tasks question --n 1000 --seed 1 --out data_cache/vlm_test
+    python -m starflow2_jax.prepare import --format shapes --pixels 64 --withheld leave_out \\
+        --tasks caption,question,dialog,edit,reason,multi,text,t2i --n 4000 \\
+        --out data_cache/vlm_words
+    python -m starflow2_jax.prepare tokenizer --data data_cache/vlm_words --vocabulary 640 \\
+        --tower_patch 8 --tower_merge 1 --out data_cache/tokenizer
 Variants:
-    tiny   about 35 minutes on 2 cores
+    tiny   about half an hour on 2 cores
     blind  the same without seeing: grey pictures; what words alone can tell
 """
 
@@ -31,12 +41,13 @@ MODEL = qwen.Config(
     video_token=6,
     vision=qwen_vision.VisionConfig(
         depth=4,
-        width=64,
+        width=96,
         heads=4,
-        mlp_width=192,
+        mlp_width=288,
         out_width=128,
         full_layers=(1, 3),
-        patch=4,
+        patch=8,
+        merge=1,
         window=16,
     ),
 )
@@ -48,13 +59,18 @@ def get_config(variant: str = "tiny"):
     cfg.name, cfg.task = f"vlm_{variant}", "vlm"
     cfg.model.update(dataclasses.asdict(MODEL))
     cfg.image.pixels = 64
-    cfg.text.tokenizer, cfg.text.length, cfg.text.images = "data_cache/tokenizer", 288, 2
-    cfg.data.path, cfg.eval_data.path = "data_cache/vlm", "data_cache/vlm_test"
+    cfg.text.tokenizer, cfg.text.length, cfg.text.images = "data_cache/tokenizer", 288, 3
+    cfg.data.mixture = (
+        {"path": "data_cache/vlm_dialog", "weight": 2.0},
+        {"path": "data_cache/vlm_mixed", "weight": 1.0},
+    )
+    cfg.eval_data.path = "data_cache/vlm_test"
+    cfg.vlm.reconstruction = 0.5
     cfg.noise.kind = "none"
     cfg.drop.condition = 0.0
     cfg.train.trains = ("vlm", "pixel_probe")
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 4000, 0.998
-    cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 200
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 3000, 0.998
+    cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1.5e-3, 1e-5, 150
     cfg.optim.weight_decay = 0.01
     cfg.sample.every = 0
     cfg.log.every = 20

@@ -117,6 +117,7 @@ KEYS: dict[str, Key] = {
     "teacher.kind": _choice("dinov2", "the codec's frozen tower", "dinov2", "qwen"),
     "teacher.path": _text("", "its folder as published; empty: a tiny one, drawn from the seed"),
     "teacher.pixels": _positive(64, "side to which images are resized for the tower"),
+    "fae.path": _text("", "workdir or model folder of the codec that encodes a flow's images"),
     "fae.beta": _number(1e-6, "weight of the KL in nats of a row against the mean square"),
     "fae.latent_noise": _number(
         0.0, "noise on unit-variance latents from which the feature decoder learns"

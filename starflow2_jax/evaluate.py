@@ -2,8 +2,9 @@
 
 python -m starflow2_jax.evaluate likelihood --model runs/cifar --data data/cifar_test
 python -m starflow2_jax.evaluate likelihood --model runs/cifar --fit data/cifar_train --rows 1000
+python -m starflow2_jax.evaluate codec --model runs/fae_pixels --data data/shapes64_test --out codec.json
 python -m starflow2_jax.evaluate report --workdir runs/cifar
-"""
+"""  # noqa: E501
 
 import hashlib
 import json
@@ -16,14 +17,16 @@ from etils import epath
 
 from starflow2_jax import allocator, command
 from starflow2_jax import mesh as meshes
-from starflow2_jax.data import pipeline
-from starflow2_jax.evaluation import likelihood, report
+from starflow2_jax.data import manifest, pipeline
+from starflow2_jax.evaluation import codec_eval, likelihood, report
+from starflow2_jax.generation import codec as codecs
 from starflow2_jax.generation import model as models
-from starflow2_jax.training import digest, log, step_folders
+from starflow2_jax.training import digest, log, pictures, step_folders
 from starflow2_jax.weights import files
 
 VERBS = {
     "likelihood": "exact nats/dim, and bits/dim where they are defined (--model --data)",
+    "codec": "PSNR of a latent codec's images, and a probe of its latents (--model --data --fit)",
     "report": "report.html of a run (--workdir)",
 }
 
@@ -36,13 +39,18 @@ def define(values: flags.FlagValues) -> None:
     text("data", None, "dataset folder (default: that of the run's eval_data)", flag_values=values)
     text("latents", None, "folder of latents parallel to --data", flag_values=values)
     text("features", None, "folder of text features parallel to --data", flag_values=values)
-    text("fit", None, "training dataset of the Gaussian baseline", flag_values=values)
+    text("fit", None, "training dataset: of the Gaussian baseline or the probe", flag_values=values)
     text("fit_latents", None, "folder of latents parallel to --fit", flag_values=values)
     number("rows", None, "first rows of --data that are measured (all)", 1, flag_values=values)
     number("batch_size", None, "rows at a time (that of the run)", 1, flag_values=values)
+    flags.DEFINE_float("sigma", 0.3, "codec: noise on unit-variance latents", 0, flag_values=values)
+    flags.DEFINE_enum("resize", "none", ("none", "center_crop"), "codec: what to do with images of "
+                      "another size than the codec's", flag_values=values)  # fmt: skip
+    number("seed", 0, "codec: seed of the noise", 0, flag_values=values)
+    number("pictures", 16, "codec: images in the grid beside --out", 1, flag_values=values)
     text("layout", "dp", "where weights live", flag_values=values)
     text("mesh", "data=-1", "devices along each mesh axis", flag_values=values)
-    text("out", None, "JSON to write (likelihood of a run: in its evaluation/)", flag_values=values)
+    text("out", None, "JSON to write (of a run by default: in its evaluation/)", flag_values=values)
     switch("overwrite", False, "replace what --out names", flag_values=values)
     switch("json", False, "print the result as JSON", flag_values=values)
 
@@ -55,7 +63,8 @@ def main(verb: str, words: list[str], values: flags.FlagValues = flags.FLAGS) ->
     """
     if words:
         raise ValueError(f"{verb}: unexpected argument {words[0]!r}")
-    result, lines = {"likelihood": _likelihood, "report": _report}[verb](values)
+    verbs = {"likelihood": _likelihood, "codec": _codec, "report": _report}
+    result, lines = verbs[verb](values)
     if jax.process_index() == 0:
         print(json.dumps(result, indent=2) if values.json else "\n".join(lines))
 
@@ -75,7 +84,7 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     model = models.load(values.model, mesh, values.layout)
     options = _options(model, values)
     about = pipeline.describe(options)
-    out = _out(values, source, options)
+    out = _out(values, source, "likelihood", options["path"] or "mixture")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = values.batch_size or -(-model.cfg["evaluate"]["batch_size"] // ways) * ways
     meshes.check_batch(size, mesh, "--batch_size")
@@ -162,15 +171,53 @@ def _source(path: str) -> dict[str, Any]:
     return {"path": where, "step": step, "weights": "averaged", "sha256": sha256}
 
 
+def _codec(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
+    if not values.model or not values.data:
+        raise ValueError("codec: --model and --data are needed")
+    source = _source(values.model)
+    codec = codecs.load(values.model)
+    out = _out(values, source, "codec", values.data)
+    seed = values["seed"].value
+    began = time.time()
+    given = {"rows": values.rows, "resize": values.resize}
+    keep = values.pictures if out else 0
+    options = {"sigma": values.sigma, "seed": seed, "keep": keep}
+    figures, shown = codec_eval.fidelity(codec, values.data, **given, **options)
+    read = codec_eval.probe(codec, values.fit, values.data, **given) if values.fit else None
+    result = {
+        "model": {**source, "encoder": codec.sha256},
+        "data": {"path": values.data, "fingerprint": _fingerprint(values.data)},
+        **figures,
+        "probe": read,
+        "protocol": codec_eval.protocol(codec, values.sigma, seed, values.resize),
+        "seconds": round(time.time() - began, 1),
+        "command": log.command_line(),
+        **log.environment(),
+    }
+    if read:
+        fitted = {"path": values.fit, "fingerprint": _fingerprint(values.fit)}
+        result["probe"] = {"fit": fitted, **read}
+    lines = codec_eval.lines(result)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+        grid = out.with_suffix(".png")
+        pictures.save_grid(grid, shown, columns=12)
+        lines += [f"written    {out}, {grid}"]
+    return result, lines
+
+
+def _fingerprint(path: str) -> str:
+    return manifest.fingerprint(manifest.load(path))
+
+
 def _out(
-    values: flags.FlagValues, source: dict[str, Any], options: dict[str, Any]
+    values: flags.FlagValues, source: dict[str, Any], what: str, data: str
 ) -> epath.Path | None:
     """Where the result goes; refused here, before anything is computed, if it may not."""
     out = values.out
     if not out and source["step"] is not None:
-        name = (
-            f"likelihood_{source['step']:08d}_{epath.Path(options['path'] or 'mixture').name}.json"
-        )
+        name = f"{what}_{source['step']:08d}_{epath.Path(data).name}.json"
         out = epath.Path(source["path"]) / "evaluation" / name
     if out and epath.Path(out).exists() and not values.overwrite:
         raise FileExistsError(f"{out} is there already; --overwrite replaces it")

@@ -5,24 +5,50 @@ from typing import Any
 import jax
 import numpy as np
 
+from starflow2_jax import params as weights
 from starflow2_jax.generation import codec as codecs
 from starflow2_jax.training import checkpoint, step_folders
 from starflow2_jax.training import step as programs
 from starflow2_jax.weights import files
 
+# Of the codec's training alone; no model folder holds them.
+_BESIDE = ("discriminator", "lecam")
+
 
 def warm(program: programs.Program, state: Any, init: dict[str, Any]) -> Any:
-    """Trained weights of another run or model folder in place of the drawn ones."""
+    """Trained weights of another run or model folder in place of the drawn ones.
+
+    Of a codec's folder the parts that the run trains; its discriminator stays as drawn.
+    """
     if files.is_folder(init["from"]):
-        args = (program.declared, program.mesh, program.cfg["layout"], np.float32)
-        whole = files.read_folder(init["from"], *args)
-        found = {name: whole[name] for name in state.params}
+        if program.cfg["task"] in codecs.TASKS:
+            found = _of_codec(program, state.params, init["from"])
+        else:
+            args = (program.declared, program.mesh, program.cfg["layout"], np.float32)
+            whole = files.read_folder(init["from"], *args)
+            found = {name: whole[name] for name in state.params}
     else:
         source, step = step_folders.locate(init["from"])
         part = "ema" if init["ema"] else "params"
         wanted = {part: program.abstract_state.params}
         found = checkpoint.restore(source, step, wanted, only=(part,))[0][part]
     return state.replace(params=found, ema=jax.tree.map(lambda a: a.copy(), found))
+
+
+def _of_codec(program: programs.Program, params: Any, path: str) -> Any:
+    given = codecs.load(path).params
+    absent = [name for name in params if name not in (*given, *_BESIDE)]
+    if absent:
+        raise ValueError(f"{path}: the codec holds {', '.join(given)}, expected {absent[0]} too")
+    taken = {name: given[name] for name in params if name in given}
+    where = {name: program.abstract_state.params[name] for name in taken}
+    flat = weights.flatten(taken)
+    for name, wanted in weights.flatten(where).items():
+        if name not in flat or flat[name].shape != wanted.shape:
+            found = list(flat[name].shape) if name in flat else "missing"
+            raise ValueError(f"{path}: {name} is {found}, expected {list(wanted.shape)}")
+    place = lambda a, wanted: jax.device_put(np.asarray(a), wanted.sharding)
+    return {**params, **jax.tree.map(place, taken, where)}
 
 
 def codec(cfg: dict[str, Any], dry_run: bool) -> codecs.Codec | None:

@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import allocator, command, config, start, tasks
+from starflow2_jax import allocator, command, config, online, start, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.evaluation import likelihood, report, samples
@@ -36,7 +36,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build, compile, print the tables
 FREE_KEYS = (
     *("layout", "mesh", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
     # Their contents are compared instead.
-    *("teacher.path", "init.fae", "fae.lpips"),
+    *("teacher.path", "init.fae", "fae.path", "fae.lpips"),
 )
 PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", "eval_data.")
 
@@ -67,10 +67,12 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     config.check(cfg)
     is_flow = cfg["task"] == "flow"
     model, reader = tasks.model_config(cfg), tasks.reader(cfg)
-    of = lambda group: tasks.data_options(cfg, model, group)
+    fae = online.open(cfg, model)
+    of = lambda group: online.options(tasks.data_options(cfg, model, group), fae)
     data = None
     if not dry_run:
-        data = {g: reader.describe(of(g)) for g in ("data", "eval_data") if _given(cfg[g])}
+        given = [group for group in ("data", "eval_data") if _given(cfg[group])]
+        data = {g: online.describe(reader.describe(of(g)), fae, f"{g}.latents") for g in given}
         if "data" not in data:
             raise ValueError("config: data.path or data.mixture is needed")
         _check_classes(cfg, data)
@@ -100,10 +102,11 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
 
     # ------------------------------------------------------------------------------------- start
     state, frozen = program.init(jax.random.key(cfg["seed"]))
+    frozen_files = {**program.identity, **online.identity(data["data"])}
     if newest is not None:  # 1. resume
         del state
         state, then = checkpoint.restore(workdir, newest, program.abstract_state)
-        checkpoint.check_frozen(workdir, then, program.identity)
+        checkpoint.check_frozen(workdir, then, frozen_files)
         print(f"resumed {workdir} at step {newest}", flush=True)
     elif cfg["init"]["from"]:  # 2. weights of another run
         state = start.warm(program, state, cfg["init"])
@@ -116,7 +119,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         "data": data,
         "classes": classes,
         "null_text": null_text,
-        "frozen": program.identity,
+        "frozen": frozen_files,
         "versions": logs.environment(),
     }
     logs.save_config(workdir, cfg)
@@ -134,6 +137,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    batches = online.encoded(batches, fae)
     work = {**tasks.work(cfg, model, program.declared), "peak": peak}
     window: list[dict[str, Any]] = []
     waiting = None
@@ -195,7 +199,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
                     logs.samples(log, number, images, captions)
             if due(cfg["evaluate"]["every"]) and "eval_data" in data:
                 with speed.pause(log.clock, after=metrics):
-                    _evaluate(program, state, frozen, log, number, of("eval_data"))
+                    _evaluate(program, state, frozen, log, number, of("eval_data"), fae)
         checkpoint.wait(writer)
     finally:
         checkpoint.close(writer)
@@ -313,7 +317,7 @@ def _summary(window: list[dict[str, Any]], means: Callable) -> dict[str, float]:
     return {"loss": sums["loss"] / len(window), **means(sums), **newest}
 
 
-def _evaluate(program, state, frozen, log, number, options) -> None:
+def _evaluate(program, state, frozen, log, number, options, fae=None) -> None:
     evaluate = program.cfg["evaluate"]
     ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     size = -(-evaluate["batch_size"] // ways) * ways  # no figure depends on it
@@ -323,7 +327,7 @@ def _evaluate(program, state, frozen, log, number, options) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    batches = likelihood.limit(batches, evaluate["rows"], size)
+    batches = online.encoded(likelihood.limit(batches, evaluate["rows"], size), fae)
     values = likelihood.evaluate(program, state.ema, frozen, batches)
     logs.row(log, number, {f"eval/{name}": value for name, value in values.items()})
     first = "{} {:.4f}".format(*next(iter(values.items())))

@@ -254,3 +254,13 @@ def test_a_parquet_of_another_layout_or_cut_short(tmp_path, capsys):
     with pytest.raises(DatasetError, match=r"a.parquet:0: captions: not JSON"):
         run(capsys, *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["bagel_t2i", "bagel_edit", "obelics", "omnicorpus"])
+def test_every_parquet_format_names_the_column_that_it_misses(tmp_path, capsys, kind):
+    file = table(tmp_path / "a.parquet", url=["x"], score=[1.0])
+    words = ("--format", kind, "--source", file, "--out", tmp_path / "out")
+    words += () if kind.startswith("bagel") else ("--image_root", tmp_path)
+    with pytest.raises(DatasetError, match=r"a.parquet: another layout: no column '.*found .*url"):
+        run(capsys, *words)
+    assert not (tmp_path / "out").exists()

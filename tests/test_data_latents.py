@@ -12,7 +12,17 @@ import pytest
 from test_training_fae import experiment
 
 from starflow2_jax import mesh
-from starflow2_jax.data import arrays, latents, latents_beam, manifest, pipeline, records, shapes
+from starflow2_jax.data import (
+    arrays,
+    images,
+    latents,
+    latents_beam,
+    manifest,
+    pipeline,
+    records,
+    shapes,
+    shapes_tasks,
+)
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.generation import codec
 from starflow2_jax.models import fae
@@ -69,15 +79,42 @@ def test_offline_equals_online_bit_for_bit(parts, whole):
         chosen = draw.permutation(ROWS)[:size]
         mean, log_variance = codec.encode(opened, pixels[chosen])
         for k, i in enumerate(chosen):
-            np.testing.assert_array_equal(mean[k], rows[i]["latent_mean"])
-            np.testing.assert_array_equal(log_variance[k], rows[i]["latent_logvar"])
+            np.testing.assert_array_equal(mean[k], rows[i]["latent_mean"][0])
+            np.testing.assert_array_equal(log_variance[k], rows[i]["latent_logvar"][0])
     # And they are the codec's: the posterior, normalised.
     scaled = inputs.scale_pixels(pixels)
     x = teachers.features(opened.params["teacher"], scaled, opened.teacher)
     raw, _ = fae.posterior(opened.params, x, opened.model)
     np.testing.assert_allclose(
-        np.stack([r["latent_mean"] for r in rows]), (raw - 0.25) / 0.5, atol=1e-5
+        np.concatenate([r["latent_mean"] for r in rows]), (raw - 0.25) / 0.5, atol=1e-5
     )
+
+
+def test_all_images_of_a_record_in_order_or_none(parts, tmp_path):
+    opened = codec.load(parts[0])
+    made = list(shapes_tasks.make_records(0, 12, 16, tasks=("text", "edit", "multi", "caption")))
+    dataset = records.write(tmp_path / "data", made)
+    latents.write(tmp_path / "out", tmp_path / "data", *codec.open_encoder(parts[0]))
+    stored = arrays.read(tmp_path / "out", dataset)
+    assert stored.spec["latent_mean"]["shape"] == [-1, 4, 4]
+    for (id, row), record in zip((stored[i] for i in range(12)), made):
+        count = len(record.imgs)
+        assert id == record.id and row["latent_mean"].shape == (count, 4, 4)
+        if count:
+            pixels = np.stack([images.decode(blob.data, "") for blob in record.imgs])
+            np.testing.assert_array_equal(codec.encode(opened, pixels)[0], row["latent_mean"])
+    assert {len(record.imgs) for record in made} >= {0, 1, 2}
+    # A flow reads those of the one image that is learnt, and names a record without one.
+    edits = [record for record in made if record.meta["task"] == "edit"]
+    records.write(tmp_path / "edits", edits)
+    latents.write(tmp_path / "of", tmp_path / "edits", *codec.open_encoder(parts[0]))
+    options = {"latents": str(tmp_path / "of"), "path": str(tmp_path / "edits"), "threads": 0}
+    batch = next(pipeline.eval_batches(options, batch_size=len(edits)))
+    targets = np.stack([records.target_image(record, "") for record in edits])
+    np.testing.assert_array_equal(batch["latent_mean"], codec.encode(opened, targets)[0])
+    options = {"latents": str(tmp_path / "out"), "path": str(tmp_path / "data"), "threads": 0}
+    with pytest.raises(DatasetError, match=r"shapes-text.*expected one image with loss=True"):
+        next(pipeline.eval_batches(options, batch_size=1))
 
 
 def test_the_pipeline_reads_them(parts, whole):
@@ -149,7 +186,7 @@ latents.shards.check_count = around(latents.shards.check_count)
 def encode(pixels):
     mean = pixels[:, :2, :2].reshape(len(pixels), 4, 3).astype(np.float32)
     return mean, mean - 1
-latents.write(out, data, encode, {"sha256": "0" * 64, "pixels": 16})
+latents.write(out, data, encode, {"sha256": "0" * 64, "pixels": 16, "shape": [4, 3]})
 print(events)
 """
 

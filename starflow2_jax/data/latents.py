@@ -3,7 +3,8 @@
 A job takes every n-th shard. A shard appears under its name only when it is whole, so a job that
 was killed at any point and is started again keeps what is finished and makes the rest; the job that
 finds all shards there writes the manifest. What comes out is the parallel dataset of `data/arrays`
-with `latent_mean` and `latent_logvar` float32 [T, D]; its manifest names the encoder's sha256.
+with `latent_mean` and `latent_logvar` float32 [I, T, D] of the I images of a record, in order (I
+may be 0); its manifest names the sha256 of the encoder.
 """
 
 import os
@@ -19,7 +20,7 @@ from starflow2_jax.data import arrays, images, records, shards
 from starflow2_jax.data import manifest as manifest_lib
 from starflow2_jax.data.manifest import DatasetError, Importer, Manifest, Shard
 
-VERSION = "1"
+VERSION = "2"
 # What the shards in an unfinished folder are made of; the manifest takes its place.
 JOB_FILE = "unfinished.json"
 ROWS = 64
@@ -40,16 +41,16 @@ def write(
 
     Args:
       out, data: folders; out may be there, complete or in part, made by the same encoder.
-      encoder: what the manifest says of it: `sha256` and `pixels`, the side to which images are
-        scaled and cropped.
+      encoder: what the manifest says of it: `sha256`; `pixels`, the side to which images are scaled
+        and cropped; `shape`, [T, D].
       shard: (i, n), job i of n.
 
     Returns:
       counts: `shards` in all, `made` and `kept` by this job, `missing` (left to other jobs).
 
     Raises:
-      DatasetError: out holds latents of another encoder or dataset, or is no such folder; a record
-        without exactly one image target.
+      DatasetError: out holds latents of another encoder or dataset, or is no such folder; an image
+        that cannot be decoded.
     """
     job, jobs = shard
     if not 0 <= job < jobs:
@@ -121,10 +122,10 @@ def finish(folder: pathlib.Path, parent: Manifest, encoder: Mapping[str, Any]) -
         for path, shard in zip(paths, parent.shards)
     ]
     importer = Importer("latents", VERSION, {})
-    plain = manifest_lib.make("arrays", made, importer)
-    _, row = arrays.decode(shards.Payloads(folder, plain)[0], str(paths[0]))
+    # -1: as many as the record has images.
+    spec = {"dtype": "float32", "shape": [-1, *encoder["shape"]]}
     features = {
-        "arrays": {n: {"dtype": a.dtype.name, "shape": list(a.shape)} for n, a in row.items()},
+        "arrays": {"latent_mean": spec, "latent_logvar": spec},
         "dataset": manifest_lib.fingerprint(parent),
         "fae": dict(encoder),
     }
@@ -184,16 +185,21 @@ def _rows(
     dataset: records.Dataset, indices: range, encode: Encode, encoder: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     for start in range(0, len(indices), ROWS):
-        ids, pictures = [], []
+        ids, counts, pictures = [], [], []
         for index in indices[start : start + ROWS]:
             record = dataset[index]
             where = f"{dataset.where(index)} (id {record.id!r})"
-            picture = records.target_image(record, where)
             ids.append(record.id)
-            pictures.append(images.center_crop(picture, encoder["pixels"]))
-        mean, log_variance = encode(np.stack(pictures))
-        for k, id in enumerate(ids):
-            yield id, {"latent_mean": mean[k], "latent_logvar": log_variance[k]}
+            counts.append(len(record.imgs))
+            for k, blob in enumerate(record.imgs):
+                picture = images.decode(blob.data, f"{where}: $.imgs[{k}]")
+                pictures.append(images.center_crop(picture, encoder["pixels"]))
+        none = np.zeros((0, *encoder["shape"]), np.float32)
+        mean, log_variance = encode(np.stack(pictures)) if pictures else (none, none)
+        end = 0
+        for id, count in zip(ids, counts):
+            own = slice(end, end := end + count)
+            yield id, {"latent_mean": mean[own], "latent_logvar": log_variance[own]}
 
 
 def _write_whole(path: pathlib.Path, data: bytes) -> None:

@@ -227,6 +227,10 @@ def _example(opts: Options, source: _Source, index: int) -> dict[str, Any]:
         id, row = source.latents[index]
         ids.append(id)
         example |= {name: row[name] for name in ("latent_mean", "latent_logvar")}
+        if example["latent_mean"].ndim == 3:  # of every image of the record
+            record, where = source.records[index], source.records.where(index)
+            number = records.target(record, f"{where} (id {record.id!r})")
+            example = {name: array[number] for name, array in example.items()}
     if source.features:
         id, row = source.features[index]
         ids.append(id)

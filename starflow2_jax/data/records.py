@@ -140,12 +140,17 @@ def text(record: Record) -> str:
     return "\n".join(segment.s for segment in record.segs if isinstance(segment, Text))
 
 
-def target_image(record: Record, where: str) -> np.ndarray:
-    """The one image with loss=True, decoded to uint8 [H, W, 3]; DatasetError if not exactly one."""
+def target(record: Record, where: str) -> int:
+    """Which image is the one with loss=True; DatasetError if not exactly one is."""
     targets = [s.i for s in record.segs if isinstance(s, Img) and s.loss]
     if len(targets) != 1 or targets[0] >= len(record.imgs):
         raise DatasetError(f"{where}: expected one image with loss=True, found {len(targets)}")
-    return images.decode(record.imgs[targets[0]].data, where)
+    return targets[0]
+
+
+def target_image(record: Record, where: str) -> np.ndarray:
+    """The one image with loss=True, decoded to uint8 [H, W, 3]; DatasetError if not exactly one."""
+    return images.decode(record.imgs[target(record, where)].data, where)
 
 
 def write(

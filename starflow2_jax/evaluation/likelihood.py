@@ -129,7 +129,7 @@ def per_image(
 
 
 def _means(totals: Mapping[str, float], means: Callable = per_dim) -> dict[str, float]:
-    if not totals.get("count"):
+    if not any(totals.values()):
         raise ValueError("there are no rows to evaluate")
     return {name: float(value) for name, value in means(dict(totals)).items()}
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from starflow2_jax import config
+from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.models import dinov2, fae, qwen_vision
 from starflow2_jax.models import teacher as teachers
@@ -26,6 +27,7 @@ from starflow2_jax.weights import teacher as teacher_weights
 # Every image is encoded in a batch of this size, so that offline and online latents are equal.
 BATCH = 8
 ENCODER = ("encoder", "latent", "teacher")
+TASKS = ("fae_features", "fae_pixels")
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,15 @@ def encode(codec: Codec, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"codec: {image.dtype}{list(image.shape)}, expected uint8 [B, {side}, {side}, 3]"
         )
-    parts = []
-    for first in range(0, len(image), BATCH):
-        rows = image[first : first + BATCH]
-        filled = np.concatenate([rows, np.zeros((BATCH - len(rows), *rows.shape[1:]), np.uint8)])
-        own = {name: codec.params[name] for name in ENCODER}
-        both = _encode(own, filled, model=codec.model, teacher=codec.teacher)
-        parts.append([np.asarray(a)[: len(rows)] for a in both])
+    own, parts = {name: codec.params[name] for name in ENCODER}, []
+    # The same program inside a training on many devices and outside of it.
+    with jax.set_mesh(meshes.make_mesh("data=1", jax.local_devices()[:1])):
+        for first in range(0, len(image), BATCH):
+            rows = image[first : first + BATCH]
+            empty = np.zeros((BATCH - len(rows), *rows.shape[1:]), np.uint8)
+            filled = np.concatenate([rows, empty])
+            both = _encode(own, filled, model=codec.model, teacher=codec.teacher)
+            parts.append([np.asarray(a)[: len(rows)] for a in both])
     mean, log_variance = (np.concatenate(a) for a in zip(*parts))
     return mean, log_variance
 
@@ -166,7 +170,13 @@ def _decode(params, latents, *, model):
 def open_encoder(path: str) -> tuple[Callable, dict[str, Any]]:
     """What `data.latents` needs: images -> latents, and what a manifest says of the encoder."""
     codec = load(path)
-    return partial(encode, codec), {"sha256": codec.sha256, "pixels": codec.model.pixels}
+    return partial(encode, codec), describe(codec)
+
+
+def describe(codec: Codec) -> dict[str, Any]:
+    """What a manifest of latents says of their encoder: `sha256`, `pixels` and `shape` [T, D]."""
+    shape = [codec.model.tokens, codec.model.latent]
+    return {"sha256": codec.sha256, "pixels": codec.model.pixels, "shape": shape}
 
 
 def _declare(model: fae.Config, teacher: Teacher) -> dict[str, Any]:
@@ -174,7 +184,7 @@ def _declare(model: fae.Config, teacher: Teacher) -> dict[str, Any]:
 
 
 def _check_task(cfg: Mapping[str, Any], path: str) -> None:
-    if cfg.get("task") not in ("fae_features", "fae_pixels"):
+    if cfg.get("task") not in TASKS:
         raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a training of the codec")
 
 

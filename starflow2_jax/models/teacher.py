@@ -13,6 +13,7 @@ from starflow2_jax.models import dinov2, qwen_vision
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.params import Tree
 
+EPS = 1e-6
 KINDS = ("dinov2", "qwen")
 # Towers that are drawn, for images of 64 pixels: 8 x 8 features of 128 channels.
 DRAWN: dict[str, Any] = {
@@ -75,7 +76,7 @@ def features(params: Tree, image: jax.Array, teacher: Teacher) -> jax.Array:
     """Features [B, T, C] in at least float32 of images [B, H, W, 3] in [-1, 1].
 
     Of DINOv2 the patch tokens after the final norm, without class and register tokens; of Qwen's
-    tower what its merger gives, each from merge x merge patches.
+    tower what its merger gives, each from merge x merge patches, scaled to a mean square of one.
     """
     side, tower = teacher.pixels, teacher.tower
     if teacher.kind == "dinov2":
@@ -85,4 +86,7 @@ def features(params: Tree, image: jax.Array, teacher: Teacher) -> jax.Array:
         image = jnp.clip(dinov2.resize(image, (side, side), antialias=True), -1, 1)
     mean, std = (jnp.asarray(v, image.dtype) for v in (qwen_vision.MEAN, qwen_vision.STD))
     found = qwen_vision.encode_images(params, ((image + 1) / 2 - mean) / std, tower)
-    return at_least_float32(found)
+    found = at_least_float32(found)
+    # The merger ends without a norm. The codec's feature decoder ends with one, so it could not
+    # give back lengths, and noise and losses are stated for features of this size.
+    return found * jax.lax.rsqrt(jnp.square(found).mean(-1, keepdims=True) + EPS)

@@ -1,0 +1,131 @@
+"""Images encoded while training: the latents of `prepare latents` bit for bit, and runs alike."""
+
+import jax
+import numpy as np
+import pytest
+import test_training_step
+from test_data_latents import make_run
+from test_train import finish, rows_of, start
+
+from starflow2_jax import config, mesh, online
+from starflow2_jax.data import arrays, latents, pipeline, records, shapes, shapes_tasks
+from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.evaluation import likelihood
+from starflow2_jax.generation import codec
+from starflow2_jax.training import checkpoint, step
+
+COUNT = 21
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """(workdir of a codec, dataset folder, its latents)."""
+    root = tmp_path_factory.mktemp("online")
+    run, data, out = make_run(root / "run", 0), str(root / "data"), str(root / "latents")
+    records.write(data, shapes.make_records(0, COUNT, 16, tags=("single_object",)))
+    latents.write(out, data, *codec.open_encoder(run))
+    return run, data, out
+
+
+def experiment(parts, offline=False, **changes):
+    """A flow of 2 x 2 latents of 4 channels, read or made."""
+    run, data, out = parts
+    model = {"side": 2, "channels": 4, "width": 16, "layers": (1, 1), "head_dim": 8,
+             "start": "shift", "positions": "learned", "scale": "exp"}  # fmt: skip
+    cfg = config.default()
+    cfg.model.update(model)
+    cfg.train.batch_size, cfg.train.steps = 8, 4
+    cfg.log.every, cfg.sample.every = 1, 0
+    cfg.checkpoint.every, cfg.evaluate.every = 2, 2
+    for group in (cfg.data, cfg.eval_data):
+        group.path, group.threads = data, 1
+        group.latents = out if offline else ""
+    cfg.fae.path = "" if offline else run
+    cfg.update_from_flattened_dict(changes)
+    config.check(cfg)
+    return config.to_dict(cfg)
+
+
+def test_online_equals_offline_bit_for_bit(parts):
+    """Whatever the batch, and inside a training on eight devices."""
+    cfg = experiment(parts)
+    model = step.model_config(cfg)
+    opened = online.open(cfg, model)
+    options = online.options(likelihood.data_options(cfg, model, "data"), opened)
+    stored = {**options, "latents": parts[2]}
+    with jax.set_mesh(mesh.make_mesh("data=2,fsdp=4")):
+        for size in (5, 8):
+            made = online.encoded(pipeline.batches(options, batch_size=size), opened)
+            read = online.encoded(pipeline.batches(stored, batch_size=size), opened)
+            for _ in range(4):
+                ours, theirs = next(made), next(read)
+                assert set(ours) == set(theirs) and ours["id"] == theirs["id"]
+                for name in ("latent_mean", "latent_logvar"):
+                    assert ours[name].dtype == theirs[name].dtype == np.float32
+                    np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_rows_of_several_images(parts, tmp_path):
+    """Places that no patch is of stay zero, as they are where stored latents are read."""
+    made = list(shapes_tasks.make_records(0, 4, 16, tasks=("edit", "multi", "text", "caption")))
+    dataset = records.write(tmp_path / "data", made)
+    latents.write(tmp_path / "out", tmp_path / "data", *codec.open_encoder(parts[0]))
+    stored, opened = arrays.read(tmp_path / "out", dataset), codec.load(parts[0])
+    batch = {
+        "images": np.zeros((4, 3, 16, 16, 3), np.uint8),
+        "image": np.full((4, 20), -1, np.int32),
+        "id": [record.id for record in made],
+    }
+    wanted = np.zeros((4, 3, 4, 4), np.float32)
+    for row, record in enumerate(made):
+        for k, blob in enumerate(record.imgs):
+            batch["images"][row, k] = records.images.decode(blob.data, "")
+            batch["image"][row, 5 * k : 5 * k + 4] = 4 * k + np.arange(4)
+            wanted[row, k] = stored[row][1]["latent_mean"][k]
+    batch["images"][2] = 99  # of no use: no patch is of it
+    found = online.encode(batch, opened)
+    assert set(found) == {"image", "id", "latent_mean", "latent_logvar"}
+    np.testing.assert_array_equal(found["latent_mean"], wanted)
+    assert not found["latent_logvar"][2].any()
+    alone = {name: array[2:3] for name, array in batch.items()}
+    assert online.encode(alone, opened)["latent_mean"].shape == (1, 3, 4, 4)
+
+
+def test_runs_are_alike_and_go_on_either_way(parts, tmp_path):
+    online_run, stored_run = tmp_path / "online", tmp_path / "stored"
+    finish(start(experiment(parts), online_run))
+    finish(start(experiment(parts, offline=True), stored_run))
+    assert rows_of(online_run) == rows_of(stored_run)
+    assert "eval/nats_per_dim" in rows_of(online_run)[-1]
+    sha256 = codec.load(parts[0]).sha256
+    for run in (online_run, stored_run):
+        assert checkpoint.read_meta(run)["frozen"] == {"fae": sha256}
+    # Another encoder is not what the flow was trained on.
+    moved = experiment((make_run(tmp_path / "other", 1), *parts[1:]))
+    with pytest.raises(AssertionError, match="the data have changed since step 4"):
+        finish(start(moved, online_run))
+
+
+def test_what_does_not_fit_is_refused(parts, tmp_path):
+    def opened(**changes):
+        cfg = experiment(parts, **changes)
+        return online.open(cfg, step.model_config(cfg))
+
+    with pytest.raises(ValueError, match=r"reads 4 x 8 latents.* gives 4 x 4"):
+        opened(**{"model.channels": 8})
+    with pytest.raises(FileNotFoundError, match="no committed checkpoint"):
+        opened(**{"fae.path": str(tmp_path / "nowhere")})
+    pixels = test_training_step.experiment(**{"fae.path": parts[0]})
+    with pytest.raises(ValueError, match="reads pixels"):
+        online.open(pixels, step.model_config(pixels))
+    assert online.open(experiment(parts, offline=True), None) is None
+    # Stored latents beside the codec must be its own.
+    other = codec.load(make_run(tmp_path / "other", 1))
+    cfg = experiment(parts, offline=True)
+    about = pipeline.describe(likelihood.data_options(cfg, step.model_config(cfg), "data"))
+    assert online.describe(about, codec.load(parts[0]), "data.latents") == about
+    with pytest.raises(DatasetError, match=r"data\.latents: latents of the encoder"):
+        online.describe(about, other, "data.latents")
+    mixed = {"mixture": ({"path": parts[1], "latents": parts[2]}, {"path": parts[1]})}
+    with pytest.raises(ValueError, match=r"data\.mixture: .* all of them or none"):
+        online.options({**mixed, "pixels": 0}, other)
