@@ -46,6 +46,8 @@ def define(values: flags.FlagValues) -> None:
     text("workdir", None, "a run's folder", flag_values=values)
     switch("ema", True, "export the averaged weights, not the raw ones", flag_values=values)
     switch("public", False, "export under the names of the public code", flag_values=values)
+    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "export of a task='vlm' run: "
+                      "what is stored", flag_values=values)  # fmt: skip
     switch("seal", False, "verify: write digests a step lacks, if it is whole", flag_values=values)
     switch("json", False, "print the result as JSON", flag_values=values)
 
@@ -135,7 +137,10 @@ def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
     from starflow2_jax.training.step import model_config
 
     path, out = _need(values, "model"), _need(values, "out")
-    if _task(path) != "flow":
+    task = _task(path)
+    if task == "vlm":
+        return _export_reader(values, path, out)
+    if task != "flow":
         return _export_codec(values, path, out)
     cfg, tree = _opened(path, values.ema)
     if not values.public:
@@ -162,7 +167,8 @@ def _task(path: str) -> str:
     from starflow2_jax.training import checkpoint, step_folders
 
     if files.is_folder(path):
-        return files.read_config(path).get("task", "flow")
+        held = files.read_config(path)
+        return held.get("starflow2_jax", held).get("task", "flow")
     return checkpoint.read_meta(*step_folders.locate(path))["config"].get("task", "flow")
 
 
@@ -174,6 +180,17 @@ def _export_codec(values: flags.FlagValues, path: str, out: str) -> tuple[dict, 
         raise ValueError("--public, --noema: a codec is exported as it is, averaged weights")
     found = codec.load(path)
     codec.export(found, out, overwrite=values.overwrite)
+    return _summary(out, weights.count(found.params))
+
+
+def _export_reader(values: flags.FlagValues, path: str, out: str) -> tuple[dict, list[str]]:
+    """A small vision-language model to a folder that transformers reads."""
+    from starflow2_jax.generation import reader
+
+    if values.public or not values.ema:
+        raise ValueError("--public, --noema: this export is the public folder, averaged weights")
+    found = reader.load(path)
+    reader.export(found, out, dtype=values.dtype, overwrite=values.overwrite)
     return _summary(out, weights.count(found.params))
 
 

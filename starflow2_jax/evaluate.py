@@ -6,6 +6,7 @@ python -m starflow2_jax.evaluate codec --model runs/fae_pixels --data data/shape
 python -m starflow2_jax.evaluate report --workdir runs/cifar
 """  # noqa: E501
 
+import functools
 import hashlib
 import json
 import time
@@ -15,17 +16,19 @@ import jax
 from absl import flags
 from etils import epath
 
-from starflow2_jax import allocator, command
+from starflow2_jax import allocator, command, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax.data import manifest, pipeline
-from starflow2_jax.evaluation import codec_eval, likelihood, report
+from starflow2_jax.evaluation import codec_eval, likelihood, report, understanding
 from starflow2_jax.generation import codec as codecs
 from starflow2_jax.generation import model as models
+from starflow2_jax.generation import reader as readers
 from starflow2_jax.training import digest, log, pictures, step_folders
 from starflow2_jax.weights import files
 
 VERBS = {
     "likelihood": "exact nats/dim, and bits/dim where they are defined (--model --data)",
+    "understanding": "answers of a model that reads (--model --data --blind)",
     "codec": "PSNR of a latent codec's images, and a probe of its latents (--model --data --fit)",
     "report": "report.html of a run (--workdir)",
 }
@@ -39,6 +42,7 @@ def define(values: flags.FlagValues) -> None:
     text("data", None, "dataset folder (default: that of the run's eval_data)", flag_values=values)
     text("latents", None, "folder of latents parallel to --data", flag_values=values)
     text("features", None, "folder of text features parallel to --data", flag_values=values)
+    text("blind", None, "understanding: a run that never saw a picture", flag_values=values)
     text("fit", None, "training dataset: of the Gaussian baseline or the probe", flag_values=values)
     text("fit_latents", None, "folder of latents parallel to --fit", flag_values=values)
     number("rows", None, "first rows of --data that are measured (all)", 1, flag_values=values)
@@ -63,7 +67,12 @@ def main(verb: str, words: list[str], values: flags.FlagValues = flags.FLAGS) ->
     """
     if words:
         raise ValueError(f"{verb}: unexpected argument {words[0]!r}")
-    verbs = {"likelihood": _likelihood, "codec": _codec, "report": _report}
+    verbs = {
+        "likelihood": _likelihood,
+        "understanding": _understanding,
+        "codec": _codec,
+        "report": _report,
+    }
     result, lines = verbs[verb](values)
     if jax.process_index() == 0:
         print(json.dumps(result, indent=2) if values.json else "\n".join(lines))
@@ -169,6 +178,40 @@ def _source(path: str) -> dict[str, Any]:
         listed, step, where = entry.path / digest.SIDECAR, entry.step, str(workdir)
     sha256 = hashlib.sha256(listed.read_bytes()).hexdigest() if listed.exists() else None
     return {"path": where, "step": step, "weights": "averaged", "sha256": sha256}
+
+
+def _understanding(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
+    if not values.model or not values.data:
+        raise ValueError("understanding: --model and --data are needed")
+    source = _source(values.model)
+    out = _out(values, source, "understanding", values.data)
+    began = time.time()
+
+    def answers(path, **changes):
+        reader = readers.load(path)
+        own = {"path": values.data, "mixture": (), "tokenizer": reader.tokenizer, **changes}
+        options = tasks.data_options(reader.cfg, reader.model, **own)
+        return understanding.answers(functools.partial(readers.score, reader), options)
+
+    told = answers(values.model)
+    baselines = {"blank_pictures": understanding.summarise(answers(values.model, blank=True))}
+    if values.blind:
+        baselines["blind_model"] = understanding.summarise(answers(values.blind))
+    result = {
+        "model": source,
+        "data": {"path": values.data, "fingerprint": _fingerprint(values.data)},
+        "kinds": understanding.summarise(told),
+        "by_withheld": understanding.by_withheld(told),
+        "baselines": baselines,
+        "protocol": understanding.PROTOCOL,
+        "seconds": round(time.time() - began, 1),
+        "command": log.command_line(),
+        **log.environment(),
+    }
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    return result, [*understanding.lines(result), *([f"written    {out}"] if out else [])]
 
 
 def _codec(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:

@@ -20,6 +20,13 @@ def targets(batch: Mapping[str, jax.Array]) -> jax.Array:
     return same & batch["target"][:, 1:] & (batch["image"][:, 1:] < 0)
 
 
+def _each(logits, batch):
+    """Targets, the nats of each item and whether it is the likeliest, all [B, T - 1]."""
+    wanted = batch["ids"][:, 1:]
+    nats = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, wanted[..., None], -1)[..., 0]
+    return targets(batch), nats, jnp.argmax(logits, -1) == wanted
+
+
 def sums(logits: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Of each row [B], float32: `nll` in nats, target `tokens`, `right` ones (the likeliest),
     `records` with a target, and `records_right`, all of whose targets are.
@@ -29,17 +36,22 @@ def sums(logits: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Arr
     Args:
         logits: at least float32 [B, T - 1, V], of the states before each item.
     """
-    mask, wanted = targets(batch), batch["ids"][:, 1:]
-    each = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, wanted[..., None], -1)[..., 0]
-    right = jnp.argmax(logits, -1) == wanted
+    mask, nats, right = _each(logits, batch)
     count, wrong = by_record(batch, mask, mask & ~right)
     return {
-        "nll": jnp.where(mask, each, 0).sum(1),
+        "nll": jnp.where(mask, nats, 0).sum(1),
         "tokens": mask.sum(1).astype(jnp.float32),
         "right": (mask & right).sum(1).astype(jnp.float32),
         "records": (count > 0).sum(1).astype(jnp.float32),
         "records_right": ((count > 0) & (wrong == 0)).sum(1).astype(jnp.float32),
     }
+
+
+def by_record_score(logits: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Of each record [B, S]: target `tokens`, those that are `wrong` (not the likeliest), `nll`."""
+    mask, nats, right = _each(logits, batch)
+    names = ("tokens", "wrong", "nll")
+    return dict(zip(names, by_record(batch, mask, mask & ~right, jnp.where(mask, nats, 0))))
 
 
 def by_record(batch: Mapping[str, jax.Array], *values: jax.Array) -> tuple[Any, ...]:

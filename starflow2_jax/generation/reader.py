@@ -1,0 +1,98 @@
+"""A trained small vision-language model: as a run, or as a folder that transformers reads too.
+
+Axes: B rows, T positions, S records of a row.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax import config
+from starflow2_jax import params as weights
+from starflow2_jax.models import qwen
+from starflow2_jax.models.qwen import Config
+from starflow2_jax.training import text_loss, vlm_step
+from starflow2_jax.weights import files
+from starflow2_jax.weights import qwen as qwen_weights
+
+# Where a folder's config.json keeps the experiment that made it.
+_EXPERIMENT = "starflow2_jax"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """An experiment's resolved configuration, its model and weights, its tokenizer's folder."""
+
+    cfg: Mapping[str, Any]
+    model: Config
+    params: Mapping[str, Any]
+    tokenizer: str
+
+
+def load(path: str) -> Reader:
+    """A workdir (newest checkpoint, averaged weights), a step folder in it, or an exported folder.
+
+    Raises:
+        FileNotFoundError: nothing of the kind is there. ValueError: it is damaged or another kind
+            of model.
+    """
+    from starflow2_jax.training import checkpoint, step_folders
+
+    if files.is_folder(path):
+        held = files.read_config(path)
+        if _EXPERIMENT not in held:
+            raise ValueError(f"{path}: no folder that `convert export` made of a task='vlm' run")
+        model, params = qwen_weights.load(path, dtype=jnp.float32)
+        return Reader(held[_EXPERIMENT], model, params, str(path))
+    workdir, step = step_folders.locate(path)
+    cfg = checkpoint.read_meta(workdir, step)["config"]
+    if cfg.get("task") != "vlm":
+        raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a training with task='vlm'")
+    model = vlm_step.model_config(cfg)
+    wanted = {"ema": weights.abstract(vlm_step.declare(cfg, model))}
+    found = checkpoint.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
+    return Reader(cfg, model, found["vlm"], cfg["text"]["tokenizer"])
+
+
+def export(reader: Reader, path: str, *, dtype: Any = "float32", overwrite: bool = False) -> None:
+    """Writes a Hugging Face folder with weights, tokenizer, chat template and image processor.
+
+    Raises:
+        FileExistsError, FileNotFoundError, OSError: as `weights.qwen.export`.
+    """
+    kept = config.to_dict(reader.cfg)
+    ids = json.loads((Path(reader.tokenizer) / "tokenizer.json").read_text("utf-8"))
+    ids = {token["content"]: token["id"] for token in ids["added_tokens"]}
+    special = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    qwen_weights.export(
+        jax.tree.map(lambda a: np.asarray(a, jnp.dtype(dtype)), reader.params),
+        reader.model,
+        path,
+        processor=reader.tokenizer,
+        extra={**special, _EXPERIMENT: kept},
+        overwrite=overwrite,
+    )
+
+
+def score(reader: Reader, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Of every record of a batch of rows, [B, S]: target `tokens`, how many are not the likeliest
+    (`wrong`), and their `nll` in nats."""
+    return jax.device_get(_score(reader.params, _arrays(batch), model=reader.model))
+
+
+def _arrays(batch):
+    names = ("ids", "segments", "image", "target", "positions", "images")
+    return {name: batch[name] for name in names}
+
+
+@partial(jax.jit, static_argnames="model")
+def _score(params, batch, *, model):
+    h, _ = vlm_step.states({"vlm": params}, batch, model)
+    return text_loss.by_record_score(qwen.logits(params, h[:, :-1], model), batch)
