@@ -155,7 +155,7 @@ def read_pixels(image: Any, where: str) -> np.ndarray:
     """uint8 [H, W, 3] of an array, of the path of a file, or of its bytes.
 
     Raises:
-        ValueError: another kind of image, one that cannot be decoded or is too large; names `where`.
+        ValueError: another kind of image, one that cannot be decoded or is too large.
     """
     from starflow2_jax.data import images
     from starflow2_jax.data.manifest import DatasetError

@@ -180,9 +180,7 @@ def extend(
         roles.append(held.roles[b] if not row else "none" if plain else "assistant")
         numbers.append(count if row else int(state.part[b]))
         items_.append(0 if row else int(state.item[b]))
-    new = new.replace(
-        part=jnp.asarray(numbers, jnp.int32), item=jnp.asarray(items_, jnp.int32)
-    )
+    new = new.replace(part=jnp.asarray(numbers, jnp.int32), item=jnp.asarray(items_, jnp.int32))
     return dataclasses.replace(held, roles=tuple(roles), parts=tuple(parts), state=new)
 
 
@@ -286,9 +284,7 @@ def take(held: Conversation, rows: Sequence[int]) -> Conversation:
     )
     fields = {f.name for f in dataclasses.fields(State)} - {"caches"}
     long = {"valid", "at", "position", "index"}
-    small = {
-        name: getattr(held.state, name)[both if name in long else picked] for name in fields
-    }
+    small = {name: getattr(held.state, name)[both if name in long else picked] for name in fields}
     return dataclasses.replace(
         held,
         keys=held.keys[picked],
@@ -299,9 +295,7 @@ def take(held: Conversation, rows: Sequence[int]) -> Conversation:
     )
 
 
-def moved(
-    picks: Sequence[int], start: Any, b: int, cfg: Config, ids: decode.Ids
-) -> dict[str, Any]:
+def moved(picks: Sequence[int], start: Any, b: int, cfg: Config, ids: decode.Ids) -> dict[str, Any]:
     """How far a row's counters are after `picks` tokens and patches (`decode.Record`).
 
     Args:
@@ -329,7 +323,11 @@ def moved(
 
 
 def cut(
-    state: State, start: Any, first: int, kept: dict[int, Sequence[int]], cfg: Config,
+    state: State,
+    start: Any,
+    first: int,
+    kept: dict[int, Sequence[int]],
+    cfg: Config,
     ids: decode.Ids,
 ) -> State:
     """Takes items back: of each row in `kept` only these picks stay, and the row is done.

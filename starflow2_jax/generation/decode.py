@@ -3,10 +3,10 @@
 Axes: B rows, R = B or 2B rows (behind them those of the unconditional branch), T new positions, S
 slots of a cache, D latent channels, N patches of an image, V vocabulary.
 
-A row's last item is *pending*: chosen, but not read yet. A step reads the pending items of all rows
-into the caches of the VLM and of the deep flow and chooses the next ones, a token or a patch by each
-row's mode. All rows write to one slot at a time, and `valid` says which slots are a row's own: rows
-may be of any lengths, and to take items back is to unmark them.
+A row's last item is *pending*: chosen, but not read yet. A step reads the pending items of all
+rows into the caches of the VLM and of the deep flow and chooses the next ones, a token or a patch
+by each row's mode. All rows write to one slot at a time, and `valid` says which slots are a row's
+own: rows may be of any lengths, and to take items back is to unmark them.
 """
 
 from functools import partial
@@ -283,7 +283,9 @@ def _draw_token(params, y, h, keys, may_begin, numbers, cfg, ids, dtype):
     greedy = jnp.asarray(numbers.temperature) <= 0
     warm = scores / jnp.where(greedy, 1.0, numbers.temperature)
     cuts = (jnp.asarray(numbers.top_k) > 0) | (jnp.asarray(numbers.top_p) < 1)
-    warm = jax.lax.cond(cuts, lambda s: truncate(s, numbers.top_k, numbers.top_p), lambda s: s, warm)
+    warm = jax.lax.cond(
+        cuts, lambda s: truncate(s, numbers.top_k, numbers.top_p), lambda s: s, warm
+    )
     drawn = jax.vmap(jax.random.categorical)(keys, warm)
     token = jnp.where(greedy, jnp.argmax(scores, -1), drawn).astype(jnp.int32)
     pick = lambda logs: jnp.take_along_axis(logs, token[:, None], -1)[:, 0]

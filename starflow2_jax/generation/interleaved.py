@@ -160,9 +160,7 @@ class Model:
     fae: Codec | None = None
     source: str = ""
 
-    def generate(
-        self, given: Any, *, after: Results | None = None, **options: Any
-    ) -> Results:
+    def generate(self, given: Any, *, after: Results | None = None, **options: Any) -> Results:
         """Continues prompts, or a conversation.
 
         Args:
@@ -212,6 +210,7 @@ def generate(
         raise ValueError("prompts: expected a list with one prompt a row")
     parts = [prompts.read(prompt, f"prompt {i}") for i, prompt in enumerate(given)]
     _check_images(model, parts)
+    _check_trained(model, parts, options)
     copies = options.n * options.best_of
     if after is not None:
         if len(parts) != len(after):
@@ -235,6 +234,25 @@ def generate(
     held, records, reasons = _loop(model, held, options, room)
     results = _finished(model, held, records, reasons, options)
     return _best(results, options) if options.best_of > 1 else results
+
+
+def generate_many(
+    model: Model, given: Sequence[Any], options: Options, rows: int = 16
+) -> Iterator[list[list[Part]]]:
+    """The samples of each prompt in turn, drawn some `rows` at a time by one program.
+
+    Sample k of prompt i is row i n best_of + k of the seed, whatever `rows` is.
+    """
+    copies = options.n * options.best_of
+    together = min(max(rows // copies, 1), len(given))
+    for first in range(0, len(given), together):
+        # The last ones are filled up, so that no other program is needed.
+        numbers = np.minimum(np.arange(first, first + together), len(given) - 1)
+        samples = (numbers[:, None] * copies + np.arange(copies)).ravel()
+        now = dataclasses.replace(options, samples=tuple(samples.tolist()))
+        found = generate(model, [given[i] for i in numbers], options=now)
+        for i in range(min(together, len(given) - first)):
+            yield found.rows[i * options.n : (i + 1) * options.n]
 
 
 def _branches(options: Options) -> bool:
@@ -271,6 +289,22 @@ def _check_images(model: Model, parts: Sequence[Sequence[Part]]) -> None:
                 raise ValueError(f"{where}: the model has no codec (--fae) to read an image with")
             else:
                 prompts.check_pixels(part.image, model.fae.model.pixels, where)
+
+
+def _check_trained(model: Model, parts: Sequence[Sequence[Part]], options: Options) -> None:
+    """Refuses what the checkpoint's stage has not learnt: its weights are still those of birth."""
+    blank = lambda group: not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(group))
+    if options.most_images and blank(model.params["deep"]["proj_out"]):
+        raise ValueError(
+            f"{model.source or 'model'}: its flow is as it was born (a checkpoint of stage 2 that "
+            "began from nothing?), it draws no images; images=0 gives text alone"
+        )
+    shown = any(part.kind == "image" for row in parts for part in row)
+    if shown and blank(model.params["adapter"]["down"]):
+        raise ValueError(
+            f"{model.source or 'model'}: its adapter is zero (a checkpoint of stage 1?), so that "
+            "its VLM sees no images; give text alone, or a checkpoint of stage 2 or 3"
+        )
 
 
 def latents(
@@ -460,7 +494,7 @@ def _parts(tokenizer, row, ids, cfg):
             said.clear()
 
     for entry in row:
-        pick, u, own = entry
+        pick, _, own = entry
         total = total + own
         if pick == decode.PATCH:
             patches.append(entry)

@@ -1,8 +1,9 @@
 """What is given to an interleaved model and what it gives back: conversations as lists of parts.
 
-A prompt is a text, or a list whose entries are texts, images (uint8 [H, W, 3], the path or the bytes
-of a file), `Part`s, or messages of a chat, `{"role", "content"}` with content that is a text or a
-list of `{"type": "text", "text"}` and `{"type": "image", "image"}`. What has no role is the user's.
+A prompt is a text, or a list whose entries are texts, images (uint8 [H, W, 3], the path or the
+bytes of a file), `Part`s, or messages of a chat, `{"role", "content"}` with content that is a text
+or a list of `{"type": "text", "text"}` and `{"type": "image", "image"}`. What has no role is the
+user's.
 """
 
 import json
@@ -66,7 +67,9 @@ def read(prompt: Any, where: str, role: str = "user") -> list[Part]:
     if isinstance(entries, np.ndarray):
         entries = [entries]
     if not isinstance(entries, Sequence):
-        raise ValueError(f"{where}: expected a text or a list of parts, got {type(prompt).__name__}")
+        raise ValueError(
+            f"{where}: expected a text or a list of parts, got {type(prompt).__name__}"
+        )
     found: list[Part] = []
     for i, entry in enumerate(entries):
         at = f"{where}, part {i}"

@@ -3,7 +3,6 @@
 Axes: B rows, T positions, M image places of a row, N patches, D latent channels.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
