@@ -118,6 +118,7 @@ def main(words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
 
 def _answer(model: Any, out: epath.Path | None, values: flags.FlagValues) -> None:
     from starflow2_jax.generation import interleaved, output, prompts
+    from starflow2_jax.generation import options as options_lib
 
     given = [name for name in ("prompt", "chat", "batch", "geneval") if values[name].value]
     if len(given) > 1 or not (given or values.image):
@@ -140,7 +141,7 @@ def _answer(model: Any, out: epath.Path | None, values: flags.FlagValues) -> Non
         shown = [epath.Path(path).read_bytes() for path in values.image]
         rows = [[*shown, text] for text in values.prompt] or [shown]
     draws = draws and out is not None
-    options = interleaved.make_options(_options(model, values, draws, out is not None))
+    options = options_lib.make_options(_options(model, values, draws, out is not None))
     began = time.perf_counter()
     answers = interleaved.generate_many(model, rows, options)
     note = {"model": values.model, "source": model.source, **output.settings(options)}

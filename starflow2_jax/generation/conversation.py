@@ -67,6 +67,14 @@ class Conversation:
         return int(self.state.caches[0].length)
 
 
+def delimiters(held: "Tokenizer", cfg: Config) -> decode.Ids:
+    """What the loop has to know of the tokenizer."""
+    banned = (held.vision_end, held.image, held.turn_start, cfg.vlm.video_token)
+    ends = (held.turn_end, held.pad)
+    size = min(held.size, cfg.vlm.vocab)
+    return decode.Ids(held.vision_start, held.vision_end, ends, banned, size)
+
+
 def begin(
     params: Any, cfg: Config, keys: jax.Array, null: str, heat: Any, size: int, fixed: bool
 ) -> Conversation:

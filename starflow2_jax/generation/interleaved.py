@@ -4,7 +4,6 @@ Axes: B rows, N patches, D latent channels.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,134 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.config import nearest
-from starflow2_jax.generation import codec, conversation, decode, prompts
-from starflow2_jax.generation import guidance as guiding
+from starflow2_jax.generation import answers, codec, conversation, decode, prompts
+from starflow2_jax.generation.answers import Results
 from starflow2_jax.generation.codec import Codec
 from starflow2_jax.generation.conversation import Conversation
 from starflow2_jax.generation.guidance import Guidance
+from starflow2_jax.generation.options import Options, make_options
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.models.starflow2 import Config
 from starflow2_jax.training import inputs
 
 if TYPE_CHECKING:  # heavy
     from starflow2_jax.data.tokens import Tokenizer
-
-
-@dataclass(frozen=True)
-class Options:
-    """How parts are drawn.
-
-    Attributes:
-        n: samples of each prompt; best_of: so many are drawn for each and the likeliest is kept,
-            with `best_of_gain` the one that the prompt makes likelier most (the log likelihood
-            minus the unconditional one).
-        seed: row i is drawn from fold_in(key(seed), i), or the number in `samples` at its place.
-        max_tokens: text tokens, ends of turns among them, at most.
-        images: exactly so many; None leaves it to the model, up to `max_images`.
-        image_start: whether the first item is the beginning of an image.
-        stop: texts at which a row ends; they are cut off, with the token they begin in.
-        temperature: of tokens, 0 takes the likeliest; top_k: of so many, 0 all; top_p: of the
-            fewest that hold this share of the probability.
-        guidance: weight w of patches, 0 is none; rule, what, annealed: as in `guidance.Guidance`.
-        null: the condition of guidance: `text` without what the user says, `all` without what the
-            user shows, too.
-        image_temperature: a factor on the noise of patches.
-        null_temperature: of the deep flow's attention in the unconditional branch.
-        jacobi: a `Jacobi` for the inverse of the shallow flow, None for sequential.
-        denoise: a score step on images before they are decoded.
-        cache: positions; None takes as many as are needed, and more when the conversation goes on.
-    """
-
-    n: int = 1
-    best_of: int = 1
-    best_of_gain: bool = False
-    seed: int = 0
-    samples: tuple[int, ...] | None = None
-    max_tokens: int = 256
-    images: int | None = None
-    max_images: int = 4
-    image_start: bool = False
-    stop: tuple[str, ...] = ()
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    guidance: float = 0.0
-    rule: str = "product"
-    what: str = "ab"
-    annealed: bool = False
-    null: str = "text"
-    image_temperature: float = 1.0
-    null_temperature: float = 1.0
-    jacobi: Any = None
-    denoise: bool = False
-    cache: int | None = None
-
-    def __post_init__(self):
-        object.__setattr__(self, "stop", tuple(s for s in self.stop if s))
-        wide = (0.0, math.inf)
-        for name, low, high, open_ in (
-            ("guidance", *wide, False),
-            ("temperature", *wide, False),
-            ("top_p", 0.0, 1.0, True),
-            ("image_temperature", *wide, True),
-            ("null_temperature", *wide, True),
-        ):
-            value = getattr(self, name)
-            if not (low < value if open_ else low <= value) or not value <= min(high, 1e6):
-                bound = f"{'above' if open_ else 'at least'} {low:g}"
-                limit = f" and at most {high:g}" if high < math.inf else ""
-                raise ValueError(f"{name}={value!r}: expected a number {bound}{limit}")
-        for name, low in (("n", 1), ("best_of", 1), ("top_k", 0), ("max_tokens", 0),
-                          ("max_images", 0)):  # fmt: skip
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected at least {low}")
-        if self.images is not None and self.images < 0:
-            raise ValueError(f"images={self.images!r}: expected at least 0, or None")
-        if not self.max_tokens and not self.most_images:
-            raise ValueError("max_tokens=0 and no images: there is nothing to draw")
-        if self.image_start and not self.most_images:
-            raise ValueError("image_start: no image may be drawn")
-        if self.null not in ("text", "all"):
-            raise ValueError(f"null={self.null!r} is not one of ('text', 'all')")
-        guiding.check(Guidance(0.0, rule=self.rule, what=self.what))
-
-    @property
-    def most_images(self) -> int:
-        """Images of a row at most."""
-        return self.max_images if self.images is None else self.images
-
-
-@dataclass(frozen=True, eq=False)
-class Results:
-    """Parts of every row, and what it takes to go on.
-
-    Attributes:
-        rows: lists of parts. finish: of each row why it ended: `end` (the model or the number of
-            images), `stop` (one of the stop texts), `length` (the number of tokens; the last part
-            is marked truncated). total: nats of all that was drawn, delimiters too.
-        conversation: give the results as `after` to continue.
-    """
-
-    rows: list[list[Part]]
-    finish: list[str]
-    total: list[float]
-    conversation: Conversation
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
-
-    def __iter__(self) -> Iterator[list[Part]]:
-        return iter(self.rows)
-
-    def take(self, rows: Sequence[int]) -> "Results":
-        """The results of some rows alone."""
-        pick = lambda values: [values[i] for i in rows]
-        held = conversation.take(self.conversation, rows)
-        return Results(pick(self.rows), pick(self.finish), pick(self.total), held)
 
 
 @dataclass(frozen=True)
@@ -181,24 +64,6 @@ class Model:
         return scoring.log_likelihood(self, rows, seed=seed)
 
 
-def make_options(given: Mapping[str, Any]) -> Options:
-    """Options by name; ValueError names an unknown one and the nearest there is."""
-    known = [field.name for field in dataclasses.fields(Options)]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"generate: unknown option {name!r}{nearest(name, known)}")
-    return Options(**given)
-
-
-def delimiters(model: Model) -> decode.Ids:
-    """What the loop has to know of the tokenizer."""
-    held = model.tokenizer
-    banned = (held.vision_end, held.image, held.turn_start, model.shape.vlm.video_token)
-    size = min(held.size, model.shape.vlm.vocab)
-    ends = (held.turn_end, held.pad)
-    return decode.Ids(held.vision_start, held.vision_end, ends, banned, size)
-
-
 # ------------------------------------------------------------------------------------- generation
 
 
@@ -232,8 +97,8 @@ def generate(
     state = _ready(held.state, options, model, bool(after is not None))
     held = dataclasses.replace(held, state=state)
     held, records, reasons = _loop(model, held, options, room)
-    results = _finished(model, held, records, reasons, options)
-    return _best(results, options) if options.best_of > 1 else results
+    results = answers.finished(model, held, records, reasons, options)
+    return answers.best(results, options) if options.best_of > 1 else results
 
 
 def generate_many(
@@ -349,7 +214,8 @@ def _ready(state: decode.State, options: Options, model: Model, going_on: bool) 
     full = lambda value: jnp.full(len(token), value, jnp.int32)
     modes = np.full(len(token), mode, np.int32)
     if going_on:
-        modes[(token == model.tokenizer.turn_end) & ~is_image] = decode.ENDED
+        ends = conversation.delimiters(model.tokenizer, model.shape).ends
+        modes[np.isin(token, ends) & ~is_image] = decode.ENDED
     return state.replace(
         mode=jnp.asarray(modes),
         patch=full(0),
@@ -366,7 +232,7 @@ def _loop(model: Model, held: Conversation, options: Options, room: int):
         the conversation, every row's (tokens, u, nats) of what was drawn and kept, and why each
         ended.
     """
-    cfg, ids = model.shape, delimiters(model)
+    cfg, ids = model.shape, conversation.delimiters(model.tokenizer, model.shape)
     steps = 16 if options.stop else min(64, room)
     wide = jnp.promote_types(held.state.u.dtype, jnp.float32)
     guided = None
@@ -396,7 +262,11 @@ def _loop(model: Model, held: Conversation, options: Options, room: int):
         if options.stop:
             cuts = {}
             for b, row in enumerate(rows):
-                keep = None if b in stopped else _stop_at(model.tokenizer, row, options.stop, ids)
+                keep = (
+                    None
+                    if b in stopped
+                    else answers.stop_at(model.tokenizer, row, options.stop, ids)
+                )
                 if keep is not None:
                     rows[b] = row[:keep]
                     cuts[b] = [pick for pick, _, _ in rows[b]]
@@ -409,116 +279,3 @@ def _loop(model: Model, held: Conversation, options: Options, room: int):
         for b in np.flatnonzero(modes == decode.OUT_OF_TOKENS):
             reasons[b] = "length"
     return dataclasses.replace(held, state=state), rows, reasons
-
-
-def _stop_at(tokenizer: "Tokenizer", row: Sequence[Any], stop: Sequence[str], ids: decode.Ids):
-    """How many picks stay where a text holds one of `stop`; None where none does."""
-    marks = (decode.PATCH, ids.vision_start, ids.vision_end, *ids.ends)
-    begin = 0
-    for i in range(len(row) + 1):
-        if i < len(row) and row[i][0] not in marks:
-            continue
-        said = [pick for pick, _, _ in row[begin:i]]
-        text = tokenizer.decode(said) if said else ""
-        found = [at for at in (text.find(s) for s in stop) if at >= 0]
-        if found:
-            size = len(said)
-            while size and not text[: min(found)].startswith(tokenizer.decode(said[:size])):
-                size -= 1
-            return begin + size
-        begin = i + 1
-    return None
-
-
-def _finished(model: Model, held: Conversation, records, reasons, options: Options) -> Results:
-    """Parts with their likelihoods; images decoded."""
-    ids, cfg = delimiters(model), model.shape
-    rows, drawn, totals = [], [], []
-    for row, reason in zip(records, reasons):
-        parts, images, total = _parts(model.tokenizer, row, ids, cfg)
-        if reason == "length" and parts:
-            parts[-1] = dataclasses.replace(parts[-1], truncated=True)
-        rows.append(parts)
-        drawn += images
-        totals.append(total)
-    if drawn:
-        x = conversation.shallow_inverse(model.params, np.stack(drawn), cfg, options.jacobi)
-        log_det = conversation.shallow(model.params, x, cfg)[1]
-        cleaned = x
-        if options.denoise:
-            from starflow2_jax.generation import scoring
-
-            cleaned = scoring.denoised(model, held, rows, x)
-        pixels = None if model.fae is None else codec.decode(model.fae, np.asarray(cleaned))
-        number = 0
-        for b, parts in enumerate(rows):
-            for j, part in enumerate(parts):
-                if part.kind != "image":
-                    continue
-                more = float(log_det[number])
-                add = lambda nats, more=more: None if nats is None else nats + more
-                parts[j] = dataclasses.replace(
-                    part,
-                    latent=x[number],
-                    image=None if pixels is None else pixels[number],
-                    log_likelihood=add(part.log_likelihood),
-                    sampling_log_likelihood=add(part.sampling_log_likelihood),
-                    unconditional_log_likelihood=add(part.unconditional_log_likelihood),
-                )
-                totals[b] = totals[b] + np.array([more, more, more])
-                number += 1
-    if not held.null:
-        rows = [[dataclasses.replace(p, unconditional_log_likelihood=None) for p in row]
-                for row in rows]  # fmt: skip
-    parts_ = tuple(n + sum(p.counts for p in row) for n, row in zip(held.parts, rows))
-    held = dataclasses.replace(held, parts=parts_)
-    totals_ = [float(t[0] - t[2]) if options.best_of_gain else float(t[0]) for t in totals]
-    return Results(rows, list(reasons), totals_, held)
-
-
-def _parts(tokenizer, row, ids, cfg):
-    """A row's parts, its images' u, and the nats [3] of all picks."""
-    parts: list[Part] = []
-    images, said, patches = [], [], []
-    total, opening = np.zeros(3), 0.0
-
-    def nats(of):
-        each = np.sum([n for _, _, n in of], 0, dtype=np.float64)
-        names = ("log_likelihood", "sampling_log_likelihood", "unconditional_log_likelihood")
-        return dict(zip(names, map(float, each)))
-
-    def text():
-        if said:
-            tokens = tuple(pick for pick, _, _ in said)
-            parts.append(Part("text", text=tokenizer.decode(tokens), tokens=tokens, **nats(said)))
-            said.clear()
-
-    for entry in row:
-        pick, _, own = entry
-        total = total + own
-        if pick == decode.PATCH:
-            patches.append(entry)
-            if len(patches) == cfg.patches:
-                images.append(np.stack([u for _, u, _ in patches]))
-                parts.append(Part("image", delimiters=opening, **nats(patches)))
-                patches = []
-        elif pick == ids.vision_start:
-            text()
-            opening = float(own[0])
-        elif pick in ids.ends:
-            text()
-            if not parts:
-                parts.append(Part("text", log_likelihood=0.0))
-            last = parts[-1]
-            parts[-1] = dataclasses.replace(last, delimiters=last.delimiters + float(own[0]))
-        elif pick != ids.vision_end:
-            said.append(entry)
-    text()
-    return parts, images, total
-
-
-def _best(results: Results, options: Options) -> Results:
-    """Of every `best_of` rows the one with the largest total."""
-    groups = np.asarray(results.total).reshape(-1, options.best_of)
-    rows = np.argmax(groups, 1) + np.arange(len(groups)) * options.best_of
-    return results.take([int(row) for row in rows])
