@@ -9,7 +9,7 @@ import pytest
 from starflow2_jax.data import images, records, rows, tokens
 from starflow2_jax.data.packing import Room
 
-ROOM = Room(positions=96, patches=4, images=3)
+ROOM = Room(positions=224, patches=4, images=4)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_one_pass_holds_every_record_once_and_whole(opts):
 
 
 def test_packing_does_not_change_a_record(opts):
-    alone = dataclasses.replace(opts, room=dataclasses.replace(ROOM, images=3, positions=95))
+    other_ = dataclasses.replace(opts, room=dataclasses.replace(ROOM, images=3, positions=220))
     names = ("ids", "target", "positions", "flow_positions")
 
     def by_id(options):
@@ -67,7 +67,7 @@ def test_packing_does_not_change_a_record(opts):
                     found[id] = [batch[name][row][own] for name in names]
         return found
 
-    packed, other = by_id(opts), by_id(alone)
+    packed, other = by_id(opts), by_id(other_)
     assert packed.keys() == other.keys()
     for id, arrays in packed.items():
         for a, b in zip(arrays, other[id]):
@@ -76,8 +76,9 @@ def test_packing_does_not_change_a_record(opts):
 
 def test_hosts_share_the_rows_of_a_batch(opts):
     def take(hosts, step):
-        given = {"batch_size": 4, "start_step": step, "process_count": hosts}
-        parts = [next(rows.batches(opts, **given, process_index=p)) for p in range(hosts)]
+        given = {"batch_size": 4, "start_step": step}
+        shares = np.arange(4).reshape(hosts, -1).tolist()
+        parts = [next(rows.batches(opts, **given, rows=mine)) for mine in shares]
         return [id for part in parts for id in part["id"]], np.concatenate(
             [part["ids"] for part in parts]
         )
