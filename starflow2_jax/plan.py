@@ -24,53 +24,56 @@ from ml_collections import config_flags
 from starflow2_jax import command, config
 from starflow2_jax import mesh as meshes
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py[:variant], an experiment")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "v5p:4x4x8, v5e:16x16*2 (slices), cpu, gpu:4")
-_LAYOUT = flags.DEFINE_string("layout", None, "where weights live; several, or all; overrides the "
-                              "config")  # fmt: skip
-_MESH = flags.DEFINE_string("mesh", None, "such as data=2,fsdp=64, for one layout; else what shows "
-                            "the layout")  # fmt: skip
-_WHAT = flags.DEFINE_enum("what", "train", ("train", "generate"), "a step, or a batch of images")
-_BATCH = flags.DEFINE_integer("batch", None, "rows, by default train.batch_size; generate: one a "
-                              "device", 1)  # fmt: skip
-_SEARCH = flags.DEFINE_bool("search", False, "try batches, remat policies and meshes; best first")
-_TRIES = flags.DEFINE_integer("tries", 6, "search: programs compiled", 1)
-_OUT = flags.DEFINE_string("out", None, "folder for plan.json, plan.md and plan.png")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace what --out names")
-_JSON = flags.DEFINE_bool("json", False, "print the result as JSON")
+
+def define() -> None:
+    """Defines the flags of this command."""
+    config_flags.DEFINE_config_file("config", None, "FILE.py[:variant], an experiment")
+    flags.DEFINE_string("topology", None, "v5p:4x4x8, v5e:16x16*2 (slices), cpu, gpu:4")
+    flags.DEFINE_string("layout", None, "where weights live; several, or all; overrides the "
+                                  "config")  # fmt: skip
+    flags.DEFINE_string("mesh", None, "such as data=2,fsdp=64, for one layout; else what shows "
+                                "the layout")  # fmt: skip
+    flags.DEFINE_enum("what", "train", ("train", "generate"), "a step, or a batch of images")
+    flags.DEFINE_integer("batch", None, "rows, by default train.batch_size; generate: one a "
+                                  "device", 1)  # fmt: skip
+    flags.DEFINE_bool("search", False, "try batches, remat policies and meshes; best first")
+    flags.DEFINE_integer("tries", 6, "search: programs compiled", 1)
+    flags.DEFINE_string("out", None, "folder for plan.json, plan.md and plan.png")
+    flags.DEFINE_bool("overwrite", False, "replace what --out names")
+    flags.DEFINE_bool("json", False, "print the result as JSON")
 
 
 def main(words: list[str]) -> None:
     """See the module's docstring."""
     if words:
         raise ValueError(f"unexpected argument {words[0]!r}")
-    if _CONFIG.value is None or _TOPOLOGY.value is None:
+    if flags.FLAGS.config is None or flags.FLAGS.topology is None:
         raise ValueError("--config and --topology are needed")
-    if not _TOPOLOGY.value.startswith("gpu"):
+    if not flags.FLAGS.topology.startswith("gpu"):
         # Before any device is asked for: a libtpu without a TPU would be waited for.
         jax.config.update("jax_platforms", "cpu")
-    cfg = config.to_dict(_CONFIG.value)
-    if _BATCH.value and _WHAT.value == "train":
-        cfg["train"]["batch_size"] = _BATCH.value
+    cfg = config.to_dict(flags.FLAGS.config)
+    if flags.FLAGS.batch and flags.FLAGS.what == "train":
+        cfg["train"]["batch_size"] = flags.FLAGS.batch
     config.check(cfg)
-    out = epath.Path(_OUT.value) if _OUT.value else None
-    if out is not None and out.exists() and not _OVERWRITE.value:
+    out = epath.Path(flags.FLAGS.out) if flags.FLAGS.out else None
+    if out is not None and out.exists() and not flags.FLAGS.overwrite:
         raise FileExistsError(f"{out} is there already; --overwrite replaces it")
-    layouts = _layouts(_LAYOUT.value or cfg["layout"])
-    told = lambda rows: result(cfg, rows, _TOPOLOGY.value, _WHAT.value)
+    layouts = _layouts(flags.FLAGS.layout or cfg["layout"])
+    told = lambda rows: result(cfg, rows, flags.FLAGS.topology, flags.FLAGS.what)
     keep = lambda rows: write(out, told(rows)) if out is not None else None
     rows = plan(
         cfg,
-        _TOPOLOGY.value,
+        flags.FLAGS.topology,
         layouts,
         after=keep,
-        mesh=_MESH.value,
-        what=_WHAT.value,
-        batch=_BATCH.value,
-        tries=_TRIES.value if _SEARCH.value else 0,
+        mesh=flags.FLAGS.mesh,
+        what=flags.FLAGS.what,
+        batch=flags.FLAGS.batch,
+        tries=flags.FLAGS.tries if flags.FLAGS.search else 0,
     )
     keep(rows)
-    print(json.dumps(told(rows), indent=2) if _JSON.value else "\n".join(table(told(rows))))
+    print(json.dumps(told(rows), indent=2) if flags.FLAGS.json else "\n".join(table(told(rows))))
 
 
 def _layouts(text: str) -> list[str]:
@@ -175,4 +178,5 @@ def write(out: epath.Path, told: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    define()
     command.run(main)

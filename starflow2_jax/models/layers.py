@@ -195,6 +195,12 @@ def _attend(q, k, v, mask):
     return jnp.einsum("...kgts,...ksd->...kgtd", weights.astype(v.dtype), v)
 
 
+def segment_mask(segments: jax.Array) -> jax.Array:
+    """Bool [B, T, T] of packed rows: causal, and within one of the segments int [B, T]."""
+    length = segments.shape[1]
+    return (segments[:, :, None] == segments[:, None, :]) & np.tri(length, dtype=bool)
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
