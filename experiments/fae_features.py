@@ -36,6 +36,7 @@ def _tiny(cfg):
     cfg.teacher.kind, cfg.teacher.path = "qwen", ""
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 32, 2000, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 1e-5, 50
+    cfg.optim.muon_lr = 1e-2
     cfg.fae.statistics_decay, cfg.fae.latent_noise, cfg.fae.beta = 0.99, 0.1, 1e-7
     cfg.evaluate.every, cfg.evaluate.rows = 400, 200
     cfg.checkpoint.every = 200

@@ -36,6 +36,7 @@ def _tiny(cfg):
     cfg.data.path, cfg.eval_data.path = "data_cache/shapes64", "data_cache/shapes64_test"
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 32, 2000, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 1e-5, 50
+    cfg.optim.muon_lr = 1e-2
     cfg.fae.reconstructed, cfg.fae.latent_noise = True, 0.2
     cfg.fae.gan, cfg.fae.perceptual = 0.0, 0.0
     # Still declared, so that --config.fae.gan=0.1 is all that turns it on.

@@ -2,20 +2,20 @@
 
 A small vision-language model of Qwen2.5-VL's shape, with its own tower and tokenizer, that reads
 the shapes world: captions, questions, dialogs, several pictures, text. STARFlow2's `tiny` stands on
-it. Data and tokenizer, in half of which every picture is asked several times:
-    python -m starflow2_jax.prepare import --format shapes --pixels 64 --withheld leave_out \\
-        --tasks dialog --n 40000 --seed 0 --out data_cache/vlm_dialog
-    python -m starflow2_jax.prepare import --format shapes --pixels 64 --withheld leave_out \\
-        --tasks caption,question,multi,text --n 40000 --seed 0 --out data_cache/vlm_mixed
-    python -m starflow2_jax.prepare import --format shapes --pixels 64 --withheld leave_out \\
-        --tasks question --n 1000 --seed 1 --out data_cache/vlm_test
-    python -m starflow2_jax.prepare import --format shapes --pixels 64 --withheld leave_out \\
-        --tasks caption,question,dialog,edit,reason,multi,text,t2i --n 4000 \\
-        --out data_cache/vlm_words
-    python -m starflow2_jax.prepare tokenizer --data data_cache/vlm_words --vocabulary 640 \\
-        --tower_patch 8 --tower_merge 1 --out data_cache/tokenizer
+it. Data and tokenizer (python -m starflow2_jax.prepare ...):
+    import --format shapes --pixels 64 --withheld leave_out --tasks TASKS --n N --seed S --out OUT
+        OUT                      TASKS                                              N      S
+        data_cache/vlm_single    caption --tags single_object,colors                30000  5
+        data_cache/vlm_caption   caption                                            15000  7
+        data_cache/vlm_dialog    dialog                                             40000  0
+        data_cache/vlm_mixed     caption,question,multi,text                        40000  0
+        data_cache/vlm_test      question                                           1000   1
+        data_cache/vlm_words     caption,question,dialog,edit,reason,multi,text,t2i 4000   0
+    tokenizer --data data_cache/vlm_words --vocabulary 640 --tower_patch 8 --tower_merge 1 \\
+        --out data_cache/tokenizer
 Variants:
-    tiny   about half an hour on 2 cores
+    tower  first: the tower alone, by the words of single objects and their pixels (runs/vlm_tower)
+    tiny   then all of it, from that run
     blind  the same without seeing: grey pictures; what words alone can tell
 """
 
@@ -31,9 +31,10 @@ MODEL = qwen.Config(
     heads=4,
     kv_heads=2,
     mlp_width=384,
-    sections=(4, 6, 6),
-    # So small that columns turn far enough over 8 of them.
-    rope_base=50.0,
+    # Columns come last and turn slowest; so many pairs that the first of theirs still tells eight
+    # columns apart, and the last ones, which hardly turn, match words with what is seen.
+    sections=(1, 3, 12),
+    rope_base=1e4,
     tied=True,
     # In the order of `data.tokenizer.SPECIAL`.
     vision_start_token=3,
@@ -62,6 +63,8 @@ def get_config(variant: str = "tiny"):
     cfg.image.pixels = 64
     cfg.text.tokenizer, cfg.text.length, cfg.text.images = "data_cache/tokenizer", 288, 3
     cfg.data.mixture = (
+        # The next word of a caption is where the last one is: the first step of an answer.
+        {"path": "data_cache/vlm_caption", "weight": 2.0},
         {"path": "data_cache/vlm_dialog", "weight": 2.0},
         {"path": "data_cache/vlm_mixed", "weight": 1.0},
     )
