@@ -2,9 +2,11 @@
 
 The latent codec, first training: encoder and feature decoder from a frozen tower's features.
 Variants:
-    tiny   64x64 shapes and a tower drawn from the seed, or another small one by
-           --config.teacher.kind, --config.teacher.path and the model's sizes.
-           Data: prepare import --format shapes --pixels 64
+    tiny   64x64 shapes and a Qwen-style tower: --config.teacher.path=pretrained/vlm_tiny is the
+           shipped one, with no path it is drawn from the seed; another small one also by
+           --config.teacher.kind and the model's sizes. Little noise on the latents: it bounds what
+           they keep of the features, and the pixel decoder learns to bear more of it.
+           Data: prepare import --format shapes --pixels 64 --n 20000 --withheld leave_out
     paper  256x256 images seen at 224 pixels by DINOv2-g/14 (paper.md 2.2). Accelerators only.
            Data: prepare import of 256x256 images; --config.teacher.path=FOLDER of the tower
 """  # noqa: E501
@@ -31,11 +33,12 @@ def get_config(variant: str = "tiny"):
 
 def _tiny(cfg):
     cfg.data.path, cfg.eval_data.path = "data_cache/shapes64", "data_cache/shapes64_test"
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 32, 500, 0.99
-    cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 30
-    cfg.fae.statistics_decay, cfg.fae.latent_noise = 0.99, 0.3
-    cfg.evaluate.every, cfg.evaluate.rows = 100, 500
-    cfg.checkpoint.every = 100
+    cfg.teacher.kind, cfg.teacher.path = "qwen", ""
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 32, 2000, 0.99
+    cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 1e-5, 50
+    cfg.fae.statistics_decay, cfg.fae.latent_noise, cfg.fae.beta = 0.99, 0.1, 1e-7
+    cfg.evaluate.every, cfg.evaluate.rows = 400, 200
+    cfg.checkpoint.every = 200
 
 
 def _paper(cfg):

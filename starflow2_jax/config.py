@@ -115,7 +115,9 @@ KEYS: dict[str, Key] = {
     "loss.text_into_flow": _flag(True, "the text's gradient reaches the flow through its skip"),
     "loss.latent_penalty": _number(1e-4, "weight of the mean square before every block"),
     "teacher.kind": _choice("dinov2", "the codec's frozen tower", "dinov2", "qwen"),
-    "teacher.path": _text("", "its folder as published; empty: a tiny one, drawn from the seed"),
+    "teacher.path": _text(
+        "", "its folder as published, or pretrained/NAME; empty: a tiny one, drawn from the seed"
+    ),
     "teacher.pixels": _positive(64, "side to which images are resized for the tower"),
     "fae.path": _text("", "workdir or model folder of the codec that encodes a flow's images"),
     "fae.beta": _number(1e-6, "weight of the KL in nats of a row against the mean square"),

@@ -220,6 +220,11 @@ def _codec(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     source = _source(values.model)
     codec = codecs.load(values.model)
     out = _out(values, source, "codec", values.data)
+    grid = out.with_suffix(".png") if out else None
+    if out and out.suffix != ".json":
+        raise ValueError(f"--out {out}: expected a name that ends in .json")
+    if grid and grid.exists() and not values.overwrite:
+        raise FileExistsError(f"{grid} is there already; --overwrite replaces it")
     seed = values["seed"].value
     began = time.time()
     given = {"rows": values.rows, "resize": values.resize}
@@ -244,7 +249,6 @@ def _codec(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
-        grid = out.with_suffix(".png")
         pictures.save_grid(grid, shown, columns=12)
         lines += [f"written    {out}, {grid}"]
     return result, lines

@@ -37,15 +37,15 @@ def warm(
     stage = program.cfg["task"] == "starflow2"
     # A stage's VLM, even one that is trained, comes from its own folder.
     kept = lambda tree: {n: each for n, each in tree.items() if not (stage and n == "vlm")}
-    own = kept(program.abstract_state.params)
-    if files.is_folder(init["from"]) and program.cfg["task"] in codecs.TASKS:
-        found = _of_codec(program, state.params, init["from"])
-    elif files.is_folder(init["from"]):
+    own, path = kept(program.abstract_state.params), str(files.locate(init["from"]))
+    if files.is_folder(path) and program.cfg["task"] in codecs.TASKS:
+        found = _of_codec(program, state.params, path)
+    elif files.is_folder(path):
         args = (kept(program.declared), program.mesh, program.cfg["layout"], np.float32)
-        whole = files.read_folder(init["from"], *args)
+        whole = files.read_folder(path, *args)
         found = {name: whole[name] for name in own}
     else:
-        source, step = step_folders.locate(init["from"])
+        source, step = step_folders.locate(path)
         part = "ema" if init["ema"] else "params"
         parts, meta = checkpoint.restore(source, step, {part: own}, only=(part,))
         found = parts[part]

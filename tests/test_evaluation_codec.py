@@ -192,8 +192,13 @@ def test_the_command(codec, tmp_path, capsys):
     assert len(result["data"]["fingerprint"]) == len(result["model"]["sha256"]) == 64
     with Image.open(out.with_suffix(".png")) as grid:
         assert grid.width > 12 * SIDE
-    with pytest.raises(FileExistsError, match="--overwrite"):
+    with pytest.raises(FileExistsError, match=r"codec\.json is there already; --overwrite"):
         run_command(capsys, **given)
+    out.rename(tmp_path / "moved.json")
+    with pytest.raises(FileExistsError, match=r"codec\.png is there already; --overwrite"):
+        run_command(capsys, **given)
+    with pytest.raises(ValueError, match=r"expected a name that ends in \.json"):
+        run_command(capsys, **{**given, "out": tmp_path / "codec.png"})
     other = json.loads(run_command(capsys, json=True, sigma=0, **{**given, "out": ""}))
     assert other["noisy"] == other["mean"] and other["probe"] is None
     with pytest.raises(ValueError, match="--model and --data are needed"):

@@ -1,5 +1,7 @@
 """Images encoded while training: the latents of `prepare latents` bit for bit, and runs alike."""
 
+import signal
+
 import jax
 import numpy as np
 import pytest
@@ -34,9 +36,9 @@ def experiment(parts, offline=False, **changes):
              "start": "shift", "positions": "learned", "scale": "exp"}  # fmt: skip
     cfg = config.default()
     cfg.model.update(model)
-    cfg.train.batch_size, cfg.train.steps = 8, 4
+    cfg.train.batch_size, cfg.train.steps = 8, 6
     cfg.log.every, cfg.sample.every = 1, 0
-    cfg.checkpoint.every, cfg.evaluate.every = 2, 2
+    cfg.checkpoint.every, cfg.evaluate.every = 3, 2
     for group in (cfg.data, cfg.eval_data):
         group.path, group.threads = data, 1
         group.latents = out if offline else ""
@@ -92,18 +94,19 @@ def test_rows_of_several_images(parts, tmp_path):
 
 
 def test_runs_are_alike_and_go_on_either_way(parts, tmp_path):
-    online_run, stored_run = tmp_path / "online", tmp_path / "stored"
-    finish(start(experiment(parts), online_run))
+    both, stored_run = tmp_path / "both", tmp_path / "stored"
     finish(start(experiment(parts, offline=True), stored_run))
-    assert rows_of(online_run) == rows_of(stored_run)
-    assert "eval/nats_per_dim" in rows_of(online_run)[-1]
+    finish(start(experiment(parts), both, "after:3"), expected=-signal.SIGKILL)
     sha256 = codec.load(parts[0]).sha256
-    for run in (online_run, stored_run):
-        assert checkpoint.read_meta(run)["frozen"] == {"fae": sha256}
+    assert checkpoint.read_meta(both)["frozen"] == {"fae": sha256}
+    assert "resumed" in finish(start(experiment(parts, offline=True), both))
+    assert rows_of(both) == rows_of(stored_run)
+    assert [r["step"] for r in rows_of(both) if "eval/nats_per_dim" in r] == [2, 4, 6]
+    assert checkpoint.read_meta(both)["frozen"] == {"fae": sha256}
     # Another encoder is not what the flow was trained on.
     moved = experiment((make_run(tmp_path / "other", 1), *parts[1:]))
-    with pytest.raises(AssertionError, match="the data have changed since step 4"):
-        finish(start(moved, online_run))
+    with pytest.raises(AssertionError, match=r"holds another configuration[\s\S]*data\.latents"):
+        finish(start(moved, both))
 
 
 def test_what_does_not_fit_is_refused(parts, tmp_path):

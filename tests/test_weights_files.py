@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from starflow2_jax import params as weights
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import flow
-from starflow2_jax.weights import files
+from starflow2_jax.weights import files, teacher
 
 CFG = flow.FlowConfig(
     side=4, channels=4, width=64, layers=(1, 0, 2), head_dim=32, classes=3, final_norm=True
@@ -35,6 +36,23 @@ def same(a, b):
     return set(a) == set(b) and all(
         a[n].dtype == b[n].dtype and np.array_equal(np.asarray(a[n]), np.asarray(b[n])) for n in a
     )
+
+
+def test_the_packages_own_folders_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "ROOT", tmp_path / "package")
+    model = tmp_path / "package" / "pretrained" / "tiny"
+    model.parent.mkdir(parents=True)
+    files.write_folder(model, {"a": np.ones(3)}, CONFIG)
+    assert files.locate("pretrained/tiny") == model and files.is_folder(model)
+    # The same name in the working directory is another one.
+    (tmp_path / "pretrained").mkdir()
+    assert files.locate("pretrained/tiny") == model
+    for other in ("./pretrained/tiny", str(model), "runs/pretrained/tiny"):
+        assert str(files.locate(other)) == str(pathlib.Path(other))
+    assert teacher.identity("pretrained/tiny") == teacher.identity(str(model))
+    with pytest.raises(FileNotFoundError, match=r"package/pretrained/nothing"):
+        teacher.describe({"teacher": {"kind": "qwen", "path": "pretrained/nothing", "pixels": 64}})
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

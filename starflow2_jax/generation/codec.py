@@ -56,6 +56,7 @@ def load(path: str) -> Codec:
     """
     from starflow2_jax.training import checkpoint, step_folders
 
+    path = str(files.locate(path))
     if files.is_folder(path):
         cfg = files.read_config(path)
         _check_task(cfg, path)

@@ -26,6 +26,17 @@ CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"
 DIGEST_FILE = "sha256.json"
 SHARD_BYTES = 5_000_000_000
+# What a path of the package's own models begins with, and where they are.
+PRETRAINED = "pretrained/"
+ROOT = Path(__file__).parents[1]
+
+
+def locate(path: str | Path) -> Path:
+    """The folder of a path: of `pretrained/NAME` the package's own, in any working directory.
+
+    A folder of that name in the working directory is `./pretrained/NAME`.
+    """
+    return ROOT / path if str(path).startswith(PRETRAINED) else Path(path)
 
 
 def is_folder(path: str | Path) -> bool:

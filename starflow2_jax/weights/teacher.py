@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from starflow2_jax import params as weights
 from starflow2_jax.models import teacher as teachers
 from starflow2_jax.models.teacher import Teacher
 from starflow2_jax.weights import dinov2, qwen, qwen_options
-from starflow2_jax.weights.files import CONFIG_FILE, read_config
+from starflow2_jax.weights.files import CONFIG_FILE, locate, read_config
 
 
 def describe(cfg: Mapping[str, Any]) -> Teacher:
@@ -27,11 +26,12 @@ def describe(cfg: Mapping[str, Any]) -> Teacher:
     group = cfg["teacher"]
     kind, path = group["kind"], group["path"]
     if not path:
-        tower = teachers.DRAWN[kind]
-    elif kind == "dinov2":
-        tower = dinov2.read_options(read_config(path))
+        return Teacher(kind, teachers.DRAWN[kind], group["pixels"])
+    folder = locate(path)
+    if kind == "dinov2":
+        tower = dinov2.read_options(read_config(folder))
     else:
-        tower = qwen_options.read_options(read_config(path), str(Path(path) / CONFIG_FILE)).vision
+        tower = qwen_options.read_options(read_config(folder), str(folder / CONFIG_FILE)).vision
     return Teacher(kind, tower, group["pixels"])
 
 
@@ -48,6 +48,7 @@ def load(
         where = None if mesh is None else weights.shardings(tree, mesh, layout)
         draw = jax.jit(partial(weights.init, tree=tree), out_shardings=where)
         return draw(jax.random.key(cfg["seed"]))
+    path = locate(path)
     if teacher.kind == "dinov2":
         return dinov2.load(path, mesh, layout, jnp.float32)[1]
     return qwen.load(path, mesh, layout, jnp.float32, only="vision")[1]["vision"]
@@ -56,7 +57,8 @@ def load(
 def identity(path: str) -> str:
     """sha256 over names and contents of the files of a folder that make a model, or of one file."""
     digest = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]:
+    path = locate(path)
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.name == CONFIG_FILE or file.suffix == ".safetensors":
             with file.open("rb") as stream:
                 inner = hashlib.file_digest(stream, "sha256").hexdigest()
