@@ -23,6 +23,7 @@ part() { # NAME COMMAND ...
 }
 
 [ $# -eq 0 ] || die "launch/demo.sh takes no arguments; got $*"
+# shellcheck disable=SC2119
 prepare_environment
 [ "$install_seconds" = 0 ] || printf 'installed in %d s\n' "$install_seconds"
 work_began=$SECONDS

@@ -1,4 +1,5 @@
-# The environment both launchers share; sourced from the root of the repository.
+# shellcheck shell=bash disable=SC2034
+# The environment the launchers share; sourced from the root of the repository.
 #
 #   prepare_environment [EXTRA ...]   makes .venv if it is absent, and installs the package with the
 #                                     extras that are not in it yet. Sets `venv_python` to its

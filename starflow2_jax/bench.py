@@ -177,7 +177,7 @@ def train_experiment(cfg: Mapping[str, Any], repeats: int, rates: Result) -> Res
         ValueError: what `config.check` and `step.build` say of the configuration.
     """
     from starflow2_jax import config
-    from starflow2_jax.mesh import make_mesh
+    from starflow2_jax.mesh import host_rows, make_mesh
     from starflow2_jax.training import step
 
     config.check(cfg)
@@ -191,7 +191,8 @@ def train_experiment(cfg: Mapping[str, Any], repeats: int, rates: Result) -> Res
             return np.zeros(spec.shape, spec.dtype)
         return draw.standard_normal(spec.shape, np.float32)
 
-    share = lambda spec: spec.update(shape=(spec.shape[0] // jax.process_count(), *spec.shape[1:]))
+    held = len(host_rows(cfg["train"]["batch_size"], program.mesh))
+    share = lambda spec: spec.update(shape=(held, *spec.shape[1:]))
     batch = {name: array(share(spec)) for name, spec in program.abstract_batch.items()}
     batch = step.to_device(program, batch)
     start = time.perf_counter()
@@ -199,10 +200,10 @@ def train_experiment(cfg: Mapping[str, Any], repeats: int, rates: Result) -> Res
     seconds = time.perf_counter() - start
     with jax.set_mesh(program.mesh):
         state, frozen = program.init(jax.random.key(cfg["seed"]))
-    held = [state]
+    current = [state]
 
     def run():
-        held[0], metrics = ready(held[0], frozen, batch)
+        current[0], metrics = ready(current[0], frozen, batch)
         return metrics
 
     model, rows = program.model, cfg["train"]["batch_size"]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 from absl import app, flags
 
+from starflow2_jax import distributed
 from starflow2_jax.config import KEYS, nearest
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an error was raised")
@@ -81,6 +82,7 @@ def run(main: Callable[..., None], verbs: Mapping[str, str] | None = None) -> No
             main(*args)
         except (ValueError, OSError, RuntimeError) as error:
             print(f"error: {error}", file=sys.stderr)
+            distributed.fail(error)
             sys.exit(1)
 
     app.run(start, flags_parser=_parse_flags)

@@ -86,6 +86,11 @@ KEYS: dict[str, Key] = {
     "seed": _count(0, "seed of weights, data order, noise, drops and samples"),
     "compute_dtype": _choice("float32", "dtype of matmuls", "float32", "bfloat16", "float64"),
     "frozen_dtype": _choice("float32", "dtype of a frozen VLM", "float32", "bfloat16"),
+    "attention": _choice(
+        "auto",
+        "kernel of causal attention; auto: what the platform has (models/attention.py)",
+        *("auto", "plain", "splash", "cudnn"),
+    ),
     "layout": _text("dp", "where weights live: a name in mesh.LAYOUTS"),
     "mesh": _text("data=-1", "devices along each mesh axis, -1 takes the rest"),
     "image.pixels": _count(0, "height = width of the images, 0 where latents are read"),
@@ -170,6 +175,10 @@ KEYS: dict[str, Key] = {
     "checkpoint.every": _positive(500, "steps between checkpoints"),
     "checkpoint.keep": _positive(3, "newest checkpoints that are kept"),
     "checkpoint.keep_every": _count(0, "steps whose multiples are kept for good, 0 for none"),
+    "distributed.probe": _positive(45, "seconds for all processes to meet at the coordinator"),
+    "distributed.initialization": _positive(45, "seconds for jax to join them"),
+    "distributed.heartbeat": _positive(20, "seconds of silence after which one is taken for lost"),
+    "distributed.shutdown": _positive(30, "seconds to wait for the others at the end"),
     "init.from": _text("", "workdir or model folder whose weights start this run"),
     "init.fae": _text("", "workdir or model folder of the codec whose pixel decoder is trained"),
     "init.ema": _flag(True, "start from its averaged weights"),
@@ -253,6 +262,18 @@ def build(kind: type[Config], group: Mapping[str, Any], prefix: str) -> Config:
             raise ValueError(f"config: key '{prefix}.{name}' is missing")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
     return kind(**values)
+
+
+def model_group(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` group of a causal model, with `compute_dtype` and `attention` where they are not
+    the default. Configurations saved before there was a choice of kernel lack `attention`.
+    """
+    group = dict(cfg["model"])
+    if cfg["compute_dtype"] != "float32":
+        group["compute_dtype"] = cfg["compute_dtype"]
+    if cfg.get("attention", "auto") != "auto":
+        group["attention"] = cfg["attention"]
+    return group
 
 
 def to_dict(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,8 +98,8 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     size = values.batch_size or -(-model.cfg["evaluate"]["batch_size"] // ways) * ways
     meshes.check_batch(size, mesh, "--batch_size")
     began = time.time()
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = pipeline.eval_batches(options, batch_size=size, **hosts)
+    mine = meshes.host_rows(size, mesh)
+    batches = pipeline.eval_batches(options, batch_size=size, rows=mine)
     nats, parts = likelihood.per_image(model, likelihood.limit(batches, values.rows, size), mesh)
     figures = likelihood.summarise(nats, model.cfg)
     result = {

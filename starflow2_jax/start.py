@@ -34,10 +34,11 @@ def warm(
         ValueError: other subtrees, names or shapes than this program's, all of them listed; or a
             stage before that was trained beside another VLM or on another codec's latents.
     """
+    path = str(files.locate(init["from"]))
     stage = program.cfg["task"] == "starflow2"
     # A stage's VLM, even one that is trained, comes from its own folder.
     kept = lambda tree: {n: each for n, each in tree.items() if not (stage and n == "vlm")}
-    own, path = kept(program.abstract_state.params), str(files.locate(init["from"]))
+    own = kept(program.abstract_state.params)
     if files.is_folder(path) and program.cfg["task"] in codecs.TASKS:
         found = _of_codec(program, state.params, path)
     elif files.is_folder(path):

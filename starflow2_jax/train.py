@@ -6,7 +6,6 @@ python -m starflow2_jax.train --config experiments/starflow_t2i.py:3b --layout f
 """  # noqa: E501
 
 import os
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import allocator, command, config, online, start, tasks
+from starflow2_jax import allocator, command, config, distributed, online, start, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.evaluation import likelihood, report, samples
@@ -34,7 +33,8 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build, compile, print the tables
 
 # Keys that may differ when a run goes on: they change where and what is shown, not what is learnt.
 FREE_KEYS = (
-    *("layout", "mesh", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
+    *("layout", "mesh", "attention", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
+    "distributed.",
     # Their contents are compared instead.
     *("teacher.path", "init.fae", "fae.path", "fae.lpips", "vlm.path"),
 )
@@ -65,6 +65,8 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     """
     # ------------------------------------------------------------- configuration, data, workdir
     config.check(cfg)
+    distributed.init_distributed(cfg["distributed"])
+    distributed.agree("the configuration", cfg)
     is_flow = cfg["task"] == "flow"
     model, reader = tasks.model_config(cfg), tasks.reader(cfg)
     fae = online.open(cfg, getattr(model, "flow", model))
@@ -75,21 +77,27 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         data = {g: online.describe(reader.describe(of(g)), fae, f"{g}.latents") for g in given}
         if "data" not in data:
             raise ValueError("config: data.path or data.mixture is needed")
+        distributed.agree("the data", {group: told["fingerprints"] for group, told in data.items()})
         _check_classes(cfg, data)
 
     null_text = _null_text(data["data"]) if data else None
     steps, newest = cfg["train"]["steps"], None
     if not dry_run:
         workdir = epath.Path(workdir)
+        distributed.agree(
+            f"what they see in {workdir}", {"newest step": step_folders.latest(workdir)}
+        )
         newest = _check_workdir(workdir, cfg, data)
         if newest == steps:
+            if not (workdir / report.FILE).exists():
+                report.write(workdir)  # the run was killed between its last step and this
             print(f"{workdir} is finished: step {newest} of {steps}", flush=True)
             return
 
     # ----------------------------------------------------------------------------- mesh, program
     _use_compilation_cache()
-    peak = speed.peak_flops()  # on one device, so before a mesh is set
     mesh = meshes.make_mesh(cfg["mesh"])
+    peak = speed.peak_flops()  # on one device, so before a mesh is set
     jax.set_mesh(mesh)
     program = tasks.build(cfg, mesh, null_text=null_text, dry_run=dry_run)
     if jax.process_index() == 0:
@@ -129,13 +137,12 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         keep=cfg["checkpoint"]["keep"],
         keep_every=cfg["checkpoint"]["keep_every"] or None,
     )
-    stop = _catch_sigterm()
+    stop_asked = distributed.stopper()
     batches = reader.batches(
         of("data"),
         batch_size=cfg["train"]["batch_size"],
         start_step=first,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=meshes.host_rows(cfg["train"]["batch_size"], mesh),
     )
     batches = online.encoded(batches, fae)
     work = {**tasks.work(cfg, model, program.declared), "peak": peak}
@@ -163,7 +170,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
 
     # -------------------------------------------------------------------------------------- loop
     profile = tuple(cfg["log"]["profile_steps"])
-    number = first
+    number, stopped = first, False
     try:
         for number in range(first + 1, steps + 1):
             if profile and number == profile[0]:
@@ -176,17 +183,16 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
             if profile and number == profile[1]:
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
-            last = number == steps or stop["asked"]
+            stopped = stop_asked(number) and number < steps
+            last = number == steps or stopped
             due = lambda every: last or (every and number % every == 0)  # noqa: B023
-            if due(cfg["checkpoint"]["every"]):
+            showing = due(cfg["sample"]["every"]) and cfg["sample"]["every"] and not stopped
+            measuring = due(cfg["evaluate"]["every"]) and "eval_data" in data and not stopped
+            saving = due(cfg["checkpoint"]["every"])
+            if showing or measuring or saving:
                 settle()
                 waiting = None
-                with speed.pause(log.clock, after=metrics):
-                    checkpoint.save(writer, number, state, {**meta, "step": number})
-                    logs.upload(log)
-            if stop["asked"]:
-                break
-            if due(cfg["sample"]["every"]) and cfg["sample"]["every"] and (is_flow or program.show):
+            if showing and (is_flow or program.show):
                 group = "eval_data" if "eval_data" in data else "data"
                 with speed.pause(log.clock, after=metrics):
                     if is_flow:
@@ -197,14 +203,20 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
                     else:
                         images, captions = samples.beside(program, state, frozen, of(group))
                     logs.samples(log, number, images, captions)
-            if due(cfg["evaluate"]["every"]) and "eval_data" in data:
+            if measuring:
                 with speed.pause(log.clock, after=metrics):
                     _evaluate(program, state, frozen, log, number, of("eval_data"), fae)
+            if saving:  # last: a step that is restored has all that belongs to it
+                with speed.pause(log.clock, after=metrics):
+                    checkpoint.save(writer, number, state, {**meta, "step": number})
+                    logs.upload(log)
+            if stopped:
+                break
         checkpoint.wait(writer)
     finally:
         checkpoint.close(writer)
         logs.close(log)
-    if stop["asked"] and number < steps:
+    if stopped:
         print(f"stopped by SIGTERM at step {number}, saved; the same command resumes", flush=True)
         return
     if jax.process_index() == 0:
@@ -304,12 +316,6 @@ def _fingerprints(data: dict[str, Any]) -> list[str]:
     return [*told["fingerprints"], *(encoder["sha256"] for encoder in encoders if encoder)]
 
 
-def _catch_sigterm() -> dict[str, bool]:
-    stop = {"asked": False}
-    signal.signal(signal.SIGTERM, lambda *_: stop.update(asked=True))
-    return stop
-
-
 def _summary(window: list[dict[str, Any]], means: Callable) -> dict[str, float]:
     """Means over the steps since the last row; gradient norm and rate of the newest."""
     sums = {name: sum(values[name] for values in window) for name in window[0]}
@@ -322,10 +328,7 @@ def _evaluate(program, state, frozen, log, number, options, fae=None) -> None:
     ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     size = -(-evaluate["batch_size"] // ways) * ways  # no figure depends on it
     batches = tasks.reader(program.cfg).eval_batches(
-        options,
-        batch_size=size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        options, batch_size=size, rows=meshes.host_rows(size, program.mesh)
     )
     batches = online.encoded(likelihood.limit(batches, evaluate["rows"], size), fae)
     values = likelihood.evaluate(program, state.ema, frozen, batches)

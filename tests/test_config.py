@@ -193,3 +193,13 @@ def test_the_command_ends_with_that_line():
     )
     assert ran.returncode == 1 and ran.stdout == ""
     assert ran.stderr == "error: config: unknown key 'optim.rl'; did you mean 'optim.lr'?\n"
+
+
+def test_settings_that_every_causal_model_shares():
+    cfg = config.to_dict(config.default())
+    assert config.model_group(cfg) == {}
+    cfg |= {"compute_dtype": "bfloat16", "attention": "splash", "model": {"side": 2}}
+    expected = {"side": 2, "compute_dtype": "bfloat16", "attention": "splash"}
+    assert config.model_group(cfg) == expected
+    del cfg["attention"]  # saved before there was a choice
+    assert "attention" not in config.model_group(cfg)

@@ -62,7 +62,7 @@ def batches(images, size, **extra):
         part = images[start : start + size]
         filled = np.concatenate([part, np.repeat(part[:1], size - len(part), 0)])
         mask = (np.arange(size) < len(part)).astype(np.float32)
-        yield {"image": filled, "mask": mask, **extra}
+        yield {"image": filled, "mask": mask, "row": start + np.arange(size), **extra}
 
 
 def noisy(cfg, images):

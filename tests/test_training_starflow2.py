@@ -300,6 +300,7 @@ def test_paper_lowers(stage):
         ("fsdp", "fsdp=8"),
         ("tp", "data=2,tensor=4"),
         ("fsdp_tp", "fsdp=2,tensor=4"),
+        ("hybrid", "data=2,fsdp=4"),
     ],
 )
 def test_paper_lowers_in_every_layout(stage, layout, sizes):

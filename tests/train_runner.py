@@ -1,7 +1,10 @@
-"""A training process for the tests: `python train_runner.py CONFIG.json WORKDIR [KILL]`.
+"""A training process for the tests: `python train_runner.py CONFIG.json WORKDIR [WHAT] [NOTES]`.
 
-KILL is `before:N` or `after:N`: the process kills itself with signal 9 when step N is to be saved,
-or once it is committed and sealed; `writing:N` while its files are being written.
+WHAT is `before:N` or `after:N`: the process kills itself with signal 9 when step N is to be saved,
+or once it is committed and sealed; `writing:N` while its files are being written; `step:N` and
+`data:N` when step N begins or its batch is made; `stop:N`: it stops after step N as on SIGTERM.
+`P@` before it lets only process P do so. NOTES is a folder for what each process has seen: the ids
+of its batches, and its part of the state after a restore.
 """
 
 import json
@@ -12,12 +15,29 @@ import sys
 import threading
 import time
 
-from starflow2_jax import train
-from starflow2_jax.training import checkpoint
+import jax
+import numpy as np
 
+from starflow2_jax import distributed, train
+from starflow2_jax.data import pipeline
+from starflow2_jax.training import checkpoint
+from starflow2_jax.training import step as programs
+
+if "OBJECT_STORE" in os.environ:
+    import object_store
+
+    object_store.use()
 config, workdir = json.loads(pathlib.Path(sys.argv[1]).read_text()), sys.argv[2]
-when, _, step = (sys.argv[3] if len(sys.argv) > 3 else "").partition(":")
-save = checkpoint.save
+what = sys.argv[3] if len(sys.argv) > 3 else ""
+notes = pathlib.Path(sys.argv[4]) if len(sys.argv) > 4 else None
+who, _, what = what.rpartition("@")
+when, _, step = what.partition(":")
+process = os.environ.get("JAX_PROCESS_ID", "0")
+if who not in ("", process):
+    when = ""
+save, restore, batches, to_device = (
+    checkpoint.save, checkpoint.restore, pipeline.batches, programs.to_device
+)  # fmt: skip
 
 
 def die():
@@ -25,24 +45,61 @@ def die():
 
 
 def save_and_die(writer, number, state, meta):
-    if when and number == int(step):
-        if when == "before":
-            checkpoint.wait(writer)
-            die()
-        if when == "writing":
-            target = os.path.join(workdir, "checkpoints", str(number))
-
-            def watch():
-                while not os.path.exists(target):
-                    time.sleep(1e-3)
-                die()
-
-            threading.Thread(target=watch, daemon=True).start()
-        save(writer, number, state, meta)
+    if number != int(step or -1) or when not in ("before", "writing", "after"):
+        return save(writer, number, state, meta)
+    if when == "before":
         checkpoint.wait(writer)
         die()
+    if when == "writing":
+        target = os.path.join(workdir, "checkpoints", str(number))
+
+        def watch():
+            while not os.path.exists(target):
+                time.sleep(1e-3)
+            die()
+
+        threading.Thread(target=watch, daemon=True).start()
     save(writer, number, state, meta)
+    checkpoint.wait(writer)
+    die()
 
 
-checkpoint.save = save_and_die
+def note(name, text):
+    if notes is not None:
+        with open(notes / f"{name}_{process}.jsonl", "a") as file:
+            file.write(text + "\n")
+
+
+def restore_and_note(*args, **kwargs):
+    """Every part of the state that this process holds, by number of the array and where it lies."""
+    found = restore(*args, **kwargs)
+    if notes is not None:
+        parts = {}
+        for number, leaf in enumerate(jax.tree.leaves(found[0])):
+            for shard in leaf.addressable_shards:
+                where = [[s.start or 0, s.stop or n] for s, n in zip(shard.index, leaf.shape)]
+                parts[f"{number} {json.dumps(where)}"] = np.asarray(shard.data)
+        np.savez(notes / f"restored_{args[1]}_{process}.npz", **parts)
+    return found
+
+
+def batches_of_interest(*args, start_step=0, **kwargs):
+    for number, batch in enumerate(batches(*args, start_step=start_step, **kwargs), start_step + 1):
+        if when == "data" and number == int(step):
+            die()
+        note("ids", json.dumps([number, batch["id"]]))
+        yield batch
+
+
+def to_device_and_die(program, batch):
+    to_device_and_die.calls = getattr(to_device_and_die, "calls", 0) + 1
+    if when == "step" and to_device_and_die.calls == int(step):
+        threading.Timer(0.01, die).start()  # the step is running by then, or soon will
+    return to_device(program, batch)
+
+
+checkpoint.save, checkpoint.restore = save_and_die, restore_and_note
+pipeline.batches, programs.to_device = batches_of_interest, to_device_and_die
+if when == "stop":
+    distributed.stopper = lambda: lambda number: number == int(step)
 train.train(config, workdir)

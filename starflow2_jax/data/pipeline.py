@@ -6,7 +6,7 @@ padding) or `text` float32 [b, L, E]; and `id`, a list of b strings, which stays
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,8 +91,7 @@ def batches(
     *,
     batch_size: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Training batches without end, the first one that of `start_step`.
 
@@ -100,10 +99,10 @@ def batches(
       cfg_data: the keys of `Options`.
       batch_size: examples in the global batch.
       start_step: number of the first batch to give.
-      process_index, process_count: this host among the hosts.
+      rows: which rows of each global batch this host makes, in order (`mesh.host_rows`); None: all.
 
     Raises:
-      ValueError: a wrong option, or a batch that the hosts do not divide.
+      ValueError: a wrong option, or rows that a batch does not have.
       DatasetError: a folder or record that is not as it should be, naming it.
     """
     opts = options(cfg_data)
@@ -115,8 +114,7 @@ def batches(
         batch_size=batch_size,
         threads=opts.threads,
         start_step=start_step,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
     )
 
 
@@ -124,8 +122,7 @@ def eval_batches(
     cfg_data: Mapping[str, Any],
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One pass over all examples in the order of the folders, every batch of full size.
 
@@ -140,8 +137,7 @@ def eval_batches(
         _reader(opts, sources),
         batch_size=batch_size,
         threads=opts.threads,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
     )
 
 

@@ -77,13 +77,12 @@ def batches(
     *,
     batch_size: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Training batches without end, the first one that of `start_step`.
 
     Raises:
-      ValueError: a wrong option, or a batch that the hosts do not divide.
+      ValueError: a wrong option, or rows that a batch does not have.
       DatasetError: a folder or record that is not as it should be, naming it.
     """
     sources, read = _open(opts)
@@ -94,15 +93,14 @@ def batches(
         batch_size=batch_size,
         threads=opts.threads,
         start_step=start_step,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
     )
 
 
 def eval_batches(
-    opts: Options, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    opts: Options, *, batch_size: int, rows: Sequence[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One pass over all rows; adds `mask`, see `stream.one_pass`. Nothing is dropped."""
+    """One pass over all rows; adds `row` and `mask`, see `stream.one_pass`. Nothing is dropped."""
     sources, read = _open(opts)
     counts = [len(s.plan) for s in sources]
     return stream.one_pass(
@@ -110,8 +108,7 @@ def eval_batches(
         stream.forgiving(read, counts, opts.skip_bad),
         batch_size=batch_size,
         threads=opts.threads,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
     )
 
 

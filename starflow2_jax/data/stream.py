@@ -3,8 +3,8 @@
 Batch k is a pure function of the data and k: the examples of global batch k are the same, in the
 same order, for any number of hosts, and a run resumes at step k by asking for step k. No iterator
 state is ever saved. Order: each source is shuffled globally with a seed of its own for each epoch,
-repeated, then mixed by weight; host p of n takes the p-th n-th of every global batch and reads
-nothing else.
+repeated, then mixed by weight; a host makes the rows of every global batch that it is asked for
+and reads nothing else.
 """
 
 import difflib
@@ -59,19 +59,19 @@ def endless(
     batch_size: int,
     threads: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Example]:
     """Training batches without end, the first one that of `start_step`.
 
     Args:
       batch_size: examples in the global batch; threads: reading threads, each making whole batches;
         0 reads in the caller's thread.
+      rows: which rows of each global batch this host makes, in order (`mesh.host_rows`); None: all.
 
     Raises:
-      ValueError: a batch that the hosts do not divide.
+      ValueError: rows that a batch does not have.
     """
-    mine = host_rows(batch_size, process_index, process_count)
+    mine = _checked(rows, batch_size)
 
     def make(step: int) -> Example:
         return stack([read(*order[step * batch_size + row], (step, row))[0] for row in mine])
@@ -87,15 +87,15 @@ def one_pass(
     *,
     batch_size: int,
     threads: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Example]:
     """All examples in order, every batch of full size.
 
-    Adds `mask` float32 [b]: 0 for the rows that fill the last batch (id "") and for examples that
-    are not those asked for. Arguments and errors as in `endless`.
+    Adds `row` int32 [b], each row's position in the pass, and `mask` float32 [b]: 0 for the rows
+    that fill the last batch (id "") and for examples that are not those asked for. Arguments and
+    errors as in `endless`.
     """
-    mine, total = host_rows(batch_size, process_index, process_count), sum(counts)
+    mine, total = _checked(rows, batch_size), sum(counts)
 
     def place(position: int) -> tuple[int, int]:
         number = 0
@@ -105,34 +105,25 @@ def one_pass(
         return number, position
 
     def make(step: int) -> Example:
-        rows, mask = [], []
-        for row in mine:
-            position = step * batch_size + row
+        examples, mask, positions = [], [], [step * batch_size + row for row in mine]
+        for position in positions:
             example, good = read(*place(min(position, total - 1)), None)
             if position >= total:
                 example, good = {**example, "id": ""}, False
-            rows.append(example)
+            examples.append(example)
             mask.append(good)
-        return stack(rows) | {"mask": np.asarray(mask, np.float32)}
+        found = {"row": np.asarray(positions, np.int32), "mask": np.asarray(mask, np.float32)}
+        return stack(examples) | found
 
     steps = grain.MapDataset.range(-(-total // batch_size))
     return iter(steps.map(make).to_iter_dataset(_read_options(threads)))
 
 
-def host_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    """Rows of the global batch that a host reads.
-
-    Raises:
-      ValueError: a host that is not one of them, or a batch that they do not divide.
-    """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} of process_count {process_count}")
-    share, rest = divmod(batch_size, process_count)
-    if rest or not share:
-        raise ValueError(
-            f"batch_size {batch_size} cannot be divided evenly among {process_count} hosts"
-        )
-    return range(process_index * share, (process_index + 1) * share)
+def _checked(rows: Sequence[int] | None, batch_size: int) -> list[int]:
+    mine = list(range(batch_size)) if rows is None else [int(row) for row in rows]
+    if not mine or min(mine) < 0 or max(mine) >= batch_size:
+        raise ValueError(f"rows {mine[:4]} ... are not of a batch of batch_size={batch_size}")
+    return mine
 
 
 def forgiving(

@@ -39,7 +39,7 @@ def limit(batches: Iterable[Batch], rows: int | None, batch_size: int) -> Iterat
     """The batches that hold the first `rows` rows of a pass, the rows after them masked.
 
     Args:
-        batches: as from `pipeline.eval_batches`, this host's share of each; rows: None for all.
+        batches: as from `pipeline.eval_batches`, this host's rows of each; rows: None for all.
         batch_size: rows of the global batch.
     """
     seen = 0
@@ -47,10 +47,8 @@ def limit(batches: Iterable[Batch], rows: int | None, batch_size: int) -> Iterat
         if rows is not None and seen >= rows:
             return
         mask = np.asarray(batch["mask"])
-        share = len(mask)
-        first = seen + (jax.process_index() * share if batch_size > share else 0)
         if rows is not None:
-            mask = mask * (first + np.arange(share) < rows)
+            mask = mask * (batch["row"] < rows)
         yield {**batch, "mask": mask.astype(np.float32)}
         seen += batch_size
 
@@ -65,15 +63,15 @@ def evaluate(
 
     Args:
         program: its `evaluate` is run; params: the trained subtrees, raw or averaged.
-        batches: with `mask`, every one of the same size (as from `limit`).
+        batches: with `mask` and `row`, every one of the same size (as from `limit`).
 
     Raises:
         ValueError: no row is left after masking.
     """
-    place = _placer(program.mesh)
+    place = functools.partial(meshes.place_rows, mesh=program.mesh)
     totals: dict[str, float] = {}
-    for number, batch in enumerate(batches):
-        ids, mask = _rows(batch, number, place)
+    for batch in batches:
+        ids, mask = _rows(batch, place)
         sums = program.evaluate(params, frozen, to_device(program, batch), ids, mask)
         for name, value in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0.0) + float(value)
@@ -86,7 +84,7 @@ def per_image(
     """-log p of every unmasked row, in nats per dimension and in the order of the rows.
 
     Args:
-        batches: with `mask`, every one of the same size (as from `limit`).
+        batches: with `mask` and `row`, every one of the same size (as from `limit`).
         mesh: where `model` lives; a single device by default.
 
     Returns:
@@ -97,7 +95,8 @@ def per_image(
             model reads and the data do not have.
     """
     mesh = mesh or meshes.make_mesh({"data": 1}, jax.local_devices()[:1])
-    cfg, flow, place = model.cfg, model.flow, _placer(mesh)
+    cfg, flow = model.cfg, model.flow
+    place = functools.partial(meshes.place_rows, mesh=mesh)
 
     @functools.partial(jax.jit, out_shardings=meshes.replicated(mesh))
     def measure(params, batch, ids, mask):
@@ -108,14 +107,12 @@ def per_image(
 
     wanted = inputs.abstract_batch(cfg, flow, 1)
     found, totals = [], {}
-    for number, batch in enumerate(batches):
+    for batch in batches:
         absent = [name for name in wanted if name not in batch]
         if absent:
             raise ValueError(f"the model reads {absent[0]!r}, the data give {sorted(batch)}")
         arrays = {name: place(np.asarray(batch[name], a.dtype)) for name, a in wanted.items()}
-        ids, mask, sums = jax.device_get(
-            measure(model.params, arrays, *_rows(batch, number, place))
-        )
+        ids, mask, sums = jax.device_get(measure(model.params, arrays, *_rows(batch, place)))
         sums = {name: value.astype(np.float64)[mask > 0] for name, value in sums.items()}
         nats = per_dim(sums)["nats_per_dim"]
         if not np.isfinite(nats).all():
@@ -134,17 +131,9 @@ def _means(totals: Mapping[str, float], means: Callable = per_dim) -> dict[str, 
     return {name: float(value) for name, value in means(dict(totals)).items()}
 
 
-def _placer(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
-    where = meshes.batch_sharding(mesh)
-    return lambda rows: jax.make_array_from_process_local_data(where, rows)
-
-
-def _rows(batch: Batch, number: int, place: Callable) -> tuple[jax.Array, jax.Array]:
+def _rows(batch: Batch, place: Callable) -> tuple[jax.Array, jax.Array]:
     """Row ids and mask of a batch on the devices; a row's id is its position in the dataset."""
-    mask = np.asarray(batch["mask"], np.float32)
-    shares = jax.process_count()
-    first = number * shares * len(mask) + jax.process_index() * len(mask)
-    return place(np.arange(first, first + len(mask), dtype=np.int32)), place(mask)
+    return place(np.asarray(batch["row"], np.int32)), place(np.asarray(batch["mask"], np.float32))
 
 
 # ------------------------------------------------------------------------------------------ report

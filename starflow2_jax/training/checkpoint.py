@@ -31,6 +31,7 @@ from starflow2_jax.training.step_folders import (
     COMMIT_FILE,
     FOLDER,
     Step,
+    absolute,
     check_files,
     committed,
     find,
@@ -41,6 +42,9 @@ from starflow2_jax.training.step_folders import (
 )
 from starflow2_jax.training.step_folders import latest as latest
 from starflow2_jax.training.step_folders import locate as locate
+
+# Beside the arrays themselves; without a limit all of them are read at once.
+READ_AT_ONCE = 1 << 29
 
 
 class Row(NamedTuple):
@@ -139,7 +143,7 @@ def open(workdir: epath.PathLike, *, keep: int | None = 3, keep_every: int | Non
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint has to be kept (None keeps all)")
-    workdir = epath.Path(workdir).resolve()
+    workdir = absolute(workdir)
     (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     return Writer(workdir, keep, keep_every, pool)
@@ -310,8 +314,12 @@ def restore(
     targets = {
         n: jax.tree.map(_target, tree) for n, tree in wanted.items() if jax.tree.leaves(tree)
     }
+    # Bytes that are read and decoded at a time; one array has to fit.
+    largest = max((t.size * t.dtype.itemsize for t in jax.tree.leaves(targets)), default=0)
+    context = _context()
+    context.memory.read_concurrent_bytes = max(READ_AT_ONCE, 2 * largest)
     try:
-        with _context():
+        with context:
             loaded = ocp.load_checkpointables(entry.path, targets) if targets else {}
     except Exception as error:
         cause = error.__cause__ or error

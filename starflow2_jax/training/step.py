@@ -81,9 +81,7 @@ def model_config(cfg: Mapping[str, Any]) -> FlowConfig:
     Raises:
         ValueError: an unknown model key, or image keys that do not fit the model's.
     """
-    group = dict(cfg["model"])
-    if cfg["compute_dtype"] != "float32":
-        group["compute_dtype"] = cfg["compute_dtype"]
+    group = config.model_group(cfg)
     model = config.build(FlowConfig, group, "model")
     image = cfg["image"]
     if image["pixels"]:
@@ -276,5 +274,5 @@ def to_device(program: Program, batch: Mapping[str, np.ndarray]) -> dict[str, ja
             raise ValueError(
                 f"batch: {name!r} has rows of shape {rows.shape[1:]}, expected {expected.shape[1:]}"
             )
-        placed[name] = jax.make_array_from_process_local_data(expected.sharding, rows)
+        placed[name] = meshes.place_rows(rows, program.mesh)
     return placed

@@ -4,6 +4,7 @@ A folder is a checkpoint once Orbax has written `commit_success.txt` into it, an
 digests are there too. Nothing here opens an array.
 """
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,9 +31,15 @@ class Step(NamedTuple):
     path: epath.Path
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path that Orbax takes: not relative. One of an object store, `gs://`, is whole as it is."""
+    path = epath.Path(path)
+    return path if "://" in os.fspath(path) else path.resolve()
+
+
 def folder(workdir: epath.PathLike) -> epath.Path:
-    """`WORKDIR/checkpoints`, absolute: Orbax takes no relative path."""
-    return epath.Path(workdir).resolve() / FOLDER
+    """`WORKDIR/checkpoints`, absolute."""
+    return absolute(workdir) / FOLDER
 
 
 def steps(workdir: epath.PathLike) -> list[Step]:

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# A run on a Cloud TPU slice: the same command on every host of it, over gcloud.
+#
+#   bash launch/tpu_vm.sh setup NAME ZONE           copies this repository there and installs it
+#   bash launch/tpu_vm.sh run NAME ZONE COMMAND ... runs it on all hosts, and shows what they say
+#   bash launch/tpu_vm.sh stop NAME ZONE            SIGTERM to one: all of them save and end
+#   bash launch/tpu_vm.sh logs NAME ZONE            the last lines of each host
+#
+# On the hosts the repository lies in ~/starflow2_jax, logs in runs/logs of it. Give --workdir as
+# a gs:// path, and data on a disk that all hosts see (a bucket mounted with gcsfuse: records are
+# files). JAX_COMPILATION_CACHE_DIR=gs://... is passed on, or each host keeps a cache of its own.
+set -euo pipefail
+
+usage() {
+  sed -n 's/^#   bash/bash/p' "${BASH_SOURCE[0]}" >&2
+  exit 2
+}
+
+[ $# -ge 3 ] || usage
+verb=$1 name=$2 zone=$3
+shift 3
+tpu=(gcloud compute tpus tpu-vm)
+
+on_all() { # COMMAND
+  "${tpu[@]}" ssh "$name" --zone "$zone" --worker=all --command "$1"
+}
+
+case $verb in
+  setup)
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    archive=$(mktemp)
+    trap 'rm -f "$archive"' EXIT
+    git archive --format=tar.gz -o "$archive" HEAD
+    "${tpu[@]}" scp "$archive" "$name:starflow2_jax.tar.gz" --zone "$zone" --worker=all
+    on_all 'rm -rf starflow2_jax && mkdir starflow2_jax && tar -xzf starflow2_jax.tar.gz -C starflow2_jax &&
+      python3 -m venv venv && venv/bin/pip install --quiet -e "starflow2_jax[tpu,gcs]"'
+    ;;
+  run)
+    [ $# -gt 0 ] || usage
+    words=$(printf ' %q' "$@")
+    on_all "cd starflow2_jax && export PATH=\$HOME/venv/bin:\$PATH STARFLOW2_CLUSTER=auto \
+      JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-\$HOME/.cache/starflow2_jax} && \
+      bash launch/one_process.sh$words"
+    ;;
+  stop)
+    "${tpu[@]}" ssh "$name" --zone "$zone" --worker=0 \
+      --command "pkill -TERM -f 'python[0-9.]* -m starflow2_jax'"
+    ;;
+  logs) on_all 'tail -n 20 starflow2_jax/runs/logs/process_*.log' ;;
+  *) usage ;;
+esac
