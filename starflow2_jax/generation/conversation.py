@@ -216,13 +216,15 @@ def _sequence(held, state, b, branch, given, latents, cfg, tokenizer, number):
         "counts": items.patch <= 0,
     }
     begun = state.token[b] >= 0
-    ended = begun and not state.is_image[b] and int(state.token[b]) == tokenizer.turn_end
-    if ended and given:
+    token = int(state.token[b])
+    ends = delimiters(tokenizer, cfg).ends
+    if begun and given and token in ends and not state.is_image[b]:
         if not len(items.ids) or items.ids[0] != tokenizer.turn_end:
             raise ValueError(
                 f"row {b}: the turn of {held.roles[b]} has ended; go on with another role"
             )
-        # The model has ended its turn by itself.
+        # The model has ended its turn by itself, by whatever token: that is the delimiter.
+        token = tokenizer.turn_end
         made = {name: values[1:] for name, values in made.items()}
         made["positions"] = made["positions"] - 1
         made["following"] = made["following"] - np.array([0, 0, 1])
@@ -231,7 +233,7 @@ def _sequence(held, state, b, branch, given, latents, cfg, tokenizer, number):
     end = int(made["positions"][-1, 0]) + 1 if len(made["ids"]) else position
     if begun:
         pending = {
-            "ids": state.token[b : b + 1],
+            "ids": np.array([token], np.int32),
             "u": state.u[b : b + 1],
             "is_image": state.is_image[b : b + 1],
             "positions": state.at[r : r + 1],
