@@ -46,7 +46,7 @@ MODEL = qwen.Config(
         heads=4,
         mlp_width=288,
         out_width=128,
-        full_layers=(1, 3),
+        full_layers=(1, 2, 3),
         patch=8,
         merge=1,
         window=32,
@@ -69,16 +69,30 @@ def get_config(variant: str = "tiny"):
     cfg.vlm.reconstruction = 0.5
     cfg.noise.kind = "none"
     cfg.drop.condition = 0.0
-    cfg.train.trains = ("vlm", "pixel_probe")
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 3000, 0.998
+    cfg.train.trains = ("vlm", "pixel_probe", "word_probe")
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 1800, 0.998
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1.5e-3, 1e-5, 150
-    cfg.optim.weight_decay = 0.01
+    # With AdamW alone the tower had not told shapes apart after a hundred thousand pictures.
+    cfg.optim.muon_lr, cfg.optim.b2, cfg.optim.weight_decay = 1e-2, 0.98, 0.01
     cfg.sample.every = 0
     cfg.log.every = 20
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 200, 128, 16
     cfg.checkpoint.every = 200
-    {"tiny": lambda _: None, "blind": _blind}[variant](cfg)
+    {"tower": _tower, "tiny": _tiny, "blind": _blind}[variant](cfg)
     return cfg
+
+
+def _tower(cfg):
+    cfg.data.mixture, cfg.data.path = (), "data_cache/vlm_single"
+    cfg.eval_data.path = ""
+    cfg.text.length, cfg.text.images = 112, 1
+    cfg.vlm.language, cfg.vlm.words, cfg.vlm.reconstruction = 0.0, 1.0, 0.5
+    cfg.train.batch_size, cfg.train.steps = 64, 1200
+    cfg.optim.warmup, cfg.log.every = 100, 20
+
+
+def _tiny(cfg):
+    cfg.init["from"] = "runs/vlm_tower"
 
 
 def _blind(cfg):

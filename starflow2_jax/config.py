@@ -114,6 +114,8 @@ KEYS: dict[str, Key] = {
     "noise.sigma": _number(0.05, "standard deviation of gaussian noise"),
     "drop.condition": _number(0.1, "share of rows that lose text and label", 0.0, 1.0),
     "drop.all": _number(0.0, "share of interleaved records that lose images, too", 0.0, 1.0),
+    "vlm.language": _number(1.0, "weight of the text; 0: the tower is trained alone"),
+    "vlm.words": _number(0.0, "weight of words named from features that stand out of the ground"),
     "vlm.reconstruction": _number(0.1, "weight of pixels read back from the tower's features"),
     "vlm.path": _text("", "folder of the VLM as published; empty: drawn from the seed"),
     "loss.text_weight": _number(1.0, "weight of nats a token against nats a latent channel"),
@@ -150,6 +152,9 @@ KEYS: dict[str, Key] = {
     "train.ema": _number(0.999, "decay of the averaged weights", 0.0, 1.0),
     "train.trains": Key(("flow",), "top-level subtrees that are trained; the rest is frozen"),
     "optim.lr": _number(1e-4, "peak learning rate"),
+    "optim.muon_lr": _number(
+        0.0, "peak rate of Muon for the layers' matrices; 0: AdamW trains them too"
+    ),
     "optim.final_lr": _number(1e-6, "learning rate at the last step (cosine)"),
     "optim.warmup": _count(100, "steps of linear warm-up"),
     "optim.b1": _number(0.9, "AdamW beta 1", 0.0, 1.0),

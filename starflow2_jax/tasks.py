@@ -78,6 +78,7 @@ def work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
         tower = weights.count(tree.pop("vision"))
         # A tied embedding multiplies as the head; that of its own only looks up.
         language = weights.count(tree) - (0 if model.tied else model.vocab * model.width)
+        language *= cfg["vlm"]["language"] > 0
         return {
             "tokens": count * length,
             "flops": 6 * count * (length * language + patches * tower),

@@ -20,8 +20,8 @@ from PIL import Image
 
 from starflow2_jax import config, params
 from starflow2_jax.evaluation import curves
-from starflow2_jax.models import fae
-from starflow2_jax.training import fae_step, log, step
+from starflow2_jax.models import fae, starflow2
+from starflow2_jax.training import fae_step, log, starflow2_step, step, vlm_step
 
 FILE = "report.html"
 _SAMPLE = re.compile(r"(?:(.+)_)?(\d+)\.png")
@@ -153,11 +153,20 @@ def _last(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
 
 
+def _declared(cfg: Mapping[str, Any]) -> Any:
+    """Weights of a run's model, by its task."""
+    task = cfg.get("task", "flow")
+    if task == "flow":
+        return step.declare(cfg, step.model_config(cfg))
+    if task == "vlm":
+        return vlm_step.declare(cfg, vlm_step.model_config(cfg))
+    if task == "starflow2":
+        return starflow2.declare(starflow2_step.model_config(cfg))
+    return fae.declare(fae_step.model_config(cfg))
+
+
 def _cards(cfg, rows, measured, gaussian) -> str:
-    if cfg.get("task", "flow") == "flow":
-        parameters = params.count(step.declare(cfg, step.model_config(cfg)))
-    else:
-        parameters = params.count(fae.declare(fae_step.model_config(cfg)))
+    parameters = params.count(_declared(cfg))
     mfu = _last(rows, "mfu")
     tokens = _last(rows, "tokens_per_second")
     bits = next((m["bits_per_dim"] for m in reversed(measured) if m.get("bits_per_dim")), None)
@@ -166,6 +175,8 @@ def _cards(cfg, rows, measured, gaussian) -> str:
         ("nats/dim, training", _last(rows, "nats_per_dim"), None),
         ("nats/dim, Gaussian per dimension", gaussian, None),
         ("bits/dim", bits, None),
+        ("nats/token, evaluation data", _last(rows, "eval/text_nats"), None),
+        ("records answered right", _last(rows, "eval/record_accuracy"), None),
         ("PSNR, dB", _last(rows, "eval/psnr"), None),
         ("relative error of features", _last(rows, "eval/relative_error"), None),
         ("parameters", parameters, None),

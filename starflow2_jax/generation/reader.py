@@ -16,7 +16,6 @@ import numpy as np
 
 from starflow2_jax import config
 from starflow2_jax import params as weights
-from starflow2_jax.models import qwen
 from starflow2_jax.models.qwen import Config
 from starflow2_jax.training import text_loss, vlm_step
 from starflow2_jax.weights import files
@@ -94,5 +93,5 @@ def _arrays(batch):
 
 @partial(jax.jit, static_argnames="model")
 def _score(params, batch, *, model):
-    h, _ = vlm_step.states({"vlm": params}, batch, model)
-    return text_loss.by_record_score(qwen.logits(params, h[:, :-1], model), batch)
+    seen = vlm_step.see(params, batch["images"], model)
+    return text_loss.by_record_score(vlm_step.read(params, batch, seen, model), batch)

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay and clipping, all by optax; the averaged weights."""
+"""AdamW or Muon with warm-up, cosine decay and clipping, all by optax; the averaged weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,10 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.sharding import Mesh
 
 from starflow2_jax.mesh import replicated
-from starflow2_jax.params import Tree
+from starflow2_jax.params import Tree, flatten
+
+# Root mean square of an update of Muon at a rate of 1: about that of AdamW's.
+_MUON_RMS = 0.2
 
 
 def schedule(cfg: Mapping[str, Any], steps: int) -> optax.Schedule:
@@ -24,12 +28,33 @@ def schedule(cfg: Mapping[str, Any], steps: int) -> optax.Schedule:
 
 
 def optimizer(cfg: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
-    """The gradient transformation of an experiment's `optim` group."""
+    """The gradient transformation of an experiment's `optim` group.
+
+    With `muon_lr` the stacked matrices of the layers [L, in, out] are trained by Muon (Jordan et
+    al. 2024, as in optax), whose updates are orthogonal, and all other weights by AdamW.
+    """
     clip = optax.clip_by_global_norm(cfg["clip"]) if cfg["clip"] else optax.identity()
-    adamw = optax.adamw(
-        schedule(cfg, steps), cfg["b1"], cfg["b2"], cfg["eps"], weight_decay=cfg["weight_decay"]
+    given = (schedule(cfg, steps), cfg["b1"], cfg["b2"], cfg["eps"])
+    if not cfg["muon_lr"]:
+        return optax.chain(clip, optax.adamw(*given, weight_decay=cfg["weight_decay"]))
+    muon = optax.contrib.muon(
+        schedule({**cfg, "lr": cfg["muon_lr"]}, steps),
+        beta=cfg["b1"],
+        eps=cfg["eps"],
+        weight_decay=cfg["weight_decay"],
+        adam_b1=cfg["b1"],
+        adam_b2=cfg["b2"],
+        adam_weight_decay=cfg["weight_decay"],
+        adam_learning_rate=given[0],
+        muon_weight_dimension_numbers=_stacked_matrices,
+        consistent_rms=_MUON_RMS,
     )
-    return optax.chain(clip, adamw)
+    return optax.chain(clip, muon)
+
+
+def _stacked_matrices(params: Tree) -> Any:
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return jax.tree.map(lambda weight: axes if weight.ndim == 3 else None, params)
 
 
 def state_shardings(
@@ -40,14 +65,19 @@ def state_shardings(
     Args:
         params: arrays or ShapeDtypeStructs; shardings: those of the same tree.
     """
-    state = jax.eval_shape(optimizer.init, params)
-    return optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        state,
-        shardings,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    shapes = {name: leaf.shape for name, leaf in flatten(params).items()}
+    where = flatten(shardings)
+
+    def place(path, leaf):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        # Before a weight's own name stand those of the optimizer's parts.
+        for first in range(len(names)):
+            name = "/".join(names[first:])
+            if shapes.get(name) == leaf.shape:
+                return where[name]
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
 
 
 def update_ema(ema: Tree, params: Tree, decay: float, step: jax.Array) -> Any:

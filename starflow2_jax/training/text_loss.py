@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 # A record has at least this many positions.
 LEAST_RECORD = 8
+# What `sums` gives.
+NAMES = ("nll", "tokens", "right", "records", "records_right")
 
 
 def targets(batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -1,10 +1,12 @@
 """The training program of a small vision-language model, with the interface of `training/step.py`.
 
-Next-token cross entropy over interleaved rows whose images the model sees with its own tower; a
-small term lets a linear layer read the pixels back from the tower's features, so that they keep
-what no question asks for (the latent codec builds on them).
+Next-token cross entropy over interleaved rows whose images the model sees with its own tower. Two
+terms train the tower itself. A linear layer reads the pixels back from its features, so that they
+keep what no question asks for (the latent codec builds on them). Another names, from every feature
+that stands out of the picture's ground, the words that are said of the picture: one signal a patch
+where an answer gives one a picture.
 
-Axes: B rows, T positions, M images of a row, N features of an image, C width, S records of a row.
+Axes: B rows, T positions, M images of a row, N features of an image, C width, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -48,14 +50,18 @@ def side(cfg: Mapping[str, Any], model: Config) -> int:
 
 
 def declare(cfg: Mapping[str, Any], model: Config) -> dict[str, Any]:
-    """Weights of an experiment: the model, and the linear layer that reads pixels back."""
+    """Weights of an experiment: the model, and the layers that read pixels and words back."""
+
+    def probe(outputs):
+        weight = Weight((model.width, outputs), ("embed", None))
+        return {"weight": weight, "bias": Weight((outputs,), (None,), zeros)}
+
     block = model.vision.patch * model.vision.merge
-    pixels = 3 * block**2
-    read = {
-        "weight": Weight((model.width, pixels), ("embed", None)),
-        "bias": Weight((pixels,), (None,), zeros),
+    return {
+        "vlm": qwen.declare(model),
+        "pixel_probe": probe(3 * block**2),
+        "word_probe": probe(model.vocab),
     }
-    return {"vlm": qwen.declare(model), "pixel_probe": read}
 
 
 def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
@@ -92,8 +98,9 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
 
         def mean(params, batch, count):
             sums = row_sums(params, batch, cfg, model)
-            loss = (sums["nll"] / count[0]).sum()
+            loss = cfg["vlm"]["language"] * (sums["nll"] / count[0]).sum()
             loss += cfg["vlm"]["reconstruction"] * sums["pixel_square"].sum() / images
+            loss += cfg["vlm"]["words"] * sums["word_nats"].sum() / images
             return loss, {"loss": loss, **jax.tree.map(jnp.sum, sums)}
 
         shared = jnp.full((rows,), count, jnp.float32)
@@ -159,35 +166,75 @@ def batch_shapes(cfg: Mapping[str, Any], side: int, rows: int) -> dict[str, tupl
     }
 
 
-def states(
-    params: Tree, batch: Mapping[str, jax.Array], model: Config
-) -> tuple[jax.Array, jax.Array]:
-    """What the head reads [B, T, C], and the tower's features [B, M, N, C], of rows with images."""
-    vlm, images = params["vlm"], batch["images"]
-    rows, places = images.shape[:2]
+def see(params: Tree, images: jax.Array, model: Config) -> jax.Array:
+    """The tower's features [B, M, N, C] of images uint8 [B, M, H, W, 3]."""
     given = qwen_vision.normalise(images.reshape(-1, *images.shape[2:]))
-    seen = qwen_vision.encode_images(vlm["vision"], given, model.vision)
-    h = qwen.embed(vlm, batch["ids"], model)
-    h = qwen.place_images(h, batch["image"], seen.reshape(rows, -1, model.width))
-    h = qwen.run(vlm, h, batch["positions"], None, model, segments=batch["segments"])
-    return h, seen.reshape(rows, places, -1, model.width)
+    seen = qwen_vision.encode_images(params["vision"], given, model.vision)
+    return seen.reshape(*images.shape[:2], -1, model.width)
+
+
+def read(params: Tree, batch: Mapping[str, jax.Array], seen: jax.Array, model: Config) -> jax.Array:
+    """Logits [B, T - 1, V] of what follows each position, of rows whose images look like `seen`."""
+    h = qwen.embed(params, batch["ids"], model)
+    h = qwen.place_images(h, batch["image"], seen.reshape(len(seen), -1, model.width))
+    h = qwen.run(params, h, batch["positions"], None, model, segments=batch["segments"])
+    return qwen.logits(params, h[:, :-1], model)
 
 
 def row_sums(
     params: Tree, batch: Mapping[str, jax.Array], cfg: Mapping[str, Any], model: Config
 ) -> dict[str, jax.Array]:
-    """Sums of each row [B]: those of `text_loss.sums`, and `pixel_square` of `images`."""
-    h, seen = states(params, batch, model)
-    logits = qwen.logits(params["vlm"], h[:, :-1], model)
-    sums = text_loss.sums(logits, batch)
+    """Sums of each row [B]: those of `text_loss.sums` (zeros where `vlm.language` is 0), and over
+    its `images` `pixel_square` and `word_nats`."""
+    seen, group = see(params["vlm"], batch["images"], model), cfg["vlm"]
+    if group["language"]:
+        sums = text_loss.sums(read(params["vlm"], batch, seen, model), batch)
+    else:
+        sums = dict.fromkeys(text_loss.NAMES, jnp.zeros(len(seen)))
     block = model.vision.patch * model.vision.merge
     image = inputs.scale_pixels(batch["images"])
     rows, places = image.shape[:2]
     wanted = patchify(image.reshape(-1, *image.shape[2:]), block, "channel_last")
     found = layers.at_least_float32(layers.linear(params["pixel_probe"], seen))
     square = jnp.square(found.reshape(wanted.shape) - wanted).mean((1, 2))
-    square = square.reshape(rows, places).sum(1)
-    return {**sums, "pixel_square": square, "images": jnp.full((rows,), places, jnp.float32)}
+    sums["pixel_square"] = square.reshape(rows, places).sum(1)
+    sums["word_nats"] = jnp.zeros(rows)
+    if group["words"]:
+        sums["word_nats"] = word_nats(params["word_probe"], batch, seen, wanted)
+    return {**sums, "images": jnp.full((rows,), places, jnp.float32)}
+
+
+# Of the range of 2 between black and white: what stands out of the ground, and in how much of a
+# patch at least.
+_STANDS_OUT, _SHARE = 0.31, 0.12
+
+
+def word_nats(
+    probe: Tree, batch: Mapping[str, jax.Array], seen: jax.Array, pixels: jax.Array
+) -> jax.Array:
+    """Nats of the words of an image's record under what its features say, a sum over images [B].
+
+    The words are the record's text targets, as a bag (each equally often); features are those whose
+    pixels differ from the image's corner, and their mean counts.
+
+    Args:
+        seen: [B, M, N, C]; pixels: [B M, N, 3 block^2] in [-1, 1].
+    """
+    rows, places, patches, _ = seen.shape
+    color = pixels.reshape(rows, places, patches, -1, 3)
+    away = jnp.abs(color - color[:, :, :1, :1]).max(-1)
+    out = ((away > _STANDS_OUT).mean(-1) > _SHARE).astype(jnp.float32)
+    number = jnp.where(batch["image"] < 0, -1, batch["image"] // patches)
+    own = number[:, None, :] == jnp.arange(places)[:, None]
+    record = jnp.where(own, batch["segments"][:, None, :], 0).max(-1, keepdims=True)
+    said = batch["target"] & (number < 0)
+    said = said[:, None, :] & (batch["segments"][:, None, :] == record) & (record > 0)
+    logits = layers.at_least_float32(layers.linear(probe, seen))
+    words = jax.nn.one_hot(batch["ids"], logits.shape[-1])
+    bag = jnp.minimum(jnp.einsum("bmt,btv->bmv", said.astype(jnp.float32), words), 1)
+    bag = bag / jnp.maximum(bag.sum(-1, keepdims=True), 1)
+    nats = -jnp.einsum("bmv,bmnv->bmn", bag, jax.nn.log_softmax(logits))
+    return ((nats * out).sum(-1) / jnp.maximum(out.sum(-1), 1)).sum(-1)
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,4 +245,5 @@ def means(sums: Mapping[str, Any]) -> dict[str, Any]:
         "token_accuracy": sums["right"] / tokens,
         "record_accuracy": sums["records_right"] / records,
         "pixel_square": sums["pixel_square"] / sums["images"],
+        "word_nats": sums["word_nats"] / sums["images"],
     }
