@@ -1,4 +1,4 @@
-"""STARFlow2 as a user meets it: files in, files out, what is refused, and the clean-up of images."""
+"""STARFlow2 as a user meets it: files in, files out, what is refused, images cleaned up."""
 
 import dataclasses
 import json
@@ -99,7 +99,7 @@ def qwen_shape(root):
 
 
 def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
-    root, run = parts
+    run = parts[1]
     model = command.load(run)
     assert isinstance(model, interleaved.Model) and model.source == run
     options = {"images": 1, "max_tokens": 0, "guidance": 1.0}
@@ -124,14 +124,14 @@ def test_images_are_read_with_the_noise_of_their_row(parts):
     pixels = np.random.default_rng(0).integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)
     rows = [[pixels, "what is it?"], ["what is it?", pixels]]
     scores = model.log_likelihood(rows)
-    assert [len(row) for row in scores] == [2, 2] and np.isfinite(sum(scores, [])).all()
+    assert [len(row) for row in scores] == [2, 2] and np.isfinite(scores).all()
     assert model.log_likelihood(rows) == scores != model.log_likelihood(rows, seed=1)
     said = model.generate(rows, images=0, max_tokens=4)
     alone = model.generate(rows[1:], images=0, max_tokens=4, samples=(1,))
     assert said[1][0].tokens == alone[0][0].tokens
     # Editing: the source, an instruction, a picture; the source is the cache's, not read again.
     edited = model.generate([[pixels, "make it blue"]], images=1, image_start=True, max_tokens=3)
-    assert [part.kind for part in edited[0]][0] == "image"
+    assert edited[0][0].kind == "image"
     again = model.generate([["brighter"]], after=edited, images=1, max_tokens=0)
     assert again[0][0].image.shape == (PIXELS, PIXELS, 3)
 
@@ -233,7 +233,7 @@ def test_prompts_and_options_that_cannot_be(tmp_path):
         (r"prompt 0, part 0: latent \(3, 3\), expected \(4, 3\)",
          [Part("image", "user", latent=np.zeros((3, 3)))], {}),
         ("row 0: the prompt is empty", [], {"images": 0}),
-        (r"the cache has 40 positions, 0 of them read; 24 of the prompt and 9 ",
+        (r"the cache has 40 positions, 0 of them read; 23 of the prompt and 9 ",
          "hello" * 1, {"cache": 40, "max_tokens": 8, "images": 0}),
         (r"the cache has 64 positions.* and 75 for what may be drawn do not fit",
          "hi", {"cache": 64, "images": 12, "max_tokens": 2}),
@@ -295,8 +295,8 @@ def test_conversations_that_cannot_go_on():
     ):
         with pytest.raises(ValueError, match=words):
             model.generate(prompts, after=first, **{"max_tokens": 2, "images": 0, **options})
-    fixed = model.generate(["a"], images=0, max_tokens=2, cache=32)
-    with pytest.raises(ValueError, match="the cache has 32 positions, "):
+    fixed = model.generate(["a"], images=0, max_tokens=2, cache=48)
+    with pytest.raises(ValueError, match="the cache has 48 positions, "):
         model.generate(["c"], after=fixed, images=0, max_tokens=20)
 
 
@@ -323,7 +323,9 @@ def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(x64):
         terms = scoring._terms(model.params, {**batch, "latent_mean": latents}, cfg=cfg)
         return (sum(terms.log_dets) - terms.half_square)[0, 1]
 
-    gradient = jax.grad(density)(jnp.asarray(drawn[1].latent))
+    # Differences, as in training no gradient takes the way through the VLM.
+    along = np.random.default_rng(0).standard_normal(drawn[1].latent.shape)
+    up, down = (float(density(drawn[1].latent + e * along)) for e in (1e-5, -1e-5))
     held = found.conversation
     laid = batch["ids"][0].tolist()
     at = [i for i, token in enumerate(laid) if token == ids.vision_start][1]
@@ -336,8 +338,9 @@ def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(x64):
              batch["flow_positions"][0, at, 2])  # fmt: skip
     args = (model.params, held.params, held.state, 0, tuple(map(jnp.int32, begin)))
     step = denoise.image_score_step(*args, jnp.asarray(drawn[1].latent), sigma, cfg=cfg)
-    np.testing.assert_allclose(step, drawn[1].latent + sigma**2 * gradient, atol=1e-9)
-    assert np.abs(gradient).max() > 0.1
+    moved = (np.asarray(step) - drawn[1].latent) / sigma**2
+    assert (moved * along).sum() == pytest.approx((up - down) / 2e-5, rel=1e-6)
+    assert np.abs(moved).max() > 0.1
 
 
 def test_cleaned_images_are_decoded_and_the_noisy_ones_told(parts):
@@ -351,5 +354,5 @@ def test_cleaned_images_are_decoded_and_the_noisy_ones_told(parts):
             np.testing.assert_array_equal(a.latent, b.latent)
             assert (a.image != b.image).any()
     silent = {**model.cfg, "noise": {**model.cfg["noise"], "kind": "none"}}
-    with pytest.raises(ValueError, match="denoise: the model was trained with noise.kind='none'"):
+    with pytest.raises(ValueError, match=r"was trained with noise\.kind='none'"):
         dataclasses.replace(model, cfg=silent).generate(["a"], **options, denoise=True)

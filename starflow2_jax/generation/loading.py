@@ -54,6 +54,9 @@ def load(
     vlm = vlm or _found(base, "vlm", cfg["vlm"]["path"])
     fae = fae or _found(base, "fae", cfg["fae"].get("path") or "")
     cfg = {**cfg, "vlm": {**cfg["vlm"], "path": vlm}, "layout": layout}
+    for what, at in (("VLM", vlm), ("codec", fae)):
+        if at and not files.locate(at).is_dir():
+            raise FileNotFoundError(f"{path}: no folder {at}, where its {what} should be")
     frozen = meta.get("frozen") or {}
     if vlm and frozen.get("vlm") not in (None, identity := teacher_weights.identity(vlm)):
         raise ValueError(
