@@ -134,10 +134,13 @@ def experiment(
 
 def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
     """A run, a step or a model folder to a model folder, ours or the public one."""
+    from starflow2_jax.generation import loading
     from starflow2_jax.training.step import model_config
 
     path, out = _need(values, "model"), _need(values, "out")
-    task = _task(path)
+    task = loading.task(path)
+    if task == loading.TASK:
+        return _export_interleaved(values, path, out)
     if task == "vlm":
         return _export_reader(values, path, out)
     if task != "flow":
@@ -162,14 +165,14 @@ def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
     return _summary(out, weights.count(tree["flow"]), sorted(set(tree) - {"flow"}))
 
 
-def _task(path: str) -> str:
-    """What a run, a step or a model folder is a training of."""
-    from starflow2_jax.training import checkpoint, step_folders
+def _export_interleaved(values: flags.FlagValues, path: str, out: str) -> tuple[dict, list[str]]:
+    """A STARFlow2 with its VLM, tokenizer and codec to a model folder."""
+    from starflow2_jax.generation import loading
 
-    if files.is_folder(path):
-        held = files.read_config(path)
-        return held.get("starflow2_jax", held).get("task", "flow")
-    return checkpoint.read_meta(*step_folders.locate(path))["config"].get("task", "flow")
+    if values.public or not values.ema:
+        raise ValueError("--public, --noema: a STARFlow2 is exported as ours, averaged weights")
+    found = loading.export(path, out, overwrite=values.overwrite)
+    return _summary(out, weights.count(found.params))
 
 
 def _export_codec(values: flags.FlagValues, path: str, out: str) -> tuple[dict, list[str]]:

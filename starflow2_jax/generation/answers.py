@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.generation import codec, conversation, decode
+from starflow2_jax.generation import codec, conversation, decode, denoise
 from starflow2_jax.generation.conversation import Conversation
 from starflow2_jax.generation.options import Options
 from starflow2_jax.generation.prompts import Part
@@ -71,8 +72,15 @@ def stop_at(tokenizer: "Tokenizer", row: Sequence[Any], stop: Sequence[str], ids
     return None
 
 
-def finished(model: "Model", held: Conversation, records, reasons, options: Options) -> Results:
-    """Parts with their likelihoods; images decoded."""
+def finished(
+    model: "Model", held: Conversation, records, reasons, options: Options, start: Any, first: int
+) -> Results:
+    """Parts with their likelihoods; images decoded.
+
+    Args:
+        records: of every row the (token, u, nats) of what was drawn; reasons: why it ended.
+        start: the state before, on the host; first: the slot of the item that was pending then.
+    """
     ids, cfg = conversation.delimiters(model.tokenizer, model.shape), model.shape
     rows, drawn, totals = [], [], []
     for row, reason in zip(records, reasons):
@@ -85,11 +93,7 @@ def finished(model: "Model", held: Conversation, records, reasons, options: Opti
     if drawn:
         x = conversation.shallow_inverse(model.params, np.stack(drawn), cfg, options.jacobi)
         log_det = conversation.shallow(model.params, x, cfg)[1]
-        cleaned = x
-        if options.denoise:
-            from starflow2_jax.generation import scoring
-
-            cleaned = scoring.denoised(model, held, rows, x)
+        cleaned = _denoised(model, held, records, x, start, first) if options.denoise else x
         pixels = None if model.fae is None else codec.decode(model.fae, np.asarray(cleaned))
         number = 0
         for b, parts in enumerate(rows):
@@ -115,6 +119,29 @@ def finished(model: "Model", held: Conversation, records, reasons, options: Opti
     held = dataclasses.replace(held, parts=parts_)
     totals_ = [float(t[0] - t[2]) if options.best_of_gain else float(t[0]) for t in totals]
     return Results(rows, list(reasons), totals_, held)
+
+
+def _denoised(model, held, records, x, start, first):
+    """x [I, N, D] after a score step each, where the model was trained with Gaussian noise."""
+    noise, cfg = model.cfg["noise"], model.shape
+    if noise["kind"] != "gaussian" or not noise["sigma"]:
+        raise ValueError(f"denoise: the model was trained with noise.kind={noise['kind']!r}")
+    ids, cleaned = conversation.delimiters(model.tokenizer, cfg), []
+    shallow = {"shallow": model.params["shallow"]}
+    for b, row in enumerate(records):
+        picks = [pick for pick, _, _ in row]
+        for t in (t for t, pick in enumerate(picks) if pick == ids.vision_start):
+            grown = conversation.moved(picks[: t + 1], start, b, cfg, ids)
+            begin = (
+                *(ids.vision_start, first + t + 1),
+                int(start.position[b]) + grown["position"],
+                int(start.index[b]) + grown["index"],
+            )
+            now = jnp.asarray(x[len(cleaned)])
+            args = (shallow, held.params, held.state, b, tuple(map(jnp.int32, begin)), now)
+            done = denoise.image_score_step(*args, jnp.asarray(noise["sigma"], now.dtype), cfg=cfg)
+            cleaned.append(np.asarray(done))
+    return np.stack(cleaned)
 
 
 def _parts(tokenizer, row, ids, cfg):

@@ -1,12 +1,17 @@
 """Clean-up of sampled tokens: the model's density is that of noisy data, so samples are noisy."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from starflow2_jax.generation import decode
+from starflow2_jax.generation.decode import State
 from starflow2_jax.models import flow
+from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models.starflow2 import Config
 from starflow2_jax.params import Tree
 
 
@@ -29,5 +34,61 @@ def score_step(
     def log_density(x: jax.Array) -> Any:
         z, log_det = flow.forward(params, x, cfg, text=text, labels=labels, grid=grid)
         return (log_det - 0.5 * jnp.square(z).sum((1, 2))).sum()
+
+    return x + sigma**2 * jax.grad(log_density)(x)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def image_score_step(
+    params: Tree,
+    prepared: Tree,
+    state: State,
+    row: Any,
+    begin: tuple[Any, Any, Any, Any],
+    x: jax.Array,
+    sigma: Any,
+    *,
+    cfg: Config,
+) -> jax.Array:
+    """The same of an image x [N, D] in a conversation, given all that comes before it.
+
+    What comes before is read from the caches, and nothing but the image is computed again.
+
+    Args:
+        params: with `shallow`; prepared: of `decode.prepare`; row: of the conversation.
+        begin: of the image's `<|vision_start|>` its id, its slot, the VLM's position after it and
+            how many tokens and images stand before the image.
+    """
+    token, slot, position, index = begin
+    single = state.valid.shape[0] == 1
+    of_row = lambda a: a if single else jax.lax.dynamic_index_in_dim(a, row, 0, False)
+    caches = tuple(
+        c.replace(keys=tuple(map(of_row, c.keys)), values=tuple(map(of_row, c.values)), length=slot)
+        for c in state.caches
+    )
+    before = jax.lax.dynamic_index_in_dim(state.valid, row, 0) & (
+        jnp.arange(state.valid.shape[1]) < slot
+    )
+    patch = jnp.arange(cfg.patches)
+    rows, columns = jnp.divmod(patch, cfg.flow.side)
+    inside = position + jnp.stack([0 * patch, rows, columns], -1)
+    items = decode.Items(
+        ids=jnp.full((1, cfg.patches), token),
+        u=None,
+        is_image=(patch > 0)[None],
+        real=jnp.ones((1, cfg.patches), bool),
+        positions=jnp.concatenate([jnp.full((1, 3), position - 1), inside[:-1]])[None],
+        following=jnp.stack([rows, columns, jnp.full_like(patch, index)], -1)[None],
+    )
+
+    def log_density(x: jax.Array) -> Any:
+        outputs, log_dets = pretzel.shallow(params, x[None], cfg)
+        u = outputs[-1]
+        given = items.replace(u=jnp.pad(u[:, :-1], ((0, 0), (1, 0), (0, 0))))
+        heat = jnp.ones(1)
+        _, h, _, _ = decode.read(prepared, caches, before, given, heat, cfg)
+        scale, mean = pretzel.image_head(prepared, h, cfg)
+        z = (u - mean) / scale
+        return sum(log_dets).sum() - (0.5 * jnp.square(z) + jnp.log(scale)).sum()
 
     return x + sigma**2 * jax.grad(log_density)(x)

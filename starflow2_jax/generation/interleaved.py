@@ -96,8 +96,9 @@ def generate(
     held = conversation.extend(held, parts, u, cfg, model.tokenizer, room)
     state = _ready(held.state, options, model, bool(after is not None))
     held = dataclasses.replace(held, state=state)
-    held, records, reasons = _loop(model, held, options, room)
-    results = answers.finished(model, held, records, reasons, options)
+    start, first = jax.tree.map(np.asarray, held.state.replace(caches=None)), held.read
+    held, records, reasons = _loop(model, held, options, room, start, first)
+    results = answers.finished(model, held, records, reasons, options, start, first)
     return answers.best(results, options) if options.best_of > 1 else results
 
 
@@ -225,8 +226,11 @@ def _ready(state: decode.State, options: Options, model: Model, going_on: bool) 
     )
 
 
-def _loop(model: Model, held: Conversation, options: Options, room: int):
+def _loop(model: Model, held: Conversation, options: Options, room: int, start: Any, first: int):
     """Chunks of steps until every row is done; the host looks for stop texts between them.
+
+    Args:
+        start, first: as in `answers.finished`.
 
     Returns:
         the conversation, every row's (tokens, u, nats) of what was drawn and kept, and why each
@@ -248,7 +252,6 @@ def _loop(model: Model, held: Conversation, options: Options, room: int):
         image_temperature=jnp.asarray(options.image_temperature, wide),
         guidance=guided,
     )
-    start, first = jax.tree.map(np.asarray, held.state.replace(caches=None)), held.read
     state = held.state
     rows: list[list[Any]] = [[] for _ in range(held.rows)]
     stopped: set[int] = set()

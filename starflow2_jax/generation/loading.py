@@ -44,6 +44,7 @@ def load(
         ValueError: another kind of model, damaged files, or another VLM or codec than the model was
             trained with.
     """
+    path = str(files.locate(path))
     folder = files.is_folder(path)
     meta = _meta(path, folder)
     cfg = meta["config"]
@@ -53,6 +54,9 @@ def load(
     vlm = vlm or _found(base, "vlm", cfg["vlm"]["path"])
     fae = fae or _found(base, "fae", cfg["fae"].get("path") or "")
     cfg = {**cfg, "vlm": {**cfg["vlm"], "path": vlm}, "layout": layout}
+    for what, at in (("VLM", vlm), ("codec", fae)):
+        if at and not files.locate(at).is_dir():
+            raise FileNotFoundError(f"{path}: no folder {at}, where its {what} should be")
     frozen = meta.get("frozen") or {}
     if vlm and frozen.get("vlm") not in (None, identity := teacher_weights.identity(vlm)):
         raise ValueError(
@@ -76,11 +80,12 @@ def load(
     name = _found(base, "tokenizer", cfg["text"]["tokenizer"]) or vlm
     from starflow2_jax.data.tokens import open_tokenizer  # heavy
 
-    return Model(cfg, shape, params, open_tokenizer(name), codec, str(path))
+    return Model(cfg, shape, params, open_tokenizer(files.locate(name)), codec, str(path))
 
 
 def task(path: str) -> str:
     """What a run, a step or a model folder is a training of."""
+    path = str(files.locate(path))
     cfg = _meta(path, files.is_folder(path))["config"]
     return cfg.get("starflow2_jax", cfg).get("task", "flow")
 
@@ -152,7 +157,9 @@ def export(
     words = _found(base, "tokenizer", model.cfg["text"]["tokenizer"]) or vlm
     frozen = {"vlm": teacher_weights.identity(vlm)} if vlm else {}
     frozen |= {"fae": model.fae.sha256} if model.fae else {}
-    seen = lambda p: "" if embed or not p else str(_relative(Path(p), Path(out)))
+    shipped = lambda p: files.locate(p) != Path(p)
+    near = lambda p: p if shipped(p) else os.path.relpath(Path(p).resolve(), Path(out).resolve())
+    seen = lambda p: "" if embed or not p else near(p)
     cfg = {
         **model.cfg,
         "vlm": {**model.cfg["vlm"], "path": seen(vlm)},
@@ -165,9 +172,5 @@ def export(
     if embed:
         for name, source in (("vlm", vlm), ("fae", fae), ("tokenizer", words)):
             if source and not (name == "tokenizer" and source == vlm):
-                shutil.copytree(source, Path(out) / name)
+                shutil.copytree(files.locate(source), Path(out) / name)
     return model
-
-
-def _relative(path: Path, base: Path) -> Path:
-    return Path(os.path.relpath(path.resolve(), base.resolve()))

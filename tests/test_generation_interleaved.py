@@ -1,0 +1,358 @@
+"""STARFlow2 as a user meets it: files in, files out, what is refused, images cleaned up."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import decode_model as small
+import interleaved as shapes_data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+from test_data_latents import make_run
+from test_generation_decode import picture
+
+from starflow2_jax import config, convert
+from starflow2_jax import generate as command
+from starflow2_jax import params as weights
+from starflow2_jax.generation import (
+    codec,
+    conversation,
+    denoise,
+    interleaved,
+    loading,
+    output,
+    scoring,
+)
+from starflow2_jax.generation.prompts import Part
+from starflow2_jax.models import fae, qwen, qwen_vision, starflow2
+from starflow2_jax.training import checkpoint
+from starflow2_jax.weights import qwen as qwen_weights
+from starflow2_jax.weights import teacher as teacher_weights
+
+PIXELS = 16
+
+
+# ---------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folders of a tiny VLM with its tokenizer and of a tiny codec, and a run of both."""
+    root = tmp_path_factory.mktemp("starflow2")
+    _, words = shapes_data.make(root, count=8, pixels=PIXELS, patch=4, merge=1)
+    ids = {name: i for i, name in enumerate(json.loads(Path(words, "tokenizer.json").read_text())
+                                            ["model"]["vocab"])}  # fmt: skip
+    tower = qwen_vision.VisionConfig(
+        depth=1, width=16, heads=2, mlp_width=24, out_width=32, full_layers=(0,), patch=4,
+        window=16, merge=1,
+    )  # fmt: skip
+    shape = qwen.Config(
+        vocab=400, width=32, layers=2, heads=2, kv_heads=1, mlp_width=48, sections=(2, 3, 3),
+        tied=True, image_token=5, video_token=6, vision_start_token=3, vision_end_token=4,
+        vision=tower,
+    )  # fmt: skip
+    assert len(ids) <= 400
+    drawn = weights.init(jax.random.key(1), qwen.declare(shape))
+    qwen_weights.export(jax.device_get(drawn), shape, root / "vlm", processor=words)
+    found = codec.load(make_run(root / "features", 0))
+    pixels = weights.init(jax.random.key(2), fae.declare(found.model)["pixel_decoder"])
+    whole = dataclasses.replace(
+        found, cfg={**found.cfg, "task": "fae_pixels"},
+        params={**found.params, "pixel_decoder": pixels},
+    )  # fmt: skip
+    codec.export(whole, str(root / "fae"))
+    return root, save_run(root / "run", root, found)
+
+
+def save_run(workdir, root, held, shake=0.3, **frozen):
+    """A checkpoint as a short training of stage 3 would leave it."""
+    cfg = config.default()
+    cfg.task, cfg.train.trains = "starflow2", starflow2.SUBTREES
+    sizes = {"side": 2, "channels": 4, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
+    cfg.model.update({"vlm": {}, "flow": sizes})
+    cfg.vlm.path, cfg.text.tokenizer = str(root / "vlm"), str(root / "vlm")
+    cfg.fae.path, cfg.noise.sigma = str(root / "fae"), 0.1
+    cfg = config.to_dict(cfg)
+    shape = starflow2.preset("tiny", vlm=qwen_shape(root), flow=starflow2.flow_config(32, **sizes))
+    tree = weights.init(jax.random.key(0), starflow2.declare(shape))
+    rng = np.random.default_rng(0)
+    drawn = {
+        name: jax.tree.map(
+            lambda a: a + shake * rng.standard_normal(a.shape, np.float32), tree[name]
+        )
+        for name in starflow2.SUBTREES
+    }
+    before = {"vlm": teacher_weights.identity(str(root / "vlm")), "fae": held.sha256, **frozen}
+    writer = checkpoint.open(workdir)
+    state = {"step": jnp.int32(1), "params": jax.tree.map(lambda a: a + 1, drawn), "ema": drawn}
+    checkpoint.save(writer, 1, state, {"config": cfg, "step": 1, "frozen": before})
+    checkpoint.close(writer)
+    return str(workdir)
+
+
+def qwen_shape(root):
+    return qwen_weights.load(root / "vlm", only=("embed",))[0]
+
+
+def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
+    run = parts[1]
+    model = command.load(run)
+    assert isinstance(model, interleaved.Model) and model.source == run
+    options = {"images": 1, "max_tokens": 0, "guidance": 1.0}
+    drawn = model.generate(["a red circle"], **options)[0][0]
+    assert drawn.image.shape == (PIXELS, PIXELS, 3) and drawn.image.dtype == np.uint8
+    for embed, name in ((True, "whole"), (False, "near")):
+        loading.export(run, str(tmp_path / name), embed=embed)
+        other = command.load(str(tmp_path / name)).generate(["a red circle"], **options)[0][0]
+        np.testing.assert_array_equal(other.image, drawn.image)
+        assert (tmp_path / name / "fae").exists() == embed
+    # The command writes the first kind, and a folder that was moved still has all it needs.
+    values = flags.FlagValues()
+    convert.define(values)
+    values(["convert", "--model", run, "--out", str(tmp_path / "exported")])
+    convert.main("export", [], values)
+    (tmp_path / "exported").rename(tmp_path / "moved")
+    assert loading.load(str(tmp_path / "moved")).fae.sha256 == model.fae.sha256
+
+
+def test_images_are_read_with_the_noise_of_their_row(parts):
+    model = command.load(parts[1])
+    pixels = np.random.default_rng(0).integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)
+    rows = [[pixels, "what is it?"], ["what is it?", pixels]]
+    scores = model.log_likelihood(rows)
+    assert [len(row) for row in scores] == [2, 2] and np.isfinite(scores).all()
+    assert model.log_likelihood(rows) == scores != model.log_likelihood(rows, seed=1)
+    said = model.generate(rows, images=0, max_tokens=4)
+    alone = model.generate(rows[1:], images=0, max_tokens=4, samples=(1,))
+    assert said[1][0].tokens == alone[0][0].tokens
+    # Editing: the source, an instruction, a picture; the source is the cache's, not read again.
+    edited = model.generate([[pixels, "make it blue"]], images=1, image_start=True, max_tokens=3)
+    assert edited[0][0].kind == "image"
+    again = model.generate([["brighter"]], after=edited, images=1, max_tokens=0)
+    assert again[0][0].image.shape == (PIXELS, PIXELS, 3)
+
+
+def test_another_vlm_codec_or_task_is_refused(parts, tmp_path):
+    root, run = parts
+    found = codec.load(str(root / "fae"))
+    args = (root, found)
+    with pytest.raises(ValueError, match=r"trained beside another VLM than the one in .*vlm: sha2"):
+        loading.load(save_run(tmp_path / "a", *args, vlm="0" * 64))
+    with pytest.raises(ValueError, match=r"trained on latents of another codec than .*fae: sha256"):
+        loading.load(save_run(tmp_path / "b", *args, fae="0" * 64))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        loading.load(run, vlm=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="task='fae_features', expected a model of interleaved"):
+        loading.load(str(root / "features"))
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def ran(capsys, *words):
+    values = flags.FlagValues()
+    command.define(values)
+    values(["generate", *map(str, words)])
+    command.main([], values)
+    return capsys.readouterr().out
+
+
+def test_the_command_draws_and_answers(parts, tmp_path, capsys):
+    run, out = parts[1], tmp_path / "out"
+    ran(capsys, "--model", run, "--prompt", "a red circle", "--n", 2, "--guidance", 2, "--out", out)
+    names = sorted(path.name for path in out.glob("*.png"))
+    assert names == ["00000_00_0.png", "00000_01_0.png"]
+    note = output.read_settings(out / names[1])
+    assert note["guidance"] == 2.0 and note["prompt"] == "a red circle" and note["model"] == run
+    assert np.isfinite(note["log_likelihood"]) and note["row"] == "00000_01"
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [row[0]["image"] for row in lines] == [str(out / name) for name in names]
+    with pytest.raises(ValueError, match="is not empty"):
+        ran(capsys, "--model", run, "--prompt", "a", "--out", out)
+    # A chat with a picture by its path beside the file, a batch of two, text alone.
+    chat = [{"role": "user", "content": [{"type": "image", "image": names[0]},
+                                         {"type": "text", "text": "what is it?"}]}]  # fmt: skip
+    (out / "chat.json").write_text(json.dumps(chat))
+    words = ("--model", run, "--max_tokens", 3, "--json")
+    said = json.loads(ran(capsys, *words, "--chat", out / "chat.json"))["rows"]
+    assert len(said) == 1 and said[0][0]["type"] == "text"
+    (out / "batch.jsonl").write_text(f"{json.dumps(chat)}\n{json.dumps(chat)}\n")
+    said = json.loads(ran(capsys, *words, "--batch", out / "batch.jsonl"))["rows"]
+    assert len(said) == 2
+    shown = ran(capsys, "--model", run, "--image", out / names[0], "--prompt", "why?",
+                "--max_tokens", 3)  # fmt: skip
+    assert "1 answers with 0 pictures" in shown
+
+
+def test_genevals_tree(parts, tmp_path, capsys):
+    rows = [{"tag": "colors", "prompt": f"a {c} circle", "include": []} for c in ("red", "blue")]
+    (tmp_path / "meta.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--model", parts[1], "--geneval", tmp_path / "meta.jsonl", "--n", 2, "--seed", 42)
+    ran(capsys, *words, "--out", tmp_path / "tree")
+    for i, row in enumerate(rows):
+        folder = tmp_path / "tree" / f"{i:05}"
+        assert json.loads((folder / "metadata.jsonl").read_text()) == row
+        names = sorted(path.name for path in (folder / "samples").iterdir())
+        assert names == ["00000.png", "00001.png"]
+        with Image.open(folder / "samples" / names[0]) as image:
+            assert image.size == (PIXELS, PIXELS)
+    assert json.loads((tmp_path / "tree" / "settings.json").read_text())["rewrite"] is False
+    # A picture depends on its number, not on how many are drawn at a time.
+    options = interleaved.make_options({"images": 1, "max_tokens": 0, "n": 2, "seed": 42})
+    model = loading.load(parts[1])
+    prompts = [row["prompt"] for row in rows]
+    for together in (1, 2):
+        found = list(interleaved.generate_many(model, prompts, options, rows=2 * together))
+        last = found[1][1][0].image
+        kept = np.asarray(Image.open(tmp_path / "tree" / "00001" / "samples" / "00001.png"))
+        assert np.abs(last.astype(int) - kept).max() <= 1
+    with pytest.raises(ValueError, match=r"meta.jsonl, line 1: expected an object with a text"):
+        (tmp_path / "meta.jsonl").write_text("[]\n")
+        ran(capsys, *words, "--out", tmp_path / "other")
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+def test_prompts_and_options_that_cannot_be(tmp_path):
+    model = small.model()
+    draw = lambda prompt, **options: model.generate([prompt], **options)
+    (tmp_path / "chat.json").write_text(json.dumps([{"role": "wizard", "content": "hi"}]))
+    pixels = np.zeros((8, 9, 3), np.uint8)
+    for words, prompt, options in (
+        ("prompt 0, message 0: unknown role 'wizard', expected one of none, system, user",
+         command_chat(tmp_path / "chat.json"), {}),
+        ("content is NoneType", [{"role": "user"}], {}),
+        ("expected text or an image, got type 'video'",
+         [{"role": "user", "content": [{"type": "video"}]}], {}),
+        ("prompt 0, part 0: the model has no codec", [pixels, "a"], {}),
+        (r"prompt 0, part 0: latent \(3, 3\), expected \(4, 3\)",
+         [Part("image", "user", latent=np.zeros((3, 3)))], {}),
+        ("row 0: the prompt is empty", [], {"images": 0}),
+        (r"the cache has 40 positions, 0 of them read; 23 of the prompt and 9 ",
+         "hello" * 1, {"cache": 40, "max_tokens": 8, "images": 0}),
+        (r"the cache has 64 positions.* and 75 for what may be drawn do not fit",
+         "hi", {"cache": 64, "images": 12, "max_tokens": 2}),
+        ("guidance=-1.0: expected a number at least 0", "a", {"guidance": -1.0}),
+        ("guidance=nan", "a", {"guidance": float("nan")}),
+        ("temperature=-0.5: expected a number at least 0", "a", {"temperature": -0.5}),
+        ("temperature=inf", "a", {"temperature": float("inf")}),
+        ("top_p=1.5: expected a number above 0 and at most 1", "a", {"top_p": 1.5}),
+        ("top_p=0.0", "a", {"top_p": 0.0}),
+        ("image_temperature=0.0", "a", {"image_temperature": 0.0}),
+        ("guidance.rule='sum' is not of", "a", {"rule": "sum"}),
+        (r"null='words' is not one of \('text', 'all'\)", "a", {"null": "words"}),
+        ("images=-1", "a", {"images": -1}),
+        ("there is nothing to draw", "a", {"images": 0, "max_tokens": 0}),
+        (r"unknown option 'guidence'.*guidance", "a", {"guidence": 2.0}),
+        ("samples: 2 numbers for 1 rows", "a", {"samples": (1, 2)}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            draw(prompt, **options)
+    with pytest.raises(ValueError, match="expected a list with one prompt a row"):
+        model.generate("a prompt")
+
+
+def command_chat(path):
+    from starflow2_jax.generation import prompts
+
+    return prompts.read_chat(path)
+
+
+def test_images_of_another_size_are_not_resized(parts):
+    model = command.load(parts[1])
+    with pytest.raises(ValueError, match=r"prompt 0, part 1: the image is 8 x 9 \(h x w\), this "
+                       "model takes 16 x 16 only; images are not resized"):  # fmt: skip
+        model.generate([["a", np.zeros((8, 9, 3), np.uint8)]])
+
+
+def test_checkpoints_that_have_not_learnt_it_say_so():
+    model = small.model()
+    zero = lambda tree: jax.tree.map(np.zeros_like, tree)
+    blind = dataclasses.replace(
+        model, params={**model.params, "adapter": zero(model.params["adapter"])}
+    )
+    with pytest.raises(ValueError, match=r"its adapter is zero \(a checkpoint of stage 1\?\)"):
+        blind.generate([[picture(1), "what?"]], images=0)
+    assert blind.generate(["draw"], images=1, max_tokens=0)[0][0].kind == "image"
+    deep = {**model.params["deep"], "proj_out": zero(model.params["deep"]["proj_out"])}
+    mute = dataclasses.replace(model, params={**model.params, "deep": deep})
+    with pytest.raises(ValueError, match="its flow is as it was born"):
+        mute.generate(["draw"], images=1)
+
+
+def test_conversations_that_cannot_go_on():
+    model = small.model()
+    first = model.generate(["a", "b"], images=0, max_tokens=2)
+    for words, prompts, options in (
+        ("1 for the 2 rows to continue", ["c"], {}),
+        ("n and best_of belong to the first call", ["c", "d"], {"n": 2}),
+        ("the conversation was begun without it", ["c", "d"], {"guidance": 1.0}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.generate(prompts, after=first, **{"max_tokens": 2, "images": 0, **options})
+    fixed = model.generate(["a"], images=0, max_tokens=2, cache=48)
+    with pytest.raises(ValueError, match="the cache has 48 positions, "):
+        model.generate(["c"], after=fixed, images=0, max_tokens=20)
+
+
+# --------------------------------------------------------------------------------------- clean-up
+
+
+def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(x64):
+    """By the parallel forward over the whole row: of the second image, the first one before it."""
+    model = small.model()
+    options = {"images": 2, "max_tokens": 2, "seed": 4, "temperature": 1.0, "guidance": 1.0}
+    found = model.generate(["ab", "hello"], **options)
+    sigma, cfg = 0.3, model.shape
+    ids = conversation.delimiters(model.tokenizer, cfg)
+    start = conversation.lay_out([Part("text", "user", "ab")], model.tokenizer, 4, "", "")
+    row = [Part("text", "user", "ab"), *found[0]]
+    drawn = [part for part in row if part.kind == "image"]
+    x = [np.stack([part.latent for part in drawn])]
+    batch, _ = scoring.lay_out(model, [row], x)
+    own = np.zeros((1, 2, 1, 1))
+    own[0, 1] = 1.0
+
+    def density(second):
+        latents = batch["latent_mean"] * (1 - own) + second * own
+        terms = scoring._terms(model.params, {**batch, "latent_mean": latents}, cfg=cfg)
+        return (sum(terms.log_dets) - terms.half_square)[0, 1]
+
+    # Differences, as in training no gradient takes the way through the VLM.
+    along = np.random.default_rng(0).standard_normal(drawn[1].latent.shape)
+    up, down = (float(density(drawn[1].latent + e * along)) for e in (1e-5, -1e-5))
+    held = found.conversation
+    laid = batch["ids"][0].tolist()
+    at = [i for i, token in enumerate(laid) if token == ids.vision_start][1]
+    # The prompt was padded to its multiple; the pending item stood at its end.
+    padded = -(-(len(start.ids) - 1) // conversation.LENGTH_STEP) * conversation.LENGTH_STEP
+    longest = conversation.lay_out([Part("text", "user", "hello")], model.tokenizer, 4, "", "")
+    padded = max(padded, -(-(len(longest.ids) - 1) // 16) * 16)
+    slot = padded + at - (len(start.ids) - 1)
+    begin = (ids.vision_start, slot, batch["positions"][0, at, 0] + 1,
+             batch["flow_positions"][0, at, 2])  # fmt: skip
+    args = (model.params, held.params, held.state, 0, tuple(map(jnp.int32, begin)))
+    step = denoise.image_score_step(*args, jnp.asarray(drawn[1].latent), sigma, cfg=cfg)
+    moved = (np.asarray(step) - drawn[1].latent) / sigma**2
+    assert (moved * along).sum() == pytest.approx((up - down) / 2e-5, rel=1e-6)
+    assert np.abs(moved).max() > 0.1
+
+
+def test_cleaned_images_are_decoded_and_the_noisy_ones_told(parts):
+    model = command.load(parts[1])
+    options = {"images": 2, "max_tokens": 2, "seed": 1}
+    plain = model.generate(["a circle"], **options)[0]
+    clean = model.generate(["a circle"], **options, denoise=True)[0]
+    for a, b in zip(plain, clean):
+        assert a.log_likelihood == b.log_likelihood and a.tokens == b.tokens
+        if a.kind == "image":
+            np.testing.assert_array_equal(a.latent, b.latent)
+            assert (a.image != b.image).any()
+    silent = {**model.cfg, "noise": {**model.cfg["noise"], "kind": "none"}}
+    with pytest.raises(ValueError, match=r"was trained with noise\.kind='none'"):
+        dataclasses.replace(model, cfg=silent).generate(["a"], **options, denoise=True)
