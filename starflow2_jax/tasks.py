@@ -60,8 +60,13 @@ def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: A
         "seed": cfg["seed"],
         "drop": drop["condition"],
         "drop_all": drop["all"],
+        "regions": vlm_step.REGIONS if _names_regions(cfg) else (0, 0),
     }
     return rows.Options(**{**own, **changes})
+
+
+def _names_regions(cfg: Config) -> bool:
+    return cfg["task"] == "vlm" and cfg["vlm"]["words"] > 0
 
 
 def work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:

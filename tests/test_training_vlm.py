@@ -92,17 +92,22 @@ def test_the_tower_alone_leaves_the_language_as_it_was(folders):
     assert all(jax.tree.leaves(same))
 
 
-def test_words_are_named_by_what_stands_out(folders):
-    """Moving the features of plain ground changes nothing; those of an object do."""
-    batch = {k: jnp.asarray(v) for k, v in batches(experiment(folders), 1)[0].items() if k != "id"}
-    image = np.full((ROWS, 3, 16, 16, 3), -1.0, np.float32)
-    image[:, :, 9:, 9:] = 1.0
-    pixels = image.reshape(-1, 2, 8, 2, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 4, 192)
+def test_words_are_named_by_the_features_of_their_region(folders):
+    """Moving features outside of all regions changes nothing; each region's name its own words."""
+    rng = np.random.default_rng(0)
+    region = np.full((ROWS, 3, 4), -1, np.int32)
+    region[:, 0, 1], region[:, 0, 3] = 0, 2
+    words = np.full((ROWS, 3, 4, 8), -1, np.int32)
+    words[:, 0, 0, :2], words[:, 0, 2, :1] = [7, 9], [11]
+    batch = {"region": jnp.asarray(region), "region_words": jnp.asarray(words)}
     probe = weights.init(jax.random.key(0), vlm_step.declare({}, MODEL)["word_probe"])
-    seen = jax.random.normal(jax.random.key(1), (ROWS, 3, 4, 32))
-    grad = jax.grad(lambda s: vlm_step.word_nats(probe, batch, s, jnp.asarray(pixels)).sum())(seen)
-    shown = (np.abs(np.asarray(grad)).max(-1) > 0).reshape(-1, 4)
-    assert not shown[:, :3].any() and shown[:, 3].any()
+    seen = jnp.asarray(rng.normal(size=(ROWS, 3, 4, 32)).astype(np.float32))
+    grad = jax.grad(lambda s: vlm_step.word_nats(probe, batch, s).sum())(seen)
+    shown = np.abs(np.asarray(grad)).max(-1) > 0
+    np.testing.assert_array_equal(shown, region >= 0)
+    said = jax.nn.log_softmax(seen @ probe["weight"] + probe["bias"])[0, 0]
+    wanted = -(said[1, [7, 9]].mean() + said[3, 11]) / 2
+    np.testing.assert_allclose(vlm_step.word_nats(probe, batch, seen)[0], wanted, rtol=1e-5)
 
 
 def test_sums_of_text_are_those_of_each_record(folders):

@@ -12,6 +12,8 @@ b rows of T positions and M places for images of N = side^2 patches:
     flow_positions  int32 [b, T, 3]  of the item that each item predicts
     images          uint8 [b, M, H, W, 3], or of stored latents
     latent_mean, latent_logvar       float32 [b, M, N, D]
+    region          int32 [b, M, N]  where wanted: which region a patch shows, -1 none
+    region_words    int32 [b, M, R, W]  and what that is called, -1 behind
     id              a list of b strings, the ids of a row's records joined by spaces
 """
 
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.data import arrays, images, packing, records, stream, tokens
+from starflow2_jax.data import arrays, images, packing, records, regions, stream, tokens
 from starflow2_jax.data import manifest as manifest_lib
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record
@@ -41,6 +43,7 @@ class Options:
       pixels: side of the square images; any other size is an error, unless
       resize: "center_crop" scales the short side to `pixels` and crops the centre.
       blank: images are grey instead of what they show, to see what text alone can tell.
+      regions: R and W, regions of an image that are told (`regions.find`) and words of each.
       latents: folder made by `prepare latents`; its latents are given, no image is read.
       drop, drop_all: share of the records with an image to draw whose user says nothing, and whose
         user neither says nor shows anything; in training, drawn by seed, step and row.
@@ -55,6 +58,7 @@ class Options:
     pixels: int = 0
     resize: str = "none"
     blank: bool = False
+    regions: tuple[int, int] = (0, 0)
     latents: str = ""
     drop: float = 0.0
     drop_all: float = 0.0
@@ -210,6 +214,8 @@ def _row(
         shown += [(index, record, blobs[i], i, where) for i in kept]
         ids.append(record.id)
     example = lay_out(laid, opts.room, opts.side, held.pad)
+    if opts.regions[0]:
+        example |= _regions(opts, held, shown)
     return {"id": " ".join(ids), **example, **_images(opts, source, shown)}
 
 
@@ -222,6 +228,16 @@ def _null(opts: Options, record: Record, draw: np.random.Generator | None) -> st
     if share < opts.drop_all:
         return "all"
     return "text" if share < opts.drop_all + opts.drop else "none"
+
+
+def _regions(opts: Options, held: Tokenizer, shown: list[tuple]) -> dict[str, np.ndarray]:
+    places = opts.room.places
+    region = np.full((places, opts.side**2), -1, np.int32)
+    words = np.full((places, *opts.regions), -1, np.int32)
+    for place, (_, record, _, number, where) in enumerate(shown):
+        found = regions.find(record, number, f"{where} (id {record.id!r})")
+        region[place], words[place] = regions.place(found, held, opts.side, *opts.regions)
+    return {"region": region, "region_words": words}
 
 
 def _images(opts: Options, source: _Source, shown: list[tuple]) -> dict[str, np.ndarray]:

@@ -2,9 +2,8 @@
 
 Next-token cross entropy over interleaved rows whose images the model sees with its own tower. Two
 terms train the tower itself. A linear layer reads the pixels back from its features, so that they
-keep what no question asks for (the latent codec builds on them). Another names, from every feature
-that stands out of the picture's ground, the words that are said of the picture: one signal a patch
-where an answer gives one a picture.
+keep what no question asks for (the latent codec builds on them). Another names from every feature
+the words of the region that it lies in: one signal a patch where an answer gives one a picture.
 
 Axes: B rows, T positions, M images of a row, N features of an image, C width, V vocabulary.
 """
@@ -27,6 +26,9 @@ from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.params import Tree, Weight, zeros
 from starflow2_jax.training import inputs, optim, text_loss
 from starflow2_jax.training.step import Program, TrainState, accumulate
+
+# Regions of an image and words of each, at most.
+REGIONS = (4, 8)
 
 
 def model_config(cfg: Mapping[str, Any]) -> Config:
@@ -156,7 +158,12 @@ def batch_shapes(cfg: Mapping[str, Any], side: int, rows: int) -> dict[str, tupl
     text, pixels = cfg["text"], cfg["image"]["pixels"]
     places = text["images"] or text["length"] // (side**2 + 2)
     length = (rows, text["length"])
+    told = {}
+    if cfg["vlm"]["words"]:
+        told["region"] = ((rows, places, side**2), jnp.int32)
+        told["region_words"] = ((rows, places, *REGIONS), jnp.int32)
     return {
+        **told,
         "ids": (length, jnp.int32),
         "segments": (length, jnp.int32),
         "image": (length, jnp.int32),
@@ -200,41 +207,28 @@ def row_sums(
     sums["pixel_square"] = square.reshape(rows, places).sum(1)
     sums["word_nats"] = jnp.zeros(rows)
     if group["words"]:
-        sums["word_nats"] = word_nats(params["word_probe"], batch, seen, wanted)
+        sums["word_nats"] = word_nats(params["word_probe"], batch, seen)
     return {**sums, "images": jnp.full((rows,), places, jnp.float32)}
 
 
-# Of the range of 2 between black and white: what stands out of the ground, and in how much of a
-# patch at least.
-_STANDS_OUT, _SHARE = 0.31, 0.12
+def word_nats(probe: Tree, batch: Mapping[str, jax.Array], seen: jax.Array) -> jax.Array:
+    """Nats of the words of each image's regions under what its features say, a sum over images [B].
 
-
-def word_nats(
-    probe: Tree, batch: Mapping[str, jax.Array], seen: jax.Array, pixels: jax.Array
-) -> jax.Array:
-    """Nats of the words of an image's record under what its features say, a sum over images [B].
-
-    The words are the record's text targets, as a bag (each equally often); features are those whose
-    pixels differ from the image's corner, and their mean counts.
+    The words of a region are a bag, each equally often; of an image the mean over its features that
+    lie in a region counts.
 
     Args:
-        seen: [B, M, N, C]; pixels: [B M, N, 3 block^2] in [-1, 1].
+        batch: `region` and `region_words` of `data.rows`; seen: [B, M, N, C].
     """
-    rows, places, patches, _ = seen.shape
-    color = pixels.reshape(rows, places, patches, -1, 3)
-    away = jnp.abs(color - color[:, :, :1, :1]).max(-1)
-    out = ((away > _STANDS_OUT).mean(-1) > _SHARE).astype(jnp.float32)
-    number = jnp.where(batch["image"] < 0, -1, batch["image"] // patches)
-    own = number[:, None, :] == jnp.arange(places)[:, None]
-    record = jnp.where(own, batch["segments"][:, None, :], 0).max(-1, keepdims=True)
-    said = batch["target"] & (number < 0)
-    said = said[:, None, :] & (batch["segments"][:, None, :] == record) & (record > 0)
     logits = layers.at_least_float32(layers.linear(probe, seen))
-    words = jax.nn.one_hot(batch["ids"], logits.shape[-1])
-    bag = jnp.minimum(jnp.einsum("bmt,btv->bmv", said.astype(jnp.float32), words), 1)
-    bag = bag / jnp.maximum(bag.sum(-1, keepdims=True), 1)
-    nats = -jnp.einsum("bmv,bmnv->bmn", bag, jax.nn.log_softmax(logits))
-    return ((nats * out).sum(-1) / jnp.maximum(out.sum(-1), 1)).sum(-1)
+    words = batch["region_words"]
+    bag = jax.nn.one_hot(words, logits.shape[-1]).sum(3)  # -1 gives none
+    bag = bag / jnp.maximum((words >= 0).sum(3), 1)[..., None]
+    inside = jax.nn.one_hot(batch["region"], words.shape[2])
+    wanted = jnp.einsum("bmnr,bmrv->bmnv", inside, bag)
+    nats = -(wanted * jax.nn.log_softmax(logits)).sum(-1)
+    count = jnp.maximum(inside.sum((2, 3)), 1)
+    return (nats.sum(-1) / count).sum(-1)
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, Any]:
