@@ -235,8 +235,8 @@ def means(sums: Mapping[str, Any]) -> dict[str, Any]:
     """Nats per target token, and how many tokens and whole records are likeliest as they are."""
     tokens, records = (sums[name] or 1 for name in ("tokens", "records"))
     return {
-        "nats_per_token": sums["nll"] / tokens,
-        "token_accuracy": sums["right"] / tokens,
+        "text_nats": sums["nll"] / tokens,
+        "text_accuracy": sums["right"] / tokens,
         "record_accuracy": sums["records_right"] / records,
         "pixel_square": sums["pixel_square"] / sums["images"],
         "word_nats": sums["word_nats"] / sums["images"],
