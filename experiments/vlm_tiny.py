@@ -14,7 +14,8 @@ it. Data and tokenizer (python -m starflow2_jax.prepare ...):
         --out data_cache/tokenizer
 Variants:
     tower  first: the tower alone, by words of what each patch shows, and pixels (runs/vlm_tower)
-    tiny   then all of it, from that run
+    first  then all of it, from that run (runs/vlm_first)
+    tiny   and from that one again, with more questions
     blind  the same without seeing: grey pictures; what words alone can tell
 """
 
@@ -81,7 +82,7 @@ def get_config(variant: str = "tiny"):
     cfg.log.every = 20
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 200, 128, 16
     cfg.checkpoint.every = 200
-    {"tower": _tower, "tiny": _tiny, "blind": _blind}[variant](cfg)
+    {"tower": _tower, "first": _first, "tiny": _tiny, "blind": _blind}[variant](cfg)
     return cfg
 
 
@@ -97,8 +98,18 @@ def _tower(cfg):
     cfg.optim.warmup, cfg.log.every = 100, 20
 
 
-def _tiny(cfg):
+def _first(cfg):
     cfg.init["from"] = "runs/vlm_tower"
+
+
+def _tiny(cfg):
+    cfg.init["from"] = "runs/vlm_first"
+    cfg.data.mixture = (
+        {"path": "data_cache/vlm_caption", "weight": 1.0},
+        {"path": "data_cache/vlm_dialog", "weight": 4.0},
+        {"path": "data_cache/vlm_mixed", "weight": 2.0},
+    )
+    cfg.train.steps = 2400
 
 
 def _blind(cfg):
