@@ -6,7 +6,7 @@ its adapter and the skips are off (paper.md 1.5). Variants:
     small  256-pixel images, Qwen2.5-VL-3B, a flow of 0.2 B. A few accelerators.
     paper  256-pixel images, Qwen2.5-VL-7B, 3.637 B trained. Many accelerators.
 Data: prepare import of images with captions, then prepare latents.
---config.vlm.path=FOLDER of the VLM, as published; --config.text.tokenizer=FOLDER, mostly the same.
+--config.vlm.path=FOLDER of the VLM, as published.
 """
 
 from starflow2_jax import config
@@ -26,7 +26,7 @@ def get_config(variant: str = "tiny"):
 
 
 def _tiny(cfg):
-    cfg.vlm.path, cfg.text.tokenizer = "data_cache/vlm_tiny", "data_cache/vlm_tiny"
+    cfg.vlm.path = "pretrained/vlm_tiny"
     cfg.data.path, cfg.data.latents = "data_cache/t2i64", "data_cache/t2i64_latents"
     cfg.eval_data.path = "data_cache/t2i64_test"
     cfg.eval_data.latents = "data_cache/t2i64_test_latents"

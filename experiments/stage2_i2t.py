@@ -7,7 +7,7 @@ Variants, as in stage1_t2i.py:
     small  4.26 M trained
     paper  12.97 M trained
 Data: prepare import of images with captions, questions and answers, then prepare latents.
---config.init.from=WORKDIR of stage 1; --config.vlm.path, --config.text.tokenizer as there.
+--config.init.from=WORKDIR of stage 1; --config.vlm.path as there.
 """
 
 from starflow2_jax import config
@@ -29,7 +29,7 @@ def get_config(variant: str = "tiny"):
 
 
 def _tiny(cfg):
-    cfg.vlm.path, cfg.text.tokenizer = "data_cache/vlm_tiny", "data_cache/vlm_tiny"
+    cfg.vlm.path = "pretrained/vlm_tiny"
     cfg.data.path, cfg.data.latents = "data_cache/i2t64", "data_cache/i2t64_latents"
     cfg.eval_data.path = "data_cache/i2t64_test"
     cfg.eval_data.latents = "data_cache/i2t64_test_latents"

@@ -7,7 +7,7 @@ Variants, as in stage1_t2i.py:
     small  0.21 B trained
     paper  3.661 B trained
 Data: prepare import of each part of the mixture, then prepare latents.
---config.init.from=WORKDIR of stage 2; --config.vlm.path, --config.text.tokenizer as there.
+--config.init.from=WORKDIR of stage 2; --config.vlm.path as there.
 """
 
 from starflow2_jax import config
@@ -37,7 +37,7 @@ def _parts(pixels, **shares):
 
 
 def _tiny(cfg):
-    cfg.vlm.path, cfg.text.tokenizer = "data_cache/vlm_tiny", "data_cache/vlm_tiny"
+    cfg.vlm.path = "pretrained/vlm_tiny"
     cfg.data.mixture = _parts(64, t2i=0.45, i2t=0.25, edit=0.15, reasoning=0.15)
     cfg.eval_data.mixture = _parts("64_test", t2i=1.0, i2t=1.0, edit=1.0, reasoning=1.0)
     cfg.text.length, cfg.text.images = 224, 2

@@ -22,25 +22,11 @@ Variants:
 import dataclasses
 
 from starflow2_jax import config
-from starflow2_jax.models import qwen, qwen_vision
+from starflow2_jax.models import qwen_vision, starflow2
 
-MODEL = qwen.Config(
-    vocab=640,
-    width=128,
-    layers=4,
-    heads=4,
-    kv_heads=2,
-    mlp_width=384,
-    # Columns come last and turn slowest; so many pairs that the first of theirs still tells eight
-    # columns apart, and the last ones, which hardly turn, match words with what is seen.
-    sections=(1, 3, 12),
-    rope_base=1e4,
-    tied=True,
-    # In the order of `data.tokenizer.SPECIAL`.
-    vision_start_token=3,
-    vision_end_token=4,
-    image_token=5,
-    video_token=6,
+# The stream that the tiny STARFlow2 reads with, and its tower.
+MODEL = dataclasses.replace(
+    starflow2.preset("tiny").vlm,
     vision=qwen_vision.VisionConfig(
         depth=4,
         width=96,

@@ -13,6 +13,7 @@ from starflow2_jax.evaluation import likelihood
 from starflow2_jax.models import flops
 from starflow2_jax.training import fae_step, starflow2_loss, starflow2_step, vlm_step
 from starflow2_jax.training import step as programs
+from starflow2_jax.weights import files
 
 Config = Mapping[str, Any]
 
@@ -53,7 +54,8 @@ def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: A
     own = {name: v for name, v in cfg[group].items() if name not in ("labels", "text", "features")}
     own["mixture"] = tuple(own["mixture"])
     own |= {
-        "tokenizer": text["tokenizer"],
+        # A stage reads with its VLM's own, unless told otherwise.
+        "tokenizer": str(files.locate(text["tokenizer"] or cfg["vlm"]["path"])),
         "room": packing.Room(text["length"], side**2, text["images"]),
         "side": side,
         "pixels": cfg["image"]["pixels"],

@@ -24,8 +24,8 @@ from starflow2_jax.models.starflow2 import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training import inputs, optim, starflow2_loss
 from starflow2_jax.training.step import Program, TrainState, accumulate, update
+from starflow2_jax.weights import files, qwen_options
 from starflow2_jax.weights import qwen as qwen_weights
-from starflow2_jax.weights import qwen_options
 from starflow2_jax.weights import teacher as teacher_weights
 from starflow2_jax.weights.files import CONFIG_FILE, read_config
 
@@ -43,7 +43,7 @@ def model_config(cfg: Mapping[str, Any]) -> Config:
     group, dtype = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
     given = dict(group.pop("vlm", None) or {})
     if cfg["vlm"]["path"]:
-        given = _as_stored(given, cfg["vlm"]["path"])
+        given = _as_stored(given, str(files.locate(cfg["vlm"]["path"])))
     vlm = config.build(qwen.Config, {**given, "vision": None, **dtype}, "model.vlm")
     sizes = dict(group.pop("flow", None) or {})
     defaults = pretzel.flow_defaults(vlm.width, len(sizes.get("layers", ())))
@@ -106,7 +106,7 @@ def frozen_vlm(cfg: Mapping[str, Any], model: Config, mesh: Mesh, dtype: Any) ->
     """
     tree = {"vlm": qwen.declare(model.vlm)}
     if cfg["vlm"]["path"]:
-        args = (cfg["vlm"]["path"], mesh, cfg["layout"], dtype)
+        args = (files.locate(cfg["vlm"]["path"]), mesh, cfg["layout"], dtype)
         return {"vlm": qwen_weights.load(*args, only=tuple(tree["vlm"]))[1]}
     where = weights.shardings(tree, mesh, cfg["layout"])
     draw = jax.jit(partial(weights.init, tree=tree, dtype=dtype), out_shardings=where)
