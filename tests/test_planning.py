@@ -176,6 +176,12 @@ def test_a_refusal_of_the_compiler_says_how_much_is_missing():
     given = {"params": 40 * 2**30, "ema": 0, "optimizer": 8 * 2**30, "frozen": 0, "batch": 0}
     held = memory.too_large(words, given, 3.0 * 2**30, 1.0)
     assert held.over == pytest.approx(98.13 * 2**30) and held.capacity == 15.75 * 2**30
+    words = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (21.00G) exceeds available HBM (15.75G)."
+    )
+    other = memory.too_large(words, given, 0.0, 1.0)
+    assert (other.peak, other.over) == (69 * 2**30, 53.25 * 2**30)  # beside 48 GiB of arguments
     assert memory.too_large("INTERNAL: something else", given, 0.0, 1.0) is None
     mesh = {"data": 8, "fsdp": 2, "context": 1, "tensor": 1}
     cfg = {"model": {"remat": "none"}, "train": {"microbatches": 1}}
@@ -272,7 +278,9 @@ TEXT = """HloModule small, is_scheduled=true
   %kernel = f32[8]{0} custom-call(%h), frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block\\": 1}"
 }}, metadata={op_name="pallas_call"}
-  ROOT %t = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}) tuple(%i, %fusion.2)
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  ROOT %t = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}) tuple(%next, %fusion.2)
 }
 
 ENTRY %main (a: f32[24,24]) -> f32[8] {
@@ -310,8 +318,18 @@ def test_text_of_a_tpu_program():
         hlo.parse("HloModule empty")
 
 
-def test_a_loop_of_unknown_length_is_named():
-    module = hlo.parse(TEXT.replace("direction=LT", "direction=NE"))
+def test_a_loop_that_counts_by_two():
+    """As compilers unroll products of weights that arrive in parts: 2, 4, 6."""
+    twice = TEXT.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(2)")
+    module = hlo.parse(twice)
+    assert hlo.trips(module, module.entry.by_name["loop"], module.entry) == 3
+
+
+@pytest.mark.parametrize(
+    "known, unknown", [("direction=LT", "direction=NE"), ("tuple(%next", "tuple(%n2")]
+)
+def test_a_loop_of_unknown_length_is_named(known, unknown):
+    module = hlo.parse(TEXT.replace(known, unknown))
     found = cost.analyse(module, {"data": 4, "tensor": 2})
     assert found.unknown_loops == ("loop",) and found.collectives[0].times == 1
 

@@ -23,6 +23,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+SLICES = "slices"
 # Nothing is read or written: names for what is there, and the second halves of asynchronous pairs.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
          "call", "after-all", "partition-id", "replica-id", "add-dependency", "opt-barrier",
@@ -36,8 +37,9 @@ class Collective:
     """One exchange between devices.
 
     Attributes:
-        kind: one of `KINDS`; axes: mesh axes over which it goes, joined by `+`.
-        group: positions (in the mesh, flattened) of one set of devices that takes part.
+        kind: one of `KINDS`; axes: mesh axes over which it goes, joined by `+`; `SLICES` where the
+            hosts of several TPU slices do it over their network.
+        group: positions (in the mesh, flattened) of one set of devices that takes part, or slices.
         bytes: what the result of an all-gather holds, else the operand, on one device; sizes:
             elements of each array in it, since one exchange may carry several.
         wire: what a device sends, by a ring.
@@ -73,15 +75,17 @@ class Work:
     unknown_loops: tuple[str, ...]
 
 
-def analyse(module: Module, mesh_shape: Mapping[str, int]) -> Work:
-    """Count a compiled program whose devices are a mesh of `mesh_shape`, in its order."""
+def analyse(module: Module, mesh_shape: Mapping[str, int], slices: int = 1) -> Work:
+    """Count a compiled program whose devices are a mesh of `mesh_shape`, in its order, on a number
+    of TPU slices.
+    """
     unknown: list[str] = []
     operations, collectives = [], []
     kernels = 0.0
     seen: set[tuple[str, str]] = set()
     for computation, instruction, times in hlo.walk(module, unknown):
         collectives += [
-            _collective(scope, each, times, mesh_shape, called)
+            _collective(scope, each, times, mesh_shape, called, slices)
             for scope, each, called in _exchanges(module, computation, instruction)
             if _is_new(seen, computation, each)
         ]
@@ -260,6 +264,9 @@ def _written(called, given):
 
 def _kind(instruction: Instruction) -> str:
     opcode = instruction.opcode.removesuffix("-start")
+    if opcode == "send":
+        across = re.search(r'_xla_megascale_transfer_type="([A-Z_]+)"', instruction.attributes)
+        opcode = across[1].lower().replace("_", "-") if across else opcode
     return opcode if opcode in KINDS else ""
 
 
@@ -342,10 +349,13 @@ def axes_of(found: list[tuple[int, ...]], mesh_shape: Mapping[str, int]) -> str:
     return "+".join(name for n, name in enumerate(mesh_shape) if n in varying)
 
 
-def _collective(scope, instruction, times, mesh_shape, called):
+def _collective(scope, instruction, times, mesh_shape, called, slices):
     kind = _kind(instruction)
-    found = groups(instruction, math.prod(mesh_shape.values()))
-    group = max(found, key=len)
+    if instruction.opcode == "send":
+        group, axes = tuple(range(slices)), SLICES
+    else:
+        found = groups(instruction, math.prod(mesh_shape.values()))
+        group, axes = max(found, key=len), axes_of(found, mesh_shape)
     arrays = [
         s for n in instruction.operands if n in scope.by_name for s in scope.by_name[n].shapes
     ]
@@ -359,7 +369,7 @@ def _collective(scope, instruction, times, mesh_shape, called):
     source = re.search(r'op_name="([^"]*)"', instruction.attributes)
     return Collective(
         kind=kind,
-        axes=axes_of(found, mesh_shape),
+        axes=axes,
         group=group,
         bytes=size,
         sizes=tuple(whole * math.prod(s.dims) for s in arrays),

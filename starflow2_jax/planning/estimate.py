@@ -132,7 +132,7 @@ def _compiled(lowered, mesh, topology, declared, activations):
     seconds = time.perf_counter() - began
     module = hlo.parse(made.as_text())
     held = memory.compiled(made.memory_analysis(), module, declared, activations, chip.memory)
-    found = cost.analyse(module, mesh.shape)
+    found = cost.analyse(module, mesh.shape, topology.slices)
     row = {"fits": held.fits, "compile_s": seconds, "memory": asdict(held), "_memory": held}
     row["flops"], row["kernel_flops"], row["bytes"] = found.flops, found.kernel_flops, found.bytes
     row["collectives"] = _summed(found.collectives)
@@ -147,11 +147,17 @@ def _compiled(lowered, mesh, topology, declared, activations):
         )
         devices = list(mesh.devices.flat)
         row["network_s"] = sum(
-            each.times * each.wire / topology.bandwidth([devices[n] for n in each.group])
+            each.times * each.wire / _bandwidth(topology, each, devices)
             for each in found.collectives
             if len(each.group) > 1
         )
     return row
+
+
+def _bandwidth(topology, collective, devices):
+    if collective.axes == cost.SLICES:
+        return topology.chip.network
+    return topology.bandwidth([devices[n] for n in collective.group])
 
 
 def _summed(collectives):

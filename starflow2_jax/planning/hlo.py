@@ -194,8 +194,9 @@ def parse(text: str) -> Module:
 def trips(module: Module, loop: Instruction, within: Computation) -> int | None:
     """How often a `while` runs its body; None where the program does not say.
 
-    Either the compiler says so, or the condition is `counter < constant` and the counter starts at
-    a constant and counts by one, as jax writes loops of a known length.
+    Either the compiler says so, or the condition is `counter < constant` and the counter goes up
+    from a constant by a constant: by one in the loops that jax writes, by more where the compiler
+    has unrolled its own (products of weights that arrive in parts).
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if known:
@@ -204,7 +205,41 @@ def trips(module: Module, loop: Instruction, within: Computation) -> int | None:
     compare, constant, index = _comparison(module, module.computations[name])
     if compare != "LT" or constant is None:
         return None
-    return constant - _start(within, loop, index)
+    body = module.computations[loop.called("body")[0]]
+    begin, step = _start(within, loop, index), _step(module, body, index)
+    return None if step is None or begin is None else max(-(-(constant - begin) // step), 0)
+
+
+def _step(module, body, index):
+    """By how much a loop's body raises the counter, None where it cannot be followed."""
+    if body.root.opcode != "tuple":
+        return None
+
+    def raised(scope, name, given):
+        """(constant, whether the counter is in it) of a sum; None for anything else."""
+        found = scope.by_name.get(name)
+        if found is None:
+            return None
+        if found.opcode == "parameter" and given is not None:
+            return given[int(found.inside)]
+        if found.opcode == "constant" and re.fullmatch(r"\d+", found.inside):
+            return int(found.inside), False
+        if found.opcode == "get-tuple-element" and given is None:
+            return (0, True) if int(found.attribute("index")) == index else None
+        if found.opcode in ("copy", "bitcast"):
+            return raised(scope, found.operands[0], given)
+        if found.opcode == "add":
+            parts = [raised(scope, operand, given) for operand in found.operands]
+            if None not in parts:
+                return parts[0][0] + parts[1][0], parts[0][1] or parts[1][1]
+        if found.opcode == "fusion" and given is None and len(found.shapes) == 1:
+            called = module.computations[found.called("calls")[0]]
+            inner = [raised(scope, operand, None) for operand in found.operands]
+            return raised(called, called.root.name, inner)
+        return None
+
+    found = raised(body, body.root.operands[index], None)
+    return found[0] if found and found[1] and found[0] > 0 else None
 
 
 def _comparison(module, condition):
@@ -230,15 +265,15 @@ def _comparison(module, condition):
 
 
 def _start(within, loop, index):
-    """The counter's first value, 0 where it cannot be followed."""
+    """The counter's first value, None where it cannot be followed."""
     carried = within.by_name.get(loop.operands[0])
     while carried is not None and carried.opcode == "tuple":
         carried = within.by_name.get(carried.operands[index])
     while carried is not None and carried.opcode == "copy":
         carried = within.by_name.get(carried.operands[0])
-    if carried is not None and carried.opcode == "constant":
-        return int(carried.inside) if re.fullmatch(r"\d+", carried.inside) else 0
-    return 0
+    if carried is None or carried.opcode != "constant":
+        return None
+    return int(carried.inside) if re.fullmatch(r"\d+", carried.inside) else None
 
 
 def walk(

@@ -102,13 +102,19 @@ def too_large(
     message: str, given: Mapping[str, int], activations: float, capacity: float
 ) -> Memory | None:
     """What the compiler's refusal of a program says; None where that is not about memory."""
-    size = r"([\d.]+)([KMGT]?)i?B? ?"
-    found = re.search(rf"Used {size}of {size}hbm", message)
+    size = r"([\d.]+)([KMGT]?)i?B?"
+    # In two versions of libtpu: all of a program, or its temporaries alone. These are beside the
+    # arguments, which take the rest of what is there.
+    whole = re.search(rf"Used {size} of {size} hbm", message)
+    found = whole or re.search(
+        rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", message
+    )
     if not found:
         return None
     number = lambda n: float(found[n]) * 1024 ** " KMGT".index(found[n + 1] or " ")
-    used, capacity = number(1), number(3)
-    return Memory(given, activations, capacity, peak=used, over=used - capacity)
+    used = number(1) if whole else number(1) + sum(given.values())
+    available = number(3)
+    return Memory(given, activations, available, peak=used, over=used - available)
 
 
 def advice(memory: Memory, cfg: Mapping[str, Any], mesh: Mapping[str, int], rows: int) -> list[str]:
