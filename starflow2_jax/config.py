@@ -61,7 +61,7 @@ def _text(default, doc):
 
 _DATA = {
     "path": _text("", "dataset folder"),
-    "mixture": Key((), "instead of one path: a list of {path, weight}"),
+    "mixture": Key((), "instead of one path: a list of {path, weight, latents}"),
     "resize": _choice("none", "what to do with other sizes", "none", "center_crop"),
     "labels": _flag(False, "read meta.label as the class"),
     "text": _choice(
@@ -75,14 +75,22 @@ _DATA = {
     "skip_bad": _count(0, "records that may fail to decode before the run stops"),
 }
 
-TASKS = ("flow", "fae_features", "fae_pixels", "vlm")
+TASKS = ("flow", "fae_features", "fae_pixels", "vlm", "starflow2")
 
 KEYS: dict[str, Key] = {
     "task": _choice(
-        "flow", "what is trained: a flow, a module of the latent codec, a model that reads", *TASKS
+        "flow",
+        "what is trained: a flow, a module of the latent codec, a model that reads, STARFlow2",
+        *TASKS,
     ),
     "seed": _count(0, "seed of weights, data order, noise, drops and samples"),
     "compute_dtype": _choice("float32", "dtype of matmuls", "float32", "bfloat16", "float64"),
+    "frozen_dtype": _choice("float32", "dtype of a frozen VLM", "float32", "bfloat16"),
+    "attention": _choice(
+        "auto",
+        "kernel of causal attention; auto: what the platform has (models/attention.py)",
+        *("auto", "plain", "splash", "cudnn"),
+    ),
     "layout": _text("dp", "where weights live: a name in mesh.LAYOUTS"),
     "mesh": _text("data=-1", "devices along each mesh axis, -1 takes the rest"),
     "image.pixels": _count(0, "height = width of the images, 0 where latents are read"),
@@ -100,11 +108,16 @@ KEYS: dict[str, Key] = {
     "text.tokenizer": _text("", "folder of the tokenizer of interleaved rows"),
     "text.length": _positive(256, "positions of an interleaved row"),
     "text.images": _count(0, "images of an interleaved row, 0 as many as fit"),
+    "text.targets": _count(0, "text tokens of a row that are learnt at most, 0 for its length"),
+    "text.chunk": _positive(256, "positions of a row whose logits are held at a time"),
     "noise.kind": _choice("gaussian", "noise added to the data", "gaussian", "uniform", "none"),
     "noise.sigma": _number(0.05, "standard deviation of gaussian noise"),
     "drop.condition": _number(0.1, "share of rows that lose text and label", 0.0, 1.0),
     "drop.all": _number(0.0, "share of interleaved records that lose images, too", 0.0, 1.0),
     "vlm.reconstruction": _number(0.1, "weight of pixels read back from the tower's features"),
+    "vlm.path": _text("", "folder of the VLM as published; empty: drawn from the seed"),
+    "loss.text_weight": _number(1.0, "weight of nats a token against nats a latent channel"),
+    "loss.text_into_flow": _flag(True, "the text's gradient reaches the flow through its skip"),
     "loss.latent_penalty": _number(1e-4, "weight of the mean square before every block"),
     "teacher.kind": _choice("dinov2", "the codec's frozen tower", "dinov2", "qwen"),
     "teacher.path": _text(
@@ -249,6 +262,18 @@ def build(kind: type[Config], group: Mapping[str, Any], prefix: str) -> Config:
             raise ValueError(f"config: key '{prefix}.{name}' is missing")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
     return kind(**values)
+
+
+def model_group(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` group of a causal model, with `compute_dtype` and `attention` where they are not
+    the default. Configurations saved before there was a choice of kernel lack `attention`.
+    """
+    group = dict(cfg["model"])
+    if cfg["compute_dtype"] != "float32":
+        group["compute_dtype"] = cfg["compute_dtype"]
+    if cfg.get("attention", "auto") != "auto":
+        group["attention"] = cfg["attention"]
+    return group
 
 
 def to_dict(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,13 @@ Weights name the logical axis of every dimension (`embed`, `heads`, `mlp`, ...).
 from logical axis to mesh axis, so comparing two layouts is comparing two small dictionaries.
 Activations follow the mesh alone: a batch is cut over `data` and `fsdp`, positions over `context`,
 heads and hidden channels over `tensor`; a mesh axis of size 1 cuts nothing.
+
+`context` works under every layout, for the full-sequence passes of training and evaluation: what is
+kept of a layer is cut by position, queries stay where they are, keys and values are gathered for
+each layer. It is for rows of which a device cannot hold one; where rows abound, cut those: a causal
+mask leaves the first positions' devices waiting for the last ones'. Decoding does not use it.
+
+A *slice* is a set of devices with fast links: a TPU slice, elsewhere the devices of one process.
 """
 
 import re
@@ -23,6 +30,8 @@ LAYOUTS: dict[str, dict[str, str]] = {
     "fsdp": _FSDP,
     "tp": _TENSOR,
     "fsdp_tp": {**_FSDP, **_TENSOR},
+    # Weights are gathered over fast links only: what crosses slices is the gradient, once a step.
+    "hybrid": _FSDP,
 }
 
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
@@ -58,10 +67,12 @@ def make_mesh(
     Args:
         sizes: size of each named axis, 1 where left out; one of them may be -1 and takes what is
             left. None puts every device on `data`.
-        devices: the devices to use, all of them by default.
+        devices: the devices to use, all of them by default. Several TPU slices are laid along
+            `data`, or along `fsdp` where their number does not divide `data`.
 
     Raises:
-        ValueError: an unknown axis, two -1, or a product that is not the number of devices.
+        ValueError: an unknown axis, two -1, a product that is not the number of devices, or slices
+            whose number divides neither `data` nor `fsdp`.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = parse_mesh(sizes) if isinstance(sizes, str) else dict(sizes or {"data": -1})
@@ -79,7 +90,49 @@ def make_mesh(
             f"mesh: {dict(zip(AXES, shape))} needs {int(np.prod(shape))} devices, "
             f"{len(devices)} are there"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(shape, devices):
+    """Devices so that neighbours on a mesh axis are neighbours on the machine."""
+    from jax.experimental import mesh_utils
+
+    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    if slices == 1:
+        # A dimension of the machine may be shared by two mesh axes, whatever the kind of chip.
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    over = next((n for n, size in enumerate(shape[:2]) if size % slices == 0), None)
+    if over is None:
+        raise ValueError(
+            f"mesh: {dict(zip(AXES, shape))}: neither data nor fsdp is a multiple of the "
+            f"{slices} slices"
+        )
+    across = [slices if n == over else 1 for n in range(len(shape))]
+    inside = [size // ways for size, ways in zip(shape, across)]
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, allow_split_physical_axes=True
+    )
+
+
+def slice_of(device: jax.Device) -> int:
+    """Which slice a device is in."""
+    number = getattr(device, "slice_index", None)
+    if number is not None:
+        return number
+    return 0 if device.platform == "tpu" else device.process_index
+
+
+def check_layout(layout: str, mesh: Mesh) -> None:
+    """Raises ValueError for an unknown layout, or `hybrid` where `fsdp` leaves a slice."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: {layout!r} is not one of {', '.join(LAYOUTS)}")
+    if layout == "hybrid" and isinstance(mesh, Mesh):
+        where = np.vectorize(slice_of)(mesh.devices)
+        if (where != where[:, :1]).any():
+            raise ValueError(
+                f"layout 'hybrid': mesh axis fsdp={mesh.shape['fsdp']} crosses slices (of TPUs, "
+                f"else processes): put their number, {len(np.unique(where))}, on data"
+            )
 
 
 def weight_spec(
@@ -91,8 +144,7 @@ def weight_spec(
         ValueError: an unknown layout, or a mesh axis that does not divide the dimension it is to
             cut; names the weight, the dimension and the axis.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: {layout!r} is not one of {', '.join(LAYOUTS)}")
+    check_layout(layout, mesh)
     cut: dict[str, str] = {}
     for logical, axis in LAYOUTS[layout].items():
         if logical in axes and axis not in cut.values():
@@ -127,6 +179,23 @@ def check_batch(rows: int, mesh: Mesh, what: str = "train.batch_size") -> None:
             f"{what}={rows} is not divisible by data x fsdp = {mesh.shape['data']} x "
             f"{mesh.shape['fsdp']} = {ways}"
         )
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`, for which the program being traced is meant: by `jax.set_mesh`, which
+    may hold devices of another machine, else the default device's.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def activation_ways() -> dict[str, int]:
+    """Into how many parts the mesh set by `jax.set_mesh` cuts each of `ACTIVATIONS`."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return {
+        name: int(np.prod([shape.get(axis, 1) for axis in axes]))
+        for name, axes in ACTIVATIONS.items()
+    }
 
 
 def host_rows(rows: int, mesh: Mesh) -> np.ndarray:

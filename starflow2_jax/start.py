@@ -1,5 +1,6 @@
 """What a run starts from where it does not resume: weights of another run, a trained codec."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,25 +16,55 @@ from starflow2_jax.weights import files
 _BESIDE = ("discriminator", "lecam")
 
 
-def warm(program: programs.Program, state: Any, init: dict[str, Any]) -> Any:
-    """Trained weights of another run or model folder in place of the drawn ones.
+def warm(
+    program: programs.Program,
+    state: Any,
+    init: Mapping[str, Any],
+    identity: Mapping[str, str] | None = None,
+) -> Any:
+    """Weights of another run or model folder in place of the drawn ones, and nothing else of it.
 
     Of a codec's folder the parts that the run trains; its discriminator stays as drawn.
+
+    Args:
+        identity: sha256 of what is frozen, the latents' codec too; the program's by default.
+
+    Raises:
+        FileNotFoundError: no such run or folder.
+        ValueError: other subtrees, names or shapes than this program's, all of them listed; or a
+            stage before that was trained beside another VLM or on another codec's latents.
     """
     path = str(files.locate(init["from"]))
-    if files.is_folder(path):
-        if program.cfg["task"] in codecs.TASKS:
-            found = _of_codec(program, state.params, path)
-        else:
-            args = (program.declared, program.mesh, program.cfg["layout"], np.float32)
-            whole = files.read_folder(path, *args)
-            found = {name: whole[name] for name in state.params}
+    stage = program.cfg["task"] == "starflow2"
+    # A stage's VLM, even one that is trained, comes from its own folder.
+    kept = lambda tree: {n: each for n, each in tree.items() if not (stage and n == "vlm")}
+    own = kept(program.abstract_state.params)
+    if files.is_folder(path) and program.cfg["task"] in codecs.TASKS:
+        found = _of_codec(program, state.params, path)
+    elif files.is_folder(path):
+        args = (kept(program.declared), program.mesh, program.cfg["layout"], np.float32)
+        whole = files.read_folder(path, *args)
+        found = {name: whole[name] for name in own}
     else:
         source, step = step_folders.locate(path)
         part = "ema" if init["ema"] else "params"
-        wanted = {part: program.abstract_state.params}
-        found = checkpoint.restore(source, step, wanted, only=(part,))[0][part]
+        parts, meta = checkpoint.restore(source, step, {part: own}, only=(part,))
+        found = parts[part]
+        if stage:
+            _check_before(init["from"], meta, program.identity if identity is None else identity)
+    found = {**state.params, **found}
     return state.replace(params=found, ema=jax.tree.map(lambda a: a.copy(), found))
+
+
+def _check_before(source: str, meta: Mapping[str, Any], identity: Mapping[str, str]) -> None:
+    """ValueError where a stage before saw another VLM or another codec's latents."""
+    before = meta.get("frozen") or {}
+    for name, what in (("vlm", "beside another VLM"), ("fae", "on latents of another codec")):
+        if before.get(name) != identity.get(name):
+            raise ValueError(
+                f"init.from={source!r} was trained {what}: sha256 {before.get(name)} then, "
+                f"{identity.get(name)} now"
+            )
 
 
 def _of_codec(program: programs.Program, params: Any, path: str) -> Any:

@@ -11,17 +11,18 @@ from starflow2_jax import start
 from starflow2_jax.data import packing, pipeline, rows
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.models import flops
-from starflow2_jax.training import fae_step, vlm_step
+from starflow2_jax.training import fae_step, starflow2_loss, starflow2_step, vlm_step
 from starflow2_jax.training import step as programs
 
 Config = Mapping[str, Any]
 
 # Those that read interleaved rows of several records.
-INTERLEAVED = ("vlm",)
+INTERLEAVED = ("vlm", "starflow2")
 
 
 def _step(cfg: Config) -> ModuleType:
-    return {"flow": programs, "vlm": vlm_step}.get(cfg["task"], fae_step)
+    own = {"flow": programs, "vlm": vlm_step, "starflow2": starflow2_step}
+    return own.get(cfg["task"], fae_step)
 
 
 def model_config(cfg: Config) -> Any:
@@ -33,8 +34,8 @@ def build(cfg: Config, mesh: Mesh, *, null_text: Any = None, dry_run: bool = Fal
     """The program of an experiment; errors as the `build` of its task's step."""
     if cfg["task"] == "flow":
         return programs.build(cfg, mesh, null_text=null_text)
-    if cfg["task"] == "vlm":
-        return vlm_step.build(cfg, mesh)
+    if cfg["task"] in INTERLEAVED:
+        return _step(cfg).build(cfg, mesh)
     return fae_step.build(cfg, mesh, start.codec(cfg, dry_run))
 
 
@@ -47,7 +48,8 @@ def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: A
     """Options of `reader(cfg)` for a group of an experiment's configuration, with `changes`."""
     if cfg["task"] not in INTERLEAVED:
         return likelihood.data_options(cfg, model, group, **changes)
-    side, text, drop = vlm_step.side(cfg, model), cfg["text"], cfg["drop"]
+    text, drop = cfg["text"], cfg["drop"]
+    side = vlm_step.side(cfg, model) if cfg["task"] == "vlm" else model.flow.side
     own = {name: v for name, v in cfg[group].items() if name not in ("labels", "text", "features")}
     own["mixture"] = tuple(own["mixture"])
     own |= {
@@ -80,4 +82,23 @@ def work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
             "tokens": count * length,
             "flops": 6 * count * (length * language + patches * tower),
         }
+    if cfg["task"] == "starflow2":
+        return _stage_work(cfg, model, declared)
     return {"tokens": count * model.tokens, "flops": 0}
+
+
+def _stage_work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
+    """Two FLOPs a weight and position forward, two for gradients of what a weight reads, two for
+    its own; attention's scores are left out."""
+    trains, length = cfg["train"]["trains"], cfg["text"]["length"]
+    stage = starflow2_loss.stage_of(trains)
+    patches = starflow2_step.places(cfg, model) * model.patches
+    language = weights.count({**declared["vlm"], "embed": {}, "head": {}})
+    head = model.vlm.vocab * model.vlm.width * (cfg["text"]["targets"] or length)
+    done = language * length * (2 + 2 * stage.text + 2 * ("vlm" in trains))
+    done += 6 * stage.text * head  # computed again in the backward pass
+    done += weights.count(declared["shallow"]) * patches * (6 if "shallow" in trains else 2)
+    done += weights.count(declared["deep"]) * length * 6 * stage.images
+    done += weights.count(declared["adapter"]) * length * 6 * stage.text
+    count = cfg["train"]["batch_size"]
+    return {"tokens": count * length, "flops": count * done}

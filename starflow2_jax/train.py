@@ -33,10 +33,10 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build, compile, print the tables
 
 # Keys that may differ when a run goes on: they change where and what is shown, not what is learnt.
 FREE_KEYS = (
-    *("layout", "mesh", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
+    *("layout", "mesh", "attention", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
     "distributed.",
     # Their contents are compared instead.
-    *("teacher.path", "init.fae", "fae.path", "fae.lpips"),
+    *("teacher.path", "init.fae", "fae.path", "fae.lpips", "vlm.path"),
 )
 PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", "eval_data.")
 
@@ -69,7 +69,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     distributed.agree("the configuration", cfg)
     is_flow = cfg["task"] == "flow"
     model, reader = tasks.model_config(cfg), tasks.reader(cfg)
-    fae = online.open(cfg, model)
+    fae = online.open(cfg, getattr(model, "flow", model))
     of = lambda group: online.options(tasks.data_options(cfg, model, group), fae)
     data = None
     if not dry_run:
@@ -118,7 +118,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         checkpoint.check_frozen(workdir, then, frozen_files)
         print(f"resumed {workdir} at step {newest}", flush=True)
     elif cfg["init"]["from"]:  # 2. weights of another run
-        state = start.warm(program, state, cfg["init"])
+        state = start.warm(program, state, cfg["init"], frozen_files)
         print(f"started from the weights of {cfg['init']['from']}", flush=True)
     # 3. otherwise from the initialised weights
     first = newest or 0

@@ -18,6 +18,8 @@ from starflow2_jax.training import step
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 VARIANTS = ["tarflow_pixels:tiny", "tarflow_pixels:cifar", "tarflow_pixels:in64",
             "starflow_t2i:tiny", "starflow_t2i:3b"]  # fmt: skip
+STAGES = [f"{stage}:{size}" for stage in ("stage1_t2i", "stage2_i2t", "stage3_joint")
+          for size in ("tiny", "small", "paper")]  # fmt: skip
 
 
 def experiment(name):
@@ -134,7 +136,7 @@ def test_differences_name_keys_of_the_model_too():
     assert config.differences(config.default(), json.loads(json.dumps(old))) == []
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS + STAGES)
 def test_experiments_pass_and_are_saved_as_json(name):
     cfg = experiment(name)
     config.check(cfg)
@@ -191,3 +193,13 @@ def test_the_command_ends_with_that_line():
     )
     assert ran.returncode == 1 and ran.stdout == ""
     assert ran.stderr == "error: config: unknown key 'optim.rl'; did you mean 'optim.lr'?\n"
+
+
+def test_settings_that_every_causal_model_shares():
+    cfg = config.to_dict(config.default())
+    assert config.model_group(cfg) == {}
+    cfg |= {"compute_dtype": "bfloat16", "attention": "splash", "model": {"side": 2}}
+    expected = {"side": 2, "compute_dtype": "bfloat16", "attention": "splash"}
+    assert config.model_group(cfg) == expected
+    del cfg["attention"]  # saved before there was a choice
+    assert "attention" not in config.model_group(cfg)

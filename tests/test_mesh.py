@@ -58,7 +58,7 @@ def test_weight_spec_and_its_errors():
     bias = ("mlp_up", (2, 64), ("layers", "mlp"), mesh)
     assert meshes.weight_spec(*bias, "fsdp") == PartitionSpec(None, "fsdp")
     assert meshes.weight_spec(*bias, "fsdp_tp") == PartitionSpec(None, "tensor")
-    with pytest.raises(ValueError, match="layout: 'fdsp' is not one of dp, fsdp, tp, fsdp_tp"):
+    with pytest.raises(ValueError, match="'fdsp' is not one of dp, fsdp, tp, fsdp_tp, hybrid"):
         meshes.weight_spec(*given, "fdsp")
     with pytest.raises(
         ValueError,
@@ -93,7 +93,13 @@ def test_constrain():
 
 # -------------------------------------------------------------------- the released 3B model
 
-MESHES = {"dp": "data=8", "fsdp": "fsdp=8", "fsdp_tp": "fsdp=4,tensor=2", "tp": "tensor=8"}
+MESHES = {
+    "dp": "data=8",
+    "fsdp": "fsdp=8",
+    "fsdp_tp": "fsdp=4,tensor=2",
+    "tp": "tensor=8",
+    "hybrid": "data=2,fsdp=4",
+}
 
 # Written out by hand: the dimensions of a large weight that fsdp=8, fsdp=4 x tensor=2 and tensor=8
 # cut, and into how many parts.
@@ -109,7 +115,9 @@ def expected_shard(name, shape, layout):
     if layout == "dp":
         return shape
     cuts = next(cut for pattern, cut in CUT.items() if re.fullmatch(pattern, name))
-    parts = cuts[("fsdp", "fsdp_tp", "tp").index(layout)]
+    if layout == "hybrid":
+        cuts = [{dimension: 4 for dimension in cuts[0]}]
+    parts = cuts[("fsdp", "fsdp_tp", "tp").index(layout) if len(cuts) > 1 else 0]
     return tuple(size // parts.get(dimension, 1) for dimension, size in enumerate(shape))
 
 
@@ -134,11 +142,12 @@ def test_3b_train_step_lowers_and_is_cut_as_the_layout_says(layout):
                 large += 1
                 assert shard == expected_shard(name, leaf.shape, layout), name
         whole = 4 * weights.count(tree)
-        # All but norms, biases and the two ends: an eighth on each device.
-        assert per_device == whole if layout == "dp" else per_device < 1.01 * whole / 8
+        # All but norms, biases and the two ends: an eighth on each device, a quarter in `hybrid`.
+        ways = 4 if layout == "hybrid" else 8
+        assert per_device == whole if layout == "dp" else per_device < 1.01 * whole / ways
     assert large >= 4 * (6 * 6 + 1)
     for leaf in jax.tree.leaves(program.abstract_batch):
-        ways = {"dp": 8, "fsdp": 8, "fsdp_tp": 4, "tp": 1}[layout]
+        ways = {"dp": 8, "fsdp": 8, "fsdp_tp": 4, "tp": 1, "hybrid": 8}[layout]
         assert leaf.sharding.shard_shape(leaf.shape)[0] == 1024 // ways
     lowered = program.lower_step()
     out, metrics = lowered.out_info

@@ -62,6 +62,7 @@ def one_device():
         ("fsdp", "fsdp=8"),
         ("tp", "tensor=8"),
         ("fsdp_tp", "data=2,fsdp=2,tensor=2"),
+        ("hybrid", "data=2,fsdp=4"),
     ],
 )
 def test_eight_devices_equal_one(one_device, layout, sizes):
@@ -71,10 +72,16 @@ def test_eight_devices_equal_one(one_device, layout, sizes):
     assert losses[-1] != losses[0]
     up = state.params["flow"]["blocks"]["0"]["layers"]["mlp_up"]["weight"]
     held = up.addressable_shards[0].data.size
-    ways = {"dp": 1, "fsdp": 8, "tp": 8, "fsdp_tp": 4}[layout]
+    ways = {"dp": 1, "fsdp": 8, "tp": 8, "fsdp_tp": 4, "hybrid": 4}[layout]
     assert held * ways == up.size
     moments = jax.tree.leaves(state.opt_state)
     assert any(m.shape == up.shape and m.sharding == up.sharding for m in moments)
+
+
+def test_positions_over_context_equal_one_device(one_device):
+    cfg = experiment(layout="fsdp", mesh="fsdp=4,context=2")
+    losses, _, _ = run(cfg, devices=jax.devices())
+    np.testing.assert_allclose(losses, one_device, rtol=1e-5, atol=1e-5)
 
 
 def test_microbatches_equal_the_whole_batch(one_device):

@@ -259,9 +259,19 @@ _MAKE: dict[str, tuple[Callable[[np.random.Generator, int, str], Draft], Sequenc
 TASKS = ("caption", "question", "edit", "reason", "multi", "text", "t2i", "dialog")
 
 
-def draft(seed: int, index: int, task: str, withheld: str = "none") -> Draft:
-    """Number `index` of a task, `withheld` being left out, alone wanted, or neither."""
-    make, tags = _MAKE[task]
+def draft(
+    seed: int,
+    index: int,
+    task: str,
+    withheld: str = "none",
+    tags: Sequence[str] = shapes.TAGS,
+) -> Draft:
+    """Number `index` of a task, `withheld` being left out, alone wanted, or neither.
+
+    `tags` are those of captions.
+    """
+    make, own = _MAKE[task]
+    tags = tags if task == "caption" else own
     rng = np.random.default_rng(np.random.SeedSequence((seed, index, 1 + TASKS.index(task))))
     # A text that no scene stands behind names no pair, so that it cannot show an unseen one.
     tags = [tag for tag in tags if withheld != "only" or tag != "count_left"]
@@ -306,7 +316,7 @@ def make_records(
             yield next(pictures)
         else:
             number = index // len(tasks)
-            made = draft(seed, number, task, withheld)
+            made = draft(seed, number, task, withheld, tags)
             yield _record(made, task, f"shapes-{task}-{seed}-{number:08d}", seed, pixels)
 
 

@@ -65,10 +65,10 @@ class Tokenizer:
 
 
 class Part(NamedTuple):
-    """A piece of a conversation: `content` is text, or the number of an image."""
+    """A piece of a conversation: `content` is text, its tokens, or the number of an image."""
 
     role: str
-    content: str | int
+    content: str | tuple[int, ...] | int
     loss: bool = False
 
 
@@ -79,12 +79,14 @@ class Items(NamedTuple):
       ids: int32, of image slots the id of `Tokenizer.image`.
       image, patch: int32, which image and which of its patches stands there; -1 for text.
       target: bool, whether the item is learnt.
+      part: int32, which of the parts, texts joined, it is of; -1 for delimiters.
     """
 
     ids: np.ndarray
     image: np.ndarray
     patch: np.ndarray
     target: np.ndarray
+    part: np.ndarray
 
 
 def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
@@ -158,6 +160,7 @@ def layout(
     *,
     null: str = "none",
     closed: bool = True,
+    within: str = "",
 ) -> Items:
     """Text, delimiters and image slots of a conversation.
 
@@ -171,6 +174,7 @@ def layout(
       null: `text` empties the text of the user's turns, `all` their images too: the condition of
         guidance (design.md 5).
       closed: whether the last turn ends; otherwise it can be continued. An empty text opens one.
+      within: the role whose turn is open already where a conversation goes on.
 
     Raises:
       ValueError: an unknown `null`.
@@ -181,12 +185,14 @@ def layout(
     image: list[int] = []
     patch: list[int] = []
     target: list[bool] = []
+    owner: list[int] = []
 
-    def write(tokens: Sequence[int], learnt: bool, of: int = -1) -> None:
+    def write(tokens: Sequence[int], learnt: bool, of: int = -1, part: int = -1) -> None:
         ids.extend(tokens)
         image.extend([of] * len(tokens))
         patch.extend(range(len(tokens)) if of >= 0 else [-1] * len(tokens))
         target.extend([learnt] * len(tokens))
+        owner.extend([part] * len(tokens))
 
     def end_turn(role: str, learnt: bool) -> None:
         if role != "none":
@@ -194,10 +200,10 @@ def layout(
             write(tokenizer.encode("\n"), False)
 
     joined = _joined(given, null)
-    if joined and joined[0].role in ("user", "assistant"):
+    if joined and joined[0].role in ("user", "assistant") and not within:
         write(tokenizer.opening, False)
-    role, learnt = "none", False
-    for part in joined:
+    role, learnt = within or "none", False
+    for number, part in enumerate(joined):
         if part.role != role:
             end_turn(role, learnt)
             role, learnt = part.role, False
@@ -205,10 +211,12 @@ def layout(
                 write([tokenizer.turn_start], False)
                 write(tokenizer.encode(f"{role}\n"), False)
         if isinstance(part.content, str):
-            write(tokenizer.encode(part.content), part.loss)
+            write(tokenizer.encode(part.content), part.loss, part=number)
+        elif isinstance(part.content, tuple):
+            write(part.content, part.loss, part=number)
         else:
             write([tokenizer.vision_start], part.loss)
-            write([tokenizer.image] * patches, part.loss, part.content)
+            write([tokenizer.image] * patches, part.loss, part.content, number)
             write([tokenizer.vision_end], False)
         learnt = part.loss
     if closed:
@@ -218,6 +226,7 @@ def layout(
         np.asarray(image, np.int32),
         np.asarray(patch, np.int32),
         np.asarray(target, bool),
+        np.asarray(owner, np.int32),
     )
 
 
@@ -226,7 +235,7 @@ def _joined(given: Sequence[Part], null: str) -> list[Part]:
     found: list[Part] = []
     for part in given:
         if part.role == "user" and null != "none":
-            if isinstance(part.content, str):
+            if not isinstance(part.content, int):
                 part = part._replace(content="")
             elif null == "all":
                 part = Part("user", "")

@@ -145,13 +145,18 @@ def _plain(message: Message, where: str) -> tuple[Message, list[np.ndarray]]:
             parts.append({"type": "text", "text": part["text"]})
         elif kind == "image" and "image" in part:
             parts.append({"type": "image"})
-            images.append(_pixels(part["image"], f"{where}, part {i}"))
+            images.append(read_pixels(part["image"], f"{where}, part {i}"))
         else:
             raise ValueError(f"{where}, part {i}: expected text or an image, got type {kind!r}")
     return {**message, "content": parts}, images
 
 
-def _pixels(image: Any, where: str) -> np.ndarray:
+def read_pixels(image: Any, where: str) -> np.ndarray:
+    """uint8 [H, W, 3] of an array, of the path of a file, or of its bytes.
+
+    Raises:
+        ValueError: another kind of image, one that cannot be decoded or is too large.
+    """
     from starflow2_jax.data import images
     from starflow2_jax.data.manifest import DatasetError
 

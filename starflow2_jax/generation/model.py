@@ -64,10 +64,23 @@ class Sampling:
     batch: int = 16
 
 
-def load(path: str, mesh: jax.sharding.Mesh | None = None, layout: str = "dp") -> Model:
+def load(
+    path: str,
+    mesh: jax.sharding.Mesh | None = None,
+    layout: str = "dp",
+    *,
+    vlm: str = "",
+    fae: str = "",
+) -> Any:
     """A model from a workdir (newest checkpoint), a step folder in it, or a model folder.
 
     The averaged weights of a checkpoint are taken, and no others are read.
+
+    Args:
+        vlm, fae: of a STARFlow2, see `loading.load`.
+
+    Returns:
+        a `Model`, or of a STARFlow2 an `interleaved.Model`.
 
     Raises:
         FileNotFoundError: nothing of the kind is there. ValueError: it is damaged or of another
@@ -76,8 +89,14 @@ def load(path: str, mesh: jax.sharding.Mesh | None = None, layout: str = "dp") -
     from etils import epath
 
     from starflow2_jax import params as weights
+    from starflow2_jax.generation import loading
     from starflow2_jax.training import checkpoint, step_folders
     from starflow2_jax.weights import files
+
+    if loading.task(path) == loading.TASK:
+        return loading.load(path, mesh, layout, vlm=vlm, fae=fae)
+    if vlm or fae:
+        raise ValueError(f"{path}: it has neither a VLM nor a codec; --vlm, --fae are not for it")
 
     if (epath.Path(path) / "config.json").exists() and not (
         epath.Path(path) / checkpoint.FOLDER

@@ -4,6 +4,7 @@ A multiply-add counts 2. Norms, activations and the softmax are left out.
 """
 
 from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models.layers import CAUSAL_PARTS
 
 
 def matrix_parameters(cfg: FlowConfig, index: int) -> tuple[int, int]:
@@ -46,6 +47,25 @@ def forward(cfg: FlowConfig, tokens: int, text_length: int = 0, causal: bool = F
 def train_step(cfg: FlowConfig, batch: int, tokens: int, text_length: int = 0) -> int:
     """FLOPs of a training step: three forward passes, attention over the full square."""
     return 3 * batch * forward(cfg, tokens, text_length)
+
+
+def executed_step(cfg: FlowConfig, batch: int, tokens: int, text_length: int = 0) -> int:
+    """FLOPs that a training step really computes by the plain attention path.
+
+    Of the scores those in `CAUSAL_PARTS`, and again what the model's `remat` does not keep: with
+    `full` all but each layer's last product, with `dots` the attention.
+    """
+    share = (CAUSAL_PARTS + 1) / (2 * CAUSAL_PARTS)
+    total = 0.0
+    for i, depth in enumerate(cfg.layers):
+        block = cfg.block(i)
+        length = tokens + (text_length if block.text else 0)
+        scores = 4 * length**2 * block.layer.heads * block.layer.head_dim * depth * share
+        products = block_forward(cfg, i, tokens, text_length) - scores / share
+        last = 2 * depth * block.layer.width * block.layer.mlp_width * length
+        again = {"none": 0.0, "dots": scores, "full": scores + products - last}[cfg.remat]
+        total += 3 * (products + scores) + again if depth else 0.0
+    return round(batch * total)
 
 
 def pass_bytes(

@@ -41,7 +41,7 @@ class FlowConfig:
         text_blocks: `deep` or `all`.
         bias: whether attention and MLP linears have one.
         compute_dtype: dtype of matmuls; None is that of the parameters.
-        remat: a name in `layers.REMAT`.
+        remat: a name in `layers.REMAT`; attention: one in `attention.KERNELS`.
     """
 
     side: int
@@ -71,6 +71,7 @@ class FlowConfig:
     mlp_ratio: int = 4
     compute_dtype: str | None = None
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -134,6 +135,7 @@ class FlowConfig:
                 qk_norm=self.qk_norm,
                 post_norm=self.post_norm,
                 rope_pairs=self.rope_pairs,
+                attention=self.attention,
             ),
         )
 
@@ -244,13 +246,14 @@ def stack(
     block: BlockConfig,
     cache: KVCache | None = None,
     temperature: Any = 1.0,
+    segments: jax.Array | None = None,
 ) -> Any:
     """A block's causal layers over h [B, N, C].
 
     Args:
         params: one block's weights; with a cache its `layers` must be unstacked (layers.unstack).
         positions: RoPE coordinates [N, A] or [B, N, A] of the new inputs, ignored without RoPE.
-        mask: as in `layers.attention`; None is causal.
+        mask, segments: as in `layers.attention`; None is causal. Segments without a cache.
 
     Returns:
         h [B, N, C], or (h, cache) where a cache was given.
@@ -262,7 +265,7 @@ def stack(
         tables = rope.tables(rope.angles(positions, cfg.head_dim), wide)
     if cache is None:
         args = (block.layer, tables, mask, temperature, cfg.remat)
-        return layers.run_layers(params["layers"], h, *args)
+        return layers.run_layers(params["layers"], h, *args, segments)
     args = (block.layer, tables, mask, cache, temperature)
     return layers.run_layers_cached(params["layers"], h, *args)
 

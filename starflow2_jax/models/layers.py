@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from starflow2_jax.mesh import constrain
+from starflow2_jax.mesh import activation_ways, constrain, platform
+from starflow2_jax.models import attention as kernels
 from starflow2_jax.params import Tree, Weight, ones, zeros
 
 # Queries are attended in this many parts, each to the keys before its end: with a causal mask that
@@ -26,7 +27,9 @@ PANEL = 64
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Shape and options of a layer. `rms_norm_offset` scales by 1 + weight, not weight."""
+    """Shape and options of a layer. `rms_norm_offset` scales by 1 + weight, not weight; `attention`
+    is a name in `attention.KERNELS`.
+    """
 
     width: int
     heads: int
@@ -43,9 +46,11 @@ class LayerConfig:
     qk_norm: bool = False
     post_norm: bool = False
     rope_pairs: str = "interleaved"
+    attention: str = "auto"
 
     def __post_init__(self):
         for field, allowed in (
+            ("attention", kernels.KERNELS),
             ("norm", ("layer_norm", "rms_norm", "rms_norm_offset")),
             ("activation", tuple(_ACTIVATIONS)),
             ("rope_pairs", ("interleaved", "half")),
@@ -197,7 +202,13 @@ def segment_mask(segments: jax.Array) -> jax.Array:
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, temperature: Any = 1.0
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    temperature: Any = 1.0,
+    segments: jax.Array | None = None,
+    kernel: str = "plain",
 ) -> jax.Array:
     """Grouped-query attention with scale 1 / (sqrt(D) temperature) and softmax in float32.
 
@@ -206,13 +217,24 @@ def attention(
         mask: boolean, broadcastable to [B, T, S], True where a query may look; None is causal,
             the queries being the last T of the S positions.
         temperature: a number or [B].
+        segments: int32 [B, S], for packed rows: a query looks only at positions of its own segment,
+            up to itself. Padding has segment 0, and looks at padding. With `mask=None` only.
+        kernel: a name in `attention.KERNELS`, heeded where `mask` is None.
 
     Returns:
         [B, H, T, D].
+
+    Raises:
+        ValueError: segments beside a mask, or a kernel that cannot serve (see `attention.choose`).
     """
+    if segments is not None and mask is not None:
+        raise ValueError("attention: segments are for mask=None; put them into the mask")
     batch, heads, length, channels = q.shape
     kv_heads, keys = k.shape[-3:-1]
     scale = channels**-0.5 / jnp.reshape(jnp.asarray(temperature, q.dtype), (-1, 1, 1, 1, 1))
+    chosen = "plain" if mask is not None else kernels.choose(kernel, q, k)
+    if chosen != "plain":
+        return kernels.attend(chosen, q * scale[..., 0], k, v, segments)
     q = q.reshape(batch, kv_heads, heads // kv_heads, length, channels) * scale
     if mask is not None:
         mask = mask[..., None, None, :, :]
@@ -221,10 +243,16 @@ def attention(
         return _attend(q, k, v, mask).reshape(batch, heads, length, channels)
     before = keys - length
     parts = CAUSAL_PARTS if length % CAUSAL_PARTS == 0 and length >= 16 * CAUSAL_PARTS else 1
+    if activation_ways()["length"] > 1:
+        # Each device has a part of the queries already: a part of those would be on few devices.
+        k, v, parts = constrain(k, "batch", "heads"), constrain(v, "batch", "heads"), 1
     step, mixed = length // parts, []
     for start in range(0, length, step):
         end = before + start + step
         causal = np.arange(before + start, end)[:, None] >= np.arange(end)[None, :]
+        if segments is not None:
+            own, seen = segments[:, before + start : end], segments[:, :end]
+            causal = (causal & (own[:, :, None] == seen[:, None, :]))[:, None, None]
         now = q[:, :, :, start : start + step]
         mixed.append(_attend(now, k[..., :end, :], v[..., :end, :], causal))
     return jnp.concatenate(mixed, 3).reshape(batch, heads, length, channels)
@@ -260,6 +288,7 @@ def decoder_layer(
     mask: jax.Array | None,
     temperature: Any = 1.0,
     cached: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """h + attention(norm h), then h + mlp(norm h) (paper.md 3.2).
 
@@ -270,6 +299,7 @@ def decoder_layer(
         mask: as in `attention`, over the S positions of the cache where there is one.
         cached: keys and values of earlier positions, as in `KVCache`, and the offset at which the
             new ones are written.
+        segments: int32 [B, T] as in `attention`, without a cache.
 
     Returns:
         h [B, T, C] and the layer's keys and values, with the new ones in place.
@@ -298,7 +328,9 @@ def decoder_layer(
     if cached is not None:
         keys, values, offset = cached
         k, v = write(keys, k, offset), write(values, v, offset)
-    mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, temperature)
+    k_now, v_now = k.astype(q.dtype), v.astype(q.dtype)
+    kernel = "plain" if cached is not None else cfg.attention
+    mixed = attention(q, k_now, v_now, mask, temperature, segments, kernel)
     mixed = linear(params["out"], mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1))
     if cfg.post_norm:
         mixed = rms_norm(params["attention_post_norm"], mixed)
@@ -324,23 +356,21 @@ def run_layers(
     mask: jax.Array | None = None,
     temperature: Any = 1.0,
     remat: str = "none",
+    segments: jax.Array | None = None,
 ) -> jax.Array:
-    """All stacked layers over h [B, T, C] by a scan, rematerialised by the policy named `remat`."""
+    """All stacked layers over h [B, T, C] by a scan, rematerialised by the policy named `remat`.
+
+    `segments` int32 [B, T]: as in `attention`.
+    """
 
     def body(h, layer):
-        return decoder_layer(layer, h, cfg, tables, mask, temperature)[0], None
+        return decoder_layer(layer, h, cfg, tables, mask, temperature, None, segments)[0], None
 
     if REMAT[remat] is not None:
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
     # A loop keeps what the backward pass needs by copying it in and out of stacked arrays: on a CPU
     # an eighth of the step's time.
-    return jax.lax.scan(body, h, params, unroll=CPU_UNROLL if _on_cpu() else 1)[0]
-
-
-def _on_cpu() -> bool:
-    """Whether the program being traced is for a CPU: by `jax.set_mesh`, else the default device."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "cpu"
+    return jax.lax.scan(body, h, params, unroll=CPU_UNROLL if platform() == "cpu" else 1)[0]
 
 
 def unstack(params: Tree, layers: int) -> tuple[Tree, ...]:
@@ -351,7 +381,7 @@ def unstack(params: Tree, layers: int) -> tuple[Tree, ...]:
     linears with more inputs than outputs are `panels`, blocks of PANEL columns one after the other.
     """
     each = (jax.tree.map(lambda w, i=i: w[i], params) for i in range(layers))
-    return tuple(_for_few_rows(layer) for layer in each) if _on_cpu() else tuple(each)
+    return tuple(_for_few_rows(layer) for layer in each) if platform() == "cpu" else tuple(each)
 
 
 def _for_few_rows(layer):

@@ -30,7 +30,7 @@ class Config:
         tied: whether the head is the embedding.
         vision: the tower, None for a model of text alone.
         compute_dtype: dtype of matmuls; None is that of the parameters.
-        remat: a name in `layers.REMAT`.
+        remat: a name in `layers.REMAT`; attention: one in `attention.KERNELS`.
     """
 
     vocab: int
@@ -51,6 +51,7 @@ class Config:
     vision_end_token: int = 151653
     compute_dtype: str | None = None
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "sections", tuple(self.sections))
@@ -88,6 +89,7 @@ class Config:
             out_bias=False,
             mlp_bias=False,
             rope_pairs="half",
+            attention=self.attention,
         )
 
 
@@ -285,6 +287,7 @@ def run(
     mask: jax.Array | None,
     cfg: Config,
     cache: KVCache | None = None,
+    segments: jax.Array | None = None,
 ) -> Any:
     """The layers and the final norm over embeddings h [B, T, C], whatever made them.
 
@@ -293,13 +296,15 @@ def run(
         positions: int [B, T, 3] or [T, 3]; None counts from 0.
         mask: as in `layers.attention`, over the S positions of a cache where there is one; None is
             causal, without a cache only.
+        segments: int32 [B, T] of packed rows, as in `layers.attention`, without mask and cache.
 
     Returns:
         states [B, T, C], or (states, cache) where a cache was given.
     """
     at = _tables(h, positions, cfg)
     if cache is None:
-        h = layers.run_layers(params["layers"], h, cfg.layer, at, mask, remat=cfg.remat)
+        args = (params["layers"], h, cfg.layer, at, mask)
+        h = layers.run_layers(*args, remat=cfg.remat, segments=segments)
         return final_norm(params, h, cfg)
     h, cache = layers.run_layers_cached(params["layers"], h, cfg.layer, at, mask, cache)
     return final_norm(params, h, cfg), cache

@@ -43,7 +43,7 @@ class Program:
 
     Attributes:
         declared: Weights of every top-level subtree; the trained ones are in `TrainState.params`,
-            the others are the step's `frozen` argument.
+            with those that a checkpoint carries along; the others are the step's `frozen` argument.
         init: key -> (TrainState, frozen), born sharded.
         step: (state, frozen, batch) -> (state, metrics); donates the state.
         evaluate: (params, frozen, batch, row ids [b], mask [b]) -> masked sums of the parts that
@@ -81,9 +81,7 @@ def model_config(cfg: Mapping[str, Any]) -> FlowConfig:
     Raises:
         ValueError: an unknown model key, or image keys that do not fit the model's.
     """
-    group = dict(cfg["model"])
-    if cfg["compute_dtype"] != "float32":
-        group["compute_dtype"] = cfg["compute_dtype"]
+    group = config.model_group(cfg)
     model = config.build(FlowConfig, group, "model")
     image = cfg["image"]
     if image["pixels"]:
@@ -176,21 +174,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Progr
     def step(state, frozen, batch):
         keys = inputs.row_keys(cfg["seed"], state.step, jnp.arange(rows))
         grads, metrics = gradients(state.params, frozen, batch, keys)
-        norm = optax.global_norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        updates, moments = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optim.update_ema(state.ema, params, train["ema"], state.step)
-        # A step that is not finite changes nothing but the counter, so the run stops in good state.
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        state = TrainState(
-            state.step + 1,
-            keep(params, state.params),
-            keep(ema, state.ema),
-            keep(moments, state.opt_state),
-        )
-        lr = optim.schedule(cfg["optim"], train["steps"])(state.step - 1)
-        return state, {**metrics, "grad_norm": norm, "finite": finite, "lr": lr}
+        return update(state, grads, metrics, tx, cfg)
 
     def evaluate(params, frozen, batch, row_ids, mask):
         keys = inputs.row_keys(cfg["seed"] + 1, 0, row_ids)
@@ -219,6 +203,38 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Progr
         abstract_frozen=abstract_frozen,
         abstract_batch=batch,
     )
+
+
+def update(
+    state: TrainState,
+    grads: Tree,
+    metrics: Mapping[str, jax.Array],
+    tx: optax.GradientTransformation,
+    cfg: Mapping[str, Any],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after a step, and `metrics` with the gradient's norm and the rate.
+
+    A step that is not finite changes nothing but the counter, so the run stops in good state.
+
+    Args:
+        grads: of some of the state's subtrees; the others, and their averages, stay as they are.
+    """
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    pick = lambda tree: {name: tree[name] for name in grads}
+    old, old_ema = pick(state.params), pick(state.ema)
+    updates, moments = tx.update(grads, state.opt_state, old)
+    params = optax.apply_updates(old, updates)
+    ema = optim.update_ema(old_ema, params, cfg["train"]["ema"], state.step)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    lr = optim.schedule(cfg["optim"], cfg["train"]["steps"])(state.step)
+    state = TrainState(
+        state.step + 1,
+        {**state.params, **keep(params, old)},
+        {**state.ema, **keep(ema, old_ema)},
+        keep(moments, state.opt_state),
+    )
+    return state, {**metrics, "grad_norm": norm, "finite": finite, "lr": lr}
 
 
 def accumulate(mean: Callable, params: Tree, rows_of: Any, rows: int, parts: int) -> tuple:

@@ -33,12 +33,10 @@ def model_config(cfg: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: an unknown model key, no tower, or images that it cannot cut.
     """
-    group = dict(cfg["model"])
+    group = config.model_group(cfg)
     if not group.get("vision"):
         raise ValueError("config: model.vision is missing: a model that sees needs a tower")
     vision = config.build(VisionConfig, group["vision"], "model.vision")
-    if cfg["compute_dtype"] != "float32":
-        group["compute_dtype"] = cfg["compute_dtype"]
     model = config.build(Config, {**group, "vision": vision}, "model")
     qwen_vision.check_size(cfg["image"]["pixels"], cfg["image"]["pixels"], vision)
     return model
@@ -171,8 +169,7 @@ def states(
     seen = qwen_vision.encode_images(vlm["vision"], given, model.vision)
     h = qwen.embed(vlm, batch["ids"], model)
     h = qwen.place_images(h, batch["image"], seen.reshape(rows, -1, model.width))
-    mask = layers.segment_mask(batch["segments"])
-    h = qwen.run(vlm, h, batch["positions"], mask, model)
+    h = qwen.run(vlm, h, batch["positions"], None, model, segments=batch["segments"])
     return h, seen.reshape(rows, places, -1, model.width)
 
 

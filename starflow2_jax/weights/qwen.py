@@ -140,7 +140,7 @@ def load(
     layout: str = "fsdp",
     dtype: Any = None,
     *,
-    only: str = "",
+    only: str | tuple[str, ...] = "",
 ) -> tuple[Config, dict[str, Any]]:
     """A published Qwen2.5-VL, tensor by tensor straight into arrays where they are to lie.
 
@@ -150,7 +150,7 @@ def load(
         folder: `config.json` and safetensors (one file, or shards with an index).
         mesh, layout: where the weights go; without a mesh to the default device.
         dtype: by default that of the files.
-        only: the one top-level subtree that is read, such as `vision`.
+        only: the top-level subtree, or subtrees, that are read, such as `vision`; all by default.
 
     Raises:
         FileNotFoundError: no such folder, or a shard is missing.
@@ -168,7 +168,8 @@ def load(
     if dtype.itemsize == 8 and not jax.config.jax_enable_x64:
         raise ValueError(f"{folder} is {dtype}; enable jax_enable_x64 or give a dtype")
     tree = declare(cfg)
-    declared = flatten(weights.split(tree, (only,))[0] if only else tree)
+    names = (only,) if isinstance(only, str) else only
+    declared = flatten(weights.split(tree, names)[0] if only else tree)
     if mesh is None:
         device = SingleDeviceSharding(jnp.zeros(()).device)
         where = {leaf: device for leaf in declared}

@@ -1,0 +1,64 @@
+"""python -m starflow2_jax.train --config experiments/stage2_i2t.py:tiny --workdir runs/stage2
+
+STARFlow2, stage 2: from images to text. The adapter learns to show the frozen VLM what the frozen
+shallow flow makes of an image; no deep flow is run (paper.md 1.5). It starts from stage 1.
+Variants, as in stage1_t2i.py:
+    tiny   18.7 K trained
+    small  4.26 M trained
+    paper  12.97 M trained
+Data: prepare import of images with captions, questions and answers, then prepare latents.
+--config.init.from=WORKDIR of stage 1; --config.vlm.path, --config.text.tokenizer as there.
+"""
+
+from starflow2_jax import config
+from starflow2_jax.models import starflow2
+
+
+def get_config(variant: str = "tiny"):
+    """The resolved configuration of a variant."""
+    cfg = config.default()
+    cfg.name, cfg.task = f"stage2_i2t_{variant}", "starflow2"
+    cfg.model.update(starflow2.options(starflow2.preset(variant)))
+    cfg.train.trains = ("adapter",)
+    # As in stages 1 and 3: what it reads there is noisy (paper.md 10).
+    cfg.noise.sigma, cfg.drop.condition = 0.3, 0.0
+    cfg.init["from"] = "runs/stage1"
+    cfg.sample.every = 0
+    {"tiny": _tiny, "small": _small, "paper": _paper}[variant](cfg)
+    return cfg
+
+
+def _tiny(cfg):
+    cfg.vlm.path, cfg.text.tokenizer = "data_cache/vlm_tiny", "data_cache/vlm_tiny"
+    cfg.data.path, cfg.data.latents = "data_cache/i2t64", "data_cache/i2t64_latents"
+    cfg.eval_data.path = "data_cache/i2t64_test"
+    cfg.eval_data.latents = "data_cache/i2t64_test_latents"
+    cfg.text.length, cfg.text.images = 224, 2
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 150, 0.99
+    cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 2e-5, 50
+    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 75, 128, 16
+    cfg.checkpoint.every = 75
+
+
+def _large(cfg):
+    cfg.compute_dtype, cfg.frozen_dtype = "bfloat16", "bfloat16"
+    cfg.layout, cfg.mesh = "fsdp", "fsdp=-1"
+    cfg.model.flow.remat = cfg.model.vlm.remat = "full"
+    cfg.data.path, cfg.data.latents = "data_cache/i2t", "data_cache/i2t_latents"
+    cfg.eval_data.path = "data_cache/i2t_test"
+    cfg.eval_data.latents = "data_cache/i2t_test_latents"
+    cfg.text.length, cfg.text.images, cfg.text.targets = 2048, 5, 1024
+    cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-4, 1e-6, 1000
+    cfg.train.ema, cfg.log.every = 0.9999, 100
+    cfg.evaluate.every, cfg.checkpoint.every = 5000, 5000
+
+
+def _small(cfg):
+    _large(cfg)
+    cfg.train.batch_size, cfg.train.steps = 64, 30_000
+
+
+def _paper(cfg):
+    _large(cfg)
+    # 200 M pairs (paper.md 1.5), about four a row.
+    cfg.train.batch_size, cfg.train.steps = 256, 195_000

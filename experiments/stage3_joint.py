@@ -1,0 +1,70 @@
+"""python -m starflow2_jax.train --config experiments/stage3_joint.py:tiny --workdir runs/stage3
+
+STARFlow2, stage 3: everything but the VLM learns jointly, the skips from zero (paper.md 1.5), on a
+mixture of generation, understanding, editing and interleaved reasoning. It starts from stage 2.
+Variants, as in stage1_t2i.py:
+    tiny   2.25 M trained
+    small  0.21 B trained
+    paper  3.661 B trained
+Data: prepare import of each part of the mixture, then prepare latents.
+--config.init.from=WORKDIR of stage 2; --config.vlm.path, --config.text.tokenizer as there.
+"""
+
+from starflow2_jax import config
+from starflow2_jax.models import starflow2
+
+
+def get_config(variant: str = "tiny"):
+    """The resolved configuration of a variant."""
+    cfg = config.default()
+    cfg.name, cfg.task = f"stage3_joint_{variant}", "starflow2"
+    cfg.model.update(starflow2.options(starflow2.preset(variant)))
+    cfg.train.trains = ("adapter", "shallow", "deep", "skip")
+    cfg.noise.sigma, cfg.drop.condition = 0.3, 0.1
+    cfg.init["from"] = "runs/stage2"
+    cfg.sample.every = 0
+    {"tiny": _tiny, "small": _small, "paper": _paper}[variant](cfg)
+    return cfg
+
+
+def _parts(pixels, **shares):
+    """Dataset folders by their shares of the rows, each with its latents."""
+    folder = lambda name: f"data_cache/{name}{pixels}"
+    return tuple(
+        {"path": folder(name), "weight": share, "latents": f"{folder(name)}_latents"}
+        for name, share in shares.items()
+    )
+
+
+def _tiny(cfg):
+    cfg.vlm.path, cfg.text.tokenizer = "data_cache/vlm_tiny", "data_cache/vlm_tiny"
+    cfg.data.mixture = _parts(64, t2i=0.45, i2t=0.25, edit=0.15, reasoning=0.15)
+    cfg.eval_data.mixture = _parts("64_test", t2i=1.0, i2t=1.0, edit=1.0, reasoning=1.0)
+    cfg.text.length, cfg.text.images = 224, 2
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 400, 0.99
+    cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 7e-4, 1e-5, 50
+    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 200, 128, 16
+    cfg.checkpoint.every = 200
+
+
+def _large(cfg):
+    cfg.compute_dtype, cfg.frozen_dtype = "bfloat16", "bfloat16"
+    cfg.layout, cfg.mesh = "fsdp", "fsdp=-1"
+    cfg.model.flow.remat = cfg.model.vlm.remat = "full"
+    shares = {"t2i": 0.5, "i2t": 0.25, "edit": 0.15, "reasoning": 0.1}
+    cfg.data.mixture, cfg.eval_data.mixture = _parts("", **shares), _parts("_test", **shares)
+    cfg.text.length, cfg.text.images, cfg.text.targets = 2048, 6, 1024
+    cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 5e-5, 1e-6, 1000
+    cfg.train.ema, cfg.log.every = 0.9999, 100
+    cfg.evaluate.every, cfg.checkpoint.every = 5000, 5000
+
+
+def _small(cfg):
+    _large(cfg)
+    cfg.train.batch_size, cfg.train.steps = 64, 50_000
+
+
+def _paper(cfg):
+    _large(cfg)
+    # 80 M records (paper.md 1.5), about four a row.
+    cfg.train.batch_size, cfg.train.steps = 256, 78_000

@@ -1,0 +1,165 @@
+"""What a decode loop drew, as parts with their likelihoods.
+
+Axes: N patches, D latent channels.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from starflow2_jax.generation import codec, conversation, decode
+from starflow2_jax.generation.conversation import Conversation
+from starflow2_jax.generation.options import Options
+from starflow2_jax.generation.prompts import Part
+
+if TYPE_CHECKING:
+    from starflow2_jax.data.tokens import Tokenizer  # heavy
+    from starflow2_jax.generation.interleaved import Model
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """Parts of every row, and what it takes to go on.
+
+    Attributes:
+        rows: lists of parts. finish: of each row why it ended: `end` (the model or the number of
+            images), `stop` (one of the stop texts), `length` (the number of tokens; the last part
+            is marked truncated). total: nats of all that was drawn, delimiters too.
+        conversation: give the results as `after` to continue.
+    """
+
+    rows: list[list[Part]]
+    finish: list[str]
+    total: list[float]
+    conversation: Conversation
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[list[Part]]:
+        return iter(self.rows)
+
+    def take(self, rows: Sequence[int]) -> "Results":
+        """The results of some rows alone."""
+        pick = lambda values: [values[i] for i in rows]
+        held = conversation.take(self.conversation, rows)
+        return Results(pick(self.rows), pick(self.finish), pick(self.total), held)
+
+
+def stop_at(tokenizer: "Tokenizer", row: Sequence[Any], stop: Sequence[str], ids: decode.Ids):
+    """How many picks stay where a text holds one of `stop`; None where none does."""
+    marks = (decode.PATCH, ids.vision_start, ids.vision_end, *ids.ends)
+    begin = 0
+    for i in range(len(row) + 1):
+        if i < len(row) and row[i][0] not in marks:
+            continue
+        said = [pick for pick, _, _ in row[begin:i]]
+        text = tokenizer.decode(said) if said else ""
+        found = [at for at in (text.find(s) for s in stop) if at >= 0]
+        if found:
+            size = len(said)
+            while size and not text[: min(found)].startswith(tokenizer.decode(said[:size])):
+                size -= 1
+            return begin + size
+        begin = i + 1
+    return None
+
+
+def finished(model: "Model", held: Conversation, records, reasons, options: Options) -> Results:
+    """Parts with their likelihoods; images decoded."""
+    ids, cfg = conversation.delimiters(model.tokenizer, model.shape), model.shape
+    rows, drawn, totals = [], [], []
+    for row, reason in zip(records, reasons):
+        parts, images, total = _parts(model.tokenizer, row, ids, cfg)
+        if reason == "length" and parts:
+            parts[-1] = dataclasses.replace(parts[-1], truncated=True)
+        rows.append(parts)
+        drawn += images
+        totals.append(total)
+    if drawn:
+        x = conversation.shallow_inverse(model.params, np.stack(drawn), cfg, options.jacobi)
+        log_det = conversation.shallow(model.params, x, cfg)[1]
+        cleaned = x
+        if options.denoise:
+            from starflow2_jax.generation import scoring
+
+            cleaned = scoring.denoised(model, held, rows, x)
+        pixels = None if model.fae is None else codec.decode(model.fae, np.asarray(cleaned))
+        number = 0
+        for b, parts in enumerate(rows):
+            for j, part in enumerate(parts):
+                if part.kind != "image":
+                    continue
+                more = float(log_det[number])
+                add = lambda nats, more=more: None if nats is None else nats + more
+                parts[j] = dataclasses.replace(
+                    part,
+                    latent=x[number],
+                    image=None if pixels is None else pixels[number],
+                    log_likelihood=add(part.log_likelihood),
+                    sampling_log_likelihood=add(part.sampling_log_likelihood),
+                    unconditional_log_likelihood=add(part.unconditional_log_likelihood),
+                )
+                totals[b] = totals[b] + np.array([more, more, more])
+                number += 1
+    if not held.null:
+        rows = [[dataclasses.replace(p, unconditional_log_likelihood=None) for p in row]
+                for row in rows]  # fmt: skip
+    parts_ = tuple(n + sum(p.counts for p in row) for n, row in zip(held.parts, rows))
+    held = dataclasses.replace(held, parts=parts_)
+    totals_ = [float(t[0] - t[2]) if options.best_of_gain else float(t[0]) for t in totals]
+    return Results(rows, list(reasons), totals_, held)
+
+
+def _parts(tokenizer, row, ids, cfg):
+    """A row's parts, its images' u, and the nats [3] of all picks."""
+    parts: list[Part] = []
+    images, said, patches = [], [], []
+    total, opening = np.zeros(3), 0.0
+
+    def nats(of):
+        each = np.sum([n for _, _, n in of], 0, dtype=np.float64)
+        names = ("log_likelihood", "sampling_log_likelihood", "unconditional_log_likelihood")
+        return dict(zip(names, map(float, each)))
+
+    def text():
+        if said:
+            tokens = tuple(pick for pick, _, _ in said)
+            parts.append(Part("text", text=tokenizer.decode(tokens), tokens=tokens, **nats(said)))
+            said.clear()
+
+    for entry in row:
+        pick, _, own = entry
+        total = total + own
+        if pick == decode.PATCH:
+            patches.append(entry)
+            if len(patches) == cfg.patches:
+                images.append(np.stack([u for _, u, _ in patches]))
+                parts.append(Part("image", delimiters=opening, **nats(patches)))
+                patches = []
+        elif pick == ids.vision_start:
+            text()
+            opening = float(own[0])
+        elif pick in ids.ends:
+            text()
+            if not parts:
+                parts.append(Part("text", log_likelihood=0.0))
+            last = parts[-1]
+            parts[-1] = dataclasses.replace(last, delimiters=last.delimiters + float(own[0]))
+        elif pick != ids.vision_end:
+            said.append(entry)
+    text()
+    return parts, images, total
+
+
+def best(results: Results, options: Options) -> Results:
+    """Of every `best_of` rows the one with the largest total."""
+    groups = np.asarray(results.total).reshape(-1, options.best_of)
+    rows = np.argmax(groups, 1) + np.arange(len(groups)) * options.best_of
+    return results.take([int(row) for row in rows])

@@ -1,0 +1,281 @@
+"""STARFlow2's generation: interleaved parts in, interleaved parts out, one pass over one cache.
+
+Axes: B rows, N patches, D latent channels.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax.generation import answers, codec, conversation, decode, prompts
+from starflow2_jax.generation.answers import Results
+from starflow2_jax.generation.codec import Codec
+from starflow2_jax.generation.conversation import Conversation
+from starflow2_jax.generation.guidance import Guidance
+from starflow2_jax.generation.options import Options, make_options
+from starflow2_jax.generation.prompts import Part
+from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.training import inputs
+
+if TYPE_CHECKING:  # heavy
+    from starflow2_jax.data.tokens import Tokenizer
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained STARFlow2.
+
+    Attributes:
+        cfg: the experiment's resolved configuration; shape: of the model; params: its subtrees,
+            the VLM's too.
+        tokenizer: of the VLM; fae: the codec of its images, None to give and take latents only.
+    """
+
+    cfg: Mapping[str, Any]
+    shape: Config
+    params: Mapping[str, Any]
+    tokenizer: "Tokenizer"
+    fae: Codec | None = None
+    source: str = ""
+
+    def generate(self, given: Any, *, after: Results | None = None, **options: Any) -> Results:
+        """Continues prompts, or a conversation.
+
+        Args:
+            given: a list of prompts (see `generation.prompts`), one a row; `after`: results to
+                continue, whose rows then read the prompts as further parts: an empty list goes on
+                where the row is.
+            options: of `Options`.
+
+        Raises:
+            ValueError: options or prompts that are not as they should be.
+        """
+        return generate(self, given, after=after, options=make_options(options))
+
+    def log_likelihood(self, rows: Any, *, seed: int = 0) -> list[list[float]]:
+        """Nats of every part given all before it; see `generation.scoring`."""
+        from starflow2_jax.generation import scoring
+
+        return scoring.log_likelihood(self, rows, seed=seed)
+
+
+# ------------------------------------------------------------------------------------- generation
+
+
+def generate(
+    model: Model, given: Any, *, after: Results | None = None, options: Options
+) -> Results:
+    """As `Model.generate`."""
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence) or not len(given):
+        raise ValueError("prompts: expected a list with one prompt a row")
+    parts = [prompts.read(prompt, f"prompt {i}") for i, prompt in enumerate(given)]
+    _check_images(model, parts)
+    _check_trained(model, parts, options)
+    copies = options.n * options.best_of
+    if after is not None:
+        if len(parts) != len(after):
+            raise ValueError(f"prompts: {len(parts)} for the {len(after)} rows to continue")
+        if copies > 1:
+            raise ValueError("n and best_of belong to the first call; a row continues as one")
+        held = after.conversation
+        if bool(held.null) != _branches(options) and options.guidance:
+            raise ValueError("guidance: the conversation was begun without it, and has no branch")
+    else:
+        parts = [row for row in parts for _ in range(copies)]
+        held = _begin(model, len(parts), options)
+    keys, cfg = held.keys, model.shape
+    x = latents(model, parts, keys, held.parts)
+    u = conversation.shallow(model.params, np.concatenate(x), cfg)[0]
+    u = np.split(u, np.cumsum([len(images) for images in x])[:-1])
+    room = _room(options, cfg)
+    held = conversation.extend(held, parts, u, cfg, model.tokenizer, room)
+    state = _ready(held.state, options, model, bool(after is not None))
+    held = dataclasses.replace(held, state=state)
+    held, records, reasons = _loop(model, held, options, room)
+    results = answers.finished(model, held, records, reasons, options)
+    return answers.best(results, options) if options.best_of > 1 else results
+
+
+def generate_many(
+    model: Model, given: Sequence[Any], options: Options, rows: int = 16
+) -> Iterator[list[list[Part]]]:
+    """The samples of each prompt in turn, drawn some `rows` at a time by one program.
+
+    Sample k of prompt i is row i n best_of + k of the seed, whatever `rows` is.
+    """
+    copies = options.n * options.best_of
+    together = min(max(rows // copies, 1), len(given))
+    for first in range(0, len(given), together):
+        # The last ones are filled up, so that no other program is needed.
+        numbers = np.minimum(np.arange(first, first + together), len(given) - 1)
+        samples = (numbers[:, None] * copies + np.arange(copies)).ravel()
+        now = dataclasses.replace(options, samples=tuple(samples.tolist()))
+        found = generate(model, [given[i] for i in numbers], options=now)
+        for i in range(min(together, len(given) - first)):
+            yield found.rows[i * options.n : (i + 1) * options.n]
+
+
+def _branches(options: Options) -> bool:
+    return bool(options.guidance) or options.best_of_gain
+
+
+def _begin(model: Model, rows: int, options: Options) -> Conversation:
+    samples = options.samples or tuple(range(rows))
+    if len(samples) != rows:
+        raise ValueError(f"samples: {len(samples)} numbers for {rows} rows")
+    key = jax.random.key(options.seed)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(samples))
+    null = options.null if _branches(options) else ""
+    args = (null, options.null_temperature, options.cache or 0, options.cache is not None)
+    return conversation.begin(model.params, model.shape, keys, *args)
+
+
+def _room(options: Options, cfg: Config) -> int:
+    """Steps that drawing takes at most."""
+    return options.max_tokens + options.most_images * (cfg.patches + 2) + 1
+
+
+def _check_images(model: Model, parts: Sequence[Sequence[Part]]) -> None:
+    for i, row in enumerate(parts):
+        for j, part in enumerate(row):
+            where = f"prompt {i}, part {j}"
+            if part.kind != "image":
+                continue
+            if part.latent is not None:
+                shape = (model.shape.patches, model.shape.flow.channels)
+                if part.latent.shape != shape:
+                    raise ValueError(f"{where}: latent {part.latent.shape}, expected {shape}")
+            elif model.fae is None:
+                raise ValueError(f"{where}: the model has no codec (--fae) to read an image with")
+            else:
+                prompts.check_pixels(part.image, model.fae.model.pixels, where)
+
+
+def _check_trained(model: Model, parts: Sequence[Sequence[Part]], options: Options) -> None:
+    """Refuses what the checkpoint's stage has not learnt: its weights are still those of birth."""
+    blank = lambda group: not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(group))
+    if options.most_images and blank(model.params["deep"]["proj_out"]):
+        raise ValueError(
+            f"{model.source or 'model'}: its flow is as it was born (a checkpoint of stage 2 that "
+            "began from nothing?), it draws no images; images=0 gives text alone"
+        )
+    shown = any(part.kind == "image" for row in parts for part in row)
+    if shown and blank(model.params["adapter"]["down"]):
+        raise ValueError(
+            f"{model.source or 'model'}: its adapter is zero (a checkpoint of stage 1?), so that "
+            "its VLM sees no images; give text alone, or a checkpoint of stage 2 or 3"
+        )
+
+
+def latents(
+    model: Model, parts: Sequence[Sequence[Part]], keys: jax.Array, before: Sequence[int]
+) -> list[np.ndarray]:
+    """Noisy latents [I, N, D] of every row's images, as the model is trained to read them.
+
+    Args:
+        keys: of the rows [B]; before: how many parts each row has already. An image's noise depends
+            on its row's key and the number of its part.
+    """
+    dtype = np.asarray(model.params["deep"]["proj_in"]["weight"][:0]).dtype
+    wide = np.promote_types(dtype, np.float32)
+    given = lambda part: part.kind == "image" and part.latent is None
+    distinct = {id(part.image): part.image for row in parts for part in row if given(part)}
+    moments = {}
+    if distinct:
+        mean, log_variance = codec.encode(model.fae, np.stack(list(distinct.values())))
+        moments = {name: pair for name, *pair in zip(distinct, mean, log_variance)}
+    found = []
+    for b, row in enumerate(parts):
+        number, x = before[b], []
+        for part in row:
+            if part.kind == "image" and part.latent is not None:
+                x.append(np.asarray(part.latent, wide))
+            elif part.kind == "image":
+                mean, log_variance = moments[id(part.image)]
+                batch = {"latent_mean": mean[None], "latent_logvar": log_variance[None]}
+                key = jax.random.fold_in(keys[b], number)
+                x.append(np.asarray(inputs.tokens(batch, key[None], model.cfg, False))[0])
+            number += part.counts
+        shape = (len(x), model.shape.patches, model.shape.flow.channels)
+        found.append(np.asarray(x, wide).reshape(shape))
+    return found
+
+
+def _ready(state: decode.State, options: Options, model: Model, going_on: bool) -> decode.State:
+    """The counters of a turn. A row whose turn has ended stays so unless it was told more."""
+    token, is_image = np.asarray(state.token), np.asarray(state.is_image)
+    due = options.images or 0
+    mode = decode.BEGIN if options.image_start or not options.max_tokens else decode.TEXT
+    full = lambda value: jnp.full(len(token), value, jnp.int32)
+    modes = np.full(len(token), mode, np.int32)
+    if going_on:
+        ends = conversation.delimiters(model.tokenizer, model.shape).ends
+        modes[np.isin(token, ends) & ~is_image] = decode.ENDED
+    return state.replace(
+        mode=jnp.asarray(modes),
+        patch=full(0),
+        tokens=full(options.max_tokens),
+        images=full(options.most_images),
+        due=full(due),
+    )
+
+
+def _loop(model: Model, held: Conversation, options: Options, room: int):
+    """Chunks of steps until every row is done; the host looks for stop texts between them.
+
+    Returns:
+        the conversation, every row's (tokens, u, nats) of what was drawn and kept, and why each
+        ended.
+    """
+    cfg, ids = model.shape, conversation.delimiters(model.tokenizer, model.shape)
+    steps = 16 if options.stop else min(64, room)
+    wide = jnp.promote_types(held.state.u.dtype, jnp.float32)
+    guided = None
+    if held.null:
+        guided = Guidance(
+            jnp.asarray(options.guidance, wide), rule=options.rule, what=options.what,
+            annealed=options.annealed, temperature_on="unconditional",
+        )  # fmt: skip
+    numbers = decode.Numbers(
+        temperature=jnp.asarray(options.temperature, wide),
+        top_k=jnp.int32(options.top_k),
+        top_p=jnp.asarray(options.top_p, wide),
+        image_temperature=jnp.asarray(options.image_temperature, wide),
+        guidance=guided,
+    )
+    start, first = jax.tree.map(np.asarray, held.state.replace(caches=None)), held.read
+    state = held.state
+    rows: list[list[Any]] = [[] for _ in range(held.rows)]
+    stopped: set[int] = set()
+    while (np.asarray(state.mode) < decode.ENDED).any():
+        args = (held.params, state, held.keys, numbers, held.heat)
+        state, record = decode.run(*args, cfg=cfg, ids=ids, steps=steps)
+        token, u, nats = (np.asarray(a) for a in (record.token, record.u, record.nats))
+        for b, row in enumerate(rows):
+            count = int((token[b] != decode.NOTHING).sum())
+            row += zip(token[b, :count].tolist(), u[b, :count], nats[b, :count])
+        if options.stop:
+            cuts = {}
+            for b, row in enumerate(rows):
+                keep = (
+                    None
+                    if b in stopped
+                    else answers.stop_at(model.tokenizer, row, options.stop, ids)
+                )
+                if keep is not None:
+                    rows[b] = row[:keep]
+                    cuts[b] = [pick for pick, _, _ in rows[b]]
+                    stopped.add(b)
+            if cuts:
+                state = conversation.cut(state, start, first, cuts, cfg, ids)
+    modes = np.asarray(state.mode)
+    reasons = ["stop" if b in stopped else "end" for b in range(len(rows))]
+    if options.max_tokens:
+        for b in np.flatnonzero(modes == decode.OUT_OF_TOKENS):
+            reasons[b] = "length"
+    return dataclasses.replace(held, state=state), rows, reasons

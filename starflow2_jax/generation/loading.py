@@ -1,0 +1,173 @@
+"""STARFlow2 from a run, a step of it, or a model folder, with its VLM, tokenizer and codec.
+
+A model folder holds `config.json`, the tensors of adapter, shallow and deep flow and skips, and the
+digests of both; `vlm/`, `fae/` and `tokenizer/` in it, or the paths in its configuration, which are
+read from the folder they stand in. What is frozen is compared with what the model was trained with.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax import mesh as meshes
+from starflow2_jax import params as weights
+from starflow2_jax.generation import codec as codecs
+from starflow2_jax.generation.interleaved import Model
+from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.training import starflow2_step
+from starflow2_jax.weights import files
+from starflow2_jax.weights import teacher as teacher_weights
+
+TASK = "starflow2"
+
+
+def load(
+    path: str,
+    mesh: Any = None,
+    layout: str = "dp",
+    *,
+    vlm: str = "",
+    fae: str = "",
+) -> Model:
+    """A model with the averaged weights of a checkpoint.
+
+    Args:
+        vlm, fae: folders of the VLM and the codec, where they are not where the run found them.
+
+    Raises:
+        FileNotFoundError: no such run or folder, or none of its VLM.
+        ValueError: another kind of model, damaged files, or another VLM or codec than the model was
+            trained with.
+    """
+    folder = files.is_folder(path)
+    meta = _meta(path, folder)
+    cfg = meta["config"]
+    if cfg.get("task") != TASK:
+        raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a model of interleaved parts")
+    base = Path(path) if folder else Path()
+    vlm = vlm or _found(base, "vlm", cfg["vlm"]["path"])
+    fae = fae or _found(base, "fae", cfg["fae"].get("path") or "")
+    cfg = {**cfg, "vlm": {**cfg["vlm"], "path": vlm}, "layout": layout}
+    frozen = meta.get("frozen") or {}
+    if vlm and frozen.get("vlm") not in (None, identity := teacher_weights.identity(vlm)):
+        raise ValueError(
+            f"{path} was trained beside another VLM than the one in {vlm}: sha256 "
+            f"{frozen['vlm']} then, {identity} now"
+        )
+    shape = starflow2_step.model_config(cfg)
+    declared = pretzel.declare(shape)
+    codec = codecs.load(fae) if fae else None
+    if codec is not None:
+        _check_codec(codec, shape, frozen.get("fae"), path, fae)
+    mesh = mesh or meshes.make_mesh("data=1", jax.local_devices()[:1])
+    own = {name: tree for name, tree in declared.items() if name != "vlm"}
+    if folder:
+        params = files.read_folder(path, own, mesh, layout)
+    else:
+        params = _averaged(path, own, declared, cfg, mesh, layout)
+    if "vlm" not in params:
+        dtype = jnp.dtype(cfg["frozen_dtype"])
+        params |= starflow2_step.frozen_vlm(cfg, shape, mesh, dtype)
+    name = _found(base, "tokenizer", cfg["text"]["tokenizer"]) or vlm
+    from starflow2_jax.data.tokens import open_tokenizer  # heavy
+
+    return Model(cfg, shape, params, open_tokenizer(name), codec, str(path))
+
+
+def task(path: str) -> str:
+    """What a run, a step or a model folder is a training of."""
+    cfg = _meta(path, files.is_folder(path))["config"]
+    return cfg.get("starflow2_jax", cfg).get("task", "flow")
+
+
+def _meta(path: str, folder: bool) -> dict[str, Any]:
+    from starflow2_jax.training import checkpoint, step_folders
+
+    if not folder:
+        return checkpoint.read_meta(*step_folders.locate(path))
+    cfg = files.read_config(path)
+    return {"config": cfg, "frozen": cfg.get("frozen")}
+
+
+def _found(base: Path, name: str, path: str) -> str:
+    """A folder inside of a model folder, or a path, which may be seen from there."""
+    if base.parts and (base / name).is_dir():
+        return str(base / name)
+    if path and base.parts and not Path(path).is_absolute() and (base / path).is_dir():
+        return str(base / path)
+    return path
+
+
+def _check_codec(codec: codecs.Codec, shape: Any, expected: str | None, path: str, fae: str):
+    given = (codec.model.tokens, codec.model.latent)
+    if given != (shape.patches, shape.flow.channels):
+        raise ValueError(
+            f"{path} draws {shape.patches} x {shape.flow.channels} latents, the codec in {fae} has "
+            f"{given[0]} x {given[1]} (tokens x channels)"
+        )
+    if expected and codec.sha256 != expected:
+        raise ValueError(
+            f"{path} was trained on latents of another codec than the one in {fae}: sha256 "
+            f"{expected} then, {codec.sha256} now"
+        )
+
+
+def _averaged(path, own, declared, cfg, mesh, layout):
+    from starflow2_jax.training import checkpoint, step_folders
+
+    workdir, step = step_folders.locate(path)
+    held = {**own, **({"vlm": declared["vlm"]} if "vlm" in cfg["train"]["trains"] else {})}
+    wanted = {"ema": weights.abstract(held, mesh, layout)}
+    return checkpoint.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
+
+
+def export(
+    path: str,
+    out: str,
+    *,
+    embed: bool = True,
+    vlm: str = "",
+    fae: str = "",
+    overwrite: bool = False,
+) -> Model:
+    """Writes a model folder from a run, a step of it, or another model folder.
+
+    Args:
+        embed: copy VLM, tokenizer and codec into it; otherwise it holds paths to them as seen from
+            the folder.
+        vlm, fae, overwrite: as in `load` and `files.write_folder`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`. FileExistsError, OSError: as `files.write_folder`.
+    """
+    model = load(path, vlm=vlm, fae=fae)
+    base = Path(path) if files.is_folder(path) else Path()
+    vlm = model.cfg["vlm"]["path"]
+    fae = fae or _found(base, "fae", model.cfg["fae"].get("path") or "")
+    words = _found(base, "tokenizer", model.cfg["text"]["tokenizer"]) or vlm
+    frozen = {"vlm": teacher_weights.identity(vlm)} if vlm else {}
+    frozen |= {"fae": model.fae.sha256} if model.fae else {}
+    seen = lambda p: "" if embed or not p else str(_relative(Path(p), Path(out)))
+    cfg = {
+        **model.cfg,
+        "vlm": {**model.cfg["vlm"], "path": seen(vlm)},
+        "fae": {**model.cfg["fae"], "path": seen(fae)},
+        "text": {**model.cfg["text"], "tokenizer": seen(words)},
+        "frozen": frozen,
+    }
+    trained = {name: tree for name, tree in model.params.items() if name != "vlm"}
+    files.write_folder(out, jax.tree.map(np.asarray, trained), cfg, overwrite=overwrite)
+    if embed:
+        for name, source in (("vlm", vlm), ("fae", fae), ("tokenizer", words)):
+            if source and not (name == "tokenizer" and source == vlm):
+                shutil.copytree(source, Path(out) / name)
+    return model
+
+
+def _relative(path: Path, base: Path) -> Path:
+    return Path(os.path.relpath(path.resolve(), base.resolve()))

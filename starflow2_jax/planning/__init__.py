@@ -1,0 +1,1 @@
+"""What a layout costs, known before a machine is rented."""

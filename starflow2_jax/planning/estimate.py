@@ -1,0 +1,182 @@
+"""One row of a plan: a program compiled for a mesh, and what that costs."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import jax
+
+from starflow2_jax import mesh as meshes
+from starflow2_jax import params as weights
+from starflow2_jax import tasks
+from starflow2_jax.planning import cost, decode, hlo, intent, memory, work
+from starflow2_jax.planning.topology import Topology
+
+Row = dict[str, Any]
+# So that `--layout tp` means something on many chips: heads and channels rarely divide by more.
+TENSOR = 8
+
+
+def default_mesh(layout: str, topology: Topology) -> str:
+    """A mesh that shows what a layout is for, on all devices of a topology."""
+    count, slices = len(topology.devices), topology.slices
+    tensor = math.gcd(count, TENSOR)
+    return {
+        "dp": "data=-1",
+        "fsdp": "fsdp=-1",
+        "tp": f"data=-1,tensor={tensor}",
+        "fsdp_tp": f"fsdp=-1,tensor={min(tensor, 4)}",
+        "hybrid": f"data={slices if slices > 1 else 2 if count < 64 else 4},fsdp=-1",
+    }[layout]
+
+
+def changed(group: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+    """A copy of nested dicts in which every key of these names, at any depth, has these values."""
+    return {
+        name: changed(inner, **values) if isinstance(inner, Mapping) else values.get(name, inner)
+        for name, inner in group.items()
+    }
+
+
+def model_flops(cfg: Mapping[str, Any]) -> float:
+    """FLOPs of a training step itself: its products without rematerialisation, causal attention as
+    the plain path computes it (5/8 of the square where rows are long).
+    """
+    bare = {**cfg, "layout": "dp", "train": {**cfg["train"], "microbatches": 1}}
+    # Products that a trace can count, as there are none in a kernel.
+    bare |= {"attention": "plain", "model": changed(cfg["model"], remat="none")}
+    mesh = meshes.make_mesh("data=1", jax.devices("cpu")[:1])
+    return work.flops(_trace(tasks.build(bare, mesh, dry_run=True)).jaxpr)
+
+
+def _trace(program):
+    with jax.set_mesh(program.mesh):
+        given = (program.abstract_state, program.abstract_frozen, program.abstract_batch)
+        return program.step.trace(*given)
+
+
+def train_step(cfg: Mapping[str, Any], topology: Topology, own_flops: float | None = None) -> Row:
+    """Compile an experiment's training step for a topology under its `layout` and `mesh`.
+
+    Args:
+        cfg: a resolved, checked configuration; own_flops: of `model_flops`, where known.
+
+    Raises:
+        ValueError: what building the program says of configuration, mesh or layout.
+    """
+    mesh = meshes.make_mesh(cfg["mesh"], topology.devices)
+    program = tasks.build(cfg, mesh, dry_run=True)
+    rows, parts = cfg["train"]["batch_size"], cfg["train"]["microbatches"]
+    traced = _trace(program)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
+    activations = work.kept(traced.jaxpr, rows // parts, ways)
+    trained = set(cfg["train"]["trains"])
+    count = {
+        "trained": sum(weights.count(t) for n, t in program.declared.items() if n in trained),
+        "frozen": sum(weights.count(t) for n, t in program.declared.items() if n not in trained),
+    }
+    with jax.set_mesh(mesh):
+        lowered = traced.lower()
+    row = _compiled(lowered, mesh, topology, memory.declared(program), activations)
+    if "flops" in row:
+        module, found = row.pop("_compiled")
+        tree = {name: part for name, part in program.declared.items() if name in trained}
+        row["unintended"] = intent.unintended(tree, found, module, mesh, cfg["layout"])
+    row = {**_told(cfg, topology, mesh, rows), "parameters": count, **row}
+    held = row.pop("_memory")
+    row["advice"] = memory.advice(held, cfg, dict(mesh.shape), rows)
+    flops = model_flops(cfg) if own_flops is None else own_flops
+    tokens = tasks.work(cfg, program.model, program.declared)["tokens"]
+    return _rates(row, flops, tokens, topology)
+
+
+def generate(cfg: Mapping[str, Any], topology: Topology, rows: int) -> Row:
+    """Compile the drawing of `rows` images; as `train_step`."""
+    mesh = meshes.make_mesh(cfg["mesh"], topology.devices)
+    made = decode.lower(cfg, mesh, rows)
+    row = _compiled(made.lowered, mesh, topology, made.declared, 0.0)
+    row = {**_told(cfg, topology, mesh, rows), **row}
+    row.pop("_memory")
+    row.pop("_compiled", None)
+    row["advice"] = [] if row["fits"] else ["a layout that cuts weights, or a smaller --batch"]
+    return _rates(row, None, made.tokens, topology)
+
+
+def _told(cfg, topology, mesh, rows):
+    return {
+        "name": cfg["name"],
+        "topology": topology.name,
+        "devices": len(topology.devices),
+        "layout": cfg["layout"],
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "batch": rows,
+        "microbatches": cfg["train"]["microbatches"],
+        "remat": cfg["model"].get("remat", "none"),
+        "attention": cfg["attention"],
+    }
+
+
+def _compiled(lowered, mesh, topology, declared, activations):
+    """Memory and work of a lowered program; work is missing where it was too large to compile."""
+    began, chip = time.perf_counter(), topology.chip
+    try:
+        made = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        held = memory.too_large(str(error), declared, activations, chip.memory)
+        if held is None:
+            raise
+        seconds = time.perf_counter() - began
+        return {"fits": False, "compile_s": seconds, "memory": asdict(held), "_memory": held}
+    seconds = time.perf_counter() - began
+    module = hlo.parse(made.as_text())
+    held = memory.compiled(made.memory_analysis(), module, declared, activations, chip.memory)
+    found = cost.analyse(module, mesh.shape)
+    row = {"fits": held.fits, "compile_s": seconds, "memory": asdict(held), "_memory": held}
+    row["flops"], row["kernel_flops"], row["bytes"] = found.flops, found.kernel_flops, found.bytes
+    row["collectives"] = _summed(found.collectives)
+    row["unknown_loops"], row["_compiled"] = list(found.unknown_loops), (module, found)
+    if chip.flops:
+        row["compute_s"] = found.flops / chip.flops
+        row["memory_s"] = found.bytes / chip.bandwidth
+        # Each operation waits for its products or its bytes, whichever takes longer.
+        row["device_s"] = sum(
+            times * max(flops / chip.flops, moved / chip.bandwidth)
+            for flops, moved, times in found.operations
+        )
+        devices = list(mesh.devices.flat)
+        row["network_s"] = sum(
+            each.times * each.wire / topology.bandwidth([devices[n] for n in each.group])
+            for each in found.collectives
+            if len(each.group) > 1
+        )
+    return row
+
+
+def _summed(collectives):
+    found: dict[tuple[str, str], Row] = {}
+    for each in collectives:
+        key = (each.kind, each.axes)
+        sums = found.setdefault(
+            key, {"kind": each.kind, "axes": each.axes, "count": 0.0, "bytes": 0.0, "wire": 0.0}
+        )
+        sums["count"] += each.times
+        sums["bytes"] += each.times * each.bytes
+        sums["wire"] += each.times * each.wire
+    return sorted(found.values(), key=lambda row: -row["wire"])
+
+
+def _rates(row, flops, tokens, topology):
+    """Step time between two bounds, and what follows from them."""
+    row["model_flops"], row["tokens"] = flops, tokens
+    if "device_s" not in row:
+        return row
+    row["step_s"] = max(row["device_s"], row["network_s"])
+    row["step_without_overlap_s"] = row["device_s"] + row["network_s"]
+    row["tokens_per_s"] = tokens / row["step_s"]
+    if flops:
+        peak = row["devices"] * topology.chip.flops
+        row["mfu_bound"] = flops / peak / row["step_s"]
+        row["mfu_without_overlap"] = flops / peak / row["step_without_overlap_s"]
+    return row

@@ -1,0 +1,77 @@
+"""What a layout means to exchange and to cut, held against what the compiled program does."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from starflow2_jax import mesh as meshes
+from starflow2_jax import params as weights
+from starflow2_jax.planning.cost import Work
+from starflow2_jax.planning.hlo import Module
+
+MIB = 2**20
+
+
+def unintended(
+    declared: Mapping[str, Any],
+    found: Work,
+    module: Module,
+    mesh: Mesh,
+    layout: str,
+    large: int = MIB,
+) -> list[str]:
+    """What a compiled step gathers or holds that its layout does not mean to, a line each.
+
+    Meant to be gathered are single weights: one layer's, over `fsdp`, in the part that `tensor`
+    leaves a device; and over `context` the keys and values. So an activation is found that crosses
+    devices because its sharding is lost on the way, and a weight of which all layers are gathered
+    at once. A large weight must be cut wherever the layout's mesh axes are there to cut it.
+
+    Args:
+        declared: Weights that the step reads; found, module: of its compiled text; large: bytes
+            below which nothing is said.
+    """
+    lines = []
+    one_layer = set()
+    for name, weight in weights.flatten(declared).items():
+        spec = meshes.weight_spec(name, weight.shape, weight.axes, mesh, layout)
+        part = [
+            size // (mesh.shape["tensor"] if axis == "tensor" else 1)
+            for size, axis in zip(weight.shape, spec)
+        ]
+        stacked = bool(weight.axes) and weight.axes[0] == "layers"
+        one_layer.add(math.prod(part[1:] if stacked else part))
+    for each in found.collectives:
+        if each.kind != "all-gather" or each.axes == "context" or each.bytes < large:
+            continue
+        strange = [n for n in each.sizes if n not in one_layer and 4 * n >= large]
+        if strange or each.axes != "fsdp":
+            lines.append(
+                f"all-gather over {each.axes} of {each.bytes / MIB:,.2f} MiB, {each.times:g} "
+                f"times: not a layer's weight over fsdp ({each.source})"
+            )
+    return lines + _whole(declared, module, mesh, layout, large)
+
+
+def _whole(declared, module, mesh, layout, large):
+    """Large weights that a layout with axes to cut them leaves whole on every device."""
+    rules = set(meshes.LAYOUTS[layout].values())
+    if all(mesh.shape[axis] == 1 for axis in rules):
+        return []
+    lines = []
+    for name, weight in weights.flatten(declared).items():
+        spec = meshes.weight_spec(name, weight.shape, weight.axes, mesh, layout)
+        ways = math.prod(mesh.shape[axis] for axis in spec if axis)
+        if ways == 1 and 4 * math.prod(weight.shape) >= large and len(weight.shape) > 1:
+            lines.append(f"weight {name} {list(weight.shape)} is whole on every device")
+    arguments = {s.dims for i in module.entry.parameters().values() for s in i.shapes}
+    for name, weight in weights.flatten(declared).items():
+        spec = meshes.weight_spec(name, weight.shape, weight.axes, mesh, layout)
+        shard = tuple(
+            size // (mesh.shape[axis] if axis else 1) for size, axis in zip(weight.shape, spec)
+        )
+        if 4 * math.prod(weight.shape) >= large and shard not in arguments:
+            lines.append(f"weight {name}: no argument of the program is its shard {list(shard)}")
+    return lines

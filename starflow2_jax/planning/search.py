@@ -1,0 +1,94 @@
+"""Which batch, rematerialisation and mesh serve best: few are compiled, all are traced."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from starflow2_jax import mesh as meshes
+from starflow2_jax import tasks
+from starflow2_jax.models.layers import REMAT
+from starflow2_jax.planning import estimate, memory, work
+from starflow2_jax.planning.topology import Topology
+
+Row = dict[str, Any]
+# Beside what the backward pass waits for: one layer's own work, gradients in flight.
+MARGIN = 1.1
+
+
+def candidates(
+    cfg: Mapping[str, Any], topology: Topology, layouts: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Configurations with half, once and twice the batch, every remat policy, and several meshes
+    of each layout. The layout, mesh and batch as given come first.
+    """
+    count, batch = len(topology.devices), cfg["train"]["batch_size"]
+    for layout in layouts:
+        ways = [n for n in (2, 4, 8, 16) if count % n == 0 and n < count]
+        shapes = {
+            "tp": [f"data=-1,tensor={n}" for n in ways],
+            "fsdp_tp": [f"fsdp=-1,tensor={n}" for n in ways],
+            "hybrid": [f"data={n},fsdp=-1" for n in ways],
+        }.get(layout, [])
+        for mesh in dict.fromkeys([estimate.default_mesh(layout, topology), *shapes]):
+            for rows in (batch, 2 * batch, batch // 2):
+                for remat in REMAT if "remat" in cfg["model"] else (None,):
+                    new = {**cfg, "layout": layout, "mesh": mesh}
+                    new["train"] = {**cfg["train"], "batch_size": rows}
+                    new["model"] = {**cfg["model"]} | ({"remat": remat} if remat else {})
+                    yield new
+
+
+def search(
+    cfg: Mapping[str, Any],
+    topology: Topology,
+    layouts: Sequence[str],
+    tries: int,
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Rows of the candidates that were compiled, the best that fits first.
+
+    Every candidate is traced. Those whose weights, optimizer and kept activations exceed the memory
+    are left out; the others are compiled, `tries` of them, those of fewest FLOPs a token and fewest
+    devices a weight first.
+
+    Raises:
+        ValueError: no candidate is left.
+    """
+    waiting, refused = [], 0
+    for new in candidates(cfg, topology, layouts):
+        try:
+            mesh = meshes.make_mesh(new["mesh"], topology.devices)
+            program = tasks.build(new, mesh, dry_run=True)
+        except ValueError:  # does not divide: not a candidate
+            refused += 1
+            continue
+        with jax.set_mesh(mesh):
+            traced = program.step.trace(
+                program.abstract_state, program.abstract_frozen, program.abstract_batch
+            )
+        rows, parts = new["train"]["batch_size"], new["train"]["microbatches"]
+        over = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
+        held = sum(memory.declared(program).values())
+        held += work.kept(traced.jaxpr, rows // parts, over)
+        cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
+        if topology.chip.memory and held * MARGIN > topology.chip.memory:
+            refused += 1
+            continue
+        waiting.append((work.flops(traced.jaxpr) / rows, cut, held, len(waiting), new))
+    say(
+        f"{len(waiting)} candidates may fit, {refused} cannot; compiling {min(tries, len(waiting))}"
+    )
+    if not waiting:
+        raise ValueError(
+            f"plan --search: nothing fits {topology.name}: {len(topology.devices)} devices of "
+            f"{topology.chip.memory / memory.GIB:,.1f} GiB"
+        )
+    rows: list[Row] = []
+    for *_, new in sorted(waiting)[:tries]:
+        row = estimate.train_step(new, topology)
+        say(f"{row['layout']} {new['mesh']} batch {row['batch']} remat {row['remat']}: "
+            f"{'fits' if row['fits'] else 'does not fit'}")  # fmt: skip
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row.get("tokens_per_s", -math.inf) * row["fits"])

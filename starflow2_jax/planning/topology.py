@@ -1,0 +1,185 @@
+"""Machines by name: devices to compile for, and what their makers say of them.
+
+A name is `v5p:4x4x8` (a TPU slice), `v5e:16x16*2` (two of them), `cpu` or `gpu` (the devices at
+hand), `cpu:8` (the first eight). TPUs need libtpu, none needs a TPU.
+"""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from starflow2_jax.config import nearest
+from starflow2_jax.training import speed
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device: a chip, or one of its parts where jax sees parts.
+
+    Attributes:
+        flops: dense bfloat16 FLOP/s; memory: bytes; bandwidth: of it, bytes/s.
+        link: bytes/s over one link to a neighbour, one way; network: bytes/s of the data center
+            network, this device's share. 0 where the maker says nothing.
+        wraps: size of a dimension of a slice from which its ends are linked.
+    """
+
+    flops: float
+    memory: float
+    bandwidth: float
+    link: float
+    network: float
+    wraps: int = 0
+
+
+# Per chip, from cloud.google.com/tpu/docs (pages v5e, v5p, v6e, tpu7x, "system architecture"):
+# bfloat16 197, 459, 918, 2307 TFLOP/s; HBM 16, 95, 32, 192 GiB at 819, 2765, 1640, 7380 GB/s;
+# inter-chip bidirectional 400, 1200, 800, 1200 GB/s over 4, 6, 4, 6 links, that is 50 or 100 GB/s a
+# link and direction; data center network 12.5, 6.25, 12.5, 12.5 GB/s (100, 50, 100, 100 Gbit/s).
+# A v5e or v6e torus closes at 16, a v5p or tpu7x one at 4. jax sees two devices in a tpu7x chip.
+# The memory is what the compiler gives programs: of a v5e it says 15.75 GiB.
+TPUS = {
+    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 12.5e9, wraps=16),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, wraps=4),
+    "v6e": Chip(918e12, 31.25 * GIB, 1640e9, 100e9, 12.5e9, wraps=16),
+    "tpu7x": Chip(2307e12 / 2, 94.75 * GIB, 7380e9 / 2, 50e9, 6.25e9, wraps=4),
+}
+# Data sheets of nvidia.com: bandwidth of the memory, NVLink one way, a 400 Gbit/s network card.
+GPUS = {
+    "H100": Chip(0, 0, 3350e9, 450e9, 50e9),
+    "H200": Chip(0, 0, 4800e9, 450e9, 50e9),
+    "B200": Chip(0, 0, 7700e9, 900e9, 50e9),
+    "A100": Chip(0, 0, 2039e9, 300e9, 25e9),
+}
+_PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",
+         "8x16x16", "16x16x16", "16x16x24")  # fmt: skip
+SLICES = {"v5e": _PLANE, "v6e": _PLANE, "v5p": _CUBE, "tpu7x": _CUBE}
+LOCAL = ("cpu", "gpu")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices to compile for.
+
+    Attributes:
+        name: as asked for; kind: a key of `TPUS`, `GPUS`, or the platform.
+        slices: number of TPU slices; shape: of one of them, () for local devices.
+    """
+
+    name: str
+    kind: str
+    devices: tuple
+    chip: Chip
+    slices: int = 1
+    shape: tuple[int, ...] = ()
+
+    def bandwidth(self, members: Sequence) -> float:
+        """Bytes/s that a device can send in a ring over `members`, 0 where nothing is known.
+
+        Over a dimension whose ends are linked a ring goes both ways round; over an open line one
+        link carries everything. What crosses slices goes over the data center network.
+        """
+        if len({getattr(d, "slice_index", 0) or 0 for d in members}) > 1:
+            return self.chip.network
+        if not self.shape:
+            return self.chip.link
+        where = np.array([d.coords for d in members])
+        links = 0
+        for axis, size in enumerate(self.shape):
+            extent = len(np.unique(where[:, axis]))
+            wrapped = extent == size and size >= self.chip.wraps and size > 2
+            links += 0 if extent == 1 else 2 if wrapped else 1
+        # The parts of one chip are closer than two chips are: six times, says the maker of tpu7x.
+        return self.chip.link * (links or 12)
+
+
+def parse(name: str) -> tuple[str, str, int]:
+    """`"v5e:16x16*2"` to its kind, shape of a slice, and number of slices.
+
+    Raises:
+        ValueError: a name that is none; says which ones are near.
+    """
+    found = re.fullmatch(r"([a-z]\w*)(?::(\d+(?:x\d+)*))?(?:\*(\d+))?", name)
+    kind, shape, slices = found.groups() if found else (name.partition(":")[0], None, None)
+    kinds = (*SLICES, *LOCAL)
+    if kind not in kinds:
+        raise ValueError(
+            f"topology: {name!r}: unknown machine {kind!r}{nearest(kind, kinds)} "
+            f"(there are {', '.join(kinds)})"
+        )
+    if kind in LOCAL:
+        if slices or (shape and "x" in shape) or not found:
+            raise ValueError(f"topology: {name!r}: expected {kind} or {kind}:N for N devices")
+        return kind, shape or "", 1
+    if shape not in SLICES[kind] or not found:
+        chips = math.prod(int(n) for n in shape.split("x")) if shape else 1
+        size = lambda s: math.prod(int(n) for n in s.split("x"))
+        near = sorted(SLICES[kind], key=lambda s: abs(math.log(size(s) / max(chips, 1))))[:3]
+        near = [f"{kind}:{s}" for s in sorted(near, key=size)]
+        raise ValueError(
+            f"topology: {name!r} does not exist; near it are {', '.join(near)} (several slices: "
+            f"{near[0]}*2)"
+        )
+    if slices is not None and int(slices) < 1:
+        raise ValueError(f"topology: {name!r}: at least one slice")
+    return kind, shape, int(slices or 1)
+
+
+def find(name: str) -> Topology:
+    """The devices of a name.
+
+    Raises:
+        ValueError: a name that is none, or more devices than are at hand.
+        RuntimeError: libtpu is not installed.
+    """
+    kind, shape, slices = parse(name)
+    if kind in LOCAL:
+        return _local(name, kind, int(shape) if shape else None)
+    from jax.experimental import topologies
+
+    # No question to a metadata server that only a TPU has; several processes may plan at once.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # jax's own devices have read XLA_FLAGS by now. libtpu reads them when it first compiles, and
+    # aborts at a flag that is not its own; it has LIBTPU_INIT_ARGS.
+    jax.devices()
+    os.environ.pop("XLA_FLAGS", None)
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{kind}:{shape}", num_slices=slices
+        )
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"topology: {name!r}: libtpu does not give it: {str(error).splitlines()[0]}; is it "
+            f"installed? pip install 'starflow2_jax[plan]'"
+        ) from error
+    dims = tuple(int(n) for n in shape.split("x"))
+    dims += (1,) * (3 - len(dims))
+    return Topology(name, kind, tuple(described.devices), TPUS[kind], slices, dims)
+
+
+def _local(name, platform, count):
+    try:
+        devices = jax.devices(platform)
+    except RuntimeError:
+        raise ValueError(f"topology: {name!r}: there is no {platform} here") from None
+    if count is not None and not 0 < count <= len(devices):
+        raise ValueError(f"topology: {name!r}: {len(devices)} {platform} devices are here")
+    devices = devices[:count]
+    described = devices[0].device_kind
+    kind = next((k for k in GPUS if k in described), platform)
+    peak = next((p for k, p in speed.PEAKS.items() if k in described), 0.0)
+    if platform == "cpu":
+        page = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Topology(name, kind, tuple(devices), Chip(0, page / len(devices), 0, 0, 0))
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
+    known = GPUS.get(kind, Chip(0, 0, 0, 0, 0))
+    chip = Chip(peak, limit, known.bandwidth, known.link, known.network)
+    return Topology(name, kind, tuple(devices), chip)

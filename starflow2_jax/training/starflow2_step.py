@@ -1,0 +1,223 @@
+"""The training program of STARFlow2's stages, with the interface of `training/step.py`.
+
+A stage trains the subtrees that `train.trains` names. The others of `models.starflow2.SUBTREES` are
+carried along in the state, so that the next stage finds all of them; the frozen VLM is an argument
+of the step and in no checkpoint (design.md 7).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from starflow2_jax import config
+from starflow2_jax import mesh as meshes
+from starflow2_jax import params as weights
+from starflow2_jax.models import qwen
+from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.params import Tree
+from starflow2_jax.training import inputs, optim, starflow2_loss
+from starflow2_jax.training.step import Program, TrainState, accumulate, update
+from starflow2_jax.weights import qwen as qwen_weights
+from starflow2_jax.weights import qwen_options
+from starflow2_jax.weights import teacher as teacher_weights
+from starflow2_jax.weights.files import CONFIG_FILE, read_config
+
+
+def model_config(cfg: Mapping[str, Any]) -> Config:
+    """The model of an experiment.
+
+    `model.vlm` may be empty where `vlm.path` is given, whose configuration then holds; what it
+    names must be as there. `model.flow` needs sizes only (see `starflow2.flow_defaults`).
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: an unknown or missing key, one that does not fit, or a VLM of other sizes.
+    """
+    group, dtype = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
+    given = dict(group.pop("vlm", None) or {})
+    if cfg["vlm"]["path"]:
+        given = _as_stored(given, cfg["vlm"]["path"])
+    vlm = config.build(qwen.Config, {**given, "vision": None, **dtype}, "model.vlm")
+    sizes = dict(group.pop("flow", None) or {})
+    defaults = pretzel.flow_defaults(vlm.width, len(sizes.get("layers", ())))
+    flow = config.build(FlowConfig, {**defaults, **sizes, **dtype}, "model.flow")
+    return config.build(Config, {**group, "vlm": vlm, "flow": flow}, "model")
+
+
+def _as_stored(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """The fields of a folder's `qwen.Config`; `remat` is ours to choose."""
+    found = vars(qwen_options.read_options(read_config(folder), str(Path(folder) / CONFIG_FILE)))
+    for name, value in given.items():
+        value = tuple(value) if isinstance(value, list) else value
+        own = name in ("vision", "remat", "compute_dtype") or name not in found
+        if not own and value != found[name]:
+            raise ValueError(
+                f"config: model.vlm.{name}={value!r}, but the model in vlm.path={folder!r} has "
+                f"{found[name]!r}"
+            )
+    return {**given, **found, "remat": given.get("remat", "none")}
+
+
+def places(cfg: Mapping[str, Any], model: Config) -> int:
+    """M, images of a row at most.
+
+    Raises:
+        ValueError: a row that has no room for an image.
+    """
+    text, patches = cfg["text"], model.patches
+    found = text["images"] or text["length"] // (patches + 2)
+    if found * (patches + 2) > text["length"] or not found:
+        raise ValueError(
+            f"config: text.length={text['length']} has no room for {max(found, 1)} images of "
+            f"{patches} patches and 2 delimiters"
+        )
+    return found
+
+
+def abstract_batch(cfg: Mapping[str, Any], model: Config, rows: int) -> dict[str, Any]:
+    """Shapes and dtypes of a batch of `rows` rows (see `starflow2_loss`)."""
+    length = (rows, cfg["text"]["length"])
+    latent = (rows, places(cfg, model), model.patches, model.flow.channels)
+    shapes = {
+        "ids": (length, jnp.int32),
+        "segments": (length, jnp.int32),
+        "image": (length, jnp.int32),
+        "target": (length, jnp.bool_),
+        "positions": ((*length, 3), jnp.int32),
+        "flow_positions": ((*length, 3), jnp.int32),
+        "latent_mean": (latent, jnp.float32),
+        "latent_logvar": (latent, jnp.float32),
+    }
+    return {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
+
+
+def frozen_vlm(cfg: Mapping[str, Any], model: Config, mesh: Mesh, dtype: Any) -> Tree:
+    """The VLM's weights without its tower, sharded: of `vlm.path`, or else drawn from the seed.
+
+    Raises:
+        FileNotFoundError, ValueError: as `weights.qwen.load`.
+    """
+    tree = {"vlm": qwen.declare(model.vlm)}
+    if cfg["vlm"]["path"]:
+        args = (cfg["vlm"]["path"], mesh, cfg["layout"], dtype)
+        return {"vlm": qwen_weights.load(*args, only=tuple(tree["vlm"]))[1]}
+    where = weights.shardings(tree, mesh, cfg["layout"])
+    draw = jax.jit(partial(weights.init, tree=tree, dtype=dtype), out_shardings=where)
+    return draw(jax.random.key(cfg["seed"]))
+
+
+def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Program:
+    """Build the program of an experiment with `task="starflow2"`.
+
+    Its `init` reads the VLM. Where `train.trains` names it, too, it is a part of the state.
+
+    Args:
+        vlm: its weights, where they are there already; else as `frozen_vlm`.
+
+    Raises:
+        FileNotFoundError: no such folder of a VLM.
+        ValueError: a batch that the mesh does not divide, a layout that does not fit a weight, an
+            unknown subtree in train.trains, or a VLM that does not fit; names the key.
+    """
+    model = model_config(cfg)
+    train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
+    meshes.check_batch(rows, mesh)
+    meshes.check_batch(rows // parts, mesh, "rows of a microbatch")
+    declared = pretzel.declare(model)
+    trained = weights.split(declared, tuple(train["trains"]))[0]
+    stage = starflow2_loss.stage_of(trained)
+    if not (stage.images or stage.text):
+        raise ValueError("config: train.trains is empty")
+    held = {*pretzel.SUBTREES, *trained} & {*declared}
+    state_tree, frozen_tree = weights.split(declared, tuple(sorted(held)))
+    held_dtype = jnp.float32 if "vlm" in trained else jnp.dtype(cfg["frozen_dtype"])
+
+    everywhere, where_batch = meshes.replicated(mesh), meshes.batch_sharding(mesh)
+    where = weights.shardings(state_tree, mesh, cfg["layout"])
+    where_frozen = weights.shardings(frozen_tree, mesh, cfg["layout"])
+    pick = lambda tree: {name: tree[name] for name in trained}
+    tx = optim.optimizer(cfg["optim"], train["steps"])
+    moments = optim.state_shardings(tx, weights.abstract(trained), pick(where), mesh)
+    where_state = TrainState(everywhere, where, where, moments)
+
+    def first(key, read):
+        params = {**weights.init(key, {n: w for n, w in state_tree.items() if n != "vlm"}), **read}
+        # A copy: the step donates both.
+        ema = jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(pick(params)))
+
+    begin = jax.jit(first, out_shardings=where_state)
+
+    def init(key):
+        if vlm is not None:
+            place = {"vlm": weights.shardings(declared["vlm"], mesh, cfg["layout"])}
+            read = jax.device_put({"vlm": vlm}, place)
+        else:
+            read = frozen_vlm(cfg, model, mesh, held_dtype)
+        return (begin(key, read), {}) if "vlm" in trained else (begin(key, {}), read)
+
+    def sums(params, batch, keys):
+        x = starflow2_loss.latents(batch, keys, cfg)
+        found = starflow2_loss.terms(
+            params,
+            batch,
+            x,
+            model,
+            stage,
+            text_into_flow=cfg["loss"]["text_into_flow"],
+            text_targets=cfg["text"]["targets"],
+            text_chunk=cfg["text"]["chunk"],
+        )
+        return starflow2_loss.sums(found, batch, stage)
+
+    def step(state, frozen, batch):
+        keys = inputs.row_keys(cfg["seed"], state.step, jnp.arange(rows))
+        # Of the global batch, so that microbatches, devices and hosts add up to the same loss.
+        totals = jax.tree.map(jnp.sum, starflow2_loss.counts(batch, stage))
+        others = {**frozen, **{n: tree for n, tree in state.params.items() if n not in trained}}
+
+        def mean(params, batch, keys):
+            made = sums({**others, **params}, batch, keys)
+            weight, penalty = cfg["loss"]["text_weight"], cfg["loss"]["latent_penalty"]
+            each = starflow2_loss.row_loss(made, totals, text_weight=weight, latent_penalty=penalty)
+            loss = each.sum()
+            return loss, {"loss": loss, **jax.tree.map(jnp.sum, made)}
+
+        grads, metrics = accumulate(mean, pick(state.params), (batch, keys), rows, parts)
+        return update(state, grads, metrics, tx, cfg)
+
+    def evaluate(params, frozen, batch, row_ids, mask):
+        keys = inputs.row_keys(cfg["seed"] + 1, 0, row_ids)
+        made = sums({**frozen, **params}, batch, keys)
+        return jax.tree.map(lambda each: (mask * each).sum(), made)
+
+    batch = {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where_batch)
+        for name, a in abstract_batch(cfg, model, rows).items()
+    }
+    place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    read = weights.abstract({"vlm": declared["vlm"]}) if "vlm" in trained else {}
+    shapes = jax.eval_shape(first, jax.random.key(0), read)
+    pinned = {"in_shardings": (where_state, where_frozen, where_batch), "donate_argnums": 0}
+    path = cfg["vlm"]["path"]
+    return Program(
+        cfg=cfg,
+        mesh=mesh,
+        model=model,
+        declared=declared,
+        init=init,
+        step=jax.jit(step, out_shardings=(where_state, everywhere), **pinned),
+        evaluate=jax.jit(evaluate, out_shardings=everywhere),
+        abstract_state=jax.tree.map(place, shapes, where_state),
+        abstract_frozen=weights.abstract(frozen_tree, mesh, cfg["layout"], held_dtype),
+        abstract_batch=batch,
+        identity={"vlm": teacher_weights.identity(path)} if path else {},
+        means=starflow2_loss.means,
+    )

@@ -1,0 +1,95 @@
+"""A very small STARFlow2 and interleaved rows for it, shared by tests."""
+
+import jax
+import numpy as np
+
+from starflow2_jax import params as weights
+from starflow2_jax.data import packing, rows, tokens
+from starflow2_jax.data.tokens import Part
+from starflow2_jax.models import qwen, starflow2
+
+SIDE, CHANNELS, VOCAB = 2, 3, 64
+PATCHES = SIDE * SIDE
+FLOW = {"side": SIDE, "channels": CHANNELS, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
+
+
+def model(**changes):
+    """Two streams of two layers; float64 with compute_dtype in `changes`."""
+    dtype = {"compute_dtype": changes.pop("compute_dtype", None)}
+    vlm = qwen.Config(
+        vocab=VOCAB,
+        width=32,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        mlp_width=48,
+        sections=(2, 3, 3),
+        tied=changes.pop("tied", False),
+        **dtype,
+    )
+    sizes = {**FLOW, **changes.pop("flow", {}), **dtype}
+    return starflow2.Config(vlm, starflow2.flow_config(vlm.width, **sizes), **changes)
+
+
+def drawn(cfg, seed=0, shake=0.3, zero=()):
+    """Weights with nothing at zero but the subtrees in `zero`; float32, or float64 under x64."""
+    tree = weights.init(jax.random.key(seed), starflow2.declare(cfg))
+    dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
+    rng = np.random.default_rng(seed)
+
+    def change(path, leaf):
+        leaf = np.asarray(leaf, dtype)
+        if path[0].key in zero:
+            return np.zeros_like(leaf)
+        size = shake / max(leaf.shape[-2] if leaf.ndim > 1 else 10, 1) ** 0.5
+        return leaf + size * rng.standard_normal(leaf.shape).astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(change, tree)
+
+
+def _encode(text):
+    roles = {"user\n": 6, "assistant\n": 7}
+    return (roles[text],) if text in roles else tuple(8 + ord(c) % (VOCAB - 8) for c in text)
+
+
+TOKENIZER = tokens.Tokenizer(
+    encode=_encode,
+    decode=str,
+    turn_start=1,
+    turn_end=2,
+    vision_start=3,
+    vision_end=4,
+    image=5,
+    pad=0,
+    opening=(),
+    size=VOCAB,
+)
+T2I = (Part("user", "ab"), Part("assistant", 0, True))
+I2T = (Part("user", 0), Part("user", "what?"), Part("assistant", "cd.", True))
+EDIT = (Part("user", 0, True), Part("user", "e"), Part("assistant", 1, True))
+TEXT = (Part("user", "hi"), Part("assistant", "yo", True))
+# Thoughts, a picture, an answer.
+REASON = (
+    *(Part("user", "f"), Part("user", 0), Part("assistant", "g", True)),
+    *(Part("assistant", 1, True), Part("assistant", "h", True)),
+)
+
+
+def batch(packed, length=64, places=4, seed=0, dtype=np.float32):
+    """Arrays of rows, each a list of records, with random latents.
+
+    The images of a record have the same latents wherever it is packed.
+    """
+    room, made = packing.Room(length, PATCHES, places), []
+    mean = np.zeros((len(packed), places, PATCHES, CHANNELS), dtype)
+    for b, records in enumerate(packed):
+        laid = [tokens.layout(record, TOKENIZER, PATCHES) for record in records]
+        made.append(rows.lay_out(laid, room, SIDE, TOKENIZER.pad))
+        m = 0
+        for record in records:
+            rng = np.random.default_rng((seed, len(record), len(str(record))))
+            for _ in range(sum(isinstance(p.content, int) for p in record)):
+                mean[b, m] = rng.standard_normal(mean.shape[2:])
+                m += 1
+    found = {name: np.stack([row[name] for row in made]) for name in made[0]}
+    return {**found, "latent_mean": mean, "latent_logvar": np.full_like(mean, -80.0)}
