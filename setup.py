@@ -45,6 +45,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        # What etils and Orbax reach gs:// paths with.
+        "gcs": ["gcsfs>=2025.3", "google-cloud-storage>=2.19"],
         "plan": ["libtpu>=0.0.42,<0.1"],
         "test": ["pytest>=8.3,<10", "pytest-xdist>=3.6,<4", "ruff>=0.15,<0.18", *tensorboard],
         # One release, so that pip does not look further than a build that is at hand.

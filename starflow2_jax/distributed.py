@@ -246,6 +246,19 @@ def agree(what: str, value: Any) -> None:
             )
 
 
+def wait_for_all(limit: int = 3600) -> None:
+    """Returns once every process has come here; nothing to do where there is one.
+
+    To be called after compiling: how long that takes differs, and collectives wait less (30 s on
+    CPUs) for one another.
+
+    Args:
+        limit: seconds. One that fails meanwhile ends all, whatever the limit.
+    """
+    if _session is not None:
+        _client().wait_at_barrier(f"{_PREFIX}/{next(_session.numbers)}", limit * 1000)
+
+
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}

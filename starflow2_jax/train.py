@@ -107,6 +107,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     print(f"compiled in {time.perf_counter() - began:.1f} s; {_memory(compiled)}", flush=True)
     if dry_run:
         return
+    distributed.wait_for_all()
 
     # ------------------------------------------------------------------------------------- start
     state, frozen = program.init(jax.random.key(cfg["seed"]))
