@@ -2,6 +2,7 @@
 
 python -m starflow2_jax.evaluate likelihood --model runs/cifar --data data/cifar_test
 python -m starflow2_jax.evaluate likelihood --model runs/cifar --fit data/cifar_train --rows 1000
+python -m starflow2_jax.evaluate likelihood --model runs/latents --data data/shapes64_test --fae runs/fae
 python -m starflow2_jax.evaluate codec --model runs/fae_pixels --data data/shapes64_test --out codec.json
 python -m starflow2_jax.evaluate report --workdir runs/cifar
 """  # noqa: E501
