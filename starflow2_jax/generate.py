@@ -10,7 +10,7 @@ A STARFlow2 answers in free form: text, pictures, or both; where only prompts ar
 picture. Without --out it only writes text. A chat file is a JSON list of {role, content: [{type:
 text, text} or {type: image, image: path}]}, a batch file has one such list a line.
 
-In python: load(path).generate([["photo.png's bytes", "what is it?"]], max_tokens=32).
+In python: load(path).generate([[Path("photo.png"), "what is it?"]], images=0, max_tokens=32).
 """  # noqa: E501
 
 import json

@@ -368,7 +368,7 @@ def test_every_item_has_a_key_of_its_own():
             kinds = (True, False) if number == 0 else (True,)
             for drawing in kinds:
                 key = decode.item_keys(keys, now, jnp.array([drawing]))
-                found.add(jax.random.key_data(key).tobytes())
+                found.add(np.asarray(jax.random.key_data(key)).tobytes())
     assert len(found) == 3 * (model.shape.patches + 1)
 
 
@@ -395,7 +395,7 @@ def test_words_are_cut_as_asked():
     prompt = conversation.lay_out([Part("text", "user", "hello")], small.TOKENIZER, 4, "", "")
     first = len(prompt.ids)
     np.testing.assert_array_equal(items.ids[0, first:], said)
-    logits = parallel(model, items)[2][0, first - 1 : -1]
+    logits = np.array(parallel(model, items)[2][0, first - 1 : -1])
     ids = conversation.delimiters(model.tokenizer, model.shape)
     logits[:, [*ids.banned, ids.vision_start, *range(ids.size, small.VOCAB)]] = -np.inf
     assert len(said) and tuple(logits.argmax(-1)) == said

@@ -102,7 +102,8 @@ def generate(
     held = conversation.extend(held, parts, u, cfg, model.tokenizer, _room(options, cfg))
     state = _ready(held.state, options, model, bool(after is not None))
     held = dataclasses.replace(held, state=state)
-    start, first = jax.tree.map(np.asarray, held.state.replace(caches=None)), held.read
+    # Copies: the loop takes the arrays over.
+    start, first = jax.tree.map(np.array, held.state.replace(caches=None)), held.read
     held, records, reasons = _loop(model, held, options, start, first)
     results = answers.finished(model, held, records, reasons, options, start, first)
     return answers.best(results, options) if options.best_of > 1 else results
