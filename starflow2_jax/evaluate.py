@@ -2,6 +2,7 @@
 
 python -m starflow2_jax.evaluate likelihood --model runs/cifar --data data/cifar_test
 python -m starflow2_jax.evaluate likelihood --model runs/cifar --fit data/cifar_train --rows 1000
+python -m starflow2_jax.evaluate likelihood --model runs/latents --data data/shapes64_test --fae runs/fae
 python -m starflow2_jax.evaluate codec --model runs/fae_pixels --data data/shapes64_test --out codec.json
 python -m starflow2_jax.evaluate report --workdir runs/cifar
 """  # noqa: E501
@@ -16,11 +17,12 @@ import jax
 from absl import flags
 from etils import epath
 
-from starflow2_jax import allocator, command, tasks
+from starflow2_jax import allocator, command, online, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax.data import manifest, pipeline
 from starflow2_jax.evaluation import codec_eval, likelihood, report, understanding
 from starflow2_jax.generation import codec as codecs
+from starflow2_jax.generation import loading
 from starflow2_jax.generation import model as models
 from starflow2_jax.generation import reader as readers
 from starflow2_jax.training import digest, log, pictures, step_folders
@@ -40,6 +42,7 @@ def define(values: flags.FlagValues) -> None:
     text("model", None, "workdir, step folder or model folder", flag_values=values)
     text("workdir", None, "report: the run's folder", flag_values=values)
     text("data", None, "dataset folder (default: that of the run's eval_data)", flag_values=values)
+    text("fae", None, "folder of the codec, where the run's is elsewhere", flag_values=values)
     text("latents", None, "folder of latents parallel to --data", flag_values=values)
     text("features", None, "folder of text features parallel to --data", flag_values=values)
     text("blind", None, "understanding: a run that never saw a picture", flag_values=values)
@@ -88,11 +91,15 @@ def _report(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
 def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     if not values.model:
         raise ValueError("likelihood: --model is needed")
+    task = loading.task(values.model)
+    if task != "flow":
+        raise ValueError(f"likelihood: {values.model}: task={task!r}, expected a flow of images")
     mesh = meshes.make_mesh(values.mesh)
     source = _source(values.model)
     model = models.load(values.model, mesh, values.layout)
-    options = _options(model, values)
-    about = pipeline.describe(options)
+    options, codec = _options(model, values)
+    about = online.describe(pipeline.describe(options), codec, "--data")
+    _check_encoder(model, about)
     out = _out(values, source, "likelihood", options["path"] or "mixture")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = values.batch_size or -(-model.cfg["evaluate"]["batch_size"] // ways) * ways
@@ -100,7 +107,8 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     began = time.time()
     mine = meshes.host_rows(size, mesh)
     batches = pipeline.eval_batches(options, batch_size=size, rows=mine)
-    nats, parts = likelihood.per_image(model, likelihood.limit(batches, values.rows, size), mesh)
+    batches = online.encoded(likelihood.limit(batches, values.rows, size), codec)
+    nats, parts = likelihood.per_image(model, batches, mesh)
     figures = likelihood.summarise(nats, model.cfg)
     result = {
         "model": source,
@@ -114,7 +122,7 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
         },
         **figures,
         "parts": parts,
-        "baselines": _baselines(model, options, values, size),
+        "baselines": _baselines(model, options, codec, values, size),
         "protocol": likelihood.protocol(model.cfg, model.flow),
         "seconds": round(time.time() - began, 1),
         "command": log.command_line(),
@@ -126,8 +134,11 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     return result, _lines(result, out)
 
 
-def _options(model: models.Model, values: flags.FlagValues) -> dict[str, Any]:
-    """Where the data are: the run's `eval_data`, or --data and the folders parallel to it."""
+def _options(
+    model: models.Model, values: flags.FlagValues
+) -> tuple[dict[str, Any], codecs.Codec | None]:
+    """Where the data are: the run's `eval_data`, or --data and the folders parallel to it; and the
+    codec that encodes their images, where there are no stored latents."""
     changes: dict[str, Any] = {}
     if values.data:
         text = "none"
@@ -140,25 +151,44 @@ def _options(model: models.Model, values: flags.FlagValues) -> dict[str, Any]:
     options = likelihood.data_options(model.cfg, model.flow, **changes)
     if not options["path"] and not options["mixture"]:
         raise ValueError("likelihood: --data is needed: the run has no eval_data.path")
-    if not options["pixels"] and not options["latents"]:
-        raise ValueError("likelihood: --latents is needed: the model reads latents")
-    return options
+    stored = [options["latents"], *(entry.get("latents") for entry in options["mixture"])]
+    path = values.fae or ("" if any(stored) else model.cfg["fae"]["path"])
+    if not options["pixels"] and not any(stored) and not path:
+        raise ValueError("likelihood: --latents or --fae is needed: the model reads latents")
+    cfg = {**model.cfg, "fae": {**model.cfg["fae"], "path": path}}
+    codec = online.open(cfg, model.flow)
+    return online.options(options, codec), codec
+
+
+def _check_encoder(model: models.Model, about: dict[str, Any]) -> None:
+    """Refuses latents of another encoder than the flow was trained on, where that is known."""
+    known = model.frozen.get("fae", "").split()
+    for row in about["features"]:
+        if known and "fae" in row and row["fae"]["sha256"] not in known:
+            raise ValueError(
+                f"likelihood: the data are latents of the encoder {row['fae']['sha256'][:12]}, the "
+                f"flow was trained on those of {', '.join(name[:12] for name in known)}"
+            )
 
 
 def _baselines(
-    model: models.Model, options: dict[str, Any], values: flags.FlagValues, size: int
+    model: models.Model,
+    options: dict[str, Any],
+    codec: codecs.Codec | None,
+    values: flags.FlagValues,
+    size: int,
 ) -> dict[str, Any]:
     if not values.fit:
         return {}
     plain = {"labels": False, "text": "none", "features": ""}
     fit = {**options, **plain, "path": values.fit, "latents": values.fit_latents or ""}
     if not fit["pixels"] and not fit["latents"]:
-        raise ValueError("likelihood: --fit_latents is needed: the model reads latents")
+        raise ValueError("likelihood: --fit_latents or --fae is needed: the model reads latents")
     # Every host reads all of it: a Gaussian is cheap.
     measured = pipeline.eval_batches({**options, **plain}, batch_size=size)
     nats = likelihood.gaussian_baseline(
-        pipeline.eval_batches(fit, batch_size=size),
-        likelihood.limit(measured, values.rows, size),
+        online.encoded(pipeline.eval_batches(fit, batch_size=size), codec),
+        online.encoded(likelihood.limit(measured, values.rows, size), codec),
         model.cfg,
     )
     bits = None

@@ -29,6 +29,8 @@ from starflow2_jax.training.loss import HALF_LOG_2_PI
 TEXT, IMAGE, BEGIN, ENDED, OUT_OF_TOKENS = range(5)
 # What a record holds in place of a token.
 PATCH, NOTHING = -1, -2
+# Steps of a chunk at most: what a record holds.
+CHUNK = 64
 
 
 class Ids(NamedTuple):
@@ -110,8 +112,8 @@ class Items:
 
 @struct.dataclass
 class Record:
-    """What was drawn in each step: tokens (or PATCH, NOTHING) [B, steps], u [B, steps, D], and nats
-    [B, steps, 3]: of the plain model, of the density drawn from, of the unconditional branch."""
+    """What was drawn in each step: tokens (or PATCH, NOTHING) [B, CHUNK], u [B, CHUNK, D], and nats
+    [B, CHUNK, 3]: of the plain model, of the density drawn from, of the unconditional branch."""
 
     token: jax.Array
     u: jax.Array
@@ -164,19 +166,19 @@ def read(
     return y, h, (vlm, deep), valid
 
 
-@partial(jax.jit, static_argnames=("cfg", "ids", "steps"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("cfg", "ids"), donate_argnames="state")
 def run(
     params: Tree,
     state: State,
     keys: jax.Array,
     numbers: Numbers,
     heat: Any,
+    steps: Any,
     *,
     cfg: Config,
     ids: Ids,
-    steps: int,
 ) -> tuple[State, Record]:
-    """At most `steps` steps, fewer where all rows are done.
+    """At most `steps` steps, and `CHUNK`, fewer where all rows are done.
 
     Args:
         params: of `prepare`; keys: of each row [B]; heat: as in `prefill`.
@@ -184,14 +186,14 @@ def run(
     rows = state.token.shape[0]
     wide = jnp.promote_types(state.u.dtype, jnp.float32)
     record = Record(
-        token=jnp.full((rows, steps), NOTHING, jnp.int32),
-        u=jnp.zeros((rows, steps, state.u.shape[-1]), state.u.dtype),
-        nats=jnp.zeros((rows, steps, 3), wide),
+        token=jnp.full((rows, CHUNK), NOTHING, jnp.int32),
+        u=jnp.zeros((rows, CHUNK, state.u.shape[-1]), state.u.dtype),
+        nats=jnp.zeros((rows, CHUNK, 3), wide),
     )
 
     def going(carry):
         i, state, _ = carry
-        return (i < steps) & (state.mode < ENDED).any()
+        return (i < jnp.minimum(steps, CHUNK)) & (state.mode < ENDED).any()
 
     def step(carry):
         i, state, record = carry
@@ -225,9 +227,7 @@ def _step(params, state, keys, numbers, heat, cfg, ids):
     )
     y, h, caches, valid = read(params, state.caches, state.valid, item, heat, cfg)
     y, h = y[:, 0], h[:, 0]
-    own = jax.vmap(jax.random.fold_in)(keys, state.part)
-    own = jax.vmap(jax.random.fold_in)(own, jnp.where(drawing, state.patch, state.item))
-
+    own = item_keys(keys, state, drawing)
     u, patch_nats = _draw_patch(params, h, own, state, numbers, cfg)
     may_begin = state.images > 0
     dtype = patch_nats.dtype
@@ -247,6 +247,18 @@ def _step(params, state, keys, numbers, heat, cfg, ids):
     state = _move(state.replace(caches=caches, valid=valid), token, u, drawing, forced, cfg, ids)
     shown = jnp.where(drawing, PATCH, token)
     return state, jnp.where(alive, shown, NOTHING), jnp.where(drawing[:, None], u, 0), nats
+
+
+def item_keys(keys: jax.Array, state: State, drawing: jax.Array) -> jax.Array:
+    """The key [B] of what each row draws next, by the numbers of its part and of the item in it.
+
+    Args:
+        drawing: bool [B], whether that is a patch.
+    """
+    of_part = jax.vmap(jax.random.fold_in)(keys, state.part)
+    # An image that begins its part shares the part's number with the token that began it.
+    number = jnp.where(drawing, state.patch + 1, state.item)
+    return jax.vmap(jax.random.fold_in)(of_part, number)
 
 
 def _draw_patch(params, h, keys, state, numbers, cfg):
