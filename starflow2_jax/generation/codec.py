@@ -169,9 +169,10 @@ def _decode(params, latents, *, model):
 
 
 def open_encoder(path: str) -> tuple[Callable, dict[str, Any]]:
-    """What `data.latents` needs: images -> latents, and what a manifest says of the encoder."""
+    """What `data.latents` needs: images -> latents, and what a manifest says of the encoder, also
+    where it was, so that pictures can be drawn of what is learnt from its latents."""
     codec = load(path)
-    return partial(encode, codec), describe(codec)
+    return partial(encode, codec), {**describe(codec), "path": path}
 
 
 def describe(codec: Codec) -> dict[str, Any]:
