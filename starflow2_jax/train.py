@@ -5,7 +5,6 @@ python -m starflow2_jax.train --config experiments/tarflow_pixels.py:cifar --con
 python -m starflow2_jax.train --config experiments/starflow_t2i.py:3b --layout fsdp --mesh fsdp=-1 --workdir runs/3b --dry_run
 """  # noqa: E501
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +93,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
             return
 
     # ----------------------------------------------------------------------------- mesh, program
-    _use_compilation_cache()
+    command.use_compilation_cache()
     mesh = meshes.make_mesh(cfg["mesh"])
     peak = speed.peak_flops()  # on one device, so before a mesh is set
     jax.set_mesh(mesh)
@@ -249,12 +248,6 @@ def _memory(compiled: Any) -> str:
         "temporaries": found.temp_size_in_bytes,
     }
     return "per device: " + ", ".join(f"{n} {b / 2**20:,.0f} MiB" for n, b in parts.items())
-
-
-def _use_compilation_cache() -> None:
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = os.path.expanduser("~/.cache/starflow2_jax")
-        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def _given(group: dict[str, Any]) -> bool:

@@ -54,8 +54,6 @@ def load(path: str) -> Codec:
         FileNotFoundError: nothing of the kind is there. ValueError: it is damaged, another kind of
             model, or its tower's files have changed since.
     """
-    from starflow2_jax.training import checkpoint, step_folders
-
     path = str(files.locate(path))
     if files.is_folder(path):
         cfg = files.read_config(path)
@@ -69,6 +67,8 @@ def load(path: str) -> Codec:
         if cfg["task"] == "fae_features":
             del declared["pixel_decoder"]
         return _made(cfg, model, teacher, files.read_folder(path, declared))
+    from starflow2_jax.training import checkpoint, step_folders  # heavy
+
     workdir, step = step_folders.locate(path)
     meta = checkpoint.read_meta(workdir, step)
     cfg = meta["config"]

@@ -106,9 +106,9 @@ def settings(path: str) -> dict[str, Any]:
 
 
 def _meta(path: str, folder: bool) -> dict[str, Any]:
-    from starflow2_jax.training import checkpoint, step_folders
-
     if not folder:
+        from starflow2_jax.training import checkpoint, step_folders  # heavy
+
         return checkpoint.read_meta(*step_folders.locate(path))
     cfg = files.read_config(path)
     return {"config": cfg, "frozen": cfg.get("frozen")}
