@@ -5,8 +5,8 @@ its adapter and the skips are off (paper.md 1.5). Variants:
     tiny   8x8x16 latents of 64-pixel shapes, the VLM of experiments/vlm_tiny.py. CPU.
     small  256-pixel images, Qwen2.5-VL-3B, a flow of 0.2 B. A few accelerators.
     paper  256-pixel images, Qwen2.5-VL-7B, 3.637 B trained. Many accelerators.
-Data: prepare import of images with captions, then prepare latents.
---config.vlm.path=FOLDER of the VLM, as published.
+Data: of tiny what launch/data_tiny.sh draws, encoded while it trains; else prepare import of images
+with captions, then prepare latents. --config.vlm.path=FOLDER of the VLM, as published.
 """
 
 from starflow2_jax import config

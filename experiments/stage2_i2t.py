@@ -6,7 +6,8 @@ Variants, as in stage1_t2i.py:
     tiny   18.7 K trained
     small  4.26 M trained
     paper  12.97 M trained
-Data: prepare import of images with captions, questions and answers, then prepare latents.
+Data: of tiny what launch/data_tiny.sh draws, encoded while it trains; else prepare import of images
+with captions, questions and answers, then prepare latents.
 --config.init.from=WORKDIR of stage 1; --config.vlm.path as there.
 """
 

@@ -6,7 +6,8 @@ Variants, as in stage1_t2i.py:
     tiny   2.25 M trained
     small  0.21 B trained
     paper  3.661 B trained
-Data: prepare import of each part of the mixture, then prepare latents.
+Data: of tiny what launch/data_tiny.sh draws, encoded while it trains; else prepare import of each
+part of the mixture, then prepare latents.
 --config.init.from=WORKDIR of stage 2; --config.vlm.path as there.
 """
 
