@@ -126,7 +126,9 @@ KEYS: dict[str, Key] = {
         "", "its folder as published, or pretrained/NAME; empty: a tiny one, drawn from the seed"
     ),
     "teacher.pixels": _positive(64, "side to which images are resized for the tower"),
-    "fae.path": _text("", "workdir or model folder of the codec that encodes a flow's images"),
+    "fae.path": _text(
+        "", "workdir or model folder of the codec that encodes a flow's images and draws its grids"
+    ),
     "fae.beta": _number(1e-6, "weight of the KL in nats of a row against the mean square"),
     "fae.latent_noise": _number(
         0.0, "noise on unit-variance latents from which the feature decoder learns"

@@ -15,6 +15,7 @@ from starflow2_jax import params as weights
 from starflow2_jax.models import qwen, qwen_vision, starflow2
 from starflow2_jax.training import checkpoint, inputs, starflow2_loss, starflow2_step, step
 from starflow2_jax.training.loss import HALF_LOG_2_PI
+from starflow2_jax.weights import files
 from starflow2_jax.weights import qwen as qwen_weights
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -197,6 +198,19 @@ def test_a_stage_starts_from_the_one_before(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, begun.ema, wanted)
         assert int(begun.step) == 0
     assert not any(np.any(m) for m in jax.tree.leaves(begun.opt_state[1][0].mu))
+
+
+def test_a_stage_starts_from_a_model_folder(tmp_path):
+    _, before, *_ = run(experiment(3), steps=1)
+    held = {name: before.ema[name] for name in starflow2.SUBTREES}
+    _, program, fresh, _ = begin(experiment(3))
+    for name, frozen in (("own", {}), ("other", {"vlm": "0" * 64})):
+        files.write_folder(tmp_path / name, held, {"task": "starflow2", "frozen": frozen})
+    begun = start.warm(program, fresh, {"from": str(tmp_path / "own"), "ema": True})
+    jax.tree.map(np.testing.assert_array_equal, begun.params, before.ema)
+    jax.tree.map(np.testing.assert_array_equal, begun.ema, before.ema)
+    with pytest.raises(ValueError, match=r"init\.from=.*other' was trained beside another VLM"):
+        start.warm(program, fresh, {"from": str(tmp_path / "other"), "ema": True})
 
 
 @pytest.mark.parametrize("kind", ["missing", "other", "vlm", "fae"])

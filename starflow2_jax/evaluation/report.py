@@ -142,10 +142,12 @@ def _shrunk(path: epath.Path, width: int) -> bytes:
 
 def _state(cfg: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     steps, now = cfg["train"]["steps"], rows[-1]["step"] if rows else 0
-    batch = cfg["train"]["batch_size"]
+    batch, what = cfg["train"]["batch_size"], "images"
+    if cfg.get("task") in ("vlm", "starflow2"):
+        what = "rows"  # of several records
     return (
         f"step {now:,} of {steps:,}{', finished' if now >= steps else ''}; "
-        f"{batch:,} images a step, {now * batch:,} seen"
+        f"{batch:,} {what} a step, {now * batch:,} seen"
     )
 
 

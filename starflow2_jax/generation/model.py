@@ -89,17 +89,18 @@ def load(
         FileNotFoundError: nothing of the kind is there. ValueError: it is damaged or of another
             model than its own configuration says.
     """
-    from etils import epath
-
-    from starflow2_jax import params as weights
     from starflow2_jax.generation import loading
-    from starflow2_jax.training import checkpoint, step_folders
-    from starflow2_jax.weights import files
 
     if loading.task(path) == loading.TASK:
         return loading.load(path, mesh, layout, vlm=vlm, fae=fae)
     if vlm or fae:
         raise ValueError(f"{path}: it has neither a VLM nor a codec; --vlm, --fae are not for it")
+
+    from etils import epath
+
+    from starflow2_jax import params as weights
+    from starflow2_jax.training import checkpoint, step_folders
+    from starflow2_jax.weights import files
 
     if (epath.Path(path) / "config.json").exists() and not (
         epath.Path(path) / checkpoint.FOLDER
