@@ -53,7 +53,7 @@ def define(values: flags.FlagValues) -> None:
     text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
     text("model", None, "workdir, step folder or model folder", flag_values=values)
     text("workdir", None, "report: the run's folder", flag_values=values)
-    text("data", None, "dataset folder (default: that of the run's eval_data); shapes, all: several "
+    text("data", None, "dataset folder (default: that of the run's eval_data); shapes, all: some, "
          "with commas (default: drawn from the seed)", flag_values=values)  # fmt: skip
     text("vlm", None, "folder of the VLM, where the run's is elsewhere", flag_values=values)
     text("fae", None, "folder of the codec, where the run's is elsewhere", flag_values=values)
@@ -68,7 +68,7 @@ def define(values: flags.FlagValues) -> None:
     text(
         "blind",
         None,
-        "understanding, shapes, all: a VLM that never saw a picture",
+        "understanding, shapes: a VLM that never saw a picture",
         flag_values=values,
     )
     text("fit", None, "training dataset: of the Gaussian baseline or the probe", flag_values=values)
@@ -306,9 +306,10 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
     if folders:
         given = cases.read(folders, n=values.n)
     else:
-        tasks_ = [suite.TASKS[section] for section in only if section in suite.TASKS]
-        tasks_ = list(cases.TAGS) if "likelihood" in only else tasks_
-        given = cases.drawn(seed, values.n or 32, pixels, tasks_)
+        asked = list(cases.TAGS)
+        if "likelihood" not in only:
+            asked = [suite.TASKS[section] for section in only]
+        given = cases.drawn(seed, values.n or 32, pixels, asked)
     guidance = model.cfg["sample"]["guidance"] if values.guidance is None else values.guidance
     options = {"rows": values.batch_size or 96, "guidance": guidance, "seed": seed}
     beside, without = suite.readers(model, pixels, values.blind)
@@ -338,11 +339,11 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
     lines = shapes_report.lines(result)
     if everything:
         out.mkdir(parents=True, exist_ok=True)
-        made = sheets.make(samples, seed)
-        for name, pixels_ in made.items():
-            (out / f"{name}.png").write_bytes(pictures.png(pixels_))
-        shapes_report.write(out / "report.html", result, made)
-        lines += [f"written    {out}/: report.html, shapes.json, {len(made)} sheets"]
+        shown = sheets.make(samples, seed)
+        for name, sheet in shown.items():
+            (out / f"{name}.png").write_bytes(pictures.png(sheet))
+        shapes_report.write(out / "report.html", result, shown)
+        lines += [f"written    {out}: report.html, shapes.json, {len(shown)} sheets"]
         out = out / "shapes.json"
     elif out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

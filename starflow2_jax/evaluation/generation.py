@@ -35,8 +35,8 @@ def measure(
     """
     answers = ask([case.given for case in cases], "picture")
     parts = [asking.drawn(row, case) for row, case in zip(answers, cases)]
-    verdicts = [shapes_eval.judge(part.image, case.facts) for part, case in zip(parts, cases)]
     found = [shapes_eval.find(part.image) for part in parts]
+    verdicts = [shapes_eval.verdict(seen, case.facts) for seen, case in zip(found, cases)]
     truths = [shapes_eval.find(case.picture) for case in cases]
     grounds = [
         shapes_eval.find(codec_eval.blank(Picture(case.picture, case.scenes[0]))) for case in cases

@@ -16,22 +16,20 @@ def lines(result: Result) -> list[str]:
     """The headline figures for people."""
     shown = [f"model      {result['model']['path']}"] if "model" in result else []
     for name, found in _scored(result):
+        beside = {**found.get("references", {}), **found["baselines"], **found["ceilings"]}
         for part in ("seen", "withheld"):
             if found["score"][part] is None:
                 continue
-            beside = {**found["baselines"], **found.get("references", {}), **found["ceilings"]}
             others = [
-                f"{key.replace('_', ' ')} {_share(table[part])}"
+                f"{_words(key)} {_share(table[part])}"
                 for key, table in beside.items()
                 if table[part] is not None
             ]
             score = _share(found["score"][part], interval=True)
             shown.append(f"{name}, {part}: {score}; {', '.join(others)}")
-    for task, parts in result["sections"].get("likelihood", {}).items():
-        for part, row in parts.items():
-            for kind, unit in (("image", "nats/dim"), ("text", "nats/token")):
-                if kind in row:
-                    shown.append(f"likelihood, {task}, {part}: {_nats(row[kind])} {unit}")
+    for name, part, kind, unit, row in _likelihoods(result):
+        beside = "".join(f", {_words(key)} {_nats(o)}" for key, o in row["baselines"].items())
+        shown.append(f"likelihood, {name}, {part}, {kind}: {_nats(row)} {unit}{beside}")
     if text := result["sections"].get("text"):
         shown.append(
             f"text alone: {_nats(text['model'])} nats/token, its VLM {_nats(text['vlm'])}, "
@@ -64,7 +62,7 @@ def write(path: Any, result: Result, shown: Mapping[str, np.ndarray]) -> None:
         f'<p class="under">{page.text(_about(result))}</p>',
         page.cards(_cards(result)),
         *_sections(result, shown),
-        _likelihood(result["sections"].get("likelihood", {})),
+        _likelihood(result),
         _text(result["sections"].get("text")),
         _not_run(result["not_run"]),
         _protocol(result),
@@ -85,6 +83,19 @@ def _scored(result: Result) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield name, {"ceilings": {}, **found}
             if "picture" in found:
                 yield f"{name}, the picture", found["picture"]
+
+
+def _likelihoods(result: Result) -> Iterator[tuple[str, str, str, str, Mapping[str, Any]]]:
+    """(task, part, kind, unit, row) of every likelihood."""
+    for task, parts in result["sections"].get("likelihood", {}).items():
+        for part, found in parts.items():
+            for kind, unit in (("image", "nats/dim"), ("text", "nats/token")):
+                if kind in found:
+                    yield task, part, kind, unit, found[kind]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _share(table: Mapping[str, Any], tag: str = "", interval: bool = False) -> str:
@@ -111,12 +122,9 @@ def _cards(result: Result) -> list[tuple[str, str]]:
     for name, table in _scored(result):
         if table["score"]["seen"] is not None:
             found.append((f"{name}, seen", _share(table["score"]["seen"])))
-    for task, parts in result["sections"].get("likelihood", {}).items():
-        row = parts.get("seen", {})
-        if task == "t2i" and "image" in row:
-            found.append(("nats/dim of captions' pictures", f"{row['image']['nats']:.4f}"))
-        if task == "question" and "text" in row:
-            found.append(("nats/token of answers", f"{row['text']['nats']:.4f}"))
+    for name, part, kind, unit, row in _likelihoods(result):
+        if part == "seen" and (name, kind) in (("t2i", "image"), ("question", "text")):
+            found.append((f"{unit} of {name}", f"{row['nats']:.4f}"))
     return found
 
 
@@ -133,7 +141,7 @@ def _sections(result: Result, shown: Mapping[str, np.ndarray]) -> Iterator[str]:
         yield from made
         if name == "editing":
             rest = result["sections"]["editing"]["psnr_rest"]
-            told = ", ".join(f"{key.replace('_', ' ')} {value:.1f}" for key, value in rest.items())
+            told = ", ".join(f"{_words(key)} {value:.1f}" for key, value in rest.items())
             yield f"<p>PSNR outside of what changes, dB: {page.text(told)}.</p>"
         for sheet, pixels in shown.items():
             if sheet.split("_")[0] == name:
@@ -149,30 +157,20 @@ def _table(title: str, found: Mapping[str, Any], part: str) -> str:
     rows.append(["the model", _share(row, interval=True), *own])
     counts = [str(row["tags"][tag]["count"]) for tag in tags]
     rows.append(["cases", str(row["mean"]["count"]), *counts])
-    for name, table in {
-        **found.get("references", {}),
-        **found["baselines"],
-        **found["ceilings"],
-    }.items():
+    beside = {**found.get("references", {}), **found["baselines"], **found["ceilings"]}
+    for name, table in beside.items():
         if table[part] is not None:
             other = [_share(table[part], tag) for tag in tags]
-            rows.append([name.replace("_", " "), _share(table[part]), *other])
-    head = [title, "mean of tags", *(tag.replace("_", " ") for tag in tags)]
+            rows.append([_words(name), _share(table[part]), *other])
+    head = [title, "mean of tags", *(_words(tag) for tag in tags)]
     return page.table(head, rows)
 
 
-def _likelihood(found: Mapping[str, Any]) -> str:
+def _likelihood(result: Result) -> str:
     rows = []
-    for task, parts in found.items():
-        for part, row in parts.items():
-            for kind, unit in (("image", "nats/dim"), ("text", "nats/token")):
-                if kind in row:
-                    beside = ", ".join(
-                        f"{name.replace('_', ' ')} {_nats(other)}"
-                        for name, other in row[kind]["baselines"].items()
-                    )
-                    own = row[kind]
-                    rows.append([f"{task}, {part}", own["records"], _nats(own), unit, beside])
+    for name, part, _, unit, row in _likelihoods(result):
+        beside = ", ".join(f"{_words(key)} {_nats(o)}" for key, o in row["baselines"].items())
+        rows.append([f"{name}, {part}", row["records"], _nats(row), unit, beside])
     head = ("records", "number", "nats (95%)", "", "beside it")
     return f"<h2>Likelihood</h2>{page.table(head, rows)}" if rows else ""
 
@@ -196,11 +194,11 @@ def _not_run(found: Mapping[str, str]) -> str:
 def _protocol(result: Result) -> str:
     protocol = dict(result["protocol"])
     rows = [
-        [name, key.replace("_", " "), told]
+        [name, _words(key), told]
         for name, beside in protocol.pop("beside").items()
         for key, told in beside.items()
     ]
-    plain = [[name.replace("_", " "), str(told)] for name, told in protocol.items()]
+    plain = [[_words(name), str(told)] for name, told in protocol.items()]
     made = [[key, str(result[key])] for key in ("command", "options", "data") if key in result]
     return (
         f"<h2>What stands beside the scores</h2>{page.table(('', '', ''), rows)}"

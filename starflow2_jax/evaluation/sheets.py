@@ -11,7 +11,7 @@ from starflow2_jax.training import pictures
 SHOWN, ROWS = 24, 12
 
 TITLES = {
-    "generation_best": "Generation: the likeliest of each caption's nats",
+    "generation_best": "Generation: the likeliest given their captions",
     "generation_random": "Generation: drawn at random",
     "generation_failed": "Generation: what the judge refused",
     "understanding": "Questions",

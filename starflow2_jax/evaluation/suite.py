@@ -97,6 +97,8 @@ def readers(model: Model, pixels: int, blind: str | None) -> tuple[dict[str, Rea
     found, without = {}, {}
     path = model.cfg["vlm"]["path"]
     try:
+        if not path:
+            raise ValueError("vlm.path is empty: the VLM was drawn from the seed, without a tower")
         found["own_eyes"] = reader_lib.load(str(files.locate(path)))
         size = found["own_eyes"].cfg["image"]["pixels"]
         if size != pixels:
