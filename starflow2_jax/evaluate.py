@@ -302,7 +302,7 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
         raise ValueError("all: --out is needed: a folder for the page and the sheets")
     began, seed = time.time(), values["seed"].value
     model = loading.load(values.model, vlm=values.vlm or "", fae=values.fae or "")
-    pixels = model.fae.model.pixels if model.fae else model.cfg["image"]["pixels"]
+    pixels = model.fae.model.pixels if model.fae else model.cfg["image"]["pixels"] or 64
     if folders:
         given = cases.read(folders, n=values.n)
     else:
