@@ -5,6 +5,7 @@ python -m starflow2_jax.evaluate likelihood --model runs/cifar --fit data/cifar_
 python -m starflow2_jax.evaluate likelihood --model runs/latents --data data/shapes64_test --fae runs/fae
 python -m starflow2_jax.evaluate codec --model runs/fae_pixels --data data/shapes64_test --out codec.json
 python -m starflow2_jax.evaluate report --workdir runs/cifar
+python -m starflow2_jax.evaluate all --model runs/stage3 --n 16 --out evaluation/
 """  # noqa: E501
 
 import functools
@@ -14,13 +15,23 @@ import time
 from typing import Any
 
 import jax
-from absl import flags
+from absl import flags, logging
 from etils import epath
 
 from starflow2_jax import allocator, command, online, tasks
 from starflow2_jax import mesh as meshes
+from starflow2_jax.config import nearest
 from starflow2_jax.data import manifest, pipeline
-from starflow2_jax.evaluation import codec_eval, likelihood, report, understanding
+from starflow2_jax.evaluation import (
+    cases,
+    codec_eval,
+    likelihood,
+    report,
+    shapes_report,
+    sheets,
+    suite,
+    understanding,
+)
 from starflow2_jax.generation import codec as codecs
 from starflow2_jax.generation import loading
 from starflow2_jax.generation import model as models
@@ -32,6 +43,8 @@ VERBS = {
     "likelihood": "exact nats/dim, and bits/dim where they are defined (--model --data)",
     "understanding": "answers of a model that reads (--model --data --blind)",
     "codec": "PSNR of a latent codec's images, and a probe of its latents (--model --data --fit)",
+    "shapes": "tasks of the shapes world put to a STARFlow2 (--model --n or --data, --only)",
+    "all": "shapes with a page and sheets of pictures (--model --n or --data, --out FOLDER)",
     "report": "report.html of a run (--workdir)",
 }
 
@@ -41,11 +54,24 @@ def define(values: flags.FlagValues) -> None:
     text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
     text("model", None, "workdir, step folder or model folder", flag_values=values)
     text("workdir", None, "report: the run's folder", flag_values=values)
-    text("data", None, "dataset folder (default: that of the run's eval_data)", flag_values=values)
+    text("data", None, "dataset folder (default: that of the run's eval_data); shapes, all: some, "
+         "with commas (default: drawn from the seed)", flag_values=values)  # fmt: skip
+    text("vlm", None, "folder of the VLM, where the run's is elsewhere", flag_values=values)
     text("fae", None, "folder of the codec, where the run's is elsewhere", flag_values=values)
+    number("n", None, "shapes, all: cases of each tag, and half as many withheld (32; all of "
+           "--data)", 1, flag_values=values)  # fmt: skip
+    flags.DEFINE_list("only", [], f"shapes, all: some of {', '.join(suite.SECTIONS)}",
+                      flag_values=values)  # fmt: skip
+    flags.DEFINE_float("guidance", None, "shapes, all: weight; the run's own by default", 0,
+                       flag_values=values)  # fmt: skip
     text("latents", None, "folder of latents parallel to --data", flag_values=values)
     text("features", None, "folder of text features parallel to --data", flag_values=values)
-    text("blind", None, "understanding: a run that never saw a picture", flag_values=values)
+    text(
+        "blind",
+        None,
+        "understanding, shapes: a VLM that never saw a picture",
+        flag_values=values,
+    )
     text("fit", None, "training dataset: of the Gaussian baseline or the probe", flag_values=values)
     text("fit_latents", None, "folder of latents parallel to --fit", flag_values=values)
     number("rows", None, "first rows of --data that are measured (all)", 1, flag_values=values)
@@ -53,7 +79,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("sigma", 0.3, "codec: noise on unit-variance latents", 0, flag_values=values)
     flags.DEFINE_enum("resize", "none", ("none", "center_crop"), "codec: what to do with images of "
                       "another size than the codec's", flag_values=values)  # fmt: skip
-    number("seed", 0, "codec: seed of the noise", 0, flag_values=values)
+    number("seed", 0, "of noise, and of what is drawn", 0, flag_values=values)
     number("pictures", 16, "codec: images in the grid beside --out", 1, flag_values=values)
     text("layout", "dp", "where weights live", flag_values=values)
     text("mesh", "data=-1", "devices along each mesh axis", flag_values=values)
@@ -74,6 +100,8 @@ def main(verb: str, words: list[str], values: flags.FlagValues = flags.FLAGS) ->
         "likelihood": _likelihood,
         "understanding": _understanding,
         "codec": _codec,
+        "shapes": _shapes,
+        "all": functools.partial(_shapes, everything=True),
         "report": _report,
     }
     result, lines = verbs[verb](values)
@@ -284,17 +312,86 @@ def _codec(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     return result, lines
 
 
+def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """`shapes`, and with its page and sheets `all`."""
+    verb = "all" if everything else "shapes"
+    if not values.model:
+        raise ValueError(f"{verb}: --model is needed")
+    only = tuple(values.only) or suite.SECTIONS
+    for name in only:
+        if name not in suite.SECTIONS:
+            known = f"{nearest(name, suite.SECTIONS)}; sections: {', '.join(suite.SECTIONS)}"
+            raise ValueError(f"--only: unknown section {name!r}{known}")
+    source = _source(str(files.locate(values.model)))
+    folders = values.data.split(",") if values.data else []
+    name = "-".join(epath.Path(folder).name for folder in folders) or "drawn"
+    out = _out(values, source, verb, name, "" if everything else ".json")
+    if everything and out is None:
+        raise ValueError("all: --out is needed: a folder for the page and the sheets")
+    began, seed = time.time(), values["seed"].value
+    model = loading.load(values.model, vlm=values.vlm or "", fae=values.fae or "")
+    pixels = model.fae.model.pixels if model.fae else model.cfg["image"]["pixels"] or 64
+    if folders:
+        given = cases.read(folders, n=values.n)
+    else:
+        asked = list(cases.TAGS)
+        if "likelihood" not in only:
+            asked = [suite.TASKS[section] for section in only]
+        given = cases.drawn(seed, values.n or 32, pixels, asked)
+    guidance = model.cfg["sample"]["guidance"] if values.guidance is None else values.guidance
+    options = {"rows": values.batch_size or 96, "guidance": guidance, "seed": seed}
+    beside, without = suite.readers(model, pixels, values.blind)
+    result, samples = suite.run(
+        given,
+        suite.asker(model, given, **options),
+        only=only,
+        not_run=suite.unable(model),
+        model=model,
+        beside=beside,
+        keeps=suite.through(model, seed) if model.fae else None,
+        seed=seed,
+        say=lambda section: logging.info("%s ...", section),
+    )
+    result = {
+        "model": source,
+        "data": {"path": values.data or f"drawn from seed {seed}"}
+        | {"fingerprints": [_fingerprint(folder) for folder in folders]},
+        "options": options,
+        **result,
+        "not_run": {**result["not_run"], **without},
+        "samples": {name: [*map(shapes_report.told, rows)] for name, rows in samples.items()},
+        "seconds": round(time.time() - began, 1),
+        "command": log.command_line(),
+        **log.environment(),
+    }
+    lines = shapes_report.lines(result)
+    if everything:
+        out.mkdir(parents=True, exist_ok=True)
+        shown = sheets.make(samples, seed)
+        for name, sheet in shown.items():
+            (out / f"{name}.png").write_bytes(pictures.png(sheet))
+        shapes_report.write(out / "report.html", result, shown)
+        lines += [f"written    {out}: report.html, shapes.json, {len(shown)} sheets"]
+        out = out / "shapes.json"
+    elif out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lines += [f"written    {out}"]
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    return result, lines
+
+
 def _fingerprint(path: str) -> str:
     return manifest.fingerprint(manifest.load(path))
 
 
 def _out(
-    values: flags.FlagValues, source: dict[str, Any], what: str, data: str
+    values: flags.FlagValues, source: dict[str, Any], what: str, data: str, end: str = ".json"
 ) -> epath.Path | None:
     """Where the result goes; refused here, before anything is computed, if it may not."""
     out = values.out
     if not out and source["step"] is not None:
-        name = f"{what}_{source['step']:08d}_{epath.Path(data).name}.json"
+        name = f"{what}_{source['step']:08d}_{epath.Path(data).name}{end}"
         out = epath.Path(source["path"]) / "evaluation" / name
     if out and epath.Path(out).exists() and not values.overwrite:
         raise FileExistsError(f"{out} is there already; --overwrite replaces it")

@@ -164,16 +164,29 @@ def _check_images(model: Model, parts: Sequence[Sequence[Part]]) -> None:
                 prompts.check_pixels(part.image, model.fae.model.pixels, where)
 
 
+def draws(model: Model) -> bool:
+    """Whether the flow has learnt anything: its last layer is zero at birth."""
+    return _any(model.params["deep"]["proj_out"])
+
+
+def reads(model: Model) -> bool:
+    """Whether the VLM has learnt to see: the adapter's last layer is zero at birth."""
+    return _any(model.params["adapter"]["down"])
+
+
+def _any(group: Any) -> bool:
+    return any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(group))
+
+
 def _check_trained(model: Model, parts: Sequence[Sequence[Part]], options: Options) -> None:
-    """Refuses what the checkpoint's stage has not learnt: its weights are still those of birth."""
-    blank = lambda group: not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(group))
-    if options.most_images and blank(model.params["deep"]["proj_out"]):
+    """Refuses what the checkpoint's stage has not learnt."""
+    if options.most_images and not draws(model):
         raise ValueError(
             f"{model.source or 'model'}: its flow is as it was born (a checkpoint of stage 2 that "
             "began from nothing?), it draws no images; images=0 gives text alone"
         )
     shown = any(part.kind == "image" for row in parts for part in row)
-    if shown and blank(model.params["adapter"]["down"]):
+    if shown and not reads(model):
         raise ValueError(
             f"{model.source or 'model'}: its adapter is zero (a checkpoint of stage 1?), so that "
             "its VLM sees no images; give text alone, or a checkpoint of stage 2 or 3"
