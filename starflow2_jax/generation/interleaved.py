@@ -19,7 +19,7 @@ from starflow2_jax.generation.conversation import Conversation
 from starflow2_jax.generation.guidance import Guidance
 from starflow2_jax.generation.options import Options, make_options
 from starflow2_jax.generation.prompts import Part
-from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.models.streams import Config
 from starflow2_jax.training import inputs
 
 if TYPE_CHECKING:  # heavy
@@ -166,7 +166,7 @@ def _check_trained(model: Model, parts: Sequence[Sequence[Part]], options: Optio
             "began from nothing?), it draws no images; images=0 gives text alone"
         )
     shown = any(part.kind == "image" for row in parts for part in row)
-    if shown and blank(model.params["adapter"]["down"]):
+    if shown and "adapter" in model.params and blank(model.params["adapter"]["down"]):
         raise ValueError(
             f"{model.source or 'model'}: its adapter is zero (a checkpoint of stage 1?), so that "
             "its VLM sees no images; give text alone, or a checkpoint of stage 2 or 3"
