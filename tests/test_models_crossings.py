@@ -27,7 +27,8 @@ def given(params, batch, cfg):
     rng = np.random.default_rng(0)
     is_image = batch["image"] >= 0
     u = rng.standard_normal((*is_image.shape, cfg.flow.channels)) * is_image[..., None]
-    return qwen.embed(params["vlm"], batch["ids"], cfg.vlm), jnp.asarray(u, params["vlm"]["embed"]["weight"].dtype)  # fmt: skip
+    text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
+    return text, jnp.asarray(u, text.dtype)
 
 
 def test_one_crossing_is_the_pretzel():

@@ -1,4 +1,4 @@
-"""The mixture of transformers: causal, exact, the VLM's text while nothing is drawn, of equal size."""
+"""The mixture of transformers: causal, exact, its VLM's text without images, of equal size."""
 
 import dataclasses
 from functools import partial
