@@ -6,7 +6,7 @@ beside the VLM and the latent codec that the variant's stages use. Rows whose fl
 could not begin from one trained flow, and a rival that began from nothing beside a Pretzel that did
 not would prove nothing; so all of them begin from nothing. By `rows.py:VARIANT/ROW` it is an
 experiment of its own:
-python -m starflow2_jax.train --config experiments/ablations/rows.py:tiny/mot_frozen --workdir runs/x
+python -m starflow2_jax.train --config experiments/ablations/rows.py:tiny/mot_frozen --workdir W
 
 The budget of every run:
     tiny   220 steps of 8 rows (of 224 positions, two images at most), peak rate 1e-3
