@@ -89,7 +89,7 @@ def test_shards_hold_every_run_once_and_first_seeds_first():
     seeds = [seed for _, seed in whole]
     assert seeds == sorted(seeds)
     parts = [run.jobs([], f"{i}/4") for i in range(4)]
-    assert sorted(sum(parts, [])) == sorted(whole)
+    assert sorted(job for part in parts for job in part) == sorted(whole)
     assert run.jobs(["pixels", "pretzel"], "0/1") == [
         ("pretzel", 0), ("pixels", 0), ("pretzel", 1), ("pretzel", 2)
     ]  # fmt: skip

@@ -124,7 +124,8 @@ def test_a_mixture_of_transformers_changes_what_it_trains_alone(trains):
 
 
 def test_several_crossings_train_beside_a_frozen_vlm():
-    cfg = experiment(3, **{"model.crossings": 2})
+    cfg = experiment(3)
+    cfg["model"] = starflow2.options(small.model(crossings=2))
     losses, state, _, first, (before, after) = run(cfg)
     assert np.isfinite(losses).all()
     check_moved(first, state, STAGES[3])
