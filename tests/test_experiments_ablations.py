@@ -145,7 +145,7 @@ def test_the_table_says_means_intervals_seeds_and_what_was_not_run(tmp_path):
     result(tmp_path, "pixels", 0, image_nats=0.25)
     judged = {"sections": {"generation": {"score": {"seen": {"mean": {"right": 0.75}}}}}}
     (tmp_path / "pixels" / "0" / run.JUDGED).write_text(json.dumps(judged))
-    text = run.write_table(epath.Path(tmp_path), "tiny")
+    text = run.write_table(epath.Path(tmp_path), "tiny", 0)
     made = {row["row"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     assert set(made) == set(rows.ROWS) and (tmp_path / "table.md").read_text() == text
     found = made["pretzel"]["image_nats"]
@@ -158,6 +158,7 @@ def test_the_table_says_means_intervals_seeds_and_what_was_not_run(tmp_path):
     assert "| 1 of 1 |" in pixels and "0.250 (1)" in pixels and "0.750 (1)" in pixels
     assert "| 0 of 3 | not run |" in lines["mixture of transformers, all trained*"]
     assert "220 steps" in text
+    assert "but 7 steps" in run.write_table(epath.Path(tmp_path), "tiny", 7)
 
 
 # ----------------------------------------------------------------------------------- latents, a run
@@ -187,9 +188,9 @@ def test_pixels_are_latents_of_unit_variance(data, tmp_path):
     assert x.shape[1:] == (4, 48)
     np.testing.assert_allclose(x.mean((0, 1)), 0, atol=1e-4)
     np.testing.assert_allclose(x.std((0, 1)), 1, atol=1e-4)
-    before = (tmp_path / "a" / "manifest.json").stat().st_mtime_ns
+    before = (tmp_path / "a" / "dataset.json").stat().st_mtime_ns
     latents.make("pixels", cfg, 2, entries)
-    assert (tmp_path / "a" / "manifest.json").stat().st_mtime_ns == before
+    assert (tmp_path / "a" / "dataset.json").stat().st_mtime_ns == before
 
 
 def small_run(data):
@@ -205,7 +206,7 @@ def small_run(data):
     cfg.task, cfg.train.trains = "starflow2", ("shallow", "deep")
     cfg.model.update(mot.options(mot.beside(pretzel, 24)))
     cfg.data.mixture = ({"path": path, "weight": 1.0, "latents": f"{path}_pixels"},)
-    cfg.text.tokenizer, cfg.text.length, cfg.text.images = tokenizer, 96, 2
+    cfg.text.tokenizer, cfg.text.length, cfg.text.images = tokenizer, 128, 2
     cfg.train.batch_size, cfg.train.steps, cfg.checkpoint.every, cfg.optim.warmup = 4, 2, 2, 1
     cfg.sample.every = cfg.evaluate.every = 0
     cfg.train.ema, cfg.optim.lr, cfg.data.threads = 0.0, 1e-2, 1

@@ -46,10 +46,10 @@ def test_one_crossing_is_the_pretzel():
 
     ours = jax.jit(lambda p, text, u: states(p, batch, cfg, text, u, u))(params, text, u)
     for a, b in zip(ours, theirs(params, text, u)):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_text_of_a_model_just_born_is_the_vlms_bit_for_bit():
+def test_text_of_a_model_just_born_is_the_vlms():
     cfg = small.model(crossings=2)
     params, batch = small.drawn(cfg, zero=("adapter", "skip")), small.batch(PACKED)
     text, u = given(params, batch, cfg)
@@ -58,9 +58,10 @@ def test_text_of_a_model_just_born_is_the_vlms_bit_for_bit():
     ours = jax.jit(lambda p: states(p, batch, cfg, text, u, u)[0])
     theirs = jax.jit(lambda p: qwen.run(p["vlm"], blank, batch["positions"], mask, cfg.vlm))
     expected = np.asarray(theirs(params))
-    np.testing.assert_array_equal(np.asarray(ours(params)), expected)
+    # To the last bits: the two are compiled to other programs.
+    np.testing.assert_allclose(ours(params), expected, rtol=1e-6, atol=1e-6)
     crossed = {**params, "skip": small.drawn(cfg, 1)["skip"]}
-    assert not np.array_equal(np.asarray(ours(crossed)), expected)
+    assert np.abs(np.asarray(ours(crossed)) - expected).max() > 1e-2
 
 
 def test_every_pair_of_positions_is_causal(x64):
@@ -105,7 +106,7 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
 
 def test_cached_steps_equal_the_parallel_forward():
     cfg = small.model(crossings=2)
-    batch = small.batch([[small.REASON], [small.T2I]], length=32)
+    batch = small.batch([[small.REASON], [small.T2I]], length=48)
     rival.check_cached(cfg, small.drawn(cfg), batch)
 
 

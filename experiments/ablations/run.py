@@ -115,10 +115,10 @@ def _mean_of_tags(judged: dict[str, Any]) -> float | None:
     return section and section["score"]["seen"]["mean"]["right"]
 
 
-def write_table(out: epath.Path, variant: str) -> str:
-    """Writes `table.md` and `table.json`; the markdown."""
+def write_table(out: epath.Path, variant: str, steps: int) -> str:
+    """Writes `table.md` and `table.json`; the markdown. Steps: 0 for those of the budget."""
     made = table.build(results(out))
-    budget = " ".join(_budget(variant).split())
+    budget = " ".join(_budget(variant).split()) + (f", but {steps} steps" if steps else "")
     text = table.markdown(made, f"Variant {variant}. Of every run: {budget}")
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.json").write_text(json.dumps({"variant": variant, "rows": made}, indent=2) + "\n")
@@ -174,7 +174,7 @@ def main(words: list[str]) -> None:
 
     todo = jobs(values.only, values.shard, values.seeds)
     failed = [] if values.table else sweep(todo, done, start)
-    print(write_table(out, values.variant), end="", flush=True)
+    print(write_table(out, values.variant, values.steps), end="", flush=True)
     if failed:
         listed = ", ".join(f"{name} {seed}" for name, seed in failed)
         raise RuntimeError(f"{len(failed)} of {len(todo)} runs failed: {listed}")

@@ -4,7 +4,7 @@
 
 The first crossing is the paper's: W_txt y at text, W_in (u + W_vlm y) at patches. Those behind it
 add a projection of the one stream's states to the other's, at text and patches alike; they are zero
-at birth, as the skips are, so that the text of a model just born is the frozen VLM's, bit for bit.
+at birth, as the skips are, so that the text of a model just born is the frozen VLM's.
 What crosses has passed the final norm of its own stream, whatever group it comes from.
 
 Axes: B rows, T positions, D latent channels, V width of the VLM, C width of the flow.
