@@ -37,9 +37,10 @@ def states(
     is_image: jax.Array,
     positions: Any,
     following: Any,
-    mask: jax.Array,
+    mask: jax.Array | None,
     cfg: Config,
     *,
+    segments: jax.Array | None = None,
     skips: bool = True,
     caches: tuple[KVCache, KVCache] | None = None,
     heat: Any = 1.0,
@@ -58,7 +59,8 @@ def states(
     for number, (of_vlm, of_deep) in enumerate(cuts):
         own = _group(params["vlm"]["layers"], *of_vlm)
         if caches is None:
-            g = layers.run_layers(own, g, cfg.vlm.layer, at, mask, remat=cfg.vlm.remat)
+            args = (own, g, cfg.vlm.layer, at, mask)
+            g = layers.run_layers(*args, remat=cfg.vlm.remat, segments=segments)
         else:
             cache = _part(caches[0], *of_vlm)
             g, seen = layers.run_layers_cached(own, g, cfg.vlm.layer, at, mask, cache)
@@ -69,7 +71,7 @@ def states(
             h = h + linear(_of(params["skip"]["into_deep"], number - 1), y).astype(h.dtype)
         own = {"layers": _group(params["deep"]["layers"], *of_deep)}
         cache = None if caches is None else _part(caches[1], *of_deep)
-        h = flow.stack(own, h, deep_at, mask, cfg.deep, cache, heat)
+        h = flow.stack(own, h, deep_at, mask, cfg.deep, cache, heat, segments)
         if caches is not None:
             h, drawn = h
             held.append((seen, drawn))

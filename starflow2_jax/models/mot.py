@@ -136,9 +136,10 @@ def states(
     is_image: jax.Array,
     positions: Any,
     following: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | None,
     cfg: Config,
     *,
+    segments: jax.Array | None = None,
     cache: KVCache | None = None,
     heat: Any = 1.0,
 ) -> tuple[jax.Array, jax.Array, KVCache | None]:
@@ -150,7 +151,7 @@ def states(
         text: token embeddings [B, T, V]; u: [B, T, D] as `starflow2.place` gives it.
         begins, is_image: bool [B, T], where `<|vision_start|>` and patches stand.
         positions: the VLM's [B, T, 3], for both; following: int [B, T, 3] (row, column, k) of the
-            items to predict; mask, heat: mask and temperature of the attention.
+            items to predict; mask, segments, heat: as in `layers.attention`, heat its temperature.
     """
     deep = params["deep"]
     drawn = begins | is_image
@@ -167,7 +168,7 @@ def states(
         others = layers.queries_keys_values(theirs, h, cfg.layer, tables)
         at = drawn[:, None, :, None]
         each = (jnp.where(at, b, a) for a, b in zip(ours, others))
-        mixed, held = layers.mix(*each, cfg.vlm.layer, mask, heat, cached)
+        mixed, held = layers.mix(*each, cfg.vlm.layer, mask, heat, cached, segments)
         g = layers.after_attention(mine, g, mixed, cfg.vlm.layer)
         return g, layers.after_attention(theirs, h, mixed, cfg.layer), held
 

@@ -31,9 +31,10 @@ def states(
     is_image: jax.Array,
     positions: Any,
     following: Any,
-    mask: jax.Array,
+    mask: jax.Array | None,
     cfg: Config,
     *,
+    segments: jax.Array | None = None,
     images: bool = True,
     skips: bool = True,
     caches: tuple[KVCache, ...] | None = None,
@@ -47,7 +48,7 @@ def states(
         ids: int [B, T]; u: [B, T, D] as `starflow2.place` gives it; eyes: the same for the adapter,
             None where it is off; is_image: bool [B, T].
         positions: int [B, T, 3] of the VLM; following: (row, column, k) [B, T, 3] of the items to
-            predict; mask: as in `layers.attention`.
+            predict; mask, segments: as in `layers.attention`.
         images: False leaves the deep flow out, and h is None; skips: False leaves the crossings
             out, which is exact while they are zero. A mixture of transformers heeds neither.
         heat: temperature of the deep flow's attention, of a mixture's one attention.
@@ -56,21 +57,23 @@ def states(
     if isinstance(cfg, mot.Config):
         begins = (ids == cfg.vlm.vision_start_token) & ~is_image
         args = (params, text, u, begins, is_image, positions, following, mask, cfg)
-        y, h, cache = mot.states(*args, cache=caches and caches[0], heat=heat)
+        options = {"segments": segments, "heat": heat}
+        y, h, cache = mot.states(*args, cache=caches and caches[0], **options)
         return y, h, caches and (cache,)
     if cfg.crossings > 1 and images:
         args = (params, text, u, eyes, is_image, positions, following, mask, cfg)
-        return crossings.states(*args, skips=skips, caches=caches, heat=heat)
+        options = {"segments": segments, "skips": skips, "caches": caches}
+        return crossings.states(*args, heat=heat, **options)
     vlm, deep = caches or (None, None)
     h = pretzel.vlm_input(params, text, eyes, is_image, cfg)
-    y = pretzel.vlm_states(params, h, positions, mask, cfg, vlm)
+    y = pretzel.vlm_states(params, h, positions, mask, cfg, vlm, segments)
     if caches:
         y, vlm = y
     if not images:
         return y, None, caches and (vlm, deep)
     h = pretzel.deep_input(params, y, u, is_image, cfg, skips=skips)
     at = pretzel.deep_positions(following, cfg)
-    h = pretzel.deep_states(params, h, at, mask, cfg, deep, heat)
+    h = pretzel.deep_states(params, h, at, mask, cfg, deep, segments, heat)
     if caches:
         h, deep = h
     return y, h, caches and (vlm, deep)
