@@ -15,12 +15,13 @@ from etils import epath
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from experiments.ablations import latents, rows, run, table  # noqa: E402
+from experiments.ablations import latents, rows, run, scores, table  # noqa: E402
 from starflow2_jax import config  # noqa: E402
 from starflow2_jax import params as weights  # noqa: E402
 from starflow2_jax.data import arrays, records, shapes_tasks  # noqa: E402
 from starflow2_jax.models import mot, starflow2, streams  # noqa: E402
 from starflow2_jax.training import starflow2_step  # noqa: E402
+from starflow2_jax.training.starflow2_loss import Terms  # noqa: E402
 
 CORE = ("pretzel", "mot_frozen", "mot_joint", "no_skips", "skip_vlm", "skip_deep")
 
@@ -157,7 +158,7 @@ def test_the_table_says_means_intervals_seeds_and_what_was_not_run(tmp_path):
     pixels = lines[f"{rows.ROWS['pixels'].what}†"]
     assert "| 1 of 1 |" in pixels and "0.250 (1)" in pixels and "0.750 (1)" in pixels
     assert "| 0 of 3 | not run |" in lines["mixture of transformers, all trained*"]
-    assert "220 steps" in text
+    assert "160 steps" in text
     assert "but 7 steps" in run.write_table(epath.Path(tmp_path), "tiny", 7)
 
 
@@ -191,6 +192,20 @@ def test_pixels_are_latents_of_unit_variance(data, tmp_path):
     before = (tmp_path / "a" / "dataset.json").stat().st_mtime_ns
     latents.make("pixels", cfg, 2, entries)
     assert (tmp_path / "a" / "dataset.json").stat().st_mtime_ns == before
+
+
+def test_a_record_is_right_where_each_of_its_tokens_is():
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 3, 0] + [0] * 6])
+    found = Terms(
+        at=np.array([[1, 3, 4, 5, 7, 9]]),
+        token=np.array([[True, True, True, False, True, False]]),
+        nll=np.array([[1.0, 0.5, 0.25, 0.0, 2.0, 0.0]]),
+        correct=np.array([[True, True, False, False, True, False]]),
+    )
+    made = scores.by_record(found, segments)
+    np.testing.assert_array_equal(made["tokens"], [[1, 2, 1]])
+    np.testing.assert_array_equal(made["wrong"], [[0, 1, 0]])
+    np.testing.assert_array_equal(made["nll"], [[1.0, 0.75, 2.0]])
 
 
 def small_run(data):

@@ -9,7 +9,7 @@ experiment of its own:
 python -m starflow2_jax.train --config experiments/ablations/rows.py:tiny/mot_frozen --workdir W
 
 The budget of every run:
-    tiny   220 steps of 8 rows (of 224 positions, two images at most), peak rate 1e-3
+    tiny   160 steps of 8 rows (of 224 positions, two images at most), peak rate 1e-3
     small  20,000 steps of 64 rows, peak rate 1e-4; the row itself is that of stage3_joint.py:small
 Rows of a seed see the same records, noise and drops in the same order. The core rows have three
 seeds, the others one. Trained weights are those of the Pretzel within 5% but for the rows that say
@@ -256,7 +256,7 @@ def _moved(mixture, data, kind):
 
 def _tiny(cfg):
     cfg.fae.path = "pretrained/fae_tiny"
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 8, 220, 0.98
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 8, 160, 0.98
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 20
     cfg.log.every = 20
 
