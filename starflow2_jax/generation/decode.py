@@ -18,10 +18,10 @@ from flax import struct
 
 from starflow2_jax.generation import guidance as guiding
 from starflow2_jax.generation.guidance import Guidance
-from starflow2_jax.models import flow, layers, qwen
+from starflow2_jax.models import flow, qwen, streams
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.layers import KVCache
-from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.models.streams import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training.loss import HALF_LOG_2_PI
 
@@ -80,7 +80,7 @@ class State:
         part, item: int32 [B], numbers of what is drawn next: its noise depends on them.
     """
 
-    caches: tuple[KVCache, KVCache]
+    caches: tuple[KVCache, ...]
     valid: jax.Array
     token: Any
     u: Any
@@ -123,16 +123,14 @@ class Record:
 @partial(jax.jit, static_argnames="cfg")
 def prepare(params: Tree, *, cfg: Config) -> dict[str, Any]:
     """What the steps read of all parameters, laid out for them (`layers.unstack`)."""
-    return pretzel.unstack({n: t for n, t in params.items() if n != "shallow"}, cfg)
+    return streams.unstack({n: t for n, t in params.items() if n != "shallow"}, cfg)
 
 
 def empty(params: Tree, cfg: Config, rows: int, size: int) -> tuple[Any, jax.Array]:
     """Caches of `size` slots for R rows, and `valid`."""
-    deep = layers.empty_cache(
-        cfg.deep.layer, cfg.deep.depth, rows, size, flow.compute_dtype(params["deep"], cfg.flow)
-    )
-    vlm = qwen.empty_cache(cfg.vlm, rows, size, qwen.compute_dtype(params["vlm"], cfg.vlm))
-    return (vlm, deep), jnp.zeros((rows, size), bool)
+    vlm = qwen.compute_dtype(params["vlm"], cfg.vlm)
+    dtypes = (vlm, flow.compute_dtype(params["deep"], cfg.flow))
+    return streams.empty_caches(cfg, rows, size, dtypes), jnp.zeros((rows, size), bool)
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -151,19 +149,14 @@ def prefill(
 def read(
     params: Tree, caches: Any, valid: jax.Array, items: Items, heat: Any, cfg: Config
 ) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
-    """Both streams over new items: y [R, T, V], h [R, T, C], caches, valid."""
-    vlm, deep = caches
-    first, count = vlm.length, items.ids.shape[1]
+    """All streams over new items: y [R, T, V], h [R, T, C], caches, valid."""
+    first, count = caches[0].length, items.ids.shape[1]
     valid = jax.lax.dynamic_update_slice_in_dim(valid, items.real, first, 1)
     slots = jnp.arange(valid.shape[1])
     mask = valid[:, None, :] & (slots <= first + jnp.arange(count)[:, None])
-    text = qwen.embed(params["vlm"], items.ids, cfg.vlm)
-    h = pretzel.vlm_input(params, text, items.u, items.is_image, cfg)
-    y, vlm = pretzel.vlm_states(params, h, items.positions, mask, cfg, vlm)
-    h = pretzel.deep_input(params, y, items.u, items.is_image, cfg)
-    at = pretzel.deep_positions(items.following, cfg)
-    h, deep = flow.stack(params["deep"], h, at, mask, cfg.deep, deep, heat)
-    return y, h, (vlm, deep), valid
+    args = (items.ids, items.u, items.u, items.is_image, items.positions, items.following, mask)
+    y, h, caches = streams.states(params, *args, cfg, caches=caches, heat=heat)
+    return y, h, caches, valid
 
 
 @partial(jax.jit, static_argnames=("cfg", "ids"), donate_argnames="state")

@@ -20,7 +20,7 @@ from starflow2_jax.generation.conversation import Conversation
 from starflow2_jax.generation.guidance import Guidance
 from starflow2_jax.generation.options import Options, make_options
 from starflow2_jax.generation.prompts import Part
-from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.models.streams import Config
 from starflow2_jax.training import inputs
 
 if TYPE_CHECKING:  # heavy
@@ -170,8 +170,8 @@ def draws(model: Model) -> bool:
 
 
 def reads(model: Model) -> bool:
-    """Whether the VLM has learnt to see: the adapter's last layer is zero at birth."""
-    return _any(model.params["adapter"]["down"])
+    """Whether the VLM has learnt to see: an adapter's last layer is zero at birth."""
+    return "adapter" not in model.params or _any(model.params["adapter"]["down"])
 
 
 def _any(group: Any) -> bool:
