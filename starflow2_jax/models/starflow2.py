@@ -293,9 +293,10 @@ def vlm_states(
     mask: jax.Array | None,
     cfg: Config,
     cache: KVCache | None = None,
+    segments: jax.Array | None = None,
 ) -> Any:
     """y [B, T, V] after the VLM's final norm, or (y, cache); as `qwen.run`."""
-    return qwen.run(params["vlm"], h, positions, mask, cfg.vlm, cache)
+    return qwen.run(params["vlm"], h, positions, mask, cfg.vlm, cache, segments)
 
 
 def seen_skip(params: Tree, y: jax.Array, cfg: Config) -> jax.Array:
@@ -335,13 +336,15 @@ def deep_states(
     mask: jax.Array | None,
     cfg: Config,
     cache: KVCache | None = None,
+    segments: jax.Array | None = None,
 ) -> Any:
     """h [B, T, C] after the deep flow's layers, or (h, cache); as `flow.stack`.
 
     Args:
         h: `deep_input`; positions: `deep_positions` of the items to predict.
     """
-    return flow.stack(params["deep"], h, positions, mask, cfg.deep, cache)
+    deep = params["deep"]
+    return flow.stack(deep, h, positions, mask, cfg.deep, cache, segments=segments)
 
 
 # ------------------------------------------------------------------------------------------ heads

@@ -19,10 +19,15 @@ Row = dict[str, Any]
 TENSOR = 8
 
 
-def default_mesh(layout: str, topology: Topology) -> str:
-    """A mesh that shows what a layout is for, on all devices of a topology."""
+def default_mesh(layout: str, topology: Topology, model: Mapping[str, Any] | None = None) -> str:
+    """A mesh that shows what a layout is for, on all devices of a topology.
+
+    Args:
+        model: of the experiment: whole key and value heads go to a device, or else no kernel
+            serves and every layer exchanges them.
+    """
     count, slices = len(topology.devices), topology.slices
-    tensor = math.gcd(count, TENSOR)
+    tensor = math.gcd(count, TENSOR, *_heads(model or {}))
     return {
         "dp": "data=-1",
         "fsdp": "fsdp=-1",
@@ -30,6 +35,12 @@ def default_mesh(layout: str, topology: Topology) -> str:
         "fsdp_tp": f"fsdp=-1,tensor={min(tensor, 4)}",
         "hybrid": f"data={slices if slices > 1 else 2 if count < 64 else 4},fsdp=-1",
     }[layout]
+
+
+def _heads(model: Mapping[str, Any]) -> list[int]:
+    """Numbers of heads that a `model` group names, at any depth."""
+    found = [n for name in ("heads", "kv_heads") if (n := model.get(name))]
+    return found + [n for part in model.values() if isinstance(part, Mapping) for n in _heads(part)]
 
 
 def changed(group: Mapping[str, Any], **values: Any) -> dict[str, Any]:

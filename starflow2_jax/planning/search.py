@@ -31,7 +31,7 @@ def candidates(
             "fsdp_tp": [f"fsdp=-1,tensor={n}" for n in ways],
             "hybrid": [f"data={n},fsdp=-1" for n in ways],
         }.get(layout, [])
-        for mesh in dict.fromkeys([estimate.default_mesh(layout, topology), *shapes]):
+        for mesh in dict.fromkeys([estimate.default_mesh(layout, topology, cfg["model"]), *shapes]):
             for rows in (batch, 2 * batch, batch // 2):
                 for remat in REMAT if "remat" in cfg["model"] else (None,):
                     new = {**cfg, "layout": layout, "mesh": mesh}

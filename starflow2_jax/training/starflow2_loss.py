@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from starflow2_jax.mesh import constrain
-from starflow2_jax.models import flow, layers, qwen
+from starflow2_jax.models import flow, qwen
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.models.starflow2 import Config
@@ -130,20 +130,21 @@ def terms(
         text_chunk: positions of a row whose logits are held at a time.
     """
     image, places = batch["image"], x.shape[:2]
-    is_image, mask = image >= 0, layers.segment_mask(batch["segments"])
+    # Not as a mask: kernels of accelerators read segments.
+    is_image, segments = image >= 0, batch["segments"]
     outputs, log_dets = pretzel.shallow(params, x.reshape(-1, *x.shape[2:]), cfg)
     u = pretzel.place(outputs[-1].reshape(x.shape), image)
     text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
     # No gradient into the flow by way of the VLM (design.md 4).
     eyes = jax.lax.stop_gradient(u) if stage.text else None
     h = pretzel.vlm_input(params, text, eyes, is_image, cfg)
-    y = pretzel.vlm_states(params, h, batch["positions"], mask, cfg)
+    y = pretzel.vlm_states(params, h, batch["positions"], None, cfg, segments=segments)
     found, h = Terms(), None
     patch, token = next_targets(batch)
     if stage.images:
         h = pretzel.deep_input(params, y, u, is_image, cfg, skips=stage.text)
         at = pretzel.deep_positions(batch["flow_positions"], cfg)
-        h = pretzel.deep_states(params, h, at, mask, cfg)
+        h = pretzel.deep_states(params, h, at, None, cfg, segments=segments)
         square, log_det, learnt = _deep_terms(params, h, u, patch, image, places, cfg)
         of_image = lambda each: jnp.where(learnt, each.reshape(places), 0)
         found = found.replace(

@@ -40,29 +40,32 @@ def model_config(cfg: Mapping[str, Any]) -> Config:
         FileNotFoundError: no such folder.
         ValueError: an unknown or missing key, one that does not fit, or a VLM of other sizes.
     """
-    group, dtype = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
+    group, own = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
+    if cfg.get("attention", "auto") != "auto":
+        own["attention"] = cfg["attention"]
     given = dict(group.pop("vlm", None) or {})
     if cfg["vlm"]["path"]:
         given = _as_stored(given, str(files.locate(cfg["vlm"]["path"])))
-    vlm = config.build(qwen.Config, {**given, "vision": None, **dtype}, "model.vlm")
+    vlm = config.build(qwen.Config, {**given, "vision": None, **own}, "model.vlm")
     sizes = dict(group.pop("flow", None) or {})
     defaults = pretzel.flow_defaults(vlm.width, len(sizes.get("layers", ())))
-    flow = config.build(FlowConfig, {**defaults, **sizes, **dtype}, "model.flow")
+    flow = config.build(FlowConfig, {**defaults, **sizes, **own}, "model.flow")
     return config.build(Config, {**group, "vlm": vlm, "flow": flow}, "model")
 
 
 def _as_stored(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The fields of a folder's `qwen.Config`; `remat` is ours to choose."""
+    """The fields of a folder's `qwen.Config`; `remat` and `attention` are ours to choose."""
     found = vars(qwen_options.read_options(read_config(folder), str(Path(folder) / CONFIG_FILE)))
     for name, value in given.items():
         value = tuple(value) if isinstance(value, list) else value
-        own = name in ("vision", "remat", "compute_dtype") or name not in found
+        own = name in ("vision", "remat", "attention", "compute_dtype") or name not in found
         if not own and value != found[name]:
             raise ValueError(
                 f"config: model.vlm.{name}={value!r}, but the model in vlm.path={folder!r} has "
                 f"{found[name]!r}"
             )
-    return {**given, **found, "remat": given.get("remat", "none")}
+    ours = {"remat": given.get("remat", "none"), "attention": given.get("attention", "auto")}
+    return {**given, **found, **ours}
 
 
 def places(cfg: Mapping[str, Any], model: Config) -> int:
