@@ -101,6 +101,24 @@ def abstract_batch(cfg: Mapping[str, Any], model: Config, rows: int) -> dict[str
     return {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
 
 
+def work(cfg: Mapping[str, Any], model: Config, declared: Tree) -> dict[str, float]:
+    """Tokens and FLOPs of a step: two FLOPs a weight and position forward, two for gradients of
+    what a weight reads, two for its own; attention's scores are left out.
+    """
+    trains, length = cfg["train"]["trains"], cfg["text"]["length"]
+    stage = starflow2_loss.stage_of(trains)
+    patches = places(cfg, model) * model.patches
+    language = weights.count({**declared["vlm"], "embed": {}, "head": {}})
+    head = model.vlm.vocab * model.vlm.width * (cfg["text"]["targets"] or length)
+    done = language * length * (2 + 2 * stage.text + 2 * ("vlm" in trains))
+    done += 6 * stage.text * head  # computed again in the backward pass
+    done += weights.count(declared["shallow"]) * patches * (6 if "shallow" in trains else 2)
+    done += weights.count(declared["deep"]) * length * 6 * stage.images
+    done += weights.count(declared["adapter"]) * length * 6 * stage.text
+    count = cfg["train"]["batch_size"]
+    return {"tokens": count * length, "flops": count * done}
+
+
 def frozen_vlm(cfg: Mapping[str, Any], model: Config, mesh: Mesh, dtype: Any) -> Tree:
     """The VLM's weights without its tower, sharded: of `vlm.path`, or else drawn from the seed.
 
