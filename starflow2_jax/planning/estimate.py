@@ -11,7 +11,7 @@ import jax
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax import tasks
-from starflow2_jax.planning import cost, decode, hlo, intent, memory, work
+from starflow2_jax.planning import cost, decode, hlo, intent, memory, options, work
 from starflow2_jax.planning.topology import Topology
 
 Row = dict[str, Any]
@@ -27,7 +27,8 @@ def default_mesh(layout: str, topology: Topology, model: Mapping[str, Any] | Non
             serves and every layer exchanges them.
     """
     count, slices = len(topology.devices), topology.slices
-    tensor = math.gcd(count, TENSOR, *_heads(model or {}))
+    heads = filter(None, options.named(model or {}, "heads", "kv_heads"))
+    tensor = math.gcd(count, TENSOR, *heads)
     return {
         "dp": "data=-1",
         "fsdp": "fsdp=-1",
@@ -37,27 +38,13 @@ def default_mesh(layout: str, topology: Topology, model: Mapping[str, Any] | Non
     }[layout]
 
 
-def _heads(model: Mapping[str, Any]) -> list[int]:
-    """Numbers of heads that a `model` group names, at any depth."""
-    found = [n for name in ("heads", "kv_heads") if (n := model.get(name))]
-    return found + [n for part in model.values() if isinstance(part, Mapping) for n in _heads(part)]
-
-
-def changed(group: Mapping[str, Any], **values: Any) -> dict[str, Any]:
-    """A copy of nested dicts in which every key of these names, at any depth, has these values."""
-    return {
-        name: changed(inner, **values) if isinstance(inner, Mapping) else values.get(name, inner)
-        for name, inner in group.items()
-    }
-
-
 def model_flops(cfg: Mapping[str, Any]) -> float:
     """FLOPs of a training step itself: its products without rematerialisation, causal attention as
     the plain path computes it (5/8 of the square where rows are long).
     """
     bare = {**cfg, "layout": "dp", "train": {**cfg["train"], "microbatches": 1}}
     # Products that a trace can count, as there are none in a kernel.
-    bare |= {"attention": "plain", "model": changed(cfg["model"], remat="none")}
+    bare |= {"attention": "plain", "model": options.changed(cfg["model"], remat="none")}
     mesh = meshes.make_mesh("data=1", jax.devices("cpu")[:1])
     return work.flops(_trace(tasks.build(bare, mesh, dry_run=True)).jaxpr)
 
@@ -107,7 +94,7 @@ def generate(cfg: Mapping[str, Any], topology: Topology, rows: int) -> Row:
     """Compile the drawing of `rows` images; as `train_step`."""
     mesh = meshes.make_mesh(cfg["mesh"], topology.devices)
     made = decode.lower(cfg, mesh, rows)
-    row = _compiled(made.lowered, mesh, topology, made.declared, 0.0)
+    row = _compiled(made.lowered, mesh, topology, made.declared, 0.0, made.steps)
     row = {**_told(cfg, topology, mesh, rows), **row}
     row.pop("_memory")
     row.pop("_compiled", None)
@@ -124,13 +111,16 @@ def _told(cfg, topology, mesh, rows):
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "batch": rows,
         "microbatches": cfg["train"]["microbatches"],
-        "remat": cfg["model"].get("remat", "none"),
+        "remat": options.remat(cfg["model"]),
         "attention": cfg["attention"],
     }
 
 
-def _compiled(lowered, mesh, topology, declared, activations):
-    """Memory and work of a lowered program; work is missing where it was too large to compile."""
+def _compiled(lowered, mesh, topology, declared, activations, unsaid=1):
+    """Memory and work of a lowered program; work is missing where it was too large to compile.
+
+    `unsaid`: how often a loop runs of which the program does not say it.
+    """
     began, chip = time.perf_counter(), topology.chip
     try:
         made = lowered.compile()
@@ -143,11 +133,12 @@ def _compiled(lowered, mesh, topology, declared, activations):
     seconds = time.perf_counter() - began
     module = hlo.parse(made.as_text())
     held = memory.compiled(made.memory_analysis(), module, declared, activations, chip.memory)
-    found = cost.analyse(module, mesh.shape, topology.slices)
+    found = cost.analyse(module, mesh.shape, topology.slices, unsaid)
     row = {"fits": held.fits, "compile_s": seconds, "memory": asdict(held), "_memory": held}
     row["flops"], row["kernel_flops"], row["bytes"] = found.flops, found.kernel_flops, found.bytes
     row["collectives"] = _summed(found.collectives)
-    row["unknown_loops"], row["_compiled"] = list(found.unknown_loops), (module, found)
+    row["unknown_loops"] = list(found.unknown_loops) if unsaid == 1 else []
+    row["_compiled"] = (module, found)
     if chip.flops:
         row["compute_s"] = found.flops / chip.flops
         row["memory_s"] = found.bytes / chip.bandwidth
