@@ -292,10 +292,9 @@ def walk(
                 count = trips(module, instruction, computation)
                 if count is None and unknown is not None and instruction.name not in unknown:
                     unknown.append(instruction.name)
+                runs = times * (unsaid if count is None else count or 1)
                 for name in instruction.called("body"):
-                    yield from enter(
-                        module.computations[name], times * (unsaid if count is None else count or 1)
-                    )
+                    yield from enter(module.computations[name], runs)
             elif instruction.opcode == "conditional":
                 names = instruction.called("branch_computations")
                 for branch in ("true", "false"):
