@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import resource
 import runpy
 import signal
@@ -20,11 +21,12 @@ from etils import epath
 from test_train import RUNNER, environment_of, run_config, state_of
 
 from starflow2_jax import config
-from starflow2_jax.training import checkpoint, log, step_folders
+from starflow2_jax.training import checkpoint, digest, log, step_folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCHER = ROOT / "launch" / "multi_process.sh"
-SHAPES = {"2x4": (2, 8), "1x8": (1, 8), "4x2": (4, 8), "1x1": (1, 1)}  # processes, devices
+# Processes, devices.
+SHAPES = {"2x4": (2, 8), "1x8": (1, 8), "4x2": (4, 8), "1x1": (1, 1), "2x1": (2, 2)}
 # No grids and evaluations but where they are what is tested: each is a program to compile.
 QUIET = {"sample.every": 0, "evaluate.every": 0, "layout": "fsdp", "mesh": "fsdp=-1"}
 # Tests share few cores with others: a process that waits for one is not lost.
@@ -217,6 +219,32 @@ def test_processes_of_different_configurations_are_refused(make, tmp_path):
         reason = (tmp_path / "logs" / f"process_{process}.reason").read_text()
         assert "differ in the configuration: optim.lr: 0.001 and 0.5" in reason
     assert "compiled" not in done.stdout and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"mesh": "data=3"}, "mesh: {'data': 3, .*} needs 3 devices, 2 are there"),
+        ({"train__batch_size": 5, "mesh": "data=2"}, "train.batch_size=5 is not divisible by"),
+        ({}, "the checkpoint of step 4 is copied in part: "),
+    ],
+    ids=["mesh", "batch", "half a checkpoint"],
+)
+def test_bad_input_ends_every_process_with_the_same_words(make, tmp_path, changes, words):
+    """Before anything is compiled; within a minute, of processor time since others work here."""
+    run = tmp_path / "run"
+    if not changes:
+        (run / "checkpoints" / "4").mkdir(parents=True)
+        (run / "checkpoints" / "4" / digest.SIDECAR).write_text("")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    beside = tmp_path / "beside"
+    process = start(make(**changes), run, "2x1", beside=beside)
+    output = finish(process, expected=1)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 60
+    for index in range(2):
+        reason = (tmp_path / "beside.logs" / f"process_{index}.reason").read_text()
+        assert re.search(words, reason), reason
+    assert "compiled in" not in output
 
 
 # -------------------------------------------------------------------------------------------- slow
