@@ -80,8 +80,8 @@ def train_step(cfg: Mapping[str, Any], topology: Topology, own_flops: float | No
     row = _compiled(lowered, mesh, topology, memory.declared(program), activations)
     if "flops" in row:
         module, found = row.pop("_compiled")
-        tree = {name: part for name, part in program.declared.items() if name in trained}
-        row["unintended"] = intent.unintended(tree, found, module, mesh, cfg["layout"])
+        args = (program.declared, found, module, mesh, cfg["layout"])
+        row["unintended"] = intent.unintended(*args, trained=trained)
     row = {**_told(cfg, topology, mesh, rows), "parameters": count, **row}
     held = row.pop("_memory")
     row["advice"] = memory.advice(held, cfg, dict(mesh.shape), rows)
