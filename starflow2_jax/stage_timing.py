@@ -4,6 +4,7 @@ What `bench` runs where nothing but jax, flax, optax and numpy is: no data, no t
 Rows are full of images with a few words between, as the experiment of the stage packs them.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -163,19 +164,19 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
         together, `bound_ms` and `share_of_bound`.
     """
     cfg = pretzel.preset(size)
-    of = lambda part: {**vars(part), "compute_dtype": dtype}
-    cfg = type(cfg)(**{**vars(cfg), "vlm": type(cfg.vlm)(**of(cfg.vlm)),
-                       "flow": type(cfg.flow)(**of(cfg.flow))})  # fmt: skip
+    own = lambda part: dataclasses.replace(part, compute_dtype=dtype)
+    cfg = dataclasses.replace(cfg, vlm=own(cfg.vlm), flow=own(cfg.flow))
     tree = {n: t for n, t in pretzel.declare(cfg).items() if n != "shallow"}
     params = jax.jit(partial(weights.init, tree=tree, dtype=dtype))(jax.random.key(0))
     slots = -(-(PROMPT + cfg.patches + WORDS) // conversation.CACHE_STEP) * conversation.CACHE_STEP
     keys = jax.random.split(jax.random.key(1), rows)
     held = conversation.begin(params, cfg, keys, "", 1.0, slots, True)
-    del params
+    # Each a buffer of its own, as the loop takes all of them over.
+    prepared, heat, states = held.params, held.heat, [jax.tree.map(jnp.copy, held.state)]
+    del params, held
     read = jnp.zeros((rows, slots), bool).at[:, :PROMPT].set(True)
     ids = decode.Ids(3, 4, (), (), cfg.vlm.vocab)
     numbers = decode.Numbers(1.0, 0, 1.0, 1.0, None)
-    states = [held.state]
     full = lambda value: jnp.full(rows, value, jnp.int32)
 
     def draw(mode: int, steps: int) -> Callable[[], Any]:
@@ -184,9 +185,9 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
             caches = tuple(c.replace(length=jnp.int32(PROMPT)) for c in states[0].caches)
             own = {"mode": full(mode), "patch": full(0), "tokens": full(WORDS)}
             own |= {"token": full(3), "is_image": jnp.zeros(rows, bool), "images": full(0)}
-            state = states[0].replace(caches=caches, valid=read, **own)
+            state = states[0].replace(caches=caches, valid=jnp.copy(read), **own)
             states[0], record = decode.run(
-                held.params, state, keys, numbers, held.heat, cfg=cfg, ids=ids, steps=steps
+                prepared, state, keys, numbers, heat, cfg=cfg, ids=ids, steps=steps
             )
             return record.nats
 
