@@ -28,7 +28,9 @@ def default_mesh(layout: str, topology: Topology, model: Mapping[str, Any] | Non
     """
     count, slices = len(topology.devices), topology.slices
     heads = filter(None, options.named(model or {}, "heads", "kv_heads"))
-    tensor = math.gcd(count, TENSOR, *heads)
+    tensor = math.gcd(count, TENSOR)
+    whole = math.gcd(tensor, *heads)
+    tensor = whole if whole > 1 else tensor
     return {
         "dp": "data=-1",
         "fsdp": "fsdp=-1",
