@@ -196,14 +196,17 @@ def default() -> Any:
     """An ml_collections ConfigDict with every key at its default and an empty `model`."""
     from ml_collections import ConfigDict  # not needed where a plain mapping is given
 
-    cfg = ConfigDict({"model": ConfigDict(), "name": ""})
+    return ConfigDict(plain())
+
+
+def plain() -> dict[str, Any]:
+    """The same as nested dicts."""
+    cfg: dict[str, Any] = {"model": {}, "name": ""}
     for name, key in KEYS.items():
         group = cfg
         *path, last = name.split(".")
         for part in path:
-            if part not in group:
-                group[part] = ConfigDict()
-            group = group[part]
+            group = group.setdefault(part, {})
         group[last] = key.default
     return cfg
 

@@ -28,7 +28,7 @@ from starflow2_jax.generation.codec import Codec
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.models.starflow2 import Config
 from starflow2_jax.params import Tree
-from starflow2_jax.training import starflow2_loss
+from starflow2_jax.training import starflow2_loss, starflow2_step
 
 KINDS = ("samples", "answers", "edits", "reasons")
 # Records that are looked at of each dataset, and tokens of an answer at most.
@@ -52,9 +52,9 @@ class Grid(NamedTuple):
     columns: int | None
 
 
-def kinds(trains: Sequence[str]) -> tuple[str, ...]:
-    """What a training of these subtrees can show."""
-    stage = starflow2_loss.stage_of(trains)
+def kinds(cfg: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a training can show."""
+    stage = starflow2_loss.stage_of(cfg["train"]["trains"], starflow2_step.model_config(cfg))
     both = stage.images and stage.text
     shown = (stage.images, stage.text, both, both)
     return tuple(kind for kind, can in zip(KINDS, shown) if can)
@@ -82,7 +82,7 @@ def prompts(cfg: Mapping[str, Any], opts: rows.Options, pixels: int) -> dict[str
     """
     opts, count = dataclasses.replace(opts, pixels=pixels), cfg["sample"]["count"]
     room = {kind: -(-count // 2) if kind in KINDS[2:] else count for kind in KINDS}
-    found: dict[str, list[Prompt]] = {kind: [] for kind in kinds(cfg["train"]["trains"])}
+    found: dict[str, list[Prompt]] = {kind: [] for kind in kinds(cfg)}
     if "samples" in found and cfg["sample"]["prompts"]:
         given = [str(text) for text in cfg["sample"]["prompts"]]
         texts = [given[i % len(given)] for i in range(count)]
