@@ -6,7 +6,7 @@ import interleaved
 import numpy as np
 import pytest
 
-from starflow2_jax.data import records, regions, tokens
+from starflow2_jax.data import records, regions, shapes, tokens
 from starflow2_jax.data.manifest import DatasetError
 
 
@@ -24,19 +24,31 @@ def test_patches_name_the_object_that_they_show(made):
         found = regions.find(record, 0, "here")
         told = json.loads(record.meta.get("scene") or record.meta["scenes"])
         scene = told if isinstance(told, dict) else told[0]
-        assert [f.words.split() for f in found] == [
-            [o["size"], o["color"], o["shape"]] for o in scene["objects"]
-        ]
-        shown, ids = regions.place(found, held, 8, 4, 8)
+        *objects, ground = found
+        for item, told in zip(objects, scene["objects"], strict=True):
+            number, *words = item.words.split()
+            same = [(o["color"], o["shape"]) for o in scene["objects"]]
+            assert shapes.NUMBERS.index(number) == same.count((told["color"], told["shape"]))
+            assert words[:3] == [told["size"], told["color"], told["shape"]]
+            assert " ".join(words[3:]) in (*shapes.RELATIONS, "")
+        if len(objects) == 2:
+            first, second = (shapes.Object(**o) for o in scene["objects"])
+            assert objects[0].words.endswith(shapes.relation(first, second) or first.shape)
+        assert ground.words == f" {scene['background']} background"
+        shown, ids = regions.place(found, held, 8, 5, 16)
         for number, item in enumerate(scene["objects"]):
             at = int(item["y"] * 8) * 8 + int(item["x"] * 8)
             assert shown[at] == number
             assert held.decode(ids[number][ids[number] >= 0]) == found[number].words
-        rows, columns = np.divmod(np.flatnonzero(shown >= 0), 8)
-        for row, column, number in zip(rows, columns, shown[shown >= 0]):
-            item = found[number]
-            away = np.hypot((column + 0.5) / 8 - item.x, (row + 0.5) / 8 - item.y)
-            assert away < max(item.radius, 0.09)
+        rows, columns = np.divmod(np.arange(64), 8)
+        for row, column, number in zip(rows, columns, shown):
+            away = [
+                np.hypot((column + 0.5) / 8 - f.x, (row + 0.5) / 8 - f.y) - f.radius
+                for f in objects
+            ]
+            assert number != len(objects) or min(away) > 0.7 / 8
+            assert not 0 <= number < len(objects) or away[number] < 0.09
+        assert (shown == len(objects)).sum() > 8
         assert (ids[len(found) :] == -1).all()
         assert regions.find(record, 3, "here") == []
 

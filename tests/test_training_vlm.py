@@ -109,7 +109,7 @@ def test_words_are_named_by_the_features_of_their_region(folders):
     rng = np.random.default_rng(0)
     region = np.full((ROWS, 3, 4), -1, np.int32)
     region[:, 0, 1], region[:, 0, 3] = 0, 2
-    words = np.full((ROWS, 3, 4, 8), -1, np.int32)
+    words = np.full((ROWS, 3, 5, 8), -1, np.int32)
     words[:, 0, 0, :2], words[:, 0, 2, :1] = [7, 9], [11]
     batch = {"region": jnp.asarray(region), "region_words": jnp.asarray(words)}
     params = weights.init(jax.random.key(0), vlm_step.declare({}, MODEL)["vlm"])

@@ -29,8 +29,8 @@ from starflow2_jax.params import Tree, Weight, zeros
 from starflow2_jax.training import inputs, optim, text_loss
 from starflow2_jax.training.step import Program, TrainState, accumulate
 
-# Regions of an image and words of each, at most.
-REGIONS = (4, 8)
+# Regions of an image, four objects and the ground, and words of each, at most.
+REGIONS = (5, 8)
 
 
 def model_config(cfg: Mapping[str, Any]) -> Config:
@@ -222,8 +222,8 @@ def word_nats(
     """Nats of the words of each image's regions under what the model's head reads from its
     features, a sum over images [B].
 
-    The words of a region are a bag, each equally often; of an image the mean over its features that
-    lie in a region counts.
+    The words of a region are a bag, each equally often; every region of an image counts as much,
+    and of a region every feature.
 
     Args:
         batch: `region` and `region_words` of `data.rows`; seen: [B, M, N, C].
@@ -233,10 +233,11 @@ def word_nats(
     bag = jax.nn.one_hot(words, logits.shape[-1]).sum(3)  # -1 gives none
     bag = bag / jnp.maximum((words >= 0).sum(3), 1)[..., None]
     inside = jax.nn.one_hot(batch["region"], words.shape[2])
-    wanted = jnp.einsum("bmnr,bmrv->bmnv", inside, bag)
-    nats = -(wanted * jax.nn.log_softmax(logits)).sum(-1)
-    count = jnp.maximum(inside.sum((2, 3)), 1)
-    return (nats.sum(-1) / count).sum(-1)
+    count = inside.sum(2)  # of features [B, M, R]
+    share = inside / jnp.maximum(count, 1)[:, :, None]
+    share = share / jnp.maximum((count > 0).sum(2), 1)[..., None, None]
+    wanted = jnp.einsum("bmnr,bmrv->bmnv", share, bag)
+    return -(wanted * jax.nn.log_softmax(logits)).sum((1, 2, 3))
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, Any]:
