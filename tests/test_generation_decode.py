@@ -223,7 +223,7 @@ def more_of(prompt):
 
 
 def with_prompts(prompts, rows):
-    return [[*(p if isinstance(p, list) else [p]), *row] for p, row in zip(prompts, rows)]
+    return [[*more_of(p), *row] for p, row in zip(prompts, rows)]
 
 
 def errors(model, prompts, rows):
