@@ -121,7 +121,10 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
         raise ValueError("likelihood: --model is needed")
     task = loading.task(values.model)
     if task != "flow":
-        raise ValueError(f"likelihood: {values.model}: task={task!r}, expected a flow of images")
+        also = "; of a STARFlow2: evaluate shapes --only likelihood" if task == loading.TASK else ""
+        raise ValueError(
+            f"likelihood: {values.model}: task={task!r}, expected a flow of images{also}"
+        )
     mesh = meshes.make_mesh(values.mesh)
     source = _source(values.model)
     model = models.load(values.model, mesh, values.layout)

@@ -206,24 +206,24 @@ def test_going_on_without_new_parts_is_a_longer_run(x64):
 def test_a_continued_conversation_is_teacher_forced():
     """In float32, after texts that were cut: what it says of its parts is what one pass says."""
     model = small.model()
-    first = model.generate(MIXED[:3], **DRAW)
-    said = next(part.text for row in first for part in row if part.kind == "text")
-    cut = model.generate(MIXED[:3], **DRAW, stop=(said[1:3],))
+    prompts = MIXED[:6]
+    first = model.generate(prompts, **DRAW)
+    said = next(part.text for row in first for part in row if len(part.text) > 2)
+    cut = model.generate(prompts, **DRAW, stop=(said[1:3],))
     assert "stop" in cut.finish
-    more = [[picture(7), "and this?"], "go on", "draw"]
-    options = {**DRAW, "images": 1, "image_start": True}
-    found = model.generate(more, after=cut, **options)
-    history = [[*before, *row] for before, row in zip(with_prompts(MIXED[:3], cut), more_of(more))]
+    more = [[picture(7), "and this?"], *["go on"] * 5]
+    found = model.generate(more, after=cut, **{**DRAW, "images": 1, "image_start": True})
+    history = [[*before, *more_of(p)] for before, p in zip(with_prompts(prompts, cut), more)]
     image, text = errors(model, history, found)
     assert image < 1e-5 and text < 1e-4
 
 
-def more_of(prompts):
-    return [p if isinstance(p, list) else [p] for p in prompts]
+def more_of(prompt):
+    return prompt if isinstance(prompt, list) else [prompt]
 
 
 def with_prompts(prompts, rows):
-    return [[*(p if isinstance(p, list) else [p]), *row] for p, row in zip(prompts, rows)]
+    return [[*more_of(p), *row] for p, row in zip(prompts, rows)]
 
 
 def errors(model, prompts, rows):
