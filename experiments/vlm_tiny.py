@@ -56,10 +56,10 @@ def get_config(variant: str = "tiny"):
     )
     cfg.eval_data.path = "data_cache/vlm_test"
     # Kept, or the tower would forget shapes before the language asks for them.
-    cfg.vlm.reconstruction, cfg.vlm.words = 0.5, 0.3
+    cfg.vlm.reconstruction, cfg.vlm.words = 5.0, 0.3
     cfg.noise.kind = "none"
     cfg.drop.condition = 0.0
-    cfg.train.trains = ("vlm", "pixel_probe", "word_probe")
+    cfg.train.trains = ("vlm", "pixel_probe")
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 1800, 0.998
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1.5e-3, 1e-5, 150
     # With AdamW alone the tower had not told shapes apart after a hundred thousand pictures.
@@ -79,8 +79,8 @@ def _tower(cfg):
     )
     cfg.eval_data.path = ""
     cfg.text.images = 1
-    cfg.vlm.language, cfg.vlm.words = 0.0, 1.0
-    cfg.train.batch_size, cfg.train.steps = 64, 1500
+    cfg.vlm.language, cfg.vlm.words, cfg.vlm.reconstruction = 0.0, 1.0, 10.0
+    cfg.train.batch_size, cfg.train.steps = 64, 1200
     cfg.optim.warmup, cfg.log.every = 100, 20
 
 

@@ -210,7 +210,10 @@ def _opened(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         return cfg, files.open_folder(path, declare_experiment(cfg, model_config(cfg)))
     workdir, step = step_folders.locate(path)
     meta = checkpoint.read_meta(workdir, step)
-    cfg = {**meta["config"], **{k: meta[k] for k in ("classes", "null_text") if meta.get(k)}}
+    cfg = {
+        **meta["config"],
+        **{k: meta[k] for k in ("classes", "null_text", "frozen") if meta.get(k)},
+    }
     declared = declare_experiment(cfg, model_config(cfg))
     part = "ema" if ema else "params"
     # On the host: a checkpoint may be larger than one accelerator's memory.

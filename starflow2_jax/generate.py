@@ -12,7 +12,7 @@ A STARFlow2 answers in free form: text, pictures, or both; where only prompts ar
 picture. Without --out it only writes text. A chat file is a JSON list of {role, content: [{type:
 text, text} or {type: image, image: path}]}, a batch file has one such list a line.
 
-In python: load(path).generate([["photo.png's bytes", "what is it?"]], max_tokens=32).
+In python: load(path).generate([[Path("photo.png"), "what is it?"]], images=0, max_tokens=32).
 """  # noqa: E501
 
 import json
@@ -177,10 +177,14 @@ def _options(model: Any, values: flags.FlagValues, draws: bool, pictures: bool) 
     from starflow2_jax.generation.inverse import Jacobi
 
     sample = model.cfg["sample"]
+    images = 1 if draws else values.images if pictures else 0
+    guidance = sample["guidance"] if values.guidance is None else values.guidance
+    # Words are drawn without guidance: for them alone, no second branch.
+    guidance = guidance if images != 0 or not guidance > 0 else 0.0
     found = {
         "n": values.n or (4 if draws else 1),
         "seed": values.seed,
-        "guidance": sample["guidance"] if values.guidance is None else values.guidance,
+        "guidance": guidance,
         "rule": values.rule or sample["rule"],
         "null": values.null,
         "temperature": values.temperature or 0.0,
@@ -188,7 +192,7 @@ def _options(model: Any, values: flags.FlagValues, draws: bool, pictures: bool) 
         "top_p": values.top_p,
         "stop": tuple(values.stop),
         "max_tokens": 0 if draws else values.max_tokens,
-        "images": 1 if draws else values.images if pictures else 0,
+        "images": images,
         "image_temperature": values.image_temperature,
         "best_of": values.best_of,
         "best_of_gain": values.best_of_gain,

@@ -99,7 +99,7 @@ def _stage_work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
     """Two FLOPs a weight and position forward, two for gradients of what a weight reads, two for
     its own; attention's scores are left out."""
     trains, length = cfg["train"]["trains"], cfg["text"]["length"]
-    stage = starflow2_loss.stage_of(trains)
+    stage = starflow2_loss.stage_of(trains, model)
     patches = starflow2_step.places(cfg, model) * model.patches
     language = weights.count({**declared["vlm"], "embed": {}, "head": {}})
     head = model.vlm.vocab * model.vlm.width * (cfg["text"]["targets"] or length)
@@ -107,6 +107,6 @@ def _stage_work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
     done += 6 * stage.text * head  # computed again in the backward pass
     done += weights.count(declared["shallow"]) * patches * (6 if "shallow" in trains else 2)
     done += weights.count(declared["deep"]) * length * 6 * stage.images
-    done += weights.count(declared["adapter"]) * length * 6 * stage.text
+    done += weights.count(declared.get("adapter", {})) * length * 6 * stage.text
     count = cfg["train"]["batch_size"]
     return {"tokens": count * length, "flops": count * done}

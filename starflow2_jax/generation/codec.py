@@ -155,10 +155,12 @@ def decode(codec: Codec, latents: np.ndarray) -> np.ndarray:
     """
     if "pixel_decoder" not in codec.params:
         raise ValueError(f"codec {codec.cfg['name']!r}: it has no pixel decoder (task=fae_pixels)")
-    parts = [
-        np.asarray(_decode(codec.params, latents[first : first + BATCH], model=codec.model))
-        for first in range(0, len(latents), BATCH)
-    ]
+    parts = []
+    for first in range(0, len(latents), BATCH):
+        rows = latents[first : first + BATCH]
+        # Repeated up to a power of two, so that few programs serve any number.
+        filled = rows[np.arange(1 << (len(rows) - 1).bit_length()) % len(rows)]
+        parts.append(np.asarray(_decode(codec.params, filled, model=codec.model))[: len(rows)])
     return np.concatenate(parts)
 
 

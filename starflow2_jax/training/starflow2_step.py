@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.models import qwen
+from starflow2_jax.models import mot, qwen, streams
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.models.streams import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training import inputs, optim, starflow2_loss
 from starflow2_jax.training.step import Program, TrainState, accumulate, update
@@ -29,18 +29,24 @@ from starflow2_jax.weights import qwen as qwen_weights
 from starflow2_jax.weights import teacher as teacher_weights
 from starflow2_jax.weights.files import CONFIG_FILE, read_config
 
+KINDS = {"pretzel": pretzel.Config, "mot": mot.Config}
+
 
 def model_config(cfg: Mapping[str, Any]) -> Config:
     """The model of an experiment.
 
     `model.vlm` may be empty where `vlm.path` is given, whose configuration then holds; what it
     names must be as there. `model.flow` needs sizes only (see `starflow2.flow_defaults`).
+    `model.kind` is `pretzel` unless given; of a `mot` the fields are those of `mot.Config`.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: an unknown or missing key, one that does not fit, or a VLM of other sizes.
     """
     group, dtype = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
+    kind = group.pop("kind", "pretzel")
+    if kind not in KINDS:
+        raise ValueError(f"config: model.kind={kind!r} is not one of {', '.join(KINDS)}")
     given = dict(group.pop("vlm", None) or {})
     if cfg["vlm"]["path"]:
         given = _as_stored(given, str(files.locate(cfg["vlm"]["path"])))
@@ -48,7 +54,7 @@ def model_config(cfg: Mapping[str, Any]) -> Config:
     sizes = dict(group.pop("flow", None) or {})
     defaults = pretzel.flow_defaults(vlm.width, len(sizes.get("layers", ())))
     flow = config.build(FlowConfig, {**defaults, **sizes, **dtype}, "model.flow")
-    return config.build(Config, {**group, "vlm": vlm, "flow": flow}, "model")
+    return config.build(KINDS[kind], {**group, "vlm": vlm, "flow": flow}, "model")
 
 
 def _as_stored(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
@@ -130,9 +136,9 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
     train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
     meshes.check_batch(rows, mesh)
     meshes.check_batch(rows // parts, mesh, "rows of a microbatch")
-    declared = pretzel.declare(model)
+    declared = streams.declare(model)
     trained = weights.split(declared, tuple(train["trains"]))[0]
-    stage = starflow2_loss.stage_of(trained)
+    stage = starflow2_loss.stage_of(trained, model)
     if not (stage.images or stage.text):
         raise ValueError("config: train.trains is empty")
     held = {*pretzel.SUBTREES, *trained} & {*declared}
