@@ -11,7 +11,7 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax import online, tasks
 from starflow2_jax import params as weights
 from starflow2_jax.data import records, shapes_tasks
-from starflow2_jax.evaluation import conversations
+from starflow2_jax.evaluation import asking, conversations
 from starflow2_jax.generation import codec, loading
 from starflow2_jax.models import starflow2
 
@@ -74,10 +74,10 @@ def test_grids_hold_pictures_and_what_was_said(model, data):
         grid = grids[kind]
         assert grid.images.shape == (count, PIXELS, PIXELS, 3) and len(grid.captions) == count
     assert grids["samples"].captions == [prompt.said for prompt in given["samples"]]
-    asked = given["answers"][1]
-    answer = own.generate([p.parts for p in given["answers"]], images=0, max_tokens=40)[1]
-    said = " ".join(part.text for part in answer).strip()
-    assert grids["answers"].captions[1] == f"{asked.said} > {said}"
+    asked = [prompt.parts for prompt in given["answers"]]
+    answers = asking.asker(own, max_tokens=conversations.WORDS)(asked, "words")
+    for prompt, answer, caption in zip(given["answers"], answers, grids["answers"].captions):
+        assert caption == f"{prompt.said} > {asking.said(answer)}"
     for kind in ("edits", "reasons"):
         for i, prompt in enumerate(given[kind]):
             np.testing.assert_array_equal(grids[kind].images[2 * i], prompt.shown)
