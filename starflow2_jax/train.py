@@ -269,8 +269,10 @@ def _check_workdir(workdir: epath.Path, cfg: dict[str, Any], data: dict[str, Any
     """The newest step to resume from, None in a new workdir.
 
     Raises:
-        ValueError: the workdir is another experiment's, or its data have changed.
+        ValueError: the workdir is another experiment's, its data have changed, or its newest step
+            is there in part.
     """
+    step_folders.check_copied(workdir)
     newest = step_folders.latest(workdir)
     saved = logs.read_config(workdir)
     if saved is None:

@@ -95,6 +95,15 @@ def test_the_tower_alone_leaves_the_language_as_it_was(folders):
     assert all(jax.tree.leaves(same))
 
 
+def test_the_language_alone_leaves_the_tower_as_it_was(folders):
+    cfg = experiment(folders, **{"vlm.tower": False, "optim.weight_decay": 0.1})
+    _, state, program = run(cfg)
+    first = program.init(jax.random.key(cfg["seed"]))[0].params
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), first["vlm"], state.params["vlm"])
+    assert all(jax.tree.leaves(same.pop("vision")))
+    assert not any(jax.tree.leaves(same["layers"]["mlp_up"]))
+
+
 def test_words_are_named_by_the_features_of_their_region(folders):
     """Moving features outside of all regions changes nothing; each region's name its own words."""
     rng = np.random.default_rng(0)

@@ -29,7 +29,7 @@ from starflow2_jax.generation.codec import Codec
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.models.starflow2 import Config
 from starflow2_jax.params import Tree
-from starflow2_jax.training import starflow2_loss
+from starflow2_jax.training import starflow2_loss, starflow2_step
 
 # What is to follow a prompt of each kind (`asking.KINDS`).
 KINDS = {"samples": "picture", "answers": "words", "edits": "picture", "reasons": "both"}
@@ -54,9 +54,9 @@ class Grid(NamedTuple):
     columns: int | None
 
 
-def kinds(trains: Sequence[str]) -> tuple[str, ...]:
-    """What a training of these subtrees can show."""
-    stage = starflow2_loss.stage_of(trains)
+def kinds(cfg: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a training can show."""
+    stage = starflow2_loss.stage_of(cfg["train"]["trains"], starflow2_step.model_config(cfg))
     both = stage.images and stage.text
     shown = (stage.images, stage.text, both, both)
     return tuple(kind for kind, can in zip(KINDS, shown) if can)
@@ -84,7 +84,7 @@ def prompts(cfg: Mapping[str, Any], opts: rows.Options, pixels: int) -> dict[str
     """
     opts, count = dataclasses.replace(opts, pixels=pixels), cfg["sample"]["count"]
     room = {"samples": count, "answers": count, "edits": -(-count // 2), "reasons": -(-count // 2)}
-    found: dict[str, list[Prompt]] = {kind: [] for kind in kinds(cfg["train"]["trains"])}
+    found: dict[str, list[Prompt]] = {kind: [] for kind in kinds(cfg)}
     if "samples" in found and cfg["sample"]["prompts"]:
         given = [str(text) for text in cfg["sample"]["prompts"]]
         texts = [given[i % len(given)] for i in range(count)]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from starflow2_jax.mesh import constrain
-from starflow2_jax.models import flow, layers, mot, streams
+from starflow2_jax.models import flow, mot, streams
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.models.streams import Config
@@ -133,13 +133,14 @@ def terms(
         text_chunk: positions of a row whose logits are held at a time.
     """
     image, places = batch["image"], x.shape[:2]
-    is_image, mask = image >= 0, layers.segment_mask(batch["segments"])
+    # Not as a mask: kernels of accelerators read segments.
+    is_image, segments = image >= 0, batch["segments"]
     outputs, log_dets = pretzel.shallow(params, x.reshape(-1, *x.shape[2:]), cfg)
     u = pretzel.place(outputs[-1].reshape(x.shape), image)
     # No gradient into the flow by way of the VLM (design.md 4).
     eyes = jax.lax.stop_gradient(u) if stage.text else None
-    at = (batch["positions"], batch["flow_positions"], mask)
-    options = {"images": stage.images, "skips": stage.text}
+    at = (batch["positions"], batch["flow_positions"], None)
+    options = {"segments": segments, "images": stage.images, "skips": stage.text}
     y, h, _ = streams.states(params, batch["ids"], u, eyes, is_image, *at, cfg, **options)
     found = Terms()
     patch, token = next_targets(batch)

@@ -43,32 +43,35 @@ def model_config(cfg: Mapping[str, Any]) -> Config:
         FileNotFoundError: no such folder.
         ValueError: an unknown or missing key, one that does not fit, or a VLM of other sizes.
     """
-    group, dtype = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
+    group, own = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
     kind = group.pop("kind", "pretzel")
     if kind not in KINDS:
         raise ValueError(f"config: model.kind={kind!r} is not one of {', '.join(KINDS)}")
+    if cfg.get("attention", "auto") != "auto":
+        own["attention"] = cfg["attention"]
     given = dict(group.pop("vlm", None) or {})
     if cfg["vlm"]["path"]:
         given = _as_stored(given, str(files.locate(cfg["vlm"]["path"])))
-    vlm = config.build(qwen.Config, {**given, "vision": None, **dtype}, "model.vlm")
+    vlm = config.build(qwen.Config, {**given, "vision": None, **own}, "model.vlm")
     sizes = dict(group.pop("flow", None) or {})
     defaults = pretzel.flow_defaults(vlm.width, len(sizes.get("layers", ())))
-    flow = config.build(FlowConfig, {**defaults, **sizes, **dtype}, "model.flow")
+    flow = config.build(FlowConfig, {**defaults, **sizes, **own}, "model.flow")
     return config.build(KINDS[kind], {**group, "vlm": vlm, "flow": flow}, "model")
 
 
 def _as_stored(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The fields of a folder's `qwen.Config`; `remat` is ours to choose."""
+    """The fields of a folder's `qwen.Config`; `remat` and `attention` are ours to choose."""
     found = vars(qwen_options.read_options(read_config(folder), str(Path(folder) / CONFIG_FILE)))
     for name, value in given.items():
         value = tuple(value) if isinstance(value, list) else value
-        own = name in ("vision", "remat", "compute_dtype") or name not in found
+        own = name in ("vision", "remat", "attention", "compute_dtype") or name not in found
         if not own and value != found[name]:
             raise ValueError(
                 f"config: model.vlm.{name}={value!r}, but the model in vlm.path={folder!r} has "
                 f"{found[name]!r}"
             )
-    return {**given, **found, "remat": given.get("remat", "none")}
+    ours = {"remat": given.get("remat", "none"), "attention": given.get("attention", "auto")}
+    return {**given, **found, **ours}
 
 
 def places(cfg: Mapping[str, Any], model: Config) -> int:
@@ -102,6 +105,24 @@ def abstract_batch(cfg: Mapping[str, Any], model: Config, rows: int) -> dict[str
         "latent_logvar": (latent, jnp.float32),
     }
     return {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
+
+
+def work(cfg: Mapping[str, Any], model: Config, declared: Tree) -> dict[str, float]:
+    """Tokens and FLOPs of a step: two FLOPs a weight and position forward, two for gradients of
+    what a weight reads, two for its own; attention's scores are left out.
+    """
+    trains, length = cfg["train"]["trains"], cfg["text"]["length"]
+    stage = starflow2_loss.stage_of(trains, model)
+    patches = places(cfg, model) * model.patches
+    language = weights.count({**declared["vlm"], "embed": {}, "head": {}})
+    head = model.vlm.vocab * model.vlm.width * (cfg["text"]["targets"] or length)
+    done = language * length * (2 + 2 * stage.text + 2 * ("vlm" in trains))
+    done += 6 * stage.text * head  # computed again in the backward pass
+    done += weights.count(declared["shallow"]) * patches * (6 if "shallow" in trains else 2)
+    done += weights.count(declared["deep"]) * length * 6 * stage.images
+    done += weights.count(declared.get("adapter", {})) * length * 6 * stage.text
+    count = cfg["train"]["batch_size"]
+    return {"tokens": count * length, "flops": count * done}
 
 
 def frozen_vlm(cfg: Mapping[str, Any], model: Config, mesh: Mesh, dtype: Any) -> Tree:

@@ -113,6 +113,10 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, after = tx.update(grads, state.opt_state, state.params)
+        if not cfg["vlm"]["tower"]:
+            # Nor by weight decay.
+            still = jax.tree.map(jnp.zeros_like, updates["vlm"]["vision"])
+            updates = {**updates, "vlm": {**updates["vlm"], "vision": still}}
         params = optax.apply_updates(state.params, updates)
         ema = optim.update_ema(state.ema, params, train["ema"], state.step)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -193,6 +197,8 @@ def row_sums(
     """Sums of each row [B]: those of `text_loss.sums` (zeros where `vlm.language` is 0), and over
     its `images` `pixel_square` and `word_nats`."""
     seen, group = see(params["vlm"], batch["images"], model), cfg["vlm"]
+    if not group["tower"]:
+        seen = jax.lax.stop_gradient(seen)
     if group["language"]:
         sums = text_loss.sums(read(params["vlm"], batch, seen, model), batch)
     else:
