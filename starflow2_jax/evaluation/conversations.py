@@ -27,7 +27,7 @@ from starflow2_jax.evaluation import asking
 from starflow2_jax.generation import interleaved
 from starflow2_jax.generation.codec import Codec
 from starflow2_jax.generation.prompts import Part
-from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.models.streams import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training import starflow2_loss, starflow2_step
 
