@@ -55,14 +55,16 @@ PYTHON=$python part "data" bash "$root/launch/data_tiny.sh" 4
 stage "stage 1, text to image" stage1_t2i runs/stage1
 stage "stage 2, image to text" stage2_i2t runs/stage2
 stage "stage 3, both" stage3_joint runs/stage3
-if [ -e evaluation ]; then
+# Of the folder's files the last that is written.
+if [ -e evaluation/shapes.json ]; then
   printf '\nit is measured already: %s\n' "$PWD/evaluation"
 else
-  part "evaluation" "$python" -m starflow2_jax.evaluate all --model runs/stage3 --out evaluation --n 200
+  part "evaluation" "$python" -m starflow2_jax.evaluate all --model runs/stage3 --n 16 \
+    --out evaluation --overwrite
 fi
 part "report" "$python" -m starflow2_jax.evaluate report --workdir runs/stage3
 
 printf '\nTimes\n  %-26s %5d s%s\n  %-26s %5d s\n' \
   "install" "$install_seconds" "$times" "all but the install" $((SECONDS - work_began))
 printf '\nLook at %s and %s (open them in a browser)\n' \
-  "$PWD/runs/stage3/report.html" "$PWD/evaluation"
+  "$PWD/runs/stage3/report.html" "$PWD/evaluation/report.html"

@@ -86,6 +86,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
             raise
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        # config_flags keeps what an experiment could not read until its first key is set.
+        print(f"error: {error.__cause__ or error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def run(main: Callable[..., None], verbs: Mapping[str, str] | None = None) -> None:

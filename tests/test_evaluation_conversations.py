@@ -11,7 +11,7 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax import online, tasks
 from starflow2_jax import params as weights
 from starflow2_jax.data import records, shapes_tasks
-from starflow2_jax.evaluation import conversations
+from starflow2_jax.evaluation import asking, conversations
 from starflow2_jax.generation import codec, loading
 from starflow2_jax.models import starflow2
 
@@ -74,10 +74,10 @@ def test_grids_hold_pictures_and_what_was_said(model, data):
         grid = grids[kind]
         assert grid.images.shape == (count, PIXELS, PIXELS, 3) and len(grid.captions) == count
     assert grids["samples"].captions == [prompt.said for prompt in given["samples"]]
-    asked = given["answers"][1]
-    answer = own.generate([p.parts for p in given["answers"]], images=0, max_tokens=40)[1]
-    said = " ".join(part.text for part in answer).strip()
-    assert grids["answers"].captions[1] == f"{asked.said} > {said}"
+    asked = [prompt.parts for prompt in given["answers"]]
+    answers = asking.asker(own, max_tokens=conversations.WORDS)(asked, "words")
+    for prompt, answer, caption in zip(given["answers"], answers, grids["answers"].captions):
+        assert caption == f"{prompt.said} > {asking.said(answer)}"
     for kind in ("edits", "reasons"):
         for i, prompt in enumerate(given[kind]):
             np.testing.assert_array_equal(grids[kind].images[2 * i], prompt.shown)
@@ -88,13 +88,10 @@ def test_grids_hold_pictures_and_what_was_said(model, data):
 
 def test_weights_on_a_mesh_draw_the_same(model, data):
     cfg, opts = experiment(model, data, 1)
-    mesh = meshes.make_mesh("fsdp=8")
+    mesh = meshes.make_mesh("data=4,fsdp=2")
     grids = conversations.prepare(cfg, model.shape, opts, model.fae, mesh)
-    declared = starflow2.declare(model.shape)
-    where = weights.shardings(declared, mesh, "fsdp")
-    # What 8 does not divide stays whole.
-    cut = lambda a, at: jax.device_put(a, at) if a.size % 8 == 0 else a
-    spread = jax.tree.map(cut, dict(model.params), {n: where[n] for n in model.params})
+    where = weights.shardings(starflow2.declare(model.shape), mesh, "fsdp")
+    spread = jax.device_put(dict(model.params), where)
     assert any(not a.is_fully_replicated for a in jax.tree.leaves(spread))
     with jax.set_mesh(mesh):
         (found,) = conversations.from_state(grids, spread)

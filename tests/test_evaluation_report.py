@@ -123,6 +123,18 @@ def test_wide_grids_are_made_smaller(tmp_path):
     assert pictures["step 20"].size == (480, 48)
 
 
+def test_grids_of_other_names_have_headings_of_their_own(tmp_path):
+    opened = log.open(a_run(tmp_path, steps=10), settings())
+    images = np.full((2, 8, 8, 3), 7, np.uint8)
+    for name in ("answers", "edits"):
+        log.samples(opened, 10, images, ["what is it? > a circle", ">"], name=name, columns=2)
+    log.close(opened)
+    page = report.write(tmp_path).read_text()
+    assert {"samples, step 10", "answers, step 10", "edits, step 10"} <= set(embedded(page))
+    at = [page.index(f"<h2>{name}</h2>") for name in ("Samples", "Answers", "Edits")]
+    assert at == sorted(at)
+
+
 def test_curves_pass_over_what_is_not_finite():
     rows = [{"step": s, "nats_per_dim": None if s == 3 else float(s)} for s in range(1, 6)]
     steps, values = curves.series(rows, "nats_per_dim")

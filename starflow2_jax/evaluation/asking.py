@@ -19,17 +19,15 @@ def asker(
     *,
     rows: int = 96,
     max_tokens: int = 16,
-    guidance: float = 0.0,
-    image_temperature: float = 1.0,
     seed: int = 0,
+    **drawing: Any,
 ) -> Ask:
     """Asks a model; words are the likeliest, pictures are drawn from the seed and their place.
 
     Args:
         rows: prompts together at most; max_tokens: of an answer in words.
-        guidance, image_temperature: of pictures, see `generation.options.Options`.
+        drawing: of pictures, `guidance` and others of `generation.options.Options`.
     """
-    drawing = {"guidance": guidance, "image_temperature": image_temperature}
     own = {
         "picture": {"images": 1, "max_tokens": 0, **drawing},
         "words": {"images": 0, "max_tokens": max_tokens},

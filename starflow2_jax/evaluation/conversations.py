@@ -23,14 +23,16 @@ from jax.sharding import Mesh
 from starflow2_jax import mesh as meshes
 from starflow2_jax.data import records, rows, tokens
 from starflow2_jax.data.records import Img, Record
+from starflow2_jax.evaluation import asking
 from starflow2_jax.generation import interleaved
 from starflow2_jax.generation.codec import Codec
 from starflow2_jax.generation.prompts import Part
-from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.models.streams import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training import starflow2_loss, starflow2_step
 
-KINDS = ("samples", "answers", "edits", "reasons")
+# What is to follow a prompt of each kind (`asking.KINDS`).
+KINDS = {"samples": "picture", "answers": "words", "edits": "picture", "reasons": "both"}
 # Records that are looked at of each dataset, and tokens of an answer at most.
 SEARCHED, WORDS = 256, 40
 
@@ -81,7 +83,7 @@ def prompts(cfg: Mapping[str, Any], opts: rows.Options, pixels: int) -> dict[str
         DatasetError: a folder or an image that cannot be read.
     """
     opts, count = dataclasses.replace(opts, pixels=pixels), cfg["sample"]["count"]
-    room = {kind: -(-count // 2) if kind in KINDS[2:] else count for kind in KINDS}
+    room = {"samples": count, "answers": count, "edits": -(-count // 2), "reasons": -(-count // 2)}
     found: dict[str, list[Prompt]] = {kind: [] for kind in kinds(cfg)}
     if "samples" in found and cfg["sample"]["prompts"]:
         given = [str(text) for text in cfg["sample"]["prompts"]]
@@ -121,34 +123,26 @@ def draw(
         rows_: prompts at a time.
     """
     sample = model.cfg["sample"]
-    pictures = {"images": 1, "guidance": sample["guidance"], "rule": sample["rule"],
-                "denoise": sample["denoise"]}  # fmt: skip
-    options = {
-        "samples": {**pictures, "max_tokens": 0},
-        "answers": {"images": 0, "max_tokens": WORDS},
-        "edits": {**pictures, "max_tokens": 0},
-        "reasons": {**pictures, "image_start": True, "max_tokens": WORDS},
-    }
+    drawing = {name: sample[name] for name in ("guidance", "rule", "denoise")}
+    common = {"rows": rows_, "max_tokens": WORDS, "seed": model.cfg["seed"]}
+    ask = asking.asker(model, **common, **drawing)
     for kind, group in given.items():
-        asked = interleaved.make_options({**options[kind], "seed": model.cfg["seed"]})
-        parts = [prompt.parts for prompt in group]
         images, captions = [], []
-        for prompt, (row,) in zip(
-            group, interleaved.generate_many(model, parts, asked, min(rows_, len(group)))
-        ):
-            said = " ".join(part.text for part in row if part.kind == "text").strip()
-            drawn = [part.image for part in row if part.kind == "image"]
+        answers = ask([prompt.parts for prompt in group], KINDS[kind])
+        for prompt, answer in zip(group, answers):
+            said = asking.said(answer)
+            drawn = [part.image for part in answer if part.kind == "image"]
             if kind == "samples":
-                images.append(drawn[0])
+                images += drawn
                 captions.append(prompt.said)
             elif kind == "answers":
                 images.append(prompt.shown)
                 captions.append(f"{prompt.said} > {said}")
             else:
-                images += [prompt.shown, drawn[0]]
-                captions += [prompt.said, f"> {said}" if said else ">"]
-        columns = None if kind in KINDS[:2] else min(8, len(images))
-        yield Grid(kind, np.stack(images), captions, columns)
+                images += [prompt.shown, *drawn]
+                captions += [prompt.said, f"> {said}".strip()]
+        pairs = kind in ("edits", "reasons")
+        yield Grid(kind, np.stack(images), captions, min(8, len(images)) if pairs else None)
 
 
 # ------------------------------------------------------------------------------- inside a training
