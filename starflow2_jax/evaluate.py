@@ -9,6 +9,7 @@ python -m starflow2_jax.evaluate all --model runs/stage3 --n 16 --out evaluation
 
 import functools
 import hashlib
+import itertools
 import json
 import time
 from typing import Any
@@ -20,7 +21,7 @@ from etils import epath
 from starflow2_jax import allocator, command, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax.config import nearest
-from starflow2_jax.data import manifest, pipeline
+from starflow2_jax.data import manifest, pipeline, records
 from starflow2_jax.evaluation import (
     cases,
     codec_eval,
@@ -28,6 +29,7 @@ from starflow2_jax.evaluation import (
     report,
     shapes_report,
     sheets,
+    starflow2_likelihood,
     suite,
     understanding,
 )
@@ -118,6 +120,8 @@ def _report(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
 def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     if not values.model:
         raise ValueError("likelihood: --model is needed")
+    if loading.task(values.model) == loading.TASK:
+        return _rows_likelihood(values)
     mesh = meshes.make_mesh(values.mesh)
     source = _source(values.model)
     model = models.load(values.model, mesh, values.layout)
@@ -154,6 +158,36 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
     return result, _lines(result, out)
+
+
+def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
+    """Of a STARFlow2: nats of the images and the text of a dataset's records."""
+    if not values.data:
+        raise ValueError("likelihood: --data is needed: a dataset folder of interleaved records")
+    source = _source(str(files.locate(values.model)))
+    out = _out(values, source, "rows_likelihood", values.data)
+    began, seed = time.time(), values["seed"].value
+    model = loading.load(values.model, vlm=values.vlm or "", fae=values.fae or "")
+    given = list(itertools.islice(records.read(values.data), values.rows))
+    options = {"size": values.batch_size or 32, "seed": seed}
+    found = starflow2_likelihood.of_records(model, given, **options)
+    result = {
+        "model": source,
+        "data": {"path": values.data, "fingerprint": _fingerprint(values.data)},
+        "sections": {"likelihood": {"records": {"all": found}}},
+        "not_run": {},
+        "options": options,
+        "protocol": {"likelihood": starflow2_likelihood.PROTOCOL},
+        "seconds": round(time.time() - began, 1),
+        "command": log.command_line(),
+        **log.environment(),
+    }
+    lines = shapes_report.lines(result)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+        lines += [f"written    {out}"]
+    return result, lines
 
 
 def _options(model: models.Model, values: flags.FlagValues) -> dict[str, Any]:

@@ -135,6 +135,26 @@ def test_text_alone_is_that_of_the_vlm(parts, model):
     assert found["difference"]["nats"] == pytest.approx(more, abs=3e-5) and abs(more) > 1e-3
 
 
+def test_likelihood_of_a_folder(parts, tmp_path, capsys):
+    """Of records of several kinds together: every dimension and token weighs alike."""
+    made = list(shapes_tasks.make_records(3, 6, PIXELS, tasks=["edit", "question", "t2i"]))
+    records.write(tmp_path / "data", made)
+    words = ("--model", parts[1], "--data", tmp_path / "data", "--out", tmp_path / "found.json")
+    ran("likelihood", *words, "--batch_size", 4)
+    assert "likelihood, records, all, image: " in capsys.readouterr().out
+    result = json.loads((tmp_path / "found.json").read_text())
+    found = result["sections"]["likelihood"]["records"]["all"]
+    model = loading.load(parts[1])
+    rows = starflow2_likelihood.sums(model, made, size=6)[0]
+    drawn = rows["count"] > 0
+    assert drawn.tolist() == [True, False, True] * 2 and found["image"]["records"] == 4
+    # The beginning of a picture and the end of the turn are tokens, too.
+    assert found["text"]["records"] == 6 and (rows["text/count"][drawn] == 2).all()
+    assert found["text"]["nats"] == pytest.approx(
+        rows["text/nll"].sum() / rows["text/count"].sum(), abs=2e-5
+    )
+
+
 def test_a_reader_scores_rows_as_it_does_those_of_a_folder(parts, tmp_path):
     reader = readers.load(str(parts[0] / "vlm"))
     given = cases.drawn(0, 1, PIXELS, ["question"])

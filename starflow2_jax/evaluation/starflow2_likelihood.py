@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.data.records import Record
+from starflow2_jax.data.records import Img, Record, Text
 from starflow2_jax.evaluation import record_rows
 from starflow2_jax.evaluation.cases import Case
 from starflow2_jax.generation import codec as codecs
@@ -22,7 +22,7 @@ from starflow2_jax.training.starflow2_loss import Stage
 
 PROTOCOL = (
     "nats of what the assistant says and draws given all before it: of images those of the noisy "
-    "latents, per channel of a patch; of words per token, the end of the turn included; noise of "
+    "latents, per channel of a patch; of words per token, those that begin a picture and end a turn included; noise of "
     "row i by fold_in(fold_in(key(seed), 0), i); 95% over records (ratio of sums, by the delta "
     "method)"
 )
@@ -39,24 +39,26 @@ def measure(
     found: dict[str, Any] = {}
     for task in dict.fromkeys(case.task for case in cases):
         for part, seen in (("seen", True), ("withheld", False)):
-            own = [case for case in cases if case.task == task and case.seen == seen]
+            own = [c.record for c in cases if c.task == task and c.seen == seen]
             if own:
-                found.setdefault(task, {})[part] = _of_task(model, own, size, seed)
+                found.setdefault(task, {})[part] = of_records(model, own, size=size, seed=seed)
     return found
 
 
-def _of_task(model: Model, cases: Sequence[Case], size: int, seed: int) -> dict[str, Any]:
-    given = [case.record for case in cases]
-    draws, says = cases[0].picture is not None, bool(cases[0].words)
-    shows = any(not isinstance(part, str) for case in cases for part in case.given)
+def of_records(
+    model: Model, given: Sequence[Record], *, size: int = 32, seed: int = 0
+) -> dict[str, Any]:
+    """`image` and `text` of records, where there is something learnt of the kind; see `measure`."""
+    segments = [segment for record in given for segment in record.segs]
+    draws = any(isinstance(s, Img) and s.loss for s in segments)
+    says = any(isinstance(s, Text) and s.loss for s in segments)
+    shows = any(isinstance(s, Img) and not s.loss for s in segments)
     rows, latents = sums(model, given, size=size, seed=seed)
     figures: dict[str, Any] = {}
     if draws:
         silent = sums(model, given, size=size, seed=seed, null="text")[0]
-        figures["image"] = {
-            **_image(rows),
-            "baselines": {"no_words": _image(silent), "gaussian": _gaussian(latents)},
-        }
+        beside = {"no_words": _image(silent), "gaussian": _gaussian(latents)}
+        figures["image"] = {**_image(rows), "baselines": beside}
     if says:
         figures["text"] = {**_text(rows), "baselines": {}}
         if shows:
@@ -148,12 +150,13 @@ def ratio(nats: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
 
 
 def _image(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    nats = per_dim(dict(rows))["nats_per_dim"]
-    return ratio(nats * rows["count"], rows["count"])
+    own = {name: values[rows["count"] > 0] for name, values in rows.items()}
+    return ratio(per_dim(own)["nats_per_dim"] * own["count"], own["count"])
 
 
 def _text(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    return ratio(rows["text/nll"], rows["text/count"])
+    own = rows["text/count"] > 0
+    return ratio(rows["text/nll"][own], rows["text/count"][own])
 
 
 def _right(rows: Mapping[str, np.ndarray]) -> float:
