@@ -22,9 +22,9 @@ from starflow2_jax.training.starflow2_loss import Stage
 
 PROTOCOL = (
     "nats of what the assistant says and draws given all before it: of images those of the noisy "
-    "latents, per channel of a patch; of words per token, those that begin a picture and end a turn included; noise of "
-    "row i by fold_in(fold_in(key(seed), 0), i); 95% over records (ratio of sums, by the delta "
-    "method)"
+    "latents, per channel of a patch; of words per token, those included that begin a picture or "
+    "end a turn; noise of row i by fold_in(fold_in(key(seed), 0), i); 95% over records (ratio of "
+    "sums, by the delta method)"
 )
 
 
