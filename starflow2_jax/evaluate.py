@@ -2,6 +2,7 @@
 
 python -m starflow2_jax.evaluate likelihood --model runs/cifar --data data/cifar_test
 python -m starflow2_jax.evaluate likelihood --model runs/cifar --fit data/cifar_train --rows 1000
+python -m starflow2_jax.evaluate likelihood --model runs/latents --data data/shapes64_test --fae runs/fae
 python -m starflow2_jax.evaluate codec --model runs/fae_pixels --data data/shapes64_test --out codec.json
 python -m starflow2_jax.evaluate report --workdir runs/cifar
 python -m starflow2_jax.evaluate all --model runs/stage3 --n 16 --out evaluation/
@@ -18,7 +19,7 @@ import jax
 from absl import flags, logging
 from etils import epath
 
-from starflow2_jax import allocator, command, tasks
+from starflow2_jax import allocator, command, online, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax.config import nearest
 from starflow2_jax.data import manifest, pipeline, records
@@ -120,13 +121,19 @@ def _report(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
 def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     if not values.model:
         raise ValueError("likelihood: --model is needed")
-    if loading.task(values.model) == loading.TASK:
+    task = loading.task(values.model)
+    if task == loading.TASK:
         return _rows_likelihood(values)
+    if task != "flow":
+        raise ValueError(
+            f"likelihood: {values.model}: task={task!r}, expected a flow or task={loading.TASK!r}"
+        )
     mesh = meshes.make_mesh(values.mesh)
     source = _source(values.model)
     model = models.load(values.model, mesh, values.layout)
-    options = _options(model, values)
-    about = pipeline.describe(options)
+    options, codec = _options(model, values)
+    about = online.describe(pipeline.describe(options), codec, "--data")
+    _check_encoder(model, about)
     out = _out(values, source, "likelihood", options["path"] or "mixture")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = values.batch_size or -(-model.cfg["evaluate"]["batch_size"] // ways) * ways
@@ -134,7 +141,8 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     began = time.time()
     mine = meshes.host_rows(size, mesh)
     batches = pipeline.eval_batches(options, batch_size=size, rows=mine)
-    nats, parts = likelihood.per_image(model, likelihood.limit(batches, values.rows, size), mesh)
+    batches = online.encoded(likelihood.limit(batches, values.rows, size), codec)
+    nats, parts = likelihood.per_image(model, batches, mesh)
     figures = likelihood.summarise(nats, model.cfg)
     result = {
         "model": source,
@@ -148,7 +156,7 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
         },
         **figures,
         "parts": parts,
-        "baselines": _baselines(model, options, values, size),
+        "baselines": _baselines(model, options, codec, values, size),
         "protocol": likelihood.protocol(model.cfg, model.flow),
         "seconds": round(time.time() - began, 1),
         "command": log.command_line(),
@@ -157,7 +165,7 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     if out is not None and jax.process_index() == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
-    return result, _lines(result, out)
+    return result, [*likelihood.lines(result), *([f"written    {out}"] if out else [])]
 
 
 def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
@@ -190,8 +198,11 @@ def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str
     return result, lines
 
 
-def _options(model: models.Model, values: flags.FlagValues) -> dict[str, Any]:
-    """Where the data are: the run's `eval_data`, or --data and the folders parallel to it."""
+def _options(
+    model: models.Model, values: flags.FlagValues
+) -> tuple[dict[str, Any], codecs.Codec | None]:
+    """Where the data are: the run's `eval_data`, or --data and the folders parallel to it; and the
+    codec that encodes their images, where there are no stored latents."""
     changes: dict[str, Any] = {}
     if values.data:
         text = "none"
@@ -204,25 +215,44 @@ def _options(model: models.Model, values: flags.FlagValues) -> dict[str, Any]:
     options = likelihood.data_options(model.cfg, model.flow, **changes)
     if not options["path"] and not options["mixture"]:
         raise ValueError("likelihood: --data is needed: the run has no eval_data.path")
-    if not options["pixels"] and not options["latents"]:
-        raise ValueError("likelihood: --latents is needed: the model reads latents")
-    return options
+    stored = [options["latents"], *(entry.get("latents") for entry in options["mixture"])]
+    path = values.fae or ("" if any(stored) else model.cfg["fae"]["path"])
+    if not options["pixels"] and not any(stored) and not path:
+        raise ValueError("likelihood: --latents or --fae is needed: the model reads latents")
+    cfg = {**model.cfg, "fae": {**model.cfg["fae"], "path": path}}
+    codec = online.open(cfg, model.flow)
+    return online.options(options, codec), codec
+
+
+def _check_encoder(model: models.Model, about: dict[str, Any]) -> None:
+    """Refuses latents of another encoder than the flow was trained on, where that is known."""
+    known = model.frozen.get("fae", "").split()
+    for row in about["features"]:
+        if known and "fae" in row and row["fae"]["sha256"] not in known:
+            raise ValueError(
+                f"likelihood: the data are latents of the encoder {row['fae']['sha256'][:12]}, the "
+                f"flow was trained on those of {', '.join(name[:12] for name in known)}"
+            )
 
 
 def _baselines(
-    model: models.Model, options: dict[str, Any], values: flags.FlagValues, size: int
+    model: models.Model,
+    options: dict[str, Any],
+    codec: codecs.Codec | None,
+    values: flags.FlagValues,
+    size: int,
 ) -> dict[str, Any]:
     if not values.fit:
         return {}
     plain = {"labels": False, "text": "none", "features": ""}
     fit = {**options, **plain, "path": values.fit, "latents": values.fit_latents or ""}
     if not fit["pixels"] and not fit["latents"]:
-        raise ValueError("likelihood: --fit_latents is needed: the model reads latents")
+        raise ValueError("likelihood: --fit_latents or --fae is needed: the model reads latents")
     # Every host reads all of it: a Gaussian is cheap.
     measured = pipeline.eval_batches({**options, **plain}, batch_size=size)
     nats = likelihood.gaussian_baseline(
-        pipeline.eval_batches(fit, batch_size=size),
-        likelihood.limit(measured, values.rows, size),
+        online.encoded(pipeline.eval_batches(fit, batch_size=size), codec),
+        online.encoded(likelihood.limit(measured, values.rows, size), codec),
         model.cfg,
     )
     bits = None
@@ -402,24 +432,6 @@ def _out(
     if out and epath.Path(out).exists() and not values.overwrite:
         raise FileExistsError(f"{out} is there already; --overwrite replaces it")
     return epath.Path(out) if out else None
-
-
-def _lines(result: dict[str, Any], out: epath.Path | None) -> list[str]:
-    def interval(name):
-        pair = result[f"{name}_95"]
-        return f"  (95% over images: {pair[0]:.4f} to {pair[1]:.4f})" if pair else ""
-
-    lines = [f"rows       {result['rows']:,} of {result['data']['path']}"]
-    for name, label in (("nats_per_dim", "nats/dim"), ("bits_per_dim", "bits/dim")):
-        if result[name] is not None:
-            lines.append(f"{label}   {result[name]:.4f}{interval(name)}")
-    if result["not_comparable"]:
-        lines.append(f"bits/dim   {result['not_comparable']}")
-    for name, baseline in result["baselines"].items():
-        bits = baseline["bits_per_dim"]
-        also = f", {bits:.4f} bits/dim" if bits is not None else ""
-        lines.append(f"baseline   {name}: {baseline['nats_per_dim']:.4f} nats/dim{also}")
-    return [*lines, *([f"written    {out}"] if out else [])]
 
 
 if __name__ == "__main__":

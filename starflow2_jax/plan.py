@@ -118,7 +118,8 @@ def plan(
     rows, own = [], None
     for layout in layouts:
         shape = mesh or (cfg["mesh"] if len(layouts) == 1 and layout == cfg["layout"] else None)
-        now = {**cfg, "layout": layout, "mesh": shape or estimate.default_mesh(layout, machine)}
+        shape = shape or estimate.default_mesh(layout, machine, cfg["model"])
+        now = {**cfg, "layout": layout, "mesh": shape}
         began = time.perf_counter()
         try:
             if what == "generate":

@@ -11,7 +11,7 @@ from starflow2_jax import start
 from starflow2_jax.data import packing, pipeline, rows
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.models import flops
-from starflow2_jax.training import fae_step, starflow2_loss, starflow2_step, vlm_step
+from starflow2_jax.training import fae_step, starflow2_step, vlm_step
 from starflow2_jax.training import step as programs
 from starflow2_jax.weights import files
 
@@ -91,22 +91,5 @@ def work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
             "flops": 6 * count * (length * language + patches * tower),
         }
     if cfg["task"] == "starflow2":
-        return _stage_work(cfg, model, declared)
+        return starflow2_step.work(cfg, model, declared)
     return {"tokens": count * model.tokens, "flops": 0}
-
-
-def _stage_work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
-    """Two FLOPs a weight and position forward, two for gradients of what a weight reads, two for
-    its own; attention's scores are left out."""
-    trains, length = cfg["train"]["trains"], cfg["text"]["length"]
-    stage = starflow2_loss.stage_of(trains)
-    patches = starflow2_step.places(cfg, model) * model.patches
-    language = weights.count({**declared["vlm"], "embed": {}, "head": {}})
-    head = model.vlm.vocab * model.vlm.width * (cfg["text"]["targets"] or length)
-    done = language * length * (2 + 2 * stage.text + 2 * ("vlm" in trains))
-    done += 6 * stage.text * head  # computed again in the backward pass
-    done += weights.count(declared["shallow"]) * patches * (6 if "shallow" in trains else 2)
-    done += weights.count(declared["deep"]) * length * 6 * stage.images
-    done += weights.count(declared["adapter"]) * length * 6 * stage.text
-    count = cfg["train"]["batch_size"]
-    return {"tokens": count * length, "flops": count * done}

@@ -1,6 +1,8 @@
 """bench: what a row says, on tiny work; no time is judged here."""
 
 import json
+import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from starflow2_jax import allocator, bench, timing
+from starflow2_jax import allocator, bench, stage_timing, timing
 from starflow2_jax.generation.inverse import Jacobi
 from starflow2_jax.models import flow
 
@@ -103,6 +105,7 @@ def test_command_prints_json_and_lines(tiny, capsys, monkeypatch):
     ("verb", "words", "message"),
     [
         ("train", (), "--preset is needed"),
+        ("sample", ("--preset=stage3", "--guidance=2"), "are of the other presets"),
         ("data", (), "--data is needed"),
         ("load", (), "--model is needed"),
         ("sample", ("--preset=peer_tarflow", "--jacobi=16"), "expected BLOCK,THRESHOLD"),
@@ -112,6 +115,70 @@ def test_bad_input_names_the_flag(verb, words, message, monkeypatch):
     monkeypatch.setattr(bench, "machine", lambda repeats=1: RATES)
     with pytest.raises(ValueError, match=message):
         bench.main(verb, [], values(*words))
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+# The bench on a machine with little more than jax: anything else that is imported is an error.
+BARE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing}:
+            raise ImportError(name + " is not on this machine")
+
+sys.meta_path.insert(0, Blocked())
+from absl import flags
+from starflow2_jax import bench, timing
+bench.machine = lambda repeats=1: timing.machine(1, 64, 1)
+for verb in ("train", "sample"):
+    values = flags.FlagValues()
+    bench.define(values)
+    values("bench --preset stage3 --size tiny --batch 2 --repeats 1 --json".split())
+    bench.main(verb, [], values)
+    print("--")
+"""
+MISSING = (
+    *("grain", "ml_collections", "msgspec", "array_record", "transformers", "tokenizers"),
+    *("tensorflow_datasets", "PIL", "pyarrow", "safetensors", "matplotlib", "jinja2", "torch"),
+)
+
+
+def test_stages_are_timed_where_little_more_than_jax_is():
+    done = subprocess.run(
+        [sys.executable, "-c", BARE.format(missing=MISSING)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained, drawn = map(json.loads, done.stdout.split("--")[:2])
+    assert trained["row"] == "train stage3 tiny" and trained["dtype"] == "bfloat16"
+    assert np.isfinite(trained["loss"]) and trained["mfu"] > 0 and trained["needs_gib"] > 0
+    assert trained["tokens_per_s"] == pytest.approx(2 * 224 * 1000 / trained["ms"])
+    for name, items in (("image", 64), ("text", stage_timing.WORDS)):
+        rate, ms = drawn[f"{name}_tokens_per_s"], drawn[f"{name}_ms"]
+        assert rate == pytest.approx(2 * items * 1000 / ms)
+        assert drawn[f"{name}_bound_ms"] > 0 and drawn[f"{name}_share_of_bound"] > 0
+    assert drawn["image_peak_mb"] > 0
+
+
+@pytest.mark.parametrize("name, file", [("stage1", "stage1_t2i"), ("stage3", "stage3_joint")])
+def test_timed_stages_are_those_of_the_experiments(name, file):
+    experiment = runpy.run_path(str(ROOT / "experiments" / f"{file}.py"))["get_config"]
+    for size in ("tiny", "paper"):
+        cfg, ours = experiment(size), stage_timing.experiment(name, size, 8, "bfloat16")
+        for group, key in (
+            *(("text", key) for key in ("length", "images", "targets")),
+            *(("train", "trains"), ("noise", "sigma")),
+        ):
+            assert ours[group][key] == cfg[group][key], (size, key)
+        assert ours["model"] == cfg.model.to_dict()
+
+
+def test_bytes_of_a_decoding_step():
+    """7.07 B weights of the VLM's layers, 2.76 B of the deep flow's: 19.7 GB in bfloat16."""
+    found = stage_timing.step_bytes(stage_timing.pretzel.paper(), 1, 448, 2)
+    assert found["image"] == pytest.approx(2 * (6.525e9 + 2.75e9 + 0.05e9), rel=0.02)
+    assert found["text"] - found["image"] == 2 * 152064 * 3584
 
 
 FAULTS = """

@@ -92,6 +92,17 @@ def test_hosts_share_the_rows_of_a_batch(opts):
     assert take(1, 0)[0] != take(1, 7)[0]
 
 
+def test_an_epoch_over_changing_numbers_of_hosts_loses_and_repeats_nothing(opts):
+    total, seen = rows.describe(opts)["rows"], []
+    for step in range(-(-total // 4)):
+        hosts = (1, 2, 4)[step % 3]
+        for mine in np.arange(4).reshape(hosts, -1).tolist():
+            found = next(rows.batches(opts, batch_size=4, start_step=step, rows=mine))
+            seen += found["id"]
+    ids = " ".join(seen[:total]).split()
+    assert sorted(ids) == sorted(record.id for record in records.read(opts.path))
+
+
 def test_drops_belong_to_records_that_draw_and_depend_on_the_step_alone(opts):
     held = tokens.open_tokenizer(opts.tokenizer)
     every = dataclasses.replace(opts, drop=1.0)

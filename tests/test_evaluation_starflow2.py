@@ -1,8 +1,10 @@
 """A tiny random STARFlow2 put to every task: figures, files, and likelihoods by another way."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -120,7 +122,7 @@ def test_likelihood_is_that_of_its_parts(model):
 
 
 def test_text_alone_is_that_of_the_vlm(parts, model):
-    """The skips taken out, against the VLM read by its own program."""
+    """Against the reader's program, and against the Pretzel whose skips are taken out."""
     given = cases.drawn(0, 2, PIXELS, ["text"])
     found = starflow2_likelihood.skill(model, given, size=4)
     reader = readers.load(str(parts[0] / "vlm"))
@@ -131,6 +133,11 @@ def test_text_alone_is_that_of_the_vlm(parts, model):
         nats += scores["nll"][:count].sum()
         tokens += scores["tokens"][:count].sum()
     assert found["vlm"]["nats"] == pytest.approx(nats / tokens, abs=2e-5)
+    silent = jax.tree.map(np.zeros_like, model.params["skip"])
+    alone = dataclasses.replace(model, params={**model.params, "skip": silent})
+    same = starflow2_likelihood.skill(alone, given, size=6)
+    assert same["model"]["nats"] == pytest.approx(found["vlm"]["nats"], abs=2e-5)
+    assert abs(same["difference"]["nats"]) < 2e-5
     more = found["model"]["nats"] - found["vlm"]["nats"]
     assert found["difference"]["nats"] == pytest.approx(more, abs=3e-5) and abs(more) > 1e-3
 
@@ -180,10 +187,6 @@ def model_tokenizer(reader):
 
 
 def test_what_a_stage_has_not_learnt_is_said(model):
-    import dataclasses
-
-    import jax
-
     zero = lambda name, part: {
         **model.params,
         name: {**model.params[name], part: jax.tree.map(np.zeros_like, model.params[name][part])},

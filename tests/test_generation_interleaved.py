@@ -118,10 +118,12 @@ def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
         np.testing.assert_array_equal(other.image, drawn.image)
         assert (tmp_path / name / "fae").exists() == embed
     # The command writes the first kind, and a folder that was moved still has all it needs.
-    values = flags.FlagValues()
-    convert.define(values)
-    values(["convert", "--model", run, "--out", str(tmp_path / "exported")])
-    convert.main("export", [], values)
+    for name, words in (("exported", []), ("paths", ["--noembed"])):
+        values = flags.FlagValues()
+        convert.define(values)
+        values(["convert", "--model", run, "--out", str(tmp_path / name), *words])
+        convert.main("export", [], values)
+        assert (tmp_path / name / "vlm").exists() == (name == "exported")
     (tmp_path / "exported").rename(tmp_path / "moved")
     assert loading.load(str(tmp_path / "moved")).fae.sha256 == model.fae.sha256
 

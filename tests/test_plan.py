@@ -2,14 +2,18 @@
 
 import importlib.util
 import json
+import math
 from types import SimpleNamespace
 
 import jax
+import pretzel_rows
 import pytest
 from test_planning import ROWS, experiment
+from test_training_starflow2 import experiment as joint
 
+from starflow2_jax import params as weights
 from starflow2_jax import plan
-from starflow2_jax.models import flops
+from starflow2_jax.models import flops, starflow2
 from starflow2_jax.planning import estimate, report, topology
 from starflow2_jax.training.step import model_config
 
@@ -111,6 +115,32 @@ def test_generate_is_planned_too():
     assert row["flops"] == pytest.approx(64 * (2 * matrices + 2 * 4 * 64 * 256), rel=0.02)
     with pytest.raises(ValueError, match="task='fae_pixels' is not planned"):
         plan.plan({**cfg, "task": "fae_pixels"}, "cpu", ["fsdp"], what="generate")
+
+
+def test_generation_of_starflow2_is_planned_too():
+    """Each patch of 4 passes both streams: their matrices, and the caches of 64 slots."""
+    cfg = joint(**{"text.length": 40})
+    (row,) = plan.plan(cfg, "cpu", ["fsdp"], what="generate")
+    assert row["batch"] == 8 and row["tokens"] == 8 * 4 and not row["unknown_loops"]
+    model = pretzel_rows.model()
+    matrices = sum(
+        math.prod(weight.shape)
+        for name, weight in weights.flatten(starflow2.declare(model)).items()
+        if len(weight.shape) > 1 and name.endswith("weight") and "norm" not in name
+        and not name.startswith(("shallow", "vlm/embed"))
+    )  # fmt: skip
+    attention = 4 * 64 * (2 * model.vlm.width + 2 * model.flow.width)
+    assert row["flops"] == pytest.approx(4 * (2 * matrices + attention), rel=0.1)
+    guided = plan.plan({**cfg, "sample": {**cfg["sample"], "guidance": 2.0}}, "cpu", ["fsdp"],
+                       what="generate")[0]  # fmt: skip
+    assert 1.8 < guided["flops"] / row["flops"] < 2.05
+
+
+def test_whole_heads_go_to_a_device():
+    machine = topology.find("cpu")
+    assert estimate.default_mesh("tp", machine) == "data=-1,tensor=8"
+    model = {"vlm": {"heads": 28, "kv_heads": 4}, "flow": {"heads": 0}, "skips": ("vlm",)}
+    assert estimate.default_mesh("tp", machine, model) == "data=-1,tensor=4"
 
 
 @pytest.mark.parametrize(

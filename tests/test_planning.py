@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_training_starflow2 import batch_of
+from test_training_starflow2 import experiment as joint
 
 from starflow2_jax import config, tasks
 from starflow2_jax import mesh as meshes
@@ -116,6 +118,33 @@ def test_context_cuts_positions_and_gathers_keys():
     assert ("all-gather", "context") in sent(found)
 
 
+# ----------------------------------------------------------------------------- the joint stage
+
+
+@pytest.fixture(scope="module")
+def joint_stage():
+    """`compiled` of a very small stage 3, with a frozen VLM, packed rows and both heads."""
+    return compiled(joint(layout="fsdp", mesh="data=2,fsdp=4"))
+
+
+def test_the_joint_stage_exchanges_what_its_layout_means_to(joint_stage):
+    program, _, module, found = joint_stage
+    assert found.unknown_loops == ()
+    assert intent.unintended(program.declared, found, module, program.mesh, "fsdp", LARGE) == []
+    assert ("all-gather", "fsdp") in {(c.kind, c.axes) for c in found.collectives}
+
+
+def test_the_joint_stage_holds_what_is_declared(joint_stage):
+    """Its frozen VLM too: as arguments of the program, and on each device after a step."""
+    program, made, module, _ = joint_stage
+    given = memory.declared(program)
+    assert given["frozen"] > 0 and given["params"] > given["frozen"] / 10
+    held = memory.compiled(made.memory_analysis(), module, given, 0.0, 1e9)
+    assert sum(given.values()) == held.arguments and held.unused == held.padding == 0
+    live = live_bytes(program, made, batch_of())
+    assert all(abs(n - sum(given.values())) <= 0.01 * n for n in live.values())
+
+
 # ----------------------------------------------------------------------------------------- memory
 
 
@@ -138,6 +167,13 @@ def test_live_bytes_after_a_step(layout, of_layout):
     batch = {
         name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in program.abstract_batch.items()
     }
+    expected = sum(memory.declared(program).values())
+    held = live_bytes(program, made, batch)
+    assert all(abs(n - expected) <= 0.01 * expected for n in held.values())
+
+
+def live_bytes(program, made, batch):
+    """Bytes on each device after a step: state, frozen weights and batch."""
     with jax.set_mesh(program.mesh):
         state, frozen = program.init(jax.random.key(0))
         batch = step.to_device(program, batch)
@@ -146,8 +182,7 @@ def test_live_bytes_after_a_step(layout, of_layout):
     for leaf in jax.tree.leaves((state, frozen, batch)):
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes
-    expected = sum(memory.declared(program).values())
-    assert all(abs(n - expected) <= 0.01 * expected for n in held.values())
+    return held
 
 
 def test_kept_activations_are_those_of_the_loops(of_layout):

@@ -4,12 +4,15 @@ import json
 import os
 import pathlib
 import random
+import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
 import time
 
+import interleaved
 import jax
 import numpy as np
 import object_store
@@ -17,13 +20,13 @@ import pytest
 from etils import epath
 from test_train import RUNNER, environment_of, run_config, state_of
 
-from starflow2_jax.training import checkpoint, log, step_folders
+from starflow2_jax import config
+from starflow2_jax.training import checkpoint, digest, log, step_folders
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCHER = ROOT / "launch" / "multi_process.sh"
-SHAPES = {"2x4": (2, 8), "1x8": (1, 8), "4x2": (4, 8), "1x1": (1, 1)}  # processes, devices
-# Which experiments these tests run: a function (data, **changes) -> configuration for each.
-EXPERIMENTS = {"tarflow": run_config}
+# Processes, devices.
+SHAPES = {"2x4": (2, 8), "1x8": (1, 8), "4x2": (4, 8), "1x1": (1, 1), "2x1": (2, 2)}
 # No grids and evaluations but where they are what is tested: each is a program to compile.
 QUIET = {"sample.every": 0, "evaluate.every": 0, "layout": "fsdp", "mesh": "fsdp=-1"}
 # Tests share few cores with others: a process that waits for one is not lost.
@@ -40,13 +43,48 @@ def data(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=list(EXPERIMENTS))
-def make(request, data):
-    """changes -> configuration."""
-    build = EXPERIMENTS[request.param]
-    fixed = {**QUIET, "distributed": PATIENT}
-    dotted = lambda changes: {name.replace("__", "."): value for name, value in changes.items()}
-    return lambda **changes: build(data, **{**fixed, **dotted(changes)})
+def _dotted(changes):
+    given = {name.replace("__", "."): value for name, value in changes.items()}
+    return {**QUIET, "distributed": PATIENT, **given}
+
+
+@pytest.fixture(scope="module")
+def make(data):
+    """changes -> configuration of a small TarFlow."""
+    return lambda **changes: run_config(data, **_dotted(changes))
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory):
+    """changes -> configuration of `tiny` stage 3 on packed rows of every kind of task, beside a VLM
+    drawn from the seed.
+    """
+    folder = tmp_path_factory.mktemp("rows")
+    path, held = interleaved.make(folder, 64, tasks=("t2i", "caption", "question", "edit"))
+    latents = interleaved.make_latents(path, folder / "latents", 8, 16)
+    experiment = runpy.run_path(str(ROOT / "experiments" / "stage3_joint.py"))["get_config"]
+
+    def build(**changes):
+        cfg = experiment("tiny")
+        for group in (cfg.data, cfg.eval_data):
+            group.mixture, group.path, group.latents, group.threads = (), path, latents, 1
+        cfg.vlm.path, cfg.text.tokenizer, cfg.init["from"] = "", held, ""
+        cfg.train.batch_size, cfg.optim.warmup, cfg.log.every = 8, 2, 1
+        cfg.evaluate.rows, cfg.evaluate.batch_size = 8, 8
+        cfg.checkpoint.every, cfg.checkpoint.keep = 2, 9
+        given = _dotted(changes)
+        cfg.distributed.update(given.pop("distributed"))
+        cfg.update_from_flattened_dict(given)
+        config.check(cfg)
+        return config.to_dict(cfg)
+
+    return build
+
+
+@pytest.fixture
+def experiment(request):
+    """`make` or `joint`, by the name that a test is parametrized with."""
+    return request.getfixturevalue(request.param)
 
 
 def start(cfg, workdir, shape="2x4", what="", notes="", beside=None, **environ):
@@ -183,12 +221,39 @@ def test_processes_of_different_configurations_are_refused(make, tmp_path):
     assert "compiled" not in done.stdout and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"mesh": "data=3"}, "mesh: {'data': 3, .*} needs 3 devices, 2 are there"),
+        ({"train__batch_size": 5, "mesh": "data=2"}, "train.batch_size=5 is not divisible by"),
+        ({}, "the checkpoint of step 4 is copied in part: "),
+    ],
+    ids=["mesh", "batch", "half a checkpoint"],
+)
+def test_bad_input_ends_every_process_with_the_same_words(make, tmp_path, changes, words):
+    """Before anything is compiled; within a minute, of processor time since others work here."""
+    run = tmp_path / "run"
+    if not changes:
+        (run / "checkpoints" / "4").mkdir(parents=True)
+        (run / "checkpoints" / "4" / digest.SIDECAR).write_text("")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    beside = tmp_path / "beside"
+    process = start(make(**changes), run, "2x1", beside=beside)
+    output = finish(process, expected=1)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 60
+    for index in range(2):
+        reason = (tmp_path / "beside.logs" / f"process_{index}.reason").read_text()
+        assert re.search(words, reason), reason
+    assert "compiled in" not in output
+
+
 # -------------------------------------------------------------------------------------------- slow
 
 
 @pytest.mark.slow
-def test_a_chain_of_shapes_equals_the_unbroken_run(make, tmp_path):
-    cfg = make(train__steps=20, checkpoint__every=20)
+@pytest.mark.parametrize("experiment", ["make", "joint"], indirect=True)
+def test_a_chain_of_shapes_equals_the_unbroken_run(experiment, tmp_path):
+    cfg = experiment(train__steps=20, checkpoint__every=20)
     whole, run = tmp_path / "whole" / "run", tmp_path / "chain" / "run"
     finish(start(cfg, whole, "2x4", notes=tmp_path / "w"))
     stops = {"2x4": 5, "1x8": 10, "4x2": 15, "1x1": 20}
@@ -217,27 +282,45 @@ def test_resumed_on_the_same_mesh_is_bit_identical(make, tmp_path):
 
 
 LAYOUTS = {
-    "dp": "data=8", "fsdp": "fsdp=8", "tp": "tensor=8", "fsdp_tp": "data=2,fsdp=2,tensor=2",
+    "dp": "data=8", "fsdp": "fsdp=8", "tp": "data=2,tensor=4", "fsdp_tp": "data=2,fsdp=2,tensor=2",
+    # A slice is a process where there are several.
+    "hybrid": {"1x8": "data=2,fsdp=4", "2x4": "data=2,fsdp=4", "4x2": "data=4,fsdp=2"},
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_of_processes_equal_those_of_one(make, tmp_path, layout):
-    """Grids and evaluations included."""
-    shown = {"sample__every": 10, "evaluate__every": 10, "checkpoint__every": 20}
-    cfg = make(train__steps=20, layout=layout, mesh=LAYOUTS[layout], **shown)
-    rows = {}
-    for shape in ("1x8", "2x4", "4x2"):
-        finish(start(cfg, tmp_path / shape, shape))
+def compare_processes(build, folder, layout, steps, shapes, shown):
+    """The same losses and evaluations of every number of processes as of one."""
+    rows, sizes = {}, LAYOUTS[layout]
+    for shape in ("1x8", *shapes):
+        over = sizes if isinstance(sizes, str) else sizes[shape]
+        cfg = build(train__steps=steps, layout=layout, mesh=over, **shown)
+        finish(start(cfg, folder / shape, shape))
         rows[shape] = [
             (row["step"], row.get("loss", row.get("eval/nats_per_dim")))
-            for row in log.read(tmp_path / shape)
+            for row in log.read(folder / shape)
         ]
-        assert (tmp_path / shape / "samples" / "00000020.png").exists()
-    for shape in ("2x4", "4x2"):
+    assert len(rows["1x8"]) >= steps and rows["1x8"][-1][1] != rows["1x8"][0][1]
+    for shape in shapes:
         for (number, ours), (same, theirs) in zip(rows[shape], rows["1x8"], strict=True):
             assert number == same and abs(ours - theirs) <= 1e-5, (shape, number, ours, theirs)
+
+
+def test_two_processes_train_the_joint_stage_as_one_does(joint, tmp_path):
+    shown = {"evaluate__every": 3, "checkpoint__every": 3}
+    compare_processes(joint, tmp_path, "fsdp_tp", 3, ("2x4",), shown)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["make", "joint"], indirect=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_of_processes_equal_those_of_one(experiment, request, tmp_path, layout):
+    """Evaluations included, and grids where there are some."""
+    shown = {"evaluate__every": 10, "checkpoint__every": 20}
+    pictures = "make" in request.node.callspec.params["experiment"]
+    shown |= {"sample__every": 10} if pictures else {}
+    compare_processes(experiment, tmp_path, layout, 20, ("2x4", "4x2"), shown)
+    for shape in ("1x8", "2x4", "4x2") if pictures else ():
+        assert (tmp_path / shape / "samples" / "00000020.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 from flax import struct
 
-from starflow2_jax.training import checkpoint, digest
+from starflow2_jax.training import checkpoint, digest, step_folders
 
 META = {"config": {"width": 8, "rates": [1e-4, None]}, "jax": jax.__version__}
 
@@ -292,6 +292,17 @@ def test_missing_commit_file(workdir, caplog):
     # The same step saved again takes the leftover's place.
     run(workdir, [3])
     assert bits(checkpoint.restore(workdir, None, target)[0]) == bits(make_state(3))
+
+
+def test_a_step_that_is_copied_in_part_is_not_passed_over_by_training(workdir):
+    step_folders.check_copied(workdir)
+    (workdir / "checkpoints" / "3" / "commit_success.txt").unlink()
+    words = r"step 3 is copied in part: .*no commit_success.txt.*\(step 2 is whole\)"
+    with pytest.raises(ValueError, match=words):
+        step_folders.check_copied(workdir)
+    # As a save leaves it that was killed.
+    (workdir / "checkpoints" / "3" / digest.SIDECAR).unlink()
+    step_folders.check_copied(workdir)
 
 
 def test_nothing_there(tmp_path):

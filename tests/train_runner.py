@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from starflow2_jax import distributed, train
-from starflow2_jax.data import pipeline
+from starflow2_jax.data import pipeline, rows
 from starflow2_jax.training import checkpoint
 from starflow2_jax.training import step as programs
 
@@ -35,9 +35,7 @@ when, _, step = what.partition(":")
 process = os.environ.get("JAX_PROCESS_ID", "0")
 if who not in ("", process):
     when = ""
-save, restore, batches, to_device = (
-    checkpoint.save, checkpoint.restore, pipeline.batches, programs.to_device
-)  # fmt: skip
+save, restore, to_device = checkpoint.save, checkpoint.restore, programs.to_device
 
 
 def die():
@@ -83,12 +81,16 @@ def restore_and_note(*args, **kwargs):
     return found
 
 
-def batches_of_interest(*args, start_step=0, **kwargs):
-    for number, batch in enumerate(batches(*args, start_step=start_step, **kwargs), start_step + 1):
-        if when == "data" and number == int(step):
-            die()
-        note("ids", json.dumps([number, batch["id"]]))
-        yield batch
+def of_interest(batches):
+    def noted(*args, start_step=0, **kwargs):
+        made = batches(*args, start_step=start_step, **kwargs)
+        for number, batch in enumerate(made, start_step + 1):
+            if when == "data" and number == int(step):
+                die()
+            note("ids", json.dumps([number, batch["id"]]))
+            yield batch
+
+    return noted
 
 
 def to_device_and_die(program, batch):
@@ -99,7 +101,8 @@ def to_device_and_die(program, batch):
 
 
 checkpoint.save, checkpoint.restore = save_and_die, restore_and_note
-pipeline.batches, programs.to_device = batches_of_interest, to_device_and_die
+pipeline.batches, rows.batches = of_interest(pipeline.batches), of_interest(rows.batches)
+programs.to_device = to_device_and_die
 if when == "stop":
     distributed.stopper = lambda: lambda number: number == int(step)
 train.train(config, workdir)

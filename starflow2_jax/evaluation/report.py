@@ -16,7 +16,7 @@ from etils import epath
 
 from starflow2_jax import config, params
 from starflow2_jax.evaluation import curves, page
-from starflow2_jax.models import fae, starflow2
+from starflow2_jax.models import fae, streams
 from starflow2_jax.training import fae_step, log, starflow2_step, step, vlm_step
 
 FILE = "report.html"
@@ -62,10 +62,12 @@ def write(workdir: epath.PathLike) -> epath.Path:
 
 def _state(cfg: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     steps, now = cfg["train"]["steps"], rows[-1]["step"] if rows else 0
-    batch = cfg["train"]["batch_size"]
+    batch, what = cfg["train"]["batch_size"], "images"
+    if cfg.get("task") in ("vlm", "starflow2"):
+        what = "rows"  # of several records
     return (
         f"step {now:,} of {steps:,}{', finished' if now >= steps else ''}; "
-        f"{batch:,} images a step, {now * batch:,} seen"
+        f"{batch:,} {what} a step, {now * batch:,} seen"
     )
 
 
@@ -81,7 +83,7 @@ def _declared(cfg: Mapping[str, Any]) -> Any:
     if task == "vlm":
         return vlm_step.declare(cfg, vlm_step.model_config(cfg))
     if task == "starflow2":
-        return starflow2.declare(starflow2_step.model_config(cfg))
+        return streams.declare(starflow2_step.model_config(cfg))
     return fae.declare(fae_step.model_config(cfg))
 
 

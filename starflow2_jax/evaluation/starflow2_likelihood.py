@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax import mesh as meshes
 from starflow2_jax.data.records import Img, Record, Text
 from starflow2_jax.evaluation import record_rows
 from starflow2_jax.evaluation.cases import Case
 from starflow2_jax.generation import codec as codecs
 from starflow2_jax.generation.interleaved import Model
-from starflow2_jax.training import inputs, starflow2_loss
+from starflow2_jax.models import qwen
+from starflow2_jax.training import inputs, starflow2_loss, starflow2_step, text_loss
 from starflow2_jax.training.loss import HALF_LOG_2_PI, per_dim
 from starflow2_jax.training.starflow2_loss import Stage
 
@@ -68,17 +70,36 @@ def of_records(
 
 
 def skill(model: Model, cases: Sequence[Case], *, size: int = 32) -> dict[str, Any]:
-    """Text without pictures: of the model, and of its VLM alone (the skips taken out), nats a
-    token, the share of records answered word for word, and the difference of the nats."""
+    """Text without pictures: of the `model`, and of the frozen `vlm` of its folder by itself, nats
+    a token and the share of records `right` word for word; and the `difference` of the nats."""
     given = [case.record for case in cases]
-    alone = {**model.params, "skip": jax.tree.map(jnp.zeros_like, model.params["skip"])}
-    ours, vlm = (sums(model, given, size=size, params=p)[0] for p in (model.params, alone))
-    more = (ours["text/nll"] - vlm["text/nll"], ours["text/count"])
+    ours, vlm = sums(model, given, size=size)[0], _vlm_sums(model, given, size)
     return {
         "model": {**_text(ours), "right": _right(ours)},
         "vlm": {**_text(vlm), "right": _right(vlm)},
-        "difference": ratio(*more),
+        "difference": ratio(ours["text/nll"] - vlm["text/nll"], ours["text/count"]),
     }
+
+
+def _vlm_sums(model: Model, given: Sequence[Record], size: int) -> dict[str, np.ndarray]:
+    """Text entries of `starflow2_loss.sums` of records without images, by the VLM alone."""
+    mesh = meshes.make_mesh("data=1", jax.local_devices()[:1])
+    args = (model.cfg, model.shape, mesh, jnp.dtype(model.cfg["frozen_dtype"]))
+    params, found = starflow2_step.frozen_vlm(*args)["vlm"], []
+    laid = record_rows.batches(given, model.tokenizer, model.shape.flow.side, size=size)
+    for batch, count in laid:
+        score = _read(params, batch, cfg=model.shape.vlm)
+        found.append({n: np.asarray(a, np.float64)[:count, 0] for n, a in score.items()})
+    joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    right = joined["tokens"] - joined["wrong"]
+    return {"text/nll": joined["nll"], "text/count": joined["tokens"], "text/correct": right}
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _read(params, batch, *, cfg):
+    h = qwen.embed(params, batch["ids"], cfg)
+    h = qwen.run(params, h, batch["positions"], None, cfg, segments=batch["segments"])
+    return text_loss.by_record_score(qwen.logits(params, h[:, :-1], cfg), batch)
 
 
 def sums(
@@ -89,25 +110,24 @@ def sums(
     seed: int = 0,
     null: str = "none",
     blank: bool = False,
-    params: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """`starflow2_loss.sums` of every record, float64 [records], and the latents [I, N, D] of the
     images that are learnt.
 
     Args:
-        null, blank: as in `record_rows.batches`; params: in place of the model's.
+        null, blank: as in `record_rows.batches`.
 
     Raises:
         ValueError: records with images, and no codec.
     """
-    side, params = model.shape.flow.side, params or model.params
+    side = model.shape.flow.side
     found: list[dict[str, np.ndarray]] = []
     latents, row = [], 0
     laid = record_rows.batches(given, model.tokenizer, side, size=size, null=null, blank=blank)
     for batch, count in laid:
         keys = inputs.row_keys(seed, 0, np.arange(row, row + len(batch["ids"])))
         own, x = _latents(model, batch, keys)
-        made = _sums(params, own, x, cfg=model.shape)
+        made = _sums(model.params, own, x, cfg=model.shape)
         found.append({n: np.asarray(a, np.float64)[:count] for n, a in made[0].items()})
         latents.append(np.asarray(x)[:count][np.asarray(made[1])[:count]])
         row += count

@@ -75,15 +75,20 @@ class Work:
     unknown_loops: tuple[str, ...]
 
 
-def analyse(module: Module, mesh_shape: Mapping[str, int], slices: int = 1) -> Work:
+def analyse(
+    module: Module, mesh_shape: Mapping[str, int], slices: int = 1, unsaid: int = 1
+) -> Work:
     """Count a compiled program whose devices are a mesh of `mesh_shape`, in its order, on a number
     of TPU slices.
+
+    Args:
+        unsaid: how often a loop runs of which the program does not say it.
     """
     unknown: list[str] = []
     operations, collectives = [], []
     kernels = 0.0
     seen: set[tuple[str, str]] = set()
-    for computation, instruction, times in hlo.walk(module, unknown):
+    for computation, instruction, times in hlo.walk(module, unknown, unsaid):
         collectives += [
             _collective(scope, each, times, mesh_shape, called, slices)
             for scope, each, called in _exchanges(module, computation, instruction)

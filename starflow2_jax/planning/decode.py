@@ -1,6 +1,7 @@
 """The program that draws a batch of images, lowered for a mesh.
 
 `lower` is the one place that knows what is generated; another model's decoding is added there.
+R are the rows of the decode loop: those asked for, and behind them the unconditional branch's.
 """
 
 from collections.abc import Mapping
@@ -13,35 +14,46 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
+from starflow2_jax.generation import conversation, decode
 from starflow2_jax.generation.guidance import Guidance
 from starflow2_jax.generation.inverse import inverse
 from starflow2_jax.models import flow
+from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.planning.memory import per_device
+from starflow2_jax.training import starflow2_step
 from starflow2_jax.training.step import model_config
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """A lowered program, its arguments' bytes on each device, and the tokens it draws."""
+    """A lowered program, its arguments' bytes on each device, the tokens it draws, and how often
+    its loop runs where that depends on what is drawn.
+    """
 
     lowered: jax.stages.Lowered
     declared: Mapping[str, int]
     tokens: int
+    steps: int = 1
 
 
 def lower(cfg: Mapping[str, Any], mesh: Mesh, rows: int) -> Decoding:
-    """Sequential sampling of `rows` images with the experiment's guidance.
+    """Sequential sampling of `rows` images with the experiment's guidance; of STARFlow2 the decode
+    loop over an image's patches, behind a prompt as long as a row has room for.
 
-    Weights are float32, as `generation.model.load` reads them; the batch is cut over data and fsdp.
+    Weights are float32 as `generation.model.load` reads them, a VLM's in `frozen_dtype`; the batch
+    is cut over data and fsdp.
 
     Raises:
         ValueError: a task whose decoding is not planned, rows that the mesh does not divide, or a
             layout that does not fit a weight.
     """
-    if cfg["task"] != "flow":
-        raise ValueError(f"plan --what generate: task={cfg['task']!r} is not planned, only 'flow'")
+    own = {"flow": _flow, "starflow2": _starflow2}
+    if cfg["task"] not in own:
+        raise ValueError(
+            f"plan --what generate: task={cfg['task']!r} is not planned, only {' and '.join(own)}"
+        )
     meshes.check_batch(rows, mesh, "--batch")
-    return _flow(cfg, mesh, rows)
+    return own[cfg["task"]](cfg, mesh, rows)
 
 
 def _flow(cfg, mesh, rows):
@@ -70,3 +82,67 @@ def _flow(cfg, mesh, rows):
         lowered = jax.jit(draw, out_shardings=over).lower(params, given, number)
     held = {"params": per_device(params), "batch": per_device((given, number))}
     return Decoding(lowered, held, rows * model.tokens)
+
+
+def _starflow2(cfg, mesh, rows):
+    """The patches of one image a row; of the loop's two heads both count."""
+    model, layout = starflow2_step.model_config(cfg), cfg["layout"]
+    tree = {n: t for n, t in pretzel.declare(model).items() if n != "shallow"}
+    frozen = {"vlm": tree.pop("vlm")}
+    params = weights.abstract(tree, mesh, layout)
+    params |= weights.abstract(frozen, mesh, layout, jnp.dtype(cfg["frozen_dtype"]))
+    weight, step = cfg["sample"]["guidance"], conversation.CACHE_STEP
+    slots = -(-cfg["text"]["length"] // step) * step
+    guided = Guidance(weight, rule=cfg["sample"]["rule"], temperature_on="all") if weight else None
+    numbers = decode.Numbers(1.0, 0, 1.0, 1.0, guided)
+    count = rows * (2 if weight else 1)
+    with jax.set_mesh(mesh):
+        prepared = _unstacked(params)
+        state = jax.eval_shape(lambda: _state(prepared, model, rows, count, slots))
+        state = jax.tree.map(lambda a: _placed(a, mesh), state)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+        keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=meshes.batch_sharding(mesh))
+        heat = _placed(jax.ShapeDtypeStruct((count,), jnp.float32), mesh)
+        ids = decode.Ids(
+            model.vlm.vision_start_token, model.vlm.vision_end_token, (), (), model.vlm.vocab
+        )
+        lowered = decode.run.lower(
+            prepared, state, keys, numbers, heat, cfg=model, ids=ids, steps=model.patches
+        )
+    held = {"params": per_device(prepared), "cache": per_device(state.caches)}
+    held["batch"] = per_device((state.replace(caches=None), heat))
+    return Decoding(lowered, held, rows * model.patches, model.patches)
+
+
+def _unstacked(params):
+    """`pretzel.unstack` of ShapeDtypeStructs: a layer lies where its part of the stack does."""
+
+    def layer(stacked):
+        shape, spec = stacked.shape[1:], PartitionSpec(*stacked.sharding.spec[1:])
+        where = NamedSharding(stacked.sharding.mesh, spec)
+        return jax.ShapeDtypeStruct(shape, stacked.dtype, sharding=where)
+
+    def apart(tree):
+        depth = jax.tree.leaves(tree["layers"])[0].shape[0]
+        return {**tree, "layers": (jax.tree.map(layer, tree["layers"]),) * depth}
+
+    return {**params, "vlm": apart(params["vlm"]), "deep": apart(params["deep"])}
+
+
+def _state(params, model, rows, count, slots):
+    caches, valid = decode.empty(params, model, count, slots)
+    many, few = jnp.zeros(count, jnp.int32), jnp.zeros(rows, jnp.int32)
+    return decode.State(
+        caches=caches, valid=valid, token=few, u=jnp.zeros((rows, model.flow.channels)),
+        is_image=few > 0, at=jnp.zeros((count, 3), jnp.int32), position=many, index=many, mode=few,
+        patch=few, tokens=few, images=few, due=few, part=few, item=few,
+    )  # fmt: skip
+
+
+def _placed(a, mesh):
+    """Rows over the batch's axes, heads of a cache over tensor where they divide."""
+    spec = [meshes.ACTIVATIONS["batch"]] if a.shape else []
+    if len(a.shape) == 4 and a.shape[1] % mesh.shape["tensor"] == 0:
+        spec.append("tensor")
+    where = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)

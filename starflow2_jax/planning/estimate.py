@@ -11,7 +11,7 @@ import jax
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax import tasks
-from starflow2_jax.planning import cost, decode, hlo, intent, memory, work
+from starflow2_jax.planning import cost, decode, hlo, intent, memory, options, work
 from starflow2_jax.planning.topology import Topology
 
 Row = dict[str, Any]
@@ -19,10 +19,18 @@ Row = dict[str, Any]
 TENSOR = 8
 
 
-def default_mesh(layout: str, topology: Topology) -> str:
-    """A mesh that shows what a layout is for, on all devices of a topology."""
+def default_mesh(layout: str, topology: Topology, model: Mapping[str, Any] | None = None) -> str:
+    """A mesh that shows what a layout is for, on all devices of a topology.
+
+    Args:
+        model: of the experiment: whole key and value heads go to a device, or else no kernel
+            serves and every layer exchanges them.
+    """
     count, slices = len(topology.devices), topology.slices
+    heads = filter(None, options.named(model or {}, "heads", "kv_heads"))
     tensor = math.gcd(count, TENSOR)
+    whole = math.gcd(tensor, *heads)
+    tensor = whole if whole > 1 else tensor
     return {
         "dp": "data=-1",
         "fsdp": "fsdp=-1",
@@ -32,21 +40,13 @@ def default_mesh(layout: str, topology: Topology) -> str:
     }[layout]
 
 
-def changed(group: Mapping[str, Any], **values: Any) -> dict[str, Any]:
-    """A copy of nested dicts in which every key of these names, at any depth, has these values."""
-    return {
-        name: changed(inner, **values) if isinstance(inner, Mapping) else values.get(name, inner)
-        for name, inner in group.items()
-    }
-
-
 def model_flops(cfg: Mapping[str, Any]) -> float:
     """FLOPs of a training step itself: its products without rematerialisation, causal attention as
     the plain path computes it (5/8 of the square where rows are long).
     """
     bare = {**cfg, "layout": "dp", "train": {**cfg["train"], "microbatches": 1}}
     # Products that a trace can count, as there are none in a kernel.
-    bare |= {"attention": "plain", "model": changed(cfg["model"], remat="none")}
+    bare |= {"attention": "plain", "model": options.changed(cfg["model"], remat="none")}
     mesh = meshes.make_mesh("data=1", jax.devices("cpu")[:1])
     return work.flops(_trace(tasks.build(bare, mesh, dry_run=True)).jaxpr)
 
@@ -82,8 +82,8 @@ def train_step(cfg: Mapping[str, Any], topology: Topology, own_flops: float | No
     row = _compiled(lowered, mesh, topology, memory.declared(program), activations)
     if "flops" in row:
         module, found = row.pop("_compiled")
-        tree = {name: part for name, part in program.declared.items() if name in trained}
-        row["unintended"] = intent.unintended(tree, found, module, mesh, cfg["layout"])
+        args = (program.declared, found, module, mesh, cfg["layout"])
+        row["unintended"] = intent.unintended(*args, trained=trained)
     row = {**_told(cfg, topology, mesh, rows), "parameters": count, **row}
     held = row.pop("_memory")
     row["advice"] = memory.advice(held, cfg, dict(mesh.shape), rows)
@@ -96,7 +96,7 @@ def generate(cfg: Mapping[str, Any], topology: Topology, rows: int) -> Row:
     """Compile the drawing of `rows` images; as `train_step`."""
     mesh = meshes.make_mesh(cfg["mesh"], topology.devices)
     made = decode.lower(cfg, mesh, rows)
-    row = _compiled(made.lowered, mesh, topology, made.declared, 0.0)
+    row = _compiled(made.lowered, mesh, topology, made.declared, 0.0, made.steps)
     row = {**_told(cfg, topology, mesh, rows), **row}
     row.pop("_memory")
     row.pop("_compiled", None)
@@ -113,13 +113,16 @@ def _told(cfg, topology, mesh, rows):
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "batch": rows,
         "microbatches": cfg["train"]["microbatches"],
-        "remat": cfg["model"].get("remat", "none"),
+        "remat": options.remat(cfg["model"]),
         "attention": cfg["attention"],
     }
 
 
-def _compiled(lowered, mesh, topology, declared, activations):
-    """Memory and work of a lowered program; work is missing where it was too large to compile."""
+def _compiled(lowered, mesh, topology, declared, activations, unsaid=1):
+    """Memory and work of a lowered program; work is missing where it was too large to compile.
+
+    `unsaid`: how often a loop runs of which the program does not say it.
+    """
     began, chip = time.perf_counter(), topology.chip
     try:
         made = lowered.compile()
@@ -132,11 +135,12 @@ def _compiled(lowered, mesh, topology, declared, activations):
     seconds = time.perf_counter() - began
     module = hlo.parse(made.as_text())
     held = memory.compiled(made.memory_analysis(), module, declared, activations, chip.memory)
-    found = cost.analyse(module, mesh.shape, topology.slices)
+    found = cost.analyse(module, mesh.shape, topology.slices, unsaid)
     row = {"fits": held.fits, "compile_s": seconds, "memory": asdict(held), "_memory": held}
     row["flops"], row["kernel_flops"], row["bytes"] = found.flops, found.kernel_flops, found.bytes
     row["collectives"] = _summed(found.collectives)
-    row["unknown_loops"], row["_compiled"] = list(found.unknown_loops), (module, found)
+    row["unknown_loops"] = list(found.unknown_loops) if unsaid == 1 else []
+    row["_compiled"] = (module, found)
     if chip.flops:
         row["compute_s"] = found.flops / chip.flops
         row["memory_s"] = found.bytes / chip.bandwidth

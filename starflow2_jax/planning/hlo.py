@@ -277,12 +277,12 @@ def _start(within, loop, index):
 
 
 def walk(
-    module: Module, unknown: list[str] | None = None
+    module: Module, unknown: list[str] | None = None, unsaid: int = 1
 ) -> Iterator[tuple[Computation, Instruction, float]]:
     """Every instruction that is run, with how often: bodies of loops times their trips.
 
-    What a fusion calls is not entered. A loop whose trips are not known counts once, and its name
-    is added to `unknown`; of a conditional every branch is counted.
+    What a fusion calls is not entered. A loop whose trips are not known counts `unsaid` times, and
+    its name is added to `unknown`; of a conditional every branch is counted.
     """
 
     def enter(computation, times):
@@ -292,8 +292,9 @@ def walk(
                 count = trips(module, instruction, computation)
                 if count is None and unknown is not None and instruction.name not in unknown:
                     unknown.append(instruction.name)
+                runs = times * (unsaid if count is None else count or 1)
                 for name in instruction.called("body"):
-                    yield from enter(module.computations[name], times * (count or 1))
+                    yield from enter(module.computations[name], runs)
             elif instruction.opcode == "conditional":
                 names = instruction.called("branch_computations")
                 for branch in ("true", "false"):

@@ -1,7 +1,7 @@
 """What a layout means to exchange and to cut, held against what the compiled program does."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
@@ -21,6 +21,7 @@ def unintended(
     mesh: Mesh,
     layout: str,
     large: int = MIB,
+    trained: Collection[str] | None = None,
 ) -> list[str]:
     """What a compiled step gathers or holds that its layout does not mean to, a line each.
 
@@ -30,8 +31,9 @@ def unintended(
     at once. A large weight must be cut wherever the layout's mesh axes are there to cut it.
 
     Args:
-        declared: Weights that the step reads; found, module: of its compiled text; large: bytes
-            below which nothing is said.
+        declared: Weights of the model; found, module: of the step's compiled text; large: bytes
+            below which nothing is said; trained: names of the subtrees that are (None: all). A
+            step need not read the others.
     """
     lines = []
     one_layer = set()
@@ -52,10 +54,10 @@ def unintended(
                 f"all-gather over {each.axes} of {each.bytes / MIB:,.2f} MiB, {each.times:g} "
                 f"times: not a layer's weight over fsdp ({each.source})"
             )
-    return lines + _whole(declared, module, mesh, layout, large)
+    return lines + _whole(declared, module, mesh, layout, large, trained)
 
 
-def _whole(declared, module, mesh, layout, large):
+def _whole(declared, module, mesh, layout, large, trained):
     """Large weights that a layout with axes to cut them leaves whole on every device."""
     rules = set(meshes.LAYOUTS[layout].values())
     if all(mesh.shape[axis] == 1 for axis in rules):
@@ -67,7 +69,8 @@ def _whole(declared, module, mesh, layout, large):
         if ways == 1 and 4 * math.prod(weight.shape) >= large and len(weight.shape) > 1:
             lines.append(f"weight {name} {list(weight.shape)} is whole on every device")
     arguments = {s.dims for i in module.entry.parameters().values() for s in i.shapes}
-    for name, weight in weights.flatten(declared).items():
+    read = {n: tree for n, tree in declared.items() if trained is None or n in trained}
+    for name, weight in weights.flatten(read).items():
         spec = meshes.weight_spec(name, weight.shape, weight.axes, mesh, layout)
         shard = tuple(
             size // (mesh.shape[axis] if axis else 1) for size, axis in zip(weight.shape, spec)

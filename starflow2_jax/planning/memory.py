@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from starflow2_jax.planning import options
 from starflow2_jax.planning.hlo import Module
 
 GIB = 2**30
@@ -132,8 +133,7 @@ def advice(memory: Memory, cfg: Mapping[str, Any], mesh: Mapping[str, int], rows
         if ways < devices:
             less, how = state * ways / devices, f"weights cut {devices} ways, not {ways}"
         found.append((state - less, f"{how}: weights and optimizer {gib(state)} to {gib(less)}"))
-    remat = cfg["model"].get("remat", "none")
-    if remat != "full":
+    if options.remat(cfg["model"]) != "full":
         saved = memory.activations
         found.append((saved, f"model.remat=full: most of {gib(saved)} of kept activations"))
     parts = cfg["train"]["microbatches"]

@@ -16,6 +16,7 @@ _PARTS = (
     ("optimizer", "#a9c4e0"),
     ("frozen", "#7a7a7a"),
     ("batch", "#c9c9c9"),
+    ("cache", "#4f8f5f"),
     ("temporaries", "#c8501e"),
 )
 

@@ -9,7 +9,7 @@ import jax
 from starflow2_jax import mesh as meshes
 from starflow2_jax import tasks
 from starflow2_jax.models.layers import REMAT
-from starflow2_jax.planning import estimate, memory, work
+from starflow2_jax.planning import estimate, memory, options, work
 from starflow2_jax.planning.topology import Topology
 
 Row = dict[str, Any]
@@ -31,12 +31,12 @@ def candidates(
             "fsdp_tp": [f"fsdp=-1,tensor={n}" for n in ways],
             "hybrid": [f"data={n},fsdp=-1" for n in ways],
         }.get(layout, [])
-        for mesh in dict.fromkeys([estimate.default_mesh(layout, topology), *shapes]):
+        for mesh in dict.fromkeys([estimate.default_mesh(layout, topology, cfg["model"]), *shapes]):
             for rows in (batch, 2 * batch, batch // 2):
-                for remat in REMAT if "remat" in cfg["model"] else (None,):
+                for remat in REMAT if options.named(cfg["model"], "remat") else (None,):
                     new = {**cfg, "layout": layout, "mesh": mesh}
                     new["train"] = {**cfg["train"], "batch_size": rows}
-                    new["model"] = {**cfg["model"]} | ({"remat": remat} if remat else {})
+                    new["model"] = options.changed(cfg["model"], remat=remat)
                     yield new
 
 

@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.models import qwen
+from starflow2_jax.models import mot, qwen, streams
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.models.streams import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training import inputs, optim, starflow2_loss
 from starflow2_jax.training.step import Program, TrainState, accumulate, update
@@ -29,40 +29,49 @@ from starflow2_jax.weights import qwen as qwen_weights
 from starflow2_jax.weights import teacher as teacher_weights
 from starflow2_jax.weights.files import CONFIG_FILE, read_config
 
+KINDS = {"pretzel": pretzel.Config, "mot": mot.Config}
+
 
 def model_config(cfg: Mapping[str, Any]) -> Config:
     """The model of an experiment.
 
     `model.vlm` may be empty where `vlm.path` is given, whose configuration then holds; what it
     names must be as there. `model.flow` needs sizes only (see `starflow2.flow_defaults`).
+    `model.kind` is `pretzel` unless given; of a `mot` the fields are those of `mot.Config`.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: an unknown or missing key, one that does not fit, or a VLM of other sizes.
     """
-    group, dtype = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
+    group, own = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
+    kind = group.pop("kind", "pretzel")
+    if kind not in KINDS:
+        raise ValueError(f"config: model.kind={kind!r} is not one of {', '.join(KINDS)}")
+    if cfg.get("attention", "auto") != "auto":
+        own["attention"] = cfg["attention"]
     given = dict(group.pop("vlm", None) or {})
     if cfg["vlm"]["path"]:
         given = _as_stored(given, str(files.locate(cfg["vlm"]["path"])))
-    vlm = config.build(qwen.Config, {**given, "vision": None, **dtype}, "model.vlm")
+    vlm = config.build(qwen.Config, {**given, "vision": None, **own}, "model.vlm")
     sizes = dict(group.pop("flow", None) or {})
     defaults = pretzel.flow_defaults(vlm.width, len(sizes.get("layers", ())))
-    flow = config.build(FlowConfig, {**defaults, **sizes, **dtype}, "model.flow")
-    return config.build(Config, {**group, "vlm": vlm, "flow": flow}, "model")
+    flow = config.build(FlowConfig, {**defaults, **sizes, **own}, "model.flow")
+    return config.build(KINDS[kind], {**group, "vlm": vlm, "flow": flow}, "model")
 
 
 def _as_stored(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The fields of a folder's `qwen.Config`; `remat` is ours to choose."""
+    """The fields of a folder's `qwen.Config`; `remat` and `attention` are ours to choose."""
     found = vars(qwen_options.read_options(read_config(folder), str(Path(folder) / CONFIG_FILE)))
     for name, value in given.items():
         value = tuple(value) if isinstance(value, list) else value
-        own = name in ("vision", "remat", "compute_dtype") or name not in found
+        own = name in ("vision", "remat", "attention", "compute_dtype") or name not in found
         if not own and value != found[name]:
             raise ValueError(
                 f"config: model.vlm.{name}={value!r}, but the model in vlm.path={folder!r} has "
                 f"{found[name]!r}"
             )
-    return {**given, **found, "remat": given.get("remat", "none")}
+    ours = {"remat": given.get("remat", "none"), "attention": given.get("attention", "auto")}
+    return {**given, **found, **ours}
 
 
 def places(cfg: Mapping[str, Any], model: Config) -> int:
@@ -98,6 +107,24 @@ def abstract_batch(cfg: Mapping[str, Any], model: Config, rows: int) -> dict[str
     return {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
 
 
+def work(cfg: Mapping[str, Any], model: Config, declared: Tree) -> dict[str, float]:
+    """Tokens and FLOPs of a step: two FLOPs a weight and position forward, two for gradients of
+    what a weight reads, two for its own; attention's scores are left out.
+    """
+    trains, length = cfg["train"]["trains"], cfg["text"]["length"]
+    stage = starflow2_loss.stage_of(trains, model)
+    patches = places(cfg, model) * model.patches
+    language = weights.count({**declared["vlm"], "embed": {}, "head": {}})
+    head = model.vlm.vocab * model.vlm.width * (cfg["text"]["targets"] or length)
+    done = language * length * (2 + 2 * stage.text + 2 * ("vlm" in trains))
+    done += 6 * stage.text * head  # computed again in the backward pass
+    done += weights.count(declared["shallow"]) * patches * (6 if "shallow" in trains else 2)
+    done += weights.count(declared["deep"]) * length * 6 * stage.images
+    done += weights.count(declared.get("adapter", {})) * length * 6 * stage.text
+    count = cfg["train"]["batch_size"]
+    return {"tokens": count * length, "flops": count * done}
+
+
 def frozen_vlm(cfg: Mapping[str, Any], model: Config, mesh: Mesh, dtype: Any) -> Tree:
     """The VLM's weights without its tower, sharded: of `vlm.path`, or else drawn from the seed.
 
@@ -130,9 +157,9 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
     train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
     meshes.check_batch(rows, mesh)
     meshes.check_batch(rows // parts, mesh, "rows of a microbatch")
-    declared = pretzel.declare(model)
+    declared = streams.declare(model)
     trained = weights.split(declared, tuple(train["trains"]))[0]
-    stage = starflow2_loss.stage_of(trained)
+    stage = starflow2_loss.stage_of(trained, model)
     if not (stage.images or stage.text):
         raise ValueError("config: train.trains is empty")
     held = {*pretzel.SUBTREES, *trained} & {*declared}

@@ -67,6 +67,23 @@ def latest(workdir: epath.PathLike) -> int | None:
     return entries[-1].step if entries else None
 
 
+def check_copied(workdir: epath.PathLike) -> None:
+    """ValueError where the newest step has digests, which come last, and no commit file.
+
+    No save leaves that behind, and no removal of an old step; a copy cut short does. To take the
+    step before it, or to begin anew, is not what is wanted then.
+    """
+    entries = steps(workdir)
+    if entries and entries[-1].status == "leftover":
+        newest, before = entries[-1], latest(workdir)
+        if (newest.path / digest.SIDECAR).exists():
+            rest = "the run would begin anew" if before is None else f"step {before} is whole"
+            raise ValueError(
+                f"the checkpoint of step {newest.step} is copied in part: {newest.path} has "
+                f"{digest.SIDECAR} and no {COMMIT_FILE}; copy it again, or move it away ({rest})"
+            )
+
+
 def locate(path: epath.PathLike) -> tuple[epath.Path, int | None]:
     """(workdir, step) of the path of a run (step None) or of one step, `RUN/checkpoints/120`."""
     path = epath.Path(path)

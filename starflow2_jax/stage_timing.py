@@ -1,0 +1,226 @@
+"""STARFlow2's stages at any preset's size with random weights: a training step, a decoding.
+
+What `bench` runs where nothing but jax, flax, optax and numpy is: no data, no tokenizer, no files.
+Rows are full of images with a few words between, as the experiment of the stage packs them.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax import config
+from starflow2_jax import mesh as meshes
+from starflow2_jax import params as weights
+from starflow2_jax.generation import conversation, decode
+from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.timing import Result, shares, timed
+from starflow2_jax.training import speed, starflow2_step
+from starflow2_jax.training.step import to_device
+
+# What a stage trains, and its row: positions, images, learnt tokens (of experiments/stage*.py).
+STAGES: dict[str, dict[str, Any]] = {
+    "stage1": {"trains": ("shallow", "deep"), "length": 1536, "images": 4, "targets": 0},
+    "stage3": {
+        "trains": ("adapter", "shallow", "deep", "skip"),
+        "length": 2048,
+        "images": 6,
+        "targets": 1024,
+    },
+}
+# The rows of the tiny preset, whose images have 64 patches.
+TINY = {"length": 224, "images": 2, "targets": 0}
+GIB = 2**30
+# A prompt that has been read, and tokens to draw.
+PROMPT, WORDS = 128, 64
+
+
+def experiment(stage: str, size: str, rows: int, dtype: str) -> dict[str, Any]:
+    """A configuration as `training.starflow2_step.build` takes it.
+
+    Args:
+        stage: a key of `STAGES`; size: of `starflow2.PRESETS`; dtype: of matmuls and frozen VLM.
+    """
+    cfg = config.plain()
+    own = {**STAGES[stage], **(TINY if size == "tiny" else {})}
+    cfg["task"], cfg["name"] = "starflow2", f"{stage}_{size}"
+    cfg["model"] = pretzel.options(pretzel.preset(size))
+    remat = "none" if size == "tiny" else "full"
+    cfg["model"]["flow"]["remat"] = cfg["model"]["vlm"]["remat"] = remat
+    cfg["compute_dtype"] = cfg["frozen_dtype"] = dtype
+    cfg["train"]["trains"], cfg["train"]["batch_size"] = own["trains"], rows
+    for key in ("length", "images", "targets"):
+        cfg["text"][key] = own[key]
+    cfg["noise"]["sigma"] = 0.3
+    config.check(cfg)
+    return cfg
+
+
+def rows_of_images(cfg: dict[str, Any], model: Config, count: int) -> dict[str, np.ndarray]:
+    """A host batch: in each row all its images, each begun, ended and introduced by words.
+
+    One segment; every image and, in stages that learn text, the words are learnt.
+    """
+    length, images, patches = cfg["text"]["length"], cfg["text"]["images"], model.patches
+    side, draw = model.flow.side, np.random.default_rng(0)
+    room = length // images
+    image = np.full(length, -1, np.int32)
+    flow = np.zeros((length, 3), np.int32)
+    for m in range(images):
+        first = m * room + room - patches - 1
+        image[first : first + patches] = m * patches + np.arange(patches)
+        flow[first : first + patches, 0] = np.arange(patches) // side
+        flow[first : first + patches, 1] = np.arange(patches) % side
+    flow[:, 2] = np.cumsum(image < 0)
+    learnt = np.ones(length, bool)
+    limit = cfg["text"]["targets"]
+    if limit:
+        learnt[np.flatnonzero(image < 0)[limit:]] = False
+    one = {
+        "ids": draw.integers(8, model.vlm.vocab // 2, length, np.int32),
+        "segments": np.ones(length, np.int32),
+        "image": image,
+        "target": learnt,
+        "positions": np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, 1),
+        "flow_positions": flow,
+    }
+    batch = {name: np.repeat(a[None], count, 0) for name, a in one.items()}
+    shape = (count, images, patches, model.flow.channels)
+    batch["latent_mean"] = draw.standard_normal(shape, np.float32)
+    return batch | {"latent_logvar": np.full(shape, -5.0, np.float32)}
+
+
+def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
+    """A stage's own training step on the default devices, rows cut over them (layout `fsdp`).
+
+    Returns:
+        `ms` and the like of `timing.timed`, `tokens_per_s`, `mfu` of the devices' bfloat16 peak,
+        and `needs_gib`, what the compiled step holds on a device.
+
+    Raises:
+        ValueError: a step that the device cannot hold; says by how much.
+    """
+    peak = speed.peak_flops()
+    mesh = meshes.make_mesh("fsdp=-1")
+    cfg = experiment(stage, size, rows, dtype) | {"layout": "fsdp", "mesh": "fsdp=-1"}
+    program = starflow2_step.build(cfg, mesh)
+    began = time.perf_counter()
+    ready = program.lower_step().compile()
+    seconds = time.perf_counter() - began
+    needs = _needs(ready)
+    _check_room(needs, rows)
+    with jax.set_mesh(mesh):
+        state, frozen = program.init(jax.random.key(0))
+        batch = rows_of_images(cfg, program.model, len(meshes.host_rows(rows, mesh)))
+        held, batch = [state], to_device(program, batch)
+        del state
+
+        def run():
+            held[0], metrics = ready(held[0], frozen, batch)
+            return metrics
+
+        row = {"row": f"train {stage} {size}", "batch": rows, "dtype": dtype}
+        row |= {"compile_s": seconds, "needs_gib": needs / GIB, **timed(run, repeats)}
+        row["loss"] = float(run()["loss"])
+    work = starflow2_step.work(cfg, program.model, program.declared)
+    row["tokens_per_s"] = 1000 * work["tokens"] / row["ms"]
+    row["model_tflop"] = work["flops"] / 1e12
+    return row | {"mfu": 1000 * work["flops"] / row["ms"] / peak}
+
+
+def _needs(ready: Any) -> float:
+    """Bytes on a device: arguments, results and temporaries of a compiled program."""
+    found = ready.memory_analysis()
+    whole = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return whole - found.alias_size_in_bytes
+
+
+def _check_room(needs: float, rows: int) -> None:
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    if limit and needs > limit:
+        raise ValueError(
+            f"bench: the step needs {needs / GIB:.1f} GiB a device, {limit / GIB:.1f} are there: "
+            f"fewer rows than --batch={rows}, more devices, --preset=stage1, or --size=small"
+        )
+
+
+def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Result) -> Result:
+    """The decode loop after a prompt: an image's patches, then words, `rows` conversations at once.
+
+    Weights are held in `dtype`. Nothing is read but what the loop reads: bounds are the time that
+    the weights and the cache take at the machine's best bandwidth.
+
+    Args:
+        rates: of `timing.machine`.
+
+    Returns:
+        `image_...` and `text_...`: ms of one image and of `WORDS` tokens, tokens/s of all rows
+        together, `bound_ms` and `share_of_bound`.
+    """
+    cfg = pretzel.preset(size)
+    own = lambda part: dataclasses.replace(part, compute_dtype=dtype)
+    cfg = dataclasses.replace(cfg, vlm=own(cfg.vlm), flow=own(cfg.flow))
+    tree = {n: t for n, t in pretzel.declare(cfg).items() if n != "shallow"}
+    params = jax.jit(partial(weights.init, tree=tree, dtype=dtype))(jax.random.key(0))
+    slots = -(-(PROMPT + cfg.patches + WORDS) // conversation.CACHE_STEP) * conversation.CACHE_STEP
+    keys = jax.random.split(jax.random.key(1), rows)
+    held = conversation.begin(params, cfg, keys, "", 1.0, slots, True)
+    # Each a buffer of its own, as the loop takes all of them over.
+    prepared, heat, states = held.params, held.heat, [jax.tree.map(jnp.copy, held.state)]
+    del params, held
+    read = jnp.zeros((rows, slots), bool).at[:, :PROMPT].set(True)
+    ids = decode.Ids(3, 4, (), (), cfg.vlm.vocab)
+    numbers = decode.Numbers(1.0, 0, 1.0, 1.0, None)
+    full = lambda value: jnp.full(rows, value, jnp.int32)
+
+    def draw(mode: int, steps: int) -> Callable[[], Any]:
+        def run():
+            # The prompt has been read, and what was drawn since is taken back.
+            caches = tuple(c.replace(length=jnp.int32(PROMPT)) for c in states[0].caches)
+            own = {"mode": full(mode), "patch": full(0), "tokens": full(WORDS)}
+            own |= {"token": full(3), "is_image": jnp.zeros(rows, bool), "images": full(0)}
+            state = states[0].replace(caches=caches, valid=jnp.copy(read), **own)
+            states[0], record = decode.run(
+                prepared, state, keys, numbers, heat, cfg=cfg, ids=ids, steps=steps
+            )
+            return record.nats
+
+        return run
+
+    row: Result = {"row": f"sample {stage} {size}", "batch": rows, "dtype": dtype}
+    row |= {"prompt": PROMPT, "slots": slots}
+    moved = step_bytes(cfg, rows, slots, jnp.dtype(dtype).itemsize)
+    for name, mode, steps in (("image", decode.IMAGE, cfg.patches), ("text", decode.TEXT, WORDS)):
+        run = draw(mode, steps)
+        began = time.perf_counter()
+        drawn = np.asarray(run())
+        row[f"{name}_first_s"] = time.perf_counter() - began
+        if not (drawn[:, :, 0] != 0).all():
+            raise RuntimeError(f"bench: not every step of {name} drew something")
+        took = timed(run, repeats)
+        took |= {"tokens_per_s": 1000 * rows * steps / took["ms"]}
+        bound = shares(took["ms"], rates, 0.0, steps * moved[name])
+        took |= {key: bound[key] for key in ("gb_per_s", "bound_ms", "share_of_bound")}
+        row |= {f"{name}_{key}": value for key, value in took.items() if key != "repeats"}
+    return row | {"machine_gb_per_s": bound["machine_gb_per_s"]}
+
+
+def step_bytes(cfg: Config, rows: int, slots: int, itemsize: int) -> dict[str, int]:
+    """Bytes that a decoding step has to read: every weight once, and the caches with their slots.
+
+    A step of an image reads no head of the vocabulary; neither reads the table of embeddings.
+    """
+    tree = pretzel.declare(cfg)
+    vlm = {n: t for n, t in tree["vlm"].items() if n not in ("embed", "head")}
+    both = weights.count(vlm) + weights.count({n: tree[n] for n in ("adapter", "deep", "skip")})
+    kept = 2 * rows * slots * cfg.vlm.kv_heads * cfg.vlm.layer.head_dim * cfg.vlm.layers
+    deep = cfg.deep.layer
+    kept += 2 * rows * slots * deep.kv_heads * deep.head_dim * cfg.deep.depth
+    words = cfg.vlm.vocab * cfg.vlm.width
+    return {"image": itemsize * (both + kept), "text": itemsize * (both + kept + words)}
