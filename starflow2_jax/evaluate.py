@@ -68,12 +68,7 @@ def define(values: flags.FlagValues) -> None:
                        flag_values=values)  # fmt: skip
     text("latents", None, "folder of latents parallel to --data", flag_values=values)
     text("features", None, "folder of text features parallel to --data", flag_values=values)
-    text(
-        "blind",
-        None,
-        "understanding, shapes: a VLM that never saw a picture",
-        flag_values=values,
-    )
+    text("blind", None, "understanding, shapes, all: a VLM that never saw", flag_values=values)
     text("fit", None, "training dataset: of the Gaussian baseline or the probe", flag_values=values)
     text("fit_latents", None, "folder of latents parallel to --fit", flag_values=values)
     number("rows", None, "first rows of --data that are measured (all)", 1, flag_values=values)
@@ -85,7 +80,8 @@ def define(values: flags.FlagValues) -> None:
     number("pictures", 16, "codec: images in the grid beside --out", 1, flag_values=values)
     text("layout", "dp", "where weights live", flag_values=values)
     text("mesh", "data=-1", "devices along each mesh axis", flag_values=values)
-    text("out", None, "JSON to write (of a run by default: in its evaluation/)", flag_values=values)
+    text("out", None, "JSON to write, of `all` a folder (of a run by default: in its evaluation/)",
+         flag_values=values)  # fmt: skip
     switch("overwrite", False, "replace what --out names", flag_values=values)
     switch("json", False, "print the result as JSON", flag_values=values)
 
@@ -168,6 +164,13 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     return result, [*likelihood.lines(result), *([f"written    {out}"] if out else [])]
 
 
+def _starflow2(values: flags.FlagValues) -> Any:
+    """The STARFlow2 of --model, on one device unless a mesh is given."""
+    mesh = meshes.make_mesh(values.mesh) if values["mesh"].present else None
+    where = {"vlm": values.vlm or "", "fae": values.fae or ""}
+    return loading.load(values.model, mesh, values.layout, **where)
+
+
 def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     """Of a STARFlow2: nats of the images and the text of a dataset's records."""
     if not values.data:
@@ -175,7 +178,7 @@ def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str
     source = _source(str(files.locate(values.model)))
     out = _out(values, source, "rows_likelihood", values.data)
     began, seed = time.time(), values["seed"].value
-    model = loading.load(values.model, vlm=values.vlm or "", fae=values.fae or "")
+    model = _starflow2(values)
     given = list(itertools.islice(records.read(values.data), values.rows))
     options = {"size": values.batch_size or 32, "seed": seed}
     found = starflow2_likelihood.of_records(model, given, **options)
@@ -365,7 +368,7 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
     if everything and out is None:
         raise ValueError("all: --out is needed: a folder for the page and the sheets")
     began, seed = time.time(), values["seed"].value
-    model = loading.load(values.model, vlm=values.vlm or "", fae=values.fae or "")
+    model = _starflow2(values)
     pixels = model.fae.model.pixels if model.fae else model.cfg["image"]["pixels"] or 64
     if folders:
         given = cases.read(folders, n=values.n)
