@@ -10,6 +10,7 @@ python -m starflow2_jax.evaluate all --model runs/stage3 --n 16 --out evaluation
 
 import functools
 import hashlib
+import itertools
 import json
 import time
 from typing import Any
@@ -21,7 +22,7 @@ from etils import epath
 from starflow2_jax import allocator, command, online, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax.config import nearest
-from starflow2_jax.data import manifest, pipeline
+from starflow2_jax.data import manifest, pipeline, records
 from starflow2_jax.evaluation import (
     cases,
     codec_eval,
@@ -29,6 +30,7 @@ from starflow2_jax.evaluation import (
     report,
     shapes_report,
     sheets,
+    starflow2_likelihood,
     suite,
     understanding,
 )
@@ -66,12 +68,7 @@ def define(values: flags.FlagValues) -> None:
                        flag_values=values)  # fmt: skip
     text("latents", None, "folder of latents parallel to --data", flag_values=values)
     text("features", None, "folder of text features parallel to --data", flag_values=values)
-    text(
-        "blind",
-        None,
-        "understanding, shapes: a VLM that never saw a picture",
-        flag_values=values,
-    )
+    text("blind", None, "understanding, shapes, all: a VLM that never saw", flag_values=values)
     text("fit", None, "training dataset: of the Gaussian baseline or the probe", flag_values=values)
     text("fit_latents", None, "folder of latents parallel to --fit", flag_values=values)
     number("rows", None, "first rows of --data that are measured (all)", 1, flag_values=values)
@@ -83,7 +80,8 @@ def define(values: flags.FlagValues) -> None:
     number("pictures", 16, "codec: images in the grid beside --out", 1, flag_values=values)
     text("layout", "dp", "where weights live", flag_values=values)
     text("mesh", "data=-1", "devices along each mesh axis", flag_values=values)
-    text("out", None, "JSON to write (of a run by default: in its evaluation/)", flag_values=values)
+    text("out", None, "JSON to write, of `all` a folder (of a run by default: in its evaluation/)",
+         flag_values=values)  # fmt: skip
     switch("overwrite", False, "replace what --out names", flag_values=values)
     switch("json", False, "print the result as JSON", flag_values=values)
 
@@ -120,10 +118,11 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     if not values.model:
         raise ValueError("likelihood: --model is needed")
     task = loading.task(values.model)
+    if task == loading.TASK:
+        return _rows_likelihood(values)
     if task != "flow":
-        also = "; of a STARFlow2: evaluate shapes --only likelihood" if task == loading.TASK else ""
         raise ValueError(
-            f"likelihood: {values.model}: task={task!r}, expected a flow of images{also}"
+            f"likelihood: {values.model}: task={task!r}, expected a flow or task={loading.TASK!r}"
         )
     mesh = meshes.make_mesh(values.mesh)
     source = _source(values.model)
@@ -162,7 +161,44 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     if out is not None and jax.process_index() == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
-    return result, _lines(result, out)
+    return result, [*likelihood.lines(result), *([f"written    {out}"] if out else [])]
+
+
+def _starflow2(values: flags.FlagValues) -> Any:
+    """The STARFlow2 of --model, on one device unless a mesh is given."""
+    mesh = meshes.make_mesh(values.mesh) if values["mesh"].present else None
+    where = {"vlm": values.vlm or "", "fae": values.fae or ""}
+    return loading.load(values.model, mesh, values.layout, **where)
+
+
+def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
+    """Of a STARFlow2: nats of the images and the text of a dataset's records."""
+    if not values.data:
+        raise ValueError("likelihood: --data is needed: a dataset folder of interleaved records")
+    source = _source(str(files.locate(values.model)))
+    out = _out(values, source, "rows_likelihood", values.data)
+    began, seed = time.time(), values["seed"].value
+    model = _starflow2(values)
+    given = list(itertools.islice(records.read(values.data), values.rows))
+    options = {"size": values.batch_size or 32, "seed": seed}
+    found = starflow2_likelihood.of_records(model, given, **options)
+    result = {
+        "model": source,
+        "data": {"path": values.data, "fingerprint": _fingerprint(values.data)},
+        "sections": {"likelihood": {"records": {"all": found}}},
+        "not_run": {},
+        "options": options,
+        "protocol": {"likelihood": starflow2_likelihood.PROTOCOL},
+        "seconds": round(time.time() - began, 1),
+        "command": log.command_line(),
+        **log.environment(),
+    }
+    lines = shapes_report.lines(result)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+        lines += [f"written    {out}"]
+    return result, lines
 
 
 def _options(
@@ -332,7 +368,7 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
     if everything and out is None:
         raise ValueError("all: --out is needed: a folder for the page and the sheets")
     began, seed = time.time(), values["seed"].value
-    model = loading.load(values.model, vlm=values.vlm or "", fae=values.fae or "")
+    model = _starflow2(values)
     pixels = model.fae.model.pixels if model.fae else model.cfg["image"]["pixels"] or 64
     if folders:
         given = cases.read(folders, n=values.n)
@@ -399,24 +435,6 @@ def _out(
     if out and epath.Path(out).exists() and not values.overwrite:
         raise FileExistsError(f"{out} is there already; --overwrite replaces it")
     return epath.Path(out) if out else None
-
-
-def _lines(result: dict[str, Any], out: epath.Path | None) -> list[str]:
-    def interval(name):
-        pair = result[f"{name}_95"]
-        return f"  (95% over images: {pair[0]:.4f} to {pair[1]:.4f})" if pair else ""
-
-    lines = [f"rows       {result['rows']:,} of {result['data']['path']}"]
-    for name, label in (("nats_per_dim", "nats/dim"), ("bits_per_dim", "bits/dim")):
-        if result[name] is not None:
-            lines.append(f"{label}   {result[name]:.4f}{interval(name)}")
-    if result["not_comparable"]:
-        lines.append(f"bits/dim   {result['not_comparable']}")
-    for name, baseline in result["baselines"].items():
-        bits = baseline["bits_per_dim"]
-        also = f", {bits:.4f} bits/dim" if bits is not None else ""
-        lines.append(f"baseline   {name}: {baseline['nats_per_dim']:.4f} nats/dim{also}")
-    return [*lines, *([f"written    {out}"] if out else [])]
 
 
 if __name__ == "__main__":

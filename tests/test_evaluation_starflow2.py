@@ -1,8 +1,10 @@
 """A tiny random STARFlow2 put to every task: figures, files, and likelihoods by another way."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -120,7 +122,7 @@ def test_likelihood_is_that_of_its_parts(model):
 
 
 def test_text_alone_is_that_of_the_vlm(parts, model):
-    """The skips taken out, against the VLM read by its own program."""
+    """Against the reader's program, and against the Pretzel whose skips are taken out."""
     given = cases.drawn(0, 2, PIXELS, ["text"])
     found = starflow2_likelihood.skill(model, given, size=4)
     reader = readers.load(str(parts[0] / "vlm"))
@@ -131,8 +133,33 @@ def test_text_alone_is_that_of_the_vlm(parts, model):
         nats += scores["nll"][:count].sum()
         tokens += scores["tokens"][:count].sum()
     assert found["vlm"]["nats"] == pytest.approx(nats / tokens, abs=2e-5)
+    silent = jax.tree.map(np.zeros_like, model.params["skip"])
+    alone = dataclasses.replace(model, params={**model.params, "skip": silent})
+    same = starflow2_likelihood.skill(alone, given, size=6)
+    assert same["model"]["nats"] == pytest.approx(found["vlm"]["nats"], abs=2e-5)
+    assert abs(same["difference"]["nats"]) < 2e-5
     more = found["model"]["nats"] - found["vlm"]["nats"]
     assert found["difference"]["nats"] == pytest.approx(more, abs=3e-5) and abs(more) > 1e-3
+
+
+def test_likelihood_of_a_folder(parts, tmp_path, capsys):
+    """Of records of several kinds together: every dimension and token weighs alike."""
+    made = list(shapes_tasks.make_records(3, 6, PIXELS, tasks=["edit", "question", "t2i"]))
+    records.write(tmp_path / "data", made)
+    words = ("--model", parts[1], "--data", tmp_path / "data", "--out", tmp_path / "found.json")
+    ran("likelihood", *words, "--batch_size", 4)
+    assert "likelihood, records, all, image: " in capsys.readouterr().out
+    result = json.loads((tmp_path / "found.json").read_text())
+    found = result["sections"]["likelihood"]["records"]["all"]
+    model = loading.load(parts[1])
+    rows = starflow2_likelihood.sums(model, made, size=6)[0]
+    drawn = rows["count"] > 0
+    assert drawn.tolist() == [True, False, True] * 2 and found["image"]["records"] == 4
+    # The beginning of a picture and the end of the turn are tokens, too.
+    assert found["text"]["records"] == 6 and (rows["text/count"][drawn] == 2).all()
+    assert found["text"]["nats"] == pytest.approx(
+        rows["text/nll"].sum() / rows["text/count"].sum(), abs=2e-5
+    )
 
 
 def test_a_reader_scores_rows_as_it_does_those_of_a_folder(parts, tmp_path):
@@ -160,10 +187,6 @@ def model_tokenizer(reader):
 
 
 def test_what_a_stage_has_not_learnt_is_said(model):
-    import dataclasses
-
-    import jax
-
     zero = lambda name, part: {
         **model.params,
         name: {**model.params[name], part: jax.tree.map(np.zeros_like, model.params[name][part])},

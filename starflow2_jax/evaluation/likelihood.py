@@ -205,6 +205,26 @@ def protocol(cfg: Config, flow: FlowConfig) -> dict[str, Any]:
     }
 
 
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """The result of `evaluate likelihood` for people."""
+
+    def interval(name):
+        pair = result[f"{name}_95"]
+        return f"  (95% over images: {pair[0]:.4f} to {pair[1]:.4f})" if pair else ""
+
+    told = [f"rows       {result['rows']:,} of {result['data']['path']}"]
+    for name, label in (("nats_per_dim", "nats/dim"), ("bits_per_dim", "bits/dim")):
+        if result[name] is not None:
+            told.append(f"{label}   {result[name]:.4f}{interval(name)}")
+    if result["not_comparable"]:
+        told.append(f"bits/dim   {result['not_comparable']}")
+    for name, baseline in result["baselines"].items():
+        bits = baseline["bits_per_dim"]
+        also = f", {bits:.4f} bits/dim" if bits is not None else ""
+        told.append(f"baseline   {name}: {baseline['nats_per_dim']:.4f} nats/dim{also}")
+    return told
+
+
 # --------------------------------------------------------------------------------------- baselines
 
 

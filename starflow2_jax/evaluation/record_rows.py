@@ -36,19 +36,23 @@ def batches(
     for record in given:
         parts, blobs = tokens.parts(record)
         laid.append(tokens.layout(parts, tokenizer, side * side, null=null))
-        named = [f"{record.id!r}, image {i}" for i in blobs]
-        pixels = [images.decode(record.imgs[i].data, at) for i, at in zip(blobs, named)]
-        shown.append([np.full_like(p, 128) if blank else p for p in pixels])
+        shown.append(blobs)
     length = -(-max(len(items.ids) for items in laid) // LENGTH_STEP) * LENGTH_STEP
-    places = max(1, *map(len, shown))
-    room = packing.Room(length, side * side, places)
-    empty = next((np.zeros_like(p) for row in shown for p in row), None)
+    room = packing.Room(length, side * side, max(1, *map(len, shown)))
+    first = next(((r, blobs[0]) for r, blobs in zip(given, shown) if blobs), None)
+    empty = None if first is None else np.zeros_like(_picture(*first))
     size = min(size, len(given))
-    for first in range(0, len(given), size):
-        numbers = np.minimum(np.arange(first, first + size), len(given) - 1)
+    for begin in range(0, len(given), size):
+        numbers = np.minimum(np.arange(begin, begin + size), len(given) - 1)
         made = [rows.lay_out([laid[i]], room, side, tokenizer.pad) for i in numbers]
         batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
         if empty is not None:
-            filled = [[*shown[i], *[empty] * (places - len(shown[i]))] for i in numbers]
-            batch["images"] = np.asarray(filled)
-        yield batch, min(size, len(given) - first)
+            batch["images"] = np.stack([np.broadcast_to(empty, (room.places, *empty.shape))] * size)
+            for row, i in enumerate(numbers):
+                for place, blob in enumerate(shown[i]):
+                    batch["images"][row, place] = 128 if blank else _picture(given[i], blob)
+        yield batch, min(size, len(given) - begin)
+
+
+def _picture(record: Record, blob: int) -> np.ndarray:
+    return images.decode(record.imgs[blob].data, f"{record.id!r}, image {blob}")

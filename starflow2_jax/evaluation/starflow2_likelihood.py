@@ -11,20 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.data.records import Record
+from starflow2_jax import mesh as meshes
+from starflow2_jax.data.records import Img, Record, Text
 from starflow2_jax.evaluation import record_rows
 from starflow2_jax.evaluation.cases import Case
 from starflow2_jax.generation import codec as codecs
 from starflow2_jax.generation.interleaved import Model
-from starflow2_jax.training import inputs, starflow2_loss
+from starflow2_jax.models import qwen
+from starflow2_jax.training import inputs, starflow2_loss, starflow2_step, text_loss
 from starflow2_jax.training.loss import HALF_LOG_2_PI, per_dim
 from starflow2_jax.training.starflow2_loss import Stage
 
 PROTOCOL = (
     "nats of what the assistant says and draws given all before it: of images those of the noisy "
-    "latents, per channel of a patch; of words per token, the end of the turn included; noise of "
-    "row i by fold_in(fold_in(key(seed), 0), i); 95% over records (ratio of sums, by the delta "
-    "method)"
+    "latents, per channel of a patch; of words per token, those included that begin a picture or "
+    "end a turn; noise of row i by fold_in(fold_in(key(seed), 0), i); 95% over records (ratio of "
+    "sums, by the delta method)"
 )
 
 
@@ -39,24 +41,26 @@ def measure(
     found: dict[str, Any] = {}
     for task in dict.fromkeys(case.task for case in cases):
         for part, seen in (("seen", True), ("withheld", False)):
-            own = [case for case in cases if case.task == task and case.seen == seen]
+            own = [c.record for c in cases if c.task == task and c.seen == seen]
             if own:
-                found.setdefault(task, {})[part] = _of_task(model, own, size, seed)
+                found.setdefault(task, {})[part] = of_records(model, own, size=size, seed=seed)
     return found
 
 
-def _of_task(model: Model, cases: Sequence[Case], size: int, seed: int) -> dict[str, Any]:
-    given = [case.record for case in cases]
-    draws, says = cases[0].picture is not None, bool(cases[0].words)
-    shows = any(not isinstance(part, str) for case in cases for part in case.given)
+def of_records(
+    model: Model, given: Sequence[Record], *, size: int = 32, seed: int = 0
+) -> dict[str, Any]:
+    """`image` and `text` of records, where there is something learnt of the kind; see `measure`."""
+    segments = [segment for record in given for segment in record.segs]
+    draws = any(isinstance(s, Img) and s.loss for s in segments)
+    says = any(isinstance(s, Text) and s.loss for s in segments)
+    shows = any(isinstance(s, Img) and not s.loss for s in segments)
     rows, latents = sums(model, given, size=size, seed=seed)
     figures: dict[str, Any] = {}
     if draws:
         silent = sums(model, given, size=size, seed=seed, null="text")[0]
-        figures["image"] = {
-            **_image(rows),
-            "baselines": {"no_words": _image(silent), "gaussian": _gaussian(latents)},
-        }
+        beside = {"no_words": _image(silent), "gaussian": _gaussian(latents)}
+        figures["image"] = {**_image(rows), "baselines": beside}
     if says:
         figures["text"] = {**_text(rows), "baselines": {}}
         if shows:
@@ -66,17 +70,36 @@ def _of_task(model: Model, cases: Sequence[Case], size: int, seed: int) -> dict[
 
 
 def skill(model: Model, cases: Sequence[Case], *, size: int = 32) -> dict[str, Any]:
-    """Text without pictures: of the model, and of its VLM alone (the skips taken out), nats a
-    token, the share of records answered word for word, and the difference of the nats."""
+    """Text without pictures: of the `model`, and of the frozen `vlm` of its folder by itself, nats
+    a token and the share of records `right` word for word; and the `difference` of the nats."""
     given = [case.record for case in cases]
-    alone = {**model.params, "skip": jax.tree.map(jnp.zeros_like, model.params["skip"])}
-    ours, vlm = (sums(model, given, size=size, params=p)[0] for p in (model.params, alone))
-    more = (ours["text/nll"] - vlm["text/nll"], ours["text/count"])
+    ours, vlm = sums(model, given, size=size)[0], _vlm_sums(model, given, size)
     return {
         "model": {**_text(ours), "right": _right(ours)},
         "vlm": {**_text(vlm), "right": _right(vlm)},
-        "difference": ratio(*more),
+        "difference": ratio(ours["text/nll"] - vlm["text/nll"], ours["text/count"]),
     }
+
+
+def _vlm_sums(model: Model, given: Sequence[Record], size: int) -> dict[str, np.ndarray]:
+    """Text entries of `starflow2_loss.sums` of records without images, by the VLM alone."""
+    mesh = meshes.make_mesh("data=1", jax.local_devices()[:1])
+    args = (model.cfg, model.shape, mesh, jnp.dtype(model.cfg["frozen_dtype"]))
+    params, found = starflow2_step.frozen_vlm(*args)["vlm"], []
+    laid = record_rows.batches(given, model.tokenizer, model.shape.flow.side, size=size)
+    for batch, count in laid:
+        score = _read(params, batch, cfg=model.shape.vlm)
+        found.append({n: np.asarray(a, np.float64)[:count, 0] for n, a in score.items()})
+    joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    right = joined["tokens"] - joined["wrong"]
+    return {"text/nll": joined["nll"], "text/count": joined["tokens"], "text/correct": right}
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _read(params, batch, *, cfg):
+    h = qwen.embed(params, batch["ids"], cfg)
+    h = qwen.run(params, h, batch["positions"], None, cfg, segments=batch["segments"])
+    return text_loss.by_record_score(qwen.logits(params, h[:, :-1], cfg), batch)
 
 
 def sums(
@@ -87,25 +110,24 @@ def sums(
     seed: int = 0,
     null: str = "none",
     blank: bool = False,
-    params: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """`starflow2_loss.sums` of every record, float64 [records], and the latents [I, N, D] of the
     images that are learnt.
 
     Args:
-        null, blank: as in `record_rows.batches`; params: in place of the model's.
+        null, blank: as in `record_rows.batches`.
 
     Raises:
         ValueError: records with images, and no codec.
     """
-    side, params = model.shape.flow.side, params or model.params
+    side = model.shape.flow.side
     found: list[dict[str, np.ndarray]] = []
     latents, row = [], 0
     laid = record_rows.batches(given, model.tokenizer, side, size=size, null=null, blank=blank)
     for batch, count in laid:
         keys = inputs.row_keys(seed, 0, np.arange(row, row + len(batch["ids"])))
         own, x = _latents(model, batch, keys)
-        made = _sums(params, own, x, cfg=model.shape)
+        made = _sums(model.params, own, x, cfg=model.shape)
         found.append({n: np.asarray(a, np.float64)[:count] for n, a in made[0].items()})
         latents.append(np.asarray(x)[:count][np.asarray(made[1])[:count]])
         row += count
@@ -148,12 +170,13 @@ def ratio(nats: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
 
 
 def _image(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    nats = per_dim(dict(rows))["nats_per_dim"]
-    return ratio(nats * rows["count"], rows["count"])
+    own = {name: values[rows["count"] > 0] for name, values in rows.items()}
+    return ratio(per_dim(own)["nats_per_dim"] * own["count"], own["count"])
 
 
 def _text(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    return ratio(rows["text/nll"], rows["text/count"])
+    own = rows["text/count"] > 0
+    return ratio(rows["text/nll"][own], rows["text/count"][own])
 
 
 def _right(rows: Mapping[str, np.ndarray]) -> float:
