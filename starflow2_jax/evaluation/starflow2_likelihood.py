@@ -69,7 +69,8 @@ def skill(model: Model, cases: Sequence[Case], *, size: int = 32) -> dict[str, A
     """Text without pictures: of the model, and of its VLM alone (the skips taken out), nats a
     token, the share of records answered word for word, and the difference of the nats."""
     given = [case.record for case in cases]
-    alone = {**model.params, "skip": jax.tree.map(jnp.zeros_like, model.params["skip"])}
+    none = {n: jax.tree.map(jnp.zeros_like, t) for n, t in model.params.items() if n == "skip"}
+    alone = {**model.params, **none}
     ours, vlm = (sums(model, given, size=size, params=p)[0] for p in (model.params, alone))
     more = (ours["text/nll"] - vlm["text/nll"], ours["text/count"])
     return {
