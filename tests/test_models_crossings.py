@@ -104,6 +104,11 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     np.testing.assert_array_equal(by_image, np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1]], bool))
 
 
+def test_log_likelihood_is_that_of_the_jacobian(x64):
+    cfg = small.model(crossings=2, compute_dtype="float64")
+    rival.check_exact(cfg, small.drawn(cfg))
+
+
 def test_cached_steps_equal_the_parallel_forward():
     cfg = small.model(crossings=2)
     batch = small.batch([[small.REASON], [small.T2I]], length=48)

@@ -17,8 +17,7 @@ from starflow2_jax import params as weights
 from starflow2_jax.generation import conversation, decode
 from starflow2_jax.generation.guidance import Guidance
 from starflow2_jax.generation.inverse import inverse
-from starflow2_jax.models import flow
-from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models import flow, streams
 from starflow2_jax.planning.memory import per_device
 from starflow2_jax.training import starflow2_step
 from starflow2_jax.training.step import model_config
@@ -87,7 +86,7 @@ def _flow(cfg, mesh, rows):
 def _starflow2(cfg, mesh, rows):
     """The patches of one image a row; of the loop's two heads both count."""
     model, layout = starflow2_step.model_config(cfg), cfg["layout"]
-    tree = {n: t for n, t in pretzel.declare(model).items() if n != "shallow"}
+    tree = {n: t for n, t in streams.declare(model).items() if n != "shallow"}
     frozen = {"vlm": tree.pop("vlm")}
     params = weights.abstract(tree, mesh, layout)
     params |= weights.abstract(frozen, mesh, layout, jnp.dtype(cfg["frozen_dtype"]))
@@ -115,7 +114,7 @@ def _starflow2(cfg, mesh, rows):
 
 
 def _unstacked(params):
-    """`pretzel.unstack` of ShapeDtypeStructs: a layer lies where its part of the stack does."""
+    """`streams.unstack` of ShapeDtypeStructs: a layer lies where its part of the stack does."""
 
     def layer(stacked):
         shape, spec = stacked.shape[1:], PartitionSpec(*stacked.sharding.spec[1:])
