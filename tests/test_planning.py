@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_training_starflow2 import batch_of
+from test_training_starflow2 import STAGES, batch_of
 from test_training_starflow2 import experiment as joint
 
 from starflow2_jax import config, tasks
@@ -259,6 +259,16 @@ def test_flops_are_the_analytic_count(remat, of_layout):
     assert asked == pytest.approx(expected, rel=0.05)
     if remat == "none":
         assert asked < flops.train_step(program.model, ROWS, program.model.tokens)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_flops_of_a_stage_are_the_analytic_count(stage):
+    """Rows of 40 positions are one part of attention, so that the whole square is computed."""
+    cfg = joint(stage)
+    program = tasks.build(cfg, meshes.make_mesh("data=8"))
+    expected = tasks.work(cfg, program.model, program.declared)
+    assert expected["tokens"] == 8 * 40
+    assert work.flops(_trace(program).jaxpr) == pytest.approx(expected["flops"], rel=0.05)
 
 
 def test_flops_of_products_and_convolutions():
