@@ -6,7 +6,7 @@ Variants:
            shipped one, with no path it is drawn from the seed; another small one also by
            --config.teacher.kind and the model's sizes. Little noise on the latents: it bounds what
            they keep of the features, and the pixel decoder learns to bear more of it.
-           Data: prepare import --format shapes --pixels 64 --n 20000 --withheld leave_out
+           Data: prepare import --format shapes --pixels 64 --tasks t2i --n 40000 --withheld leave_out
     paper  256x256 images seen at 224 pixels by DINOv2-g/14 (paper.md 2.2). Accelerators only.
            Data: prepare import of 256x256 images; --config.teacher.path=FOLDER of the tower
 """  # noqa: E501
@@ -32,9 +32,9 @@ def get_config(variant: str = "tiny"):
 
 
 def _tiny(cfg):
-    cfg.data.path, cfg.eval_data.path = "data_cache/shapes64", "data_cache/shapes64_test"
-    cfg.teacher.kind, cfg.teacher.path = "qwen", ""
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 32, 2000, 0.99
+    cfg.data.path, cfg.eval_data.path = "data_cache/t2i64", "data_cache/t2i64_test"
+    cfg.teacher.kind, cfg.teacher.path = "qwen", "pretrained/vlm_tiny"
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 32, 1200, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 1e-5, 50
     cfg.optim.muon_lr = 1e-2
     cfg.fae.statistics_decay, cfg.fae.latent_noise, cfg.fae.beta = 0.99, 0.1, 1e-7

@@ -5,8 +5,8 @@ its adapter and the skips are off (paper.md 1.5). Variants:
     tiny   8x8x16 latents of 64-pixel shapes, the VLM of experiments/vlm_tiny.py. CPU.
     small  256-pixel images, Qwen2.5-VL-3B, a flow of 0.2 B. A few accelerators.
     paper  256-pixel images, Qwen2.5-VL-7B, 3.637 B trained. Many accelerators.
-Data: prepare import of images with captions, then prepare latents.
---config.vlm.path=FOLDER of the VLM, as published.
+Data: of tiny what launch/data_tiny.sh draws, encoded while it trains; else prepare import of images
+with captions, then prepare latents. --config.vlm.path=FOLDER of the VLM, as published.
 """
 
 from starflow2_jax import config
@@ -20,21 +20,19 @@ def get_config(variant: str = "tiny"):
     cfg.model.update(starflow2.options(starflow2.preset(variant)))
     cfg.train.trains = ("shallow", "deep")
     cfg.noise.sigma, cfg.drop.condition = 0.3, 0.1
-    cfg.sample.every = 0
+    cfg.sample.every, cfg.sample.denoise = 0, False
     {"tiny": _tiny, "small": _small, "paper": _paper}[variant](cfg)
     return cfg
 
 
 def _tiny(cfg):
-    cfg.vlm.path = "pretrained/vlm_tiny"
-    cfg.data.path, cfg.data.latents = "data_cache/t2i64", "data_cache/t2i64_latents"
-    cfg.eval_data.path = "data_cache/t2i64_test"
-    cfg.eval_data.latents = "data_cache/t2i64_test_latents"
+    cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
+    cfg.data.path, cfg.eval_data.path = "data_cache/t2i64", "data_cache/t2i64_test"
     cfg.text.length, cfg.text.images = 224, 2
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 500, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 50
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 250, 128, 16
-    cfg.checkpoint.every = 250
+    cfg.checkpoint.every = cfg.sample.every = 250
 
 
 def _large(cfg):
@@ -53,10 +51,12 @@ def _large(cfg):
 
 def _small(cfg):
     _large(cfg)
+    cfg.sample.every = 5000
     cfg.train.batch_size, cfg.train.steps, cfg.optim.warmup = 64, 150_000, 1000
 
 
 def _paper(cfg):
     _large(cfg)
+    # No grids: one device would hold all 30 GB of weights, twice.
     # 800 M pairs (paper.md 1.5), four a row: a batch of 1,024 images.
     cfg.train.batch_size, cfg.train.steps, cfg.optim.warmup = 256, 780_000, 5000

@@ -6,7 +6,8 @@ Variants, as in stage1_t2i.py:
     tiny   18.7 K trained
     small  4.26 M trained
     paper  12.97 M trained
-Data: prepare import of images with captions, questions and answers, then prepare latents.
+Data: of tiny what launch/data_tiny.sh draws, encoded while it trains; else prepare import of images
+with captions, questions and answers, then prepare latents.
 --config.init.from=WORKDIR of stage 1; --config.vlm.path as there.
 """
 
@@ -23,21 +24,19 @@ def get_config(variant: str = "tiny"):
     # As in stages 1 and 3: what it reads there is noisy (paper.md 10).
     cfg.noise.sigma, cfg.drop.condition = 0.3, 0.0
     cfg.init["from"] = "runs/stage1"
-    cfg.sample.every = 0
+    cfg.sample.every, cfg.sample.denoise = 0, False
     {"tiny": _tiny, "small": _small, "paper": _paper}[variant](cfg)
     return cfg
 
 
 def _tiny(cfg):
-    cfg.vlm.path = "pretrained/vlm_tiny"
-    cfg.data.path, cfg.data.latents = "data_cache/i2t64", "data_cache/i2t64_latents"
-    cfg.eval_data.path = "data_cache/i2t64_test"
-    cfg.eval_data.latents = "data_cache/i2t64_test_latents"
+    cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
+    cfg.data.path, cfg.eval_data.path = "data_cache/i2t64", "data_cache/i2t64_test"
     cfg.text.length, cfg.text.images = 224, 2
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 150, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 2e-5, 50
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 75, 128, 16
-    cfg.checkpoint.every = 75
+    cfg.checkpoint.every = cfg.sample.every = 75
 
 
 def _large(cfg):
@@ -55,10 +54,12 @@ def _large(cfg):
 
 def _small(cfg):
     _large(cfg)
+    cfg.sample.every = 5000
     cfg.train.batch_size, cfg.train.steps = 64, 30_000
 
 
 def _paper(cfg):
     _large(cfg)
+    # No grids: one device would hold all 30 GB of weights, twice.
     # 200 M pairs (paper.md 1.5), about four a row.
     cfg.train.batch_size, cfg.train.steps = 256, 195_000

@@ -6,7 +6,8 @@ Variants, as in stage1_t2i.py:
     tiny   2.25 M trained
     small  0.21 B trained
     paper  3.661 B trained
-Data: prepare import of each part of the mixture, then prepare latents.
+Data: of tiny what launch/data_tiny.sh draws, encoded while it trains; else prepare import of each
+part of the mixture, then prepare latents.
 --config.init.from=WORKDIR of stage 2; --config.vlm.path as there.
 """
 
@@ -22,29 +23,29 @@ def get_config(variant: str = "tiny"):
     cfg.train.trains = ("adapter", "shallow", "deep", "skip")
     cfg.noise.sigma, cfg.drop.condition = 0.3, 0.1
     cfg.init["from"] = "runs/stage2"
-    cfg.sample.every = 0
+    cfg.sample.every, cfg.sample.denoise = 0, False
     {"tiny": _tiny, "small": _small, "paper": _paper}[variant](cfg)
     return cfg
 
 
-def _parts(pixels, **shares):
-    """Dataset folders by their shares of the rows, each with its latents."""
-    folder = lambda name: f"data_cache/{name}{pixels}"
+def _parts(kind, latents=False, **shares):
+    """Dataset folders by their shares of the rows, with their latents where these are stored."""
+    folder = lambda name: f"data_cache/{name}{kind}"
+    stored = lambda name: {"latents": f"{folder(name)}_latents"} if latents else {}
     return tuple(
-        {"path": folder(name), "weight": share, "latents": f"{folder(name)}_latents"}
-        for name, share in shares.items()
+        {"path": folder(name), "weight": share, **stored(name)} for name, share in shares.items()
     )
 
 
 def _tiny(cfg):
-    cfg.vlm.path = "pretrained/vlm_tiny"
-    cfg.data.mixture = _parts(64, t2i=0.45, i2t=0.25, edit=0.15, reasoning=0.15)
+    cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
+    cfg.data.mixture = _parts("64", t2i=0.45, i2t=0.25, edit=0.15, reasoning=0.15)
     cfg.eval_data.mixture = _parts("64_test", t2i=1.0, i2t=1.0, edit=1.0, reasoning=1.0)
     cfg.text.length, cfg.text.images = 224, 2
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 400, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 7e-4, 1e-5, 50
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 200, 128, 16
-    cfg.checkpoint.every = 200
+    cfg.checkpoint.every = cfg.sample.every = 200
 
 
 def _large(cfg):
@@ -52,7 +53,8 @@ def _large(cfg):
     cfg.layout, cfg.mesh = "fsdp", "fsdp=-1"
     cfg.model.flow.remat = cfg.model.vlm.remat = "full"
     shares = {"t2i": 0.5, "i2t": 0.25, "edit": 0.15, "reasoning": 0.1}
-    cfg.data.mixture, cfg.eval_data.mixture = _parts("", **shares), _parts("_test", **shares)
+    cfg.data.mixture = _parts("", latents=True, **shares)
+    cfg.eval_data.mixture = _parts("_test", latents=True, **shares)
     cfg.text.length, cfg.text.images, cfg.text.targets = 2048, 6, 1024
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 5e-5, 1e-6, 1000
     cfg.train.ema, cfg.log.every = 0.9999, 100
@@ -61,10 +63,12 @@ def _large(cfg):
 
 def _small(cfg):
     _large(cfg)
+    cfg.sample.every = 5000
     cfg.train.batch_size, cfg.train.steps = 64, 50_000
 
 
 def _paper(cfg):
     _large(cfg)
+    # No grids: one device would hold all 30 GB of weights, twice.
     # 80 M records (paper.md 1.5), about four a row.
     cfg.train.batch_size, cfg.train.steps = 256, 78_000

@@ -14,8 +14,7 @@ it. Data and tokenizer (python -m starflow2_jax.prepare ...):
         --out data_cache/tokenizer
 Variants:
     tower  first: the tower alone, by words of what each patch shows, and pixels (runs/vlm_tower)
-    first  then all of it, from that run (runs/vlm_first)
-    tiny   and from that one again, with more questions
+    tiny   then the language, from that run and its tower as it is
     blind  the same without seeing: grey pictures; what words alone can tell
 """
 
@@ -51,16 +50,14 @@ def get_config(variant: str = "tiny"):
     cfg.data.mixture = (
         # The next word of a caption is where the last one is: the first step of an answer.
         {"path": "data_cache/vlm_caption", "weight": 2.0},
-        {"path": "data_cache/vlm_dialog", "weight": 2.0},
+        {"path": "data_cache/vlm_dialog", "weight": 3.0},
         {"path": "data_cache/vlm_mixed", "weight": 1.0},
     )
     cfg.eval_data.path = "data_cache/vlm_test"
-    # Kept, or the tower would forget shapes before the language asks for them.
-    cfg.vlm.reconstruction, cfg.vlm.words = 0.5, 0.3
     cfg.noise.kind = "none"
     cfg.drop.condition = 0.0
-    cfg.train.trains = ("vlm", "pixel_probe", "word_probe")
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 1800, 0.998
+    cfg.train.trains = ("vlm", "pixel_probe")
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 2400, 0.998
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1.5e-3, 1e-5, 150
     # With AdamW alone the tower had not told shapes apart after a hundred thousand pictures.
     cfg.optim.muon_lr, cfg.optim.b2, cfg.optim.weight_decay = 1e-2, 0.98, 0.01
@@ -68,36 +65,26 @@ def get_config(variant: str = "tiny"):
     cfg.log.every = 20
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 200, 128, 16
     cfg.checkpoint.every = 200
-    {"tower": _tower, "first": _first, "tiny": _tiny, "blind": _blind}[variant](cfg)
+    {"tower": _tower, "tiny": _tiny, "blind": _blind}[variant](cfg)
     return cfg
 
 
 def _tower(cfg):
-    cfg.data.mixture = (
-        {"path": "data_cache/vlm_dialog", "weight": 2.0},
-        {"path": "data_cache/vlm_caption", "weight": 1.0},
-    )
+    cfg.data.mixture = ({"path": "data_cache/vlm_caption", "weight": 1.0},)
     cfg.eval_data.path = ""
     cfg.text.images = 1
-    cfg.vlm.language, cfg.vlm.words = 0.0, 1.0
-    cfg.train.batch_size, cfg.train.steps = 64, 1500
+    cfg.vlm.language, cfg.vlm.words, cfg.vlm.reconstruction = 0.0, 1.0, 10.0
+    cfg.train.batch_size, cfg.train.steps = 64, 1200
     cfg.optim.warmup, cfg.log.every = 100, 20
 
 
-def _first(cfg):
-    cfg.init["from"] = "runs/vlm_tower"
-
-
 def _tiny(cfg):
-    cfg.init["from"] = "runs/vlm_first"
-    cfg.data.mixture = (
-        {"path": "data_cache/vlm_caption", "weight": 1.0},
-        {"path": "data_cache/vlm_dialog", "weight": 4.0},
-        {"path": "data_cache/vlm_mixed", "weight": 2.0},
-    )
-    cfg.train.steps = 2400
+    cfg.init["from"] = "runs/vlm_tower"
+    # Answers alone would make the tower forget shapes, and the latent codec needs its pixels.
+    cfg.vlm.tower, cfg.vlm.words, cfg.vlm.reconstruction = False, 0.3, 0.0
 
 
 def _blind(cfg):
+    _tiny(cfg)
     cfg.data.blank = cfg.eval_data.blank = True
     cfg.train.steps = 1000

@@ -8,7 +8,9 @@ A command module defines absl flags and `main`, and ends with
 Its docstring is the text of `--help`: what it does and three example lines.
 """
 
+import keyword
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 
@@ -50,8 +52,32 @@ def explain(argv: list[str], error: Exception) -> str:
     return ""
 
 
+def readable(word: str) -> str:
+    """`--config.init.from=X` as `--config.init['from']=X`: config_flags reads keys as Python does,
+    of whose words `from` is one."""
+    name, equals, value = word.partition("=")
+    first, *keys = name.split(".")
+    if first.lstrip("-") != "config" or first == "config":
+        return word
+    quoted = (f"['{key}']" if keyword.iskeyword(key) else f".{key}" for key in keys)
+    return "".join([first, *quoted, equals, value])
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs, small ones too, for the next process, unless
+    `JAX_COMPILATION_CACHE_DIR` names a place."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = os.path.expanduser("~/.cache/starflow2_jax")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's own parsing, but one line where `--config` is wrong."""
+    # In place: config_flags looks for the keys in sys.argv.
+    argv[:] = sys.argv[:] = [readable(word) for word in argv]
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:

@@ -115,6 +115,7 @@ KEYS: dict[str, Key] = {
     "drop.condition": _number(0.1, "share of rows that lose text and label", 0.0, 1.0),
     "drop.all": _number(0.0, "share of interleaved records that lose images, too", 0.0, 1.0),
     "vlm.language": _number(1.0, "weight of the text; 0: the tower is trained alone"),
+    "vlm.tower": _flag(True, "whether the tower learns; False: it stays as it is"),
     "vlm.words": _number(0.0, "weight of the words of its region, named from each feature"),
     "vlm.reconstruction": _number(0.1, "weight of pixels read back from the tower's features"),
     "vlm.path": _text("", "folder of the VLM as published; empty: drawn from the seed"),
@@ -126,7 +127,9 @@ KEYS: dict[str, Key] = {
         "", "its folder as published, or pretrained/NAME; empty: a tiny one, drawn from the seed"
     ),
     "teacher.pixels": _positive(64, "side to which images are resized for the tower"),
-    "fae.path": _text("", "workdir or model folder of the codec that encodes a flow's images"),
+    "fae.path": _text(
+        "", "workdir or model folder of the codec that encodes a flow's images and draws its grids"
+    ),
     "fae.beta": _number(1e-6, "weight of the KL in nats of a row against the mean square"),
     "fae.latent_noise": _number(
         0.0, "noise on unit-variance latents from which the feature decoder learns"

@@ -45,6 +45,8 @@ def define(values: flags.FlagValues) -> None:
     text("model", None, "a workdir, a step folder in it, or a model folder", flag_values=values)
     text("workdir", None, "a run's folder", flag_values=values)
     switch("ema", True, "export the averaged weights, not the raw ones", flag_values=values)
+    switch("embed", True, "export of a STARFlow2: VLM, tokenizer and codec too, else their paths",
+           flag_values=values)  # fmt: skip
     switch("public", False, "export under the names of the public code", flag_values=values)
     flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "export of a task='vlm' run: "
                       "what is stored", flag_values=values)  # fmt: skip
@@ -171,7 +173,7 @@ def _export_interleaved(values: flags.FlagValues, path: str, out: str) -> tuple[
 
     if values.public or not values.ema:
         raise ValueError("--public, --noema: a STARFlow2 is exported as ours, averaged weights")
-    found = loading.export(path, out, overwrite=values.overwrite)
+    found = loading.export(path, out, embed=values.embed, overwrite=values.overwrite)
     return _summary(out, weights.count(found.params))
 
 
@@ -208,7 +210,10 @@ def _opened(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         return cfg, files.open_folder(path, declare_experiment(cfg, model_config(cfg)))
     workdir, step = step_folders.locate(path)
     meta = checkpoint.read_meta(workdir, step)
-    cfg = {**meta["config"], **{k: meta[k] for k in ("classes", "null_text") if meta.get(k)}}
+    cfg = {
+        **meta["config"],
+        **{k: meta[k] for k in ("classes", "null_text", "frozen") if meta.get(k)},
+    }
     declared = declare_experiment(cfg, model_config(cfg))
     part = "ema" if ema else "params"
     # On the host: a checkpoint may be larger than one accelerator's memory.

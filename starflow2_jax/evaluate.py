@@ -2,8 +2,10 @@
 
 python -m starflow2_jax.evaluate likelihood --model runs/cifar --data data/cifar_test
 python -m starflow2_jax.evaluate likelihood --model runs/cifar --fit data/cifar_train --rows 1000
+python -m starflow2_jax.evaluate likelihood --model runs/latents --data data/shapes64_test --fae runs/fae
 python -m starflow2_jax.evaluate codec --model runs/fae_pixels --data data/shapes64_test --out codec.json
 python -m starflow2_jax.evaluate report --workdir runs/cifar
+python -m starflow2_jax.evaluate all --model runs/stage3 --n 16 --out evaluation/
 """  # noqa: E501
 
 import functools
@@ -13,14 +15,25 @@ import time
 from typing import Any
 
 import jax
-from absl import flags
+from absl import flags, logging
 from etils import epath
 
-from starflow2_jax import allocator, command, tasks
+from starflow2_jax import allocator, command, online, tasks
 from starflow2_jax import mesh as meshes
+from starflow2_jax.config import nearest
 from starflow2_jax.data import manifest, pipeline
-from starflow2_jax.evaluation import codec_eval, likelihood, report, understanding
+from starflow2_jax.evaluation import (
+    cases,
+    codec_eval,
+    likelihood,
+    report,
+    shapes_report,
+    sheets,
+    suite,
+    understanding,
+)
 from starflow2_jax.generation import codec as codecs
+from starflow2_jax.generation import loading
 from starflow2_jax.generation import model as models
 from starflow2_jax.generation import reader as readers
 from starflow2_jax.training import digest, log, pictures, step_folders
@@ -30,6 +43,8 @@ VERBS = {
     "likelihood": "exact nats/dim, and bits/dim where they are defined (--model --data)",
     "understanding": "answers of a model that reads (--model --data --blind)",
     "codec": "PSNR of a latent codec's images, and a probe of its latents (--model --data --fit)",
+    "shapes": "tasks of the shapes world put to a STARFlow2 (--model --n or --data, --only)",
+    "all": "shapes with a page and sheets of pictures (--model --n or --data, --out FOLDER)",
     "report": "report.html of a run (--workdir)",
 }
 
@@ -39,10 +54,24 @@ def define(values: flags.FlagValues) -> None:
     text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
     text("model", None, "workdir, step folder or model folder", flag_values=values)
     text("workdir", None, "report: the run's folder", flag_values=values)
-    text("data", None, "dataset folder (default: that of the run's eval_data)", flag_values=values)
+    text("data", None, "dataset folder (default: that of the run's eval_data); shapes, all: some, "
+         "with commas (default: drawn from the seed)", flag_values=values)  # fmt: skip
+    text("vlm", None, "folder of the VLM, where the run's is elsewhere", flag_values=values)
+    text("fae", None, "folder of the codec, where the run's is elsewhere", flag_values=values)
+    number("n", None, "shapes, all: cases of each tag, and half as many withheld (32; all of "
+           "--data)", 1, flag_values=values)  # fmt: skip
+    flags.DEFINE_list("only", [], f"shapes, all: some of {', '.join(suite.SECTIONS)}",
+                      flag_values=values)  # fmt: skip
+    flags.DEFINE_float("guidance", None, "shapes, all: weight; the run's own by default", 0,
+                       flag_values=values)  # fmt: skip
     text("latents", None, "folder of latents parallel to --data", flag_values=values)
     text("features", None, "folder of text features parallel to --data", flag_values=values)
-    text("blind", None, "understanding: a run that never saw a picture", flag_values=values)
+    text(
+        "blind",
+        None,
+        "understanding, shapes: a VLM that never saw a picture",
+        flag_values=values,
+    )
     text("fit", None, "training dataset: of the Gaussian baseline or the probe", flag_values=values)
     text("fit_latents", None, "folder of latents parallel to --fit", flag_values=values)
     number("rows", None, "first rows of --data that are measured (all)", 1, flag_values=values)
@@ -50,7 +79,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("sigma", 0.3, "codec: noise on unit-variance latents", 0, flag_values=values)
     flags.DEFINE_enum("resize", "none", ("none", "center_crop"), "codec: what to do with images of "
                       "another size than the codec's", flag_values=values)  # fmt: skip
-    number("seed", 0, "codec: seed of the noise", 0, flag_values=values)
+    number("seed", 0, "of noise, and of what is drawn", 0, flag_values=values)
     number("pictures", 16, "codec: images in the grid beside --out", 1, flag_values=values)
     text("layout", "dp", "where weights live", flag_values=values)
     text("mesh", "data=-1", "devices along each mesh axis", flag_values=values)
@@ -71,6 +100,8 @@ def main(verb: str, words: list[str], values: flags.FlagValues = flags.FLAGS) ->
         "likelihood": _likelihood,
         "understanding": _understanding,
         "codec": _codec,
+        "shapes": _shapes,
+        "all": functools.partial(_shapes, everything=True),
         "report": _report,
     }
     result, lines = verbs[verb](values)
@@ -88,11 +119,15 @@ def _report(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
 def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     if not values.model:
         raise ValueError("likelihood: --model is needed")
+    task = loading.task(values.model)
+    if task != "flow":
+        raise ValueError(f"likelihood: {values.model}: task={task!r}, expected a flow of images")
     mesh = meshes.make_mesh(values.mesh)
     source = _source(values.model)
     model = models.load(values.model, mesh, values.layout)
-    options = _options(model, values)
-    about = pipeline.describe(options)
+    options, codec = _options(model, values)
+    about = online.describe(pipeline.describe(options), codec, "--data")
+    _check_encoder(model, about)
     out = _out(values, source, "likelihood", options["path"] or "mixture")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = values.batch_size or -(-model.cfg["evaluate"]["batch_size"] // ways) * ways
@@ -100,7 +135,8 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     began = time.time()
     mine = meshes.host_rows(size, mesh)
     batches = pipeline.eval_batches(options, batch_size=size, rows=mine)
-    nats, parts = likelihood.per_image(model, likelihood.limit(batches, values.rows, size), mesh)
+    batches = online.encoded(likelihood.limit(batches, values.rows, size), codec)
+    nats, parts = likelihood.per_image(model, batches, mesh)
     figures = likelihood.summarise(nats, model.cfg)
     result = {
         "model": source,
@@ -114,7 +150,7 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
         },
         **figures,
         "parts": parts,
-        "baselines": _baselines(model, options, values, size),
+        "baselines": _baselines(model, options, codec, values, size),
         "protocol": likelihood.protocol(model.cfg, model.flow),
         "seconds": round(time.time() - began, 1),
         "command": log.command_line(),
@@ -126,8 +162,11 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     return result, _lines(result, out)
 
 
-def _options(model: models.Model, values: flags.FlagValues) -> dict[str, Any]:
-    """Where the data are: the run's `eval_data`, or --data and the folders parallel to it."""
+def _options(
+    model: models.Model, values: flags.FlagValues
+) -> tuple[dict[str, Any], codecs.Codec | None]:
+    """Where the data are: the run's `eval_data`, or --data and the folders parallel to it; and the
+    codec that encodes their images, where there are no stored latents."""
     changes: dict[str, Any] = {}
     if values.data:
         text = "none"
@@ -140,25 +179,44 @@ def _options(model: models.Model, values: flags.FlagValues) -> dict[str, Any]:
     options = likelihood.data_options(model.cfg, model.flow, **changes)
     if not options["path"] and not options["mixture"]:
         raise ValueError("likelihood: --data is needed: the run has no eval_data.path")
-    if not options["pixels"] and not options["latents"]:
-        raise ValueError("likelihood: --latents is needed: the model reads latents")
-    return options
+    stored = [options["latents"], *(entry.get("latents") for entry in options["mixture"])]
+    path = values.fae or ("" if any(stored) else model.cfg["fae"]["path"])
+    if not options["pixels"] and not any(stored) and not path:
+        raise ValueError("likelihood: --latents or --fae is needed: the model reads latents")
+    cfg = {**model.cfg, "fae": {**model.cfg["fae"], "path": path}}
+    codec = online.open(cfg, model.flow)
+    return online.options(options, codec), codec
+
+
+def _check_encoder(model: models.Model, about: dict[str, Any]) -> None:
+    """Refuses latents of another encoder than the flow was trained on, where that is known."""
+    known = model.frozen.get("fae", "").split()
+    for row in about["features"]:
+        if known and "fae" in row and row["fae"]["sha256"] not in known:
+            raise ValueError(
+                f"likelihood: the data are latents of the encoder {row['fae']['sha256'][:12]}, the "
+                f"flow was trained on those of {', '.join(name[:12] for name in known)}"
+            )
 
 
 def _baselines(
-    model: models.Model, options: dict[str, Any], values: flags.FlagValues, size: int
+    model: models.Model,
+    options: dict[str, Any],
+    codec: codecs.Codec | None,
+    values: flags.FlagValues,
+    size: int,
 ) -> dict[str, Any]:
     if not values.fit:
         return {}
     plain = {"labels": False, "text": "none", "features": ""}
     fit = {**options, **plain, "path": values.fit, "latents": values.fit_latents or ""}
     if not fit["pixels"] and not fit["latents"]:
-        raise ValueError("likelihood: --fit_latents is needed: the model reads latents")
+        raise ValueError("likelihood: --fit_latents or --fae is needed: the model reads latents")
     # Every host reads all of it: a Gaussian is cheap.
     measured = pipeline.eval_batches({**options, **plain}, batch_size=size)
     nats = likelihood.gaussian_baseline(
-        pipeline.eval_batches(fit, batch_size=size),
-        likelihood.limit(measured, values.rows, size),
+        online.encoded(pipeline.eval_batches(fit, batch_size=size), codec),
+        online.encoded(likelihood.limit(measured, values.rows, size), codec),
         model.cfg,
     )
     bits = None
@@ -254,17 +312,86 @@ def _codec(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     return result, lines
 
 
+def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """`shapes`, and with its page and sheets `all`."""
+    verb = "all" if everything else "shapes"
+    if not values.model:
+        raise ValueError(f"{verb}: --model is needed")
+    only = tuple(values.only) or suite.SECTIONS
+    for name in only:
+        if name not in suite.SECTIONS:
+            known = f"{nearest(name, suite.SECTIONS)}; sections: {', '.join(suite.SECTIONS)}"
+            raise ValueError(f"--only: unknown section {name!r}{known}")
+    source = _source(str(files.locate(values.model)))
+    folders = values.data.split(",") if values.data else []
+    name = "-".join(epath.Path(folder).name for folder in folders) or "drawn"
+    out = _out(values, source, verb, name, "" if everything else ".json")
+    if everything and out is None:
+        raise ValueError("all: --out is needed: a folder for the page and the sheets")
+    began, seed = time.time(), values["seed"].value
+    model = loading.load(values.model, vlm=values.vlm or "", fae=values.fae or "")
+    pixels = model.fae.model.pixels if model.fae else model.cfg["image"]["pixels"] or 64
+    if folders:
+        given = cases.read(folders, n=values.n)
+    else:
+        asked = list(cases.TAGS)
+        if "likelihood" not in only:
+            asked = [suite.TASKS[section] for section in only]
+        given = cases.drawn(seed, values.n or 32, pixels, asked)
+    guidance = model.cfg["sample"]["guidance"] if values.guidance is None else values.guidance
+    options = {"rows": values.batch_size or 96, "guidance": guidance, "seed": seed}
+    beside, without = suite.readers(model, pixels, values.blind)
+    result, samples = suite.run(
+        given,
+        suite.asker(model, given, **options),
+        only=only,
+        not_run=suite.unable(model),
+        model=model,
+        beside=beside,
+        keeps=suite.through(model, seed) if model.fae else None,
+        seed=seed,
+        say=lambda section: logging.info("%s ...", section),
+    )
+    result = {
+        "model": source,
+        "data": {"path": values.data or f"drawn from seed {seed}"}
+        | {"fingerprints": [_fingerprint(folder) for folder in folders]},
+        "options": options,
+        **result,
+        "not_run": {**result["not_run"], **without},
+        "samples": {name: [*map(shapes_report.told, rows)] for name, rows in samples.items()},
+        "seconds": round(time.time() - began, 1),
+        "command": log.command_line(),
+        **log.environment(),
+    }
+    lines = shapes_report.lines(result)
+    if everything:
+        out.mkdir(parents=True, exist_ok=True)
+        shown = sheets.make(samples, seed)
+        for name, sheet in shown.items():
+            (out / f"{name}.png").write_bytes(pictures.png(sheet))
+        shapes_report.write(out / "report.html", result, shown)
+        lines += [f"written    {out}: report.html, shapes.json, {len(shown)} sheets"]
+        out = out / "shapes.json"
+    elif out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lines += [f"written    {out}"]
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    return result, lines
+
+
 def _fingerprint(path: str) -> str:
     return manifest.fingerprint(manifest.load(path))
 
 
 def _out(
-    values: flags.FlagValues, source: dict[str, Any], what: str, data: str
+    values: flags.FlagValues, source: dict[str, Any], what: str, data: str, end: str = ".json"
 ) -> epath.Path | None:
     """Where the result goes; refused here, before anything is computed, if it may not."""
     out = values.out
     if not out and source["step"] is not None:
-        name = f"{what}_{source['step']:08d}_{epath.Path(data).name}.json"
+        name = f"{what}_{source['step']:08d}_{epath.Path(data).name}{end}"
         out = epath.Path(source["path"]) / "evaluation" / name
     if out and epath.Path(out).exists() and not values.overwrite:
         raise FileExistsError(f"{out} is there already; --overwrite replaces it")

@@ -1,16 +1,18 @@
 """Draw images and write text with a trained model; a flow of images alone draws.
 
+python -m starflow2_jax.generate --prompt 'a red circle above a blue square' --out pictures/
 python -m starflow2_jax.generate --model runs/stage3 --prompt 'a red circle' --n 4 --guidance 3 --out pictures/
 python -m starflow2_jax.generate --model runs/stage3 --image in.png --prompt 'make the circle blue' --out edited/
 python -m starflow2_jax.generate --model runs/stage3 --chat chat.json --temperature 0.7 --out answer/
 python -m starflow2_jax.generate --model runs/stage3 --geneval evaluation_metadata.jsonl --out geneval/
 python -m starflow2_jax.generate --model runs/tiny --label 'red circle' --n 8 --guidance 1 --out pictures/
 
+Without --model it is the small STARFlow2 that comes with the package, which knows coloured shapes.
 A STARFlow2 answers in free form: text, pictures, or both; where only prompts are given, it draws one
 picture. Without --out it only writes text. A chat file is a JSON list of {role, content: [{type:
 text, text} or {type: image, image: path}]}, a batch file has one such list a line.
 
-In python: load(path).generate([["photo.png's bytes", "what is it?"]], max_tokens=32).
+In python: load(path).generate([[Path("photo.png"), "what is it?"]], images=0, max_tokens=32).
 """  # noqa: E501
 
 import json
@@ -22,6 +24,8 @@ from etils import epath
 
 from starflow2_jax import allocator, command, config
 from starflow2_jax import mesh as meshes
+
+SHIPPED = "pretrained/starflow2_tiny"
 
 # Flags that only one of the two kinds of model has.
 _FLOW_ONLY = ("label",)
@@ -52,7 +56,7 @@ def load(path: str, **where: Any) -> Any:
 def define(values: flags.FlagValues) -> None:
     """Defines the flags of this command."""
     own = {"flag_values": values}
-    flags.DEFINE_string("model", None, "workdir, step in it, or model folder", **own)
+    flags.DEFINE_string("model", SHIPPED, "workdir, step in it, or model folder", **own)
     flags.DEFINE_string("vlm", None, "folder of the VLM, where the run's is elsewhere", **own)
     flags.DEFINE_string("fae", None, "folder of the codec, where the run's is elsewhere", **own)
     flags.DEFINE_string("out", None, "folder for the pictures, not written over", **own)
@@ -95,8 +99,6 @@ def main(words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
 
     if words:
         raise ValueError(f"unexpected argument {words[0]!r}")
-    if not values.model:
-        raise ValueError("--model is needed")
     out = epath.Path(values.out) if values.out else None
     if out is not None and out.exists() and any(out.iterdir()) and not values.overwrite:
         raise ValueError(f"--out: {out} is not empty; --overwrite replaces pictures in it")
@@ -175,10 +177,14 @@ def _options(model: Any, values: flags.FlagValues, draws: bool, pictures: bool) 
     from starflow2_jax.generation.inverse import Jacobi
 
     sample = model.cfg["sample"]
+    images = 1 if draws else values.images if pictures else 0
+    guidance = sample["guidance"] if values.guidance is None else values.guidance
+    # Words are drawn without guidance: for them alone, no second branch.
+    guidance = guidance if images != 0 or not guidance > 0 else 0.0
     found = {
         "n": values.n or (4 if draws else 1),
         "seed": values.seed,
-        "guidance": sample["guidance"] if values.guidance is None else values.guidance,
+        "guidance": guidance,
         "rule": values.rule or sample["rule"],
         "null": values.null,
         "temperature": values.temperature or 0.0,
@@ -186,7 +192,7 @@ def _options(model: Any, values: flags.FlagValues, draws: bool, pictures: bool) 
         "top_p": values.top_p,
         "stop": tuple(values.stop),
         "max_tokens": 0 if draws else values.max_tokens,
-        "images": 1 if draws else values.images if pictures else 0,
+        "images": images,
         "image_temperature": values.image_temperature,
         "best_of": values.best_of,
         "best_of_gain": values.best_of_gain,
@@ -297,4 +303,5 @@ def _say(result: dict[str, Any], values: flags.FlagValues) -> None:
 if __name__ == "__main__":
     define(flags.FLAGS)
     allocator.keep_freed_memory()
+    command.use_compilation_cache()
     command.run(main)

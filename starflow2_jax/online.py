@@ -13,6 +13,7 @@ import numpy as np
 from starflow2_jax.data import latents
 from starflow2_jax.generation import codec as codecs
 from starflow2_jax.generation.codec import Codec
+from starflow2_jax.weights import files
 
 Batch = dict[str, Any]
 
@@ -89,6 +90,21 @@ def identity(about: Mapping[str, Any]) -> dict[str, str]:
     """sha256 of the encoder whose latents the data are, by name, for what a checkpoint keeps."""
     found = {row["fae"]["sha256"] for row in about["features"] if "fae" in row}
     return {"fae": " ".join(sorted(found))} if found else {}
+
+
+def decoder(about: Mapping[str, Any], codec: Codec | None) -> Codec | None:
+    """The codec whose latents the data are: that of `fae.path`, or the one that stored latents were
+    made with, where it still is; None where neither is known.
+
+    Args:
+        about: of a pipeline's `describe`.
+    """
+    encoders = [row["fae"] for row in about["features"] if "fae" in row]
+    path = encoders[0].get("path") if encoders else None
+    if codec is not None or not path or not files.locate(path).is_dir():
+        return codec
+    found = codecs.load(path)
+    return found if all(row["sha256"] == found.sha256 for row in encoders) else None
 
 
 def encoded(batches: Iterable[Batch], codec: Codec | None) -> Iterator[Batch]:

@@ -39,19 +39,22 @@ def warm(
     # A stage's VLM, even one that is trained, comes from its own folder.
     kept = lambda tree: {n: each for n, each in tree.items() if not (stage and n == "vlm")}
     own = kept(program.abstract_state.params)
+    frozen = program.identity if identity is None else identity
     if files.is_folder(path) and program.cfg["task"] in codecs.TASKS:
         found = _of_codec(program, state.params, path)
     elif files.is_folder(path):
         args = (kept(program.declared), program.mesh, program.cfg["layout"], np.float32)
         whole = files.read_folder(path, *args)
         found = {name: whole[name] for name in own}
+        if stage:
+            _check_before(init["from"], files.read_config(path), frozen)
     else:
         source, step = step_folders.locate(path)
         part = "ema" if init["ema"] else "params"
         parts, meta = checkpoint.restore(source, step, {part: own}, only=(part,))
         found = parts[part]
         if stage:
-            _check_before(init["from"], meta, program.identity if identity is None else identity)
+            _check_before(init["from"], meta, frozen)
     found = {**state.params, **found}
     return state.replace(params=found, ema=jax.tree.map(lambda a: a.copy(), found))
 

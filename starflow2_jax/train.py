@@ -5,7 +5,6 @@ python -m starflow2_jax.train --config experiments/tarflow_pixels.py:cifar --con
 python -m starflow2_jax.train --config experiments/starflow_t2i.py:3b --layout fsdp --mesh fsdp=-1 --workdir runs/3b --dry_run
 """  # noqa: E501
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from ml_collections import config_flags
 from starflow2_jax import allocator, command, config, distributed, online, start, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.evaluation import likelihood, report, samples
+from starflow2_jax.evaluation import conversations, likelihood, report, samples
 from starflow2_jax.generation import model as generation
 from starflow2_jax.training import checkpoint, speed, step_folders
 from starflow2_jax.training import log as logs
@@ -67,7 +66,6 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     config.check(cfg)
     distributed.init_distributed(cfg["distributed"])
     distributed.agree("the configuration", cfg)
-    is_flow = cfg["task"] == "flow"
     model, reader = tasks.model_config(cfg), tasks.reader(cfg)
     fae = online.open(cfg, getattr(model, "flow", model))
     of = lambda group: online.options(tasks.data_options(cfg, model, group), fae)
@@ -95,7 +93,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
             return
 
     # ----------------------------------------------------------------------------- mesh, program
-    _use_compilation_cache()
+    command.use_compilation_cache()
     mesh = meshes.make_mesh(cfg["mesh"])
     peak = speed.peak_flops()  # on one device, so before a mesh is set
     jax.set_mesh(mesh)
@@ -138,6 +136,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         keep=cfg["checkpoint"]["keep"],
         keep_every=cfg["checkpoint"]["keep_every"] or None,
     )
+    show = _shower(program, frozen, data, of, fae) if cfg["sample"]["every"] else None
     stop_asked = distributed.stopper()
     batches = reader.batches(
         of("data"),
@@ -193,17 +192,11 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
             if showing or measuring or saving:
                 settle()
                 waiting = None
-            if showing and (is_flow or program.show):
-                group = "eval_data" if "eval_data" in data else "data"
+            if showing and show is not None:
                 with speed.pause(log.clock, after=metrics):
-                    if is_flow:
-                        shown = generation.Model(
-                            cfg, model, {**state.ema, **frozen}, "", tuple(classes or ()), null_text
-                        )
-                        images, captions = samples.draw(shown, of(group))
-                    else:
-                        images, captions = samples.beside(program, state, frozen, of(group))
-                    logs.samples(log, number, images, captions)
+                    for name, images, captions, columns in show(state):
+                        logs.samples(log, number, images, captions, name=name, columns=columns)
+                    distributed.wait_for_all()
             if measuring:
                 with speed.pause(log.clock, after=metrics):
                     _evaluate(program, state, frozen, log, number, of("eval_data"), fae)
@@ -255,12 +248,6 @@ def _memory(compiled: Any) -> str:
         "temporaries": found.temp_size_in_bytes,
     }
     return "per device: " + ", ".join(f"{n} {b / 2**20:,.0f} MiB" for n, b in parts.items())
-
-
-def _use_compilation_cache() -> None:
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = os.path.expanduser("~/.cache/starflow2_jax")
-        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def _given(group: dict[str, Any]) -> bool:
@@ -324,6 +311,33 @@ def _summary(window: list[dict[str, Any]], means: Callable) -> dict[str, float]:
     sums = {name: sum(values[name] for values in window) for name in window[0]}
     newest = {name: window[-1][name] for name in ("grad_norm", "lr")}
     return {"loss": sums["loss"] / len(window), **means(sums), **newest}
+
+
+def _shower(program, frozen, data, of, fae) -> Callable | None:
+    """A function of the state that draws what sample grids show; None where nothing is drawn."""
+    cfg, model = program.cfg, program.model
+    group = "eval_data" if "eval_data" in data else "data"
+    if cfg["task"] == "flow":
+        told = data["data"]
+        held = ("", tuple(told["classes"] or ()), _null_text(told))
+
+        def flow(state):
+            shown = generation.Model(cfg, model, {**state.ema, **frozen}, *held)
+            return [("samples", *samples.draw(shown, of(group)), None)]
+
+        return flow
+    if cfg["task"] == "starflow2":
+        codec = online.decoder(data["data"], fae)
+        grids = conversations.prepare(cfg, model, of(group), codec, program.mesh)
+        if isinstance(grids, str):
+            if jax.process_index() == 0:
+                print(f"no sample grids are drawn: {grids}", flush=True)
+            return None
+        return lambda state: conversations.from_state(grids, {**state.ema, **frozen})
+    if program.show is None:
+        return None
+    beside = lambda state: samples.beside(program, state, frozen, of(group))
+    return lambda state: [("samples", *beside(state), None)]
 
 
 def _evaluate(program, state, frozen, log, number, options, fae=None) -> None:

@@ -183,6 +183,26 @@ def test_a_wrong_key_or_variant_on_the_command_line_is_one_line(words, expected,
     assert command.explain(argv[:1], error.value) == ""
 
 
+def test_keys_that_are_words_of_python_can_be_given(monkeypatch):
+    words = [
+        "--config=FILE:from.x",
+        "--config.init.from=runs/a.b",
+        "--config.optim.lr=1",
+        "--x.from",
+    ]
+    assert [command.readable(word) for word in words] == [
+        *("--config=FILE:from.x", "--config.init['from']=runs/a.b", "--config.optim.lr=1"),
+        "--x.from",
+    ]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    path = str(EXPERIMENTS / "tarflow_pixels.py")
+    argv = [command.readable(word) for word in ("train", f"--config={path}", words[1])]
+    monkeypatch.setattr(sys, "argv", argv)
+    values(argv)
+    assert values.config.init["from"] == "runs/a.b"
+
+
 def test_the_command_ends_with_that_line():
     words = ["--config=experiments/tarflow_pixels.py:tiny", "--config.optim.rl=1", "--dry_run"]
     ran = subprocess.run(

@@ -198,31 +198,46 @@ def job(out, data, at=0):
     )
 
 
-def kill_and_finish(parts, tmp_path, at, expected):
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A dataset of records with none, one, and several images."""
+    folder = tmp_path_factory.mktemp("several") / "data"
+    rows = list(shapes_tasks.make_records(0, ROWS, 16, tasks=("text", "edit", "multi", "caption")))
+    size = sum(len(records.encode(row)) for row in rows)
+    made = records.write(folder, rows, shard_bytes=size // SHARDS)
+    assert len(made.shards) > 2 and {len(row.imgs) for row in rows} >= {0, 1, 2}
+    return str(folder)
+
+
+def kill_and_finish(data, tmp_path, at, expected):
     out = tmp_path / f"out{at}"
-    assert job(out, parts[1], at).returncode == -signal.SIGKILL
+    assert job(out, data, at).returncode == -signal.SIGKILL
     done = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
-    finished = job(out, parts[1])
+    finished = job(out, data)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert contents(out) == expected
     now = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
     assert done.items() <= now.items()
 
 
-def test_killed_between_shards_and_started_again(parts, tmp_path):
-    plain = job(tmp_path / "whole", parts[1])
+def test_killed_between_shards_and_started_again(several, tmp_path):
+    plain = job(tmp_path / "whole", several)
     assert plain.returncode == 0, plain.stderr[-2000:]
-    kill_and_finish(parts, tmp_path, int(plain.stdout) // 2, contents(tmp_path / "whole"))
+    kill_and_finish(several, tmp_path, int(plain.stdout) // 2, contents(tmp_path / "whole"))
+    dataset = records.read(several)
+    stored = arrays.read(tmp_path / "whole", dataset.manifest)
+    for i in range(ROWS):
+        assert stored[i][1]["latent_mean"].shape == (len(dataset[i].imgs), 4, 3)
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_points(parts, tmp_path):
-    events = int(job(tmp_path / "whole", parts[1]).stdout)
+def test_killed_at_ten_random_points(several, tmp_path):
+    events = int(job(tmp_path / "whole", several).stdout)
     expected = contents(tmp_path / "whole")
     draw = np.random.default_rng(0)
     # The last one is after the manifest, before the rest is cleared away.
     for at in (*draw.choice(np.arange(1, events), 9, replace=False), events):
-        kill_and_finish(parts, tmp_path, int(at), expected)
+        kill_and_finish(several, tmp_path, int(at), expected)
 
 
 def test_beam_makes_the_same(parts, whole, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from starflow2_jax.data import tokens as layouts
-from starflow2_jax.generation import codec, conversation, decode, scoring
+from starflow2_jax.generation import codec, conversation, decode
 from starflow2_jax.generation.inverse import Jacobi
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.models import layers, qwen
@@ -56,11 +56,14 @@ def laid_out(model, rows):
         conversation.lay_out(row, small.TOKENIZER, model.shape.patches, null, "")
         for row, null in rows
     ]
+    of = lambda row: [p.latent for p in row if p.kind == "image"]
+    blank = np.zeros((1, small.SIDE**2, small.CHANNELS), np.float32)
     u = [
-        conversation.shallow(model.params, np.stack([p.latent for p in row if p.kind == "image"])
-                             .astype(np.float32), model.shape)[0]
+        conversation.shallow(model.params, np.array(of(row), np.float32), model.shape)[0]
+        if of(row)
+        else blank
         for row, _ in rows
-    ]  # fmt: skip
+    ]
     made = [
         {
             "ids": each.ids,
@@ -93,6 +96,23 @@ def heads(params, y, h, cfg):
     return scale, mean, logits
 
 
+def parallel(model, items):
+    """`heads` at every position of the rows, read at once."""
+    cfg = model.shape
+
+    @jax.jit
+    def whole(params):
+        mask = layers.segment_mask(jnp.asarray(items.real, jnp.int32))
+        text = qwen.embed(params["vlm"], items.ids, cfg.vlm)
+        h = pretzel.vlm_input(params, text, items.u, items.is_image, cfg)
+        y = pretzel.vlm_states(params, h, items.positions, mask, cfg)
+        h = pretzel.deep_input(params, y, items.u, items.is_image, cfg)
+        h = pretzel.deep_states(params, h, items.following, mask, cfg)
+        return heads(params, y, h, cfg)
+
+    return [np.asarray(each) for each in whole(model.params)]
+
+
 def test_cached_steps_equal_the_parallel_forward():
     """Rows with three images, of other lengths, so that at most steps some read text and others
     patches; the conditional ones and those of guidance."""
@@ -106,17 +126,7 @@ def test_cached_steps_equal_the_parallel_forward():
     items, real = laid_out(model, rows)
     assert (items.is_image[:2].sum(1) == 12).all() and len({r.sum() for r in real}) > 2
 
-    @jax.jit
-    def whole(params):
-        mask = layers.segment_mask(jnp.where(items.real, 1, 0))
-        text = qwen.embed(params["vlm"], items.ids, cfg.vlm)
-        h = pretzel.vlm_input(params, text, items.u, items.is_image, cfg)
-        y = pretzel.vlm_states(params, h, items.positions, mask, cfg)
-        h = pretzel.deep_input(params, y, items.u, items.is_image, cfg)
-        h = pretzel.deep_states(params, h, items.following, mask, cfg)
-        return heads(params, y, h, cfg)
-
-    expected = [np.asarray(each) for each in whole(params)]
+    expected = parallel(model, items)
     prepared = decode.prepare(params, cfg=cfg)
     caches, valid = decode.empty(prepared, cfg, 4, items.ids.shape[1])
     cut = lambda i, n: jax.tree.map(lambda leaf: leaf[:, i : i + n], items)
@@ -193,6 +203,25 @@ def test_going_on_without_new_parts_is_a_longer_run(x64):
 # --------------------------------------------------------------------------------------- likelihood
 
 
+def test_a_continued_conversation_is_teacher_forced():
+    """In float32, after texts that were cut: what it says of its parts is what one pass says."""
+    model = small.model()
+    first = model.generate(MIXED[:3], **DRAW)
+    said = next(part.text for row in first for part in row if part.kind == "text")
+    cut = model.generate(MIXED[:3], **DRAW, stop=(said[1:3],))
+    assert "stop" in cut.finish
+    more = [[picture(7), "and this?"], "go on", "draw"]
+    options = {**DRAW, "images": 1, "image_start": True}
+    found = model.generate(more, after=cut, **options)
+    history = [[*before, *row] for before, row in zip(with_prompts(MIXED[:3], cut), more_of(more))]
+    image, text = errors(model, history, found)
+    assert image < 1e-5 and text < 1e-4
+
+
+def more_of(prompts):
+    return [p if isinstance(p, list) else [p] for p in prompts]
+
+
 def with_prompts(prompts, rows):
     return [[*(p if isinstance(p, list) else [p]), *row] for p, row in zip(prompts, rows)]
 
@@ -240,6 +269,7 @@ def test_no_guidance_and_other_numbers_need_no_other_program(x64):
     guided = run(guidance=2.0)
     programs = decode.run._cache_size()
     strong = run(guidance=3.0, temperature=0.7, top_p=0.9, top_k=5, image_temperature=0.8, seed=4)
+    run(max_tokens=7, stop=("never said",), null_temperature=0.9)
     assert decode.run._cache_size() == programs
     assert np.abs(strong[0][0].latent - guided[0][0].latent).max() > 1e-3
     # A weight of nothing in a conversation that has the branch, and none at all.
@@ -247,6 +277,12 @@ def test_no_guidance_and_other_numbers_need_no_other_program(x64):
     weightless = model.generate(["c", "d"], after=begun, **{**options, "guidance": 0.0})
     history = [[p, *row, q] for p, row, q in zip("ab", begun, "cd")]
     same(weightless, model.generate(history, **{**options, "guidance": 0.0}))
+    # The temperature of the null branch is that of the call, also where it goes on.
+    plain, warm = (
+        model.generate(["c", "d"], after=begun, **{**options, "guidance": 2.0}, null_temperature=t)
+        for t in (1.0, 3.0)
+    )
+    assert np.abs(plain[0][0].latent - warm[0][0].latent).max() > 1e-6
 
 
 def test_the_null_branch_has_the_images_but_not_the_words_of_the_user():
@@ -319,6 +355,23 @@ def test_fixed_free_and_forced_images():
     np.testing.assert_allclose(fast, slow, atol=1e-5)
 
 
+def test_every_item_has_a_key_of_its_own():
+    """An image that begins its part does not draw its first patch from the key of the token."""
+    model = small.model()
+    keys = jax.random.split(jax.random.key(0), 1)
+    state = conversation.begin(model.prepared, model.shape, keys, "", 1.0, 64, True).state
+    found = set()
+    for part in range(3):
+        for number in range(model.shape.patches):
+            now = state.replace(part=jnp.array([part]), item=jnp.array([number]))
+            now = now.replace(patch=jnp.array([number]))
+            kinds = (True, False) if number == 0 else (True,)
+            for drawing in kinds:
+                key = decode.item_keys(keys, now, jnp.array([drawing]))
+                found.add(np.asarray(jax.random.key_data(key)).tobytes())
+    assert len(found) == 3 * (model.shape.patches + 1)
+
+
 def test_words_are_cut_as_asked():
     logits = jnp.log(jnp.asarray([[0.5, 0.2, 0.15, 0.1, 0.05], [0.1, 0.1, 0.1, 0.1, 0.6]]))
     kept = lambda k, p: np.isfinite(np.asarray(decode.truncate(logits, k, p)))
@@ -336,14 +389,16 @@ def test_words_are_cut_as_asked():
     assert one[0][0].tokens == greedy[0][0].tokens
     warm = model.generate(["hello"] * 2, images=0, max_tokens=6, temperature=2.0)
     assert warm[0][0].tokens != warm[1][0].tokens
-    # The likeliest token of the teacher-forced row, and nothing the tokenizer does not have.
-    row = ["hello", *greedy[0]]
-    parts = [scoring.prompts.read(row, "row")]
-    batch, owners = scoring.lay_out(model, parts, [np.zeros((0, 4, 3), np.float32)])
-    found = scoring._terms(model.params, batch, cfg=model.shape)
-    at = np.asarray(found.at)[0][np.asarray(found.token)[0]]
-    generated = np.flatnonzero(owners[0][at + 1] == 1)
-    assert len(generated) and np.asarray(found.correct)[0][generated].all()
+    # The likeliest token of the teacher-forced row, of those that may be drawn.
+    said = greedy[0][0].tokens
+    items, _ = laid_out(model, [([Part("text", "user", "hello"), greedy[0][0]], "none")])
+    prompt = conversation.lay_out([Part("text", "user", "hello")], small.TOKENIZER, 4, "", "")
+    first = len(prompt.ids)
+    np.testing.assert_array_equal(items.ids[0, first:], said)
+    logits = np.array(parallel(model, items)[2][0, first - 1 : -1])
+    ids = conversation.delimiters(model.tokenizer, model.shape)
+    logits[:, [*ids.banned, ids.vision_start, *range(ids.size, small.VOCAB)]] = -np.inf
+    assert len(said) and tuple(logits.argmax(-1)) == said
 
 
 def test_best_of_keeps_the_likeliest():

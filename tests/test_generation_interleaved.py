@@ -27,6 +27,7 @@ from starflow2_jax.generation import (
     output,
     scoring,
 )
+from starflow2_jax.generation import reader as readers
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.models import fae, qwen, qwen_vision, starflow2
 from starflow2_jax.training import checkpoint
@@ -41,8 +42,12 @@ PIXELS = 16
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
+    """See `make_parts`."""
+    return make_parts(tmp_path_factory.mktemp("starflow2"))
+
+
+def make_parts(root):
     """Folders of a tiny VLM with its tokenizer and of a tiny codec, and a run of both."""
-    root = tmp_path_factory.mktemp("starflow2")
     _, words = shapes_data.make(root, count=8, pixels=PIXELS, patch=4, merge=1)
     ids = {name: i for i, name in enumerate(json.loads(Path(words, "tokenizer.json").read_text())
                                             ["model"]["vocab"])}  # fmt: skip
@@ -57,7 +62,9 @@ def parts(tmp_path_factory):
     )  # fmt: skip
     assert len(ids) <= 400
     drawn = weights.init(jax.random.key(1), qwen.declare(shape))
-    qwen_weights.export(jax.device_get(drawn), shape, root / "vlm", processor=words)
+    cfg = config.default()
+    cfg.task, cfg.image.pixels = "vlm", PIXELS
+    readers.export(readers.Reader(cfg, shape, drawn, words), str(root / "vlm"))
     found = codec.load(make_run(root / "features", 0))
     pixels = weights.init(jax.random.key(2), fae.declare(found.model)["pixel_decoder"])
     whole = dataclasses.replace(
@@ -111,10 +118,12 @@ def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
         np.testing.assert_array_equal(other.image, drawn.image)
         assert (tmp_path / name / "fae").exists() == embed
     # The command writes the first kind, and a folder that was moved still has all it needs.
-    values = flags.FlagValues()
-    convert.define(values)
-    values(["convert", "--model", run, "--out", str(tmp_path / "exported")])
-    convert.main("export", [], values)
+    for name, words in (("exported", []), ("paths", ["--noembed"])):
+        values = flags.FlagValues()
+        convert.define(values)
+        values(["convert", "--model", run, "--out", str(tmp_path / name), *words])
+        convert.main("export", [], values)
+        assert (tmp_path / name / "vlm").exists() == (name == "exported")
     (tmp_path / "exported").rename(tmp_path / "moved")
     assert loading.load(str(tmp_path / "moved")).fae.sha256 == model.fae.sha256
 

@@ -162,6 +162,7 @@ def test_published_sizes(preset, total, vision):
         ("tp", "data=2,tensor=4"),
         ("fsdp_tp", "fsdp=4,tensor=2"),
         ("fsdp_tp", "fsdp=2,context=2,tensor=2"),
+        ("hybrid", "data=2,fsdp=4"),
     ],
 )
 def test_the_7b_model_lowers(layout, sizes):

@@ -1,15 +1,19 @@
 """Images encoded while training: the latents of `prepare latents` bit for bit, and runs alike."""
 
+import json
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_training_step
 from test_data_latents import make_run
+from test_evaluation_likelihood import run_command
 from test_train import finish, rows_of, start
 
 from starflow2_jax import config, mesh, online
+from starflow2_jax import params as weights
 from starflow2_jax.data import arrays, latents, pipeline, records, shapes, shapes_tasks
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.evaluation import likelihood
@@ -107,6 +111,53 @@ def test_runs_are_alike_and_go_on_either_way(parts, tmp_path):
     moved = experiment((make_run(tmp_path / "other", 1), *parts[1:]))
     with pytest.raises(AssertionError, match=r"holds another configuration[\s\S]*data\.latents"):
         finish(start(moved, both))
+
+
+def save_flow(workdir, parts, **changes):
+    """A run of a flow of these latents, as it was born."""
+    cfg = experiment(parts, **changes)
+    drawn = weights.init(jax.random.key(1), step.declare(cfg, step.model_config(cfg)))
+    writer = checkpoint.open(workdir)
+    meta = {"config": cfg, "classes": None, "step": 1, "null_text": None}
+    meta["frozen"] = {"fae": codec.load(parts[0]).sha256}
+    checkpoint.save(writer, 1, {"step": jnp.int32(1), "params": drawn, "ema": drawn}, meta)
+    checkpoint.close(writer)
+    return str(workdir)
+
+
+def test_likelihoods_of_images_are_those_of_their_latents(parts, tmp_path, capsys):
+    run, data, stored = parts
+    flow = save_flow(tmp_path / "flow", parts)
+    measure = lambda model, **given: json.loads(
+        run_command(capsys, "likelihood", model=model, json=True, overwrite=True, **given)
+    )
+    there = {"data": data, "latents": stored, "fit": data, "fit_latents": stored}
+    read = measure(flow, **there)
+    for model, given in (
+        (flow, {"fit": data}),
+        (save_flow(tmp_path / "of_stored", parts, offline=True), {"data": data, "fae": run}),
+    ):
+        made = measure(model, **given)
+        assert made["data"]["rows"] == COUNT and made["nats_per_dim"] == read["nats_per_dim"]
+        assert made["parts"] == read["parts"]
+        (encoder,), (other,) = (
+            [row["fae"]["sha256"] for row in found["data"]["features"]] for found in (made, read)
+        )
+        assert encoder == other
+        if "fit" in given:
+            ours, theirs = (f["baselines"]["gaussian_per_dimension"] for f in (made, read))
+            assert ours["nats_per_dim"] == theirs["nats_per_dim"]
+    with pytest.raises(ValueError, match="--latents or --fae is needed: the model reads latents"):
+        measure(tmp_path / "of_stored", data=data)
+    with pytest.raises(ValueError, match="--fit_latents or --fae is needed"):
+        measure(tmp_path / "of_stored", fit=data)
+    moved = make_run(tmp_path / "other", 1)
+    with pytest.raises(ValueError, match=r"latents of the encoder .*, the flow was trained on "):
+        measure(flow, data=data, fae=moved)
+    with pytest.raises(DatasetError, match=r"--data: latents of the encoder .*, expected those of"):
+        measure(flow, data=data, latents=stored, fae=moved)
+    with pytest.raises(ValueError, match="task='fae_features', expected a flow of images"):
+        measure(run, data=data)
 
 
 def test_what_does_not_fit_is_refused(parts, tmp_path):

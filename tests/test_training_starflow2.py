@@ -12,9 +12,10 @@ import pytest
 
 from starflow2_jax import config, mesh, start
 from starflow2_jax import params as weights
-from starflow2_jax.models import qwen, qwen_vision, starflow2
+from starflow2_jax.models import mot, qwen, qwen_vision, starflow2
 from starflow2_jax.training import checkpoint, inputs, starflow2_loss, starflow2_step, step
 from starflow2_jax.training.loss import HALF_LOG_2_PI
+from starflow2_jax.weights import files
 from starflow2_jax.weights import qwen as qwen_weights
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -103,6 +104,35 @@ def test_the_joint_stage_changes_everything_but_the_vlm(stage3):
     squares = sum(float(metrics[f"latent/{i}"]) for i in range(3)) / float(metrics["count"])
     expected = nats + 1e-4 * squares + figures["text_nats"]
     np.testing.assert_allclose(float(metrics["loss"]), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trains", [("shallow", "deep"), ("vlm", "shallow", "deep")])
+def test_a_mixture_of_transformers_changes_what_it_trains_alone(trains):
+    cfg = experiment(3)
+    vlm = dataclasses.replace(small.model().vlm, vision_start_token=small.TOKENIZER.vision_start)
+    pretzel = dataclasses.replace(small.model(), vlm=vlm)
+    cfg["model"] = mot.options(mot.beside(pretzel, 24))
+    cfg["train"]["trains"] = list(trains)
+    losses, state, metrics, first, (before, after) = run(cfg)
+    assert np.isfinite(losses).all() and sorted(state.params) == sorted(trains)
+    for name in trains:
+        pairs = zip(*(jax.tree.leaves(s.params[name]) for s in (first, state)))
+        assert not all(np.array_equal(a, b) for a, b in pairs), name
+    assert bool(before) == ("vlm" not in trains)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    figures = starflow2_loss.means({n: float(v) for n, v in metrics.items()})
+    assert {"nats_per_dim", "text_nats"} <= set(figures) and "skip_vlm" not in figures
+
+
+def test_several_crossings_train_beside_a_frozen_vlm():
+    cfg = experiment(3)
+    cfg["model"] = starflow2.options(small.model(crossings=2))
+    losses, state, _, first, (before, after) = run(cfg)
+    assert np.isfinite(losses).all()
+    check_moved(first, state, STAGES[3])
+    for name in ("into_deep", "into_vlm"):
+        assert np.any(state.params["skip"][name]["weight"]), name
+    jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
 def test_microbatches_equal_the_whole_batch(stage3):
@@ -199,6 +229,19 @@ def test_a_stage_starts_from_the_one_before(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, begun.ema, wanted)
         assert int(begun.step) == 0
     assert not any(np.any(m) for m in jax.tree.leaves(begun.opt_state[1][0].mu))
+
+
+def test_a_stage_starts_from_a_model_folder(tmp_path):
+    _, before, *_ = run(experiment(3), steps=1)
+    held = {name: before.ema[name] for name in starflow2.SUBTREES}
+    _, program, fresh, _ = begin(experiment(3))
+    for name, frozen in (("own", {}), ("other", {"vlm": "0" * 64})):
+        files.write_folder(tmp_path / name, held, {"task": "starflow2", "frozen": frozen})
+    begun = start.warm(program, fresh, {"from": str(tmp_path / "own"), "ema": True})
+    jax.tree.map(np.testing.assert_array_equal, begun.params, before.ema)
+    jax.tree.map(np.testing.assert_array_equal, begun.ema, before.ema)
+    with pytest.raises(ValueError, match=r"init\.from=.*other' was trained beside another VLM"):
+        start.warm(program, fresh, {"from": str(tmp_path / "other"), "ema": True})
 
 
 @pytest.mark.parametrize("kind", ["missing", "other", "vlm", "fae"])
@@ -327,6 +370,7 @@ def test_every_layout_is_tried():
         ({"train.trains": ()}, "train.trains is empty"),
         ({"model.flow.wide": 3}, r"unknown key 'model\.flow\.wide'"),
         ({"model.vlm.wide": 3}, r"unknown key 'model\.vlm\.wide'"),
+        ({"model.kind": "moe"}, r"model\.kind='moe' is not one of pretzel, mot"),
         ({"model.skipping": 3}, r"unknown key 'model\.skipping'"),
         ({"vlm.path": "/nowhere"}, "nowhere"),
     ],

@@ -41,7 +41,7 @@ def experiment(folders, **changes):
     cfg.data.path = cfg.eval_data.path = folders[0]
     cfg.text.tokenizer, cfg.data.threads = folders[1], 1
     cfg.noise.kind, cfg.drop.condition = "none", 0.0
-    cfg.train.trains = ("vlm", "pixel_probe", "word_probe")
+    cfg.train.trains = ("vlm", "pixel_probe")
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = ROWS, 12, 0.9
     cfg.optim.lr, cfg.optim.warmup, cfg.optim.muon_lr, cfg.sample.every = 3e-3, 2, 1e-2, 0
     cfg.vlm.words = 0.1
@@ -89,7 +89,19 @@ def test_the_tower_alone_leaves_the_language_as_it_was(folders):
     first = program.init(jax.random.key(cfg["seed"]))[0].params
     same = jax.tree.map(lambda a, b: bool((a == b).all()), first["vlm"], state.params["vlm"])
     assert not any(jax.tree.leaves(same.pop("vision")["layers"]["mlp_up"]))
+    # The head reads the words of regions; the layers between are not run.
+    assert same.pop("embed") == {"weight": False}
+    assert same.pop("final_norm") == {"weight": False}
     assert all(jax.tree.leaves(same))
+
+
+def test_the_language_alone_leaves_the_tower_as_it_was(folders):
+    cfg = experiment(folders, **{"vlm.tower": False, "optim.weight_decay": 0.1})
+    _, state, program = run(cfg)
+    first = program.init(jax.random.key(cfg["seed"]))[0].params
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), first["vlm"], state.params["vlm"])
+    assert all(jax.tree.leaves(same.pop("vision")))
+    assert not any(jax.tree.leaves(same["layers"]["mlp_up"]))
 
 
 def test_words_are_named_by_the_features_of_their_region(folders):
@@ -100,14 +112,15 @@ def test_words_are_named_by_the_features_of_their_region(folders):
     words = np.full((ROWS, 3, 4, 8), -1, np.int32)
     words[:, 0, 0, :2], words[:, 0, 2, :1] = [7, 9], [11]
     batch = {"region": jnp.asarray(region), "region_words": jnp.asarray(words)}
-    probe = weights.init(jax.random.key(0), vlm_step.declare({}, MODEL)["word_probe"])
+    params = weights.init(jax.random.key(0), vlm_step.declare({}, MODEL)["vlm"])
     seen = jnp.asarray(rng.normal(size=(ROWS, 3, 4, 32)).astype(np.float32))
-    grad = jax.grad(lambda s: vlm_step.word_nats(probe, batch, s).sum())(seen)
+    grad = jax.grad(lambda s: vlm_step.word_nats(params, batch, s, MODEL).sum())(seen)
     shown = np.abs(np.asarray(grad)).max(-1) > 0
     np.testing.assert_array_equal(shown, region >= 0)
-    said = jax.nn.log_softmax(seen @ probe["weight"] + probe["bias"])[0, 0]
+    states = seen / jnp.sqrt(jnp.square(seen).mean(-1, keepdims=True) + MODEL.norm_eps)
+    said = jax.nn.log_softmax(states @ params["embed"]["weight"].T)[0, 0]
     wanted = -(said[1, [7, 9]].mean() + said[3, 11]) / 2
-    np.testing.assert_allclose(vlm_step.word_nats(probe, batch, seen)[0], wanted, rtol=1e-5)
+    np.testing.assert_allclose(vlm_step.word_nats(params, batch, seen, MODEL)[0], wanted, rtol=1e-5)
 
 
 def test_sums_of_text_are_those_of_each_record(folders):

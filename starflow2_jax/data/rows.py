@@ -245,7 +245,7 @@ def _images(opts: Options, source: _Source, shown: list[tuple]) -> dict[str, np.
         side = opts.pixels
         given = np.zeros((opts.room.places, side, side, 3), np.uint8)
         for place, (_, record, blob, _, where) in enumerate(shown):
-            given[place] = 128 if opts.blank else _picture(opts, record, blob, where)
+            given[place] = picture(opts, record, blob, where)
         return {"images": given}
     found: dict[str, np.ndarray] = {}
     for place, (index, record, _, number, where) in enumerate(shown):
@@ -267,7 +267,11 @@ def _images(opts: Options, source: _Source, shown: list[tuple]) -> dict[str, np.
     return found
 
 
-def _picture(opts: Options, record: Record, blob: int, where: str) -> np.ndarray:
+def picture(opts: Options, record: Record, blob: int, where: str) -> np.ndarray:
+    """Image `blob` of a record as `opts` asks for it: uint8 [pixels, pixels, 3]; DatasetError names
+    `where` where it cannot be."""
+    if opts.blank:
+        return np.full((opts.pixels, opts.pixels, 3), 128, np.uint8)
     where = f"{where} (id {record.id!r}), image {blob}"
     image = images.decode(record.imgs[blob].data, where)
     return images.square(image, opts.pixels, opts.resize, where)

@@ -67,14 +67,17 @@ def place_so(
 
 
 def describe(scene: Scene, wording: int = 0) -> str:
-    """Everything in a scene but places and, of more than two objects, relations."""
+    """Everything in a scene but places and, of more than two objects, relations.
+
+    The last wording names the shape before the colour: who writes it learns to find a colour by a
+    shape, where the others teach to find a shape by a colour.
+    """
     kinds = Counter((item.size, item.color, item.shape) for item in _in_order(scene))
     parts = []
     for (size, color, shape), count in kinds.items():
-        if count == 1:
-            parts.append(f"a {size} {color} {shape}")
-        else:
-            parts.append(f"{shapes.NUMBERS[count]} {size} {color} {plural(shape)}")
+        number, things = ("a", shape) if count == 1 else (shapes.NUMBERS[count], plural(shape))
+        said = f"{things} in {color}" if wording == 2 else f"{color} {things}"
+        parts.append(f"{number} {size} {said}")
     relation = shapes.relation(*_in_order(scene)) if len(scene.objects) == 2 else None
     if relation and len(parts) == 2:
         said = f"{parts[0]} {relation} {parts[1]}"

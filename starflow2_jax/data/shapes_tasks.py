@@ -32,6 +32,7 @@ REASONS = ("zoom", "count_after_removal", "count_after_edit")
 MULTI = ("same_shape", "which_shows", "which_has_most", "total")
 TEXTS = ("turn_around", "count_left", "color_of")
 DIALOGS = ("distinct", "groups")
+_HARD = ("color", "exists", "relation", "is_relation")  # asked twice as often in a dialog
 _QUESTIONS = 8  # of a dialog, fewer where one comes twice or has no clear answer
 _ORDINALS = ("first", "second", "third")
 
@@ -75,7 +76,7 @@ def dialog(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     """Picture and several questions, each with its answer; the second scene kind has groups."""
     if tag == "distinct":
         scene = shapes_scenes.distinct(rng, int(rng.integers(1, 5)), apart=False)
-        tags = list(QUESTIONS)
+        tags = [*QUESTIONS, *_HARD]
     else:
         scene, tags = shapes_scenes.groups(rng), ["count", "background"]
     asked: dict[str, str] = {}

@@ -11,7 +11,6 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import grain
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
@@ -90,6 +89,8 @@ class Payloads:
         self.manifest = manifest
         shards = [shard for shard in manifest.shards if shard.records]
         # Given counts spare the data source from opening every file before training starts.
+        import grain  # heavy, and a tokenizer alone does without
+
         self._source = grain.sources.ArrayRecordDataSource(
             [_Instruction(os.path.join(self.path, s.path), 0, s.records, s.records) for s in shards]
         )

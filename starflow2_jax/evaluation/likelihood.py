@@ -190,7 +190,7 @@ def protocol(cfg: Config, flow: FlowConfig) -> dict[str, Any]:
         noise["sigma"] = cfg["noise"]["sigma"]
     scale = "value / 127.5 - 1"
     if not cfg["image"]["pixels"]:
-        scale = "a sample of the stored posterior"
+        scale = "a sample of the posterior"
     elif noise["kind"] == "uniform":
         scale = f"(value + U[0, 1)) / {LEVELS} - 1"
     conditions = {"label": flow.classes, "text": flow.text_length}

@@ -54,8 +54,6 @@ def load(path: str) -> Codec:
         FileNotFoundError: nothing of the kind is there. ValueError: it is damaged, another kind of
             model, or its tower's files have changed since.
     """
-    from starflow2_jax.training import checkpoint, step_folders
-
     path = str(files.locate(path))
     if files.is_folder(path):
         cfg = files.read_config(path)
@@ -69,6 +67,8 @@ def load(path: str) -> Codec:
         if cfg["task"] == "fae_features":
             del declared["pixel_decoder"]
         return _made(cfg, model, teacher, files.read_folder(path, declared))
+    from starflow2_jax.training import checkpoint, step_folders  # heavy
+
     workdir, step = step_folders.locate(path)
     meta = checkpoint.read_meta(workdir, step)
     cfg = meta["config"]
@@ -155,10 +155,12 @@ def decode(codec: Codec, latents: np.ndarray) -> np.ndarray:
     """
     if "pixel_decoder" not in codec.params:
         raise ValueError(f"codec {codec.cfg['name']!r}: it has no pixel decoder (task=fae_pixels)")
-    parts = [
-        np.asarray(_decode(codec.params, latents[first : first + BATCH], model=codec.model))
-        for first in range(0, len(latents), BATCH)
-    ]
+    parts = []
+    for first in range(0, len(latents), BATCH):
+        rows = latents[first : first + BATCH]
+        # Repeated up to a power of two, so that few programs serve any number.
+        filled = rows[np.arange(1 << (len(rows) - 1).bit_length()) % len(rows)]
+        parts.append(np.asarray(_decode(codec.params, filled, model=codec.model))[: len(rows)])
     return np.concatenate(parts)
 
 
@@ -169,9 +171,10 @@ def _decode(params, latents, *, model):
 
 
 def open_encoder(path: str) -> tuple[Callable, dict[str, Any]]:
-    """What `data.latents` needs: images -> latents, and what a manifest says of the encoder."""
+    """What `data.latents` needs: images -> latents, and what a manifest says of the encoder, also
+    where it was, so that pictures can be drawn of what is learnt from its latents."""
     codec = load(path)
-    return partial(encode, codec), describe(codec)
+    return partial(encode, codec), {**describe(codec), "path": path}
 
 
 def describe(codec: Codec) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from starflow2_jax.generation.decode import State
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.layers import at_least_float32
-from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.models.streams import Config
 
 if TYPE_CHECKING:  # heavy
     from starflow2_jax.data.tokens import Items, Tokenizer
@@ -78,11 +78,15 @@ def delimiters(held: "Tokenizer", cfg: Config) -> decode.Ids:
 def begin(
     params: Any, cfg: Config, keys: jax.Array, null: str, heat: Any, size: int, fixed: bool
 ) -> Conversation:
-    """Rows that have read nothing, with caches of `size` slots."""
+    """Rows that have read nothing, with caches of `size` slots.
+
+    Args:
+        params: as `decode.prepare` lays them out; heat: temperature of the deep flow's attention in
+            the unconditional branch.
+    """
     rows = len(keys)
     count = rows * (2 if null else 1)
-    prepared = decode.prepare(params, cfg=cfg)
-    caches, valid = decode.empty(prepared, cfg, count, size)
+    caches, valid = decode.empty(params, cfg, count, size)
     many, few = jnp.zeros(count, jnp.int32), jnp.zeros(rows, jnp.int32)
     dtype = at_least_float32(params["deep"]["proj_in"]["weight"][:0]).dtype
     state = State(
@@ -102,8 +106,14 @@ def begin(
         part=few,
         item=few,
     )
-    heat = jnp.concatenate([jnp.ones(rows), jnp.full(count - rows, heat)])
-    return Conversation(prepared, keys, heat, null, ("",) * rows, (0,) * rows, fixed, state)
+    args = (null, ("",) * rows, (0,) * rows, fixed, state)
+    return heated(Conversation(params, keys, jnp.ones(rows), *args), heat)
+
+
+def heated(held: Conversation, heat: Any) -> Conversation:
+    """The same with another temperature of the unconditional branch's attention."""
+    null = jnp.full(held.rows if held.null else 0, heat)
+    return dataclasses.replace(held, heat=jnp.concatenate([jnp.ones(held.rows), null]))
 
 
 def lay_out(

@@ -18,10 +18,10 @@ from flax import struct
 
 from starflow2_jax.generation import guidance as guiding
 from starflow2_jax.generation.guidance import Guidance
-from starflow2_jax.models import flow, layers, qwen
+from starflow2_jax.models import flow, qwen, streams
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.layers import KVCache
-from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.models.streams import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training.loss import HALF_LOG_2_PI
 
@@ -29,6 +29,8 @@ from starflow2_jax.training.loss import HALF_LOG_2_PI
 TEXT, IMAGE, BEGIN, ENDED, OUT_OF_TOKENS = range(5)
 # What a record holds in place of a token.
 PATCH, NOTHING = -1, -2
+# Steps of a chunk at most: what a record holds.
+CHUNK = 64
 
 
 class Ids(NamedTuple):
@@ -78,7 +80,7 @@ class State:
         part, item: int32 [B], numbers of what is drawn next: its noise depends on them.
     """
 
-    caches: tuple[KVCache, KVCache]
+    caches: tuple[KVCache, ...]
     valid: jax.Array
     token: Any
     u: Any
@@ -110,8 +112,8 @@ class Items:
 
 @struct.dataclass
 class Record:
-    """What was drawn in each step: tokens (or PATCH, NOTHING) [B, steps], u [B, steps, D], and nats
-    [B, steps, 3]: of the plain model, of the density drawn from, of the unconditional branch."""
+    """What was drawn in each step: tokens (or PATCH, NOTHING) [B, CHUNK], u [B, CHUNK, D], and nats
+    [B, CHUNK, 3]: of the plain model, of the density drawn from, of the unconditional branch."""
 
     token: jax.Array
     u: jax.Array
@@ -121,16 +123,14 @@ class Record:
 @partial(jax.jit, static_argnames="cfg")
 def prepare(params: Tree, *, cfg: Config) -> dict[str, Any]:
     """What the steps read of all parameters, laid out for them (`layers.unstack`)."""
-    return pretzel.unstack({n: t for n, t in params.items() if n != "shallow"}, cfg)
+    return streams.unstack({n: t for n, t in params.items() if n != "shallow"}, cfg)
 
 
 def empty(params: Tree, cfg: Config, rows: int, size: int) -> tuple[Any, jax.Array]:
     """Caches of `size` slots for R rows, and `valid`."""
-    deep = layers.empty_cache(
-        cfg.deep.layer, cfg.deep.depth, rows, size, flow.compute_dtype(params["deep"], cfg.flow)
-    )
-    vlm = qwen.empty_cache(cfg.vlm, rows, size, qwen.compute_dtype(params["vlm"], cfg.vlm))
-    return (vlm, deep), jnp.zeros((rows, size), bool)
+    vlm = qwen.compute_dtype(params["vlm"], cfg.vlm)
+    dtypes = (vlm, flow.compute_dtype(params["deep"], cfg.flow))
+    return streams.empty_caches(cfg, rows, size, dtypes), jnp.zeros((rows, size), bool)
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -149,34 +149,29 @@ def prefill(
 def read(
     params: Tree, caches: Any, valid: jax.Array, items: Items, heat: Any, cfg: Config
 ) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
-    """Both streams over new items: y [R, T, V], h [R, T, C], caches, valid."""
-    vlm, deep = caches
-    first, count = vlm.length, items.ids.shape[1]
+    """All streams over new items: y [R, T, V], h [R, T, C], caches, valid."""
+    first, count = caches[0].length, items.ids.shape[1]
     valid = jax.lax.dynamic_update_slice_in_dim(valid, items.real, first, 1)
     slots = jnp.arange(valid.shape[1])
     mask = valid[:, None, :] & (slots <= first + jnp.arange(count)[:, None])
-    text = qwen.embed(params["vlm"], items.ids, cfg.vlm)
-    h = pretzel.vlm_input(params, text, items.u, items.is_image, cfg)
-    y, vlm = pretzel.vlm_states(params, h, items.positions, mask, cfg, vlm)
-    h = pretzel.deep_input(params, y, items.u, items.is_image, cfg)
-    at = pretzel.deep_positions(items.following, cfg)
-    h, deep = flow.stack(params["deep"], h, at, mask, cfg.deep, deep, heat)
-    return y, h, (vlm, deep), valid
+    args = (items.ids, items.u, items.u, items.is_image, items.positions, items.following, mask)
+    y, h, caches = streams.states(params, *args, cfg, caches=caches, heat=heat)
+    return y, h, caches, valid
 
 
-@partial(jax.jit, static_argnames=("cfg", "ids", "steps"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("cfg", "ids"), donate_argnames="state")
 def run(
     params: Tree,
     state: State,
     keys: jax.Array,
     numbers: Numbers,
     heat: Any,
+    steps: Any,
     *,
     cfg: Config,
     ids: Ids,
-    steps: int,
 ) -> tuple[State, Record]:
-    """At most `steps` steps, fewer where all rows are done.
+    """At most `steps` steps, and `CHUNK`, fewer where all rows are done.
 
     Args:
         params: of `prepare`; keys: of each row [B]; heat: as in `prefill`.
@@ -184,14 +179,14 @@ def run(
     rows = state.token.shape[0]
     wide = jnp.promote_types(state.u.dtype, jnp.float32)
     record = Record(
-        token=jnp.full((rows, steps), NOTHING, jnp.int32),
-        u=jnp.zeros((rows, steps, state.u.shape[-1]), state.u.dtype),
-        nats=jnp.zeros((rows, steps, 3), wide),
+        token=jnp.full((rows, CHUNK), NOTHING, jnp.int32),
+        u=jnp.zeros((rows, CHUNK, state.u.shape[-1]), state.u.dtype),
+        nats=jnp.zeros((rows, CHUNK, 3), wide),
     )
 
     def going(carry):
         i, state, _ = carry
-        return (i < steps) & (state.mode < ENDED).any()
+        return (i < jnp.minimum(steps, CHUNK)) & (state.mode < ENDED).any()
 
     def step(carry):
         i, state, record = carry
@@ -225,9 +220,7 @@ def _step(params, state, keys, numbers, heat, cfg, ids):
     )
     y, h, caches, valid = read(params, state.caches, state.valid, item, heat, cfg)
     y, h = y[:, 0], h[:, 0]
-    own = jax.vmap(jax.random.fold_in)(keys, state.part)
-    own = jax.vmap(jax.random.fold_in)(own, jnp.where(drawing, state.patch, state.item))
-
+    own = item_keys(keys, state, drawing)
     u, patch_nats = _draw_patch(params, h, own, state, numbers, cfg)
     may_begin = state.images > 0
     dtype = patch_nats.dtype
@@ -247,6 +240,18 @@ def _step(params, state, keys, numbers, heat, cfg, ids):
     state = _move(state.replace(caches=caches, valid=valid), token, u, drawing, forced, cfg, ids)
     shown = jnp.where(drawing, PATCH, token)
     return state, jnp.where(alive, shown, NOTHING), jnp.where(drawing[:, None], u, 0), nats
+
+
+def item_keys(keys: jax.Array, state: State, drawing: jax.Array) -> jax.Array:
+    """The key [B] of what each row draws next, by the numbers of its part and of the item in it.
+
+    Args:
+        drawing: bool [B], whether that is a patch.
+    """
+    of_part = jax.vmap(jax.random.fold_in)(keys, state.part)
+    # An image that begins its part shares the part's number with the token that began it.
+    number = jnp.where(drawing, state.patch + 1, state.item)
+    return jax.vmap(jax.random.fold_in)(of_part, number)
 
 
 def _draw_patch(params, h, keys, state, numbers, cfg):

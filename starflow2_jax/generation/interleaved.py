@@ -4,6 +4,7 @@ Axes: B rows, N patches, D latent channels.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from starflow2_jax.generation.conversation import Conversation
 from starflow2_jax.generation.guidance import Guidance
 from starflow2_jax.generation.options import Options, make_options
 from starflow2_jax.generation.prompts import Part
-from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.models.streams import Config
 from starflow2_jax.training import inputs
 
 if TYPE_CHECKING:  # heavy
@@ -42,6 +43,11 @@ class Model:
     tokenizer: "Tokenizer"
     fae: Codec | None = None
     source: str = ""
+
+    @functools.cached_property
+    def prepared(self) -> Mapping[str, Any]:
+        """`params` as the decode loop reads them, laid out once: it is a copy."""
+        return decode.prepare(self.params, cfg=self.shape)
 
     def generate(self, given: Any, *, after: Results | None = None, **options: Any) -> Results:
         """Continues prompts, or a conversation.
@@ -85,6 +91,7 @@ def generate(
         held = after.conversation
         if bool(held.null) != _branches(options) and options.guidance:
             raise ValueError("guidance: the conversation was begun without it, and has no branch")
+        held = conversation.heated(held, options.null_temperature)
     else:
         parts = [row for row in parts for _ in range(copies)]
         held = _begin(model, len(parts), options)
@@ -92,12 +99,12 @@ def generate(
     x = latents(model, parts, keys, held.parts)
     u = conversation.shallow(model.params, np.concatenate(x), cfg)[0]
     u = np.split(u, np.cumsum([len(images) for images in x])[:-1])
-    room = _room(options, cfg)
-    held = conversation.extend(held, parts, u, cfg, model.tokenizer, room)
+    held = conversation.extend(held, parts, u, cfg, model.tokenizer, _room(options, cfg))
     state = _ready(held.state, options, model, bool(after is not None))
     held = dataclasses.replace(held, state=state)
-    start, first = jax.tree.map(np.asarray, held.state.replace(caches=None)), held.read
-    held, records, reasons = _loop(model, held, options, room, start, first)
+    # Copies: the loop takes the arrays over.
+    start, first = jax.tree.map(np.array, held.state.replace(caches=None)), held.read
+    held, records, reasons = _loop(model, held, options, start, first)
     results = answers.finished(model, held, records, reasons, options, start, first)
     return answers.best(results, options) if options.best_of > 1 else results
 
@@ -133,7 +140,7 @@ def _begin(model: Model, rows: int, options: Options) -> Conversation:
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(samples))
     null = options.null if _branches(options) else ""
     args = (null, options.null_temperature, options.cache or 0, options.cache is not None)
-    return conversation.begin(model.params, model.shape, keys, *args)
+    return conversation.begin(model.prepared, model.shape, keys, *args)
 
 
 def _room(options: Options, cfg: Config) -> int:
@@ -157,16 +164,29 @@ def _check_images(model: Model, parts: Sequence[Sequence[Part]]) -> None:
                 prompts.check_pixels(part.image, model.fae.model.pixels, where)
 
 
+def draws(model: Model) -> bool:
+    """Whether the flow has learnt anything: its last layer is zero at birth."""
+    return _any(model.params["deep"]["proj_out"])
+
+
+def reads(model: Model) -> bool:
+    """Whether the VLM has learnt to see: an adapter's last layer is zero at birth."""
+    return "adapter" not in model.params or _any(model.params["adapter"]["down"])
+
+
+def _any(group: Any) -> bool:
+    return any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(group))
+
+
 def _check_trained(model: Model, parts: Sequence[Sequence[Part]], options: Options) -> None:
-    """Refuses what the checkpoint's stage has not learnt: its weights are still those of birth."""
-    blank = lambda group: not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(group))
-    if options.most_images and blank(model.params["deep"]["proj_out"]):
+    """Refuses what the checkpoint's stage has not learnt."""
+    if options.most_images and not draws(model):
         raise ValueError(
             f"{model.source or 'model'}: its flow is as it was born (a checkpoint of stage 2 that "
             "began from nothing?), it draws no images; images=0 gives text alone"
         )
     shown = any(part.kind == "image" for row in parts for part in row)
-    if shown and blank(model.params["adapter"]["down"]):
+    if shown and not reads(model):
         raise ValueError(
             f"{model.source or 'model'}: its adapter is zero (a checkpoint of stage 1?), so that "
             "its VLM sees no images; give text alone, or a checkpoint of stage 2 or 3"
@@ -226,7 +246,7 @@ def _ready(state: decode.State, options: Options, model: Model, going_on: bool) 
     )
 
 
-def _loop(model: Model, held: Conversation, options: Options, room: int, start: Any, first: int):
+def _loop(model: Model, held: Conversation, options: Options, start: Any, first: int):
     """Chunks of steps until every row is done; the host looks for stop texts between them.
 
     Args:
@@ -237,7 +257,8 @@ def _loop(model: Model, held: Conversation, options: Options, room: int, start: 
         ended.
     """
     cfg, ids = model.shape, conversation.delimiters(model.tokenizer, model.shape)
-    steps = 16 if options.stop else min(64, room)
+    # With stop texts a row may run on past one to the end of its chunk.
+    steps = jnp.int32(16 if options.stop else decode.CHUNK)
     wide = jnp.promote_types(held.state.u.dtype, jnp.float32)
     guided = None
     if held.null:
@@ -256,26 +277,21 @@ def _loop(model: Model, held: Conversation, options: Options, room: int, start: 
     rows: list[list[Any]] = [[] for _ in range(held.rows)]
     stopped: set[int] = set()
     while (np.asarray(state.mode) < decode.ENDED).any():
-        args = (held.params, state, held.keys, numbers, held.heat)
-        state, record = decode.run(*args, cfg=cfg, ids=ids, steps=steps)
+        args = (held.params, state, held.keys, numbers, held.heat, steps)
+        state, record = decode.run(*args, cfg=cfg, ids=ids)
         token, u, nats = (np.asarray(a) for a in (record.token, record.u, record.nats))
         for b, row in enumerate(rows):
             count = int((token[b] != decode.NOTHING).sum())
             row += zip(token[b, :count].tolist(), u[b, :count], nats[b, :count])
-        if options.stop:
-            cuts = {}
-            for b, row in enumerate(rows):
-                keep = (
-                    None
-                    if b in stopped
-                    else answers.stop_at(model.tokenizer, row, options.stop, ids)
-                )
-                if keep is not None:
-                    rows[b] = row[:keep]
-                    cuts[b] = [pick for pick, _, _ in rows[b]]
-                    stopped.add(b)
-            if cuts:
-                state = conversation.cut(state, start, first, cuts, cfg, ids)
+        cuts = {}
+        for b in set(range(len(rows))) - stopped if options.stop else ():
+            keep = answers.stop_at(model.tokenizer, rows[b], options.stop, ids)
+            if keep is not None:
+                rows[b] = rows[b][:keep]
+                cuts[b] = [pick for pick, _, _ in rows[b]]
+        if cuts:
+            stopped |= cuts.keys()
+            state = conversation.cut(state, start, first, cuts, cfg, ids)
     modes = np.asarray(state.mode)
     reasons = ["stop" if b in stopped else "end" for b in range(len(rows))]
     if options.max_tokens:

@@ -18,7 +18,7 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.generation import codec as codecs
 from starflow2_jax.generation.interleaved import Model
-from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models import streams
 from starflow2_jax.training import starflow2_step
 from starflow2_jax.weights import files
 from starflow2_jax.weights import teacher as teacher_weights
@@ -44,43 +44,37 @@ def load(
         ValueError: another kind of model, damaged files, or another VLM or codec than the model was
             trained with.
     """
+    meta = settings(path)
+    cfg, frozen = meta["config"], meta["frozen"]
     path = str(files.locate(path))
-    folder = files.is_folder(path)
-    meta = _meta(path, folder)
-    cfg = meta["config"]
-    if cfg.get("task") != TASK:
-        raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a model of interleaved parts")
-    base = Path(path) if folder else Path()
-    vlm = vlm or _found(base, "vlm", cfg["vlm"]["path"])
-    fae = fae or _found(base, "fae", cfg["fae"].get("path") or "")
-    cfg = {**cfg, "vlm": {**cfg["vlm"], "path": vlm}, "layout": layout}
+    vlm, fae = vlm or cfg["vlm"]["path"], fae or cfg["fae"]["path"]
+    cfg["vlm"]["path"], cfg["fae"]["path"], cfg["layout"] = vlm, fae, layout
     for what, at in (("VLM", vlm), ("codec", fae)):
         if at and not files.locate(at).is_dir():
             raise FileNotFoundError(f"{path}: no folder {at}, where its {what} should be")
-    frozen = meta.get("frozen") or {}
     if vlm and frozen.get("vlm") not in (None, identity := teacher_weights.identity(vlm)):
         raise ValueError(
             f"{path} was trained beside another VLM than the one in {vlm}: sha256 "
             f"{frozen['vlm']} then, {identity} now"
         )
     shape = starflow2_step.model_config(cfg)
-    declared = pretzel.declare(shape)
+    declared = streams.declare(shape)
     codec = codecs.load(fae) if fae else None
     if codec is not None:
         _check_codec(codec, shape, frozen.get("fae"), path, fae)
     mesh = mesh or meshes.make_mesh("data=1", jax.local_devices()[:1])
     own = {name: tree for name, tree in declared.items() if name != "vlm"}
-    if folder:
+    if files.is_folder(path):
         params = files.read_folder(path, own, mesh, layout)
     else:
         params = _averaged(path, own, declared, cfg, mesh, layout)
     if "vlm" not in params:
         dtype = jnp.dtype(cfg["frozen_dtype"])
         params |= starflow2_step.frozen_vlm(cfg, shape, mesh, dtype)
-    name = _found(base, "tokenizer", cfg["text"]["tokenizer"]) or vlm
     from starflow2_jax.data.tokens import open_tokenizer  # heavy
 
-    return Model(cfg, shape, params, open_tokenizer(files.locate(name)), codec, str(path))
+    words = files.locate(cfg["text"]["tokenizer"] or vlm)
+    return Model(cfg, shape, params, open_tokenizer(words), codec, path)
 
 
 def task(path: str) -> str:
@@ -90,21 +84,41 @@ def task(path: str) -> str:
     return cfg.get("starflow2_jax", cfg).get("task", "flow")
 
 
-def _meta(path: str, folder: bool) -> dict[str, Any]:
-    from starflow2_jax.training import checkpoint, step_folders
+def settings(path: str) -> dict[str, Any]:
+    """What a training, or a use, of a model has to know: `config`, whose paths of VLM, codec and
+    tokenizer are those from here, and `frozen`, the sha256 of what it was trained with.
 
+    Raises:
+        FileNotFoundError: no such run or folder. ValueError: another kind of model.
+    """
+    found = str(files.locate(path))
+    meta = _meta(found, files.is_folder(found))
+    cfg = meta["config"]
+    if cfg.get("task") != TASK:
+        raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a model of interleaved parts")
+    base = path if files.is_folder(found) else ""
+    at = {
+        "vlm": {**cfg["vlm"], "path": _found(base, "vlm", cfg["vlm"]["path"])},
+        "fae": {**cfg["fae"], "path": _found(base, "fae", cfg["fae"].get("path") or "")},
+        "text": {**cfg["text"], "tokenizer": _found(base, "tokenizer", cfg["text"]["tokenizer"])},
+    }
+    return {"config": {**cfg, **at}, "frozen": meta.get("frozen") or {}}
+
+
+def _meta(path: str, folder: bool) -> dict[str, Any]:
     if not folder:
+        from starflow2_jax.training import checkpoint, step_folders  # heavy
+
         return checkpoint.read_meta(*step_folders.locate(path))
     cfg = files.read_config(path)
     return {"config": cfg, "frozen": cfg.get("frozen")}
 
 
-def _found(base: Path, name: str, path: str) -> str:
+def _found(base: str, name: str, path: str) -> str:
     """A folder inside of a model folder, or a path, which may be seen from there."""
-    if base.parts and (base / name).is_dir():
-        return str(base / name)
-    if path and base.parts and not Path(path).is_absolute() and (base / path).is_dir():
-        return str(base / path)
+    for inner in (name, path) if base else ():
+        if inner and not Path(inner).is_absolute() and files.locate(Path(base, inner)).is_dir():
+            return str(Path(base, inner))
     return path
 
 
@@ -150,12 +164,11 @@ def export(
     Raises:
         FileNotFoundError, ValueError: as `load`. FileExistsError, OSError: as `files.write_folder`.
     """
+    before = settings(path)["frozen"]
     model = load(path, vlm=vlm, fae=fae)
-    base = Path(path) if files.is_folder(path) else Path()
-    vlm = model.cfg["vlm"]["path"]
-    fae = fae or _found(base, "fae", model.cfg["fae"].get("path") or "")
-    words = _found(base, "tokenizer", model.cfg["text"]["tokenizer"]) or vlm
-    frozen = {"vlm": teacher_weights.identity(vlm)} if vlm else {}
+    vlm, fae = model.cfg["vlm"]["path"], model.cfg["fae"]["path"]
+    words = model.cfg["text"]["tokenizer"] or vlm
+    frozen = before | ({"vlm": teacher_weights.identity(vlm)} if vlm else {})
     frozen |= {"fae": model.fae.sha256} if model.fae else {}
     shipped = lambda p: files.locate(p) != Path(p)
     near = lambda p: p if shipped(p) else os.path.relpath(Path(p).resolve(), Path(out).resolve())

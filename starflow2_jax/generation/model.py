@@ -3,6 +3,7 @@
 `load(path)` takes a workdir, a step in it, or a model folder. Axes: B images, T tokens, D channels.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Model:
     Attributes:
         classes: their names, where known; null_text: features [n, E] of the empty prompt, for a
             model that reads features; zeros where None.
+        frozen: sha256 of what stood beside it in training, by name (`fae`).
     """
 
     cfg: Mapping[str, Any]
@@ -37,6 +39,7 @@ class Model:
     source: str = ""
     classes: tuple[str, ...] = ()
     null_text: Any = None
+    frozen: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,17 +89,18 @@ def load(
         FileNotFoundError: nothing of the kind is there. ValueError: it is damaged or of another
             model than its own configuration says.
     """
-    from etils import epath
-
-    from starflow2_jax import params as weights
     from starflow2_jax.generation import loading
-    from starflow2_jax.training import checkpoint, step_folders
-    from starflow2_jax.weights import files
 
     if loading.task(path) == loading.TASK:
         return loading.load(path, mesh, layout, vlm=vlm, fae=fae)
     if vlm or fae:
         raise ValueError(f"{path}: it has neither a VLM nor a codec; --vlm, --fae are not for it")
+
+    from etils import epath
+
+    from starflow2_jax import params as weights
+    from starflow2_jax.training import checkpoint, step_folders
+    from starflow2_jax.weights import files
 
     if (epath.Path(path) / "config.json").exists() and not (
         epath.Path(path) / checkpoint.FOLDER
@@ -104,9 +108,8 @@ def load(
         cfg = files.read_config(path)
         model = model_config(cfg)
         params = files.read_folder(path, declare(cfg, model), mesh, layout)
-        return Model(
-            cfg, model, params, str(path), tuple(cfg.get("classes") or ()), cfg.get("null_text")
-        )
+        about = (tuple(cfg.get("classes") or ()), cfg.get("null_text"), cfg.get("frozen") or {})
+        return Model(cfg, model, params, str(path), *about)
     workdir, step = step_folders.locate(path)
     meta = checkpoint.read_meta(workdir, step)
     cfg = meta["config"]
@@ -117,7 +120,8 @@ def load(
     found, _ = checkpoint.restore(workdir, step, wanted, only=("ema",))
     params = {**found["ema"], **frozen_weights({**cfg, "layout": layout}, declared, mesh)}
     source = json.dumps({"workdir": str(workdir), "step": meta["step"]})
-    return Model(cfg, model, params, source, tuple(meta["classes"] or ()), meta["null_text"])
+    about = (tuple(meta["classes"] or ()), meta["null_text"], meta.get("frozen") or {})
+    return Model(cfg, model, params, source, *about)
 
 
 def generate(

@@ -15,6 +15,8 @@ from starflow2_jax.generation.guidance import Guidance
 class Options:
     """How parts are drawn.
 
+    A conversation that goes on keeps the `seed`, `samples`, `null` and `cache` it was begun with.
+
     Attributes:
         n: samples of each prompt; best_of: so many are drawn for each and the likeliest is kept,
             with `best_of_gain` the one that the prompt makes likelier most (the log likelihood

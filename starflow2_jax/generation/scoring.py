@@ -37,8 +37,7 @@ def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(parts)))
     x = interleaved.latents(model, parts, keys, [0] * len(parts))
     batch, owners = lay_out(model, parts, x)
-    own = {name: tree for name, tree in model.params.items()}
-    found = _terms(own, batch, cfg=model.shape)
+    found = _terms(dict(model.params), batch, cfg=model.shape)
     dims = model.shape.patches * model.shape.flow.channels
     image = np.asarray(sum(found.log_dets) - found.half_square - dims * HALF_LOG_2_PI)
     at, token, nll = (np.asarray(a) for a in (found.at, found.token, found.nll))

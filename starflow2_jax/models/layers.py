@@ -280,6 +280,65 @@ def mlp(params: Tree, x: jax.Array, cfg: LayerConfig) -> jax.Array:
     return linear(params["mlp_down"], hidden)
 
 
+def queries_keys_values(
+    params: Tree, h: jax.Array, cfg: LayerConfig, tables: tuple[jax.Array, jax.Array] | None
+) -> tuple[jax.Array, ...]:
+    """q [B, H, T, D], k and v [B, K, T, D] of a layer that reads h [B, T, C]."""
+
+    def by_head(y):
+        y = y.reshape(*x.shape[:2], -1, cfg.head_dim)
+        return constrain(y.swapaxes(1, 2), "batch", "heads", "length")
+
+    x = norm(params["attention_norm"], h, cfg.norm, cfg.norm_eps)
+    if "query_key_value" in params:
+        ends = np.cumsum([cfg.heads, cfg.kv_heads]) * cfg.head_dim
+        parts = jnp.split(linear(params["query_key_value"], x), ends, -1)
+    else:
+        parts = (linear(params[name], x) for name in ("query", "key", "value"))
+    q, k, v = map(by_head, parts)
+    if cfg.qk_norm:
+        q, k = rms_norm(params["query_norm"], q), rms_norm(params["key_norm"], k)
+    if tables is not None:
+        q, k = rotate(q, tables, cfg.rope_pairs), rotate(k, tables, cfg.rope_pairs)
+    return q, k, v
+
+
+def mix(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cfg: LayerConfig,
+    mask: jax.Array | None,
+    temperature: Any = 1.0,
+    cached: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    segments: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """What queries attend to [B, T, H D], and keys and values; arguments as in `decoder_layer`."""
+
+    def write(array, new, offset):
+        new = new.astype(array.dtype).reshape(*array.shape[:-2], *new.shape[-2:])
+        return jax.lax.dynamic_update_slice_in_dim(array, new, offset, array.ndim - 2)
+
+    if cached is not None:
+        k, v = write(cached[0], k, cached[2]), write(cached[1], v, cached[2])
+    kernel = "plain" if cached is not None else cfg.attention
+    now = (q, k.astype(q.dtype), v.astype(q.dtype))
+    mixed = attention(*now, mask, temperature, segments, kernel)
+    return mixed.swapaxes(1, 2).reshape(q.shape[0], q.shape[2], -1), (k, v)
+
+
+def after_attention(params: Tree, h: jax.Array, mixed: jax.Array, cfg: LayerConfig) -> jax.Array:
+    """The rest of a layer: h [B, T, C] with `mix`'s output and the MLP's added."""
+    mixed = linear(params["out"], mixed)
+    if cfg.post_norm:
+        mixed = rms_norm(params["attention_post_norm"], mixed)
+    h = h + mixed
+    y = mlp(params, norm(params["mlp_norm"], h, cfg.norm, cfg.norm_eps), cfg)
+    if cfg.post_norm:
+        y = rms_norm(params["mlp_post_norm"], y)
+    return constrain(h + y, "batch", "length")
+
+
 def decoder_layer(
     params: Tree,
     h: jax.Array,
@@ -293,8 +352,7 @@ def decoder_layer(
     """h + attention(norm h), then h + mlp(norm h) (paper.md 3.2).
 
     Args:
-        params: one layer's weights, without the leading layers axis.
-        h: [B, T, C] in the compute dtype.
+        params: one layer's weights, without the leading layers axis; h: [B, T, C].
         tables: cos and sin of the T new positions, None without RoPE.
         mask: as in `attention`, over the S positions of the cache where there is one.
         cached: keys and values of earlier positions, as in `KVCache`, and the offset at which the
@@ -304,41 +362,10 @@ def decoder_layer(
     Returns:
         h [B, T, C] and the layer's keys and values, with the new ones in place.
     """
-
-    def by_head(y):
-        y = y.reshape(*x.shape[:2], -1, cfg.head_dim)
-        return constrain(y.swapaxes(1, 2), "batch", "heads", "length")
-
-    def write(array, new, offset):
-        new = new.astype(array.dtype).reshape(*array.shape[:-2], *new.shape[-2:])
-        return jax.lax.dynamic_update_slice_in_dim(array, new, offset, array.ndim - 2)
-
     h = constrain(h, "batch", "length")
-    x = norm(params["attention_norm"], h, cfg.norm, cfg.norm_eps)
-    if "query_key_value" in params:
-        ends = np.cumsum([cfg.heads, cfg.kv_heads]) * cfg.head_dim
-        parts = jnp.split(linear(params["query_key_value"], x), ends, -1)
-    else:
-        parts = (linear(params[name], x) for name in ("query", "key", "value"))
-    q, k, v = map(by_head, parts)
-    if cfg.qk_norm:
-        q, k = rms_norm(params["query_norm"], q), rms_norm(params["key_norm"], k)
-    if tables is not None:
-        q, k = rotate(q, tables, cfg.rope_pairs), rotate(k, tables, cfg.rope_pairs)
-    if cached is not None:
-        keys, values, offset = cached
-        k, v = write(keys, k, offset), write(values, v, offset)
-    k_now, v_now = k.astype(q.dtype), v.astype(q.dtype)
-    kernel = "plain" if cached is not None else cfg.attention
-    mixed = attention(q, k_now, v_now, mask, temperature, segments, kernel)
-    mixed = linear(params["out"], mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1))
-    if cfg.post_norm:
-        mixed = rms_norm(params["attention_post_norm"], mixed)
-    h = h + mixed
-    y = mlp(params, norm(params["mlp_norm"], h, cfg.norm, cfg.norm_eps), cfg)
-    if cfg.post_norm:
-        y = rms_norm(params["mlp_post_norm"], y)
-    return constrain(h + y, "batch", "length"), (k, v)
+    q, k, v = queries_keys_values(params, h, cfg, tables)
+    mixed, held = mix(q, k, v, cfg, mask, temperature, cached, segments)
+    return after_attention(params, h, mixed, cfg), held
 
 
 REMAT = {

@@ -43,6 +43,8 @@ class Config:
         skips: which of `vlm` (W_vlm) and `deep` (W_D) there are.
         skip_into: where W_vlm y is added: to `latent` channels before W_in, or to the `width` after
             it (paper.md 10).
+        crossings: into how many groups both stacks are cut (see `models.crossings`); 1 is the
+            paper's Pretzel.
     """
 
     vlm: qwen.Config
@@ -52,6 +54,7 @@ class Config:
     adapter_std: float = 0.0
     skips: tuple[str, ...] = ("vlm", "deep")
     skip_into: str = "latent"
+    crossings: int = 1
 
     def __post_init__(self):
         object.__setattr__(self, "skips", tuple(self.skips))
@@ -81,6 +84,11 @@ class Config:
             )
         if self.deep.depth == 0:
             raise ValueError("model.flow.layers: the deep block has no layers")
+        most = min(self.vlm.layers, self.deep.depth)
+        if not 1 <= self.crossings <= most:
+            raise ValueError(f"model.crossings={self.crossings} must be from 1 to {most} groups")
+        if self.crossings > 1 and set(self.skips) != {"vlm", "deep"}:
+            raise ValueError(f"model.crossings={self.crossings} needs both skips: {self.skips}")
 
     @property
     def deep(self) -> flow.BlockConfig:
@@ -174,6 +182,9 @@ def options(cfg: Config) -> dict[str, Any]:
     for name in ("order", "text_channels", "text_length", "compute_dtype"):
         del group["flow"][name]
     del group["vlm"]["vision"], group["vlm"]["compute_dtype"]
+    # What the paper does not have is not among the settings of its stages.
+    if cfg.crossings == 1:
+        del group["crossings"]
     return group
 
 
@@ -201,7 +212,11 @@ def declare(cfg: Config) -> dict[str, Any]:
         "deep": {"weight": Weight((width, vlm), ("embed", "text"), zeros)},
     }
     tree = {"vlm": qwen.declare(cfg.vlm), "adapter": adapter, "shallow": blocks, "deep": deep}
-    kept = {name: skip[name] for name in cfg.skips}
+    kept: dict[str, Any] = {name: skip[name] for name in cfg.skips}
+    if cfg.crossings > 1:
+        more, axes = cfg.crossings - 1, ("layers", "embed", "text")
+        kept["into_deep"] = {"weight": Weight((more, vlm, width), axes, zeros)}
+        kept["into_vlm"] = {"weight": Weight((more, width, vlm), axes, zeros)}
     return {**tree, "skip": kept} if kept else tree
 
 
@@ -337,14 +352,16 @@ def deep_states(
     cfg: Config,
     cache: KVCache | None = None,
     segments: jax.Array | None = None,
+    heat: Any = 1.0,
 ) -> Any:
     """h [B, T, C] after the deep flow's layers, or (h, cache); as `flow.stack`.
 
     Args:
-        h: `deep_input`; positions: `deep_positions` of the items to predict.
+        h: `deep_input`; positions: `deep_positions` of the items to predict; heat: temperature of
+            attention.
     """
     deep = params["deep"]
-    return flow.stack(deep, h, positions, mask, cfg.deep, cache, segments=segments)
+    return flow.stack(deep, h, positions, mask, cfg.deep, cache, heat, segments)
 
 
 # ------------------------------------------------------------------------------------------ heads
@@ -386,12 +403,6 @@ def text_logits(params: Tree, states: jax.Array, cfg: Config) -> jax.Array:
 
 
 # ---------------------------------------------------------------------------------------- caches
-
-
-def empty_caches(cfg: Config, batch: int, size: int, dtype: Any) -> tuple[KVCache, KVCache]:
-    """Caches of the VLM and of the deep flow for `size` positions, none filled."""
-    deep = layers.empty_cache(cfg.deep.layer, cfg.deep.depth, batch, size, dtype)
-    return qwen.empty_cache(cfg.vlm, batch, size, dtype), deep
 
 
 def unstack(params: Tree, cfg: Config) -> dict[str, Any]:

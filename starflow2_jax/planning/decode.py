@@ -87,6 +87,8 @@ def _flow(cfg, mesh, rows):
 def _starflow2(cfg, mesh, rows):
     """The patches of one image a row; of the loop's two heads both count."""
     model, layout = starflow2_step.model_config(cfg), cfg["layout"]
+    if not isinstance(model, pretzel.Config):
+        raise ValueError("plan --what generate: model.kind='mot' is not planned, only 'pretzel'")
     tree = {n: t for n, t in pretzel.declare(model).items() if n != "shallow"}
     frozen = {"vlm": tree.pop("vlm")}
     params = weights.abstract(tree, mesh, layout)
@@ -106,9 +108,8 @@ def _starflow2(cfg, mesh, rows):
         ids = decode.Ids(
             model.vlm.vision_start_token, model.vlm.vision_end_token, (), (), model.vlm.vocab
         )
-        lowered = decode.run.lower(
-            prepared, state, keys, numbers, heat, cfg=model, ids=ids, steps=model.patches
-        )
+        given = (prepared, state, keys, numbers, heat, jnp.int32(decode.CHUNK))
+        lowered = decode.run.lower(*given, cfg=model, ids=ids)
     held = {"params": per_device(prepared), "cache": per_device(state.caches)}
     held["batch"] = per_device((state.replace(caches=None), heat))
     return Decoding(lowered, held, rows * model.patches, model.patches)

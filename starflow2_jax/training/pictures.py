@@ -69,5 +69,5 @@ def grid(
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """At most three lines of a caption that fit below an image of `width` pixels."""
-    return textwrap.wrap(text, max(8, width // 6), max_lines=3, placeholder=" ...")
+    """At most five lines of a caption that fit below an image of `width` pixels."""
+    return textwrap.wrap(text, max(8, width // 6), max_lines=5, placeholder=" ...")

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from starflow2_jax.mesh import constrain
-from starflow2_jax.models import flow, qwen
+from starflow2_jax.models import flow, mot, streams
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.layers import at_least_float32
-from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.models.streams import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training import inputs
 from starflow2_jax.training.loss import per_dim
@@ -41,10 +41,13 @@ class Stage:
     text: bool
 
 
-def stage_of(trains: Iterable[str]) -> Stage:
+def stage_of(trains: Iterable[str], cfg: Config) -> Stage:
     """The stage that trains these subtrees (design.md 4): flows are for images, the adapter and the
-    VLM for text, the skips for both."""
+    VLM for text, the skips for both. Of a mixture of transformers every one is for both: the text
+    sees images by its expert."""
     names = set(trains)
+    if isinstance(cfg, mot.Config):
+        return Stage(bool(names), bool(names))
     images = bool(names & {"shallow", "deep", "skip"})
     return Stage(images, bool(names & {"adapter", "skip", "vlm"}))
 
@@ -134,17 +137,14 @@ def terms(
     is_image, segments = image >= 0, batch["segments"]
     outputs, log_dets = pretzel.shallow(params, x.reshape(-1, *x.shape[2:]), cfg)
     u = pretzel.place(outputs[-1].reshape(x.shape), image)
-    text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
     # No gradient into the flow by way of the VLM (design.md 4).
     eyes = jax.lax.stop_gradient(u) if stage.text else None
-    h = pretzel.vlm_input(params, text, eyes, is_image, cfg)
-    y = pretzel.vlm_states(params, h, batch["positions"], None, cfg, segments=segments)
-    found, h = Terms(), None
+    at = (batch["positions"], batch["flow_positions"], None)
+    options = {"segments": segments, "images": stage.images, "skips": stage.text}
+    y, h, _ = streams.states(params, batch["ids"], u, eyes, is_image, *at, cfg, **options)
+    found = Terms()
     patch, token = next_targets(batch)
     if stage.images:
-        h = pretzel.deep_input(params, y, u, is_image, cfg, skips=stage.text)
-        at = pretzel.deep_positions(batch["flow_positions"], cfg)
-        h = pretzel.deep_states(params, h, at, None, cfg, segments=segments)
         square, log_det, learnt = _deep_terms(params, h, u, patch, image, places, cfg)
         of_image = lambda each: jnp.where(learnt, each.reshape(places), 0)
         found = found.replace(
@@ -153,7 +153,7 @@ def terms(
             log_dets=(*map(of_image, log_dets), log_det),
             squares=tuple(of_image(jnp.square(each).sum((1, 2))) for each in outputs),
         )
-        if stage.text and "vlm" in cfg.skips:
+        if stage.text and "vlm" in cfg.skips and cfg.crossings == 1:
             share = jnp.where(is_image, _seen_share(params, y, u, cfg), 0)
             found = found.replace(seen=share.sum(1), patches=is_image.sum(1).astype(share.dtype))
     if stage.text:

@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.models import flops, qwen
+from starflow2_jax.models import flops, mot, qwen, streams
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.models.streams import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training import inputs, optim, starflow2_loss
 from starflow2_jax.training.step import Program, TrainState, accumulate, update
@@ -29,18 +29,24 @@ from starflow2_jax.weights import qwen as qwen_weights
 from starflow2_jax.weights import teacher as teacher_weights
 from starflow2_jax.weights.files import CONFIG_FILE, read_config
 
+KINDS = {"pretzel": pretzel.Config, "mot": mot.Config}
+
 
 def model_config(cfg: Mapping[str, Any]) -> Config:
     """The model of an experiment.
 
     `model.vlm` may be empty where `vlm.path` is given, whose configuration then holds; what it
     names must be as there. `model.flow` needs sizes only (see `starflow2.flow_defaults`).
+    `model.kind` is `pretzel` unless given; of a `mot` the fields are those of `mot.Config`.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: an unknown or missing key, one that does not fit, or a VLM of other sizes.
     """
     group, own = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
+    kind = group.pop("kind", "pretzel")
+    if kind not in KINDS:
+        raise ValueError(f"config: model.kind={kind!r} is not one of {', '.join(KINDS)}")
     if cfg.get("attention", "auto") != "auto":
         own["attention"] = cfg["attention"]
     given = dict(group.pop("vlm", None) or {})
@@ -50,7 +56,7 @@ def model_config(cfg: Mapping[str, Any]) -> Config:
     sizes = dict(group.pop("flow", None) or {})
     defaults = pretzel.flow_defaults(vlm.width, len(sizes.get("layers", ())))
     flow = config.build(FlowConfig, {**defaults, **sizes, **own}, "model.flow")
-    return config.build(Config, {**group, "vlm": vlm, "flow": flow}, "model")
+    return config.build(KINDS[kind], {**group, "vlm": vlm, "flow": flow}, "model")
 
 
 def _as_stored(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
@@ -106,7 +112,7 @@ def work(cfg: Mapping[str, Any], model: Config, declared: Tree) -> dict[str, flo
     what a weight reads, two for its own; attention over the full square.
     """
     trains, length = cfg["train"]["trains"], cfg["text"]["length"]
-    stage = starflow2_loss.stage_of(trains)
+    stage = starflow2_loss.stage_of(trains, model)
     targets, held = cfg["text"]["targets"] or length, model.deep.layer
     # One pass forward; two back, where what is trained lies before.
     back = lambda goes_back: 3 if goes_back else 1
@@ -124,7 +130,7 @@ def work(cfg: Mapping[str, Any], model: Config, declared: Tree) -> dict[str, flo
         done += 6 * weights.count(declared["deep"]) * length
         done += 3 * 4 * length**2 * held.heads * held.head_dim * model.deep.depth
     if stage.text:
-        done += 6 * weights.count(declared["adapter"]) * length
+        done += 6 * weights.count(declared.get("adapter", {})) * length
     if stage.text and stage.images:
         skip = {name: weights.count(tree) for name, tree in declared.get("skip", {}).items()}
         done += 6 * (skip.get("vlm", 0) * length + skip.get("deep", 0) * targets)
@@ -164,9 +170,9 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
     train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
     meshes.check_batch(rows, mesh)
     meshes.check_batch(rows // parts, mesh, "rows of a microbatch")
-    declared = pretzel.declare(model)
+    declared = streams.declare(model)
     trained = weights.split(declared, tuple(train["trains"]))[0]
-    stage = starflow2_loss.stage_of(trained)
+    stage = starflow2_loss.stage_of(trained, model)
     if not (stage.images or stage.text):
         raise ValueError("config: train.trains is empty")
     held = {*pretzel.SUBTREES, *trained} & {*declared}

@@ -2,8 +2,10 @@
 
 Next-token cross entropy over interleaved rows whose images the model sees with its own tower. Two
 terms train the tower itself. A linear layer reads the pixels back from its features, so that they
-keep what no question asks for (the latent codec builds on them). Another names from every feature
-the words of the region that it lies in: one signal a patch where an answer gives one a picture.
+keep what no question asks for (the latent codec builds on them). And the model's own head reads
+from every feature the words of the region that it lies in: one signal a patch where an answer gives
+one a picture, and what is seen and what is said lie in one space, in which attention finds a shape
+by its word.
 
 Axes: B rows, T positions, M images of a row, N features of an image, C width, V vocabulary.
 """
@@ -52,17 +54,14 @@ def side(cfg: Mapping[str, Any], model: Config) -> int:
 
 
 def declare(cfg: Mapping[str, Any], model: Config) -> dict[str, Any]:
-    """Weights of an experiment: the model, and the layers that read pixels and words back."""
-
-    def probe(outputs):
-        weight = Weight((model.width, outputs), ("embed", None))
-        return {"weight": weight, "bias": Weight((outputs,), (None,), zeros)}
-
-    block = model.vision.patch * model.vision.merge
+    """Weights of an experiment: the model, and the layer that reads pixels back."""
+    values = 3 * (model.vision.patch * model.vision.merge) ** 2
     return {
         "vlm": qwen.declare(model),
-        "pixel_probe": probe(3 * block**2),
-        "word_probe": probe(model.vocab),
+        "pixel_probe": {
+            "weight": Weight((model.width, values), ("embed", None)),
+            "bias": Weight((values,), (None,), zeros),
+        },
     }
 
 
@@ -114,6 +113,10 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, after = tx.update(grads, state.opt_state, state.params)
+        if not cfg["vlm"]["tower"]:
+            # Nor by weight decay.
+            still = jax.tree.map(jnp.zeros_like, updates["vlm"]["vision"])
+            updates = {**updates, "vlm": {**updates["vlm"], "vision": still}}
         params = optax.apply_updates(state.params, updates)
         ema = optim.update_ema(state.ema, params, train["ema"], state.step)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
@@ -194,6 +197,8 @@ def row_sums(
     """Sums of each row [B]: those of `text_loss.sums` (zeros where `vlm.language` is 0), and over
     its `images` `pixel_square` and `word_nats`."""
     seen, group = see(params["vlm"], batch["images"], model), cfg["vlm"]
+    if not group["tower"]:
+        seen = jax.lax.stop_gradient(seen)
     if group["language"]:
         sums = text_loss.sums(read(params["vlm"], batch, seen, model), batch)
     else:
@@ -207,12 +212,15 @@ def row_sums(
     sums["pixel_square"] = square.reshape(rows, places).sum(1)
     sums["word_nats"] = jnp.zeros(rows)
     if group["words"]:
-        sums["word_nats"] = word_nats(params["word_probe"], batch, seen)
+        sums["word_nats"] = word_nats(params["vlm"], batch, seen, model)
     return {**sums, "images": jnp.full((rows,), places, jnp.float32)}
 
 
-def word_nats(probe: Tree, batch: Mapping[str, jax.Array], seen: jax.Array) -> jax.Array:
-    """Nats of the words of each image's regions under what its features say, a sum over images [B].
+def word_nats(
+    params: Tree, batch: Mapping[str, jax.Array], seen: jax.Array, model: Config
+) -> jax.Array:
+    """Nats of the words of each image's regions under what the model's head reads from its
+    features, a sum over images [B].
 
     The words of a region are a bag, each equally often; of an image the mean over its features that
     lie in a region counts.
@@ -220,7 +228,7 @@ def word_nats(probe: Tree, batch: Mapping[str, jax.Array], seen: jax.Array) -> j
     Args:
         batch: `region` and `region_words` of `data.rows`; seen: [B, M, N, C].
     """
-    logits = layers.at_least_float32(layers.linear(probe, seen))
+    logits = qwen.logits(params, qwen.final_norm(params, seen, model), model)
     words = batch["region_words"]
     bag = jax.nn.one_hot(words, logits.shape[-1]).sum(3)  # -1 gives none
     bag = bag / jnp.maximum((words >= 0).sum(3), 1)[..., None]

@@ -1,0 +1,266 @@
+"""python -m experiments.ablations.run --variant tiny
+
+Rows of the ablation table. A row is experiments/stage3_joint.py with one thing changed, and one
+run: all that the row trains learns jointly on stage 3's mixture, from weights drawn from the seed,
+beside the VLM and the latent codec that the variant's stages use. Rows whose flows differ in shape
+could not begin from one trained flow, and a rival that began from nothing beside a Pretzel that did
+not would prove nothing; so all of them begin from nothing. By `rows.py:VARIANT/ROW` it is an
+experiment of its own:
+python -m starflow2_jax.train --config experiments/ablations/rows.py:tiny/mot_frozen --workdir W
+
+The budget of every run:
+    tiny   160 steps of 8 rows (of 224 positions, two images at most), peak rate 1e-3
+    small  20,000 steps of 64 rows, peak rate 1e-4; the row itself is that of stage3_joint.py:small
+Rows of a seed see the same records, noise and drops in the same order. The core rows have three
+seeds, the others one. Trained weights are those of the Pretzel within 5% but for the rows that say
+otherwise: where the VLM is trained, with four crossings, and on features of many channels.
+"""
+
+import runpy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from starflow2_jax import config
+from starflow2_jax.models import mot
+
+STAGE3 = Path(__file__).parents[1] / "stage3_joint.py"
+VARIANTS = ("tiny", "small")
+SEEDS = 3
+# Channels of latents that are not the codec's: 4 x 4 pixels; the features of the codec's tower.
+CHANNELS = {
+    "pixels": {"tiny": 48, "small": 48},
+    "features": {"tiny": 128, "small": 1536},
+}
+# Layers of every block, as many in all as the stages' flow has.
+LAYERS = {
+    "tiny": {
+        "shallow_1": (2, 5),
+        "shallow_3": (1, 1, 1, 4),
+        "shallow_4": (1, 1, 1, 1, 3),
+        "equal_blocks": (2, 2, 3),
+    },
+    "small": {
+        "shallow_1": (4, 12),
+        "shallow_3": (2, 2, 2, 10),
+        "shallow_4": (2, 2, 2, 2, 8),
+        "equal_blocks": (5, 5, 6),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        what: for the table; change: of stage 3's configuration, given the variant.
+        core: whether it has `SEEDS` seeds.
+        latents: what images are: the codec's latents (`fae`), `pixels` or `features`.
+        matched: trains as many weights as the Pretzel within 5%.
+        comparable: its image nats are of the same latents with the same noise.
+    """
+
+    what: str
+    change: Callable[[Any, str], None]
+    core: bool = False
+    latents: str = "fae"
+    matched: bool = True
+    comparable: bool = True
+
+    @property
+    def seeds(self) -> int:
+        """How many."""
+        return SEEDS if self.core else 1
+
+
+def _nothing(cfg, variant):
+    del cfg, variant
+
+
+def _mot(cfg, variant, *, trains):
+    group = mot.options(mot.preset(variant))
+    for name in ("flow", "vlm"):
+        group[name]["remat"] = cfg.model[name].remat
+    cfg.model = ConfigDict(group)
+    cfg.train.trains = trains
+
+
+def _skips(cfg, variant, *, kept):
+    del variant
+    cfg.model.skips = kept
+    if not kept:
+        cfg.train.trains = tuple(name for name in cfg.train.trains if name != "skip")
+
+
+def _crossings(cfg, variant, *, count):
+    del variant
+    cfg.model.crossings = count
+
+
+def _vlm_trained(cfg, variant):
+    del variant
+    cfg.train.trains = ("vlm", *cfg.train.trains)
+
+
+def _channels(cfg, variant, *, kind):
+    cfg.model.flow.channels = CHANNELS[kind][variant]
+
+
+def _layers(cfg, variant, *, name):
+    cfg.model.flow.layers = LAYERS[variant][name]
+
+
+def _set(cfg, variant, **values):
+    del variant
+    cfg.update_from_flattened_dict({name.replace("__", "."): v for name, v in values.items()})
+
+
+ROWS: dict[str, Row] = {
+    "pretzel": Row("the Pretzel", _nothing, core=True),
+    "mot_frozen": Row(
+        "mixture of transformers, VLM frozen",
+        partial(_mot, trains=("shallow", "deep")),
+        core=True,
+    ),
+    "mot_joint": Row(
+        "mixture of transformers, all trained",
+        partial(_mot, trains=("vlm", "shallow", "deep")),
+        core=True,
+        matched=False,
+    ),
+    "no_skips": Row("no skips: a cascade", partial(_skips, kept=()), core=True),
+    "skip_vlm": Row("skip from the VLM alone", partial(_skips, kept=("vlm",)), core=True),
+    "skip_deep": Row("skip from the flow alone", partial(_skips, kept=("deep",)), core=True),
+    "crossings_2": Row("two crossings", partial(_crossings, count=2)),
+    "crossings_4": Row("four crossings", partial(_crossings, count=4), matched=False),
+    "vlm_trained": Row("VLM trained", _vlm_trained, matched=False),
+    "pixels": Row(
+        "pixels (4 x 4 of a smaller picture) as latents",
+        partial(_channels, kind="pixels"),
+        latents="pixels",
+        comparable=False,
+    ),
+    "features": Row(
+        "features of the codec's tower as latents",
+        partial(_channels, kind="features"),
+        latents="features",
+        matched=False,
+        comparable=False,
+    ),
+    "shallow_1": Row("one shallow block", partial(_layers, name="shallow_1")),
+    "shallow_3": Row("three shallow blocks", partial(_layers, name="shallow_3")),
+    "shallow_4": Row("four shallow blocks", partial(_layers, name="shallow_4")),
+    "equal_blocks": Row("equal blocks", partial(_layers, name="equal_blocks")),
+    "text_weight_0.1": Row("text loss x 0.1", partial(_set, loss__text_weight=0.1)),
+    "text_weight_0.3": Row("text loss x 0.3", partial(_set, loss__text_weight=0.3)),
+    "noise_0.1": Row("noise 0.1", partial(_set, noise__sigma=0.1), comparable=False),
+    "noise_0.5": Row("noise 0.5", partial(_set, noise__sigma=0.5), comparable=False),
+    "adapter_linear": Row("linear adapter", partial(_set, model__adapter="linear")),
+    "adapter_open": Row("adapter not zero at birth", partial(_set, model__adapter_std=0.02)),
+    "skip_into_width": Row("VLM skip behind W_in", partial(_set, model__skip_into="width")),
+    "no_text_into_flow": Row(
+        "no gradient of the text into the flow", partial(_set, loss__text_into_flow=False)
+    ),
+}
+
+
+def get_config(which: str = "tiny/pretzel"):
+    """The resolved configuration of `VARIANT/ROW`."""
+    variant, _, name = which.partition("/")
+    if variant not in VARIANTS or name not in ROWS:
+        raise KeyError(which)
+    return configuration(variant, name)
+
+
+def configuration(variant: str, name: str, *, data: str = "data_cache", steps: int = 0) -> Any:
+    """The ConfigDict of a row.
+
+    Args:
+        data: the folder that holds the datasets of stage 3; steps: 0 for those of the budget.
+    """
+    row, cfg = ROWS[name], _stage3(variant)
+    cfg.name = f"ablation_{variant}_{name}"
+    cfg.data.mixture = _moved(cfg.data.mixture, data, row.latents)
+    # What is held out is measured afterwards, by `scores`.
+    cfg.eval_data.mixture = ()
+    cfg.init["from"] = ""
+    cfg.sample.every = cfg.evaluate.every = 0
+    {"tiny": _tiny, "small": _small}[variant](cfg)
+    cfg.train.steps = steps or cfg.train.steps
+    cfg.optim.warmup = min(cfg.optim.warmup, max(cfg.train.steps // 10, 1))
+    cfg.checkpoint.every = cfg.train.steps
+    row.change(cfg, variant)
+    if row.latents != "fae":
+        cfg.fae.path = ""
+    return cfg
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the flags that say what a row is, for the commands beside this file."""
+    text = flags.DEFINE_string
+    flags.DEFINE_enum("variant", "tiny", VARIANTS, "size of models and data", flag_values=values)
+    text("data", "data_cache", "folder of stage 3's datasets", flag_values=values)
+    text("vlm", "", "folder of the VLM, where it is elsewhere", flag_values=values)
+    text("fae", "", "folder of the codec, where it is elsewhere", flag_values=values)
+    flags.DEFINE_integer("steps", 0, "other than the budget's", 0, flag_values=values)
+
+
+def settings(values: flags.FlagValues, name: str, seed: int) -> dict[str, Any]:
+    """The resolved configuration of a run, by the flags of `define`.
+
+    Raises:
+        ValueError: a row that there is not, or a wrong key.
+    """
+    if name not in ROWS:
+        raise ValueError(f"no row {name!r}{config.nearest(name, ROWS)}; rows: {', '.join(ROWS)}")
+    cfg = configuration(values.variant, name, data=values.data, steps=values.steps)
+    cfg.seed = seed
+    cfg.vlm.path = values.vlm or cfg.vlm.path
+    if ROWS[name].latents == "fae":
+        cfg.fae.path = values.fae or cfg.fae.path
+    config.check(cfg)
+    return config.to_dict(cfg)
+
+
+def held_out(variant: str, name: str, *, data: str = "data_cache") -> tuple[dict[str, Any], ...]:
+    """Stage 3's evaluation data, with the latents of a row, and `text` records without images."""
+    cfg, kind = _stage3(variant), ROWS[name].latents
+    entries = _moved(cfg.eval_data.mixture, data, kind)
+    first = Path(entries[0]["path"])
+    words = str(first.with_name(first.name.replace("t2i", "text")))
+    return (*entries, {"path": words, "latents": f"{words}_{_folder(kind)}", "text": True})
+
+
+def _stage3(variant):
+    return runpy.run_path(str(STAGE3))["get_config"](variant)
+
+
+def _folder(kind):
+    return "latents" if kind == "fae" else kind
+
+
+def _moved(mixture, data, kind):
+    """Entries under another folder, each with its latents of a kind beside it."""
+    path = lambda entry: f"{data}/{entry['path'].removeprefix('data_cache/')}"
+    return tuple(
+        {"path": path(e), "weight": e["weight"], "latents": f"{path(e)}_{_folder(kind)}"}
+        for e in mixture
+    )
+
+
+def _tiny(cfg):
+    cfg.fae.path = "pretrained/fae_tiny"
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 8, 160, 0.98
+    cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 20
+    cfg.log.every = 20
+
+
+def _small(cfg):
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 64, 20_000, 0.999
+    cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-4, 1e-6, 1000

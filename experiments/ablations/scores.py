@@ -1,0 +1,143 @@
+"""What the ablation table compares, from one teacher-forced pass over what is held out.
+
+image nats     a dimension, of what the assistant draws
+text nats      a token, of what it says where there are pictures
+questions      answered right, word for word: each token the likeliest after those before it
+text alone     nats a token of records without pictures, of the VLM as it came and of the model
+
+All models see the same noise in the same places. Pictures that are drawn and judged are another
+matter (see `run`). Axes: B rows, K target tokens, S records of a row.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax import mesh as meshes
+from starflow2_jax import params as weights
+from starflow2_jax import tasks
+from starflow2_jax.evaluation import understanding
+from starflow2_jax.generation import loading
+from starflow2_jax.generation.interleaved import Model
+from starflow2_jax.models import streams
+from starflow2_jax.training import inputs, starflow2_loss, starflow2_step, text_loss
+from starflow2_jax.training.starflow2_loss import Stage, Terms
+
+_STAGE = Stage(True, True)
+_READ = ("ids", "segments", "image", "target", "positions", "flow_positions")
+_LATENTS = ("latent_mean", "latent_logvar")
+
+
+def measure(
+    workdir: str, entries: Iterable[Mapping[str, Any]], *, batch_size: int = 16
+) -> dict[str, Any]:
+    """Figures of a run, averaged weights: those of this file's head that its data have.
+
+    Args:
+        entries: mappings `{path, latents}` of held-out datasets; with `text`, of records without
+            images, which may be absent.
+
+    Raises:
+        FileNotFoundError, ValueError: as `loading.load`; a likelihood that is not finite.
+    """
+    cfg = _settings(workdir)
+    mesh = meshes.make_mesh(cfg["mesh"])
+    model = loading.load(str(workdir), mesh, cfg["layout"])
+    with jax.set_mesh(mesh):
+        score = scorer(model)
+        told, alone, born = [], [], []
+        images = {}
+        for entry in entries:
+            args = (entry, score, batch_size)
+            if not entry.get("text"):
+                told += _answers(model, model.params, *args, images)
+            else:
+                alone += _answers(model, model.params, *args, {})
+                born += _answers(model, newborn(model, mesh), *args, {})
+    return figures(told, images, alone, born)
+
+
+def figures(told: list, images: Mapping[str, float], alone: list, born: list) -> dict[str, Any]:
+    """The table's figures from answers (`understanding.Answer`) and summed images."""
+    said = [answer for answer in told if answer.words]
+    asked = [answer for answer in said if answer.task == "question"]
+    found: dict[str, Any] = {}
+    if images.get("count"):
+        found["image_nats"] = float(starflow2_loss.means(dict(images))["nats_per_dim"])
+    for name, group in (("text_nats", said), ("text_alone", alone), ("text_alone_before", born)):
+        if group:
+            found[name] = sum(a.nats for a in group) / sum(a.tokens for a in group)
+    if asked:
+        found["questions"] = sum(answer.right for answer in asked) / len(asked)
+        found["questions_count"] = len(asked)
+    wrong = [name for name, value in found.items() if not np.isfinite(value)]
+    if wrong:
+        raise ValueError(f"scores: {wrong[0]} is not finite")
+    return found
+
+
+def scorer(model: Model):
+    """A function of params and a batch of `data.rows`: of every record [B, S] `tokens`, `wrong` and
+    `nll`, and of every row [B] the sums of `starflow2_loss.sums`."""
+    cfg = model.cfg
+    options = {"text_targets": cfg["text"]["targets"], "text_chunk": cfg["text"]["chunk"]}
+
+    @jax.jit
+    def run(params, batch, rows):
+        # Of the row alone, so that no seed or model has other noise.
+        keys = inputs.row_keys(1, 0, rows)
+        x = starflow2_loss.latents(batch, keys, cfg)
+        found = starflow2_loss.terms(params, batch, x, model.shape, _STAGE, **options)
+        return by_record(found, batch["segments"]), starflow2_loss.sums(found, batch, _STAGE)
+
+    def score(params, batch):
+        arrays = {name: batch[name] for name in (*_READ, *_LATENTS)}
+        return jax.device_get(run(params, arrays, np.asarray(batch["row"], np.int32)))
+
+    return score
+
+
+def by_record(found: Terms, segments: jax.Array) -> dict[str, jax.Array]:
+    """`tokens`, `wrong` (not the likeliest) and `nll` of every record, float32 [B, S]."""
+    number = jnp.arange(1, segments.shape[1] // text_loss.LEAST_RECORD + 2)
+    own = jnp.take_along_axis(segments, found.at, 1)
+    member = (own[..., None] == number) & found.token[..., None]
+    add = lambda each: jnp.where(member, each.astype(jnp.float32)[..., None], 0).sum(1)
+    tokens = jnp.ones_like(own)
+    return {"tokens": add(tokens), "wrong": add(~found.correct), "nll": add(found.nll)}
+
+
+def newborn(model: Model, mesh: Any) -> dict[str, Any]:
+    """Weights as the run began: beside the VLM as it came, which is all that a text without images
+    depends on, since whatever crosses is zero."""
+    cfg, shape = model.cfg, model.shape
+    tree = {name: part for name, part in streams.declare(shape).items() if name != "vlm"}
+    born = weights.init(jax.random.key(0), tree)
+    vlm = starflow2_step.frozen_vlm(cfg, shape, mesh, jnp.dtype(cfg["frozen_dtype"]))
+    return {**born, **vlm}
+
+
+def _answers(model, params, entry, score, batch_size, images):
+    changes = {"path": entry["path"], "latents": entry["latents"], "mixture": ()}
+    options = tasks.data_options(model.cfg, model.shape, **changes)
+
+    def each(batch):
+        records, sums = score(params, batch)
+        for name, value in sums.items():
+            total = float((np.asarray(value, np.float64) * batch["mask"]).sum())
+            images[name] = images.get(name, 0.0) + total
+        return records
+
+    return understanding.answers(each, options, batch_size=batch_size)
+
+
+def _settings(workdir: str) -> Mapping[str, Any]:
+    from starflow2_jax.training import log
+
+    cfg = log.read_config(workdir)
+    if cfg is None:
+        raise FileNotFoundError(f"{workdir}: no run")
+    return cfg

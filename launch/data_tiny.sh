@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Draws the coloured shapes that the `tiny` stages of STARFlow2 learn and are measured with.
+#
+#   bash launch/data_tiny.sh [DIVISOR]
+#
+# Writes data_cache/NAME64 and data_cache/NAME64_test in the working directory, where
+# experiments/stage*.py:tiny look for them; what is complete stays as it is. DIVISOR draws so many
+# times fewer to learn from, into the same folders. A core draws some 500 records a second.
+#
+# PYTHON  the interpreter that has the package (default: python)
+set -euo pipefail
+
+divisor=${1:-1}
+case $divisor in
+  '' | *[!0-9]* | 0*)
+    printf 'error: launch/data_tiny.sh [DIVISOR]: expected a whole number, got %s\n' "$divisor" >&2
+    exit 1
+    ;;
+esac
+
+# An eighth of all pairs of colour and shape, and of their combinations, is in none of them.
+fixed=(--format shapes --pixels 64 --withheld leave_out)
+lines=
+while read -r name tasks n seed test_tasks test_n test_seed; do
+  lines=$lines"--out data_cache/${name}64 --tasks $tasks --n $((n / divisor)) --seed $seed"$'\n'
+  lines=$lines"--out data_cache/${name}64_test --tasks $test_tasks --n $test_n --seed $test_seed"$'\n'
+done << 'END'
+t2i        t2i                      40000   0  t2i       500   1
+i2t        dialog,caption,question  30000  20  question  500  21
+edit       edit                     20000  30  edit      300  31
+reasoning  reason                   20000  40  reason    300  41
+END
+
+mkdir -p data_cache
+# Two at a time: each keeps one core busy.
+printf '%s' "$lines" | xargs -P 2 -L 1 "${PYTHON:-python}" -m starflow2_jax.prepare import "${fixed[@]}"

@@ -1,0 +1,65 @@
+"""Pictures drawn from captions, judged by tag as in GenEval, beside what needs no reading."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from starflow2_jax.evaluation import asking, codec_eval, shapes_eval, shares
+from starflow2_jax.evaluation.asking import Ask
+from starflow2_jax.evaluation.cases import Case, Sample
+from starflow2_jax.evaluation.codec_eval import Picture
+
+# Images uint8 [N, H, W, 3] -> what the codec makes of them.
+Through = Callable[[np.ndarray], np.ndarray]
+
+BASELINES = {
+    "shuffled": "the same pictures held against other captions of their tag",
+    "chance": "right pictures of other captions of the tag",
+    "one_picture": "of each tag the one picture that is right most often",
+    "blank_picture": "an empty ground",
+}
+CEILINGS = {
+    "as_drawn": "the right picture itself, as the judge sees it",
+    "through_codec": "the right picture, encoded and decoded with the noise of training",
+}
+
+
+def measure(
+    cases: Sequence[Case], ask: Ask, through: Through | None = None
+) -> tuple[dict[str, Any], list[Sample]]:
+    """Draws every caption once and judges the pictures.
+
+    Returns:
+        `score`, `baselines` and `ceilings`, each as `shares.apart` gives it, and the samples.
+    """
+    answers = ask([case.given for case in cases], "picture")
+    parts = [asking.drawn(row, case) for row, case in zip(answers, cases)]
+    found = [shapes_eval.find(part.image) for part in parts]
+    verdicts = [shapes_eval.verdict(seen, case.facts) for seen, case in zip(found, cases)]
+    truths = [shapes_eval.find(case.picture) for case in cases]
+    grounds = [
+        shapes_eval.find(codec_eval.blank(Picture(case.picture, case.scenes[0]))) for case in cases
+    ]
+    right = lambda seen: [shapes_eval.verdict(s, c.facts).correct for s, c in zip(seen, cases)]
+    of_truth = lambda j, i: shapes_eval.verdict(truths[j], cases[i].facts).correct
+    of_drawn = lambda j, i: shapes_eval.verdict(found[j], cases[i].facts).correct
+    figures = {
+        "score": shares.apart(cases, [verdict.correct for verdict in verdicts]),
+        "baselines": {
+            "shuffled": shares.apart(cases, shares.shuffled(cases, of_drawn)),
+            "chance": shares.apart(cases, shares.shuffled(cases, of_truth)),
+            "one_picture": shares.apart(cases, shares.most_frequent(cases, of_truth)),
+            "blank_picture": shares.apart(cases, right(grounds)),
+        },
+        "ceilings": {"as_drawn": shares.apart(cases, right(truths))},
+    }
+    if through is not None:
+        kept = through(np.stack([case.picture for case in cases]))
+        seen = [shapes_eval.find(image) for image in kept]
+        figures["ceilings"]["through_codec"] = shares.apart(cases, right(seen))
+    samples = [
+        Sample(case, (part.image,), "", verdict.correct, verdict.reason, part.log_likelihood)
+        for case, part, verdict in zip(cases, parts, verdicts)
+    ]
+    return figures, samples

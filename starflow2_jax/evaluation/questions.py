@@ -1,0 +1,88 @@
+"""Questions about pictures, answered by the model's own words, beside what needs no eyes.
+
+An answer is right where it is that of the record, word for word.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from starflow2_jax.evaluation import asking, cases, record_rows, shares
+from starflow2_jax.evaluation.asking import Ask
+from starflow2_jax.evaluation.cases import Case, Sample
+from starflow2_jax.generation import reader as readers
+from starflow2_jax.generation.reader import Reader
+from starflow2_jax.training import vlm_step
+
+BASELINES = {
+    "most_frequent": "of each kind the most frequent answer",
+    "chance": "one over the number of different answers of the kind",
+    "blank_picture": "the model shown grey in place of the picture",
+    "shuffled": "the model shown the picture of the next question of the kind",
+}
+REFERENCES = {
+    "own_eyes": "the frozen VLM with its own tower",
+    "own_eyes_blank": "the frozen VLM with its own tower, shown grey",
+    "blind_model": "a VLM that never saw a picture",
+}
+
+
+def measure(given: Sequence[Case], ask: Ask) -> tuple[dict[str, Any], list[Sample]]:
+    """Asks every question once.
+
+    Returns:
+        `score` and `baselines`, each as `shares.apart` gives it, and the samples.
+    """
+    answers = ask([case.given for case in given], "words")
+    said = [asking.said(row) for row in answers]
+    right = [words == case.words for words, case in zip(said, given)]
+    others = [cases.shown_another(c, given[j]) for c, j in zip(given, shares.partners(given))]
+    figures = {
+        "score": shares.apart(given, right),
+        "baselines": {
+            "most_frequent": shares.apart(given, shares.frequent_words(given)),
+            "chance": shares.apart(given, shares.chance_of_words(given)),
+            "blank_picture": shares.apart(given, answered([*map(cases.blank, given)], ask)),
+            "shuffled": shares.apart(given, answered(others, ask)),
+        },
+        "references": {},
+    }
+    samples = []
+    for case, row, words, true in zip(given, answers, said, right):
+        shown = tuple(part for part in case.given if not isinstance(part, str))
+        nats = sum(part.log_likelihood or 0.0 for part in row)
+        why = "" if true else f"right: {case.words}"
+        samples.append(Sample(case, shown, words, true, why, nats))
+    return figures, samples
+
+
+def answered(given: Sequence[Case], ask: Ask, kind: str = "words") -> list[bool]:
+    """Whether each case is answered with its words."""
+    rows = ask([case.given for case in given], kind)
+    return [asking.said(row) == case.words for row, case in zip(rows, given)]
+
+
+def by_reader(reader: Reader, given: Sequence[Case], *, blank: bool = False) -> list[bool]:
+    """Whether a VLM that sees with its own tower gives each answer, decoded greedily.
+
+    By scoring: an answer is given exactly where each of its tokens, the end of the turn included,
+    is the likeliest after those before it.
+
+    Raises:
+        ValueError: pictures of another size than its tower reads; names the first.
+    """
+    from starflow2_jax.data import tokens  # heavy
+
+    side, pixels = vlm_step.side(reader.cfg, reader.model), reader.cfg["image"]["pixels"]
+    for case in given:
+        for part in case.given:
+            if not isinstance(part, str) and part.shape != (pixels, pixels, 3):
+                raise ValueError(f"case {case.id}: a picture {part.shape}, the VLM reads {pixels}")
+    held = tokens.open_tokenizer(reader.tokenizer)
+    right: list[bool] = []
+    rows = record_rows.batches([case.record for case in given], held, side, blank=blank)
+    for batch, count in rows:
+        found = readers.score(reader, batch)
+        right += (np.asarray(found["wrong"])[:count, 0] == 0).tolist()
+    return right

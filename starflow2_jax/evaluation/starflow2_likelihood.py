@@ -1,0 +1,167 @@
+"""Exact likelihood of held-out records under a STARFlow2: nats a dimension, nats a token.
+
+Axes: B rows, M image places of a row, N patches, D latent channels.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax.data.records import Record
+from starflow2_jax.evaluation import record_rows
+from starflow2_jax.evaluation.cases import Case
+from starflow2_jax.generation import codec as codecs
+from starflow2_jax.generation.interleaved import Model
+from starflow2_jax.training import inputs, starflow2_loss
+from starflow2_jax.training.loss import HALF_LOG_2_PI, per_dim
+from starflow2_jax.training.starflow2_loss import Stage
+
+PROTOCOL = (
+    "nats of what the assistant says and draws given all before it: of images those of the noisy "
+    "latents, per channel of a patch; of words per token, the end of the turn included; noise of "
+    "row i by fold_in(fold_in(key(seed), 0), i); 95% over records (ratio of sums, by the delta "
+    "method)"
+)
+
+
+def measure(
+    model: Model, cases: Sequence[Case], *, size: int = 32, seed: int = 0
+) -> dict[str, Any]:
+    """By task, of what was `seen` and `withheld`: `image` nats a dimension and `text` nats a token,
+    beside the same rows whose user says nothing (`no_words`) or shows grey (`blank_picture`).
+
+    Images have a Gaussian for each channel, fitted to these very latents, as `gaussian`.
+    """
+    found: dict[str, Any] = {}
+    for task in dict.fromkeys(case.task for case in cases):
+        for part, seen in (("seen", True), ("withheld", False)):
+            own = [case for case in cases if case.task == task and case.seen == seen]
+            if own:
+                found.setdefault(task, {})[part] = _of_task(model, own, size, seed)
+    return found
+
+
+def _of_task(model: Model, cases: Sequence[Case], size: int, seed: int) -> dict[str, Any]:
+    given = [case.record for case in cases]
+    draws, says = cases[0].picture is not None, bool(cases[0].words)
+    shows = any(not isinstance(part, str) for case in cases for part in case.given)
+    rows, latents = sums(model, given, size=size, seed=seed)
+    figures: dict[str, Any] = {}
+    if draws:
+        silent = sums(model, given, size=size, seed=seed, null="text")[0]
+        figures["image"] = {
+            **_image(rows),
+            "baselines": {"no_words": _image(silent), "gaussian": _gaussian(latents)},
+        }
+    if says:
+        figures["text"] = {**_text(rows), "baselines": {}}
+        if shows:
+            blind = sums(model, given, size=size, seed=seed, blank=True)[0]
+            figures["text"]["baselines"]["blank_picture"] = _text(blind)
+    return figures
+
+
+def skill(model: Model, cases: Sequence[Case], *, size: int = 32) -> dict[str, Any]:
+    """Text without pictures: of the model, and of its VLM alone (the skips taken out), nats a
+    token, the share of records answered word for word, and the difference of the nats."""
+    given = [case.record for case in cases]
+    alone = {**model.params, "skip": jax.tree.map(jnp.zeros_like, model.params["skip"])}
+    ours, vlm = (sums(model, given, size=size, params=p)[0] for p in (model.params, alone))
+    more = (ours["text/nll"] - vlm["text/nll"], ours["text/count"])
+    return {
+        "model": {**_text(ours), "right": _right(ours)},
+        "vlm": {**_text(vlm), "right": _right(vlm)},
+        "difference": ratio(*more),
+    }
+
+
+def sums(
+    model: Model,
+    given: Sequence[Record],
+    *,
+    size: int = 32,
+    seed: int = 0,
+    null: str = "none",
+    blank: bool = False,
+    params: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """`starflow2_loss.sums` of every record, float64 [records], and the latents [I, N, D] of the
+    images that are learnt.
+
+    Args:
+        null, blank: as in `record_rows.batches`; params: in place of the model's.
+
+    Raises:
+        ValueError: records with images, and no codec.
+    """
+    side, params = model.shape.flow.side, params or model.params
+    found: list[dict[str, np.ndarray]] = []
+    latents, row = [], 0
+    laid = record_rows.batches(given, model.tokenizer, side, size=size, null=null, blank=blank)
+    for batch, count in laid:
+        keys = inputs.row_keys(seed, 0, np.arange(row, row + len(batch["ids"])))
+        own, x = _latents(model, batch, keys)
+        made = _sums(params, own, x, cfg=model.shape)
+        found.append({n: np.asarray(a, np.float64)[:count] for n, a in made[0].items()})
+        latents.append(np.asarray(x)[:count][np.asarray(made[1])[:count]])
+        row += count
+    joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    return joined, np.concatenate(latents)
+
+
+def _latents(model: Model, batch: Mapping[str, np.ndarray], keys: jax.Array):
+    """The batch with latents in place of images, and the noisy latents [B, M, N, D]."""
+    own = {name: a for name, a in batch.items() if name != "images"}
+    shape = (model.shape.patches, model.shape.flow.channels)
+    if "images" not in batch:
+        x = np.zeros((len(batch["ids"]), 1, *shape), np.float32)
+        return {**own, "latent_mean": x}, x
+    if model.fae is None:
+        raise ValueError("likelihood: the model has no codec (--fae) to read an image with")
+    places = batch["images"].shape[:2]
+    both = codecs.encode(model.fae, batch["images"].reshape(-1, *batch["images"].shape[2:]))
+    mean, log_variance = (a.reshape(*places, *shape) for a in both)
+    own |= {"latent_mean": mean, "latent_logvar": log_variance}
+    return own, starflow2_loss.latents(own, keys, model.cfg)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _sums(params, batch, x, *, cfg):
+    stage = Stage(True, True)
+    found = starflow2_loss.terms(params, batch, x, cfg, stage)
+    return starflow2_loss.sums(found, batch, stage), found.image
+
+
+def ratio(nats: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+    """`nats` per count over records, and `nats_95`."""
+    total = counts.sum()
+    mean, interval, rows = float(nats.sum() / total), None, len(nats)
+    if rows > 1:
+        square = np.square(nats - mean * counts).sum() * rows / (rows - 1)
+        half = 1.96 * float(np.sqrt(square) / total)
+        interval = [round(mean - half, 5), round(mean + half, 5)]
+    return {"records": rows, "nats": round(mean, 5), "nats_95": interval}
+
+
+def _image(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    nats = per_dim(dict(rows))["nats_per_dim"]
+    return ratio(nats * rows["count"], rows["count"])
+
+
+def _text(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return ratio(rows["text/nll"], rows["text/count"])
+
+
+def _right(rows: Mapping[str, np.ndarray]) -> float:
+    return round(float((rows["text/correct"] == rows["text/count"]).mean()), 4)
+
+
+def _gaussian(latents: np.ndarray) -> dict[str, Any]:
+    """Nats a dimension of a Gaussian of each channel's own mean and variance."""
+    variance = latents.astype(np.float64).var((0, 1))
+    nats = float(0.5 + 0.5 * np.log(variance).mean() + HALF_LOG_2_PI)
+    return {"records": len(latents), "nats": round(nats, 5), "nats_95": None}

@@ -1,0 +1,125 @@
+"""Sample grids of STARFlow2's stages: fixed prompts from the data, drawn alike on any mesh."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from test_generation_interleaved import PIXELS, parts
+
+from starflow2_jax import mesh as meshes
+from starflow2_jax import online, tasks
+from starflow2_jax import params as weights
+from starflow2_jax.data import records, shapes_tasks
+from starflow2_jax.evaluation import conversations
+from starflow2_jax.generation import codec, loading
+from starflow2_jax.models import starflow2
+
+TASKS = ("t2i", "caption", "edit", "reason", "text", "question")
+STAGES = {
+    1: ("shallow", "deep"),
+    2: ("adapter",),
+    3: ("adapter", "shallow", "deep", "skip"),
+}
+
+assert parts  # a fixture
+
+
+@pytest.fixture(scope="module")
+def model(parts):
+    return loading.load(parts[1])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "all"
+    records.write(path, shapes_tasks.make_records(3, 18, PIXELS, tasks=TASKS))
+    return str(path)
+
+
+def experiment(model, data, stage, **sample):
+    cfg = {**model.cfg, "train": {**model.cfg["train"], "trains": STAGES[stage]}}
+    cfg["sample"] = {**cfg["sample"], "count": 3, "denoise": False, **sample}
+    cfg["eval_data"] = {**cfg["eval_data"], "path": data}
+    return cfg, tasks.data_options(cfg, model.shape)
+
+
+def test_a_stage_shows_what_it_learns(model, data):
+    for stage, wanted in ((1, ["samples"]), (2, ["answers"]), (3, list(conversations.KINDS))):
+        cfg, opts = experiment(model, data, stage)
+        found = conversations.prompts(cfg, opts, PIXELS)
+        assert list(found) == wanted
+        assert [len(found[kind]) for kind in wanted] == [3, 3, 2, 2][: len(wanted)]
+    for kind, pictures in zip(conversations.KINDS, (0, 1, 1, 1)):
+        for prompt in found[kind]:
+            assert sum(part.kind == "image" for part in prompt.parts) == pictures
+            assert (prompt.shown is not None) == bool(pictures)
+            assert prompt.said == prompt.parts[-1].text and prompt.said
+            assert {part.role for part in prompt.parts} == {"user"}
+    first = next(r for r in records.read(data) if r.meta.get("task") == "edit")
+    shown = records.images.decode(first.imgs[0].data, "")
+    np.testing.assert_array_equal(found["edits"][0].shown, shown)
+    cfg, opts = experiment(model, data, 1, prompts=["a red circle", "a star"])
+    texts = [p.said for p in conversations.prompts(cfg, opts, PIXELS)["samples"]]
+    assert texts == ["a red circle", "a star", "a red circle"]
+
+
+def test_grids_hold_pictures_and_what_was_said(model, data):
+    cfg, opts = experiment(model, data, 3)
+    own = dataclasses.replace(model, cfg=cfg)
+    given = conversations.prompts(cfg, opts, PIXELS)
+    grids = {grid.name: grid for grid in conversations.draw(own, given)}
+    assert list(grids) == list(conversations.KINDS)
+    for kind, count in zip(conversations.KINDS, (3, 3, 4, 4)):
+        grid = grids[kind]
+        assert grid.images.shape == (count, PIXELS, PIXELS, 3) and len(grid.captions) == count
+    assert grids["samples"].captions == [prompt.said for prompt in given["samples"]]
+    asked = given["answers"][1]
+    answer = own.generate([p.parts for p in given["answers"]], images=0, max_tokens=40)[1]
+    said = " ".join(part.text for part in answer).strip()
+    assert grids["answers"].captions[1] == f"{asked.said} > {said}"
+    for kind in ("edits", "reasons"):
+        for i, prompt in enumerate(given[kind]):
+            np.testing.assert_array_equal(grids[kind].images[2 * i], prompt.shown)
+            assert (grids[kind].images[2 * i + 1] != prompt.shown).any()
+            assert grids[kind].captions[2 * i] == prompt.said
+    assert grids["edits"].captions[1] == ">"
+
+
+def test_weights_on_a_mesh_draw_the_same(model, data):
+    cfg, opts = experiment(model, data, 1)
+    mesh = meshes.make_mesh("fsdp=8")
+    grids = conversations.prepare(cfg, model.shape, opts, model.fae, mesh)
+    declared = starflow2.declare(model.shape)
+    where = weights.shardings(declared, mesh, "fsdp")
+    # What 8 does not divide stays whole.
+    cut = lambda a, at: jax.device_put(a, at) if a.size % 8 == 0 else a
+    spread = jax.tree.map(cut, dict(model.params), {n: where[n] for n in model.params})
+    assert any(not a.is_fully_replicated for a in jax.tree.leaves(spread))
+    with jax.set_mesh(mesh):
+        (found,) = conversations.from_state(grids, spread)
+    (wanted,) = conversations.draw(dataclasses.replace(model, cfg=cfg), grids.given)
+    np.testing.assert_array_equal(found.images, wanted.images)
+    assert found.captions == wanted.captions
+
+
+def test_without_a_codec_nothing_is_drawn(parts, model, data, tmp_path):
+    cfg, opts = experiment(model, data, 3)
+    mesh = meshes.make_mesh("data=1", jax.devices()[:1])
+    why = lambda opts, fae: conversations.prepare(cfg, model.shape, opts, fae, mesh)
+    assert "neither fae.path names a codec" in why(opts, None)
+    blind = dataclasses.replace(
+        model.fae, params={n: t for n, t in model.fae.params.items() if n != "pixel_decoder"}
+    )
+    assert why(opts, blind) == "the codec has no pixel decoder"
+    records.write(tmp_path / "text", shapes_tasks.make_records(0, 4, PIXELS, tasks=("text",)))
+    none = dataclasses.replace(opts, path=str(tmp_path / "text"))
+    assert "records hold nothing that this stage can show" in why(none, model.fae)
+    # Stored latents say where their codec was; another in its place is none.
+    about = lambda path: {"features": [{"fae": codec.open_encoder(path)[1]}]}
+    fae = str(parts[0] / "fae")
+    assert online.decoder(about(fae), None).sha256 == model.fae.sha256
+    (row,) = about(fae)["features"]
+    assert online.decoder({"features": [{"fae": {**row["fae"], "sha256": "0"}}]}, None) is None
+    assert online.decoder({"features": [{"fae": {**row["fae"], "path": "nowhere"}}]}, None) is None
+    assert online.decoder({"features": []}, model.fae) is model.fae

@@ -1,0 +1,177 @@
+"""A tiny random STARFlow2 put to every task: figures, files, and likelihoods by another way."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+from test_generation_interleaved import PIXELS, make_parts
+
+from starflow2_jax import evaluate, tasks
+from starflow2_jax.data import records, shapes_tasks
+from starflow2_jax.evaluation import (
+    asking,
+    cases,
+    questions,
+    record_rows,
+    starflow2_likelihood,
+    suite,
+    understanding,
+)
+from starflow2_jax.generation import loading
+from starflow2_jax.generation import reader as readers
+from starflow2_jax.generation.prompts import Part
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """(folder with the VLM in `vlm`, run)."""
+    return make_parts(tmp_path_factory.mktemp("starflow2"))
+
+
+@pytest.fixture(scope="module")
+def model(parts):
+    return loading.load(parts[1])
+
+
+def ran(verb, *words):
+    values = flags.FlagValues()
+    evaluate.define(values)
+    values(["evaluate", *map(str, words)])
+    evaluate.main(verb, [], values)
+
+
+def test_all_writes_a_page_figures_and_sheets(parts, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ("--model", parts[1], "--n", 1, "--out", out)
+    ran("all", *words)
+    said = capsys.readouterr().out
+    names = {path.name for path in out.iterdir()}
+    assert {"report.html", "shapes.json", "generation_best.png", "generation_random.png",
+            "generation_failed.png", "editing.png", "reasoning.png"} <= names  # fmt: skip
+    result = json.loads((out / "shapes.json").read_text())
+    assert tuple(result["sections"]) == suite.SECTIONS and not result["not_run"]
+    assert result["cases"] == {"t2i": 8, "question": 16, "edit": 10, "reason": 6, "text": 5}
+    assert len(result["samples"]["generation"]) == 8
+    found = result["sections"]["understanding"]
+    assert set(found["references"]) == {"own_eyes", "own_eyes_blank"}
+    assert found["score"]["seen"]["mean"]["count"] == 8
+    for task, kinds in (("t2i", {"image"}), ("question", {"text"}), ("reason", {"image", "text"})):
+        row = result["sections"]["likelihood"][task]["seen"]
+        assert set(row) == kinds and all(np.isfinite(row[kind]["nats"]) for kind in kinds)
+    assert result["model"]["step"] == 1 and result["model"]["sha256"]
+    assert "generation, seen: 0." in said and "text alone" in said and "written" in said
+    with pytest.raises(FileExistsError, match="out is there already; --overwrite replaces it"):
+        ran("all", *words)
+
+
+def test_shapes_takes_folders_and_sections(parts, tmp_path, capsys):
+    for task, count in (("text", 6), ("question", 8)):
+        made = shapes_tasks.make_records(2, count, PIXELS, tasks=[task])
+        records.write(tmp_path / task, made)
+    words = ("--model", parts[1], "--data", f"{tmp_path}/text,{tmp_path}/question")
+    ran("shapes", *words, "--only", "text,generation", "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert result["not_run"] == {"generation": "no cases of task t2i"}
+    assert set(result["sections"]) == {"text"} and len(result["data"]["fingerprints"]) == 2
+    # A run keeps its figures.
+    kept = [path.name for path in Path(parts[1], "evaluation").iterdir()]
+    assert kept == ["shapes_00000001_text-question.json"]
+    with pytest.raises(FileExistsError):
+        ran("shapes", *words, "--only", "text")
+    for message, bad in (
+        (r"--only: unknown section 'edits'; did you mean 'editing'\?", ("--only", "edits")),
+        ("--model is needed", ("--model", "")),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ran("shapes", *words, *bad)
+
+
+def test_answers_do_not_depend_on_how_many_are_asked_together(model):
+    given = cases.drawn(1, 1, PIXELS, ["question"])
+    prompts = [case.given for case in given]
+    rows = {}
+    for together in (3, 16):
+        ask = suite.asker(model, given, rows=together)
+        rows[together] = [asking.said(row) for row in ask(prompts, "words")]
+    assert rows[3] == rows[16] and len(set(rows[16])) > 1
+    alone = suite.asker(model, given)([prompts[5]], "words")
+    assert asking.said(alone[0]) == rows[16][5]
+    order = asking._order([3, 9, 1, 7, 8], 2)
+    assert sorted(order) == [0, 1, 2, 3, 4] and order[::2] == [1, 4, 3]
+
+
+def test_likelihood_is_that_of_its_parts(model):
+    given = [case.record for case in cases.drawn(1, 1, PIXELS, ["t2i"])]
+    rows, x = starflow2_likelihood.sums(model, given, size=3)
+    assert len(x) == len(given) == 8
+    nats = starflow2_likelihood.per_dim(rows)["nats_per_dim"] * rows["count"]
+    told = [
+        [Part("text", "user", record.segs[0].s), Part("image", "assistant", latent=latent)]
+        for record, latent in zip(given, x)
+    ]
+    expected = [-row[1] for row in model.log_likelihood(told)]
+    np.testing.assert_allclose(nats, expected, rtol=1e-4)
+    # Without words it is another likelihood, of the same latents.
+    silent, same = starflow2_likelihood.sums(model, given, size=8, null="text")
+    np.testing.assert_array_equal(x, same)
+    assert (np.abs(silent["half_square"] - rows["half_square"]) > 1e-3).all()
+
+
+def test_text_alone_is_that_of_the_vlm(parts, model):
+    """The skips taken out, against the VLM read by its own program."""
+    given = cases.drawn(0, 2, PIXELS, ["text"])
+    found = starflow2_likelihood.skill(model, given, size=4)
+    reader = readers.load(str(parts[0] / "vlm"))
+    nats = tokens = 0.0
+    for batch, count in record_rows.batches([c.record for c in given], model.tokenizer, 4, size=4):
+        images = np.zeros((len(batch["ids"]), 1, PIXELS, PIXELS, 3), np.uint8)
+        scores = readers.score(reader, {**batch, "images": images})
+        nats += scores["nll"][:count].sum()
+        tokens += scores["tokens"][:count].sum()
+    assert found["vlm"]["nats"] == pytest.approx(nats / tokens, abs=2e-5)
+    more = found["model"]["nats"] - found["vlm"]["nats"]
+    assert found["difference"]["nats"] == pytest.approx(more, abs=3e-5) and abs(more) > 1e-3
+
+
+def test_a_reader_scores_rows_as_it_does_those_of_a_folder(parts, tmp_path):
+    reader = readers.load(str(parts[0] / "vlm"))
+    given = cases.drawn(0, 1, PIXELS, ["question"])
+    records.write(tmp_path / "data", [case.record for case in given if case.seen])
+    own = {"path": str(tmp_path / "data"), "mixture": (), "tokenizer": reader.tokenizer}
+    options = tasks.data_options(reader.cfg, reader.model, **own)
+    score = lambda batch: readers.score(reader, batch)
+    expected = {a.id: (a.nats, a.right) for a in understanding.answers(score, options)}
+    seen = [case for case in given if case.seen]
+    held = model_tokenizer(reader)
+    laid = record_rows.batches([case.record for case in seen], held, 4, size=3)
+    nats = [row for batch, count in laid for row in score(batch)["nll"][:count, 0]]
+    assert nats == pytest.approx([expected[case.id][0] for case in seen], rel=1e-4)
+    assert questions.by_reader(reader, seen) == [expected[case.id][1] for case in seen]
+    with pytest.raises(ValueError, match=r"a picture \(32, 32, 3\), the VLM reads 16"):
+        questions.by_reader(reader, cases.drawn(0, 1, 32, ["question"]))
+
+
+def model_tokenizer(reader):
+    from starflow2_jax.data import tokens
+
+    return tokens.open_tokenizer(reader.tokenizer)
+
+
+def test_what_a_stage_has_not_learnt_is_said(model):
+    import dataclasses
+
+    import jax
+
+    zero = lambda name, part: {
+        **model.params,
+        name: {**model.params[name], part: jax.tree.map(np.zeros_like, model.params[name][part])},
+    }
+    first = dataclasses.replace(model, params=zero("adapter", "down"))
+    assert set(suite.unable(first)) == {"understanding", "editing", "reasoning"}
+    second = dataclasses.replace(model, params=zero("deep", "proj_out"))
+    assert set(suite.unable(second)) == {"generation", "editing", "reasoning"}
+    assert suite.unable(model) == {}
+    bare = suite.unable(dataclasses.replace(model, fae=None))
+    assert "codec" in bare["generation"]
