@@ -108,7 +108,8 @@ def _starflow2(cfg, mesh, rows):
         ids = decode.Ids(
             model.vlm.vision_start_token, model.vlm.vision_end_token, (), (), model.vlm.vocab
         )
-        given = (prepared, state, keys, numbers, heat, jnp.int32(decode.CHUNK))
+        steps = _placed(jax.ShapeDtypeStruct((), jnp.int32), mesh)
+        given = (prepared, state, keys, numbers, heat, steps)
         lowered = decode.run.lower(*given, cfg=model, ids=ids)
     held = {"params": per_device(prepared), "cache": per_device(state.caches)}
     held["batch"] = per_device((state.replace(caches=None), heat))
