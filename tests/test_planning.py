@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_training_starflow2 import batch_of
+from test_training_starflow2 import STAGES, batch_of
 from test_training_starflow2 import experiment as joint
 
 from starflow2_jax import config, tasks
 from starflow2_jax import mesh as meshes
-from starflow2_jax.models import flops, layers
+from starflow2_jax.models import flops, flow, layers
 from starflow2_jax.planning import cost, hlo, intent, memory, work
 from starflow2_jax.training import step
+from starflow2_jax.training.step import model_config
 
 MESHES = {
     "dp": "data=8",
@@ -108,6 +109,19 @@ def test_a_large_weight_that_is_not_cut_is_found(monkeypatch):
     program, _, module, found = compiled(experiment("fsdp"))
     lines = intent.unintended(program.declared, found, module, program.mesh, "fsdp", LARGE)
     assert any("layers/query/weight [2, 64, 256] is whole on every device" in x for x in lines)
+
+
+def test_weights_that_are_added_up_over_fsdp_are_told():
+    declared = flow.declare(model_config(experiment("fsdp")))
+    mesh = meshes.make_mesh("fsdp=8")
+    one = cost.Collective("all-reduce", "fsdp", (0,), 65536, (64 * 256,), 1e9, 3.0, "")
+    told = lambda *found: intent.twice(
+        declared, cost.Work(0, 0, 0, (), found, ()), mesh, "fsdp", LARGE
+    )
+    assert "fsdp of weights, 3 GB sent: twice" in told(one)[0] and "fsdp=8" in told(one)[0]
+    other = dataclasses.replace(one, sizes=(64 * 257,))
+    gathered = dataclasses.replace(one, kind="all-gather")
+    assert told(other, gathered, dataclasses.replace(one, axes="data")) == []
 
 
 def test_context_cuts_positions_and_gathers_keys():
@@ -259,6 +273,16 @@ def test_flops_are_the_analytic_count(remat, of_layout):
     assert asked == pytest.approx(expected, rel=0.05)
     if remat == "none":
         assert asked < flops.train_step(program.model, ROWS, program.model.tokens)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_flops_of_a_stage_are_the_analytic_count(stage):
+    """Rows of 40 positions are one part of attention, so that the whole square is computed."""
+    cfg = joint(stage)
+    program = tasks.build(cfg, meshes.make_mesh("data=8"))
+    expected = tasks.work(cfg, program.model, program.declared)
+    assert expected["tokens"] == 8 * 40
+    assert work.flops(_trace(program).jaxpr) == pytest.approx(expected["flops"], rel=0.05)
 
 
 def test_flops_of_products_and_convolutions():

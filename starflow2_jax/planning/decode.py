@@ -17,7 +17,8 @@ from starflow2_jax import params as weights
 from starflow2_jax.generation import conversation, decode
 from starflow2_jax.generation.guidance import Guidance
 from starflow2_jax.generation.inverse import inverse
-from starflow2_jax.models import flow, streams
+from starflow2_jax.models import flow
+from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.planning.memory import per_device
 from starflow2_jax.training import starflow2_step
 from starflow2_jax.training.step import model_config
@@ -86,7 +87,9 @@ def _flow(cfg, mesh, rows):
 def _starflow2(cfg, mesh, rows):
     """The patches of one image a row; of the loop's two heads both count."""
     model, layout = starflow2_step.model_config(cfg), cfg["layout"]
-    tree = {n: t for n, t in streams.declare(model).items() if n != "shallow"}
+    if not isinstance(model, pretzel.Config):
+        raise ValueError("plan --what generate: model.kind='mot' is not planned, only 'pretzel'")
+    tree = {n: t for n, t in pretzel.declare(model).items() if n != "shallow"}
     frozen = {"vlm": tree.pop("vlm")}
     params = weights.abstract(tree, mesh, layout)
     params |= weights.abstract(frozen, mesh, layout, jnp.dtype(cfg["frozen_dtype"]))
@@ -105,9 +108,9 @@ def _starflow2(cfg, mesh, rows):
         ids = decode.Ids(
             model.vlm.vision_start_token, model.vlm.vision_end_token, (), (), model.vlm.vocab
         )
-        lowered = decode.run.lower(
-            prepared, state, keys, numbers, heat, cfg=model, ids=ids, steps=model.patches
-        )
+        steps = _placed(jax.ShapeDtypeStruct((), jnp.int32), mesh)
+        given = (prepared, state, keys, numbers, heat, steps)
+        lowered = decode.run.lower(*given, cfg=model, ids=ids)
     held = {"params": per_device(prepared), "cache": per_device(state.caches)}
     held["batch"] = per_device((state.replace(caches=None), heat))
     return Decoding(lowered, held, rows * model.patches, model.patches)

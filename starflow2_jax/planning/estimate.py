@@ -84,6 +84,8 @@ def train_step(cfg: Mapping[str, Any], topology: Topology, own_flops: float | No
         module, found = row.pop("_compiled")
         args = (program.declared, found, module, mesh, cfg["layout"])
         row["unintended"] = intent.unintended(*args, trained=trained)
+        if topology.shape:
+            row["unintended"] += intent.twice(program.declared, found, mesh, cfg["layout"])
     row = {**_told(cfg, topology, mesh, rows), "parameters": count, **row}
     held = row.pop("_memory")
     row["advice"] = memory.advice(held, cfg, dict(mesh.shape), rows)

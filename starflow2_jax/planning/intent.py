@@ -36,15 +36,7 @@ def unintended(
             step need not read the others.
     """
     lines = []
-    one_layer = set()
-    for name, weight in weights.flatten(declared).items():
-        spec = meshes.weight_spec(name, weight.shape, weight.axes, mesh, layout)
-        part = [
-            size // (mesh.shape["tensor"] if axis == "tensor" else 1)
-            for size, axis in zip(weight.shape, spec)
-        ]
-        stacked = bool(weight.axes) and weight.axes[0] == "layers"
-        one_layer.add(math.prod(part[1:] if stacked else part))
+    one_layer = _one_layer(declared, mesh, layout)
     for each in found.collectives:
         if each.kind != "all-gather" or each.axes == "context" or each.bytes < large:
             continue
@@ -55,6 +47,45 @@ def unintended(
                 f"times: not a layer's weight over fsdp ({each.source})"
             )
     return lines + _whole(declared, module, mesh, layout, large, trained)
+
+
+def twice(
+    declared: Mapping[str, Any], found: Work, mesh: Mesh, layout: str, large: int = MIB
+) -> list[str]:
+    """Weights that a TPU's program adds up over `fsdp` where it could gather or scatter them: a
+    line for all of them.
+
+    The compiler gathers by an all-reduce of zeros and one part, which sends twice as much, where
+    parts are no whole tiles of memory (of 16 rows of bfloat16).
+    """
+    one_layer = _one_layer(declared, mesh, layout)
+    wire = sum(
+        each.times * each.wire
+        for each in found.collectives
+        if each.kind == "all-reduce" and each.axes == "fsdp" and each.bytes >= large
+        if any(n in one_layer and 2 * n >= large for n in each.sizes)
+    )
+    if not wire:
+        return []
+    return [
+        f"all-reduce over fsdp of weights, {wire / 1e9:,.3g} GB sent: twice what gathering or "
+        f"scattering sends, as parts at fsdp={mesh.shape['fsdp']} are no whole tiles; try a "
+        "smaller fsdp, the rest on data"
+    ]
+
+
+def _one_layer(declared, mesh, layout):
+    """Numbers of elements of single weights, of stacked ones a layer's, as `tensor` cuts them."""
+    sizes = set()
+    for name, weight in weights.flatten(declared).items():
+        spec = meshes.weight_spec(name, weight.shape, weight.axes, mesh, layout)
+        part = [
+            size // (mesh.shape["tensor"] if axis == "tensor" else 1)
+            for size, axis in zip(weight.shape, spec)
+        ]
+        stacked = bool(weight.axes) and weight.axes[0] == "layers"
+        sizes.add(math.prod(part[1:] if stacked else part))
+    return sizes
 
 
 def _whole(declared, module, mesh, layout, large, trained):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.models import mot, qwen, streams
+from starflow2_jax.models import flops, mot, qwen, streams
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.streams import Config
@@ -109,18 +109,31 @@ def abstract_batch(cfg: Mapping[str, Any], model: Config, rows: int) -> dict[str
 
 def work(cfg: Mapping[str, Any], model: Config, declared: Tree) -> dict[str, float]:
     """Tokens and FLOPs of a step: two FLOPs a weight and position forward, two for gradients of
-    what a weight reads, two for its own; attention's scores are left out.
+    what a weight reads, two for its own; attention over the full square.
     """
     trains, length = cfg["train"]["trains"], cfg["text"]["length"]
     stage = starflow2_loss.stage_of(trains, model)
-    patches = places(cfg, model) * model.patches
+    targets, held = cfg["text"]["targets"] or length, model.deep.layer
+    # One pass forward; two back, where what is trained lies before.
+    back = lambda goes_back: 3 if goes_back else 1
     language = weights.count({**declared["vlm"], "embed": {}, "head": {}})
-    head = model.vlm.vocab * model.vlm.width * (cfg["text"]["targets"] or length)
     done = language * length * (2 + 2 * stage.text + 2 * ("vlm" in trains))
-    done += 6 * stage.text * head  # computed again in the backward pass
-    done += weights.count(declared["shallow"]) * patches * (6 if "shallow" in trains else 2)
-    done += weights.count(declared["deep"]) * length * 6 * stage.images
-    done += weights.count(declared.get("adapter", {})) * length * 6 * stage.text
+    seen = model.vlm.layer
+    scores = 4 * length**2 * seen.heads * seen.head_dim * model.vlm.layers
+    done += scores * back(stage.text)
+    # Computed again in the backward pass.
+    done += 6 * stage.text * model.vlm.vocab * model.vlm.width * targets
+    images = places(cfg, model) * back("shallow" in trains)
+    shallow = range(len(model.flow.layers) - 1)
+    done += images * sum(flops.block_forward(model.flow, b, model.patches) for b in shallow)
+    if stage.images:
+        done += 6 * weights.count(declared["deep"]) * length
+        done += 3 * 4 * length**2 * held.heads * held.head_dim * model.deep.depth
+    if stage.text:
+        done += 6 * weights.count(declared.get("adapter", {})) * length
+    if stage.text and stage.images:
+        skip = {name: weights.count(tree) for name, tree in declared.get("skip", {}).items()}
+        done += 6 * (skip.get("vlm", 0) * length + skip.get("deep", 0) * targets)
     count = cfg["train"]["batch_size"]
     return {"tokens": count * length, "flops": count * done}
 
