@@ -31,6 +31,7 @@ def _tiny(cfg):
     cfg.text.length, cfg.text.images = 224, 2
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 500, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 50
+    cfg.optim.muon_lr = 1e-2
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 250, 128, 16
     cfg.checkpoint.every = cfg.sample.every = 250
 

@@ -43,7 +43,8 @@ def _tiny(cfg):
     cfg.eval_data.mixture = _parts("64_test", t2i=1.0, i2t=1.0, edit=1.0, reasoning=1.0)
     cfg.text.length, cfg.text.images = 224, 2
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 400, 0.99
-    cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 7e-4, 1e-5, 50
+    cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 50
+    cfg.optim.muon_lr = 7e-3
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 200, 128, 16
     cfg.checkpoint.every = cfg.sample.every = 200
 
