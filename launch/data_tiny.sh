@@ -29,6 +29,7 @@ t2i        t2i                      40000   0  t2i       500   1
 i2t        dialog,caption,question  30000  20  question  500  21
 edit       edit                     20000  30  edit      300  31
 reasoning  reason                   20000  40  reason    300  41
+text       text                     10000  50  text      300  51
 END
 
 mkdir -p data_cache
