@@ -9,11 +9,12 @@ experiment of its own:
 python -m starflow2_jax.train --config experiments/ablations/rows.py:tiny/mot_frozen --workdir W
 
 The budget of every run:
-    tiny   160 steps of 8 rows (of 224 positions, two images at most), peak rate 1e-3
+    tiny   160 steps of 8 rows (of 224 positions, two images at most), Muon at 1e-2, AdamW at 1e-3
     small  20,000 steps of 64 rows, peak rate 1e-4; the row itself is that of stage3_joint.py:small
 Rows of a seed see the same records, noise and drops in the same order. The core rows have three
 seeds, the others one. Trained weights are those of the Pretzel within 5% but for the rows that say
-otherwise: where the VLM is trained, with four crossings, and on features of many channels.
+otherwise: where the VLM is trained, with four crossings, and on features of many channels. A VLM
+that is trained learns at the rates of all the rest.
 """
 
 import runpy
@@ -258,6 +259,8 @@ def _tiny(cfg):
     cfg.fae.path = "pretrained/fae_tiny"
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 8, 160, 0.98
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 20
+    # That of stage 1, which begins from nothing too.
+    cfg.optim.muon_lr = 1e-2
     cfg.log.every = 20
 
 
