@@ -87,4 +87,4 @@ def _tiny(cfg):
 def _blind(cfg):
     _tiny(cfg)
     cfg.data.blank = cfg.eval_data.blank = True
-    cfg.train.steps = 1000
+    cfg.train.steps = 600
