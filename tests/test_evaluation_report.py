@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -48,7 +49,9 @@ def embedded(page):
     return {alt: Image.open(io.BytesIO(base64.b64decode(data))) for alt, data in found}
 
 
-def test_report_holds_pictures_figures_command_and_configuration(tmp_path):
+def test_report_holds_pictures_figures_command_and_configuration(tmp_path, monkeypatch):
+    told = ["/a/python", "-m", "train", "--workdir", "a b", "--config.name=<x> --y", "--json"]
+    monkeypatch.setattr(log.sys, "orig_argv", told)
     path = report.write(a_run(tmp_path))
     page = path.read_text()
     assert path == tmp_path / "report.html"
@@ -65,7 +68,10 @@ def test_report_holds_pictures_figures_command_and_configuration(tmp_path):
     assert "<h1>a &lt;run&gt; &amp; more</h1>" in page and "a <run>" not in page
     assert "step 40 of 40, finished" in page
     assert f"<b>{1 + 2 / 40 + 0.1:.4f}</b><span>nats/dim, evaluation data</span>" in page
-    assert html.escape(log.command_line()) in page
+    # A flag a line, quoted so that a shell reads the same words again.
+    (shown,) = re.findall(r"<pre>(python[^<]*)</pre>", page)
+    assert len(shown.splitlines()) == 4
+    assert shlex.split(html.unescape(shown).replace("\\\n", "")) == ["python", *told[1:]]
     assert "image.patch" in page and "pixels along the side of a token" in page
     assert f"jax {log.environment()['versions']['jax']}" in page
 

@@ -6,6 +6,7 @@ at any time, on any machine, also while the run goes on.
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -229,14 +230,19 @@ def _starts(workdir: epath.Path) -> str:
     parts = ["<h2>Commands and machine</h2>"]
     for start in starts:
         parts.append(f"<p>{page.text(start['time'])}, from step {start['step']:,}</p>")
-        # A flag on each line, in a form that can be pasted into a shell.
-        lines = re.sub(r" (?='?--)", " \\\\\n    ", start["command"])
-        parts.append(f"<pre>{page.text(lines)}</pre>")
+        parts.append(f"<pre>{page.text(_pasted(start['command']))}</pre>")
     last = starts[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     about = [("devices", last["devices"]), ("processes", str(last["processes"]))]
     parts.append(page.table((), [*about, ("machine", last["machine"]), ("versions", versions)]))
     return "\n".join(parts)
+
+
+def _pasted(command: str) -> str:
+    """A command with a flag on each line, in a form that can be pasted into a shell."""
+    breaks = lambda word: " \\\n    " if word.startswith("--") else " "
+    first, *words = shlex.split(command)
+    return shlex.quote(first) + "".join(breaks(word) + shlex.quote(word) for word in words)
 
 
 def _configuration(cfg: Mapping[str, Any]) -> str:
