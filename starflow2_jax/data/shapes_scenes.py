@@ -66,35 +66,37 @@ def place_so(
     return None
 
 
-def describe(scene: Scene, wording: int = 0) -> str:
+def describe(scene: Scene, wording: int = 0, *, back: bool = False) -> str:
     """Everything in a scene but places and, of more than two objects, relations.
 
-    The last wording is a list of tags with the shape first. Who writes it learns to find a colour
-    by a shape, where the others teach to find a shape by a colour.
+    Args:
+      back: begin with the last object.
     """
-    kinds = Counter((item.size, item.color, item.shape) for item in _in_order(scene))
+    if wording not in range(shapes.WORDINGS):
+        raise ValueError(f"wording {wording}, expected 0 to {shapes.WORDINGS - 1}")
+    objects = _in_order(scene)[:: -1 if back else 1]
+    kinds = Counter((item.size, item.color, item.shape) for item in objects)
     parts = []
     for (size, color, shape), count in kinds.items():
-        number, things = ("a", shape) if count == 1 else (shapes.NUMBERS[count], plural(shape))
         if wording == 2:
-            number = shapes.NUMBERS[count]
-            parts.append(f"{number} {things} {color} {size}")
+            parts.append(f"{plural(shape) if count > 1 else shape} {color} {size}")
+            parts[-1] += f" {shapes.NUMBERS[count]}"
+        elif count == 1:
+            parts.append(f"a {size} {color} {shape}")
         else:
-            parts.append(f"{number} {size} {color} {things}")
-    relation = shapes.relation(*_in_order(scene)) if len(scene.objects) == 2 else None
-    linked = relation and len(parts) == 2
-    if linked:
+            parts.append(f"{shapes.NUMBERS[count]} {size} {color} {plural(shape)}")
+    relation = shapes.relation(*objects) if len(objects) == 2 else None
+    if relation and len(parts) == 2:
         said = f"{parts[0]} {relation} {parts[1]}"
+    elif wording == 2:
+        said = ", ".join(parts)
     else:
         said = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     if wording == 0:
         return f"{said} on a {scene.background} background"
     if wording == 1:
         return f"on a {scene.background} background: {said}"
-    if wording == 2:
-        tags = said if linked else ", ".join(parts)
-        return f"{scene.background} background, {tags}"
-    raise ValueError(f"wording {wording}, expected 0 to {shapes.WORDINGS - 1}")
+    return f"{scene.background} background, {said}"
 
 
 def facts(

@@ -54,12 +54,33 @@ class Draft:
 def caption(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     """Any scene -> its description."""
     scene = shapes.scene(rng, tag)
-    said = shapes_scenes.describe(scene, int(rng.integers(shapes.WORDINGS)))
+    said, absent = _told(rng, scene, int(rng.integers(shapes.WORDINGS)))
     linked = None
     if len({item.shape for item in scene.objects}) == 2 and shapes.relation(*scene.objects):
         linked = (scene.objects[0], shapes.relation(*scene.objects), scene.objects[1])
     told = facts(scene, said, linked=linked)
-    return Draft(tag, (scene, request("caption", wording)), (said,), (scene,), geneval=told)
+    asks = request("caption", wording)
+    return Draft(tag, (scene, asks), (said,), (scene,), absent, told)
+
+
+def _told(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, tuple[Object, ...]]:
+    """A description, and what it names that is not there.
+
+    The last wording is a list of tags, each with the shape first and the number last. One of them
+    has the colour of one object and the shape of another, and the number zero.
+
+    Who writes a word right after what it hangs on learns to look it up there: a shape by its
+    colour in the first wordings, in the tags a colour by its shape, and whether there is any.
+    """
+    said = shapes_scenes.describe(scene, wording, back=bool(rng.integers(2)))
+    pairs = {(item.shape, item.color) for item in scene.objects}
+    absent = sorted({(a, b) for a, _ in pairs for _, b in pairs} - pairs)
+    if wording != 2 or not absent:
+        return said, ()
+    parts = said.split(", ")
+    shape, color = absent[int(rng.integers(len(absent)))]
+    parts.insert(int(rng.integers(1, len(parts) + 1)), f"{shape} {color} zero")
+    return ", ".join(parts), (dataclasses.replace(scene.objects[0], shape=shape, color=color),)
 
 
 def question(rng: np.random.Generator, wording: int, tag: str) -> Draft:
