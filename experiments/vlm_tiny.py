@@ -57,7 +57,7 @@ def get_config(variant: str = "tiny"):
     cfg.noise.kind = "none"
     cfg.drop.condition = 0.0
     cfg.train.trains = ("vlm", "pixel_probe")
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 2400, 0.998
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 1800, 0.998
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1.5e-3, 1e-5, 150
     # With AdamW alone the tower had not told shapes apart after a hundred thousand pictures.
     cfg.optim.muon_lr, cfg.optim.b2, cfg.optim.weight_decay = 1e-2, 0.98, 0.01
@@ -87,4 +87,4 @@ def _tiny(cfg):
 def _blind(cfg):
     _tiny(cfg)
     cfg.data.blank = cfg.eval_data.blank = True
-    cfg.train.steps = 1000
+    cfg.train.steps = 600

@@ -175,7 +175,7 @@ def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str
     """Of a STARFlow2: nats of the images and the text of a dataset's records."""
     if not values.data:
         raise ValueError("likelihood: --data is needed: a dataset folder of interleaved records")
-    source = _source(str(files.locate(values.model)))
+    source = _source(values.model)
     out = _out(values, source, "rows_likelihood", values.data)
     began, seed = time.time(), values["seed"].value
     model = _starflow2(values)
@@ -267,8 +267,8 @@ def _baselines(
 
 def _source(path: str) -> dict[str, Any]:
     """Path, step and digest of what is measured: the sha256 of its list of file digests."""
-    if files.is_folder(path):
-        listed, step, where = epath.Path(path) / files.DIGEST_FILE, None, str(path)
+    if files.is_folder(files.locate(path)):
+        listed, step, where = epath.Path(files.locate(path)) / files.DIGEST_FILE, None, path
     else:
         workdir, step = step_folders.locate(path)
         entry = step_folders.find(workdir, step)
@@ -361,7 +361,7 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
         if name not in suite.SECTIONS:
             known = f"{nearest(name, suite.SECTIONS)}; sections: {', '.join(suite.SECTIONS)}"
             raise ValueError(f"--only: unknown section {name!r}{known}")
-    source = _source(str(files.locate(values.model)))
+    source = _source(values.model)
     folders = values.data.split(",") if values.data else []
     name = "-".join(epath.Path(folder).name for folder in folders) or "drawn"
     out = _out(values, source, verb, name, "" if everything else ".json")

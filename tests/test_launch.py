@@ -199,7 +199,7 @@ def test_the_demo_runs_its_parts_in_order(demo):
     assert {call.split()[0] for call in calls} == {str(demo.folder)}
     words = [call.split()[2:] for call in calls]
     assert [call[0].removeprefix("starflow2_jax.") for call in words] == [
-        *["prepare"] * 8, *["train"] * 3, *["evaluate"] * 2,
+        *["prepare"] * 10, *["train"] * 3, *["evaluate"] * 2,
     ]  # fmt: skip
     trained = [(Path(call[2]).name, call[4]) for call in words if call[0].endswith("train")]
     assert trained == [
@@ -216,7 +216,7 @@ def test_the_demo_runs_its_parts_in_order(demo):
 
 def test_the_demo_stops_where_training_did_and_takes_no_words(demo):
     done, calls = demo(unfinished=1)
-    assert done.returncode == 1 and len(calls) == 9
+    assert done.returncode == 1 and len(calls) == 11
     assert "training was stopped before its end; the same command goes on" in done.stderr
     done, calls = demo("--fast")
     assert done.returncode == 1 and "takes no arguments; got --fast" in done.stderr and not calls

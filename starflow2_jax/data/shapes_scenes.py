@@ -69,17 +69,21 @@ def place_so(
 def describe(scene: Scene, wording: int = 0) -> str:
     """Everything in a scene but places and, of more than two objects, relations.
 
-    The last wording names the shape before the colour: who writes it learns to find a colour by a
-    shape, where the others teach to find a shape by a colour.
+    The last wording is a list of tags with the shape first. Who writes it learns to find a colour
+    by a shape, where the others teach to find a shape by a colour.
     """
     kinds = Counter((item.size, item.color, item.shape) for item in _in_order(scene))
     parts = []
     for (size, color, shape), count in kinds.items():
         number, things = ("a", shape) if count == 1 else (shapes.NUMBERS[count], plural(shape))
-        said = f"{things} in {color}" if wording == 2 else f"{color} {things}"
-        parts.append(f"{number} {size} {said}")
+        if wording == 2:
+            number = shapes.NUMBERS[count]
+            parts.append(f"{number} {things} {color} {size}")
+        else:
+            parts.append(f"{number} {size} {color} {things}")
     relation = shapes.relation(*_in_order(scene)) if len(scene.objects) == 2 else None
-    if relation and len(parts) == 2:
+    linked = relation and len(parts) == 2
+    if linked:
         said = f"{parts[0]} {relation} {parts[1]}"
     else:
         said = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
@@ -88,7 +92,8 @@ def describe(scene: Scene, wording: int = 0) -> str:
     if wording == 1:
         return f"on a {scene.background} background: {said}"
     if wording == 2:
-        return f"the background is {scene.background}, with {said} on it"
+        tags = said if linked else ", ".join(parts)
+        return f"{scene.background} background, {tags}"
     raise ValueError(f"wording {wording}, expected 0 to {shapes.WORDINGS - 1}")
 
 

@@ -44,6 +44,7 @@ def load(path: str) -> Reader:
     """
     from starflow2_jax.training import checkpoint, step_folders
 
+    path = str(files.locate(path))
     if files.is_folder(path):
         held = files.read_config(path)
         if _EXPERIMENT not in held:
