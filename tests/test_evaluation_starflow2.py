@@ -98,8 +98,9 @@ def test_answers_do_not_depend_on_how_many_are_asked_together(model):
         ask = suite.asker(model, given, rows=together)
         rows[together] = [asking.said(row) for row in ask(prompts, "words")]
     assert rows[3] == rows[16] and len(set(rows[16])) > 1
-    alone = suite.asker(model, given)([prompts[5]], "words")
-    assert asking.said(alone[0]) == rows[16][5]
+    # The noise on its picture is that of its place.
+    fewer = suite.asker(model, given)(prompts[:6], "words")
+    assert asking.said(fewer[5]) == rows[16][5]
     order = asking._order([3, 9, 1, 7, 8], 2)
     assert sorted(order) == [0, 1, 2, 3, 4] and order[::2] == [1, 4, 3]
 

@@ -25,7 +25,7 @@ def asker(
     """Asks a model; words are the likeliest, pictures are drawn from the seed and their place.
 
     Args:
-        rows: prompts together at most; max_tokens: of an answer in words.
+        rows: prompts together at most, which change no answer; max_tokens: of an answer in words.
         drawing: of pictures, `guidance` and others of `generation.options.Options`.
     """
     own = {
@@ -41,7 +41,7 @@ def asker(
         together = -(-len(given) // -(-len(given) // rows))
         order = _order([_length(model, prompt) for prompt in given], together)
         turned = [list(given[i]) for i in order]
-        answers = interleaved.generate_many(model, turned, options, rows=together)
+        answers = interleaved.generate_many(model, turned, options, together, order)
         return [row for _, row in sorted(zip(order, (a[0] for a in answers)), key=lambda p: p[0])]
 
     return ask

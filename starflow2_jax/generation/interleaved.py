@@ -110,20 +110,28 @@ def generate(
 
 
 def generate_many(
-    model: Model, given: Sequence[Any], options: Options, rows: int = 16
+    model: Model,
+    given: Sequence[Any],
+    options: Options,
+    rows: int = 16,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[list[list[Part]]]:
     """The samples of each prompt in turn, drawn some `rows` at a time by one program.
 
-    Sample k of prompt i is row i n best_of + k of the seed, whatever `rows` is.
+    Sample k of prompt number i is row i n best_of + k of the seed, whatever `rows` is.
+
+    Args:
+        numbers: of the prompts, where they do not stand in their order.
     """
     copies = options.n * options.best_of
+    own = np.arange(len(given)) if numbers is None else np.asarray(numbers)
     together = min(max(rows // copies, 1), len(given))
     for first in range(0, len(given), together):
         # The last ones are filled up, so that no other program is needed.
-        numbers = np.minimum(np.arange(first, first + together), len(given) - 1)
-        samples = (numbers[:, None] * copies + np.arange(copies)).ravel()
+        at = np.minimum(np.arange(first, first + together), len(given) - 1)
+        samples = (own[at][:, None] * copies + np.arange(copies)).ravel()
         now = dataclasses.replace(options, samples=tuple(samples.tolist()))
-        found = generate(model, [given[i] for i in numbers], options=now)
+        found = generate(model, [given[i] for i in at], options=now)
         for i in range(min(together, len(given) - first)):
             yield found.rows[i * options.n : (i + 1) * options.n]
 
