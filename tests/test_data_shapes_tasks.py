@@ -25,7 +25,7 @@ TAGS = {
     "multi": shapes_tasks.MULTI,
     "text": shapes_tasks.TEXTS,
 }
-COLOR, SHAPE = "|".join(shapes.COLORS), "|".join(shapes.SHAPES)
+COLOR, SHAPE, SIZE = ("|".join(words) for words in (shapes.COLORS, shapes.SHAPES, shapes.SIZES))
 PAIR = re.compile(rf"({COLOR}) ({SHAPE})\b")
 
 
@@ -79,6 +79,11 @@ def test_pictures_for_captions_stay_as_they_were():
     assert digest.hexdigest() == expected
 
 
+def patterns(key):
+    """Expressions that the wordings of a request match."""
+    return [re.sub(r"\\\{\w+\\\}", ".+", re.escape(form)) for form in WORDINGS[key]]
+
+
 @pytest.mark.parametrize("task", TAGS)
 def test_form(task):
     """Schema, roles, loss, turn-taking tags, wordings, and pictures that show the scenes."""
@@ -95,8 +100,8 @@ def test_form(task):
                 assert (shapes.draw(scene, 16) == picture).all()
         request, answers = said(record)
         key = "caption" if task == "caption" else record.meta["tag"]
-        forms = [re.sub(r"\\\{\w+\\\}", ".+", re.escape(form)) for form in WORDINGS[key]]
-        fits = [(len(form), k) for k, form in enumerate(forms) if re.fullmatch(form, request)]
+        forms = enumerate(patterns(key))
+        fits = [(len(form), k) for k, form in forms if re.fullmatch(form, request)]
         requests[key].add(max(fits)[1])
         assert all(answer and answer == answer.strip() for answer in answers)
         assert len(answers) == (task != "edit")
@@ -173,6 +178,27 @@ def test_questions_are_answered_right():
     for tag in ("exists", "is_relation"):
         assert min(answers[tag]["yes"], answers[tag]["no"]) > 12
     assert max(answers["count"].values()) < 0.6 * answers["count"].total()
+
+
+def test_dialogs_ask_several_questions_of_one_picture():
+    counts, kinds_ = Counter(), Counter()
+    for record in some("dialog", 80):
+        records.check(record, record.id, pixels=True)
+        (scene,), (shown, *turns) = scenes(record), record.segs
+        assert isinstance(shown, Img) and not shown.loss and len(record.imgs) == 1
+        asked, answered = turns[::2], turns[1::2]
+        assert len({s.s for s in asked}) == len(asked) == len(answered)
+        for question, answer in zip(asked, answered):
+            assert (question.role, question.loss) == ("user", False)
+            assert (answer.role, answer.loss) == ("assistant", True)
+            fits = [(len(form.replace(".+", "")), tag) for tag in shapes_tasks.QUESTIONS
+                    for form in patterns(tag) if re.fullmatch(form, question.s)]  # fmt: skip
+            tag = max(fits)[1]
+            assert answer.s == oracle(tag, question.s, scene.objects, scene), (question, scene)
+            kinds_[tag] += 1
+        counts[record.meta["tag"], len(asked) > 1] += 1
+    assert set(kinds_) == set(shapes_tasks.QUESTIONS)
+    assert all(counts[tag, True] > 20 for tag in shapes_tasks.DIALOGS), counts
 
 
 def test_edits_do_what_they_say_and_nothing_else():
