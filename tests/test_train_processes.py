@@ -68,7 +68,7 @@ def joint(tmp_path_factory):
         cfg = experiment("tiny")
         for group in (cfg.data, cfg.eval_data):
             group.mixture, group.path, group.latents, group.threads = (), path, latents, 1
-        cfg.vlm.path, cfg.text.tokenizer, cfg.init["from"] = "", held, ""
+        cfg.vlm.path, cfg.fae.path, cfg.text.tokenizer, cfg.init["from"] = "", "", held, ""
         cfg.train.batch_size, cfg.optim.warmup, cfg.log.every = 8, 2, 1
         cfg.evaluate.rows, cfg.evaluate.batch_size = 8, 8
         cfg.checkpoint.every, cfg.checkpoint.keep = 2, 9
