@@ -7,7 +7,6 @@ Rows are full of images with a few words between, as the experiment of the stage
 import dataclasses
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -35,7 +34,10 @@ STAGES: dict[str, dict[str, Any]] = {
     },
 }
 # The rows of the tiny preset, whose images have 64 patches.
-TINY = {"length": 224, "images": 2, "targets": 0}
+TINY: dict[str, dict[str, Any]] = {
+    "stage1": {"length": 224, "images": 2, "targets": 0},
+    "stage3": {"length": 256, "images": 2, "targets": 0},
+}
 GIB = 2**30
 # A prompt that has been read, and tokens to draw.
 PROMPT, WORDS = 128, 64
@@ -48,7 +50,7 @@ def experiment(stage: str, size: str, rows: int, dtype: str) -> dict[str, Any]:
         stage: a key of `STAGES`; size: of `starflow2.PRESETS`; dtype: of matmuls and frozen VLM.
     """
     cfg = config.plain()
-    own = {**STAGES[stage], **(TINY if size == "tiny" else {})}
+    own = {**STAGES[stage], **(TINY[stage] if size == "tiny" else {})}
     cfg["task"], cfg["name"] = "starflow2", f"{stage}_{size}"
     cfg["model"] = pretzel.options(pretzel.preset(size))
     remat = "none" if size == "tiny" else "full"
@@ -167,7 +169,8 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
     own = lambda part: dataclasses.replace(part, compute_dtype=dtype)
     cfg = dataclasses.replace(cfg, vlm=own(cfg.vlm), flow=own(cfg.flow))
     tree = {n: t for n, t in pretzel.declare(cfg).items() if n != "shallow"}
-    params = jax.jit(partial(weights.init, tree=tree, dtype=dtype))(jax.random.key(0))
+    laid_out = lambda key: decode.prepare(weights.init(key, tree, dtype), cfg=cfg)
+    params = jax.jit(laid_out)(jax.random.key(0))
     slots = -(-(PROMPT + cfg.patches + WORDS) // conversation.CACHE_STEP) * conversation.CACHE_STEP
     keys = jax.random.split(jax.random.key(1), rows)
     held = conversation.begin(params, cfg, keys, "", 1.0, slots, True)
