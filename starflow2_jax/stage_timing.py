@@ -35,7 +35,10 @@ STAGES: dict[str, dict[str, Any]] = {
     },
 }
 # The rows of the tiny preset, whose images have 64 patches.
-TINY = {"length": 224, "images": 2, "targets": 0}
+TINY = {
+    "stage1": {"length": 224, "images": 2, "targets": 0},
+    "stage3": {"length": 256, "images": 2, "targets": 0},
+}
 GIB = 2**30
 # A prompt that has been read, and tokens to draw.
 PROMPT, WORDS = 128, 64
@@ -48,7 +51,7 @@ def experiment(stage: str, size: str, rows: int, dtype: str) -> dict[str, Any]:
         stage: a key of `STAGES`; size: of `starflow2.PRESETS`; dtype: of matmuls and frozen VLM.
     """
     cfg = config.plain()
-    own = {**STAGES[stage], **(TINY if size == "tiny" else {})}
+    own = {**STAGES[stage], **(TINY[stage] if size == "tiny" else {})}
     cfg["task"], cfg["name"] = "starflow2", f"{stage}_{size}"
     cfg["model"] = pretzel.options(pretzel.preset(size))
     remat = "none" if size == "tiny" else "full"
@@ -167,13 +170,15 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
     own = lambda part: dataclasses.replace(part, compute_dtype=dtype)
     cfg = dataclasses.replace(cfg, vlm=own(cfg.vlm), flow=own(cfg.flow))
     tree = {n: t for n, t in pretzel.declare(cfg).items() if n != "shallow"}
-    params = jax.jit(partial(weights.init, tree=tree, dtype=dtype))(jax.random.key(0))
+    drawn = jax.jit(partial(weights.init, tree=tree, dtype=dtype))(jax.random.key(0))
+    params = decode.prepare(drawn, cfg=cfg)
+    del drawn
     slots = -(-(PROMPT + cfg.patches + WORDS) // conversation.CACHE_STEP) * conversation.CACHE_STEP
     keys = jax.random.split(jax.random.key(1), rows)
     held = conversation.begin(params, cfg, keys, "", 1.0, slots, True)
     # Each a buffer of its own, as the loop takes all of them over.
-    prepared, heat, states = held.params, held.heat, [jax.tree.map(jnp.copy, held.state)]
-    del params, held
+    heat, states = held.heat, [jax.tree.map(jnp.copy, held.state)]
+    del held
     read = jnp.zeros((rows, slots), bool).at[:, :PROMPT].set(True)
     ids = decode.Ids(3, 4, (), (), cfg.vlm.vocab)
     numbers = decode.Numbers(1.0, 0, 1.0, 1.0, None)
@@ -189,7 +194,7 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
             for first in range(0, steps, decode.CHUNK):
                 some = jnp.int32(min(decode.CHUNK, steps - first))
                 state, record = decode.run(
-                    prepared, state, keys, numbers, heat, some, cfg=cfg, ids=ids
+                    params, state, keys, numbers, heat, some, cfg=cfg, ids=ids
                 )
                 drawn.append(record.nats)
             states[0] = state
