@@ -7,7 +7,6 @@ Rows are full of images with a few words between, as the experiment of the stage
 import dataclasses
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -35,7 +34,7 @@ STAGES: dict[str, dict[str, Any]] = {
     },
 }
 # The rows of the tiny preset, whose images have 64 patches.
-TINY = {
+TINY: dict[str, dict[str, Any]] = {
     "stage1": {"length": 224, "images": 2, "targets": 0},
     "stage3": {"length": 256, "images": 2, "targets": 0},
 }
@@ -170,15 +169,14 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
     own = lambda part: dataclasses.replace(part, compute_dtype=dtype)
     cfg = dataclasses.replace(cfg, vlm=own(cfg.vlm), flow=own(cfg.flow))
     tree = {n: t for n, t in pretzel.declare(cfg).items() if n != "shallow"}
-    drawn = jax.jit(partial(weights.init, tree=tree, dtype=dtype))(jax.random.key(0))
-    params = decode.prepare(drawn, cfg=cfg)
-    del drawn
+    laid_out = lambda key: decode.prepare(weights.init(key, tree, dtype), cfg=cfg)
+    params = jax.jit(laid_out)(jax.random.key(0))
     slots = -(-(PROMPT + cfg.patches + WORDS) // conversation.CACHE_STEP) * conversation.CACHE_STEP
     keys = jax.random.split(jax.random.key(1), rows)
     held = conversation.begin(params, cfg, keys, "", 1.0, slots, True)
     # Each a buffer of its own, as the loop takes all of them over.
-    heat, states = held.heat, [jax.tree.map(jnp.copy, held.state)]
-    del held
+    prepared, heat, states = held.params, held.heat, [jax.tree.map(jnp.copy, held.state)]
+    del params, held
     read = jnp.zeros((rows, slots), bool).at[:, :PROMPT].set(True)
     ids = decode.Ids(3, 4, (), (), cfg.vlm.vocab)
     numbers = decode.Numbers(1.0, 0, 1.0, 1.0, None)
@@ -194,7 +192,7 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
             for first in range(0, steps, decode.CHUNK):
                 some = jnp.int32(min(decode.CHUNK, steps - first))
                 state, record = decode.run(
-                    params, state, keys, numbers, heat, some, cfg=cfg, ids=ids
+                    prepared, state, keys, numbers, heat, some, cfg=cfg, ids=ids
                 )
                 drawn.append(record.nats)
             states[0] = state

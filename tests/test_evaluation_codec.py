@@ -92,11 +92,13 @@ def test_fidelity_is_that_of_single_images(codec, tmp_path, monkeypatch):
         values["mean_boxes"].append(codec_eval.psnr(picture.pixels, plain[0], inside))
         if i < 9:
             np.testing.assert_array_equal(shown[3 * i], picture.pixels)
-            np.testing.assert_array_equal(shown[3 * i + 2], rough[0])
+            np.testing.assert_allclose(shown[3 * i + 2], rough[0].astype(int), atol=1)
+    # Programs of other batch sizes differ in the last bit, which may round a pixel otherwise.
+    near = lambda value: pytest.approx(value, rel=1e-4)
     for name, rows in values.items():
-        assert found[name]["psnr"] == pytest.approx(np.mean(rows)), name
+        assert found[name]["psnr"] == near(np.mean(rows)), name
         low, high = found[name]["psnr_95"]
-        assert high - low == pytest.approx(2 * 1.96 * np.std(rows, ddof=1) / 20**0.5)
+        assert high - low == near(2 * 1.96 * np.std(rows, ddof=1) / 20**0.5), name
     assert found["noisy"]["psnr"] != found["mean"]["psnr"]
 
 
