@@ -206,7 +206,8 @@ def test_splash_compiles_for_a_tpu_and_arguments_are_exact():
     """
     changes = {"model.side": 16, "image.pixels": 32, "compute_dtype": "bfloat16"}
     changes |= {"attention": "splash"}  # or an error: `auto` might fall back
-    cfg = experiment("fsdp", "fsdp=2,tensor=2", depth=1, **changes)
+    # A loop of one layer is none: the compiler then sees that remat computes what is there.
+    cfg = experiment("fsdp", "fsdp=2,tensor=2", depth=2, **changes)
     (row,) = plan.plan(cfg, "v5e:2x2", ["fsdp"])
     assert row["kernel_flops"] > 0 and row["fits"] and row["mfu_bound"] > 0
     held = row["memory"]
@@ -216,7 +217,7 @@ def test_splash_compiles_for_a_tpu_and_arguments_are_exact():
     expected = flops.executed_step(model, cfg["train"]["batch_size"], model.tokens)
     # The kernel looks at its whole block, the plain path at 5/8 of it, and multiplies twice more
     # than that: scores anew for each of the two gradients.
-    scores = 4 * model.tokens**2 * 8 * 32 * ROWS
+    scores = 2 * 4 * model.tokens**2 * 8 * 32 * ROWS
     more = scores * (2 + 3.5 - 4 * 5 / 8)
     assert 4 * row["flops"] == pytest.approx(expected + more, rel=0.05)
     assert 4 * row["kernel_flops"] == pytest.approx(5.5 * scores)

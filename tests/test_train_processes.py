@@ -1,5 +1,6 @@
 """Real runs of several processes: equal to one process, moved, stopped, killed and refused."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ from etils import epath
 from test_train import RUNNER, environment_of, run_config, state_of
 
 from starflow2_jax import config
+from starflow2_jax.models import starflow2
 from starflow2_jax.training import checkpoint, digest, log, step_folders
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -56,16 +58,18 @@ def make(data):
 
 @pytest.fixture(scope="module")
 def joint(tmp_path_factory):
-    """changes -> configuration of `tiny` stage 3 on packed rows of every kind of task, beside a VLM
-    drawn from the seed.
+    """changes -> configuration of `tiny` stage 3, or of another model's, on packed rows of every
+    kind of task, beside a VLM drawn from the seed.
     """
     folder = tmp_path_factory.mktemp("rows")
     path, held = interleaved.make(folder, 64, tasks=("t2i", "caption", "question", "edit"))
     latents = interleaved.make_latents(path, folder / "latents", 8, 16)
     experiment = runpy.run_path(str(ROOT / "experiments" / "stage3_joint.py"))["get_config"]
 
-    def build(**changes):
+    def build(model=None, **changes):
         cfg = experiment("tiny")
+        if model is not None:
+            cfg.model.update(starflow2.options(model))
         for group in (cfg.data, cfg.eval_data):
             group.mixture, group.path, group.latents, group.threads = (), path, latents, 1
         cfg.vlm.path, cfg.fae.path, cfg.text.tokenizer, cfg.init["from"] = "", "", held, ""
@@ -306,7 +310,11 @@ def compare_processes(build, folder, layout, steps, shapes, shown):
 
 
 def test_two_processes_train_the_joint_stage_as_one_does(joint, tmp_path):
-    shown = {"evaluate__every": 3, "checkpoint__every": 3}
+    """With one layer of everything: each process compiles the step."""
+    sizes = {"width": 64, "layers": 1, "heads": 2, "kv_heads": 2, "mlp_width": 96}
+    vlm = dataclasses.replace(starflow2.tiny().vlm, **sizes)
+    flow = starflow2.flow_config(64, side=8, channels=16, width=64, head_dim=32, layers=(1, 1))
+    shown = {"evaluate__every": 3, "checkpoint__every": 3, "model": starflow2.Config(vlm, flow)}
     compare_processes(joint, tmp_path, "fsdp_tp", 3, ("2x4",), shown)
 
 
