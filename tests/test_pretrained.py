@@ -40,4 +40,4 @@ def test_the_flow_draws_in_the_codecs_latents(given):
     assert np.mean(psnr) > 24
     records = [case.record for case in asked]
     found = starflow2_likelihood.of_records(model, records, size=len(records))["image"]
-    assert found["nats"] < found["baselines"]["gaussian"]["nats"] - 0.5
+    assert found["nats"] < found["baselines"]["gaussian"]["nats"] - 0.8
