@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["starflow2_jax", "starflow2_jax.*"]),
     # Shipped model folders, whatever they hold.
-    package_data={"starflow2_jax": ["pretrained/*/*", "pretrained/*/*/*"]},
+    package_data={"starflow2_jax": ["pretrained/*", "pretrained/*/*", "pretrained/*/*/*"]},
     python_requires=">=3.11",
     # Lower bounds are what python 3.11 is tested with, upper ones end what python 3.12 is tested
     # with; a package without an upper bound has not broken its interface between releases.

@@ -180,7 +180,7 @@ def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str
     began, seed = time.time(), values["seed"].value
     model = _starflow2(values)
     given = list(itertools.islice(records.read(values.data), values.rows))
-    options = {"size": values.batch_size or 32, "seed": seed}
+    options = {"size": min(values.batch_size or 32, len(given)), "seed": seed}
     found = starflow2_likelihood.of_records(model, given, **options)
     result = {
         "model": source,

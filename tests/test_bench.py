@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from starflow2_jax import allocator, bench, stage_timing, timing
+from starflow2_jax import allocator, bench, mesh, stage_timing, timing
 from starflow2_jax.generation.inverse import Jacobi
 from starflow2_jax.models import flow
+from starflow2_jax.training import starflow2_step
 
 RATES = {"matmul_float32_gflops": 100.0, "copy_gb_per_s": 10.0, "sum_gb_per_s": 20.0}
 
@@ -142,12 +143,10 @@ def least():
 
 starflow2.PRESETS["tiny"] = least
 bench.machine = lambda repeats=1: timing.machine(1, 64, 1)
-for verb in ("train", "sample"):
-    values = flags.FlagValues()
-    bench.define(values)
-    values("bench --preset stage3 --size tiny --batch 2 --repeats 1 --json".split())
-    bench.main(verb, [], values)
-    print("--")
+values = flags.FlagValues()
+bench.define(values)
+values("bench --preset stage3 --size tiny --batch 2 --repeats 1 --json".split())
+bench.main("VERB", [], values)
 """
 MISSING = (
     *("grain", "ml_collections", "msgspec", "array_record", "transformers", "tokenizers"),
@@ -155,23 +154,45 @@ MISSING = (
 )
 
 
-def test_stages_are_timed_where_little_more_than_jax_is():
+def timed_where_little_more_than_jax_is(verb):
     done = subprocess.run(
-        [sys.executable, "-c", BARE.replace("MISSING", repr(MISSING))],
+        [sys.executable, "-c", BARE.replace("MISSING", repr(MISSING)).replace("VERB", verb)],
         cwd=ROOT, capture_output=True, text=True,
         # It is compiling that takes time.
         env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    trained, drawn = map(json.loads, done.stdout.split("--")[:2])
-    assert trained["row"] == "train stage3 tiny" and trained["dtype"] == "bfloat16"
-    assert np.isfinite(trained["loss"]) and trained["mfu"] > 0 and trained["needs_gib"] > 0
-    assert trained["tokens_per_s"] == pytest.approx(2 * 256 * 1000 / trained["ms"])
+    return json.loads(done.stdout)
+
+
+def test_a_stages_decoding_is_timed_where_little_more_than_jax_is():
+    drawn = timed_where_little_more_than_jax_is("sample")
     for name, items in (("image", 64), ("text", stage_timing.WORDS)):
         rate, ms = drawn[f"{name}_tokens_per_s"], drawn[f"{name}_ms"]
         assert rate == pytest.approx(2 * items * 1000 / ms)
         assert drawn[f"{name}_bound_ms"] > 0 and drawn[f"{name}_share_of_bound"] > 0
     assert drawn["image_peak_mb"] > 0
+
+
+@pytest.mark.slow
+def test_a_stages_step_is_timed_where_little_more_than_jax_is():
+    trained = timed_where_little_more_than_jax_is("train")
+    assert trained["row"] == "train stage3 tiny" and trained["dtype"] == "bfloat16"
+    assert np.isfinite(trained["loss"]) and trained["mfu"] > 0 and trained["needs_gib"] > 0
+    assert trained["tokens_per_s"] == pytest.approx(2 * 256 * 1000 / trained["ms"])
+
+
+def test_rows_of_a_stage_fit_its_step():
+    """What is timed above but for its time: compiling takes most of it."""
+    cfg = stage_timing.experiment("stage3", "tiny", 2, "bfloat16")
+    program = starflow2_step.build(cfg, mesh.make_mesh("fsdp=-1", jax.devices()[:1]))
+    rows = stage_timing.rows_of_images(cfg, program.model, 2)
+    wanted = {name: (a.shape, a.dtype) for name, a in program.abstract_batch.items()}
+    assert {name: (rows[name].shape, rows[name].dtype) for name in wanted} == wanted
+    for m in range(cfg["text"]["images"]):
+        places = np.flatnonzero(rows["image"][0] // program.model.patches == m)
+        assert np.array_equal(places, places[0] + np.arange(program.model.patches))
+        assert rows["image"][0, places[0] - 1] == rows["image"][0, places[-1] + 1] == -1
 
 
 @pytest.mark.parametrize("name, file", [("stage1", "stage1_t2i"), ("stage3", "stage3_joint")])

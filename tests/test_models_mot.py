@@ -115,6 +115,29 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     assert np.abs(np.asarray(tokens))[:, 0].max() > 0
 
 
+def test_each_input_of_the_expert_is_told_the_place_of_what_it_predicts():
+    cfg = model()
+    params = drawn(cfg)
+    batch = small.batch([[small.T2I]], length=24, places=1)
+    is_image, begins = batch["image"] >= 0, batch["ids"] == small.TOKENIZER.vision_start
+    u = starflow2.place(jnp.asarray(batch["latent_mean"]), batch["image"])
+    first = int(np.argmax(is_image[0])) - 1
+
+    @jax.jit
+    def expert(place):
+        now = {**params, "deep": {**params["deep"], "place": place}}
+        text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
+        mask = layers.segment_mask(jnp.asarray(batch["segments"]))
+        args = (now, text, u, begins, is_image, batch["positions"], batch["flow_positions"])
+        return mot.states(*args, mask, cfg)[1][0, first : first + cfg.patches]
+
+    place = jnp.asarray(params["deep"]["place"])
+    plain = np.asarray(expert(place))
+    for number in range(cfg.patches):
+        changed = (np.asarray(expert(place.at[number].add(1.0))) != plain).any(-1)
+        assert int(np.argmax(changed)) == number and changed[number:].all()
+
+
 def check_exact(cfg, params):
     """z of an image, given another before it: its log-determinant by autodiff."""
     batch = small.batch([[small.EDIT]], length=40, dtype=np.float64)

@@ -15,7 +15,7 @@ from starflow2_jax.generation import reader as readers
 from starflow2_jax.models import layers, qwen, qwen_vision
 from starflow2_jax.training import checkpoint, step, text_loss, vlm_step
 
-ROWS = 8
+ROWS, SOME = 8, 4
 MODEL = qwen.Config(
     vocab=400, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, sections=(1, 1, 2), tied=True,
     rope_base=50.0, vision_start_token=3, vision_end_token=4, image_token=5, video_token=6,
@@ -55,8 +55,8 @@ def batches(cfg, count):
     return [next(stream) for _ in range(count)]
 
 
-def run(cfg, steps=4, devices=None):
-    """(losses, state, program) after some steps."""
+def run(cfg, steps=SOME, devices=None):
+    """(losses of all steps, state after some, program)."""
     grid = mesh.make_mesh(cfg["mesh"], devices or jax.devices()[:1])
     with jax.set_mesh(grid):
         program = tasks.build(cfg, grid)
@@ -65,16 +65,24 @@ def run(cfg, steps=4, devices=None):
         for batch in batches(cfg, steps):
             state, metrics = program.step(state, frozen, step.to_device(program, batch))
             losses.append(float(metrics["loss"]))
-    return np.array(losses), state, program
+            if len(losses) == SOME:
+                kept = jax.tree.map(jnp.copy, state)
+    return np.array(losses), kept, program
 
 
-def test_it_learns(folders):
-    losses, _, _ = run(experiment(folders), 12)
+@pytest.fixture(scope="module")
+def trained(folders):
+    """(losses of all steps, state after some) on one device."""
+    return run(experiment(folders), 12)[:2]
+
+
+def test_it_learns(trained):
+    losses = trained[0]
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_eight_devices_and_microbatches_equal_one_device(folders):
-    one, state, _ = run(experiment(folders))
+def test_eight_devices_and_microbatches_equal_one_device(folders, trained):
+    one, state = trained[0][:SOME], trained[1]
     changes = {"layout": "fsdp_tp", "mesh": "data=2,fsdp=2,tensor=2"}
     for options, devices in ((changes, jax.devices()[:8]), ({"train.microbatches": 2}, None)):
         other, moved, _ = run(experiment(folders, **options), devices=devices)
@@ -151,13 +159,19 @@ def test_segments_and_the_mask_are_one(folders):
     np.testing.assert_allclose(a[given > 0], b[given > 0], atol=1e-5)
 
 
-def test_an_exported_reader_answers_like_its_run(folders, tmp_path):
-    cfg = experiment(folders)
-    _, state, _ = run(cfg, 6)
+def test_an_exported_reader_answers_like_its_run(folders, trained, tmp_path):
+    cfg, state = experiment(folders), trained[1]
     run_folder = tmp_path / "run"
     writer = checkpoint.open(run_folder, keep=1)
-    meta = {"config": cfg, "step": 6, "data": {}, "classes": None, "null_text": None, "frozen": {}}
-    checkpoint.save(writer, 6, state, meta)
+    meta = {
+        "config": cfg,
+        "step": SOME,
+        "data": {},
+        "classes": None,
+        "null_text": None,
+        "frozen": {},
+    }
+    checkpoint.save(writer, SOME, state, meta)
     checkpoint.close(writer)
     first = readers.load(str(run_folder))
     readers.export(first, str(tmp_path / "out"))

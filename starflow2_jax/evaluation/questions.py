@@ -15,6 +15,8 @@ from starflow2_jax.generation import reader as readers
 from starflow2_jax.generation.reader import Reader
 from starflow2_jax.training import vlm_step
 
+# Of a reader's, at a time.
+_ROWS = 32
 BASELINES = {
     "most_frequent": "of each kind the most frequent answer",
     "chance": "one over the number of different answers of the kind",
@@ -81,7 +83,8 @@ def by_reader(reader: Reader, given: Sequence[Case], *, blank: bool = False) -> 
                 raise ValueError(f"case {case.id}: a picture {part.shape}, the VLM reads {pixels}")
     held = tokens.open_tokenizer(reader.tokenizer)
     right: list[bool] = []
-    rows = record_rows.batches([case.record for case in given], held, side, blank=blank)
+    asked = [case.record for case in given]
+    rows = record_rows.batches(asked, held, side, size=min(_ROWS, len(asked)), blank=blank)
     for batch, count in rows:
         found = readers.score(reader, batch)
         right += (np.asarray(found["wrong"])[:count, 0] == 0).tolist()

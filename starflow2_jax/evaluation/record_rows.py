@@ -17,13 +17,14 @@ def batches(
     tokenizer: Tokenizer,
     side: int,
     *,
-    size: int = 32,
+    size: int,
     null: str = "none",
     blank: bool = False,
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """The arrays of `data.rows` of `size` records at a time, and how many of them count.
 
-    The last ones are filled up, and all are as long as the longest.
+    The last ones are filled up, and all are as long as the longest with its words, so that one
+    program takes them with and without.
 
     Args:
         side: rows (= columns) of an image's patches; null: as in `tokens.layout`; blank: grey in
@@ -32,16 +33,18 @@ def batches(
     Raises:
         DatasetError: an image that cannot be decoded, named.
     """
-    laid, shown = [], []
+    laid, shown, longest = [], [], 0
     for record in given:
         parts, blobs = tokens.parts(record)
-        laid.append(tokens.layout(parts, tokenizer, side * side, null=null))
+        whole = tokens.layout(parts, tokenizer, side * side)
+        own = whole if null == "none" else tokens.layout(parts, tokenizer, side * side, null=null)
+        laid.append(own)
         shown.append(blobs)
-    length = -(-max(len(items.ids) for items in laid) // LENGTH_STEP) * LENGTH_STEP
+        longest = max(longest, len(whole.ids))
+    length = -(-longest // LENGTH_STEP) * LENGTH_STEP
     room = packing.Room(length, side * side, max(1, *map(len, shown)))
     first = next(((r, blobs[0]) for r, blobs in zip(given, shown) if blobs), None)
     empty = None if first is None else np.zeros_like(_picture(*first))
-    size = min(size, len(given))
     for begin in range(0, len(given), size):
         numbers = np.minimum(np.arange(begin, begin + size), len(given) - 1)
         made = [rows.lay_out([laid[i]], room, side, tokenizer.pad) for i in numbers]

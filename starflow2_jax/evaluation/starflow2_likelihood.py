@@ -40,10 +40,14 @@ def measure(
     """
     found: dict[str, Any] = {}
     for task in dict.fromkeys(case.task for case in cases):
-        for part, seen in (("seen", True), ("withheld", False)):
-            own = [c.record for c in cases if c.task == task and c.seen == seen]
-            if own:
-                found.setdefault(task, {})[part] = of_records(model, own, size=size, seed=seed)
+        parts = {
+            part: [c.record for c in cases if c.task == task and c.seen == seen]
+            for part, seen in (("seen", True), ("withheld", False))
+        }
+        # The smaller part is filled up to the other's batches, so that both take one program.
+        together = min(size, max(map(len, parts.values())))
+        measured = lambda own, rows=together: of_records(model, own, size=rows, seed=seed)
+        found[task] = {part: measured(own) for part, own in parts.items() if own}
     return found
 
 
@@ -73,6 +77,7 @@ def skill(model: Model, cases: Sequence[Case], *, size: int = 32) -> dict[str, A
     """Text without pictures: of the `model`, and of the frozen `vlm` of its folder by itself, nats
     a token and the share of records `right` word for word; and the `difference` of the nats."""
     given = [case.record for case in cases]
+    size = min(size, len(given))
     ours, vlm = sums(model, given, size=size)[0], _vlm_sums(model, given, size)
     return {
         "model": {**_text(ours), "right": _right(ours)},

@@ -248,19 +248,28 @@ def _place(pieces: list[Piece], weight: Weight, read: Any, sharding: Any, dtype:
     if isinstance(sharding, NamedSharding):
         axes = sharding.spec[1:] if layered else tuple(sharding.spec)
         theirs = NamedSharding(sharding.mesh, PartitionSpec(*(axes[::-1] if turned else axes)))
-    convert = lambda part: (part.T if turned else part).astype(dtype)
+    convert, empty, fill = _programs(turned, np.dtype(dtype), sharding)
     if not layered:
-        return jax.jit(convert, out_shardings=sharding)(_put(read(pieces[0]), theirs))
-
-    def fill(stack, part, layer):
-        return jax.lax.dynamic_update_index_in_dim(stack, convert(part), layer, 0)
-
-    fill = jax.jit(fill, donate_argnums=0, out_shardings=sharding)
-    stack = jax.jit(lambda: jnp.zeros(weight.shape, dtype), out_shardings=sharding)()
+        return convert(_put(read(pieces[0]), theirs))
+    stack = empty(weight.shape)
     for piece in pieces:
         # Waiting keeps later layers from being read while this one is still on its way.
         stack = fill(stack, _put(read(piece), theirs), piece.layer).block_until_ready()
     return stack
+
+
+@functools.lru_cache(maxsize=64)
+def _programs(turned: bool, dtype: np.dtype, sharding: Any) -> tuple[Any, Any, Any]:
+    """To convert a matrix, to begin a stack, to fill in a layer: each compiled once for all leaves
+    of one shape, and for folders read later."""
+    convert = lambda part: (part.T if turned else part).astype(dtype)
+
+    def fill(stack, part, layer):
+        return jax.lax.dynamic_update_index_in_dim(stack, convert(part), layer, 0)
+
+    there = {"out_shardings": sharding}
+    empty = jax.jit(lambda shape: jnp.zeros(shape, dtype), static_argnums=0, **there)
+    return jax.jit(convert, **there), empty, jax.jit(fill, donate_argnums=0, **there)
 
 
 def _put(array: np.ndarray, sharding: Any) -> jax.Array:
