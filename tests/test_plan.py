@@ -106,6 +106,17 @@ def _memory(over):
     return {"declared": parts, "peak": 6 * 2**30, "capacity": 8 * 2**30, "over": over}
 
 
+def test_a_program_that_jax_cannot_read_names_the_remedy():
+    def as_text():
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update should have 1 operands\n\tstack")
+
+    made = SimpleNamespace(as_text=as_text)
+    lowered = SimpleNamespace(compile=lambda: made)
+    words = r"cannot read what was compiled for cpu:8 \(INTERNAL: .* operands\); pip install"
+    with pytest.raises(RuntimeError, match=words):
+        estimate._compiled(lowered, None, topology.find("cpu:8"), {}, 0.0)
+
+
 def test_generate_is_planned_too():
     cfg = experiment(**{"sample.guidance": 0.0})
     (row,) = plan.plan(cfg, "cpu", ["fsdp"], what="generate")

@@ -124,6 +124,9 @@ def _compiled(lowered, mesh, topology, declared, activations, unsaid=1):
     """Memory and work of a lowered program; work is missing where it was too large to compile.
 
     `unsaid`: how often a loop runs of which the program does not say it.
+
+    Raises:
+        RuntimeError: a compiler newer than jax, whose programs it cannot read.
     """
     began, chip = time.perf_counter(), topology.chip
     try:
@@ -135,7 +138,14 @@ def _compiled(lowered, mesh, topology, declared, activations, unsaid=1):
         seconds = time.perf_counter() - began
         return {"fits": False, "compile_s": seconds, "memory": asdict(held), "_memory": held}
     seconds = time.perf_counter() - began
-    module = hlo.parse(made.as_text())
+    try:
+        module = hlo.parse(made.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        raise RuntimeError(
+            f"plan: jax {jax.__version__} cannot read what was compiled for {topology.name} "
+            f"({str(error).splitlines()[0]}); pip install 'starflow2_jax[plan]' brings the libtpu "
+            "of this jax"
+        ) from error
     held = memory.compiled(made.memory_analysis(), module, declared, activations, chip.memory)
     found = cost.analyse(module, mesh.shape, topology.slices, unsaid)
     row = {"fits": held.fits, "compile_s": seconds, "memory": asdict(held), "_memory": held}
