@@ -7,9 +7,10 @@ it. Data and tokenizer (python -m starflow2_jax.prepare ...):
         OUT                      TASKS                                              N      S
         data_cache/vlm_caption   caption                                            15000  7
         data_cache/vlm_dialog    dialog                                             40000  0
+        data_cache/vlm_quiz      quiz                                               40000  0
         data_cache/vlm_mixed     caption,question,multi,text                        40000  0
         data_cache/vlm_test      question                                           1000   1
-        data_cache/vlm_words     caption,question,dialog,edit,reason,multi,text,t2i 4000   0
+        data_cache/vlm_words     caption,question,dialog,quiz,edit,reason,multi,text,t2i 4000 0
     tokenizer --data data_cache/vlm_words --vocabulary 640 --tower_patch 8 --tower_merge 1 \\
         --out data_cache/tokenizer
 Variants:
@@ -49,15 +50,17 @@ def get_config(variant: str = "tiny"):
     cfg.text.tokenizer, cfg.text.length, cfg.text.images = "data_cache/tokenizer", 288, 3
     cfg.data.mixture = (
         # The next word of a caption is where the last one is: the first step of an answer.
-        {"path": "data_cache/vlm_caption", "weight": 2.0},
-        {"path": "data_cache/vlm_dialog", "weight": 3.0},
+        {"path": "data_cache/vlm_caption", "weight": 1.5},
+        # A quiz tells more in a row than anything; dialogs ask the same as users do.
+        {"path": "data_cache/vlm_quiz", "weight": 3.0},
+        {"path": "data_cache/vlm_dialog", "weight": 2.5},
         {"path": "data_cache/vlm_mixed", "weight": 1.0},
     )
     cfg.eval_data.path = "data_cache/vlm_test"
     cfg.noise.kind = "none"
     cfg.drop.condition = 0.0
     cfg.train.trains = ("vlm", "pixel_probe")
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 1800, 0.998
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 2400, 0.998
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1.5e-3, 1e-5, 150
     # With AdamW alone the tower had not told shapes apart after a hundred thousand pictures.
     cfg.optim.muon_lr, cfg.optim.b2, cfg.optim.weight_decay = 1e-2, 0.98, 0.01

@@ -14,7 +14,7 @@ from starflow2_jax import prepare
 from starflow2_jax.data import images, records, shapes, shapes_tasks, shapes_withheld
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Img, Text
-from starflow2_jax.data.shapes_wordings import WORDINGS
+from starflow2_jax.data.shapes_wordings import TERSE, WORDINGS
 from starflow2_jax.evaluation import shapes_eval
 
 TAGS = {
@@ -63,8 +63,8 @@ def test_record_depends_on_seed_and_number_alone():
     assert len({records.decode(data, "x").id for data in many}) == 50
     # The other tasks of a mixture change nothing of a task.
     alone = [records.encode(r) for r in some("edit", 3, seed=1)]
-    assert alone == few[2::8]
-    assert records.decode(few[10], "x").id == "shapes-edit-1-00000001"
+    assert alone == few[2::9]
+    assert records.decode(few[11], "x").id == "shapes-edit-1-00000001"
 
 
 def test_pictures_for_captions_stay_as_they_were():
@@ -79,9 +79,10 @@ def test_pictures_for_captions_stay_as_they_were():
     assert digest.hexdigest() == expected
 
 
-def patterns(key):
+def patterns(key, forms=WORDINGS):
     """Expressions that the wordings of a request match."""
-    return [re.sub(r"\\\{\w+\\\}", ".+", re.escape(form)) for form in WORDINGS[key]]
+    told = (forms[key],) if isinstance(forms[key], str) else forms[key]
+    return [re.sub(r"\\\{\w+\\\}", ".+", re.escape(form)) for form in told]
 
 
 @pytest.mark.parametrize("task", TAGS)
@@ -110,7 +111,8 @@ def test_form(task):
 
 
 def test_three_wordings_of_everything():
-    assert set(WORDINGS) == {"caption"}.union(*(TAGS[t] for t in TAGS if t != "caption"))
+    assert set(WORDINGS) == {"caption", "quiz"}.union(*(TAGS[t] for t in TAGS if t != "caption"))
+    assert set(TERSE) == set(shapes_tasks.QUESTIONS)
     for forms in WORDINGS.values():
         assert len(set(forms)) == shapes.WORDINGS == 3
         assert len({frozenset(re.findall(r"\{(\w+)\}", f.lower())) for f in forms}) == 1
@@ -160,7 +162,7 @@ def oracle(tag, request, objects, scene):
     if tag == "background":
         return scene.background
     if tag == "relation":
-        a, b = reversed(whole) if request.startswith("Seen from") else whole
+        a, b = reversed(whole) if request.startswith(("Seen from", "from")) else whole
         return shapes.relation(a, b)
     assert tag == "is_relation"
     return "yes" if shapes.relation(*whole) in request else "no"
@@ -180,21 +182,31 @@ def test_questions_are_answered_right():
     assert max(answers["count"].values()) < 0.6 * answers["count"].total()
 
 
-def test_dialogs_ask_several_questions_of_one_picture():
+@pytest.mark.parametrize("task, forms", [("dialog", WORDINGS), ("quiz", TERSE)])
+def test_several_questions_of_one_picture(task, forms):
+    """Of a dialog each is the user's turn; a quiz is one turn, of which answers are learnt."""
     counts, kinds_ = Counter(), Counter()
-    for record in some("dialog", 80):
+    for record in some(task, 80):
         records.check(record, record.id, pixels=True)
         (scene,), (shown, *turns) = scenes(record), record.segs
         assert isinstance(shown, Img) and not shown.loss and len(record.imgs) == 1
+        if task == "quiz":
+            assert turns.pop(0).s in WORDINGS["quiz"]
         asked, answered = turns[::2], turns[1::2]
         assert len({s.s for s in asked}) == len(asked) == len(answered)
-        for question, answer in zip(asked, answered):
-            assert (question.role, question.loss) == ("user", False)
+        for number, (question, answer) in enumerate(zip(asked, answered)):
+            role = "user" if task == "dialog" else "assistant"
+            assert (question.role, question.loss) == (role, False)
             assert (answer.role, answer.loss) == ("assistant", True)
+            words = question.s
+            if task == "quiz":
+                assert words.startswith("\n") == (number > 0) and words.endswith("? ")
+                words = words.strip()
             fits = [(len(form.replace(".+", "")), tag) for tag in shapes_tasks.QUESTIONS
-                    for form in patterns(tag) if re.fullmatch(form, question.s)]  # fmt: skip
+                    for form in patterns(tag, forms) if re.fullmatch(form, words)
+                    and (len(PAIR.findall(words)) == 2) == ("relation" in tag)]  # fmt: skip
             tag = max(fits)[1]
-            assert answer.s == oracle(tag, question.s, scene.objects, scene), (question, scene)
+            assert answer.s == oracle(tag, words, scene.objects, scene), (question, scene)
             kinds_[tag] += 1
         counts[record.meta["tag"], len(asked) > 1] += 1
     assert set(kinds_) == set(shapes_tasks.QUESTIONS)

@@ -4,14 +4,16 @@
     caption   picture, request            description
     question  picture, question           one or two words
     dialog    picture, several questions  one or two words to each
+    quiz      picture, request            terse questions, which are given, and one or two words
     edit      picture, instruction        picture
     reason    picture, request            picture (zoomed or edited), one or two words
     multi     two or three pictures, ...  one word
     text      statement and question      a few words
     t2i       caption                     picture (`shapes.make_records`)
 
-What the user says and shows is context, what the assistant does is learnt. Every request comes in
-three wordings. A record is drawn again until it fits what is withheld (`shapes_withheld`).
+What the user says and shows is context, what the assistant does is learnt (of a quiz, answers).
+Every request comes in three wordings. A record is drawn again until it fits what is withheld
+(`shapes_withheld`).
 """
 
 import dataclasses
@@ -24,7 +26,7 @@ from starflow2_jax.data import images, records, shapes, shapes_scenes, shapes_wi
 from starflow2_jax.data.records import Img, Record, Text
 from starflow2_jax.data.shapes import NUMBERS, Object, Scene, pick, plural
 from starflow2_jax.data.shapes_scenes import Zoom, facts, name, the
-from starflow2_jax.data.shapes_wordings import request
+from starflow2_jax.data.shapes_wordings import TERSE, request
 
 EDITS = ("recolor", "add", "remove", "move", "replace")
 QUESTIONS = ("color", "shape", "size", "count", "exists", "relation", "is_relation", "background")
@@ -32,9 +34,16 @@ REASONS = ("zoom", "count_after_removal", "count_after_edit")
 MULTI = ("same_shape", "which_shows", "which_has_most", "total")
 TEXTS = ("turn_around", "count_left", "color_of")
 DIALOGS = ("distinct", "groups")
-_HARD = ("color", "exists", "relation", "is_relation")  # asked twice as often in a dialog
-_QUESTIONS = 8  # of a dialog, fewer where one comes twice or has no clear answer
+_HARD = ("exists", "relation", "is_relation")  # asked twice as often in a dialog
+_QUESTIONS = 8  # of a dialog, fewer where one comes twice; twice as many of a quiz
 _ORDINALS = ("first", "second", "third")
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Words in the assistant's turn that are not learnt."""
+
+    words: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Draft:
 
     tag: str
     user: tuple[str | Scene, ...]
-    assistant: tuple[str | Scene | Zoom, ...]
+    assistant: tuple[str | Given | Scene | Zoom, ...]
     scenes: tuple[Scene, ...]
     said: tuple[Object | shapes_withheld.Combination, ...] = ()
     geneval: dict[str, object] | None = None
@@ -95,31 +104,46 @@ def question(rng: np.random.Generator, wording: int, tag: str) -> Draft:
 
 def dialog(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     """Picture and several questions, each with its answer; the second scene kind has groups."""
+    scene, asked, said = _several(rng, tag, _QUESTIONS, terse=False)
+    (asks, answer), *more = asked.items()
+    return Draft(tag, (scene, asks), (answer,), (scene,), said, facts(scene, asks), tuple(more))
+
+
+def quiz(rng: np.random.Generator, wording: int, tag: str) -> Draft:
+    """The same in as few words as it takes, all in one turn: what a row teaches most of."""
+    scene, asked, said = _several(rng, tag, 2 * _QUESTIONS, terse=True)
+    turn: list[str | Given] = []
+    for line, (asks, answer) in enumerate(asked.items()):
+        turn += [Given(f"{chr(10) if line else ''}{asks} "), answer]
+    asks = request("quiz", wording)
+    return Draft(tag, (scene, asks), tuple(turn), (scene,), said, facts(scene, asks))
+
+
+def _several(
+    rng: np.random.Generator, tag: str, number: int, *, terse: bool
+) -> tuple[Scene, dict[str, str], tuple[Object | shapes_withheld.Combination, ...]]:
+    """A scene, up to `number` questions with their answers, and what is spoken of."""
     if tag == "distinct":
-        scene = shapes_scenes.distinct(rng, int(rng.integers(1, 5)), apart=False)
-        tags = [*QUESTIONS, *_HARD]
+        # Half of them show two objects: of more it is not asked how two lie to one another.
+        count = int(rng.choice([1, 2, 2, 2, 3, 4]))
+        scene = shapes_scenes.distinct(rng, count)
+        tags = [t for t in (*QUESTIONS, *_HARD) if count == 2 or "relation" not in t]
     else:
-        scene, tags = shapes_scenes.groups(rng), ["count", "background"]
+        scene, tags, number = shapes_scenes.groups(rng), ["count", "background"], number // 2
     asked: dict[str, str] = {}
     said: list[Object | shapes_withheld.Combination] = []
-    for _ in range(_QUESTIONS if tag == "distinct" else _QUESTIONS // 2):
-        kind = pick(rng, tags)
+    for _ in range(number):
         mixed = [scene.objects[k] for k in rng.permutation(len(scene.objects))]
         turned = dataclasses.replace(scene, objects=tuple(mixed))
-        if "relation" in kind and (len(mixed) < 2 or not shapes.relation(mixed[0], mixed[-1])):
-            continue
-        asks, answer, spoken = _ask(rng, turned, int(rng.integers(shapes.WORDINGS)), kind)
+        wording = int(rng.integers(shapes.WORDINGS))
+        asks, answer, spoken = _ask(rng, turned, wording, pick(rng, tags), terse=terse)
         asked[asks] = answer
         said += spoken
-    if not asked:
-        return dialog(rng, wording, tag)
-    (asks, answer), *more = asked.items()
-    return Draft(tag, (scene, asks), (answer,), (scene,), tuple(said), facts(scene, asks),
-                 tuple(more))  # fmt: skip
+    return scene, asked, tuple(said)
 
 
 def _ask(
-    rng: np.random.Generator, scene: Scene, wording: int, tag: str
+    rng: np.random.Generator, scene: Scene, wording: int, tag: str, *, terse: bool = False
 ) -> tuple[str, str, tuple[Object | shapes_withheld.Combination, ...]]:
     """Question, answer, and what is spoken of; the objects differ, but for a count."""
     said: tuple[Object | shapes_withheld.Combination, ...] = ()
@@ -151,7 +175,8 @@ def _ask(
             said = ((a, asked, b),)
         else:
             answer = scene.background if tag == "background" else getattr(a, tag)
-    return request(tag, wording, **words), answer, said
+    asks = TERSE[tag].format(**words) if terse else request(tag, wording, **words)
+    return asks, answer, said
 
 
 def edit(rng: np.random.Generator, wording: int, tag: str) -> Draft:
@@ -276,9 +301,10 @@ _MAKE: dict[str, tuple[Callable[[np.random.Generator, int, str], Draft], Sequenc
     "multi": (multi, MULTI),
     "text": (text, TEXTS),
     "dialog": (dialog, DIALOGS),
+    "quiz": (quiz, DIALOGS),
 }
 # In this order: the number of a task is part of its seed.
-TASKS = ("caption", "question", "edit", "reason", "multi", "text", "t2i", "dialog")
+TASKS = ("caption", "question", "edit", "reason", "multi", "text", "t2i", "dialog", "quiz")
 
 
 def draft(
@@ -350,9 +376,10 @@ def _record(made: Draft, task: str, id: str, seed: int, pixels: int) -> Record:
         turns += [("user", (asks,)), ("assistant", (answer,))]
     for role, parts in turns:
         for part in parts:
-            loss = role == "assistant"
-            if isinstance(part, str):
-                segments.append(Text(part, loss, role))
+            loss = role == "assistant" and not isinstance(part, Given)
+            if isinstance(part, str | Given):
+                words = part.words if isinstance(part, Given) else part
+                segments.append(Text(words, loss, role))
                 continue
             drawn = part.draw(pixels) if isinstance(part, Zoom) else shapes.draw(part, pixels)
             segments.append(Img(len(blobs), loss, role))

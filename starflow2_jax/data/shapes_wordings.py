@@ -1,4 +1,4 @@
-"""How the shapes world is asked: three wordings of every request."""
+"""How the shapes world is asked: three wordings of every request, and a terse one of questions."""
 
 WORDINGS = {
     "caption": ("Describe the picture.", "What does the picture show?", "Say what you see."),
@@ -15,6 +15,7 @@ WORDINGS = {
                  "How does {a} lie to {b}?"),
     "is_relation": ("Is {a} {relation} {b}?", "Does {a} lie {relation} {b}?",
                     "Is it true that {a} is {relation} {b}?"),
+    "quiz": ("Answer in a word each.", "One word to each question.", "Short questions."),
     "background": ("What color is the background?", "Which color does the background have?",
                    "Name the color of the background."),
     "recolor": ("Make {a} {color}.", "Change the color of {a} to {color}.",
@@ -52,6 +53,17 @@ WORDINGS = {
     "color_of": ("{Fact}. What color is the {shape}?", "{Fact}. Which color does the {shape} have?",
                  "{Fact}. Name the color of the {shape}."),
 }  # fmt: skip
+
+TERSE = {
+    "color": "the {shape}: which color?",
+    "shape": "the {color} object: which shape?",
+    "size": "{a}: how big?",
+    "count": "{things}: how many?",
+    "exists": "{new}?",
+    "relation": "from {b}, {a}: where?",
+    "is_relation": "{a} {relation} {b}?",
+    "background": "the background: which color?",
+}
 
 
 def request(key: str, wording: int, **words: str) -> str:
