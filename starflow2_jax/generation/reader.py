@@ -70,7 +70,8 @@ def export(reader: Reader, path: str, *, dtype: Any = "float32", overwrite: bool
     kept = config.to_dict(reader.cfg)
     ids = json.loads((Path(reader.tokenizer) / "tokenizer.json").read_text("utf-8"))
     ids = {token["content"]: token["id"] for token in ids["added_tokens"]}
-    special = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    end = ids["<|endoftext|>"]
+    special = {"bos_token_id": end, "eos_token_id": ids["<|im_end|>"], "pad_token_id": end}
     qwen_weights.export(
         jax.tree.map(lambda a: np.asarray(a, jnp.dtype(dtype)), reader.params),
         reader.model,
