@@ -25,11 +25,11 @@ while read -r name tasks n seed test_tasks test_n test_seed; do
   lines=$lines"--out data_cache/${name}64 --tasks $tasks --n $((n / divisor)) --seed $seed"$'\n'
   lines=$lines"--out data_cache/${name}64_test --tasks $test_tasks --n $test_n --seed $test_seed"$'\n'
 done << 'END'
-t2i        t2i                      40000   0  t2i       500   1
-i2t        dialog,caption,question  30000  20  question  500  21
-edit       edit                     20000  30  edit      300  31
-reasoning  reason                   20000  40  reason    300  41
-text       text                     10000  50  text      300  51
+t2i        t2i                           40000   0  t2i       500   1
+i2t        quiz,dialog,caption,question  30000  20  question  500  21
+edit       edit                          20000  30  edit      300  31
+reasoning  reason                        20000  40  reason    300  41
+text       text                          10000  50  text      300  51
 END
 
 mkdir -p data_cache

@@ -18,6 +18,7 @@ Every request comes in three wordings. A record is drawn again until it fits wha
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -114,7 +115,7 @@ def quiz(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     scene, asked, said = _several(rng, tag, 2 * _QUESTIONS, terse=True)
     turn: list[str | Given] = []
     for line, (asks, answer) in enumerate(asked.items()):
-        turn += [Given(f"{chr(10) if line else ''}{asks} "), answer]
+        turn += [Given(f"{chr(10) if line else ''}{asks}"), f" {answer}"]
     asks = request("quiz", wording)
     return Draft(tag, (scene, asks), tuple(turn), (scene,), said, facts(scene, asks))
 
@@ -175,8 +176,10 @@ def _ask(
             said = ((a, asked, b),)
         else:
             answer = scene.background if tag == "background" else getattr(a, tag)
-    asks = TERSE[tag].format(**words) if terse else request(tag, wording, **words)
-    return asks, answer, said
+    if not terse:
+        return request(tag, wording, **words), answer, said
+    short = {key: re.sub("^(an?|the) ", "", word) for key, word in words.items()}
+    return TERSE[tag].format(**short), answer, said
 
 
 def edit(rng: np.random.Generator, wording: int, tag: str) -> Draft:

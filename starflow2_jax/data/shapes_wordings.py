@@ -1,4 +1,4 @@
-"""How the shapes world is asked: three wordings of every request, and a terse one of questions."""
+"""How the shapes world is asked: three wordings of a request, and a terse one of questions."""
 
 WORDINGS = {
     "caption": ("Describe the picture.", "What does the picture show?", "Say what you see."),
@@ -15,7 +15,7 @@ WORDINGS = {
                  "How does {a} lie to {b}?"),
     "is_relation": ("Is {a} {relation} {b}?", "Does {a} lie {relation} {b}?",
                     "Is it true that {a} is {relation} {b}?"),
-    "quiz": ("Answer in a word each.", "One word to each question.", "Short questions."),
+    "quiz": ("List some facts.", "Name facts about the picture.", "Tell what holds, in short."),
     "background": ("What color is the background?", "Which color does the background have?",
                    "Name the color of the background."),
     "recolor": ("Make {a} {color}.", "Change the color of {a} to {color}.",
@@ -54,15 +54,16 @@ WORDINGS = {
                  "{Fact}. Name the color of the {shape}."),
 }  # fmt: skip
 
+# The answer stands right behind the words that it hangs on: to look up there is soon learnt.
 TERSE = {
-    "color": "the {shape}: which color?",
-    "shape": "the {color} object: which shape?",
-    "size": "{a}: how big?",
-    "count": "{things}: how many?",
+    "color": "{shape}",
+    "shape": "{color}",
+    "size": "{color} {shape}",
+    "count": "{things}",
     "exists": "{new}?",
-    "relation": "from {b}, {a}: where?",
-    "is_relation": "{a} {relation} {b}?",
-    "background": "the background: which color?",
+    "relation": "{a} lies",
+    "is_relation": "{a} {relation}?",
+    "background": "background",
 }
 
 
