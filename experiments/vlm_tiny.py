@@ -52,8 +52,8 @@ def get_config(variant: str = "tiny"):
         # The next word of a caption is where the last one is: the first step of an answer.
         {"path": "data_cache/vlm_caption", "weight": 2.0},
         # A quiz tells more in a row than anything; dialogs ask the same as users do.
-        {"path": "data_cache/vlm_quiz", "weight": 3.0},
-        {"path": "data_cache/vlm_dialog", "weight": 2.0},
+        {"path": "data_cache/vlm_quiz", "weight": 4.0},
+        {"path": "data_cache/vlm_dialog", "weight": 1.0},
         {"path": "data_cache/vlm_mixed", "weight": 1.0},
     )
     cfg.eval_data.path = "data_cache/vlm_test"

@@ -4,7 +4,7 @@
     caption   picture, request            description
     question  picture, question           one or two words
     dialog    picture, several questions  one or two words to each
-    quiz      picture, request            terse questions, which are given, and one or two words
+    quiz      picture, request            questions, which are given, and one or two words to each
     edit      picture, instruction        picture
     reason    picture, request            picture (zoomed or edited), one or two words
     multi     two or three pictures, ...  one word
@@ -35,8 +35,8 @@ REASONS = ("zoom", "count_after_removal", "count_after_edit")
 MULTI = ("same_shape", "which_shows", "which_has_most", "total")
 TEXTS = ("turn_around", "count_left", "color_of")
 DIALOGS = ("distinct", "groups")
-_HARD = ("exists", "relation", "is_relation")  # asked twice as often in a dialog
-_QUESTIONS = 8  # of a dialog, fewer where one comes twice; twice as many of a quiz
+_HARD = ("exists", "relation", "is_relation")  # asked three times as often
+_DIALOG, _QUIZ = 8, 13  # questions, fewer where one comes twice
 _ORDINALS = ("first", "second", "third")
 
 
@@ -105,14 +105,14 @@ def question(rng: np.random.Generator, wording: int, tag: str) -> Draft:
 
 def dialog(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     """Picture and several questions, each with its answer; the second scene kind has groups."""
-    scene, asked, said = _several(rng, tag, _QUESTIONS, terse=False)
+    scene, asked, said = _several(rng, tag, _DIALOG, terse=0.0)
     (asks, answer), *more = asked.items()
     return Draft(tag, (scene, asks), (answer,), (scene,), said, facts(scene, asks), tuple(more))
 
 
 def quiz(rng: np.random.Generator, wording: int, tag: str) -> Draft:
-    """The same in as few words as it takes, all in one turn: what a row teaches most of."""
-    scene, asked, said = _several(rng, tag, 2 * _QUESTIONS, terse=True)
+    """The same, all in one turn, half of it in as few words as it takes: a row teaches more."""
+    scene, asked, said = _several(rng, tag, _QUIZ, terse=0.5)
     turn: list[str | Given] = []
     for line, (asks, answer) in enumerate(asked.items()):
         turn += [Given(f"{chr(10) if line else ''}{asks}"), f" {answer}"]
@@ -121,14 +121,15 @@ def quiz(rng: np.random.Generator, wording: int, tag: str) -> Draft:
 
 
 def _several(
-    rng: np.random.Generator, tag: str, number: int, *, terse: bool
+    rng: np.random.Generator, tag: str, number: int, *, terse: float
 ) -> tuple[Scene, dict[str, str], tuple[Object | shapes_withheld.Combination, ...]]:
-    """A scene, up to `number` questions with their answers, and what is spoken of."""
+    """A scene, up to `number` questions with their answers, a share of them `terse`, and what is
+    spoken of."""
     if tag == "distinct":
-        # Half of them show two objects: of more it is not asked how two lie to one another.
-        count = int(rng.choice([1, 2, 2, 2, 3, 4]))
+        # Most of them show two objects: of more it is not asked how two lie to one another.
+        count = int(rng.choice([1, 2, 2, 2, 2, 3, 4]))
         scene = shapes_scenes.distinct(rng, count)
-        tags = [t for t in (*QUESTIONS, *_HARD) if count == 2 or "relation" not in t]
+        tags = [t for t in (*QUESTIONS, *_HARD, *_HARD) if count == 2 or "relation" not in t]
     else:
         scene, tags, number = shapes_scenes.groups(rng), ["count", "background"], number // 2
     asked: dict[str, str] = {}
@@ -137,7 +138,8 @@ def _several(
         mixed = [scene.objects[k] for k in rng.permutation(len(scene.objects))]
         turned = dataclasses.replace(scene, objects=tuple(mixed))
         wording = int(rng.integers(shapes.WORDINGS))
-        asks, answer, spoken = _ask(rng, turned, wording, pick(rng, tags), terse=terse)
+        short = bool(rng.random() < terse)
+        asks, answer, spoken = _ask(rng, turned, wording, pick(rng, tags), terse=short)
         asked[asks] = answer
         said += spoken
     return scene, asked, tuple(said)
@@ -304,7 +306,7 @@ _MAKE: dict[str, tuple[Callable[[np.random.Generator, int, str], Draft], Sequenc
     "multi": (multi, MULTI),
     "text": (text, TEXTS),
     "dialog": (dialog, DIALOGS),
-    "quiz": (quiz, DIALOGS),
+    "quiz": (quiz, ("distinct", *DIALOGS)),
 }
 # In this order: the number of a task is part of its seed.
 TASKS = ("caption", "question", "edit", "reason", "multi", "text", "t2i", "dialog", "quiz")

@@ -56,13 +56,13 @@ WORDINGS = {
 
 # The answer stands right behind the words that it hangs on: to look up there is soon learnt.
 TERSE = {
-    "color": "{shape}",
-    "shape": "{color}",
-    "size": "{color} {shape}",
-    "count": "{things}",
-    "exists": "{new}?",
-    "relation": "{a} lies",
-    "is_relation": "{a} {relation}?",
+    "color": "color {shape}",
+    "shape": "shape {color}",
+    "size": "size {color} {shape}",
+    "count": "number {things}",
+    "exists": "any {new}",
+    "relation": "where {a}",
+    "is_relation": "true {a} {relation}",
     "background": "background",
 }
 
