@@ -34,7 +34,7 @@ def get_config(variant: str = "tiny"):
 
 def _tiny(cfg):
     cfg.data.path, cfg.eval_data.path = "data_cache/t2i64", "data_cache/t2i64_test"
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 32, 2500, 0.99
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 32, 4500, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 1e-5, 50
     cfg.optim.muon_lr = 1e-2
     cfg.fae.reconstructed, cfg.fae.latent_noise = True, 0.2

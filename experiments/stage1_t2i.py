@@ -34,6 +34,7 @@ def _tiny(cfg):
     cfg.optim.muon_lr = 1e-2
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 250, 128, 16
     cfg.checkpoint.every = cfg.sample.every = 250
+    cfg.sample.guidance = 2.0
 
 
 def _large(cfg):

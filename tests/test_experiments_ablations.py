@@ -158,7 +158,7 @@ def test_the_table_says_means_intervals_seeds_and_what_was_not_run(tmp_path):
     pixels = lines[f"{rows.ROWS['pixels'].what}†"]
     assert "| 1 of 1 |" in pixels and "0.250 (1)" in pixels and "0.750 (1)" in pixels
     assert "| 0 of 3 | not run |" in lines["mixture of transformers, all trained*"]
-    assert "160 steps" in text
+    assert "400 steps" in text
     assert "but 7 steps" in run.write_table(epath.Path(tmp_path), "tiny", 7)
 
 
