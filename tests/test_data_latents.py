@@ -244,7 +244,9 @@ def test_beam_makes_the_same(parts, whole, tmp_path):
     pytest.importorskip("apache_beam", reason="the extra `beam` is not installed")
     out = tmp_path / "out"
     latents.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(3, 4))
-    options = ["--runner=DirectRunner", "--direct_num_workers=1"]
+    # Named in full: "DirectRunner" fetches a program from the network first.
+    runner = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+    options = [f"--runner={runner}", "--direct_num_workers=1"]
     counts = latents_beam.write(out, parts[1], codec.open_encoder, parts[0], options=options)
     assert counts == {"shards": SHARDS, "made": SHARDS - 1, "kept": 1, "missing": 0}
     assert contents(out) == contents(whole)
