@@ -240,11 +240,21 @@ def test_killed_at_ten_random_points(several, tmp_path):
         kill_and_finish(several, tmp_path, int(at), expected)
 
 
-def test_beam_makes_the_same(parts, whole, tmp_path):
+IN_PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+
+
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(IN_PROCESSES, marks=pytest.mark.slow)], ids=["thread", "processes"]
+)
+def test_beam_makes_the_same(parts, whole, tmp_path, options, monkeypatch):
     pytest.importorskip("apache_beam", reason="the extra `beam` is not installed")
+    # Bits follow from how XLA compiles; a worker's process compiles as this one does (conftest.py).
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     out = tmp_path / "out"
     latents.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(3, 4))
-    options = ["--runner=DirectRunner", "--direct_num_workers=1"]
+    # Named in full: "DirectRunner" fetches a program from the network first.
+    runner = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+    options = [runner, *options]
     counts = latents_beam.write(out, parts[1], codec.open_encoder, parts[0], options=options)
     assert counts == {"shards": SHARDS, "made": SHARDS - 1, "kept": 1, "missing": 0}
     assert contents(out) == contents(whole)
