@@ -47,7 +47,7 @@ def _tiny(cfg):
     cfg.optim.muon_lr = 7e-3
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 200, 128, 16
     cfg.checkpoint.every = cfg.sample.every = 200
-    cfg.sample.guidance = 2.0
+    cfg.sample.guidance, cfg.sample.denoise = 1.0, True
 
 
 def _large(cfg):

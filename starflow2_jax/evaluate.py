@@ -377,8 +377,10 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
         if "likelihood" not in only:
             asked = [suite.TASKS[section] for section in only]
         given = cases.drawn(seed, values.n or 32, pixels, asked)
-    guidance = model.cfg["sample"]["guidance"] if values.guidance is None else values.guidance
-    options = {"rows": values.batch_size or 96, "guidance": guidance, "seed": seed}
+    drawing = {name: model.cfg["sample"][name] for name in ("guidance", "rule", "denoise")}
+    if values.guidance is not None:
+        drawing["guidance"] = values.guidance
+    options = {"rows": values.batch_size or 96, "seed": seed, **drawing}
     beside, without = suite.readers(model, pixels, values.blind)
     result, samples = suite.run(
         given,

@@ -87,7 +87,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("cache", None, "positions; as many as needed by default", **own)
     flags.DEFINE_integer("jacobi", 0, "tokens of a Jacobi chunk; 0 samples in sequence", **own)
     flags.DEFINE_float("threshold", 1e-3, "where a Jacobi chunk has settled", **own)
-    flags.DEFINE_bool("denoise", None, "a score step after sampling; by default of pixels", **own)
+    flags.DEFINE_bool(
+        "denoise", None, "a score step after sampling; the run's own by default", **own
+    )
     flags.DEFINE_string("layout", "dp", "where weights live", **own)
     flags.DEFINE_string("mesh", None, "such as fsdp=8; one device by default", **own)
     flags.DEFINE_bool("json", False, "print the result as JSON", **own)
@@ -197,7 +199,7 @@ def _options(model: Any, values: flags.FlagValues, draws: bool, pictures: bool) 
         "best_of": values.best_of,
         "best_of_gain": values.best_of_gain,
         "cache": values.cache,
-        "denoise": bool(values.denoise),
+        "denoise": sample["denoise"] if values.denoise is None else values.denoise,
         "jacobi": Jacobi(values.jacobi, values.threshold) if values.jacobi else None,
     }
     if values.images and not pictures:
@@ -239,7 +241,7 @@ def _draw(model: Any, out: epath.Path | None, values: flags.FlagValues) -> None:
         rule=values.rule or sample["rule"],
         temperature=heat,
         jacobi=Jacobi(values.jacobi, values.threshold) if values.jacobi else None,
-        denoise=values.denoise is not False,
+        denoise=sample["denoise"] if values.denoise is None else values.denoise,
         seed=values.seed,
         batch=min(16, n * max(len(values.prompt) + len(values.label), 1)),
     )
