@@ -226,9 +226,11 @@ def test_what_the_compiler_has_written_before_machine_code(tmp_path):
         "Memory Space: vmem (color=1)\nTotal bytes: 4096 (4.0KiB)\n"
     )
     program = at("_after_buffer_assignment")
-    program.write_text("HloModule jit_step\n\nENTRY %main (a: f32[64]) -> f32[16] {\n  %a =")
-    assert halfway.read(tmp_path) is None
-    program.write_text("HloModule jit_step\n\nENTRY %main (a: f32[64]) -> f32[16] {\n}\n\n")
+    inner = "HloModule jit_step\n\n%inner (b: f32[64]) -> f32[16] {\n}\n\n"
+    for part in (inner, inner + "ENTRY %main (a: f32[64]) -> f32[16] {\n  %a = f32[64]{0}"):
+        program.write_text(part)
+        assert halfway.read(tmp_path) is None
+    program.write_text(inner + "ENTRY %main (a: f32[64]) -> f32[16] {\n}\n\n")
     found = halfway.read(tmp_path)
     assert found.as_text().startswith("HloModule") and found.memory_analysis() is found
     assert (found.argument_size_in_bytes, found.output_size_in_bytes) == (768, 320)

@@ -89,7 +89,9 @@ def read(folder: pathlib.Path) -> Halfway | None:
         texts.append(found[-1].read_text())
     program, places, usage = texts
     total = re.search(r"Memory Space: default \(color=0\)\s+Total bytes: (\d+)", usage)
-    if not program.rstrip().endswith("}") or not total:
+    # The entry is the last of its computations.
+    entry = program.find("\nENTRY ")
+    if entry < 0 or not program[entry:].rstrip().endswith("\n}") or not total:
         return None
     sizes = {"argument": 0, "output": 0, "alias": 0}
     for size, rest in re.findall(r"^allocation \d+: size (\d+), (.*)$", places, re.M):
