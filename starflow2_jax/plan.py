@@ -38,6 +38,8 @@ def define() -> None:
                                   "device", 1)  # fmt: skip
     flags.DEFINE_bool("search", False, "try batches, remat policies and meshes; best first")
     flags.DEFINE_integer("tries", 6, "search: programs compiled", 1)
+    flags.DEFINE_bool("whole", False, "compile to machine code too, as a TPU would: its size "
+                                      "counts as well, minutes a layout")  # fmt: skip
     flags.DEFINE_string("out", None, "folder for plan.json, plan.md and plan.png")
     flags.DEFINE_bool("overwrite", False, "replace what --out names")
     flags.DEFINE_bool("json", False, "print the result as JSON")
@@ -71,6 +73,7 @@ def main(words: list[str]) -> None:
         what=flags.FLAGS.what,
         batch=flags.FLAGS.batch,
         tries=flags.FLAGS.tries if flags.FLAGS.search else 0,
+        whole=flags.FLAGS.whole,
     )
     keep(rows)
     print(json.dumps(told(rows), indent=2) if flags.FLAGS.json else "\n".join(table(told(rows))))
@@ -94,11 +97,13 @@ def plan(
     what: str = "train",
     batch: int | None = None,
     tries: int = 0,
+    whole: bool = False,
     after: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Rows of a plan, one a layout, or with `tries` those of a search.
 
-    `after` is called with the rows so far after each layout, which may take minutes.
+    `after` is called with the rows so far after each layout, which may take minutes. `whole`:
+    compile to machine code too.
 
     Of several layouts, one that does not suit the model or the devices gives a row that says why.
 
@@ -114,7 +119,7 @@ def plan(
     if tries and what == "generate":
         raise ValueError("--search is for training")
     if tries:
-        return search.search(cfg, machine, layouts, tries, _say)
+        return search.search(cfg, machine, layouts, tries, _say, whole)
     rows, own = [], None
     for layout in layouts:
         shape = mesh or (cfg["mesh"] if len(layouts) == 1 and layout == cfg["layout"] else None)
@@ -122,11 +127,11 @@ def plan(
         now = {**cfg, "layout": layout, "mesh": shape}
         began = time.perf_counter()
         try:
+            name, given = "train_step", own
             if what == "generate":
-                row = estimate.generate(now, machine, batch or _ways(now, machine))
-            else:
-                row = estimate.train_step(now, machine, own)
-                own = row["model_flops"]
+                name, given = "generate", batch or _ways(now, machine)
+            row = estimate.planned(name, now, machine, given, whole=whole)
+            own = row["model_flops"]
         except ValueError as error:
             if len(layouts) == 1:
                 raise

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +15,7 @@ from test_training_starflow2 import experiment as joint
 from starflow2_jax import params as weights
 from starflow2_jax import plan
 from starflow2_jax.models import flops, starflow2
-from starflow2_jax.planning import estimate, report, topology
+from starflow2_jax.planning import estimate, halfway, report, topology
 from starflow2_jax.training.step import model_config
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -207,6 +208,43 @@ def test_search_names_the_best_that_fits(monkeypatch):
         search.search(experiment(), small, ["fsdp"], 3, said.append)
 
 
+def test_what_the_compiler_has_written_before_machine_code(tmp_path):
+    """Arrays of main memory alone count (color 0); nothing is read of what is half written."""
+    at = lambda name: tmp_path / f"module_0003.jit_step.after_optimizations{name}.txt"
+    assert halfway.read(tmp_path) is None
+    at("-buffer-assignment").write_text(
+        "BufferAssignment:\n"
+        "allocation 0: size 64, output shape is |f32[16]|, maybe-live-out:\n"
+        " value: <1 add @0> (size=64,offset=0): f32[16]\n"
+        "allocation 1: size 256, parameter 0, shape |f32[64]| at ShapeIndex {}, maybe-live-out:\n"
+        "allocation 2: size 512, parameter 1, shape |f32[128]| at ShapeIndex {}:\n"
+        "allocation 3: size 4096, color 1, preallocated-temp:\n"
+        "allocation 4: size 1024, preallocated-temp:\n"
+    )
+    at("-memory-usage-report").write_text(
+        "Memory Space: default (color=0)\nTotal bytes: 1856 (1.8KiB)\n"
+        "Memory Space: vmem (color=1)\nTotal bytes: 4096 (4.0KiB)\n"
+    )
+    program = at("_after_buffer_assignment")
+    inner = "HloModule jit_step\n\n%inner (b: f32[64]) -> f32[16] {\n}\n\n"
+    for part in (inner, inner + "ENTRY %main (a: f32[64]) -> f32[16] {\n  %a = f32[64]{0}"):
+        program.write_text(part)
+        assert halfway.read(tmp_path) is None
+    program.write_text(inner + "ENTRY %main (a: f32[64]) -> f32[16] {\n}\n\n")
+    found = halfway.read(tmp_path)
+    assert found.as_text().startswith("HloModule") and found.memory_analysis() is found
+    assert (found.argument_size_in_bytes, found.output_size_in_bytes) == (768, 320)
+    assert (found.alias_size_in_bytes, found.temp_size_in_bytes) == (256, 1024)
+
+
+def test_a_process_of_its_own_hands_back_what_it_found_or_why_not():
+    assert halfway.apart(math.gcd, 12, 18) == 6
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        halfway.apart(int, "twelve")
+    with pytest.raises(RuntimeError, match="ended with code 3 and no answer; --whole compiles"):
+        halfway.apart(os._exit, 3)
+
+
 # ------------------------------------------------------------------------------------------- TPUs
 
 
@@ -255,3 +293,18 @@ def test_what_does_not_fit_a_tpu_says_by_how_much():
     (row,) = plan.plan(cfg, "v5e:2x2", ["dp"])
     assert not row["fits"] and row["memory"]["over"] > 0
     assert any("weights cut 4 ways, not 1" in hint for hint in row["advice"])
+
+
+@needs_libtpu
+def test_a_plan_without_machine_code_is_that_of_the_whole():
+    """Only the code's own bytes are missing, and what it keeps in memory for itself."""
+    cfg = experiment("fsdp", "fsdp=4", depth=2, compute_dtype="bfloat16")
+    (quick,) = plan.plan(cfg, "v5e:2x2", ["fsdp"])
+    (whole,) = plan.plan(cfg, "v5e:2x2", ["fsdp"], whole=True)
+    same = ("flops", "kernel_flops", "bytes", "collectives", "unintended", "fits", "step_s")
+    assert {name: quick[name] for name in same} == {name: whole[name] for name in same}
+    ours, all_of_it = quick["memory"], whole["memory"]
+    same = ("declared", "arguments", "outputs", "aliased", "padding", "unused", "capacity")
+    assert {name: ours[name] for name in same} == {name: all_of_it[name] for name in same}
+    assert ours["code"] == 0 < all_of_it["code"]
+    assert 0 <= all_of_it["peak"] - all_of_it["code"] - ours["peak"] < 64 * 2**20

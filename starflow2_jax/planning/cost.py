@@ -212,10 +212,10 @@ def bytes_of(module: Module, computation: Computation, instruction: Instruction)
         called = module.computations[name]
         inner = called.parameters()
         read = sum(
-            _read(called, inner[n], operand.shapes) if n in inner else 0.0
+            _read(module, called, inner[n], operand.shapes) if n in inner else 0.0
             for n, operand in enumerate(operands)
         )
-        return read + _written(called, instruction.shapes)
+        return read + _written(module, called, instruction.shapes)
     return sum(_held(s) for i in (instruction, *operands) for s in i.shapes)
 
 
@@ -227,8 +227,10 @@ def _users(called, name):
     return [i for i in called.instructions if name in i.operands]
 
 
-def _read(called, parameter, given):
-    """Of an operand of a fusion: only the slices, where nothing else is read of it."""
+def _read(module, called, parameter, given):
+    """Of an operand of a fusion: only the slices, where nothing else is read of it, there or in
+    fusions inside.
+    """
     whole = sum(map(_held, given))
     if not whole:
         return 0.0
@@ -242,12 +244,19 @@ def _read(called, parameter, given):
                 parts += sum(s.bytes for s in user.shapes)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == current.name:
                 continue  # written in place
+            elif user.opcode == "fusion":
+                (name,) = user.called("calls")
+                inner = module.computations[name]
+                taken = [
+                    p for n, p in inner.parameters().items() if user.operands[n] == current.name
+                ]
+                parts += sum(_read(module, inner, each, given) for each in taken)
             else:
                 return whole
     return min(parts, whole)
 
 
-def _written(called, given):
+def _written(module, called, given):
     """Of a fusion's results: only the part, where a larger array is updated in place."""
     root = called.root
     parts = [called.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
@@ -257,7 +266,10 @@ def _written(called, given):
     for part, shape in zip(parts, given):
         while part.opcode == "bitcast" and part.operands[0] in called.by_name:
             part = called.by_name[part.operands[0]]
-        if part.opcode == "dynamic-update-slice" and not shape.space:
+        if part.opcode == "fusion" and len(part.shapes) == 1:
+            (name,) = part.called("calls")
+            total += _written(module, module.computations[name], [shape])
+        elif part.opcode == "dynamic-update-slice" and not shape.space:
             total += sum(s.bytes for s in called.by_name[part.operands[1]].shapes)
         else:
             total += _held(shape)

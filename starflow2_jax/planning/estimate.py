@@ -11,8 +11,8 @@ import jax
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax import tasks
-from starflow2_jax.planning import cost, decode, hlo, intent, memory, options, work
-from starflow2_jax.planning.topology import Topology
+from starflow2_jax.planning import cost, decode, halfway, hlo, intent, memory, options, work
+from starflow2_jax.planning.topology import Topology, find
 
 Row = dict[str, Any]
 # So that `--layout tp` means something on many chips: heads and channels rarely divide by more.
@@ -57,11 +57,35 @@ def _trace(program):
         return program.step.trace(*given)
 
 
-def train_step(cfg: Mapping[str, Any], topology: Topology, own_flops: float | None = None) -> Row:
+def planned(
+    what: str, cfg: Mapping[str, Any], topology: Topology, *args: Any, whole: bool = False
+) -> Row:
+    """`train_step` or `generate`; for TPUs in a process of its own, without machine code.
+
+    Args:
+        what: which of the two; args: after the topology; whole: here, and machine code too.
+    """
+    if whole or not topology.shape:
+        return globals()[what](cfg, topology, *args)
+    return halfway.apart(_apart, what, dict(cfg), topology.name, args)
+
+
+def _apart(what, cfg, topology, args):
+    return globals()[what](cfg, find(topology), *args, whole=False)
+
+
+def train_step(
+    cfg: Mapping[str, Any],
+    topology: Topology,
+    own_flops: float | None = None,
+    *,
+    whole: bool = True,
+) -> Row:
     """Compile an experiment's training step for a topology under its `layout` and `mesh`.
 
     Args:
         cfg: a resolved, checked configuration; own_flops: of `model_flops`, where known.
+        whole: machine code too, of which a plan reads the size alone.
 
     Raises:
         ValueError: what building the program says of configuration, mesh or layout.
@@ -79,7 +103,7 @@ def train_step(cfg: Mapping[str, Any], topology: Topology, own_flops: float | No
     }
     with jax.set_mesh(mesh):
         lowered = traced.lower()
-    row = _compiled(lowered, mesh, topology, memory.declared(program), activations)
+    row = _compiled(lowered, mesh, topology, memory.declared(program), activations, whole=whole)
     if "flops" in row:
         module, found = row.pop("_compiled")
         args = (program.declared, found, module, mesh, cfg["layout"])
@@ -94,11 +118,11 @@ def train_step(cfg: Mapping[str, Any], topology: Topology, own_flops: float | No
     return _rates(row, flops, tokens, topology)
 
 
-def generate(cfg: Mapping[str, Any], topology: Topology, rows: int) -> Row:
+def generate(cfg: Mapping[str, Any], topology: Topology, rows: int, *, whole: bool = True) -> Row:
     """Compile the drawing of `rows` images; as `train_step`."""
     mesh = meshes.make_mesh(cfg["mesh"], topology.devices)
     made = decode.lower(cfg, mesh, rows)
-    row = _compiled(made.lowered, mesh, topology, made.declared, 0.0, made.steps)
+    row = _compiled(made.lowered, mesh, topology, made.declared, 0.0, made.steps, whole)
     row = {**_told(cfg, topology, mesh, rows), **row}
     row.pop("_memory")
     row.pop("_compiled", None)
@@ -120,7 +144,7 @@ def _told(cfg, topology, mesh, rows):
     }
 
 
-def _compiled(lowered, mesh, topology, declared, activations, unsaid=1):
+def _compiled(lowered, mesh, topology, declared, activations, unsaid=1, whole=True):
     """Memory and work of a lowered program; work is missing where it was too large to compile.
 
     `unsaid`: how often a loop runs of which the program does not say it.
@@ -128,16 +152,20 @@ def _compiled(lowered, mesh, topology, declared, activations, unsaid=1):
     Raises:
         RuntimeError: a compiler newer than jax, whose programs it cannot read.
     """
-    began, chip = time.perf_counter(), topology.chip
+    began, worked, chip = time.perf_counter(), time.process_time(), topology.chip
+    # Seconds on the clock, and of all cores together, which a busy machine does not change.
+    took = lambda: {
+        "compile_s": time.perf_counter() - began,
+        "compile_cpu_s": time.process_time() - worked,
+    }
     try:
-        made = lowered.compile()
+        made = lowered.compile() if whole else halfway.until_code(lowered)
     except jax.errors.JaxRuntimeError as error:
         held = memory.too_large(str(error), declared, activations, chip.memory)
         if held is None:
             raise
-        seconds = time.perf_counter() - began
-        return {"fits": False, "compile_s": seconds, "memory": asdict(held), "_memory": held}
-    seconds = time.perf_counter() - began
+        return {"fits": False, **took(), "memory": asdict(held), "_memory": held}
+    taken = took()
     try:
         module = hlo.parse(made.as_text())
     except jax.errors.JaxRuntimeError as error:
@@ -148,7 +176,7 @@ def _compiled(lowered, mesh, topology, declared, activations, unsaid=1):
         ) from error
     held = memory.compiled(made.memory_analysis(), module, declared, activations, chip.memory)
     found = cost.analyse(module, mesh.shape, topology.slices, unsaid)
-    row = {"fits": held.fits, "compile_s": seconds, "memory": asdict(held), "_memory": held}
+    row = {"fits": held.fits, **taken, "memory": asdict(held), "_memory": held}
     row["flops"], row["kernel_flops"], row["bytes"] = found.flops, found.kernel_flops, found.bytes
     row["collectives"] = _summed(found.collectives)
     row["unknown_loops"] = list(found.unknown_loops) if unsaid == 1 else []

@@ -104,17 +104,15 @@ def too_large(
 ) -> Memory | None:
     """What the compiler's refusal of a program says; None where that is not about memory."""
     size = r"([\d.]+)([KMGT]?)i?B?"
-    # In two versions of libtpu: all of a program, or its temporaries alone. These are beside the
-    # arguments, which take the rest of what is there.
-    whole = re.search(rf"Used {size} of {size} hbm", message)
-    found = whole or re.search(
+    # In two versions of libtpu. What the later one calls temporaries counts the arguments as well:
+    # of 14 GiB of these and two arrays of 2 GiB it says 18.
+    found = re.search(rf"Used {size} of {size} hbm", message) or re.search(
         rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", message
     )
     if not found:
         return None
     number = lambda n: float(found[n]) * 1024 ** " KMGT".index(found[n + 1] or " ")
-    used = number(1) if whole else number(1) + sum(given.values())
-    available = number(3)
+    used, available = number(1), number(3)
     return Memory(given, activations, available, peak=used, over=used - available)
 
 

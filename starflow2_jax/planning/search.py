@@ -46,6 +46,7 @@ def search(
     layouts: Sequence[str],
     tries: int,
     say: Callable[[str], None],
+    whole: bool = False,
 ) -> list[Row]:
     """Rows of the candidates that were compiled, the best that fits first.
 
@@ -87,7 +88,7 @@ def search(
         )
     rows: list[Row] = []
     for *_, new in sorted(waiting)[:tries]:
-        row = estimate.train_step(new, topology)
+        row = estimate.planned("train_step", new, topology, whole=whole)
         say(f"{row['layout']} {new['mesh']} batch {row['batch']} remat {row['remat']}: "
             f"{'fits' if row['fits'] else 'does not fit'}")  # fmt: skip
         rows.append(row)
