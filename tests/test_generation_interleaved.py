@@ -211,8 +211,9 @@ def test_genevals_tree(parts, tmp_path, capsys):
             assert image.size == (PIXELS, PIXELS)
     assert json.loads((tmp_path / "tree" / "settings.json").read_text())["rewrite"] is False
     # A picture depends on its number, not on how many are drawn at a time.
-    options = interleaved.make_options({"images": 1, "max_tokens": 0, "n": 2, "seed": 42})
     model = loading.load(parts[1])
+    drawing = {"images": 1, "max_tokens": 0, "n": 2, "seed": 42}
+    options = interleaved.make_options(drawing | {"denoise": model.cfg["sample"]["denoise"]})
     prompts = [row["prompt"] for row in rows]
     for together in (1, 2):
         found = list(interleaved.generate_many(model, prompts, options, rows=2 * together))
