@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from test_training_step import experiment
 
-from starflow2_jax import config, mesh, train
+from starflow2_jax import config, mesh, tasks, train
 from starflow2_jax.data import records, shapes
-from starflow2_jax.training import checkpoint, log, step, step_folders
+from starflow2_jax.training import checkpoint, log, step_folders
 
 RUNNER = pathlib.Path(__file__).with_name("train_runner.py")
 CLOCKS = ("seconds_per_step", "tokens_per_second", "flops_per_second", "mfu")
@@ -80,7 +80,7 @@ def finish(process, expected=0):
 
 
 def state_of(workdir, number, cfg):
-    program = step.build({**cfg, "mesh": "data=1"}, mesh.make_mesh("data=1", jax.devices()[:1]))
+    program = tasks.build({**cfg, "mesh": "data=1"}, mesh.make_mesh("data=1", jax.devices()[:1]))
     state, _ = checkpoint.restore(workdir, number, program.abstract_state)
     return jax.tree.map(np.asarray, state)
 
