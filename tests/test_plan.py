@@ -4,6 +4,10 @@ import importlib.util
 import json
 import math
 import os
+import pathlib
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import jax
@@ -243,6 +247,31 @@ def test_a_process_of_its_own_hands_back_what_it_found_or_why_not():
         halfway.apart(int, "twelve")
     with pytest.raises(RuntimeError, match="ended with code 3 and no answer; --whole compiles"):
         halfway.apart(os._exit, 3)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads /proc")
+def test_the_process_of_its_own_ends_with_the_one_that_asked(tmp_path):
+    """Even where that one is killed: a compiler would go on for minutes."""
+    code = (
+        "import time\n"
+        "from starflow2_jax.planning import halfway\n"
+        "if __name__ == '__main__':\n"
+        "    halfway.apart(time.sleep, 1000)\n"
+    )
+    (tmp_path / "ask.py").write_text(code)
+    asking = subprocess.Popen([sys.executable, str(tmp_path / "ask.py")], env={**os.environ})
+    children = pathlib.Path(f"/proc/{asking.pid}/task/{asking.pid}/children")
+    wait = lambda done: next((True for _ in range(600) if done() or time.sleep(0.1)), False)
+    spawned = lambda: [
+        n for n in children.read_text().split()
+        if b"spawn_main" in pathlib.Path(f"/proc/{n}/cmdline").read_bytes()
+    ]  # fmt: skip
+    assert wait(spawned)
+    (child,) = spawned()
+    time.sleep(5)  # for the child to begin
+    asking.kill()
+    asking.wait()
+    assert wait(lambda: not pathlib.Path(f"/proc/{child}").exists())
 
 
 # ------------------------------------------------------------------------------------------- TPUs

@@ -118,7 +118,7 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(theirs, function, args))
+    child = context.Process(target=_answer, args=(theirs, os.getpid(), function, args))
     child.start()
     theirs.close()
     try:
@@ -137,7 +137,8 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
     return answer
 
 
-def _answer(pipe, function, args):
+def _answer(pipe, parent, function, args):
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # As in the command: a libtpu without a TPU would be waited for.
     jax.config.update("jax_platforms", "cpu")
     try:
@@ -149,3 +150,10 @@ def _answer(pipe, function, args):
     pipe.close()
     time.sleep(_WAIT)
     os._exit(0)
+
+
+def _end_with(parent):
+    """Ends this process once the one that asked is gone, whose end nothing else says."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
