@@ -268,7 +268,10 @@ def test_flops_are_the_analytic_count(remat, of_layout):
     else:
         program, _, _, found = compiled(experiment(**{"model.remat": remat}))
     expected = flops.executed_step(program.model, ROWS, program.model.tokens)
-    assert 8 * found.flops == pytest.approx(expected, rel=0.05)
+    # XLA may still have what `dots` asks for again; how much of it differs between releases.
+    once = dataclasses.replace(program.model, remat="none" if remat == "dots" else remat)
+    least = flops.executed_step(once, ROWS, program.model.tokens)
+    assert 0.95 * least <= 8 * found.flops <= 1.05 * expected
     asked = work.flops(_trace(program).jaxpr)
     assert asked == pytest.approx(expected, rel=0.05)
     if remat == "none":

@@ -59,9 +59,12 @@ def kept(trace: Any, rows: int, ways: int) -> float:
     total = 0.0
     for equation in trace.eqns:
         if equation.primitive.name == "scan" and not equation.params["reverse"]:
-            for out in equation.outvars[equation.params["num_carry"] :]:
+            body = getattr(equation.params["jaxpr"], "jaxpr", equation.params["jaxpr"])
+            for out, one in zip(equation.outvars, body.outvars):
                 shape = out.aval.shape
-                if any(size and size % rows == 0 for size in shape[1:]):
+                # A carry is as the body gives it; what is stacked has the loop's axis in front.
+                stacked = len(shape) > len(one.aval.shape)
+                if stacked and any(size and size % rows == 0 for size in shape[1:]):
                     total += math.prod(shape) * _itemsize(out.aval.dtype) / ways
         total += sum(kept(each, rows, ways) for each, _ in inner(equation))
     return total
