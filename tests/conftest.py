@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test; a test that wants float64 asks for `x64`."""
 
 import os
+import pathlib
 
 import jax
 import pytest
@@ -22,3 +23,13 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Compiled programs are mapped into memory piece by piece, and Linux ends a process that asks
+    for more than 65,530 pieces: before that, those of the files that are done are let go."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
