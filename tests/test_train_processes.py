@@ -375,10 +375,7 @@ def test_killed_at_twenty_random_points(make, tmp_path):
     finish(start(cfg, tmp_path / "whole", "2x4"))
     whole, rng = losses(tmp_path / "whole"), random.Random(0)
     for trial in range(20):
-        run, where = (
-            tmp_path / f"run{trial}",
-            ("data", "step", "before", "writing", "after")[trial % 5],
-        )
+        run, where = tmp_path / f"run{trial}", WHERE[trial % len(WHERE)]
         at = rng.choice((2, 4, 6) if where in ("before", "writing", "after") else (2, 3, 4, 5))
         what = f"{rng.choice('01')}@{where}:{at}"
         output = start(cfg, run, "2x4", what).communicate(timeout=900)[0].decode()
