@@ -171,6 +171,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def to_host(a: jax.Array) -> np.ndarray:
+    """The whole of an array. Where other processes hold parts of it, all of them have to call."""
+    if a.is_fully_addressable or a.is_fully_replicated:
+        return np.asarray(a)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(a, tiled=True)
+
+
 def check_batch(rows: int, mesh: Mesh, what: str = "train.batch_size") -> None:
     """Raises ValueError where the mesh's batch axes do not divide the number of rows."""
     ways = int(np.prod([mesh.shape[axis] for axis in ACTIVATIONS["batch"]]))

@@ -16,6 +16,7 @@ import numpy as np
 from starflow2_jax.generation import denoise
 from starflow2_jax.generation.guidance import Guidance
 from starflow2_jax.generation.inverse import Jacobi, inverse
+from starflow2_jax.mesh import to_host
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import unpatchify
 from starflow2_jax.training import inputs
@@ -190,9 +191,9 @@ def _draw(model, part, rows, sampling, guided):
     if sampling.denoise and noise["kind"] == "gaussian" and noise["sigma"]:
         x = _score_step(model.params["flow"], x, noise["sigma"], given, cfg=cfg)
     if not image["pixels"]:
-        return np.asarray(x)
+        return to_host(x)
     pixels = unpatchify(x, (cfg.side, cfg.side), image["patch"], image["layout"])
-    return np.asarray(inputs.to_pixels(pixels, noise["kind"]))
+    return to_host(inputs.to_pixels(pixels, noise["kind"]))
 
 
 @partial(jax.jit, static_argnames="cfg")
