@@ -177,7 +177,9 @@ def test_two_processes_killed_and_moved_to_one_lose_nothing(make, tmp_path):
 
 
 def test_sigterm_on_one_process_saves_once_and_ends_all(make, tmp_path):
-    cfg = make(train__steps=1_000_000, checkpoint__every=500_000)
+    """And its grids are drawn where the layout cuts what is drawn over the processes."""
+    over = {"layout": "tp", "mesh": "data=2,tensor=4", "sample__every": 1}
+    cfg = make(train__steps=1_000_000, checkpoint__every=500_000, **over)
     run = tmp_path / "run"
     process = start(cfg, run)
     deadline = time.time() + 600
@@ -193,6 +195,7 @@ def test_sigterm_on_one_process_saves_once_and_ends_all(make, tmp_path):
     assert [entry.status for entry in steps] == ["sealed"]
     assert output.count(f"stopped by SIGTERM at step {steps[0].step}, saved") == 2
     assert max(losses(run)) == steps[0].step
+    assert (run / "samples" / "00000001.png").exists()
 
 
 def _environment(pid):
