@@ -359,29 +359,3 @@ def test_too_few_rows_or_odd_shapes_write_nothing(folder, tmp_path):
     payload = arrays.encode("x", {"a": np.zeros((2, 2), np.float32)})
     with pytest.raises(DatasetError, match="here: a has 16 bytes"):
         arrays.decode(payload.replace(b"\x92\x02\x02", b"\x92\x02\x03"), "here")
-
-
-def test_decodes_2000_photographs_a_second_on_one_core(tmp_path):
-    """JPEGs of 32 x 32 of noise, heavier than photographs; processor time, not wall time."""
-    import io
-
-    from PIL import Image
-
-    def produce():
-        rng = np.random.default_rng(0)
-        for k in range(300):
-            buffer = io.BytesIO()
-            noise = rng.integers(0, 256, (32, 32, 3), np.uint8)
-            Image.fromarray(noise).save(buffer, "JPEG")
-            blob = records.image_blob(buffer.getvalue(), "x")
-            yield records.text_to_image(f"{k}", "t", "c", blob, {"label": 0})
-
-    records.write(tmp_path / "data", produce(), classes=["c"])
-    cfg = {"path": str(tmp_path / "data"), "pixels": 32, "labels": True, "threads": 0}
-    stream = pipeline.batches(cfg, batch_size=100)
-    next(stream)
-    start = time.process_time()
-    for _ in range(20):
-        next(stream)
-    rate = 2000 / (time.process_time() - start)
-    assert rate > 2000, f"{rate:.0f} images/s"
