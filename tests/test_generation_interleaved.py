@@ -21,6 +21,7 @@ from starflow2_jax import params as weights
 from starflow2_jax.generation import (
     codec,
     conversation,
+    decode,
     denoise,
     interleaved,
     loading,
@@ -126,6 +127,19 @@ def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
         assert (tmp_path / name / "vlm").exists() == (name == "exported")
     (tmp_path / "exported").rename(tmp_path / "moved")
     assert loading.load(str(tmp_path / "moved")).fae.sha256 == model.fae.sha256
+
+
+def test_a_long_answer_of_a_loaded_model_needs_one_program(parts, caplog):
+    """What a chunk of steps leaves is as what the first was given."""
+    model = loading.load(parts[1])
+    images = decode.CHUNK // model.shape.patches + 1
+    options = {"images": images, "image_start": True, "max_tokens": 1}
+    decode.run.clear_cache()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        row = model.generate([["a red circle"]], **options)[0]
+    assert sum(part.kind == "image" for part in row) == images
+    started = [entry.getMessage() for entry in caplog.records]
+    assert sum(line.startswith("Compiling jit(run) ") for line in started) == 1
 
 
 def test_images_are_read_with_the_noise_of_their_row(parts):

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from starflow2_jax import mesh as meshes
 from starflow2_jax.generation import answers, codec, conversation, decode, prompts
 from starflow2_jax.generation.answers import Results
 from starflow2_jax.generation.codec import Codec
@@ -281,7 +283,7 @@ def _loop(model: Model, held: Conversation, options: Options, start: Any, first:
         image_temperature=jnp.asarray(options.image_temperature, wide),
         guidance=guided,
     )
-    state = held.state
+    state = _placed(held.state)
     rows: list[list[Any]] = [[] for _ in range(held.rows)]
     stopped: set[int] = set()
     while (np.asarray(state.mode) < decode.ENDED).any():
@@ -306,3 +308,15 @@ def _loop(model: Model, held: Conversation, options: Options, start: Any, first:
         for b in np.flatnonzero(modes == decode.OUT_OF_TOKENS):
             reasons[b] = "length"
     return dataclasses.replace(held, state=state), rows, reasons
+
+
+def _placed(state: decode.State) -> decode.State:
+    """Its arrays on the mesh of the caches, where a chunk leaves them too: what lies elsewhere is
+    of another type, and the second chunk would be another program."""
+    where = state.valid.sharding
+    if not isinstance(where, NamedSharding):
+        return state
+    own = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    caches, valid = own.pop("caches"), own.pop("valid")
+    own = jax.device_put(own, meshes.replicated(where.mesh))
+    return decode.State(caches=caches, valid=valid, **own)
