@@ -15,7 +15,7 @@ from etils import epath
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from experiments.ablations import latents, rows, run, scores, table  # noqa: E402
+from experiments.ablations import latents, one, rows, run, scores, table  # noqa: E402
 from starflow2_jax import config  # noqa: E402
 from starflow2_jax import params as weights  # noqa: E402
 from starflow2_jax.data import arrays, records, shapes_tasks  # noqa: E402
@@ -257,3 +257,12 @@ def test_a_run_trains_measures_and_leaves_the_text_of_a_frozen_vlm_alone(data, t
     # There is no image in these rows, so the expert has no part in them.
     assert found["text_alone"] == pytest.approx(found["text_alone_before"], rel=1e-6)
     assert found["config"] == cfg and found["seconds"]["training"] > 0
+
+
+def test_what_was_stopped_half_way_is_not_measured(data, tmp_path, monkeypatch):
+    """A training that is told to stop saves and ends well."""
+    cfg, held = small_run(data)
+    monkeypatch.setattr(one.train, "train", lambda cfg, workdir: None)
+    with pytest.raises(RuntimeError, match="stopped at step 0 of"):
+        one.run(cfg, "pixels", tuple(held), str(tmp_path / "run"))
+    assert not (tmp_path / "run" / table.RESULT).exists()

@@ -14,7 +14,7 @@ from experiments.ablations import latents, rows, scores, table
 from starflow2_jax import allocator, command, train
 from starflow2_jax import params as weights
 from starflow2_jax.models import streams
-from starflow2_jax.training import log, starflow2_step
+from starflow2_jax.training import log, starflow2_step, step_folders
 
 
 def run(
@@ -27,6 +27,7 @@ def run(
 
     Raises:
         ValueError, OSError, RuntimeError: as `train.train`, `latents.make` and `scores.measure`.
+        RuntimeError: training was told to stop before its last step; nothing is measured then.
     """
     began = time.time()
     model = starflow2_step.model_config(cfg)
@@ -35,6 +36,10 @@ def run(
     latents.make(kind, made, model.flow.side, [*cfg["data"]["mixture"], *there])
     training = time.time()
     train.train(cfg, workdir)
+    reached, wanted = step_folders.latest(workdir) or 0, cfg["train"]["steps"]
+    if reached < wanted:
+        raise RuntimeError(f"{workdir}: training was stopped at step {reached} of {wanted}; "
+                           "the same command goes on")  # fmt: skip
     trained = weights.split(streams.declare(model), tuple(cfg["train"]["trains"]))[0]
     scoring = time.time()
     result = {

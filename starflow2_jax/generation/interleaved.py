@@ -102,7 +102,7 @@ def generate(
     u = conversation.shallow(model.params, np.concatenate(x), cfg)[0]
     u = np.split(u, np.cumsum([len(images) for images in x])[:-1])
     held = conversation.extend(held, parts, u, cfg, model.tokenizer, _room(options, cfg))
-    state = _ready(held.state, options, model, bool(after is not None))
+    state = _placed(_ready(held.state, options, model, bool(after is not None)))
     held = dataclasses.replace(held, state=state)
     # Copies: the loop takes the arrays over.
     start, first = jax.tree.map(np.array, held.state.replace(caches=None)), held.read
@@ -283,7 +283,7 @@ def _loop(model: Model, held: Conversation, options: Options, start: Any, first:
         image_temperature=jnp.asarray(options.image_temperature, wide),
         guidance=guided,
     )
-    state = _placed(held.state)
+    state = held.state
     rows: list[list[Any]] = [[] for _ in range(held.rows)]
     stopped: set[int] = set()
     while (np.asarray(state.mode) < decode.ENDED).any():
