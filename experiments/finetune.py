@@ -36,6 +36,7 @@ def get_config(source: str = SHIPPED):
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-4, 1e-6, 30
     cfg.sample.every, cfg.sample.count = 100, 8
     cfg.sample.guidance, cfg.sample.rule = found["sample"]["guidance"], found["sample"]["rule"]
+    cfg.sample.image_temperature = found["sample"]["image_temperature"]
     cfg.sample.denoise = False
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 100, 128, 16
     cfg.checkpoint.every = 100

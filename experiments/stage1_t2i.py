@@ -29,12 +29,12 @@ def _tiny(cfg):
     cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
     cfg.data.path, cfg.eval_data.path = "data_cache/t2i64", "data_cache/t2i64_test"
     cfg.text.length, cfg.text.images = 224, 2
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 800, 0.99
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 500, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 50
     cfg.optim.muon_lr = 1e-2
-    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 400, 128, 16
-    cfg.checkpoint.every = cfg.sample.every = 400
-    cfg.sample.guidance, cfg.sample.denoise = 1.0, True
+    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 250, 128, 16
+    cfg.checkpoint.every = cfg.sample.every = 250
+    cfg.sample.guidance, cfg.sample.denoise, cfg.sample.image_temperature = 1.0, True, 0.2
 
 
 def _large(cfg):

@@ -33,10 +33,10 @@ def _tiny(cfg):
     cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
     cfg.data.path, cfg.eval_data.path = "data_cache/i2t64", "data_cache/i2t64_test"
     cfg.text.length, cfg.text.images = 256, 2
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 150, 0.99
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 100, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 2e-5, 50
-    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 75, 128, 16
-    cfg.checkpoint.every = cfg.sample.every = 75
+    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 50, 128, 16
+    cfg.checkpoint.every = cfg.sample.every = 50
 
 
 def _large(cfg):

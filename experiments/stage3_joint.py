@@ -42,12 +42,12 @@ def _tiny(cfg):
     cfg.data.mixture = _parts("64", t2i=0.4, i2t=0.25, edit=0.15, reasoning=0.15, text=0.05)
     cfg.eval_data.mixture = _parts("64_test", t2i=1.0, i2t=1.0, edit=1.0, reasoning=1.0, text=1.0)
     cfg.text.length, cfg.text.images = 256, 2
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 400, 0.99
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 300, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 50
     cfg.optim.muon_lr = 7e-3
-    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 200, 128, 16
-    cfg.checkpoint.every = cfg.sample.every = 200
-    cfg.sample.guidance, cfg.sample.denoise = 1.0, True
+    cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 150, 128, 16
+    cfg.checkpoint.every = cfg.sample.every = 150
+    cfg.sample.guidance, cfg.sample.denoise, cfg.sample.image_temperature = 1.0, True, 0.2
 
 
 def _large(cfg):

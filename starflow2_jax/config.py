@@ -176,6 +176,7 @@ KEYS: dict[str, Key] = {
     "sample.rule": _choice(
         "product", "guidance rule", "product", "linear_log_scale", "linear_scale"
     ),
+    "sample.image_temperature": _number(1.0, "STARFlow2: factor on the noise of patches", 1e-3),
     "sample.denoise": _flag(True, "a score step after sampling where noise is gaussian"),
     "evaluate.every": _count(500, "steps between evaluations, 0 for none but the last"),
     "evaluate.rows": _positive(1000, "rows of the evaluation data that are used"),

@@ -37,6 +37,7 @@ from starflow2_jax.evaluation import (
 from starflow2_jax.generation import codec as codecs
 from starflow2_jax.generation import loading
 from starflow2_jax.generation import model as models
+from starflow2_jax.generation import options as options_lib
 from starflow2_jax.generation import reader as readers
 from starflow2_jax.training import digest, log, pictures, step_folders
 from starflow2_jax.weights import files
@@ -64,7 +65,9 @@ def define(values: flags.FlagValues) -> None:
            "--data)", 1, flag_values=values)  # fmt: skip
     flags.DEFINE_list("only", [], f"shapes, all: some of {', '.join(suite.SECTIONS)}",
                       flag_values=values)  # fmt: skip
-    flags.DEFINE_float("guidance", None, "shapes, all: weight; the run's own by default", 0,
+    of_pictures = "shapes, all: %s of pictures; the run's own by default"
+    flags.DEFINE_float("guidance", None, of_pictures % "guidance", 0, flag_values=values)
+    flags.DEFINE_float("image_temperature", None, of_pictures % "factor on the noise", 1e-3,
                        flag_values=values)  # fmt: skip
     text("latents", None, "folder of latents parallel to --data", flag_values=values)
     text("features", None, "folder of text features parallel to --data", flag_values=values)
@@ -377,9 +380,10 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
         if "likelihood" not in only:
             asked = [suite.TASKS[section] for section in only]
         given = cases.drawn(seed, values.n or 32, pixels, asked)
-    drawing = {name: model.cfg["sample"][name] for name in ("guidance", "rule", "denoise")}
-    if values.guidance is not None:
-        drawing["guidance"] = values.guidance
+    drawing = options_lib.of_run(model.cfg["sample"])
+    for name in ("guidance", "image_temperature"):
+        if values[name].value is not None:
+            drawing[name] = values[name].value
     options = {"rows": values.batch_size or 96, "seed": seed, **drawing}
     beside, without = suite.readers(model, pixels, values.blind)
     result, samples = suite.run(

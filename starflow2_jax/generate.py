@@ -80,7 +80,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("stop", [], "text at which an answer ends; may be repeated", **own)
     flags.DEFINE_integer("max_tokens", 256, "text tokens of an answer at most", **own)
     flags.DEFINE_integer("images", None, "exactly so many pictures in an answer", **own)
-    flags.DEFINE_float("image_temperature", 1.0, "factor on the noise of pictures", **own)
+    flags.DEFINE_float("image_temperature", None, "factor on the noise of pictures; the run's own "
+                       "by default", **own)  # fmt: skip
     flags.DEFINE_integer("best_of", 1, "of so many samples keep the likeliest", **own)
     flags.DEFINE_bool("best_of_gain", False, "likeliest against what it is without the prompt",
                       **own)  # fmt: skip
@@ -179,6 +180,7 @@ def _options(model: Any, values: flags.FlagValues, draws: bool, pictures: bool) 
     from starflow2_jax.generation.inverse import Jacobi
 
     sample = model.cfg["sample"]
+    heat = values.image_temperature
     images = 1 if draws else values.images if pictures else 0
     guidance = sample["guidance"] if values.guidance is None else values.guidance
     # Words are drawn without guidance: for them alone, no second branch.
@@ -195,7 +197,7 @@ def _options(model: Any, values: flags.FlagValues, draws: bool, pictures: bool) 
         "stop": tuple(values.stop),
         "max_tokens": 0 if draws else values.max_tokens,
         "images": images,
-        "image_temperature": values.image_temperature,
+        "image_temperature": sample["image_temperature"] if heat is None else heat,
         "best_of": values.best_of,
         "best_of_gain": values.best_of_gain,
         "cache": values.cache,

@@ -1,7 +1,6 @@
 """The input pipeline: batch k depends on the options and k alone."""
 
 import os
-import time
 from collections import Counter
 from itertools import islice
 

@@ -11,7 +11,7 @@ python -m starflow2_jax.train --config experiments/ablations/rows.py:tiny/mot_fr
 The budget of every run:
     tiny   400 steps of 8 rows (of 256 positions, two images at most), Muon at 1e-2, AdamW at 2e-3
     small  20,000 steps of 64 rows, peak rate 1e-4; the row itself is that of stage3_joint.py:small
-Of the rows of tiny 45% teach to read (of those of stage 3 25%), or so short a run would not learn it.
+Of the rows of tiny 45% teach to read, of those of stage 3 25%: so short a run would not learn it.
 Rows of a seed see the same records, noise and drops in the same order. The core rows have three
 seeds, the others one. Trained weights are those of the Pretzel within 5% but for the rows that say
 otherwise: where the VLM is trained, with four crossings, and on features of many channels. A VLM

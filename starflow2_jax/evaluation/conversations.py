@@ -24,7 +24,7 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax.data import records, rows, tokens
 from starflow2_jax.data.records import Img, Record
 from starflow2_jax.evaluation import asking
-from starflow2_jax.generation import interleaved
+from starflow2_jax.generation import interleaved, options
 from starflow2_jax.generation.codec import Codec
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.models.streams import Config
@@ -122,8 +122,7 @@ def draw(
     Args:
         rows_: prompts at a time.
     """
-    sample = model.cfg["sample"]
-    drawing = {name: sample[name] for name in ("guidance", "rule", "denoise")}
+    drawing = options.of_run(model.cfg["sample"])
     common = {"rows": rows_, "max_tokens": WORDS, "seed": model.cfg["seed"]}
     ask = asking.asker(model, **common, **drawing)
     for kind, group in given.items():

@@ -97,6 +97,11 @@ class Options:
         return self.max_images if self.images is None else self.images
 
 
+def of_run(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of pictures that a run's own `sample` keys name."""
+    return {name: sample[name] for name in ("guidance", "rule", "denoise", "image_temperature")}
+
+
 def make_options(given: Mapping[str, Any]) -> Options:
     """Options by name; ValueError names an unknown one and the nearest there is."""
     known = [field.name for field in dataclasses.fields(Options)]
