@@ -29,6 +29,7 @@ from starflow2_jax.generation import (
     scoring,
 )
 from starflow2_jax.generation import reader as readers
+from starflow2_jax.generation.options import of_run
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.models import fae, qwen, qwen_vision, starflow2
 from starflow2_jax.training import checkpoint
@@ -140,6 +141,16 @@ def test_a_long_answer_of_a_loaded_model_needs_one_program(parts, caplog):
     assert sum(part.kind == "image" for part in row) == images
     started = [entry.getMessage() for entry in caplog.records]
     assert sum(line.startswith("Compiling jit(run) ") for line in started) == 1
+
+
+def test_a_run_says_how_much_noise_its_pictures_have(parts, monkeypatch):
+    meta = loading._meta(parts[1], False)
+    for given, wanted in (({"image_temperature": 0.5}, 0.5), ({}, 1.0)):
+        sample = {k: v for k, v in meta["config"]["sample"].items() if k != "image_temperature"}
+        changed = {**meta, "config": {**meta["config"], "sample": {**sample, **given}}}
+        monkeypatch.setattr(loading, "_meta", lambda path, folder, changed=changed: changed)
+        drawn = of_run(loading.settings(parts[1])["config"]["sample"])
+        assert drawn["image_temperature"] == wanted
 
 
 def test_images_are_read_with_the_noise_of_their_row(parts):

@@ -101,6 +101,8 @@ def settings(path: str) -> dict[str, Any]:
         "vlm": {**cfg["vlm"], "path": _found(base, "vlm", cfg["vlm"]["path"])},
         "fae": {**cfg["fae"], "path": _found(base, "fae", cfg["fae"].get("path") or "")},
         "text": {**cfg["text"], "tokenizer": _found(base, "tokenizer", cfg["text"]["tokenizer"])},
+        # Models of before this key drew with all the noise.
+        "sample": {"image_temperature": 1.0, **cfg["sample"]},
     }
     return {"config": {**cfg, **at}, "frozen": meta.get("frozen") or {}}
 
