@@ -380,10 +380,8 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
         if "likelihood" not in only:
             asked = [suite.TASKS[section] for section in only]
         given = cases.drawn(seed, values.n or 32, pixels, asked)
-    drawing = options_lib.of_run(model.cfg["sample"])
-    for name in ("guidance", "image_temperature"):
-        if values[name].value is not None:
-            drawing[name] = values[name].value
+    given_by_flag = {name: values[name].value for name in ("guidance", "image_temperature")}
+    drawing = options_lib.of_run(model.cfg["sample"], **given_by_flag)
     options = {"rows": values.batch_size or 96, "seed": seed, **drawing}
     beside, without = suite.readers(model, pixels, values.blind)
     result, samples = suite.run(

@@ -177,19 +177,20 @@ def _answer(model: Any, out: epath.Path | None, values: flags.FlagValues) -> Non
 
 
 def _options(model: Any, values: flags.FlagValues, draws: bool, pictures: bool) -> dict[str, Any]:
+    from starflow2_jax.generation import options as options_lib
     from starflow2_jax.generation.inverse import Jacobi
 
-    sample = model.cfg["sample"]
-    heat = values.image_temperature
     images = 1 if draws else values.images if pictures else 0
-    guidance = sample["guidance"] if values.guidance is None else values.guidance
+    names = ("guidance", "denoise", "image_temperature")
+    given_by_flag = {name: values[name].value for name in names} | {"rule": values.rule or None}
+    drawing = options_lib.of_run(model.cfg["sample"], **given_by_flag)
     # Words are drawn without guidance: for them alone, no second branch.
-    guidance = guidance if images != 0 or not guidance > 0 else 0.0
+    if images == 0 and drawing["guidance"] > 0:
+        drawing["guidance"] = 0.0
     found = {
+        **drawing,
         "n": values.n or (4 if draws else 1),
         "seed": values.seed,
-        "guidance": guidance,
-        "rule": values.rule or sample["rule"],
         "null": values.null,
         "temperature": values.temperature or 0.0,
         "top_k": values.top_k,
@@ -197,11 +198,9 @@ def _options(model: Any, values: flags.FlagValues, draws: bool, pictures: bool) 
         "stop": tuple(values.stop),
         "max_tokens": 0 if draws else values.max_tokens,
         "images": images,
-        "image_temperature": sample["image_temperature"] if heat is None else heat,
         "best_of": values.best_of,
         "best_of_gain": values.best_of_gain,
         "cache": values.cache,
-        "denoise": sample["denoise"] if values.denoise is None else values.denoise,
         "jacobi": Jacobi(values.jacobi, values.threshold) if values.jacobi else None,
     }
     if values.images and not pictures:

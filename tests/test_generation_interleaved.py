@@ -143,6 +143,20 @@ def test_a_long_answer_of_a_loaded_model_needs_one_program(parts, caplog):
     assert sum(line.startswith("Compiling jit(run) ") for line in started) == 1
 
 
+def test_rows_go_on_by_the_same_program_where_others_were_cut(parts, caplog):
+    model = loading.load(parts[1])
+    options = {"images": 0, "max_tokens": 40, "temperature": 1.0}
+    prompts = [["a red circle"], ["a blue square"]]
+    said = [row[0].text if row else "" for row in model.generate(prompts, **options)]
+    words = [word for word in said[0].split()[:8] if len(word) > 1 and word not in said[1]]
+    decode.run.clear_cache()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        found = model.generate(prompts, stop=(words[0],), **options)
+    assert found.finish[0] == "stop" and found[1][0].text == said[1] and len(said[1]) > 16
+    started = [entry.getMessage() for entry in caplog.records]
+    assert sum(line.startswith("Compiling jit(run) ") for line in started) == 1
+
+
 def test_a_run_says_how_much_noise_its_pictures_have(parts, monkeypatch):
     meta = loading._meta(parts[1], False)
     for given, wanted in (({"image_temperature": 0.5}, 0.5), ({}, 1.0)):

@@ -102,7 +102,7 @@ def generate(
     u = conversation.shallow(model.params, np.concatenate(x), cfg)[0]
     u = np.split(u, np.cumsum([len(images) for images in x])[:-1])
     held = conversation.extend(held, parts, u, cfg, model.tokenizer, _room(options, cfg))
-    state = _placed(_ready(held.state, options, model, bool(after is not None)))
+    state = _ready(held.state, options, model, bool(after is not None))
     held = dataclasses.replace(held, state=state)
     # Copies: the loop takes the arrays over.
     start, first = jax.tree.map(np.array, held.state.replace(caches=None)), held.read
@@ -287,7 +287,7 @@ def _loop(model: Model, held: Conversation, options: Options, start: Any, first:
     rows: list[list[Any]] = [[] for _ in range(held.rows)]
     stopped: set[int] = set()
     while (np.asarray(state.mode) < decode.ENDED).any():
-        args = (held.params, state, held.keys, numbers, held.heat, steps)
+        args = (held.params, _placed(state), held.keys, numbers, held.heat, steps)
         state, record = decode.run(*args, cfg=cfg, ids=ids)
         token, u, nats = (np.asarray(a) for a in (record.token, record.u, record.nats))
         for b, row in enumerate(rows):
@@ -311,12 +311,10 @@ def _loop(model: Model, held: Conversation, options: Options, start: Any, first:
 
 
 def _placed(state: decode.State) -> decode.State:
-    """Its arrays on the mesh of the caches, where a chunk leaves them too: what lies elsewhere is
-    of another type, and the second chunk would be another program."""
-    where = state.valid.sharding
+    """Its arrays on the mesh of the caches, as a chunk leaves them: what comes from the host is of
+    another type, and would need another program."""
+    where = state.caches[0].keys[0].sharding
     if not isinstance(where, NamedSharding):
         return state
-    own = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    caches, valid = own.pop("caches"), own.pop("valid")
-    own = jax.device_put(own, meshes.replicated(where.mesh))
-    return decode.State(caches=caches, valid=valid, **own)
+    rest = jax.device_put(state.replace(caches=None), meshes.replicated(where.mesh))
+    return rest.replace(caches=state.caches)

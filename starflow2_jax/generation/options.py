@@ -97,9 +97,11 @@ class Options:
         return self.max_images if self.images is None else self.images
 
 
-def of_run(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of pictures that a run's own `sample` keys name."""
-    return {name: sample[name] for name in ("guidance", "rule", "denoise", "image_temperature")}
+def of_run(sample: Mapping[str, Any], **other: Any) -> dict[str, Any]:
+    """The options of pictures that a run's own `sample` keys name, but for what is not None of
+    those given."""
+    own = {name: sample[name] for name in ("guidance", "rule", "denoise", "image_temperature")}
+    return own | {name: value for name, value in other.items() if value is not None}
 
 
 def make_options(given: Mapping[str, Any]) -> Options:
