@@ -60,6 +60,7 @@ setup(
         "torch": torch,
         "features": features,
         "beam": ["apache-beam>=2.60,<3"],
+        "docs": ["sphinx>=8.2,<10", "myst-parser>=4,<6", "furo>=2024.8", "sphinx-copybutton>=0.5"],
         "tensorboard": tensorboard,
         "wandb": ["wandb>=0.21,<1"],
         "trackio": ["trackio>=0.14,<1"],
