@@ -53,11 +53,13 @@ make_venv() {
     || die "pip could not be installed into $venv; on Debian and Ubuntu: apt install python3-venv"
 }
 
-# What an installation follows from; a stamp in the environment holds it once all went well.
+# A key of all that an installation depends on. Each extra has a stamp in the environment, which
+# holds the key of its last complete installation.
 installation_key() {
   "$venv_python" - << 'END'
 import hashlib, pathlib, platform
-print(hashlib.sha256(pathlib.Path("setup.py").read_bytes()).hexdigest())
+for name in ("pyproject.toml", "setup.py"):
+    print(hashlib.sha256(pathlib.Path(name).read_bytes()).hexdigest())
 print(platform.python_version(), pathlib.Path.cwd())
 END
 }
@@ -87,7 +89,7 @@ prepare_environment() {
   done
   install_seconds=0
   if [ -n "$missing" ]; then
-    # `core` is not an extra of setup.py: what every installation brings.
+    # `core` is not an extra of pyproject.toml: it stands for the dependencies without extras.
     extra=$(printf '%s' "$missing" | sed -e 's/^core//' -e 's/^,//')
     printf 'installing the package%s into %s\n' "${extra:+ with [$extra]}" "$venv"
     "$venv_python" -m pip install --quiet --editable ".${extra:+[$extra]}" < /dev/null \

@@ -19,7 +19,7 @@ case "$*" in
   "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo "venv $3" >> {log} ;;
   "-m pip --version") exit 0 ;;
   "-m pip install"*) echo "install ${{*: -1}}" >> {log}; exit {pip_status} ;;
-  -) sha256sum setup.py; echo {version} ;;
+  -) sha256sum pyproject.toml setup.py; echo {version} ;;
   *) echo "$0" ;;
 esac
 """
@@ -28,7 +28,8 @@ esac
 @pytest.fixture
 def call(tmp_path):
     """Runs `prepare_environment WORDS` in a folder whose path holds only fake interpreters."""
-    (tmp_path / "setup.py").write_text("one\n")
+    for name in ("pyproject.toml", "setup.py"):
+        (tmp_path / name).write_text("one\n")
     log = tmp_path / "log"
     path = tmp_path / "path"
     path.mkdir()
@@ -57,13 +58,14 @@ def call(tmp_path):
     return run
 
 
-def test_installs_once_and_again_where_setup_has_changed(call):
+@pytest.mark.parametrize("name", ["pyproject.toml", "setup.py"])
+def test_installs_once_and_again_after_the_metadata_changed(call, name):
     call.python("python3")
     assert call("test")[1] == ["venv .venv", "install .[test]"]
     assert call("test")[1] == call("")[1] == []
     assert call("test parity")[1] == ["install .[parity]"]
     assert call("test parity")[1] == []
-    (call.folder / "setup.py").write_text("two\n")
+    (call.folder / name).write_text("two\n")
     assert call("")[1] == ["install ."]
     assert call("test")[1] == ["install .[test]"]
 
@@ -177,7 +179,6 @@ def test_too_few_data_is_a_clear_error(tmp_path):
 def demo(tmp_path):
     """Runs a copy of the demo with an interpreter that only logs."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    (tmp_path / "setup.py").write_text("\n")
 
     def run(*words, unfinished=0):
         shutil.rmtree(tmp_path / "venv", ignore_errors=True)

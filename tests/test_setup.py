@@ -1,43 +1,63 @@
-"""What an installation brings: the model folders that ship, with all that lies in them."""
+"""Tests of the packaging metadata: an installation has every package and every model file."""
 
+import ast
+import re
+import runpy
 import shutil
+import tomllib
 from pathlib import Path
 
 from setuptools import Distribution
 from setuptools.command.build_py import build_py
 
+import starflow2_jax
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "starflow2_jax"
+METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def packed(root, patterns):
-    """The data files that setuptools finds for the package, from its folder."""
+    """Return the data files that setuptools finds in the folder of the package."""
     command = build_py(Distribution({"package_data": patterns}))
     command.package_data, command.exclude_package_data = patterns, {}
     command.manifest_files = {}
-    found = command.find_data_files("starflow2_jax", str(root / "starflow2_jax"))
-    return {str(Path(path).relative_to(root / "starflow2_jax")) for path in found}
+    files = command.find_data_files("starflow2_jax", str(root / "starflow2_jax"))
+    return {str(Path(path).relative_to(root / "starflow2_jax")) for path in files}
 
 
-def patterns(monkeypatch):
-    """`package_data` as setup.py gives it."""
-    given = {}
-    monkeypatch.setattr("setuptools.setup", given.update)
-    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"),
-         {"__file__": str(ROOT / "setup.py")})  # fmt: skip
-    return given["package_data"]
-
-
-def test_model_folders_are_packed_with_all_that_is_in_them(tmp_path, monkeypatch):
+def test_model_folders_are_packed_with_all_that_is_in_them(tmp_path):
     shutil.copytree(
         PACKAGE, tmp_path / "starflow2_jax", ignore=shutil.ignore_patterns("__pycache__")
     )
-    shipped = tmp_path / "starflow2_jax" / "pretrained"
+    pretrained = tmp_path / "starflow2_jax" / "pretrained"
     for folder in ("vlm_tiny", "starflow2_tiny", "starflow2_tiny/vlm", "starflow2_tiny/fae"):
-        (shipped / folder).mkdir(parents=True, exist_ok=True)
+        (pretrained / folder).mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "model.safetensors", "sha256.json", "chat_template.jinja"):
-            (shipped / folder / name).touch()
-    files = {str(p.relative_to(shipped.parent)) for p in shipped.rglob("*") if p.is_file()}
-    given = patterns(monkeypatch)
-    assert len(files) >= 16 and files == packed(tmp_path, given)
-    assert not packed(tmp_path, {"starflow2_jax": []})
+            (pretrained / folder / name).touch()
+    files = {str(p.relative_to(pretrained.parent)) for p in pretrained.rglob("*") if p.is_file()}
+    patterns = METADATA["tool"]["setuptools"]["package-data"]
+    assert len(files) >= 16 and files | {"py.typed"} == packed(tmp_path, patterns)
+    assert packed(tmp_path, {"starflow2_jax": []}) == {"py.typed"}
+
+
+def test_every_folder_with_modules_is_a_package_of_the_installation(monkeypatch):
+    arguments = {}
+    monkeypatch.setattr("setuptools.setup", arguments.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    files = [p.relative_to(ROOT) for name in ("starflow2_jax", "experiments")
+             for p in (ROOT / name).rglob("*.py")]  # fmt: skip
+    folders = {".".join(file.parent.parts) for file in files}
+    expected = {re.sub("^experiments", "starflow2_jax.experiments", name) for name in folders}
+    assert expected == set(arguments["packages"])
+    assert all((ROOT / folder).is_dir() for folder in arguments["package_dir"].values())
+
+
+def test_the_version_is_a_literal_that_setuptools_reads_without_an_import():
+    assert METADATA["tool"]["setuptools"]["dynamic"]["version"] == {
+        "attr": "starflow2_jax.__version__"
+    }
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    values = [ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)]
+    assert values == [starflow2_jax.__version__]
