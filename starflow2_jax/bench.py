@@ -84,7 +84,8 @@ def define(values: flags.FlagValues) -> None:
         from ml_collections import config_flags
     except ImportError:  # A machine where only presets are timed.
         return
-    config_flags.DEFINE_config_file("config", None, "train: FILE.py[:variant]", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "train: FILE.py[:variant] or "
+                                    "starflow2:NAME[:variant]", flag_values=values)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- the peers' work

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from absl import app, flags
 
@@ -63,6 +64,46 @@ def readable(word: str) -> str:
     return "".join([first, *quoted, equals, value])
 
 
+PACKAGED = "starflow2:"
+
+
+def experiment_path(value: str) -> str:
+    """Return `FILE.py[:variant]` for an experiment of this package, `starflow2:NAME[:variant]`.
+
+    Any other value is returned unchanged. NAME is that of a file in experiments/ without `.py`,
+    such as `stage1_t2i` or `ablations/rows`.
+
+    Raises:
+        ValueError: If there is no such experiment; lists those that exist.
+    """
+    if not value.startswith(PACKAGED):
+        return value
+    name, colon, variant = value.removeprefix(PACKAGED).partition(":")
+    # In the package after an installation, next to it in a checkout of the repository.
+    package = Path(__file__).parent
+    folders = (package / "experiments", package.parent / "experiments")
+    folder = next(folder for folder in folders if folder.is_dir())
+    files = [p for p in sorted(folder.rglob("*.py")) if "def get_config(" in p.read_text()]
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in files]
+    if name not in names:
+        raise ValueError(f"--config: the package has no experiment {name!r}{nearest(name, names)}; "
+                         f"it has {', '.join(names)}")  # fmt: skip
+    return f"{folder / name}.py{colon}{variant}"
+
+
+def locate_experiments(argv: list[str]) -> list[str]:
+    """Return a command line in which `experiment_path` has replaced the values of `--config`."""
+    words = []
+    for previous, word in zip(["", *argv], argv):
+        flag, equals, value = word.partition("=")
+        if equals and flag.lstrip("-") == "config":
+            word = f"{flag}={experiment_path(value)}"
+        elif previous.lstrip("-") == "config":
+            word = experiment_path(word)
+        words.append(word)
+    return words
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs, small ones too, for the next process, unless
     `JAX_COMPILATION_CACHE_DIR` names a place."""
@@ -76,20 +117,22 @@ def use_compilation_cache() -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's own parsing, but one line where `--config` is wrong."""
+    try:
+        words = locate_experiments([readable(word) for word in argv])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     # In place: config_flags looks for the keys in sys.argv.
-    argv[:] = sys.argv[:] = [readable(word) for word in argv]
+    argv[:] = sys.argv[:] = words
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
         problem = explain(argv, error)
         if not problem:
             raise
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"error: {problem}")
     except OSError as error:
         # config_flags keeps what an experiment could not read until its first key is set.
-        print(f"error: {error.__cause__ or error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"error: {error.__cause__ or error}")
 
 
 def run(main: Callable[..., None], verbs: Mapping[str, str] | None = None) -> None:

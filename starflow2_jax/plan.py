@@ -27,7 +27,7 @@ from starflow2_jax import mesh as meshes
 
 def define() -> None:
     """Defines the flags of this command."""
-    config_flags.DEFINE_config_file("config", None, "FILE.py[:variant], an experiment")
+    config_flags.DEFINE_config_file("config", None, "FILE.py[:variant] or starflow2:NAME[:variant]")
     flags.DEFINE_string("topology", None, "v5p:4x4x8, v5e:16x16*2 (slices), cpu, gpu:4")
     flags.DEFINE_string("layout", None, "where weights live; several, or all; overrides the "
                                   "config")  # fmt: skip

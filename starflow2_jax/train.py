@@ -1,7 +1,7 @@
 """Train an experiment: same command and same workdir resume it.
 
 python -m starflow2_jax.train --config experiments/tarflow_pixels.py:tiny --workdir runs/tiny
-python -m starflow2_jax.train --config experiments/tarflow_pixels.py:cifar --config.optim.lr=3e-4 --workdir runs/a
+python -m starflow2_jax.train --config starflow2:tarflow_pixels:cifar --config.optim.lr=3e-4 --workdir runs/a
 python -m starflow2_jax.train --config experiments/starflow_t2i.py:3b --layout fsdp --mesh fsdp=-1 --workdir runs/3b --dry_run
 """  # noqa: E501
 
@@ -23,7 +23,9 @@ from starflow2_jax.training import checkpoint, speed, step_folders
 from starflow2_jax.training import log as logs
 from starflow2_jax.training import step as programs
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py[:variant], an experiment")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "FILE.py[:variant] or starflow2:NAME[:variant]"
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of checkpoints, metrics, samples, report")
 _LAYOUT = flags.DEFINE_string("layout", None, "where weights live; overrides the config")
 _MESH = flags.DEFINE_string("mesh", None, "such as data=2,fsdp=4; overrides the config")

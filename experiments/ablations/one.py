@@ -10,11 +10,12 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from experiments.ablations import latents, rows, scores, table
 from starflow2_jax import allocator, command, train
 from starflow2_jax import params as weights
 from starflow2_jax.models import streams
 from starflow2_jax.training import log, starflow2_step, step_folders
+
+from . import latents, rows, scores, table
 
 
 def run(

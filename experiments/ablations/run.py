@@ -4,6 +4,8 @@ python -m experiments.ablations.run --variant tiny
 python -m experiments.ablations.run --variant small --data /data/starflow2 --shard 0/4
 python -m experiments.ablations.run --only pretzel,mot_frozen --table
 
+Outside a checkout of the repository, the module is starflow2_jax.experiments.ablations.run.
+
 What a run is, rows.py says. Every run has a folder OUT/VARIANT/ROW/SEED with its log, and is
 skipped once its result lies there; the table takes all results that are there, whoever made them.
 """
@@ -19,9 +21,10 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from experiments.ablations import rows, table
 from starflow2_jax import command, config
 from starflow2_jax.data import latents
+
+from . import rows, table
 
 Job = tuple[str, int]
 LOG, JUDGED = "log.txt", "generation.json"
@@ -164,7 +167,7 @@ def main(words: list[str]) -> None:
         where = folder(job)
         own = [f"--row={job[0]}", f"--seed={job[1]}", f"--workdir={where}"]
         good = (where / table.RESULT).exists() or _start(
-            ["experiments.ablations.one", *same, *own], where / LOG
+            [f"{__package__}.one", *same, *own], where / LOG
         )
         if not good or not judges(job):
             return good

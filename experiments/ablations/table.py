@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.ablations.rows import ROWS
+from .rows import ROWS
 
 # What every run leaves in its folder.
 RESULT = "result.json"
