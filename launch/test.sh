@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Installs what tests need, checks style, runs the tests.
 #
-#   bash launch/test.sh [--parity] [--plan] [--slow] [-- PYTEST ARGUMENTS]
+#   bash launch/test.sh [--parity] [--plan] [--release] [--slow] [-- PYTEST ARGUMENTS]
 #
-#   --parity  also against PyTorch and diffusers (installs both, CPU builds where pip finds them)
-#   --plan    also what compiles for TPUs (installs libtpu; no TPU is needed)
-#   --slow    also the tests marked slow
+#   --parity   also against PyTorch and diffusers (installs both, CPU builds where pip finds them)
+#   --plan     also what compiles for TPUs (installs libtpu; no TPU is needed)
+#   --release  also the archives of a release (installs build and twine)
+#   --slow     also the tests marked slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
@@ -14,14 +15,17 @@ extras=(test)
 options=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --parity | --plan) extras+=("${1#--}") ;;
+    --parity | --plan | --release) extras+=("${1#--}") ;;
     --slow) options+=(-m "") ;;
     --)
       shift
       options+=("$@")
       break
       ;;
-    *) die "unknown argument $1: launch/test.sh [--parity] [--plan] [--slow] [-- PYTEST ARGUMENTS]" ;;
+    *)
+      die "unknown argument $1:" \
+        "launch/test.sh [--parity] [--plan] [--release] [--slow] [-- PYTEST ARGUMENTS]"
+      ;;
   esac
   shift
 done
