@@ -7,6 +7,8 @@ import shutil
 import tomllib
 from pathlib import Path
 
+import yaml
+from packaging.requirements import Requirement
 from setuptools import Distribution
 from setuptools.command.build_py import build_py
 
@@ -61,3 +63,17 @@ def test_the_version_is_a_literal_that_setuptools_reads_without_an_import():
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     values = [ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)]
     assert values == [starflow2_jax.__version__]
+
+
+def test_pre_commit_runs_a_ruff_within_the_bounds_of_the_tests():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (release,) = [repo["rev"] for repo in hooks if repo["repo"].endswith("/ruff-pre-commit")]
+    bounds = [r for r in METADATA["project"]["optional-dependencies"]["test"] if "ruff" in r]
+    assert Requirement(bounds[0]).specifier.contains(release.removeprefix("v"))
+
+
+def test_the_citation_agrees_with_the_metadata():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["title"] == METADATA["project"]["name"]
+    assert citation["license"] == METADATA["project"]["license"]
+    assert citation["references"][0]["url"] == "https://arxiv.org/abs/2605.08029"
