@@ -29,12 +29,13 @@ import numpy as np
 import optax
 from absl import flags
 
-from starflow2_jax import allocator, command, stage_timing
 from starflow2_jax import params as weights
+from starflow2_jax import stage_timing
 from starflow2_jax.generation.guidance import Guidance
 from starflow2_jax.generation.inverse import Jacobi, inverse, is_guided
 from starflow2_jax.models import flops, flow, starflow2
 from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.runtime import allocator, cli
 from starflow2_jax.timing import Result, about, compiled, machine, shares, status_mb, timed
 from starflow2_jax.training.loss import flow_loss
 
@@ -332,4 +333,4 @@ def needed(values: flags.FlagValues, name: str) -> str:
 if __name__ == "__main__":
     define(flags.FLAGS)
     allocator.keep_freed_memory()
-    command.run(main, VERBS)
+    cli.run(main, VERBS)

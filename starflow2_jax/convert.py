@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from starflow2_jax import command, config
+from starflow2_jax import config
 from starflow2_jax import params as weights
 from starflow2_jax.models.flow import FlowConfig, declare
+from starflow2_jax.runtime import cli
 from starflow2_jax.weights import files, sources, starflow, starflow_options
 
 VERBS = {
@@ -306,4 +307,4 @@ _VERBS = {
 
 if __name__ == "__main__":
     define(flags.FLAGS)
-    command.run(main, VERBS)
+    cli.run(main, VERBS)

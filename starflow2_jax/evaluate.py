@@ -19,8 +19,8 @@ import jax
 from absl import flags, logging
 from etils import epath
 
-from starflow2_jax import allocator, command, online, tasks
 from starflow2_jax import mesh as meshes
+from starflow2_jax import online, tasks
 from starflow2_jax.config import nearest
 from starflow2_jax.data import manifest, pipeline, records
 from starflow2_jax.evaluation import (
@@ -39,6 +39,7 @@ from starflow2_jax.generation import loading
 from starflow2_jax.generation import model as models
 from starflow2_jax.generation import options as options_lib
 from starflow2_jax.generation import reader as readers
+from starflow2_jax.runtime import allocator, cli
 from starflow2_jax.training import digest, log, pictures, step_folders
 from starflow2_jax.weights import files
 
@@ -444,4 +445,4 @@ def _out(
 if __name__ == "__main__":
     define(flags.FLAGS)
     allocator.keep_freed_memory()
-    command.run(main, VERBS)
+    cli.run(main, VERBS)

@@ -22,8 +22,9 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from starflow2_jax import allocator, command, config
+from starflow2_jax import config
 from starflow2_jax import mesh as meshes
+from starflow2_jax.runtime import allocator, cli
 
 SHIPPED = "pretrained/starflow2_tiny"
 
@@ -306,5 +307,5 @@ def _say(result: dict[str, Any], values: flags.FlagValues) -> None:
 if __name__ == "__main__":
     define(flags.FLAGS)
     allocator.keep_freed_memory()
-    command.use_compilation_cache()
-    command.run(main)
+    cli.use_compilation_cache()
+    cli.run(main)

@@ -21,8 +21,9 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import command, config
+from starflow2_jax import config
 from starflow2_jax import mesh as meshes
+from starflow2_jax.runtime import cli
 
 
 def define() -> None:
@@ -185,4 +186,4 @@ def write(out: epath.Path, told: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     define()
-    command.run(main)
+    cli.run(main)

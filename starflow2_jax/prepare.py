@@ -19,7 +19,6 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
-from starflow2_jax import command
 from starflow2_jax.data import (
     images,
     importers,
@@ -36,6 +35,7 @@ from starflow2_jax.data import (
     tokenizer as tokenizer_lib,
 )
 from starflow2_jax.data.manifest import DatasetError, Importer
+from starflow2_jax.runtime import cli
 from starflow2_jax.sources import SOURCES
 
 VERBS = {
@@ -355,4 +355,4 @@ def main(verb: str, words: list[str], values: flags.FlagValues = flags.FLAGS) ->
 
 if __name__ == "__main__":
     define(flags.FLAGS)
-    command.run(main, VERBS)
+    cli.run(main, VERBS)

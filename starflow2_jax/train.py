@@ -14,11 +14,12 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import allocator, command, config, distributed, online, start, tasks
+from starflow2_jax import config, online, start, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.evaluation import conversations, likelihood, report, samples
 from starflow2_jax.generation import model as generation
+from starflow2_jax.runtime import allocator, cli, distributed
 from starflow2_jax.training import checkpoint, speed, step_folders
 from starflow2_jax.training import log as logs
 from starflow2_jax.training import step as programs
@@ -95,7 +96,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
             return
 
     # ----------------------------------------------------------------------------- mesh, program
-    command.use_compilation_cache()
+    cli.use_compilation_cache()
     mesh = meshes.make_mesh(cfg["mesh"])
     peak = speed.peak_flops()  # on one device, so before a mesh is set
     jax.set_mesh(mesh)
@@ -358,4 +359,4 @@ def _evaluate(program, state, frozen, log, number, options, fae=None) -> None:
 
 if __name__ == "__main__":
     allocator.keep_freed_memory()
-    command.run(main)
+    cli.run(main)

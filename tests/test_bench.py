@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from starflow2_jax import allocator, bench, mesh, stage_timing, timing
+from starflow2_jax import bench, mesh, stage_timing, timing
 from starflow2_jax.generation.inverse import Jacobi
 from starflow2_jax.models import flow
+from starflow2_jax.runtime import allocator
 from starflow2_jax.training import starflow2_step
 
 RATES = {"matmul_float32_gflops": 100.0, "copy_gb_per_s": 10.0, "sum_gb_per_s": 20.0}

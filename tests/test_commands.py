@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from starflow2_jax import __main__, __version__, command
+from starflow2_jax import __main__, __version__
+from starflow2_jax.runtime import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,12 +65,12 @@ def test_the_version_and_an_unknown_command(capsys, monkeypatch):
 
 def test_experiments_of_the_package_are_found_by_name():
     for name in ("stage1_t2i", "ablations/rows"):
-        path, _, variant = command.experiment_path(f"starflow2:{name}:a:b").partition(":")
+        path, _, variant = cli.experiment_path(f"starflow2:{name}:a:b").partition(":")
         assert Path(path) == ROOT / "experiments" / f"{name}.py" and variant == "a:b"
-    cfg = runpy.run_path(command.experiment_path("starflow2:tarflow_pixels"))["get_config"]("tiny")
+    cfg = runpy.run_path(cli.experiment_path("starflow2:tarflow_pixels"))["get_config"]("tiny")
     assert cfg.name == "tarflow_pixels_tiny"
     for value in ("experiments/tarflow_pixels.py:tiny", "x.py", "runs/starflow2:x"):
-        assert command.experiment_path(value) == value
+        assert cli.experiment_path(value) == value
 
 
 def test_experiments_are_named_with_the_flag_config_alone():
@@ -77,7 +78,7 @@ def test_experiments_are_named_with_the_flag_config_alone():
     argv = ["train", "--config", "starflow2:finetune:a", "--config=starflow2:finetune", "--workdir",
             "starflow2:finetune", "--config.name=starflow2:finetune"]  # fmt: skip
     expected = [*argv[:2], f"{path}:a", f"--config={path}", *argv[4:]]
-    assert command.locate_experiments(argv) == expected
+    assert cli.locate_experiments(argv) == expected
 
 
 def test_an_unknown_experiment_is_one_line_that_lists_the_others(tmp_path):

@@ -10,9 +10,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from starflow2_jax import command, config
+from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.runtime import cli
 from starflow2_jax.training import step
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -179,8 +180,8 @@ def test_a_wrong_key_or_variant_on_the_command_line_is_one_line(words, expected,
     monkeypatch.setattr(sys, "argv", argv)  # where config_flags looks for overrides
     with pytest.raises((AttributeError, KeyError)) as error:
         values(argv)
-    assert command.explain(argv, error.value) == expected.format(path)
-    assert command.explain(argv[:1], error.value) == ""
+    assert cli.explain(argv, error.value) == expected.format(path)
+    assert cli.explain(argv[:1], error.value) == ""
 
 
 def test_keys_that_are_words_of_python_can_be_given(monkeypatch):
@@ -190,14 +191,14 @@ def test_keys_that_are_words_of_python_can_be_given(monkeypatch):
         "--config.optim.lr=1",
         "--x.from",
     ]
-    assert [command.readable(word) for word in words] == [
+    assert [cli.readable(word) for word in words] == [
         *("--config=FILE:from.x", "--config.init['from']=runs/a.b", "--config.optim.lr=1"),
         "--x.from",
     ]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     path = str(EXPERIMENTS / "tarflow_pixels.py")
-    argv = [command.readable(word) for word in ("train", f"--config={path}", words[1])]
+    argv = [cli.readable(word) for word in ("train", f"--config={path}", words[1])]
     monkeypatch.setattr(sys, "argv", argv)
     values(argv)
     assert values.config.init["from"] == "runs/a.b"

@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from starflow2_jax import config, distributed, meeting
-from starflow2_jax.meeting import Place
+from starflow2_jax import config
+from starflow2_jax.runtime import distributed, rendezvous
+from starflow2_jax.runtime.rendezvous import Place
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -116,7 +117,7 @@ def meet(places, limit=30.0, delays=()):
         time.sleep(delays[number] if delays else 0)
         began = time.monotonic()
         try:
-            results[number] = meeting.meet(places[number], limit), time.monotonic() - began
+            results[number] = rendezvous.meet(places[number], limit), time.monotonic() - began
         except Exception as error:
             results[number] = error, time.monotonic() - began
 
@@ -137,13 +138,13 @@ def test_all_meet_and_the_port_is_free_for_jax_with_the_lines_open():
     (zero, _), (one, _), (two, _) = meet(places(port), delays=(1.0, 0, 0))
     assert set(zero) == {1, 2} and set(one) == set(two) == {0}
     with socket.create_server(("", port)):
-        meeting.tell(zero[2], failed="x")
-        assert meeting.hear(two[0]) == {"failed": "x"}
-        meeting.tell(one[0], done=True)
-        assert meeting.hear(zero[1]) == {"done": True}
+        rendezvous.tell(zero[2], failed="x")
+        assert rendezvous.hear(two[0]) == {"failed": "x"}
+        rendezvous.tell(one[0], done=True)
+        assert rendezvous.hear(zero[1]) == {"done": True}
         two[0].file.close()
         two[0].socket.close()
-        assert meeting.hear(zero[2]) is None
+        assert rendezvous.hear(zero[2]) is None
 
 
 def test_a_missing_process_is_named_to_all():

@@ -18,8 +18,9 @@ import time
 import jax
 import numpy as np
 
-from starflow2_jax import distributed, train
+from starflow2_jax import train
 from starflow2_jax.data import pipeline, rows
+from starflow2_jax.runtime import distributed
 from starflow2_jax.training import checkpoint
 from starflow2_jax.training import step as programs
 

@@ -10,9 +10,10 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from starflow2_jax import allocator, command, train
 from starflow2_jax import params as weights
+from starflow2_jax import train
 from starflow2_jax.models import streams
+from starflow2_jax.runtime import allocator, cli
 from starflow2_jax.training import log, starflow2_step, step_folders
 
 from . import latents, rows, scores, table
@@ -74,4 +75,4 @@ if __name__ == "__main__":
     rows.define(flags.FLAGS)
     flags.DEFINE_string("row", None, "a name in rows.py")
     allocator.keep_freed_memory()
-    command.run(main)
+    cli.run(main)

@@ -21,8 +21,9 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from starflow2_jax import command, config
+from starflow2_jax import config
 from starflow2_jax.data import latents
+from starflow2_jax.runtime import cli
 
 from . import rows, table
 
@@ -186,4 +187,4 @@ def main(words: list[str]) -> None:
 if __name__ == "__main__":
     rows.define(flags.FLAGS)
     define(flags.FLAGS)
-    command.run(main)
+    cli.run(main)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from starflow2_jax import distributed
 from starflow2_jax.config import KEYS, nearest
+from starflow2_jax.runtime import distributed
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an error was raised")
 

@@ -43,8 +43,8 @@ from typing import Any
 
 import jax
 
-from starflow2_jax import meeting
-from starflow2_jax.meeting import Place
+from starflow2_jax.runtime import rendezvous
+from starflow2_jax.runtime.rendezvous import Place
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TIMEOUTS = {"probe": 45, "initialization": 45, "heartbeat": 20, "shutdown": 30}
@@ -60,7 +60,7 @@ class _Session:
 
     place: Place
     timeouts: Mapping[str, int]
-    connections: dict[int, meeting.Connection]
+    connections: dict[int, rendezvous.Connection]
     done: dict[int, threading.Event]
     ending: threading.Event = field(default_factory=threading.Event)
     numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -182,7 +182,7 @@ def init_distributed(timeouts: Mapping[str, int] | None = None) -> None:
     if place is None or _session is not None:
         return
     timeouts = {**TIMEOUTS, **(timeouts or {})}
-    connections = meeting.meet(place, timeouts["probe"])
+    connections = rendezvous.meet(place, timeouts["probe"])
     done = {process: threading.Event() for process in connections}
     _session = _Session(place, timeouts, connections, done)
     for process in connections:
@@ -343,7 +343,7 @@ def fail(error: BaseException | str) -> None:
     session.ending.set()
     reason = str(error).strip() or type(error).__name__
     for connection in session.connections.values():
-        meeting.tell(connection, failed=reason, process=session.place.process)
+        rendezvous.tell(connection, failed=reason, process=session.place.process)
     _leave(session)
 
 
@@ -357,14 +357,14 @@ def _leave(session: _Session) -> None:
 
 def _listen(session: _Session, process: int) -> None:
     """Waits for what another process has to say; its silence is an end as well."""
-    message = meeting.hear(session.connections[process]) or {}
+    message = rendezvous.hear(session.connections[process]) or {}
     if "done" in message:
         session.done[process].set()
         return
     reason, origin = message.get("failed"), message.get("process", process)
     if session.place.process == 0:
         for other in session.connections.values():
-            meeting.tell(other, failed=reason, process=origin)
+            rendezvous.tell(other, failed=reason, process=origin)
     if reason is not None or session.place.process == 0:
         time.sleep(_GRACE)  # where all have the same to say, each says it itself
     if session.ending.is_set():
@@ -384,12 +384,12 @@ def _finish(session: _Session) -> None:
         return
     if session.place.process:
         # What process 0 still writes may take longer than jax waits for it.
-        meeting.tell(session.connections[0], done=True)
+        rendezvous.tell(session.connections[0], done=True)
         session.done[0].wait()
     else:
         deadline = time.monotonic() + session.timeouts["shutdown"]
         for connection in session.connections.values():
-            meeting.tell(connection, done=True)
+            rendezvous.tell(connection, done=True)
         for done in session.done.values():
             done.wait(max(deadline - time.monotonic(), 0))
     session.ending.set()

@@ -1,0 +1,1 @@
+"""Command line, allocator and process start-up."""
