@@ -19,23 +19,13 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
-from starflow2_jax.data import (
-    images,
-    importers,
-    manifest,
-    packing,
-    records,
-    shapes,
-    shapes_tasks,
-    shapes_withheld,
-    shards,
-    tokens,
-)
+from starflow2_jax.data import images, importers, manifest, packing, records, shards, tokens
 from starflow2_jax.data import (
     tokenizer as tokenizer_lib,
 )
 from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.runtime import cli
+from starflow2_jax.shapes import generator, holdout, tasks
 from starflow2_jax.sources import SOURCES
 
 VERBS = {
@@ -65,17 +55,17 @@ def define(values: flags.FlagValues) -> None:
         "datasets.save_to_disk, or the name of a TFDS set", flag_values=values,
     )  # fmt: skip
     text("label", "none", "classes: none, caption (the distinct captions), a class feature of the "
-         "TFDS set, or for shapes: " + ", ".join(shapes.LABELS), flag_values=values)  # fmt: skip
+         "TFDS set, or for shapes: " + ", ".join(generator.LABELS), flag_values=values)  # fmt: skip
     number("missing_captions", 0, "images without a caption that may be left out", 0,
            flag_values=values)  # fmt: skip
     number("n", None, "import: pictures of shapes (10000); show: pictures on the sheet (24)", 1,
            flag_values=values)  # fmt: skip
     number("pixels", None, "side of the images: shapes (32), features (256)", 8, flag_values=values)
     number("seed", 0, "seed: shapes, index", 0, flag_values=values)
-    flags.DEFINE_list("tags", list(shapes.TAGS), "kinds of shapes pictures", flag_values=values)
+    flags.DEFINE_list("tags", list(generator.TAGS), "kinds of shapes pictures", flag_values=values)
     flags.DEFINE_list("tasks", ["t2i"], "shapes records, in turn: "
-                      + ", ".join(shapes_tasks.TASKS), flag_values=values)  # fmt: skip
-    flags.DEFINE_enum("withheld", "none", shapes_withheld.CHOICES, "shapes pairs and combinations "
+                      + ", ".join(tasks.TASKS), flag_values=values)  # fmt: skip
+    flags.DEFINE_enum("withheld", "none", holdout.CHOICES, "shapes pairs and combinations "
                       "kept for evaluation", flag_values=values)  # fmt: skip
     text("split", "train", "split of the TFDS set", flag_values=values)
     text("tfds_dir", None, "data_dir of the TFDS set", flag_values=values)

@@ -7,16 +7,10 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from starflow2_jax.data import (
-    importers,
-    interleaved,
-    manifest,
-    shapes,
-    shapes_tasks,
-    shapes_withheld,
-)
+from starflow2_jax.data import importers, interleaved, manifest
 from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.data.records import Record
+from starflow2_jax.shapes import generator, holdout, tasks
 
 PARQUET = ("bagel_t2i", "bagel_edit", "llava", "obelics", "omnicorpus", "huggingface")
 
@@ -76,21 +70,23 @@ def _tfds(values: flags.FlagValues) -> Source:
 
 def _shapes(values: flags.FlagValues) -> Source:
     count, pixels = values.n or 10_000, values.pixels or 32
-    unknown = [tag for tag in values.tags if tag not in shapes.TAGS]
+    unknown = [tag for tag in values.tags if tag not in generator.TAGS]
     if unknown or not values.tags:
-        raise DatasetError(f"--tags: unknown {unknown}, expected some of {', '.join(shapes.TAGS)}")
+        raise DatasetError(
+            f"--tags: unknown {unknown}, expected some of {', '.join(generator.TAGS)}"
+        )
     label = values.label if values.label not in ("none", "caption") else None
 
     if values.label != "none" and values.tasks != ["t2i"]:
         raise DatasetError(f"--label {values.label}: only --tasks t2i has classes")
-    keep = shapes_withheld.scenes(values.withheld)
+    keep = holdout.scenes(values.withheld)
 
     def make() -> Iterator[Record]:
         if values.tasks == ["t2i"]:
-            return shapes.make_records(
+            return generator.make_records(
                 values.seed, count, pixels, tags=values.tags, label=label, keep=keep
             )
-        return shapes_tasks.make_records(
+        return tasks.make_records(
             values.seed,
             count,
             pixels,
@@ -104,7 +100,7 @@ def _shapes(values: flags.FlagValues) -> Source:
         options["tasks"] = ",".join(values.tasks)
     if values.withheld != "none":
         options["withheld"] = values.withheld
-    classes = shapes.classes(label) if label else None
+    classes = generator.classes(label) if label else None
     return Source(make, _importer(values, "shapes", **options), {}, classes)
 
 

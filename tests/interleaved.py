@@ -5,7 +5,8 @@ latents of no encoder.
 import numpy as np
 
 from starflow2_jax.data import latents as latents_lib
-from starflow2_jax.data import records, shapes_tasks, tokenizer
+from starflow2_jax.data import records, tokenizer
+from starflow2_jax.shapes import tasks as shapes_tasks
 
 
 def make(folder, count=48, pixels=16, tasks=shapes_tasks.TASKS, patch=8, merge=1, size=400):

@@ -12,21 +12,12 @@ import pytest
 from test_training_fae import experiment
 
 from starflow2_jax import mesh
-from starflow2_jax.data import (
-    arrays,
-    images,
-    latents,
-    latents_beam,
-    manifest,
-    pipeline,
-    records,
-    shapes,
-    shapes_tasks,
-)
+from starflow2_jax.data import arrays, images, latents, latents_beam, manifest, pipeline, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.generation import codec
 from starflow2_jax.models import fae
 from starflow2_jax.models import teacher as teachers
+from starflow2_jax.shapes import generator, tasks
 from starflow2_jax.training import checkpoint, fae_step, inputs
 
 SHARDS, ROWS = 4, 21
@@ -49,7 +40,7 @@ def make_run(workdir, seed):
 def parts(tmp_path_factory):
     """(workdir of a codec, dataset folder)."""
     root = tmp_path_factory.mktemp("latents")
-    rows = list(shapes.make_records(0, ROWS, 16, tags=("single_object",)))
+    rows = list(generator.make_records(0, ROWS, 16, tags=("single_object",)))
     size = sum(len(records.encode(row)) for row in rows)
     found = records.write(root / "data", rows, shard_bytes=size // SHARDS)
     assert len(found.shards) == SHARDS, found.shards
@@ -92,7 +83,7 @@ def test_offline_equals_online_bit_for_bit(parts, whole):
 
 def test_all_images_of_a_record_in_order_or_none(parts, tmp_path):
     opened = codec.load(parts[0])
-    made = list(shapes_tasks.make_records(0, 12, 16, tasks=("text", "edit", "multi", "caption")))
+    made = list(tasks.make_records(0, 12, 16, tasks=("text", "edit", "multi", "caption")))
     dataset = records.write(tmp_path / "data", made)
     latents.write(tmp_path / "out", tmp_path / "data", *codec.open_encoder(parts[0]))
     stored = arrays.read(tmp_path / "out", dataset)
@@ -147,7 +138,7 @@ def test_another_encoder_is_refused(parts, whole, tmp_path):
     with pytest.raises(DatasetError, match="latents of the encoder"):
         latents.write(out, parts[1], *other, shard=(1, 2))
     assert contents(whole) == before
-    records.write(tmp_path / "data", shapes.make_records(9, 4, 16, tags=("single_object",)))
+    records.write(tmp_path / "data", generator.make_records(9, 4, 16, tags=("single_object",)))
     with pytest.raises(DatasetError, match="latents of another dataset"):
         latents.write(whole, tmp_path / "data", *codec.open_encoder(parts[0]))
     with pytest.raises(DatasetError, match="a dataset of records, expected one of arrays"):
@@ -202,7 +193,7 @@ def job(out, data, at=0):
 def several(tmp_path_factory):
     """A dataset of records with none, one, and several images."""
     folder = tmp_path_factory.mktemp("several") / "data"
-    rows = list(shapes_tasks.make_records(0, ROWS, 16, tasks=("text", "edit", "multi", "caption")))
+    rows = list(tasks.make_records(0, ROWS, 16, tasks=("text", "edit", "multi", "caption")))
     size = sum(len(records.encode(row)) for row in rows)
     made = records.write(folder, rows, shard_bytes=size // SHARDS)
     assert len(made.shards) > 2 and {len(row.imgs) for row in rows} >= {0, 1, 2}

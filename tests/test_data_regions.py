@@ -6,8 +6,9 @@ import interleaved
 import numpy as np
 import pytest
 
-from starflow2_jax.data import records, regions, shapes, tokens
+from starflow2_jax.data import records, tokens
 from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.shapes import generator, regions
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +29,12 @@ def test_patches_name_the_object_that_they_show(made):
         for item, told in zip(objects, scene["objects"], strict=True):
             number, *words = item.words.split()
             same = [(o["color"], o["shape"]) for o in scene["objects"]]
-            assert shapes.NUMBERS.index(number) == same.count((told["color"], told["shape"]))
+            assert generator.NUMBERS.index(number) == same.count((told["color"], told["shape"]))
             assert words[:3] == [told["size"], told["color"], told["shape"]]
-            assert " ".join(words[3:]) in (*shapes.RELATIONS, "")
+            assert " ".join(words[3:]) in (*generator.RELATIONS, "")
         if len(objects) == 2:
-            first, second = (shapes.Object(**o) for o in scene["objects"])
-            assert objects[0].words.endswith(shapes.relation(first, second) or first.shape)
+            first, second = (generator.Object(**o) for o in scene["objects"])
+            assert objects[0].words.endswith(generator.relation(first, second) or first.shape)
         assert ground.words == f" {scene['background']} background"
         shown, ids = regions.place(found, held, 8, 5, 16)
         for number, item in enumerate(scene["objects"]):

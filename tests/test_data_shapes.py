@@ -5,20 +5,21 @@ import json
 import numpy as np
 import pytest
 
-from starflow2_jax.data import images, records, shapes
+from starflow2_jax.data import images, records
+from starflow2_jax.shapes import generator
 
 
 def scenes(count, seed=3):
-    return [shapes.example(seed, k) for k in range(count)]
+    return [generator.example(seed, k) for k in range(count)]
 
 
 def test_record_depends_on_seed_and_index_alone():
-    few = [records.encode(r) for r in shapes.make_records(1, 7, 32)]
-    many = [records.encode(r) for r in shapes.make_records(1, 20, 32)]
-    other = [records.encode(r) for r in shapes.make_records(2, 7, 32)]
+    few = [records.encode(r) for r in generator.make_records(1, 7, 32)]
+    many = [records.encode(r) for r in generator.make_records(1, 20, 32)]
+    other = [records.encode(r) for r in generator.make_records(2, 7, 32)]
     assert few == many[:7]
     assert not set(few) & set(other)
-    solo = shapes.make_records(1, 40, 32, tags=["colors"])
+    solo = generator.make_records(1, 40, 32, tags=["colors"])
     assert len({record.imgs[0].data for record in solo}) == 40
 
 
@@ -27,10 +28,10 @@ def test_objects_stay_apart_and_inside():
     for scene, tag, _ in scenes(300):
         counts.add(len(scene.objects))
         for k, a in enumerate(scene.objects):
-            radius = shapes.SIZES[a.size]
+            radius = generator.SIZES[a.size]
             assert radius < min(a.x, a.y) and max(a.x, a.y) < 1 - radius
             for b in scene.objects[:k]:
-                assert np.hypot(a.x - b.x, a.y - b.y) > radius + shapes.SIZES[b.size]
+                assert np.hypot(a.x - b.x, a.y - b.y) > radius + generator.SIZES[b.size]
                 if tag != "counting":
                     assert a.shape != b.shape
     assert counts == {1, 2, 3, 4}
@@ -39,13 +40,13 @@ def test_objects_stay_apart_and_inside():
 def test_everything_occurs():
     drawn = scenes(900)
     objects = [o for scene, _, _ in drawn for o in scene.objects]
-    assert {o.shape for o in objects} == set(shapes.SHAPES)
-    assert {o.color for o in objects} == set(shapes.COLORS)
-    assert {o.size for o in objects} == set(shapes.SIZES)
-    assert {scene.background for scene, _, _ in drawn} == set(shapes.BACKGROUNDS)
-    assert {wording for _, _, wording in drawn} == set(range(shapes.WORDINGS))
+    assert {o.shape for o in objects} == set(generator.SHAPES)
+    assert {o.color for o in objects} == set(generator.COLORS)
+    assert {o.size for o in objects} == set(generator.SIZES)
+    assert {scene.background for scene, _, _ in drawn} == set(generator.BACKGROUNDS)
+    assert {wording for _, _, wording in drawn} == set(range(generator.WORDINGS))
     positions = [scene.objects for scene, tag, _ in drawn if tag == "position"]
-    assert {shapes.relation(a, b) for a, b in positions} == set(shapes.RELATIONS)
+    assert {generator.relation(a, b) for a, b in positions} == set(generator.RELATIONS)
 
 
 @pytest.mark.parametrize("pixels", [32, 64])
@@ -53,29 +54,31 @@ def test_pixels_show_the_scene(pixels):
     """The middle of each solid object has its colour, and the ground its own, to 40 levels."""
     solid = {"circle", "square", "diamond", "star", "cross", "heart", "triangle"}
     for scene, _, _ in scenes(120):
-        picture = shapes.draw(scene, pixels)
+        picture = generator.draw(scene, pixels)
         assert picture.shape == (pixels, pixels, 3) and picture.dtype == np.uint8
         for item in scene.objects:
             if item.shape in solid:
                 middle = picture[int(item.y * pixels), int(item.x * pixels)].astype(int)
-                assert np.abs(middle - shapes.COLORS[item.color]).max() < 40
-        ground = np.array(shapes.BACKGROUNDS[scene.background])
+                assert np.abs(middle - generator.COLORS[item.color]).max() < 40
+        ground = np.array(generator.BACKGROUNDS[scene.background])
         inked = (np.abs(picture.astype(int) - ground).max(-1) > 30).mean()
-        bound = sum(np.pi * shapes.SIZES[o.size] ** 2 for o in scene.objects)
+        bound = sum(np.pi * generator.SIZES[o.size] ** 2 for o in scene.objects)
         assert 0.15 * bound < inked < 1.05 * bound
 
 
 def test_ring_is_hollow():
-    scene = shapes.Scene("white", 0.0, (shapes.Object("ring", "red", "large", 0.5, 0.5),))
-    picture = shapes.draw(scene, 64)
+    scene = generator.Scene("white", 0.0, (generator.Object("ring", "red", "large", 0.5, 0.5),))
+    picture = generator.draw(scene, 64)
     assert (picture[32, 32] > 240).all()
-    assert tuple(picture[32, 32 + 10]) == shapes.COLORS["red"]
+    assert tuple(picture[32, 32 + 10]) == generator.COLORS["red"]
 
 
 def test_drawings_of_different_shapes_differ():
     drawn = [
-        shapes.draw(shapes.Scene("white", 0.0, (shapes.Object(s, "blue", "small", 0.5, 0.5),)), 32)
-        for s in shapes.SHAPES
+        generator.draw(
+            generator.Scene("white", 0.0, (generator.Object(s, "blue", "small", 0.5, 0.5),)), 32
+        )
+        for s in generator.SHAPES
     ]
     for k, a in enumerate(drawn):
         for b in drawn[:k]:
@@ -94,16 +97,16 @@ def test_drawings_of_different_shapes_differ():
     ],
 )
 def test_relation(dx, dy, expected):
-    a = shapes.Object("circle", "red", "small", 0.5 + dx, 0.5 + dy)
-    b = shapes.Object("square", "red", "small", 0.5, 0.5)
-    assert shapes.relation(a, b) == expected
+    a = generator.Object("circle", "red", "small", 0.5 + dx, 0.5 + dy)
+    b = generator.Object("square", "red", "small", 0.5, 0.5)
+    assert generator.relation(a, b) == expected
 
 
 def test_captions_and_metadata_of_every_tag():
-    red = shapes.Object("circle", "red", "small", 0.2, 0.5)
-    orange = shapes.Object("star", "orange", "small", 0.8, 0.5)
-    one, two = shapes.Scene("white", 0, (red,)), shapes.Scene("black", 0, (red, orange))
-    three = shapes.Scene("cream", 0, (red, red, red))
+    red = generator.Object("circle", "red", "small", 0.2, 0.5)
+    orange = generator.Object("star", "orange", "small", 0.8, 0.5)
+    one, two = generator.Scene("white", 0, (red,)), generator.Scene("black", 0, (red, orange))
+    three = generator.Scene("cream", 0, (red, red, red))
     said = {
         "single_object": (one, "a photo of a circle", "a circle on a white background"),
         "colors": (one, "a photo of a red circle", "a red circle on a white background"),
@@ -112,18 +115,22 @@ def test_captions_and_metadata_of_every_tag():
         "color_attr": (two, "a photo of a red circle and an orange star", None),
         "counting": (three, "a photo of three circles", "three circles on a cream background"),
     }
-    assert set(said) == set(shapes.TAGS)
+    assert set(said) == set(generator.TAGS)
     for tag, (scene, prompt, on_ground) in said.items():
-        assert shapes.caption(scene, tag) == prompt
+        assert generator.caption(scene, tag) == prompt
         if on_ground:
-            assert shapes.caption(scene, tag, 1) == on_ground
-    assert shapes.caption(three, "counting", 2) == "there are three circles in the picture"
-    assert shapes.caption(one, "single_object", 2) == "there is a circle in the picture"
-    assert shapes.caption(shapes.Scene("white", 0, (red,) * 2), "counting").endswith("two circles")
-    crosses = shapes.Scene("white", 0, (shapes.Object("cross", "red", "small", 0.2, 0.5),) * 2)
-    assert shapes.caption(crosses, "counting") == "a photo of two crosses"
+            assert generator.caption(scene, tag, 1) == on_ground
+    assert generator.caption(three, "counting", 2) == "there are three circles in the picture"
+    assert generator.caption(one, "single_object", 2) == "there is a circle in the picture"
+    assert generator.caption(generator.Scene("white", 0, (red,) * 2), "counting").endswith(
+        "two circles"
+    )
+    crosses = generator.Scene(
+        "white", 0, (generator.Object("cross", "red", "small", 0.2, 0.5),) * 2
+    )
+    assert generator.caption(crosses, "counting") == "a photo of two crosses"
 
-    assert shapes.geneval(two, "position") == {
+    assert generator.geneval(two, "position") == {
         "tag": "position",
         "include": [
             {"class": "star", "count": 1},
@@ -131,32 +138,32 @@ def test_captions_and_metadata_of_every_tag():
         ],
         "prompt": "a photo of a circle left of a star",
     }
-    assert shapes.geneval(three, "counting")["include"] == [{"class": "circle", "count": 3}]
-    assert shapes.geneval(three, "counting")["exclude"] == [{"class": "circle", "count": 4}]
-    assert shapes.geneval(two, "color_attr")["include"] == [
+    assert generator.geneval(three, "counting")["include"] == [{"class": "circle", "count": 3}]
+    assert generator.geneval(three, "counting")["exclude"] == [{"class": "circle", "count": 4}]
+    assert generator.geneval(two, "color_attr")["include"] == [
         {"class": "circle", "count": 1, "color": "red"},
         {"class": "star", "count": 1, "color": "orange"},
     ]
-    assert "color" not in shapes.geneval(one, "single_object")["include"][0]
+    assert "color" not in generator.geneval(one, "single_object")["include"][0]
     with pytest.raises(ValueError, match="unknown tag"):
-        shapes.caption(one, "texture")
+        generator.caption(one, "texture")
 
 
 def test_record_holds_the_scene_that_was_drawn():
-    for record in shapes.make_records(0, 12, 32):
+    for record in generator.make_records(0, 12, 32):
         raw = json.loads(record.meta["scene"])
-        raw["objects"] = tuple(shapes.Object(**o) for o in raw["objects"])
-        scene = shapes.Scene(**raw)
-        assert (shapes.draw(scene, 32) == images.decode(record.imgs[0].data, "x")).all()
+        raw["objects"] = tuple(generator.Object(**o) for o in raw["objects"])
+        scene = generator.Scene(**raw)
+        assert (generator.draw(scene, 32) == images.decode(record.imgs[0].data, "x")).all()
         meta = json.loads(record.meta["geneval"])
-        assert meta == shapes.geneval(scene, record.meta["tag"])
+        assert meta == generator.geneval(scene, record.meta["tag"])
 
 
 def test_labels():
     solo = ["single_object", "counting", "colors"]
-    for kind in shapes.LABELS:
-        names = shapes.classes(kind)
-        for record in shapes.make_records(0, 9, 32, tags=solo, label=kind):
+    for kind in generator.LABELS:
+        names = generator.classes(kind)
+        for record in generator.make_records(0, 9, 32, tags=solo, label=kind):
             item = json.loads(record.meta["scene"])["objects"][0]
             name = names[record.meta["label"]]
             expected = {
@@ -167,6 +174,6 @@ def test_labels():
             }
             assert name == expected[kind]
     with pytest.raises(ValueError, match="two_object shows two"):
-        list(shapes.make_records(0, 3, 32, label="shape"))
+        list(generator.make_records(0, 3, 32, label="shape"))
     with pytest.raises(ValueError, match="unknown label"):
-        shapes.classes("texture")
+        generator.classes("texture")

@@ -11,33 +11,35 @@ import pytest
 from absl import flags
 
 from starflow2_jax import prepare
-from starflow2_jax.data import images, records, shapes, shapes_tasks, shapes_withheld
+from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Img, Text
-from starflow2_jax.data.shapes_wordings import TERSE, WORDINGS
-from starflow2_jax.evaluation import shapes_eval
+from starflow2_jax.shapes import detector, generator, holdout, tasks
+from starflow2_jax.shapes.wordings import TERSE, WORDINGS
 
 TAGS = {
-    "caption": shapes.TAGS,
-    "question": shapes_tasks.QUESTIONS,
-    "edit": shapes_tasks.EDITS,
-    "reason": shapes_tasks.REASONS,
-    "multi": shapes_tasks.MULTI,
-    "text": shapes_tasks.TEXTS,
+    "caption": generator.TAGS,
+    "question": tasks.QUESTIONS,
+    "edit": tasks.EDITS,
+    "reason": tasks.REASONS,
+    "multi": tasks.MULTI,
+    "text": tasks.TEXTS,
 }
-COLOR, SHAPE, SIZE = ("|".join(words) for words in (shapes.COLORS, shapes.SHAPES, shapes.SIZES))
+COLOR, SHAPE, SIZE = (
+    "|".join(words) for words in (generator.COLORS, generator.SHAPES, generator.SIZES)
+)
 PAIR = re.compile(rf"({COLOR}) ({SHAPE})\b")
 
 
 def some(task, count, seed=0, withheld="none", pixels=16):
-    return shapes_tasks.make_records(seed, count, pixels, tasks=[task], withheld=withheld)
+    return tasks.make_records(seed, count, pixels, tasks=[task], withheld=withheld)
 
 
 def scenes(record):
     found = []
     for raw in json.loads(record.meta["scenes"]):
-        raw["objects"] = tuple(shapes.Object(**item) for item in raw["objects"])
-        found.append(shapes.Scene(**raw))
+        raw["objects"] = tuple(generator.Object(**item) for item in raw["objects"])
+        found.append(generator.Scene(**raw))
     return found
 
 
@@ -56,9 +58,9 @@ def kinds(scene):
 
 
 def test_record_depends_on_seed_and_number_alone():
-    few = [records.encode(r) for r in shapes_tasks.make_records(1, 24, 16)]
-    many = [records.encode(r) for r in shapes_tasks.make_records(1, 50, 16)]
-    other = [records.encode(r) for r in shapes_tasks.make_records(2, 24, 16)]
+    few = [records.encode(r) for r in tasks.make_records(1, 24, 16)]
+    many = [records.encode(r) for r in tasks.make_records(1, 50, 16)]
+    other = [records.encode(r) for r in tasks.make_records(2, 24, 16)]
     assert few == many[:24] and not set(few) & set(other)
     assert len({records.decode(data, "x").id for data in many}) == 50
     # The other tasks of a mixture change nothing of a task.
@@ -70,8 +72,8 @@ def test_record_depends_on_seed_and_number_alone():
 def test_pictures_for_captions_stay_as_they_were():
     """Ids, words, roles and metadata; the digest was taken before there were other tasks."""
     digest = hashlib.sha256()
-    mixed = shapes_tasks.make_records(3, 60, 16, tasks=["t2i"])
-    for record, alone in zip(mixed, shapes.make_records(3, 60, 16), strict=True):
+    mixed = tasks.make_records(3, 60, 16, tasks=["t2i"])
+    for record, alone in zip(mixed, generator.make_records(3, 60, 16), strict=True):
         assert record == alone
         told = (record.id, record.src, record.segs, sorted(record.meta.items()))
         digest.update(repr(told).encode())
@@ -97,7 +99,7 @@ def test_form(task):
         assert [s.i for s in record.segs if isinstance(s, Img)] == list(range(len(record.imgs)))
         for scene, picture in zip(scenes(record), pictures(record)):
             if record.meta["tag"] != "zoom" or scene != scenes(record)[0]:
-                assert (shapes.draw(scene, 16) == picture).all()
+                assert (generator.draw(scene, 16) == picture).all()
         request, answers = said(record)
         key = "caption" if task == "caption" else record.meta["tag"]
         forms = enumerate(patterns(key))
@@ -111,9 +113,9 @@ def test_form(task):
 
 def test_three_wordings_of_everything():
     assert set(WORDINGS) == {"caption", "quiz"}.union(*(TAGS[t] for t in TAGS if t != "caption"))
-    assert set(TERSE) == set(shapes_tasks.QUESTIONS)
+    assert set(TERSE) == set(tasks.QUESTIONS)
     for forms in WORDINGS.values():
-        assert len(set(forms)) == shapes.WORDINGS == 3
+        assert len(set(forms)) == generator.WORDINGS == 3
         assert len({frozenset(re.findall(r"\{(\w+)\}", f.lower())) for f in forms}) == 1
 
 
@@ -123,14 +125,14 @@ def test_captions_name_everything():
         assert f"{scene.background} background" in answer
         rest = answer.replace(scene.background, "plain")
         told, zero = Counter(), []
-        tags = re.findall(rf"(\w+) ({COLOR}) (?:\w+ )?({'|'.join(shapes.NUMBERS)})\b", rest)
+        tags = re.findall(rf"(\w+) ({COLOR}) (?:\w+ )?({'|'.join(generator.NUMBERS)})\b", rest)
         named = re.findall(rf"(\w+) \w+ ({COLOR}) (\w+)", rest)
         for number, color, noun in [(n, c, s) for s, c, n in tags] if tags else named:
             if number == "zero":
                 zero.append((color, noun))
                 continue
-            shape = noun if noun in shapes.SHAPES else re.sub("(?<=s)es$|s$", "", noun)
-            told[color, shape] += 1 if number == "a" else shapes.NUMBERS.index(number)
+            shape = noun if noun in generator.SHAPES else re.sub("(?<=s)es$|s$", "", noun)
+            told[color, shape] += 1 if number == "a" else generator.NUMBERS.index(number)
         assert told == kinds(scene) and not set(zero) & set(told)
         assert all({c for c, _ in told} >= {c} and {n for _, n in told} >= {n} for c, n in zero)
         facts = json.loads(record.meta["geneval"])
@@ -139,7 +141,7 @@ def test_captions_name_everything():
             if "position" in entry:
                 a, b = (next(o for o in scene.objects if o.shape == e["class"]) for e in
                         (entry, facts["include"][entry["position"][1]]))  # fmt: skip
-                assert entry["position"][0] == shapes.relation(a, b)
+                assert entry["position"][0] == generator.relation(a, b)
 
 
 def oracle(tag, request, objects, scene):
@@ -155,7 +157,7 @@ def oracle(tag, request, objects, scene):
         (item,) = [w for w in whole if w] or match
         return getattr(item, tag)
     if tag == "count":
-        return shapes.NUMBERS[len(match)]
+        return generator.NUMBERS[len(match)]
     if tag == "exists":
         return "yes" if whole[0] else "no"
     if tag == "background":
@@ -164,9 +166,9 @@ def oracle(tag, request, objects, scene):
         whole.append(objects[1 - objects.index(whole[0])])
     if tag == "relation":
         a, b = reversed(whole) if request.startswith("Seen from") else whole
-        return shapes.relation(a, b)
+        return generator.relation(a, b)
     assert tag == "is_relation"
-    return "yes" if shapes.relation(*whole) in request else "no"
+    return "yes" if generator.relation(*whole) in request else "no"
 
 
 def test_questions_are_answered_right():
@@ -186,7 +188,7 @@ def test_questions_are_answered_right():
 def kind_of(words):
     """Of which kind a question is."""
     terse = [tag for tag, form in TERSE.items() if words.split()[0] == form.split()[0]]
-    fits = [(len(form.replace(".+", "")), tag) for tag in shapes_tasks.QUESTIONS
+    fits = [(len(form.replace(".+", "")), tag) for tag in tasks.QUESTIONS
             for form in patterns(tag) if re.fullmatch(form, words)]  # fmt: skip
     return max(fits)[1] if fits else terse[0]
 
@@ -215,8 +217,8 @@ def test_several_questions_of_one_picture(task):
             assert told == oracle(tag, words, scene.objects, scene), (question, scene)
             kinds_[tag] += 1
         counts[record.meta["tag"], len(asked) > 1] += 1
-    assert set(kinds_) == set(shapes_tasks.QUESTIONS)
-    assert all(counts[tag, True] > 20 for tag in shapes_tasks.DIALOGS), counts
+    assert set(kinds_) == set(tasks.QUESTIONS)
+    assert all(counts[tag, True] > 20 for tag in tasks.DIALOGS), counts
 
 
 def test_edits_do_what_they_say_and_nothing_else():
@@ -241,11 +243,11 @@ def test_edits_do_what_they_say_and_nothing_else():
             (item,) = new
             anchor = PAIR.findall(request)[1]
             (anchor,) = [o for o in target.objects if (o.color, o.shape) == anchor]
-            assert shapes.relation(item, anchor) in request
+            assert generator.relation(item, anchor) in request
         before, after = pictures(record)
         facts = json.loads(record.meta["geneval"])
-        assert shapes_eval.judge(after, facts).correct
-        assert not shapes_eval.judge(before, facts).correct, (tag, source, target)
+        assert detector.judge(after, facts).correct
+        assert not detector.judge(before, facts).correct, (tag, source, target)
     assert changes == {
         ("recolor", 1, 1): 15, ("add", 0, 1): 15, ("remove", 1, 0): 15, ("move", 1, 1): 15,
         ("replace", 1, 1): 15,
@@ -260,24 +262,24 @@ def test_reasoning_goes_through_a_picture():
         request, (answer,) = said(record)
         tag, (source, helpful) = record.meta["tag"], pictures(record)
         answers[tag][answer] += 1
-        found = shapes_eval.find(helpful)
+        found = detector.find(helpful)
         color = re.findall(rf"({COLOR}) objects?", request)
         if tag == "zoom":
             assert (answer, color[0]) in [(item.shape, item.color) for item in found]
             (item,) = [o for o in scenes(record)[0].objects if o.color == color[0]]
             (near,) = [f for f in found if (f.shape, f.color) == (item.shape, item.color)]
-            (far,) = [f for f in shapes_eval.find(source) if f.color == item.color]
+            (far,) = [f for f in detector.find(source) if f.color == item.color]
             assert near.box[3] - near.box[1] == pytest.approx(
                 2 * (far.box[3] - far.box[1]), abs=0.1
             )
             continue
-        assert shapes_eval.judge(helpful, json.loads(record.meta["geneval"])).correct
+        assert detector.judge(helpful, json.loads(record.meta["geneval"])).correct
         if tag == "count_after_removal":
-            assert len(found) == len(shapes_eval.find(source)) - 1
+            assert len(found) == len(detector.find(source)) - 1
         else:
             color = color or re.findall(rf"be ({COLOR})\?", request)
             found = [item for item in found if item.color == color[0]]
-        assert answer == shapes.NUMBERS[len(found)]
+        assert answer == generator.NUMBERS[len(found)]
     assert len(answers["zoom"]) == 8 and len(answers["count_after_removal"]) == 3
     assert len(answers["count_after_edit"]) >= 3
 
@@ -292,7 +294,7 @@ def test_questions_across_pictures():
         if tag == "same_shape":
             assert answer == ("yes" if len({s.objects[0].shape for s in shown}) == 1 else "no")
         elif tag == "total":
-            assert answer == shapes.NUMBERS[sum(counts)]
+            assert answer == generator.NUMBERS[sum(counts)]
         else:
             fits = [PAIR.findall(request)[0] in kinds(scene) for scene in shown] if (
                 tag == "which_shows") else [count == max(counts) for count in counts]  # fmt: skip
@@ -307,35 +309,35 @@ def test_text_alone():
         assert not record.imgs
         request, (answer,) = said(record)
         if record.meta["tag"] == "count_left":
-            n, m = (shapes.NUMBERS.index(w) for w in re.findall(r"\w+", request.lower())
-                    if w in shapes.NUMBERS)  # fmt: skip
-            assert answer == shapes.NUMBERS[n - m]
+            n, m = (generator.NUMBERS.index(w) for w in re.findall(r"\w+", request.lower())
+                    if w in generator.NUMBERS)  # fmt: skip
+            assert answer == generator.NUMBERS[n - m]
             continue
         (scene,) = scenes(record)
         a, b = scene.objects
-        fact = f"{a.color} {a.shape} is {shapes.relation(a, b)} a {b.color} {b.shape}"
+        fact = f"{a.color} {a.shape} is {generator.relation(a, b)} a {b.color} {b.shape}"
         assert fact in request.replace(" an ", " a ")
         if record.meta["tag"] == "turn_around":
-            assert answer == f"{shapes.relation(b, a)} the {a.color} {a.shape}"
+            assert answer == f"{generator.relation(b, a)} the {a.color} {a.shape}"
         else:
             asked = re.findall(rf"({SHAPE})\W?(?: have\?)?$", request)[0]
             assert answer == {a.shape: a.color, b.shape: b.color}[asked]
 
 
 def test_list_of_what_is_withheld():
-    assert len(set(shapes_withheld.PAIRS)) == len(shapes.COLORS) * len(shapes.SHAPES) // 8
-    assert {color for color, _ in shapes_withheld.PAIRS} == set(shapes.COLORS)
-    assert {shape for _, shape in shapes_withheld.PAIRS} == set(shapes.SHAPES)
+    assert len(set(holdout.PAIRS)) == len(generator.COLORS) * len(generator.SHAPES) // 8
+    assert {color for color, _ in holdout.PAIRS} == set(generator.COLORS)
+    assert {shape for _, shape in holdout.PAIRS} == set(generator.SHAPES)
     things = [
-        shapes.Object(shape, color, "small", 0.5, 0.5)
-        for shape, color in itertools.product(shapes.SHAPES, shapes.COLORS)
+        generator.Object(shape, color, "small", 0.5, 0.5)
+        for shape, color in itertools.product(generator.SHAPES, generator.COLORS)
     ]
     back = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     out, seen = 0, set()
     for a, b in itertools.product(things, repeat=2):
-        for relation in shapes.RELATIONS:
-            withheld = shapes_withheld.combination(a, relation, b)
-            assert withheld == shapes_withheld.combination(b, back[relation], a)
+        for relation in generator.RELATIONS:
+            withheld = holdout.combination(a, relation, b)
+            assert withheld == holdout.combination(b, back[relation], a)
             out += withheld
             if not withheld:
                 seen |= {(a.shape, relation, b.shape), (a.color, relation, b.color)}
@@ -343,21 +345,21 @@ def test_list_of_what_is_withheld():
     assert len(seen) == 2 * 8 * 4 * 8
 
 
-@pytest.mark.parametrize("task", shapes_tasks.TASKS)
+@pytest.mark.parametrize("task", tasks.TASKS)
 def test_withheld(task):
     def unseen(record):
         raw = record.meta.get("scenes") or f"[{record.meta['scene']}]"
-        objects = [[shapes.Object(**o) for o in scene["objects"]] for scene in json.loads(raw)]
+        objects = [[generator.Object(**o) for o in scene["objects"]] for scene in json.loads(raw)]
         words = {pair for pair in PAIR.findall(records.text(record).lower())}
         # Tags name the shape first.
         words |= {(c, n) for n, c in re.findall(rf"\b({SHAPE}) ({COLOR}) ", records.text(record))}
         pairs = words | {(o.color, o.shape) for scene in objects for o in scene}
-        if pairs & set(shapes_withheld.PAIRS):
+        if pairs & set(holdout.PAIRS):
             return True
         for a, b in (pair for scene in objects for pair in itertools.permutations(scene, 2)):
-            if shapes.relation(a, b) and shapes_withheld.combination(a, shapes.relation(a, b), b):
+            if generator.relation(a, b) and holdout.combination(a, generator.relation(a, b), b):
                 return True
-        of = "|".join(shapes.RELATIONS)
+        of = "|".join(generator.RELATIONS)
         asked = rf"the ({COLOR}) ({SHAPE}) (?:lie |is )?({of}) the ({COLOR}) ({SHAPE})"
         spoken = re.findall(asked, records.text(record))
         for c, n, relation in re.findall(rf"true ({COLOR}) ({SHAPE}) ({of})", records.text(record)):
@@ -366,9 +368,10 @@ def test_withheld(task):
             spoken.append((c, n, relation, other.color, other.shape))
         for c, n, relation, d, m in spoken:
             a, b = (
-                shapes.Object(shape, color, "small", 0.5, 0.5) for shape, color in ((n, c), (m, d))
+                generator.Object(shape, color, "small", 0.5, 0.5)
+                for shape, color in ((n, c), (m, d))
             )
-            if shapes_withheld.combination(a, relation, b):
+            if holdout.combination(a, relation, b):
                 return True
         return False
 
@@ -388,9 +391,9 @@ def run(verb, *words):
 
 def test_import(tmp_path):
     words = ("--format", "shapes", "--pixels", 16, "--n", 14, "--seed", 4)
-    every = ("--tasks", ",".join(shapes_tasks.TASKS), "--withheld", "leave_out")
+    every = ("--tasks", ",".join(tasks.TASKS), "--withheld", "leave_out")
     run("import_", *words, *every, "--out", tmp_path / "all")
-    expected = shapes_tasks.make_records(4, 14, 16, withheld="leave_out")
+    expected = tasks.make_records(4, 14, 16, withheld="leave_out")
     assert list(records.read(tmp_path / "all")) == list(expected)
     assert list(records.validate(tmp_path / "all")) == []
     assert run("import_", *words, *every, "--out", tmp_path / "all")["was"] == "complete"
@@ -399,13 +402,13 @@ def test_import(tmp_path):
 
     run("import_", *words, "--out", tmp_path / "plain")
     plain = records.read(tmp_path / "plain")
-    assert list(plain) == list(shapes.make_records(4, 14, 16))
+    assert list(plain) == list(generator.make_records(4, 14, 16))
     assert set(plain.manifest.importer.options) == {"label", "seed", "n", "pixels", "tags"}
     only = ("--withheld", "only", "--tags", "colors", "--label", "pair")
     run("import_", *words, *only, "--out", tmp_path / "only")
     shown = {r.meta["label"] for r in records.read(tmp_path / "only")}
-    names = shapes.classes("pair")
-    assert {names[k] for k in shown} <= {" ".join(pair) for pair in shapes_withheld.PAIRS}
+    names = generator.classes("pair")
+    assert {names[k] for k in shown} <= {" ".join(pair) for pair in holdout.PAIRS}
     for wrong, message in (
         (("--tasks", "caption,poem"), r"--tasks: unknown \['poem'\]"),
         (("--tasks", "caption,caption"), "named twice"),
@@ -414,5 +417,5 @@ def test_import(tmp_path):
         with pytest.raises(ValueError, match=message):
             run("import_", *words, *wrong, "--out", tmp_path / "none")
     with pytest.raises(ValueError, match="--withheld some"):
-        next(shapes_tasks.make_records(0, 1, 16, tasks=["text"], withheld="some"))
+        next(tasks.make_records(0, 1, 16, tasks=["text"], withheld="some"))
     assert sorted(os.listdir(tmp_path)) == ["all", "only", "plain"]

@@ -11,13 +11,14 @@ from test_training_fae import experiment
 
 from starflow2_jax import evaluate
 from starflow2_jax import params as weights
-from starflow2_jax.data import images, records, shapes, shapes_tasks, shapes_withheld
+from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError
-from starflow2_jax.data.shapes import Object, Scene
 from starflow2_jax.evaluation import codec_eval
 from starflow2_jax.generation import codec as codecs
 from starflow2_jax.models import fae
 from starflow2_jax.models import teacher as teachers
+from starflow2_jax.shapes import generator, holdout, tasks
+from starflow2_jax.shapes.generator import Object, Scene
 from starflow2_jax.training import fae_step
 
 SIDE = 16
@@ -34,7 +35,7 @@ def codec():
 
 
 def dataset(path, count=30, pixels=SIDE, tags=("single_object", "counting"), seed=0, **options):
-    made = shapes.make_records(seed, count, pixels, tags=tags, **options)
+    made = generator.make_records(seed, count, pixels, tags=tags, **options)
     records.write(path, made)
     return str(path)
 
@@ -55,7 +56,7 @@ def test_psnr():
 def test_blank_grounds_and_boxes():
     item = Object("circle", "red", "large", 0.5, 0.25)
     scene = Scene("white", 8.0, (item,))
-    picture = codec_eval.Picture(shapes.draw(scene, 64), scene)
+    picture = codec_eval.Picture(generator.draw(scene, 64), scene)
     ground, inside = codec_eval.blank(picture), codec_eval.boxes(scene, 64)
     differs = (ground != picture.pixels).any(-1)
     # What a circle changes is in its box and reaches near each side of it.
@@ -103,13 +104,13 @@ def test_fidelity_is_that_of_single_images(codec, tmp_path, monkeypatch):
 
 
 def test_every_image_of_a_record_counts_and_has_its_scene(codec, tmp_path):
-    made = list(shapes_tasks.make_records(0, 12, SIDE, tasks=("edit", "reason", "multi", "text")))
+    made = list(tasks.make_records(0, 12, SIDE, tasks=("edit", "reason", "multi", "text")))
     records.write(tmp_path / "data", made)
     shown = list(codec_eval.pictures(str(tmp_path / "data"), SIDE))
     assert len(shown) == sum(len(record.imgs) for record in made)
     for picture in shown:
         if picture.scene is not None:
-            np.testing.assert_array_equal(picture.pixels, shapes.draw(picture.scene, SIDE))
+            np.testing.assert_array_equal(picture.pixels, generator.draw(picture.scene, SIDE))
     # Only a zoomed picture has none.
     assert 0 < sum(picture.scene is None for picture in shown) < len(shown) / 4
     with pytest.raises(ValueError, match="no image of the shapes world with one object"):
@@ -157,20 +158,20 @@ def test_withheld_pairs_are_not_learnt_from_and_are_told_apart(codec, tmp_path, 
         _, objects = original(codec, path, rows, resize)
         said = np.zeros((len(objects), 2, 16), np.float32)
         for k, item in enumerate(objects):
-            said[k, :, list(shapes.COLORS).index(item.color)] = 1
-            said[k, :, 8 + shapes.SHAPES.index(item.shape)] = 1
+            said[k, :, list(generator.COLORS).index(item.color)] = 1
+            said[k, :, 8 + generator.SHAPES.index(item.shape)] = 1
         taught.append(objects)
         return said, objects
 
     monkeypatch.setattr(codec_eval, "singles", told)
     found = codec_eval.probe(codec, fit, data)
-    assert found["fit_images"] == sum(not shapes_withheld.pair(item) for item in taught[0]) < 160
+    assert found["fit_images"] == sum(not holdout.pair(item) for item in taught[0]) < 160
     for view in ("pooled", "flattened"):
         for name in ("color", "shape"):
             row = found[view][name]
             assert row["seen"]["accuracy"] == row["withheld"]["accuracy"] == 1
             assert row["seen"]["images"] + row["withheld"]["images"] == len(taught[1]) == 40
-            assert row["withheld"]["images"] == sum(map(shapes_withheld.pair, taught[1]))
+            assert row["withheld"]["images"] == sum(map(holdout.pair, taught[1]))
 
 
 def run_command(capsys, **given):

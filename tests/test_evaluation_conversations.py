@@ -10,10 +10,11 @@ from test_generation_interleaved import PIXELS, parts
 from starflow2_jax import mesh as meshes
 from starflow2_jax import online, tasks
 from starflow2_jax import params as weights
-from starflow2_jax.data import records, shapes_tasks
+from starflow2_jax.data import records
 from starflow2_jax.evaluation import asking, conversations
 from starflow2_jax.generation import codec, loading
 from starflow2_jax.models import starflow2
+from starflow2_jax.shapes import tasks as shapes_tasks
 
 TASKS = ("t2i", "caption", "edit", "reason", "text", "question")
 STAGES = {

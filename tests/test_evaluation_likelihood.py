@@ -12,10 +12,11 @@ from absl import flags
 from starflow2_jax import config, evaluate
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.data import pipeline, records, shapes
+from starflow2_jax.data import pipeline, records
 from starflow2_jax.data.manifest import Importer
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.generation.model import Model
+from starflow2_jax.shapes import generator
 from starflow2_jax.training import checkpoint, inputs, step
 
 SIDE = 8
@@ -200,12 +201,12 @@ def test_gaussian_baseline_refuses_what_it_cannot_fit():
 
 
 def dataset(path, seed, count):
-    made = shapes.make_records(seed, count, SIDE, tags=("single_object",), label="color")
+    made = generator.make_records(seed, count, SIDE, tags=("single_object",), label="color")
     records.write(
         path,
         made,
         importer=Importer("shapes", "1", {"seed": seed}),
-        classes=shapes.classes("color"),
+        classes=generator.classes("color"),
     )
     return str(path)
 
@@ -222,7 +223,7 @@ def run_command(capsys, verb, **given):
 def trained(tmp_path):
     """A workdir with a checkpoint of a class-conditional flow, and two datasets."""
     test, train = dataset(tmp_path / "test", 1, 21), dataset(tmp_path / "train", 2, 64)
-    classes = len(shapes.classes("color"))
+    classes = len(generator.classes("color"))
     cfg = experiment(**{"noise.kind": "uniform", "eval_data.path": test, "eval_data.labels": True})
     cfg.model.classes = classes
     workdir, model = tmp_path / "run", model_of(cfg, 0.05)
@@ -230,7 +231,7 @@ def trained(tmp_path):
     state = {"step": jnp.int32(30), "params": model.params, "ema": model.params}
     meta = {
         "config": config.to_dict(cfg),
-        "classes": shapes.classes("color"),
+        "classes": generator.classes("color"),
         "step": 30,
         "null_text": None,
     }

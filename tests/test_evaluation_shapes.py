@@ -6,12 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from starflow2_jax.data import shapes, shapes_scenes
-from starflow2_jax.evaluation import shapes_eval
-from starflow2_jax.evaluation.shapes_eval import Found
+from starflow2_jax.shapes import detector, generator, scenes
+from starflow2_jax.shapes.detector import Found
 
 # What GenEval's metadata of a tag can tell; the rest is held against the facts of all objects.
-TOLD = {tag: {"shape"} for tag in shapes.TAGS}
+TOLD = {tag: {"shape"} for tag in generator.TAGS}
 TOLD["counting"].add("count")
 TOLD["position"].add("relation")
 TOLD["colors"].add("color")
@@ -20,27 +19,29 @@ TOLD["color_attr"].add("color")
 
 def near_misses(scene, tag, rng):
     """Yields what was changed, and the scene with that one change."""
-    pick, first = shapes.pick, scene.objects[0]
+    pick, first = generator.pick, scene.objects[0]
     rest = scene.objects[1:]
 
     def with_first(**change):
         return dataclasses.replace(scene, objects=(dataclasses.replace(first, **change), *rest))
 
     taken = {item.shape for item in scene.objects}
-    yield "color", with_first(color=pick(rng, [c for c in shapes.COLORS if c != first.color]))
-    yield "shape", with_first(shape=pick(rng, [s for s in shapes.SHAPES if s not in taken]))
+    yield "color", with_first(color=pick(rng, [c for c in generator.COLORS if c != first.color]))
+    yield "shape", with_first(shape=pick(rng, [s for s in generator.SHAPES if s not in taken]))
     if tag == "color_attr":
         a, b = scene.objects
         swapped = (dataclasses.replace(a, color=b.color), dataclasses.replace(b, color=a.color))
         yield "color", dataclasses.replace(scene, objects=swapped)
     if tag == "position":
-        wanted = pick(rng, [r for r in shapes.RELATIONS if r != shapes.relation(*scene.objects)])
+        wanted = pick(
+            rng, [r for r in generator.RELATIONS if r != generator.relation(*scene.objects)]
+        )
         kind = (first.shape, first.color, first.size)
-        moved = shapes_scenes.place_so(rng, rest, kind, wanted, rest[0])
+        moved = scenes.place_so(rng, rest, kind, wanted, rest[0])
         if moved is not None:
             yield "relation", dataclasses.replace(scene, objects=(moved, *rest))
     else:
-        more = shapes.place(rng, scene.objects, first.shape, first.color, "small")
+        more = generator.place(rng, scene.objects, first.shape, first.color, "small")
         if more is not None:
             yield "count", dataclasses.replace(scene, objects=(*scene.objects, more))
         if rest:
@@ -50,8 +51,8 @@ def near_misses(scene, tag, rng):
 def cases(count, seed):
     """(what, scene to draw, facts, whether they hold)."""
     for index in range(count):
-        scene, tag, _ = shapes.example(seed, index)
-        plain, whole = shapes.geneval(scene, tag), shapes_scenes.facts(scene, "")
+        scene, tag, _ = generator.example(seed, index)
+        plain, whole = generator.geneval(scene, tag), scenes.facts(scene, "")
         yield f"match {tag}", scene, plain, True
         yield "match of all objects", scene, whole, True
         for what, other in near_misses(scene, tag, np.random.default_rng((seed, index))):
@@ -63,10 +64,10 @@ def accuracy(count, pixels, sigma, seed=0):
     noise = np.random.default_rng(seed)
     judged, wrong = Counter(), Counter()
     for what, scene, facts, holds in cases(count, seed):
-        picture = shapes.draw(scene, pixels) / 127.5 - 1
+        picture = generator.draw(scene, pixels) / 127.5 - 1
         picture += sigma * noise.standard_normal(picture.shape)
         judged[what] += 1
-        wrong[what] += shapes_eval.judge(picture, facts).correct != holds
+        wrong[what] += detector.judge(picture, facts).correct != holds
     assert {"color", "shape", "count", "relation", "match counting"} <= set(judged)
     return judged, wrong
 
@@ -94,37 +95,37 @@ def test_judge_is_right_in_full(pixels, sigma):
 @pytest.mark.parametrize("pixels", [32, 48, 64, 96, 128])
 def test_finds_what_is_there(pixels):
     objects = (
-        shapes.Object("ring", "orange", "small", 0.25, 0.25),
-        shapes.Object("heart", "blue", "medium", 0.7, 0.3),
-        shapes.Object("star", "pink", "large", 0.35, 0.7),
+        generator.Object("ring", "orange", "small", 0.25, 0.25),
+        generator.Object("heart", "blue", "medium", 0.7, 0.3),
+        generator.Object("star", "pink", "large", 0.35, 0.7),
     )
-    picture = shapes.draw(shapes.Scene("light gray", 8.0, objects), pixels)
-    found = shapes_eval.find(picture)
+    picture = generator.draw(generator.Scene("light gray", 8.0, objects), pixels)
+    found = detector.find(picture)
     assert [(f.shape, f.color) for f in found] == [(o.shape, o.color) for o in objects]
     for f, o in zip(found, objects):
         assert abs(f.x - o.x) < 0.02 and abs(f.y - o.y) < 0.02
-        assert f.box[0] < f.x < f.box[2] <= o.x + shapes.SIZES[o.size] + 1 / pixels
-    assert shapes_eval.find(picture / 127.5 - 1) == found
+        assert f.box[0] < f.x < f.box[2] <= o.x + generator.SIZES[o.size] + 1 / pixels
+    assert detector.find(picture / 127.5 - 1) == found
 
 
 def test_nothing_but_the_world_has_a_name():
     rng = np.random.default_rng(0)
     for level in (0, 128, 255):
         blank = np.full((64, 64, 3), level, np.uint8)
-        assert shapes_eval.find(blank) == []
+        assert detector.find(blank) == []
         noisy = blank / 127.5 - 1 + 0.1 * rng.standard_normal(blank.shape)
-        assert shapes_eval.find(noisy) == []
+        assert detector.find(noisy) == []
     picture = np.full((64, 64, 3), 250, np.uint8)
-    picture[20:30, 4:60] = shapes.COLORS["red"]  # a bar
+    picture[20:30, 4:60] = generator.COLORS["red"]  # a bar
     picture[40:56, 20:36] = 90  # a gray square
-    bar, square = shapes_eval.find(picture)
+    bar, square = detector.find(picture)
     assert (bar.shape, bar.color) == ("other", "red")
     assert (square.shape, square.color) == ("square", "other")
 
 
 def test_components_follow_bends():
     flags = np.array([[1, 0, 1, 0, 1], [1, 0, 1, 0, 0], [1, 1, 1, 0, 1], [0, 0, 0, 1, 0]], bool)
-    labels, count = shapes_eval._components(flags)
+    labels, count = detector._components(flags)
     assert count == 4 and (labels > 0).tolist() == flags.tolist()
     assert labels[0, 0] == labels[0, 2] == labels[2, 1]
     assert len({labels[0, 0], labels[0, 4], labels[2, 4], labels[3, 3]}) == 4
@@ -149,7 +150,7 @@ CIRCLE, STAR = at("circle", "red", 0.2, 0.5), at("star", "blue", 0.8, 0.55)
     ],
 )
 def test_verdict(found, facts, reason):
-    verdict = shapes_eval.verdict(found, facts)
+    verdict = detector.verdict(found, facts)
     assert verdict.correct == (reason == "") and reason in verdict.reason
 
 
@@ -157,22 +158,22 @@ def test_positions():
     def include(relation, index=0):
         return {"include": [{"class": "star"}, {"class": "circle", "position": [relation, index]}]}
 
-    assert shapes_eval.verdict([CIRCLE, STAR], include("left of")).correct
-    told = shapes_eval.verdict([CIRCLE, STAR], include("above"))
+    assert detector.verdict([CIRCLE, STAR], include("left of")).correct
+    told = detector.verdict([CIRCLE, STAR], include("above"))
     assert told == (False, "expected circle above star, found left of")
     with pytest.raises(ValueError, match="position"):
-        shapes_eval.verdict([CIRCLE, STAR], include("near"))
+        detector.verdict([CIRCLE, STAR], include("near"))
     with pytest.raises(ValueError, match="position"):
-        shapes_eval.verdict([CIRCLE, STAR], include("above", 2))
+        detector.verdict([CIRCLE, STAR], include("above", 2))
 
 
 def test_bad_input():
     with pytest.raises(ValueError, match="class 'knife'"):
-        shapes_eval.verdict([CIRCLE], {"include": [{"class": "knife", "count": 1}]})
+        detector.verdict([CIRCLE], {"include": [{"class": "knife", "count": 1}]})
     with pytest.raises(ValueError, match="neither"):
-        shapes_eval.verdict([CIRCLE], {"prompt": "a circle"})
+        detector.verdict([CIRCLE], {"prompt": "a circle"})
     for pixels in (np.zeros((64, 64), np.uint8), np.zeros((8, 64, 3)), np.zeros((64, 64, 3), int)):
         with pytest.raises(ValueError, match="expected pixels"):
-            shapes_eval.find(pixels)
+            detector.find(pixels)
     with pytest.raises(ValueError, match="finite"):
-        shapes_eval.find(np.full((64, 64, 3), np.nan))
+        detector.find(np.full((64, 64, 3), np.nan))

@@ -11,7 +11,7 @@ from absl import flags
 from test_generation_interleaved import PIXELS, make_parts
 
 from starflow2_jax import evaluate, tasks
-from starflow2_jax.data import records, shapes_tasks
+from starflow2_jax.data import records
 from starflow2_jax.evaluation import (
     asking,
     cases,
@@ -24,6 +24,7 @@ from starflow2_jax.evaluation import (
 from starflow2_jax.generation import loading
 from starflow2_jax.generation import reader as readers
 from starflow2_jax.generation.prompts import Part
+from starflow2_jax.shapes import tasks as shapes_tasks
 
 
 @pytest.fixture(scope="module")

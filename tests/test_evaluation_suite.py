@@ -6,10 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from starflow2_jax.data import records, shapes, shapes_tasks, shapes_withheld
+from starflow2_jax.data import records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.evaluation import cases, editing, shapes_report, shares, sheets, suite
 from starflow2_jax.generation.prompts import Part
+from starflow2_jax.shapes import generator, holdout
+from starflow2_jax.shapes import tasks as shapes_tasks
 
 PIXELS = 64
 ASKED = ("generation", "understanding", "editing", "reasoning")
@@ -27,7 +29,7 @@ def key(prompt):
 def oracle(given):
     """Answers every case as it should be; what it does not know with an empty ground and "?"."""
     known = {key(case.given): case for case in given}
-    ground = shapes.draw(shapes.Scene("cream", 0.0, ()), PIXELS)
+    ground = generator.draw(generator.Scene("cream", 0.0, ()), PIXELS)
 
     def ask(prompts, kind):
         rows = []
@@ -68,7 +70,7 @@ def test_an_oracle_is_right_in_everything(measured):
         assert scores(sections["editing"][measure]["score"]) == ALL
         assert scores(sections["editing"][measure]["ceilings"]["as_drawn"]) == ALL
     assert sections["editing"]["psnr_rest"]["score"] == pytest.approx(68.1, abs=0.1)
-    assert set(sections["generation"]["score"]["seen"]["tags"]) == set(shapes.TAGS)
+    assert set(sections["generation"]["score"]["seen"]["tags"]) == set(generator.TAGS)
     assert set(sections["generation"]["score"]["withheld"]["tags"]) == set(cases.NAMED)
     for name in ("generation", "editing", "reasoning"):
         assert all(sample.right and not sample.why for sample in measured[1][name])
@@ -101,7 +103,7 @@ def test_baselines_do_not_reach_it(measured):
 def test_edits_are_judged_by_what_changes_and_what_stays(given):
     case = next(c for c in given if c.tag == "recolor" and len(c.scenes[0].objects) == 3)
     source, target = case.scenes
-    draw = lambda scene: shapes.draw(scene, PIXELS)
+    draw = lambda scene: generator.draw(scene, PIXELS)
     judged = lambda scene: editing.judge(draw(scene), case)
     assert judged(target) == {"changed": True, "kept": True, "both": True, "why": ""}
     assert judged(source)["changed"] is False and judged(source)["kept"] is True
@@ -117,7 +119,7 @@ def test_edits_are_judged_by_what_changes_and_what_stays(given):
     assert not gone["changed"] and not gone["kept"]
     taken = {o.shape for o in (*source.objects, *target.objects)}
     rng = np.random.default_rng(0)
-    new = shapes.place(rng, target.objects, min(set(shapes.SHAPES) - taken), "pink", "small")
+    new = generator.place(rng, target.objects, min(set(generator.SHAPES) - taken), "pink", "small")
     more = judged(dataclasses.replace(target, objects=(*target.objects, new)))
     assert more["changed"] and more["kept"] and not more["both"]
     assert more["why"] == "4 objects, expected 3"
@@ -127,7 +129,7 @@ def test_cases_say_what_is_withheld(given):
     for case in given:
         if case.task == "t2i":
             named = case.scenes[0].objects if case.tag in cases.NAMED else ()
-            assert case.seen == (not any(map(shapes_withheld.pair, named)))
+            assert case.seen == (not any(map(holdout.pair, named)))
         else:
             assert case.withheld == case.record.meta["withheld"]
     count = lambda task, seen: sum(c.task == task and c.seen == seen for c in given)

@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT))
 from experiments.ablations import latents, one, rows, run, scores, table  # noqa: E402
 from starflow2_jax import config  # noqa: E402
 from starflow2_jax import params as weights  # noqa: E402
-from starflow2_jax.data import arrays, records, shapes_tasks  # noqa: E402
+from starflow2_jax.data import arrays, records
 from starflow2_jax.models import mot, starflow2, streams  # noqa: E402
+from starflow2_jax.shapes import tasks  # noqa: E402
 from starflow2_jax.training import starflow2_step  # noqa: E402
 from starflow2_jax.training.starflow2_loss import Terms  # noqa: E402
 
@@ -171,7 +172,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     path, held = interleaved.make(folder, count=24, tasks=("t2i", "question", "text"))
     words = folder / "text"
-    records.write(words, shapes_tasks.make_records(4, 8, 16, tasks=["text"]))
+    records.write(words, tasks.make_records(4, 8, 16, tasks=["text"]))
     return path, str(words), held
 
 

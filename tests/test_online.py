@@ -14,10 +14,11 @@ from test_train import finish, rows_of, start
 
 from starflow2_jax import config, mesh, online
 from starflow2_jax import params as weights
-from starflow2_jax.data import arrays, latents, pipeline, records, shapes, shapes_tasks
+from starflow2_jax.data import arrays, latents, pipeline, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.generation import codec
+from starflow2_jax.shapes import generator, tasks
 from starflow2_jax.training import checkpoint, step
 
 COUNT = 21
@@ -28,7 +29,7 @@ def parts(tmp_path_factory):
     """(workdir of a codec, dataset folder, its latents)."""
     root = tmp_path_factory.mktemp("online")
     run, data, out = make_run(root / "run", 0), str(root / "data"), str(root / "latents")
-    records.write(data, shapes.make_records(0, COUNT, 16, tags=("single_object",)))
+    records.write(data, generator.make_records(0, COUNT, 16, tags=("single_object",)))
     latents.write(out, data, *codec.open_encoder(run))
     return run, data, out
 
@@ -73,7 +74,7 @@ def test_online_equals_offline_bit_for_bit(parts):
 
 def test_rows_of_several_images(parts, tmp_path):
     """Places that no patch is of stay zero, as they are where stored latents are read."""
-    made = list(shapes_tasks.make_records(0, 4, 16, tasks=("edit", "multi", "text", "caption")))
+    made = list(tasks.make_records(0, 4, 16, tasks=("edit", "multi", "text", "caption")))
     dataset = records.write(tmp_path / "data", made)
     latents.write(tmp_path / "out", tmp_path / "data", *codec.open_encoder(parts[0]))
     stored, opened = arrays.read(tmp_path / "out", dataset), codec.load(parts[0])

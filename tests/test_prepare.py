@@ -14,8 +14,9 @@ from absl import flags
 from PIL import Image
 
 from starflow2_jax import prepare
-from starflow2_jax.data import images, manifest, records, shapes
+from starflow2_jax.data import images, manifest, records
 from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.shapes import generator
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -64,7 +65,7 @@ def test_shapes_from_import_to_sheet(tmp_path, capsys):
         assert run(capsys, verb, "--data", out)["problems"] == 0
     stats = run(capsys, "stats", "--data", out)
     assert stats["image_sizes_h_w"] == {"32x32": 30} and stats["image_formats"] == {"png": 30}
-    assert stats["tags"] == dict.fromkeys(sorted(shapes.TAGS), 5)
+    assert stats["tags"] == dict.fromkeys(sorted(generator.TAGS), 5)
     assert stats["targets"] == {"text": 0, "image": 30}
 
     sheet = tmp_path / "sheet.png"
@@ -82,9 +83,11 @@ def test_shapes_from_import_to_sheet(tmp_path, capsys):
 
 def test_shapes_with_classes(tmp_path, capsys):
     words = ("--format", "shapes", "--n", 12, "--tags", "single_object", "--label", "shape")
-    assert run(capsys, "import", *words, "--out", tmp_path / "a")["classes"] == len(shapes.SHAPES)
+    assert run(capsys, "import", *words, "--out", tmp_path / "a")["classes"] == len(
+        generator.SHAPES
+    )
     stats = run(capsys, "stats", "--data", tmp_path / "a")
-    assert sum(stats["classes"].values()) == 12 and list(stats["classes"]) == list(shapes.SHAPES)
+    assert sum(stats["classes"].values()) == 12 and list(stats["classes"]) == list(generator.SHAPES)
     for wrong, message in (
         (("--tags", "textures"), "--tags: unknown"),
         (("--tags", "position"), "position shows two"),

@@ -15,7 +15,8 @@ import pytest
 from test_training_step import experiment
 
 from starflow2_jax import config, mesh, tasks, train
-from starflow2_jax.data import records, shapes
+from starflow2_jax.data import records
+from starflow2_jax.shapes import generator
 from starflow2_jax.training import checkpoint, log, step_folders
 
 RUNNER = pathlib.Path(__file__).with_name("train_runner.py")
@@ -25,8 +26,8 @@ CLOCKS = ("seconds_per_step", "tokens_per_second", "flops_per_second", "mfu")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "shapes"
-    rows = shapes.make_records(0, 40, 8, tags=("single_object",), label="color")
-    records.write(path, rows, classes=shapes.classes("color"))
+    rows = generator.make_records(0, 40, 8, tags=("single_object",), label="color")
+    records.write(path, rows, classes=generator.classes("color"))
     return path
 
 
@@ -189,8 +190,8 @@ def test_changed_data_are_refused_and_moved_data_are_not(unbroken, data, tmp_pat
     train.train(there, str(workdir))
     assert "finished" in capsys.readouterr().out
     shutil.rmtree(moved)
-    rows = shapes.make_records(9, 40, 8, tags=("single_object",), label="color")
-    records.write(moved, rows, classes=shapes.classes("color"))
+    rows = generator.make_records(9, 40, 8, tags=("single_object",), label="color")
+    records.write(moved, rows, classes=generator.classes("color"))
     with pytest.raises(ValueError, match=r"data.path"):
         train.train(there, str(workdir))
     # The same folder with other data in it.

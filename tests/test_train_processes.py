@@ -37,11 +37,12 @@ PATIENT = dict.fromkeys(("probe", "initialization", "heartbeat", "shutdown"), 20
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    from starflow2_jax.data import records, shapes
+    from starflow2_jax.data import records
+    from starflow2_jax.shapes import generator
 
     path = tmp_path_factory.mktemp("data") / "shapes"
-    rows = shapes.make_records(0, 40, 8, tags=("single_object",), label="color")
-    records.write(path, rows, classes=shapes.classes("color"))
+    rows = generator.make_records(0, 40, 8, tags=("single_object",), label="color")
+    records.write(path, rows, classes=generator.classes("color"))
     return path
 
 

@@ -10,15 +10,16 @@ from test_training_step import experiment
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax import start, train
-from starflow2_jax.data import records, shapes
+from starflow2_jax.data import records
 from starflow2_jax.evaluation import likelihood
+from starflow2_jax.shapes import generator
 from starflow2_jax.training import checkpoint, log, step
 from starflow2_jax.weights import files
 
 
 def dataset(path, label="color", count=20):
-    rows = shapes.make_records(0, count, 8, tags=("single_object",), label=label)
-    records.write(path, rows, classes=shapes.classes(label))
+    rows = generator.make_records(0, count, 8, tags=("single_object",), label=label)
+    records.write(path, rows, classes=generator.classes(label))
     return str(path)
 
 

@@ -12,10 +12,11 @@ from test_train import finish, rows_of, start
 
 from starflow2_jax import config, mesh
 from starflow2_jax import params as weights
-from starflow2_jax.data import records, shapes
+from starflow2_jax.data import records
 from starflow2_jax.generation import codec
 from starflow2_jax.models import fae
 from starflow2_jax.models import teacher as teachers
+from starflow2_jax.shapes import generator
 from starflow2_jax.training import checkpoint, fae_step, inputs, step
 
 ROWS = 8
@@ -177,7 +178,7 @@ def test_bad_configurations(change, words):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "shapes"
-    records.write(path, shapes.make_records(0, 24, 16, tags=("single_object",)))
+    records.write(path, generator.make_records(0, 24, 16, tags=("single_object",)))
     return path
 
 

@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.data import arrays, images, packing, records, regions, stream, tokens
+from starflow2_jax.data import arrays, images, packing, records, stream, tokens
 from starflow2_jax.data import manifest as manifest_lib
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record
 from starflow2_jax.data.tokens import Tokenizer
+from starflow2_jax.shapes import regions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a model of pictures and words is asked of the shapes world, and what would be right.
 
-A case is a record of `data.shapes` or `data.shapes_tasks` taken apart: what the user says and
+A case is a record of `shapes.generator` or `shapes.tasks` taken apart: what the user says and
 shows, the words and the picture that should follow, and the facts by which a picture is judged.
 """
 
@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from starflow2_jax.data import images, records, shapes, shapes_tasks, shapes_withheld
+from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record, Text
-from starflow2_jax.data.shapes import Scene
 from starflow2_jax.evaluation import codec_eval
+from starflow2_jax.shapes import generator, holdout
+from starflow2_jax.shapes import tasks as shapes_tasks
+from starflow2_jax.shapes.generator import Scene
 
 # The tasks, and of each the tags that its score is a mean of.
 TAGS = {
-    "t2i": shapes.TAGS,
+    "t2i": generator.TAGS,
     "question": shapes_tasks.QUESTIONS,
     "edit": shapes_tasks.EDITS,
     "reason": shapes_tasks.REASONS,
@@ -113,7 +115,7 @@ def from_record(record: Record, where: str, mark: str = "") -> Case | None:
 
 def _named(scene: Scene, tag: str) -> str:
     """What is withheld of the pairs that a caption of this tag names."""
-    return shapes_withheld.found((), scene.objects if tag in NAMED else ())
+    return holdout.found((), scene.objects if tag in NAMED else ())
 
 
 def read(folders: Iterable[str], *, n: int | None = None) -> list[Case]:
@@ -158,10 +160,10 @@ def _made(task: str, seed: int, count: int, pixels: int, part: str) -> Iterator[
     tags: Sequence[str] = TAGS[task]
     if task == "t2i" and part == "only":
         keep = lambda scene: _named(scene, NAMED[0]) == "pair"
-        return shapes.make_records(seed, count * len(NAMED), pixels, tags=NAMED, keep=keep)
+        return generator.make_records(seed, count * len(NAMED), pixels, tags=NAMED, keep=keep)
     if task == "t2i":
-        keep = shapes_withheld.scenes(part)
-        return shapes.make_records(seed, count * len(tags), pixels, keep=keep)
+        keep = holdout.scenes(part)
+        return generator.make_records(seed, count * len(tags), pixels, keep=keep)
     if task == "text" and part == "only":
         tags = [tag for tag in tags if tag != "count_left"]  # it names no pair
     own = {"tasks": [task], "withheld": part}

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from starflow2_jax.data import images, records, shapes, shapes_withheld
-from starflow2_jax.data.shapes import Object, Scene
+from starflow2_jax.data import images, records
 from starflow2_jax.generation import codec as codecs
 from starflow2_jax.generation.codec import Codec
 from starflow2_jax.models import fae_losses
+from starflow2_jax.shapes import generator, holdout
+from starflow2_jax.shapes.generator import Object, Scene
 from starflow2_jax.training import inputs
 
 ROWS = 64
@@ -28,7 +29,7 @@ LEAST_SQUARE = 0.01
 NOISE_RULE = "noise of image i: sigma * normal(fold_in(fold_in(key(seed), 0), i))"
 # Weight decay and iterations of the probe: logistic regression on standardised numbers.
 DECAY, ITERATIONS = 1e-3, 200
-READ = {"color": tuple(shapes.COLORS), "shape": shapes.SHAPES}
+READ = {"color": tuple(generator.COLORS), "shape": generator.SHAPES}
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def blank(picture: Picture) -> np.ndarray:
     """The image without what is in it: a scene's ground, of others the median colour."""
     if picture.scene is not None:
         ground = Scene(picture.scene.background, picture.scene.ramp, ())
-        return shapes.draw(ground, len(picture.pixels))
+        return generator.draw(ground, len(picture.pixels))
     median = np.median(picture.pixels, (0, 1)).round().astype(np.uint8)
     return np.broadcast_to(median, picture.pixels.shape)
 
@@ -92,7 +93,7 @@ def boxes(scene: Scene, side: int) -> np.ndarray:
     """The pixels bool [side, side] in the squares around a scene's objects."""
     inside = np.zeros((side, side), bool)
     for item in scene.objects:
-        radius = shapes.SIZES[item.size]
+        radius = generator.SIZES[item.size]
         low = [max(0, math.floor((at - radius) * side)) for at in (item.y, item.x)]
         high = [math.ceil((at + radius) * side) for at in (item.y, item.x)]
         inside[low[0] : high[0], low[1] : high[1]] = True
@@ -228,11 +229,11 @@ def probe(
     """
     given, taught = singles(codec, fit, rows, resize)
     tested, objects = singles(codec, data, rows, resize)
-    seen = np.array([not shapes_withheld.pair(item) for item in taught], bool)
+    seen = np.array([not holdout.pair(item) for item in taught], bool)
     for path, number in ((fit, seen.sum()), (data, len(objects))):
         if not number:
             raise ValueError(f"{path}: no image of the shapes world with one object to probe")
-    apart = np.array([shapes_withheld.pair(item) for item in objects], bool)
+    apart = np.array([holdout.pair(item) for item in objects], bool)
     result: dict[str, Any] = {"fit_images": int(seen.sum())}
     learn, read = views(given[seen]), views(tested)
     for view in learn:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.data.shapes import Object
-from starflow2_jax.evaluation import asking, cases, codec_eval, shapes_eval, shares
+from starflow2_jax.evaluation import asking, cases, codec_eval, shares
 from starflow2_jax.evaluation.asking import Ask
 from starflow2_jax.evaluation.cases import Case, Sample
 from starflow2_jax.evaluation.generation import Through
-from starflow2_jax.evaluation.shapes_eval import Found
+from starflow2_jax.shapes import detector
+from starflow2_jax.shapes.detector import Found
+from starflow2_jax.shapes.generator import Object
 
 NEAR = 0.08
 MEASURES = ("changed", "kept", "both")
@@ -82,8 +83,8 @@ def measure(
 
 def judge(image: np.ndarray, case: Case) -> dict[str, Any]:
     """`changed`, `kept` (None where nothing is left alone) and `both`, and `why` not."""
-    found = shapes_eval.find(image)
-    verdict = shapes_eval.verdict(found, case.facts)
+    found = detector.find(image)
+    verdict = detector.verdict(found, case.facts)
     source, target = case.scenes[0], case.scenes[-1]
     stay = [item for item in source.objects if item in target.objects]
     gone = [item for item in stay if not any(_is_at(seen, item) for seen in found)]

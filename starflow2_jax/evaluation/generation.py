@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.evaluation import asking, codec_eval, shapes_eval, shares
+from starflow2_jax.evaluation import asking, codec_eval, shares
 from starflow2_jax.evaluation.asking import Ask
 from starflow2_jax.evaluation.cases import Case, Sample
 from starflow2_jax.evaluation.codec_eval import Picture
+from starflow2_jax.shapes import detector
 
 # Images uint8 [N, H, W, 3] -> what the codec makes of them.
 Through = Callable[[np.ndarray], np.ndarray]
@@ -35,15 +36,15 @@ def measure(
     """
     answers = ask([case.given for case in cases], "picture")
     parts = [asking.drawn(row, case) for row, case in zip(answers, cases)]
-    found = [shapes_eval.find(part.image) for part in parts]
-    verdicts = [shapes_eval.verdict(seen, case.facts) for seen, case in zip(found, cases)]
-    truths = [shapes_eval.find(case.picture) for case in cases]
+    found = [detector.find(part.image) for part in parts]
+    verdicts = [detector.verdict(seen, case.facts) for seen, case in zip(found, cases)]
+    truths = [detector.find(case.picture) for case in cases]
     grounds = [
-        shapes_eval.find(codec_eval.blank(Picture(case.picture, case.scenes[0]))) for case in cases
+        detector.find(codec_eval.blank(Picture(case.picture, case.scenes[0]))) for case in cases
     ]
-    right = lambda seen: [shapes_eval.verdict(s, c.facts).correct for s, c in zip(seen, cases)]
-    of_truth = lambda j, i: shapes_eval.verdict(truths[j], cases[i].facts).correct
-    of_drawn = lambda j, i: shapes_eval.verdict(found[j], cases[i].facts).correct
+    right = lambda seen: [detector.verdict(s, c.facts).correct for s, c in zip(seen, cases)]
+    of_truth = lambda j, i: detector.verdict(truths[j], cases[i].facts).correct
+    of_drawn = lambda j, i: detector.verdict(found[j], cases[i].facts).correct
     figures = {
         "score": shares.apart(cases, [verdict.correct for verdict in verdicts]),
         "baselines": {
@@ -56,7 +57,7 @@ def measure(
     }
     if through is not None:
         kept = through(np.stack([case.picture for case in cases]))
-        seen = [shapes_eval.find(image) for image in kept]
+        seen = [detector.find(image) for image in kept]
         figures["ceilings"]["through_codec"] = shares.apart(cases, right(seen))
     samples = [
         Sample(case, (part.image,), "", verdict.correct, verdict.reason, part.log_likelihood)

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from starflow2_jax.evaluation import asking, cases, questions, shapes_eval, shares
+from starflow2_jax.evaluation import asking, cases, questions, shares
 from starflow2_jax.evaluation.asking import Ask
 from starflow2_jax.evaluation.cases import Case, Sample
 from starflow2_jax.generation.prompts import Part
+from starflow2_jax.shapes import detector
 
 BASELINES = {
     "without_picture": "the answer at once: no picture is drawn",
@@ -30,8 +31,8 @@ def measure(given: Sequence[Case], ask: Ask) -> tuple[dict[str, Any], list[Sampl
     said = [asking.said(row) for row in answers]
     right = [words == case.words for words, case in zip(said, given)]
     parts = [asking.drawn(row, case) for row, case in zip(answers, given)]
-    verdicts = [shapes_eval.judge(part.image, case.facts) for part, case in zip(parts, given)]
-    truths = [shapes_eval.judge(case.picture, case.facts).correct for case in given]
+    verdicts = [detector.judge(part.image, case.facts) for part, case in zip(parts, given)]
+    truths = [detector.judge(case.picture, case.facts).correct for case in given]
     blank = [cases.blank(case) for case in given]
     others = [cases.shown_another(c, given[j]) for c, j in zip(given, shares.partners(given))]
     told = [[*case.given, Part("image", "assistant", image=case.picture)] for case in given]

@@ -23,11 +23,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from starflow2_jax.data import images, records, shapes, shapes_scenes, shapes_withheld
+from starflow2_jax.data import images, records
 from starflow2_jax.data.records import Img, Record, Text
-from starflow2_jax.data.shapes import NUMBERS, Object, Scene, pick, plural
-from starflow2_jax.data.shapes_scenes import Zoom, facts, name, the
-from starflow2_jax.data.shapes_wordings import TERSE, request
+from starflow2_jax.shapes import generator, holdout
+from starflow2_jax.shapes import scenes as shapes_scenes
+from starflow2_jax.shapes.generator import NUMBERS, Object, Scene, pick, plural
+from starflow2_jax.shapes.scenes import Zoom, facts, name, the
+from starflow2_jax.shapes.wordings import TERSE, request
 
 EDITS = ("recolor", "add", "remove", "move", "replace")
 QUESTIONS = ("color", "shape", "size", "count", "exists", "relation", "is_relation", "background")
@@ -56,18 +58,18 @@ class Draft:
     user: tuple[str | Scene, ...]
     assistant: tuple[str | Given | Scene | Zoom, ...]
     scenes: tuple[Scene, ...]
-    said: tuple[Object | shapes_withheld.Combination, ...] = ()
+    said: tuple[Object | holdout.Combination, ...] = ()
     geneval: dict[str, object] | None = None
     more: tuple[tuple[str, str], ...] = ()
 
 
 def caption(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     """Any scene -> its description."""
-    scene = shapes.scene(rng, tag)
-    said, absent = _told(rng, scene, int(rng.integers(shapes.WORDINGS)))
+    scene = generator.scene(rng, tag)
+    said, absent = _told(rng, scene, int(rng.integers(generator.WORDINGS)))
     linked = None
-    if len({item.shape for item in scene.objects}) == 2 and shapes.relation(*scene.objects):
-        linked = (scene.objects[0], shapes.relation(*scene.objects), scene.objects[1])
+    if len({item.shape for item in scene.objects}) == 2 and generator.relation(*scene.objects):
+        linked = (scene.objects[0], generator.relation(*scene.objects), scene.objects[1])
     told = facts(scene, said, linked=linked)
     asks = request("caption", wording)
     return Draft(tag, (scene, asks), (said,), (scene,), absent, told)
@@ -122,7 +124,7 @@ def quiz(rng: np.random.Generator, wording: int, tag: str) -> Draft:
 
 def _several(
     rng: np.random.Generator, tag: str, number: int, *, terse: float
-) -> tuple[Scene, dict[str, str], tuple[Object | shapes_withheld.Combination, ...]]:
+) -> tuple[Scene, dict[str, str], tuple[Object | holdout.Combination, ...]]:
     """A scene, up to `number` questions with their answers, a share of them `terse`, and what is
     spoken of."""
     if tag == "distinct":
@@ -133,11 +135,11 @@ def _several(
     else:
         scene, tags, number = shapes_scenes.groups(rng), ["count", "background"], number // 2
     asked: dict[str, str] = {}
-    said: list[Object | shapes_withheld.Combination] = []
+    said: list[Object | holdout.Combination] = []
     for _ in range(number):
         mixed = [scene.objects[k] for k in rng.permutation(len(scene.objects))]
         turned = dataclasses.replace(scene, objects=tuple(mixed))
-        wording = int(rng.integers(shapes.WORDINGS))
+        wording = int(rng.integers(generator.WORDINGS))
         short = bool(rng.random() < terse)
         asks, answer, spoken = _ask(rng, turned, wording, pick(rng, tags), terse=short)
         asked[asks] = answer
@@ -147,9 +149,9 @@ def _several(
 
 def _ask(
     rng: np.random.Generator, scene: Scene, wording: int, tag: str, *, terse: bool = False
-) -> tuple[str, str, tuple[Object | shapes_withheld.Combination, ...]]:
+) -> tuple[str, str, tuple[Object | holdout.Combination, ...]]:
     """Question, answer, and what is spoken of; the objects differ, but for a count."""
-    said: tuple[Object | shapes_withheld.Combination, ...] = ()
+    said: tuple[Object | holdout.Combination, ...] = ()
     if tag == "count":
         a = scene.objects[0]
         key = pick(rng, ("shape", "color"))
@@ -169,11 +171,11 @@ def _ask(
             asked = a if yes else dataclasses.replace(a, shape=shape)
             words, answer, said = {"new": name(asked)}, "yes" if yes else "no", (asked,)
         elif "relation" in tag:
-            true = shapes.relation(a, b)
+            true = generator.relation(a, b)
             answer, asked = true, true
             if tag == "is_relation":
                 if rng.integers(2):
-                    asked = pick(rng, [r for r in shapes.RELATIONS if r != true])
+                    asked = pick(rng, [r for r in generator.RELATIONS if r != true])
                 words, answer = words | {"relation": asked}, "yes" if asked == true else "no"
             said = ((a, asked, b),)
         else:
@@ -201,7 +203,7 @@ def edit(rng: np.random.Generator, wording: int, tag: str) -> Draft:
         new = dataclasses.replace(a, **kind)
         words["new"], target = name(new), _swap(scene, a, new)
     else:
-        relation = pick(rng, shapes.RELATIONS)
+        relation = pick(rng, generator.RELATIONS)
         if tag == "move":
             kind, rest = (a.shape, a.color, a.size), scene.objects[1:]
         else:
@@ -209,7 +211,7 @@ def edit(rng: np.random.Generator, wording: int, tag: str) -> Draft:
             kind, rest = (*kind, pick(rng, ("small", "medium"))), scene.objects
         new = shapes_scenes.place_so(rng, rest, kind, relation, b)
         # Before a move the two stand clearly otherwise, so that leaving them there is an error.
-        if new is None or (tag == "move" and shapes.relation(a, b) in (relation, None)):
+        if new is None or (tag == "move" and generator.relation(a, b) in (relation, None)):
             return edit(rng, wording, tag)
         words |= {"new": f"a {new.size} {new.color} {new.shape}",
                   "relation": relation}  # fmt: skip
@@ -279,18 +281,18 @@ def text(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     if tag == "count_left":
         n = int(rng.integers(2, 6))
         m = int(rng.integers(1, n + 1))
-        things = plural(pick(rng, shapes.SHAPES))
+        things = plural(pick(rng, generator.SHAPES))
         words = {"n": NUMBERS[n], "N": NUMBERS[n].capitalize(), "m": NUMBERS[m], "things": things}
         asks = request(tag, wording, **words, vanish="vanishes" if m == 1 else "vanish")
         return Draft(tag, (asks,), (NUMBERS[n - m],), ())
     scene = shapes_scenes.distinct(rng, 2)
     a, b = scene.objects
-    relation = shapes.relation(a, b)
+    relation = generator.relation(a, b)
     fact = f"{name(a)} is {relation} {name(b)}".capitalize()
     if tag == "turn_around":
         asks, answer = (
             request(tag, wording, Fact=fact, b=the(b)),
-            f"{shapes.relation(b, a)} {the(a)}",
+            f"{generator.relation(b, a)} {the(a)}",
         )
     else:
         asked = (a, b)[int(rng.integers(2))]
@@ -299,7 +301,7 @@ def text(rng: np.random.Generator, wording: int, tag: str) -> Draft:
 
 
 _MAKE: dict[str, tuple[Callable[[np.random.Generator, int, str], Draft], Sequence[str]]] = {
-    "caption": (caption, shapes.TAGS),
+    "caption": (caption, generator.TAGS),
     "question": (question, QUESTIONS),
     "edit": (edit, EDITS),
     "reason": (reason, REASONS),
@@ -317,7 +319,7 @@ def draft(
     index: int,
     task: str,
     withheld: str = "none",
-    tags: Sequence[str] = shapes.TAGS,
+    tags: Sequence[str] = generator.TAGS,
 ) -> Draft:
     """Number `index` of a task, `withheld` being left out, alone wanted, or neither.
 
@@ -328,10 +330,10 @@ def draft(
     rng = np.random.default_rng(np.random.SeedSequence((seed, index, 1 + TASKS.index(task))))
     # A text that no scene stands behind names no pair, so that it cannot show an unseen one.
     tags = [tag for tag in tags if withheld != "only" or tag != "count_left"]
-    tag, wording = tags[index % len(tags)], int(rng.integers(shapes.WORDINGS))
+    tag, wording = tags[index % len(tags)], int(rng.integers(generator.WORDINGS))
     while True:
         made = make(rng, wording, tag)
-        if shapes_withheld.keep(withheld, shapes_withheld.found(made.scenes, made.said)):
+        if holdout.keep(withheld, holdout.found(made.scenes, made.said)):
             return made
 
 
@@ -341,7 +343,7 @@ def make_records(
     pixels: int,
     *,
     tasks: Sequence[str] = TASKS,
-    tags: Sequence[str] = shapes.TAGS,
+    tags: Sequence[str] = generator.TAGS,
     withheld: str = "none",
 ) -> Iterator[Record]:
     """Records 0 to count - 1 of `seed`, tasks in turn; record i does not depend on `count`.
@@ -360,9 +362,7 @@ def make_records(
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"--tasks {','.join(tasks)}: a task is named twice")
     # Ids of t2i count on its own, as they do without the other tasks.
-    pictures = shapes.make_records(
-        seed, count, pixels, tags=tags, keep=shapes_withheld.scenes(withheld)
-    )
+    pictures = generator.make_records(seed, count, pixels, tags=tags, keep=holdout.scenes(withheld))
     for index in range(count):
         task = tasks[index % len(tasks)]
         if task == "t2i":
@@ -386,13 +386,13 @@ def _record(made: Draft, task: str, id: str, seed: int, pixels: int) -> Record:
                 words = part.words if isinstance(part, Given) else part
                 segments.append(Text(words, loss, role))
                 continue
-            drawn = part.draw(pixels) if isinstance(part, Zoom) else shapes.draw(part, pixels)
+            drawn = part.draw(pixels) if isinstance(part, Zoom) else generator.draw(part, pixels)
             segments.append(Img(len(blobs), loss, role))
             blobs.append(records.image_blob(images.encode_png(drawn), id))
     meta = {
         "task": task,
         "tag": made.tag,
-        "withheld": shapes_withheld.found(made.scenes, made.said),
+        "withheld": holdout.found(made.scenes, made.said),
         "scenes": json.dumps([dataclasses.asdict(scene) for scene in made.scenes]),
     }
     if made.geneval is not None:
@@ -403,7 +403,7 @@ def _record(made: Draft, task: str, id: str, seed: int, pixels: int) -> Record:
 def _others(scene: Scene, key: str) -> list[str]:
     """Shapes or colours that no object of the scene has."""
     taken = {getattr(item, key) for item in scene.objects}
-    return [x for x in (shapes.SHAPES if key == "shape" else shapes.COLORS) if x not in taken]
+    return [x for x in (generator.SHAPES if key == "shape" else generator.COLORS) if x not in taken]
 
 
 def _swap(scene: Scene, old: Object, new: Object | None) -> Scene:

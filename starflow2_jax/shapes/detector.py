@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from starflow2_jax.data import shapes
+from starflow2_jax.shapes import generator
 
 OTHER = "other"
 
@@ -82,7 +82,7 @@ def verdict(found: Sequence[Found], facts: Mapping[str, Any]) -> Verdict:
         if "position" not in entry:
             continue
         wanted, index = entry["position"]
-        if wanted not in shapes.RELATIONS or not 0 <= index < len(include):
+        if wanted not in generator.RELATIONS or not 0 <= index < len(include):
             raise ValueError(f"facts: position {entry['position']}, expected [relation, index]")
         pairs = [(a, b) for a in group for b in groups[index] if a is not b]
         if not any(wanted in relations(a, b) for a, b in pairs):
@@ -255,9 +255,11 @@ def _core(own: np.ndarray, size: np.ndarray) -> np.ndarray:
 
 def _color(level: np.ndarray) -> str:
     """Name of the nearest colour of the world to levels [3]."""
-    distances = np.linalg.norm(_lab(np.array(list(shapes.COLORS.values()))) - _lab(level), axis=-1)
+    distances = np.linalg.norm(
+        _lab(np.array(list(generator.COLORS.values()))) - _lab(level), axis=-1
+    )
     nearest = int(distances.argmin())
-    return list(shapes.COLORS)[nearest] if distances[nearest] <= _MOST_COLOR_DISTANCE else OTHER
+    return list(generator.COLORS)[nearest] if distances[nearest] <= _MOST_COLOR_DISTANCE else OTHER
 
 
 def _lab(levels: np.ndarray) -> np.ndarray:
@@ -283,11 +285,11 @@ def _shape(cover: np.ndarray, own: np.ndarray, spread: float) -> tuple[str, tupl
     y = (crop.sum(1) @ (np.arange(height) + 0.5)) / area
     x = (crop.sum(0) @ (np.arange(width) + 0.5)) / area
     fits = []
-    for shape in shapes.SHAPES:
+    for shape in generator.SHAPES:
         unit_area, dx, dy = _moments(shape)
         radius = np.sqrt(area / unit_area)
         centre = (x - dx * radius, y - dy * radius)
-        fine = shapes.mask(
+        fine = generator.mask(
             shape,
             (width * _SUPERSAMPLE, height * _SUPERSAMPLE),
             (centre[0] * _SUPERSAMPLE, centre[1] * _SUPERSAMPLE),
@@ -303,14 +305,14 @@ def _shape(cover: np.ndarray, own: np.ndarray, spread: float) -> tuple[str, tupl
 @functools.cache
 def _moments(shape: str) -> tuple[float, float, float]:
     """Area and centre of mass of a shape, in units of its radius, from its centre."""
-    drawn = np.asarray(shapes.mask(shape, (512, 512), (256, 256), 200)) / 255
+    drawn = np.asarray(generator.mask(shape, (512, 512), (256, 256), 200)) / 255
     offsets = (np.arange(512) + 0.5 - 256) / 200
     area = drawn.sum()
     return area / 200**2, drawn.sum(0) @ offsets / area, drawn.sum(1) @ offsets / area
 
 
 def _is(item: Found, entry: Mapping[str, Any]) -> bool:
-    for key, names in (("class", shapes.SHAPES), ("color", shapes.COLORS)):
+    for key, names in (("class", generator.SHAPES), ("color", generator.COLORS)):
         if (key == "class" or key in entry) and entry.get(key) not in names:
             raise ValueError(f"facts: {key} {entry.get(key)!r}, expected one of {', '.join(names)}")
     return item.shape == entry["class"] and entry.get("color", item.color) == item.color

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from starflow2_jax.data import shapes
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record
-from starflow2_jax.data.shapes import Object
 from starflow2_jax.data.tokens import Tokenizer
+from starflow2_jax.shapes import generator
+from starflow2_jax.shapes.generator import Object
 
 # Of an object's radius: what lies within the first shows the object, beyond the second the ground.
 _REACH, _CLEAR = 0.9, 1.3
@@ -56,10 +56,10 @@ def find(record: Record, image: int, where: str) -> list[Region]:
 def _told(objects: list[Object], k: int) -> Region:
     item = objects[k]
     count = Counter((other.color, other.shape) for other in objects)[item.color, item.shape]
-    words = f" {shapes.NUMBERS[count]} {item.size} {item.color} {item.shape}"
-    relation = shapes.relation(item, objects[1 - k]) if len(objects) == 2 else None
+    words = f" {generator.NUMBERS[count]} {item.size} {item.color} {item.shape}"
+    relation = generator.relation(item, objects[1 - k]) if len(objects) == 2 else None
     words += f" {relation}" if relation else ""
-    return Region(words, item.x, item.y, shapes.SIZES[item.size])
+    return Region(words, item.x, item.y, generator.SIZES[item.size])
 
 
 def place(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from starflow2_jax.data import shapes
-from starflow2_jax.data.shapes import Object, Scene, pick, plural
+from starflow2_jax.shapes import generator
+from starflow2_jax.shapes.generator import Object, Scene, pick, plural
 
 _ZOOM = 2
 
@@ -21,7 +21,7 @@ class Zoom:
 
     def draw(self, pixels: int) -> np.ndarray:
         """uint8 [pixels, pixels, 3]; the whole object is in it."""
-        whole = shapes.draw(self.scene, _ZOOM * pixels)
+        whole = generator.draw(self.scene, _ZOOM * pixels)
         left, top = (
             min(max(round(_ZOOM * pixels * at - pixels / 2), 0), (_ZOOM - 1) * pixels)
             for at in (self.item.x, self.item.y)
@@ -34,17 +34,19 @@ def distinct(rng: np.random.Generator, count: int, apart: bool = True) -> Scene:
 
     Two of them stand clearly beside or above one another, where `apart`.
     """
-    kinds = rng.permutation(list(shapes.SHAPES))[:count].tolist()
-    colors = rng.permutation(list(shapes.COLORS))[:count].tolist()
+    kinds = rng.permutation(list(generator.SHAPES))[:count].tolist()
+    colors = rng.permutation(list(generator.COLORS))[:count].tolist()
     while True:
         made = _scene(rng, list(zip(kinds, colors)))
-        if count != 2 or not apart or shapes.relation(*made.objects) is not None:
+        if count != 2 or not apart or generator.relation(*made.objects) is not None:
             return made
 
 
 def groups(rng: np.random.Generator) -> Scene:
     """One to four objects of one shape and colour, the last perhaps of another shape and colour."""
-    shape, color = (rng.permutation(list(x))[:2].tolist() for x in (shapes.SHAPES, shapes.COLORS))
+    shape, color = (
+        rng.permutation(list(x))[:2].tolist() for x in (generator.SHAPES, generator.COLORS)
+    )
     count = int(rng.integers(1, 5))
     other = int(rng.integers(2)) if count > 1 else 0
     kinds = list(zip(shape, color))
@@ -60,8 +62,8 @@ def place_so(
 ) -> Object | None:
     """An object (shape, colour, size) in a relation to `anchor`, or None where it finds no room."""
     for _ in range(20):
-        placed = shapes.place(rng, others, *kind)
-        if placed is not None and shapes.relation(placed, anchor) == relation:
+        placed = generator.place(rng, others, *kind)
+        if placed is not None and generator.relation(placed, anchor) == relation:
             return placed
     return None
 
@@ -72,20 +74,20 @@ def describe(scene: Scene, wording: int = 0, *, back: bool = False) -> str:
     Args:
       back: begin with the last object.
     """
-    if wording not in range(shapes.WORDINGS):
-        raise ValueError(f"wording {wording}, expected 0 to {shapes.WORDINGS - 1}")
+    if wording not in range(generator.WORDINGS):
+        raise ValueError(f"wording {wording}, expected 0 to {generator.WORDINGS - 1}")
     objects = _in_order(scene)[:: -1 if back else 1]
     kinds = Counter((item.size, item.color, item.shape) for item in objects)
     parts = []
     for (size, color, shape), count in kinds.items():
         if wording == 2:
             parts.append(f"{plural(shape) if count > 1 else shape} {color} {size}")
-            parts[-1] += f" {shapes.NUMBERS[count]}"
+            parts[-1] += f" {generator.NUMBERS[count]}"
         elif count == 1:
             parts.append(f"a {size} {color} {shape}")
         else:
-            parts.append(f"{shapes.NUMBERS[count]} {size} {color} {plural(shape)}")
-    relation = shapes.relation(*objects) if len(objects) == 2 else None
+            parts.append(f"{generator.NUMBERS[count]} {size} {color} {plural(shape)}")
+    relation = generator.relation(*objects) if len(objects) == 2 else None
     if relation and len(parts) == 2:
         said = f"{parts[0]} {relation} {parts[1]}"
     elif wording == 2:
@@ -133,7 +135,7 @@ def facts(
 
 def name(item: Object) -> str:
     """ "a red circle" """
-    return shapes.with_article(f"{item.color} {item.shape}")
+    return generator.with_article(f"{item.color} {item.shape}")
 
 
 def the(item: Object) -> str:
@@ -143,19 +145,19 @@ def the(item: Object) -> str:
 
 def _in_order(scene: Scene) -> list[Object]:
     """Objects from left to right or, of two above one another, from top to bottom."""
-    upright = len(scene.objects) == 2 and shapes.relation(*scene.objects) in ("above", "below")
+    upright = len(scene.objects) == 2 and generator.relation(*scene.objects) in ("above", "below")
     return sorted(scene.objects, key=lambda item: item.y if upright else item.x)
 
 
 def _scene(rng: np.random.Generator, kinds: Sequence[tuple[str, str]]) -> Scene:
-    sizes = list(shapes.SIZES) if len(kinds) < 3 else ["small", "medium"]
+    sizes = list(generator.SIZES) if len(kinds) < 3 else ["small", "medium"]
     while True:
         objects: list[Object] = []
         for shape, color in kinds:
-            placed = shapes.place(rng, objects, shape, color, pick(rng, sizes))
+            placed = generator.place(rng, objects, shape, color, pick(rng, sizes))
             if placed is None:
                 break
             objects.append(placed)
         if len(objects) == len(kinds):
-            background = pick(rng, list(shapes.BACKGROUNDS))
+            background = pick(rng, list(generator.BACKGROUNDS))
             return Scene(background, round(float(rng.uniform(-12, 12)), 2), tuple(objects))

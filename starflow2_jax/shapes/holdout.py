@@ -6,8 +6,8 @@ relation between them. Every colour and every shape is still seen, in seven of e
 
 from collections.abc import Callable, Iterable
 
-from starflow2_jax.data import shapes
-from starflow2_jax.data.shapes import Object, Scene
+from starflow2_jax.shapes import generator
+from starflow2_jax.shapes.generator import Object, Scene
 
 CHOICES = ("none", "leave_out", "only")
 PAIRS = (
@@ -37,7 +37,7 @@ def combination(first: Object, relation: str, second: Object) -> bool:
     """
     if relation in ("right of", "below"):
         first, relation, second = second, _INVERSE[relation], first
-    colors, kinds = list(shapes.COLORS), list(shapes.SHAPES)
+    colors, kinds = list(generator.COLORS), list(generator.SHAPES)
     number = colors.index(first.color) + 3 * kinds.index(first.shape)
     number += 5 * colors.index(second.color) + 7 * kinds.index(second.shape)
     return (number + 4 * (relation == "above")) % 8 == 0
@@ -51,7 +51,7 @@ def found(scenes: Iterable[Scene], said: Iterable[Object | Combination] = ()) ->
     scenes, said = list(scenes), list(said)
     objects = [item for scene in scenes for item in scene.objects]
     together = [
-        (a, shapes.relation(a, b), b)
+        (a, generator.relation(a, b), b)
         for scene in scenes
         for k, b in enumerate(scene.objects)
         for a in scene.objects[:k]

@@ -1,0 +1,1 @@
+"""The synthetic benchmark: colored shapes, tasks, and a rule-based judge."""
