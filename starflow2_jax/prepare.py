@@ -19,14 +19,15 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
-from starflow2_jax.data import images, importers, manifest, packing, records, shards, tokens
+from starflow2_jax.data import images, manifest, packing, records, shards, tokens
 from starflow2_jax.data import (
     tokenizer as tokenizer_lib,
 )
 from starflow2_jax.data.manifest import DatasetError, Importer
+from starflow2_jax.importers import captioned
+from starflow2_jax.importers.registry import SOURCES
 from starflow2_jax.runtime import cli
 from starflow2_jax.shapes import generator, holdout, tasks
-from starflow2_jax.sources import SOURCES
 
 VERBS = {
     "import": "source -> dataset folder (--format --source --out)",
@@ -109,7 +110,7 @@ def import_(values: flags.FlagValues) -> dict[str, Any]:
             return {"out": out, "records": found.records, "bytes": found.bytes, "was": "complete"}
         shards.check_absent(out, overwrite=False)
     if values.label == "caption":
-        classes, produced = importers.label_by_caption(make)
+        classes, produced = captioned.label_by_caption(make)
     else:
         produced = make()
     written = records.write(

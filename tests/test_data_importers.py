@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from starflow2_jax.data import images, importers, records
-from starflow2_jax.data.importers import Missing
+from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.importers import captioned
+from starflow2_jax.importers.captioned import Missing
 
 SHARED = pathlib.Path(
     os.environ.get("STARFLOW2_SHARED", pathlib.Path(__file__).parents[1] / "../shared")
@@ -44,7 +45,7 @@ def pairs(*captions, folder=""):
 
 
 def read(*tars, allowed=0):
-    return list(importers.webdataset(tars, Missing(allowed)))
+    return list(captioned.webdataset(tars, Missing(allowed)))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -63,7 +64,7 @@ def test_webdataset(tmp_path, packed):
 
 def test_webdataset_is_streamed(tmp_path):
     tar = write_tar(tmp_path / "a.tar", [*pairs("one", "two"), ("zz.png", b"not an image")])
-    stream = importers.webdataset([tar], Missing())
+    stream = captioned.webdataset([tar], Missing())
     assert records.text(next(stream)) == "one"
 
 
@@ -92,7 +93,7 @@ def test_missing_captions(tmp_path):
     with pytest.raises(DatasetError, match=r"a\.tar:zz: no caption.*2 missing, 1 allowed"):
         read(tar, allowed=1)
     missing = Missing(2)
-    assert len(list(importers.webdataset([tar], missing))) == 1
+    assert len(list(captioned.webdataset([tar], missing))) == 1
     assert missing.keys == ["a.tar:lost", "a.tar:zz"]
 
 
@@ -162,47 +163,47 @@ def make_folder(root, *names):
 def test_folder(tmp_path):
     root = make_folder(tmp_path / "pets", "b.png", "a/z.png", "a/c.png")
     (root / "notes.md").write_text("ignored")
-    found = list(importers.folder(root, Missing()))
+    found = list(captioned.folder(root, Missing()))
     assert [r.id for r in found] == ["pets/a/c", "pets/a/z", "pets/b"]
     assert records.text(found[0]) == "caption of a/c.png"
-    before = importers.folder_hashes(root)
+    before = captioned.folder_hashes(root)
     assert list(before) == ["pets"]
     (root / "b.txt").write_text("another caption")
-    assert importers.folder_hashes(root) != before
+    assert captioned.folder_hashes(root) != before
 
 
 def test_what_is_wrong_in_a_folder_is_named(tmp_path):
     root = make_folder(tmp_path / "pets", "a.png")
     (root / "b.png").write_bytes(picture(1))
     with pytest.raises(DatasetError, match=r"b\.png: no caption"):
-        list(importers.folder(root, Missing()))
-    assert len(list(importers.folder(root, Missing(1)))) == 1
+        list(captioned.folder(root, Missing()))
+    assert len(list(captioned.folder(root, Missing(1)))) == 1
     (root / "b.webp").write_bytes(picture(1))
     with pytest.raises(DatasetError, match="two images are called 'b'"):
-        list(importers.folder(root, Missing(2)))
+        list(captioned.folder(root, Missing(2)))
     with pytest.raises(DatasetError, match="no images"):
         (tmp_path / "none").mkdir()
-        list(importers.folder(tmp_path / "none", Missing()))
+        list(captioned.folder(tmp_path / "none", Missing()))
     with pytest.raises(DatasetError, match="no such folder"):
-        list(importers.folder(tmp_path / "nowhere", Missing()))
+        list(captioned.folder(tmp_path / "nowhere", Missing()))
 
     outside = make_folder(tmp_path / "outside", "secret.png")
     leak = make_folder(tmp_path / "leak", "a.png")
     (leak / "b.png").symlink_to(outside / "secret.png")
     with pytest.raises(DatasetError, match=r"b\.png: a link that leads out"):
-        list(importers.folder(leak, Missing()))
+        list(captioned.folder(leak, Missing()))
 
 
 def test_label_by_caption(tmp_path, monkeypatch):
     tar = write_tar(tmp_path / "a.tar", pairs("dog", "cat", "dog", "eel"))
-    classes, labelled = importers.label_by_caption(lambda: importers.webdataset([tar], Missing()))
+    classes, labelled = captioned.label_by_caption(lambda: captioned.webdataset([tar], Missing()))
     found = list(labelled)
     assert classes == ["cat", "dog", "eel"]
     assert [r.meta["label"] for r in found] == [1, 0, 1, 2]
     records.write(tmp_path / "data", found, classes=classes)
-    monkeypatch.setattr(importers, "MAX_CLASSES", 2)
+    monkeypatch.setattr(captioned, "MAX_CLASSES", 2)
     with pytest.raises(DatasetError, match="more than 2 distinct captions"):
-        importers.label_by_caption(lambda: importers.webdataset([tar], Missing()))
+        captioned.label_by_caption(lambda: captioned.webdataset([tar], Missing()))
 
 
 def test_examples_of_a_random_access_source():
@@ -212,23 +213,23 @@ def test_examples_of_a_random_access_source():
     ]
     names = ["sea_lion", "apple"]
     found = list(
-        importers.examples(source, "s", image_key="image", label_key="label", class_names=names)
+        captioned.examples(source, "s", image_key="image", label_key="label", class_names=names)
     )
     assert [records.text(r) for r in found] == ["a photo of an apple", "a photo of a sea lion"]
     assert [r.meta["label"] for r in found] == [1, 0]
     assert found[0].imgs[0].data == picture(0)
     assert (images.decode(found[1].imgs[0].data, "x") == 7).all()
-    texts = importers.examples(source, "s", image_key="image", text_key="text")
+    texts = captioned.examples(source, "s", image_key="image", text_key="text")
     assert [records.text(r) for r in texts] == ["one", "two"]
     with pytest.raises(DatasetError, match=r"example 0: no key 'picture'; its keys are \['image'"):
-        list(importers.examples(source, "s", image_key="picture", text_key="text"))
+        list(captioned.examples(source, "s", image_key="picture", text_key="text"))
     with pytest.raises(DatasetError, match="no caption"):
-        list(importers.examples(source, "s", image_key="image"))
+        list(captioned.examples(source, "s", image_key="image"))
     with pytest.raises(DatasetError, match="example 0: label is 1, not one of"):
-        list(importers.examples(source, "s", image_key="image", label_key="label", class_names=[]))
+        list(captioned.examples(source, "s", image_key="image", label_key="label", class_names=[]))
     with pytest.raises(DatasetError, match="example 0: the image is float"):
         odd = [{"image": np.zeros((4, 4, 3)), "text": "x"}]
-        list(importers.examples(odd, "s", image_key="image", text_key="text"))
+        list(captioned.examples(odd, "s", image_key="image", text_key="text"))
 
 
 def test_tfds_without_tensorflow(tmp_path):
@@ -254,24 +255,24 @@ def test_tfds_without_tensorflow(tmp_path):
                 yield k, {"image": io.BytesIO(picture(k)), "label": k % 2}
 
     TinyPets(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    source, classes, name = importers.tfds("tiny_pets", "train", str(tmp_path), "label")
+    source, classes, name = captioned.tfds("tiny_pets", "train", str(tmp_path), "label")
     assert name == "tiny_pets/1.0.0:train" and classes == ["cat", "eel"]
     found = list(
-        importers.examples(source, name, image_key="image", label_key="label", class_names=classes)
+        captioned.examples(source, name, image_key="image", label_key="label", class_names=classes)
     )
     assert sorted(r.imgs[0].data for r in found) == sorted(picture(k) for k in range(4))
     assert {records.text(r) for r in found} == {"a photo of a cat", "a photo of an eel"}
     with pytest.raises(DatasetError, match="'image' is not a class label"):
-        importers.tfds("tiny_pets", "train", str(tmp_path), "image")
+        captioned.tfds("tiny_pets", "train", str(tmp_path), "image")
     with pytest.raises(DatasetError, match="TFDS has no set 'no_such_pets'"):
-        importers.tfds("no_such_pets", "train", str(tmp_path), None)
+        captioned.tfds("no_such_pets", "train", str(tmp_path), None)
 
 
 def test_photographs(tmp_path):
     tar = SHARED / "data" / "cifar10_test.tar"
     if not tar.exists():
         pytest.skip(f"the CIFAR photographs are not at {tar}; set STARFLOW2_SHARED")
-    classes, found = importers.label_by_caption(lambda: importers.webdataset([tar], Missing()))
+    classes, found = captioned.label_by_caption(lambda: captioned.webdataset([tar], Missing()))
     records.write(tmp_path / "data", found, classes=classes)
     dataset = records.read(tmp_path / "data")
     assert len(dataset) == 1000 and len(classes) == 10

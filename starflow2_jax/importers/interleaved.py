@@ -25,9 +25,9 @@ from urllib.parse import urlsplit
 from absl import logging
 
 from starflow2_jax.data import images, records
-from starflow2_jax.data.importers import IMAGE_SUFFIXES
 from starflow2_jax.data.manifest import DatasetError, sha256_file
 from starflow2_jax.data.records import ImageBlob, Img, Record, Text
+from starflow2_jax.importers.captioned import IMAGE_SUFFIXES
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 _PLACE = "<image>"

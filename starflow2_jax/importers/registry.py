@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from starflow2_jax.data import importers, interleaved, manifest
+from starflow2_jax.data import manifest
 from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.data.records import Record
+from starflow2_jax.importers import captioned, interleaved
 from starflow2_jax.shapes import generator, holdout, tasks
 
 PARQUET = ("bagel_t2i", "bagel_edit", "llava", "obelics", "omnicorpus", "huggingface")
@@ -32,7 +33,7 @@ def _webdataset(values: flags.FlagValues) -> Source:
         raise DatasetError("--source: two tar files have the same name; ids would not be unique")
 
     def make() -> Iterator[Record]:
-        return importers.webdataset(tars, importers.Missing(values.missing_captions))
+        return captioned.webdataset(tars, captioned.Missing(values.missing_captions))
 
     importer = _importer(values, "webdataset", missing=values.missing_captions)
     return Source(make, importer, hashes)
@@ -42,20 +43,20 @@ def _folder(values: flags.FlagValues) -> Source:
     (root,) = _paths(values, most=1)
 
     def make() -> Iterator[Record]:
-        return importers.folder(root, importers.Missing(values.missing_captions))
+        return captioned.folder(root, captioned.Missing(values.missing_captions))
 
     importer = _importer(values, "folder", missing=values.missing_captions)
-    return Source(make, importer, importers.folder_hashes(root))
+    return Source(make, importer, captioned.folder_hashes(root))
 
 
 def _tfds(values: flags.FlagValues) -> Source:
     if len(values.source) != 1:
         raise DatasetError("--source: expected the name of one TFDS set")
     label = values.label if values.label not in ("none", "caption") else None
-    source, classes, name = importers.tfds(values.source[0], values.split, values.tfds_dir, label)
+    source, classes, name = captioned.tfds(values.source[0], values.split, values.tfds_dir, label)
 
     def make() -> Iterator[Record]:
-        return importers.examples(
+        return captioned.examples(
             source,
             name,
             image_key=values.image_key,
@@ -127,7 +128,7 @@ def _interleaved(values: flags.FlagValues) -> Source:
 def _importer(values: flags.FlagValues, name: str, **options: Any) -> Importer:
     if name not in ("tfds", "shapes") and values.label not in ("none", "caption"):
         raise DatasetError(f"--label {values.label}: a {name} import knows none and caption")
-    return Importer(name, importers.VERSION, {"label": values.label, **options})
+    return Importer(name, captioned.VERSION, {"label": values.label, **options})
 
 
 def _paths(values: flags.FlagValues, most: int | None = None) -> list[str]:
