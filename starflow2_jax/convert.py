@@ -180,7 +180,7 @@ def _export_interleaved(values: flags.FlagValues, path: str, out: str) -> tuple[
 
 def _export_codec(values: flags.FlagValues, path: str, out: str) -> tuple[dict, list[str]]:
     """A latent codec and its tower to a model folder."""
-    from starflow2_jax.generation import codec
+    from starflow2_jax.latents import codec
 
     if values.public or not values.ema:
         raise ValueError("--public, --noema: a codec is exported as it is, averaged weights")

@@ -20,7 +20,7 @@ from absl import flags, logging
 from etils import epath
 
 from starflow2_jax import mesh as meshes
-from starflow2_jax import online, tasks
+from starflow2_jax import tasks
 from starflow2_jax.config import nearest
 from starflow2_jax.data import manifest, pipeline, records
 from starflow2_jax.evaluation import (
@@ -34,11 +34,12 @@ from starflow2_jax.evaluation import (
     suite,
     understanding,
 )
-from starflow2_jax.generation import codec as codecs
 from starflow2_jax.generation import loading
 from starflow2_jax.generation import model as models
 from starflow2_jax.generation import options as options_lib
 from starflow2_jax.generation import reader as readers
+from starflow2_jax.latents import batch_encoder
+from starflow2_jax.latents import codec as codecs
 from starflow2_jax.runtime import allocator, cli
 from starflow2_jax.training import digest, log, pictures, step_folders
 from starflow2_jax.weights import files
@@ -132,7 +133,7 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     source = _source(values.model)
     model = models.load(values.model, mesh, values.layout)
     options, codec = _options(model, values)
-    about = online.describe(pipeline.describe(options), codec, "--data")
+    about = batch_encoder.describe(pipeline.describe(options), codec, "--data")
     _check_encoder(model, about)
     out = _out(values, source, "likelihood", options["path"] or "mixture")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -141,7 +142,7 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     began = time.time()
     mine = meshes.host_rows(size, mesh)
     batches = pipeline.eval_batches(options, batch_size=size, rows=mine)
-    batches = online.encoded(likelihood.limit(batches, values.rows, size), codec)
+    batches = batch_encoder.encoded(likelihood.limit(batches, values.rows, size), codec)
     nats, parts = likelihood.per_image(model, batches, mesh)
     figures = likelihood.summarise(nats, model.cfg)
     result = {
@@ -227,8 +228,8 @@ def _options(
     if not options["pixels"] and not any(stored) and not path:
         raise ValueError("likelihood: --latents or --fae is needed: the model reads latents")
     cfg = {**model.cfg, "fae": {**model.cfg["fae"], "path": path}}
-    codec = online.open(cfg, model.flow)
-    return online.options(options, codec), codec
+    codec = batch_encoder.open(cfg, model.flow)
+    return batch_encoder.options(options, codec), codec
 
 
 def _check_encoder(model: models.Model, about: dict[str, Any]) -> None:
@@ -258,8 +259,8 @@ def _baselines(
     # Every host reads all of it: a Gaussian is cheap.
     measured = pipeline.eval_batches({**options, **plain}, batch_size=size)
     nats = likelihood.gaussian_baseline(
-        online.encoded(pipeline.eval_batches(fit, batch_size=size), codec),
-        online.encoded(likelihood.limit(measured, values.rows, size), codec),
+        batch_encoder.encoded(pipeline.eval_batches(fit, batch_size=size), codec),
+        batch_encoder.encoded(likelihood.limit(measured, values.rows, size), codec),
         model.cfg,
     )
     bits = None

@@ -207,7 +207,7 @@ def show(values: flags.FlagValues) -> dict[str, Any]:
 
 def features(values: flags.FlagValues) -> dict[str, Any]:
     """Latents and text features of a dataset, as a parallel dataset of arrays."""
-    from starflow2_jax.data import features as features_lib
+    from starflow2_jax.latents import sd_vae_t5 as features_lib
 
     out = _needed(values, "out")
     written = features_lib.write(
@@ -250,16 +250,15 @@ def index(values: flags.FlagValues) -> dict[str, Any]:
 
 def latents(values: flags.FlagValues) -> dict[str, Any]:
     """Latents of a dataset; what is finished is kept, so the same command resumes."""
-    from starflow2_jax.data import latents as latents_lib
-    from starflow2_jax.data import latents_beam
-    from starflow2_jax.generation import codec
+    from starflow2_jax.latents import codec, write_beam
+    from starflow2_jax.latents import write as latents_lib
 
     out, data, fae = (_needed(values, name) for name in ("out", "data", "fae"))
     if values.overwrite:
         raise DatasetError("--overwrite: latents are never written over; choose another --out")
     if values.beam:
         options = values.beam_option
-        found = latents_beam.write(out, data, codec.open_encoder, fae, options=options)
+        found = write_beam.write(out, data, codec.open_encoder, fae, options=options)
     else:
         shard = latents_lib.parse_shard(values.shard)
         found = latents_lib.write(out, data, *codec.open_encoder(fae), shard=shard)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from starflow2_jax import params as weights
-from starflow2_jax.generation import codec as codecs
+from starflow2_jax.latents import codec as codecs
 from starflow2_jax.training import checkpoint, step_folders
 from starflow2_jax.training import step as programs
 from starflow2_jax.weights import files

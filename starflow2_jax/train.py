@@ -14,11 +14,12 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import config, online, start, tasks
+from starflow2_jax import config, start, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.evaluation import conversations, likelihood, report, samples
 from starflow2_jax.generation import model as generation
+from starflow2_jax.latents import batch_encoder
 from starflow2_jax.runtime import allocator, cli, distributed
 from starflow2_jax.training import checkpoint, speed, step_folders
 from starflow2_jax.training import log as logs
@@ -70,12 +71,14 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     distributed.init_distributed(cfg["distributed"])
     distributed.agree("the configuration", cfg)
     model, reader = tasks.model_config(cfg), tasks.reader(cfg)
-    fae = online.open(cfg, getattr(model, "flow", model))
-    of = lambda group: online.options(tasks.data_options(cfg, model, group), fae)
+    fae = batch_encoder.open(cfg, getattr(model, "flow", model))
+    of = lambda group: batch_encoder.options(tasks.data_options(cfg, model, group), fae)
     data = None
     if not dry_run:
         given = [group for group in ("data", "eval_data") if _given(cfg[group])]
-        data = {g: online.describe(reader.describe(of(g)), fae, f"{g}.latents") for g in given}
+        data = {
+            g: batch_encoder.describe(reader.describe(of(g)), fae, f"{g}.latents") for g in given
+        }
         if "data" not in data:
             raise ValueError("config: data.path or data.mixture is needed")
         distributed.agree("the data", {group: told["fingerprints"] for group, told in data.items()})
@@ -112,7 +115,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
 
     # ------------------------------------------------------------------------------------- start
     state, frozen = program.init(jax.random.key(cfg["seed"]))
-    frozen_files = {**program.identity, **online.identity(data["data"])}
+    frozen_files = {**program.identity, **batch_encoder.identity(data["data"])}
     if newest is not None:  # 1. resume
         del state
         state, then = checkpoint.restore(workdir, newest, program.abstract_state)
@@ -147,7 +150,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         start_step=first,
         rows=meshes.host_rows(cfg["train"]["batch_size"], mesh),
     )
-    batches = online.encoded(batches, fae)
+    batches = batch_encoder.encoded(batches, fae)
     work = {**tasks.work(cfg, model, program.declared), "peak": peak}
     window: list[dict[str, Any]] = []
     waiting = None
@@ -330,7 +333,7 @@ def _shower(program, frozen, data, of, fae) -> Callable | None:
 
         return flow
     if cfg["task"] == "starflow2":
-        codec = online.decoder(data["data"], fae)
+        codec = batch_encoder.decoder(data["data"], fae)
         grids = conversations.prepare(cfg, model, of(group), codec, program.mesh)
         if isinstance(grids, str):
             if jax.process_index() == 0:
@@ -350,7 +353,7 @@ def _evaluate(program, state, frozen, log, number, options, fae=None) -> None:
     batches = tasks.reader(program.cfg).eval_batches(
         options, batch_size=size, rows=meshes.host_rows(size, program.mesh)
     )
-    batches = online.encoded(likelihood.limit(batches, evaluate["rows"], size), fae)
+    batches = batch_encoder.encoded(likelihood.limit(batches, evaluate["rows"], size), fae)
     values = likelihood.evaluate(program, state.ema, frozen, batches)
     logs.row(log, number, {f"eval/{name}": value for name, value in values.items()})
     first = "{} {:.4f}".format(*next(iter(values.items())))

@@ -4,8 +4,8 @@ latents of no encoder.
 
 import numpy as np
 
-from starflow2_jax.data import latents as latents_lib
 from starflow2_jax.data import records, tokenizer
+from starflow2_jax.latents import write as latents_lib
 from starflow2_jax.shapes import tasks as shapes_tasks
 
 

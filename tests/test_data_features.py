@@ -6,8 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from starflow2_jax.data import arrays, features, images, records
+from starflow2_jax.data import arrays, images, records
 from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.latents import sd_vae_t5
 
 CAPTIONS = ["a cat", "a dog and a cat", "dog", "a cat and a dog and a dog", "and"]
 
@@ -65,13 +66,13 @@ def data(tmp_path):
 
 def test_to_tokens_is_raster_then_row_column_channel():
     latents = np.arange(2 * 3 * 4 * 6, dtype=np.float32).reshape(2, 3, 4, 6)
-    tokens = features.to_tokens(latents, 2)
+    tokens = sd_vae_t5.to_tokens(latents, 2)
     assert tokens.shape == (2, 6, 12)
     # Token 4 is the second row of patches, second column; entry 8 its pixel (1, 0), channel 2.
     assert tokens[1, 4, 8] == latents[1, 2, 2 + 1, 2 + 0]
-    assert (features.to_tokens(latents, 1)[0, 7] == latents[0, :, 1, 1]).all()
+    assert (sd_vae_t5.to_tokens(latents, 1)[0, 7] == latents[0, :, 1, 1]).all()
     with pytest.raises(DatasetError, match="patches of 4"):
-        features.to_tokens(latents, 4)
+        sd_vae_t5.to_tokens(latents, 4)
 
 
 def test_latents_and_text_equal_the_public_models(models, data, tmp_path):
@@ -82,7 +83,7 @@ def test_latents_and_text_equal_the_public_models(models, data, tmp_path):
     settings = dict(
         vae=str(models / "vae"), t5=str(models / "t5"), text_length=5, pixels=16, batch_size=2
     )
-    features.write(tmp_path / "f", data, **settings)
+    sd_vae_t5.write(tmp_path / "f", data, **settings)
     dataset = records.read(data)
     found = arrays.read(tmp_path / "f", dataset.manifest)
     assert [s.records for s in found.manifest.shards] == [
@@ -118,7 +119,7 @@ def test_latents_and_text_equal_the_public_models(models, data, tmp_path):
     assert np.array(told["null_text"]).shape == (1, 8)
     assert str(models) not in json.dumps(told)
 
-    features.write(tmp_path / "again", data, **settings)
+    sd_vae_t5.write(tmp_path / "again", data, **settings)
     for name in os.listdir(tmp_path / "f"):
         assert (tmp_path / "f" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
@@ -130,12 +131,12 @@ def test_wrong_folders_are_named(models, data, tmp_path):
         (dict(vae=str(models / "t5"), t5=None), "not the config of an AutoencoderKL"),
     ):
         with pytest.raises(DatasetError, match=message):
-            features.write(tmp_path / "f", data, **kwargs)
+            sd_vae_t5.write(tmp_path / "f", data, **kwargs)
     with pytest.raises(DatasetError, match="exists"):
-        features.write(data, data, vae=str(models / "vae"), t5=None)
+        sd_vae_t5.write(data, data, vae=str(models / "vae"), t5=None)
 
 
 def test_without_the_extra_the_error_names_it(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sd_vae_t5.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DatasetError, match=r"starflow2_jax\[features\]"):
-        features.write(tmp_path / "f", data, vae="x", t5=None)
+        sd_vae_t5.write(tmp_path / "f", data, vae="x", t5=None)

@@ -12,9 +12,9 @@ import pytest
 from test_training_fae import experiment
 
 from starflow2_jax import mesh
-from starflow2_jax.data import arrays, images, latents, latents_beam, manifest, pipeline, records
+from starflow2_jax.data import arrays, images, manifest, pipeline, records
 from starflow2_jax.data.manifest import DatasetError
-from starflow2_jax.generation import codec
+from starflow2_jax.latents import codec, write, write_beam
 from starflow2_jax.models import fae
 from starflow2_jax.models import teacher as teachers
 from starflow2_jax.shapes import generator, tasks
@@ -50,7 +50,7 @@ def parts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(parts, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
-    counts = latents.write(out, parts[1], *codec.open_encoder(parts[0]))
+    counts = write.write(out, parts[1], *codec.open_encoder(parts[0]))
     assert counts == {"shards": SHARDS, "made": SHARDS, "kept": 0, "missing": 0}
     return out
 
@@ -85,7 +85,7 @@ def test_all_images_of_a_record_in_order_or_none(parts, tmp_path):
     opened = codec.load(parts[0])
     made = list(tasks.make_records(0, 12, 16, tasks=("text", "edit", "multi", "caption")))
     dataset = records.write(tmp_path / "data", made)
-    latents.write(tmp_path / "out", tmp_path / "data", *codec.open_encoder(parts[0]))
+    write.write(tmp_path / "out", tmp_path / "data", *codec.open_encoder(parts[0]))
     stored = arrays.read(tmp_path / "out", dataset)
     assert stored.spec["latent_mean"]["shape"] == [-1, 4, 4]
     for (id, row), record in zip((stored[i] for i in range(12)), made):
@@ -98,7 +98,7 @@ def test_all_images_of_a_record_in_order_or_none(parts, tmp_path):
     # A flow reads those of the one image that is learnt, and names a record without one.
     edits = [record for record in made if record.meta["task"] == "edit"]
     records.write(tmp_path / "edits", edits)
-    latents.write(tmp_path / "of", tmp_path / "edits", *codec.open_encoder(parts[0]))
+    write.write(tmp_path / "of", tmp_path / "edits", *codec.open_encoder(parts[0]))
     options = {"latents": str(tmp_path / "of"), "path": str(tmp_path / "edits"), "threads": 0}
     batch = next(pipeline.eval_batches(options, batch_size=len(edits)))
     targets = np.stack([records.target_image(record, "") for record in edits])
@@ -118,13 +118,13 @@ def test_the_pipeline_reads_them(parts, whole):
 def test_jobs_share_the_shards(parts, whole, tmp_path):
     encoder = codec.open_encoder(parts[0])
     out = tmp_path / "out"
-    first = latents.write(out, parts[1], *encoder, shard=(1, 2))
+    first = write.write(out, parts[1], *encoder, shard=(1, 2))
     assert first == {"shards": SHARDS, "made": 2, "kept": 0, "missing": 2}
     with pytest.raises(DatasetError, match=r"no dataset\.json"):
         manifest.load(out, kind="arrays")
-    last = latents.write(out, parts[1], *encoder, shard=(0, 2))
+    last = write.write(out, parts[1], *encoder, shard=(0, 2))
     assert last["missing"] == 0 and contents(out) == contents(whole)
-    again = latents.write(out, parts[1], *encoder, shard=(0, 2))
+    again = write.write(out, parts[1], *encoder, shard=(0, 2))
     assert again == {"shards": SHARDS, "made": 0, "kept": 2, "missing": 0}
 
 
@@ -132,22 +132,22 @@ def test_another_encoder_is_refused(parts, whole, tmp_path):
     other = codec.open_encoder(make_run(tmp_path / "run", 1))
     before = contents(whole)
     with pytest.raises(DatasetError, match=r"latents of the encoder .*, expected those of"):
-        latents.write(whole, parts[1], *other)
+        write.write(whole, parts[1], *other)
     out = tmp_path / "part"
-    latents.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(0, 2))
+    write.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(0, 2))
     with pytest.raises(DatasetError, match="latents of the encoder"):
-        latents.write(out, parts[1], *other, shard=(1, 2))
+        write.write(out, parts[1], *other, shard=(1, 2))
     assert contents(whole) == before
     records.write(tmp_path / "data", generator.make_records(9, 4, 16, tags=("single_object",)))
     with pytest.raises(DatasetError, match="latents of another dataset"):
-        latents.write(whole, tmp_path / "data", *codec.open_encoder(parts[0]))
+        write.write(whole, tmp_path / "data", *codec.open_encoder(parts[0]))
     with pytest.raises(DatasetError, match="a dataset of records, expected one of arrays"):
-        latents.write(parts[1], parts[1], *other)
+        write.write(parts[1], parts[1], *other)
     with pytest.raises(DatasetError, match="holds other things"):
-        latents.write(parts[0], parts[1], *other)
+        write.write(parts[0], parts[1], *other)
     for wrong in ("2/2", "1", "a/b"):
         with pytest.raises(DatasetError, match="--shard"):
-            latents.parse_shard(wrong)
+            write.parse_shard(wrong)
 
 
 # -------------------------------------------------------------------------------------- killed jobs
@@ -242,11 +242,11 @@ def test_beam_makes_the_same(parts, whole, tmp_path, options, monkeypatch):
     # Bits follow from how XLA compiles; a worker's process compiles as this one does (conftest.py).
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     out = tmp_path / "out"
-    latents.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(3, 4))
+    write.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(3, 4))
     # Named in full: "DirectRunner" fetches a program from the network first.
     runner = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
     options = [runner, *options]
-    counts = latents_beam.write(out, parts[1], codec.open_encoder, parts[0], options=options)
+    counts = write_beam.write(out, parts[1], codec.open_encoder, parts[0], options=options)
     assert counts == {"shards": SHARDS, "made": SHARDS - 1, "kept": 1, "missing": 0}
     assert contents(out) == contents(whole)
 

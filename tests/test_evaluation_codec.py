@@ -14,7 +14,7 @@ from starflow2_jax import params as weights
 from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.evaluation import codec_eval
-from starflow2_jax.generation import codec as codecs
+from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models import fae
 from starflow2_jax.models import teacher as teachers
 from starflow2_jax.shapes import generator, holdout, tasks

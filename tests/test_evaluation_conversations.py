@@ -8,11 +8,12 @@ import pytest
 from test_generation_interleaved import PIXELS, parts
 
 from starflow2_jax import mesh as meshes
-from starflow2_jax import online, tasks
 from starflow2_jax import params as weights
+from starflow2_jax import tasks
 from starflow2_jax.data import records
 from starflow2_jax.evaluation import asking, conversations
-from starflow2_jax.generation import codec, loading
+from starflow2_jax.generation import loading
+from starflow2_jax.latents import batch_encoder, codec
 from starflow2_jax.models import starflow2
 from starflow2_jax.shapes import tasks as shapes_tasks
 
@@ -116,8 +117,13 @@ def test_without_a_codec_nothing_is_drawn(parts, model, data, tmp_path):
     # Stored latents say where their codec was; another in its place is none.
     about = lambda path: {"features": [{"fae": codec.open_encoder(path)[1]}]}
     fae = str(parts[0] / "fae")
-    assert online.decoder(about(fae), None).sha256 == model.fae.sha256
+    assert batch_encoder.decoder(about(fae), None).sha256 == model.fae.sha256
     (row,) = about(fae)["features"]
-    assert online.decoder({"features": [{"fae": {**row["fae"], "sha256": "0"}}]}, None) is None
-    assert online.decoder({"features": [{"fae": {**row["fae"], "path": "nowhere"}}]}, None) is None
-    assert online.decoder({"features": []}, model.fae) is model.fae
+    assert (
+        batch_encoder.decoder({"features": [{"fae": {**row["fae"], "sha256": "0"}}]}, None) is None
+    )
+    assert (
+        batch_encoder.decoder({"features": [{"fae": {**row["fae"], "path": "nowhere"}}]}, None)
+        is None
+    )
+    assert batch_encoder.decoder({"features": []}, model.fae) is model.fae

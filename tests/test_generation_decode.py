@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from starflow2_jax.data import tokens as layouts
-from starflow2_jax.generation import codec, conversation, decode
+from starflow2_jax.generation import conversation, decode
 from starflow2_jax.generation.inverse import Jacobi
 from starflow2_jax.generation.prompts import Part
+from starflow2_jax.latents import codec
 from starflow2_jax.models import layers, qwen
 from starflow2_jax.models import starflow2 as pretzel
 

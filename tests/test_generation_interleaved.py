@@ -19,7 +19,6 @@ from starflow2_jax import config, convert
 from starflow2_jax import generate as command
 from starflow2_jax import params as weights
 from starflow2_jax.generation import (
-    codec,
     conversation,
     decode,
     denoise,
@@ -31,6 +30,7 @@ from starflow2_jax.generation import (
 from starflow2_jax.generation import reader as readers
 from starflow2_jax.generation.options import of_run
 from starflow2_jax.generation.prompts import Part
+from starflow2_jax.latents import codec
 from starflow2_jax.models import fae, qwen, qwen_vision, starflow2
 from starflow2_jax.training import checkpoint
 from starflow2_jax.weights import qwen as qwen_weights

@@ -12,12 +12,12 @@ from test_data_latents import make_run
 from test_evaluation_likelihood import run_command
 from test_train import finish, rows_of, start
 
-from starflow2_jax import config, mesh, online
+from starflow2_jax import config, mesh
 from starflow2_jax import params as weights
-from starflow2_jax.data import arrays, latents, pipeline, records
+from starflow2_jax.data import arrays, pipeline, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.evaluation import likelihood
-from starflow2_jax.generation import codec
+from starflow2_jax.latents import batch_encoder, codec, write
 from starflow2_jax.shapes import generator, tasks
 from starflow2_jax.training import checkpoint, step
 
@@ -30,7 +30,7 @@ def parts(tmp_path_factory):
     root = tmp_path_factory.mktemp("online")
     run, data, out = make_run(root / "run", 0), str(root / "data"), str(root / "latents")
     records.write(data, generator.make_records(0, COUNT, 16, tags=("single_object",)))
-    latents.write(out, data, *codec.open_encoder(run))
+    write.write(out, data, *codec.open_encoder(run))
     return run, data, out
 
 
@@ -57,13 +57,13 @@ def test_online_equals_offline_bit_for_bit(parts):
     """Whatever the batch, and inside a training on eight devices."""
     cfg = experiment(parts)
     model = step.model_config(cfg)
-    opened = online.open(cfg, model)
-    options = online.options(likelihood.data_options(cfg, model, "data"), opened)
+    opened = batch_encoder.open(cfg, model)
+    options = batch_encoder.options(likelihood.data_options(cfg, model, "data"), opened)
     stored = {**options, "latents": parts[2]}
     with jax.set_mesh(mesh.make_mesh("data=2,fsdp=4")):
         for size in (5, 8):
-            made = online.encoded(pipeline.batches(options, batch_size=size), opened)
-            read = online.encoded(pipeline.batches(stored, batch_size=size), opened)
+            made = batch_encoder.encoded(pipeline.batches(options, batch_size=size), opened)
+            read = batch_encoder.encoded(pipeline.batches(stored, batch_size=size), opened)
             for _ in range(4):
                 ours, theirs = next(made), next(read)
                 assert set(ours) == set(theirs) and ours["id"] == theirs["id"]
@@ -76,7 +76,7 @@ def test_rows_of_several_images(parts, tmp_path):
     """Places that no patch is of stay zero, as they are where stored latents are read."""
     made = list(tasks.make_records(0, 4, 16, tasks=("edit", "multi", "text", "caption")))
     dataset = records.write(tmp_path / "data", made)
-    latents.write(tmp_path / "out", tmp_path / "data", *codec.open_encoder(parts[0]))
+    write.write(tmp_path / "out", tmp_path / "data", *codec.open_encoder(parts[0]))
     stored, opened = arrays.read(tmp_path / "out", dataset), codec.load(parts[0])
     batch = {
         "images": np.zeros((4, 3, 16, 16, 3), np.uint8),
@@ -90,12 +90,12 @@ def test_rows_of_several_images(parts, tmp_path):
             batch["image"][row, 5 * k : 5 * k + 4] = 4 * k + np.arange(4)
             wanted[row, k] = stored[row][1]["latent_mean"][k]
     batch["images"][2] = 99  # of no use: no patch is of it
-    found = online.encode(batch, opened)
+    found = batch_encoder.encode(batch, opened)
     assert set(found) == {"image", "id", "latent_mean", "latent_logvar"}
     np.testing.assert_array_equal(found["latent_mean"], wanted)
     assert not found["latent_logvar"][2].any()
     alone = {name: array[2:3] for name, array in batch.items()}
-    assert online.encode(alone, opened)["latent_mean"].shape == (1, 3, 4, 4)
+    assert batch_encoder.encode(alone, opened)["latent_mean"].shape == (1, 3, 4, 4)
 
 
 def test_runs_are_alike_and_go_on_either_way(parts, tmp_path):
@@ -164,7 +164,7 @@ def test_likelihoods_of_images_are_those_of_their_latents(parts, tmp_path, capsy
 def test_what_does_not_fit_is_refused(parts, tmp_path):
     def opened(**changes):
         cfg = experiment(parts, **changes)
-        return online.open(cfg, step.model_config(cfg))
+        return batch_encoder.open(cfg, step.model_config(cfg))
 
     with pytest.raises(ValueError, match=r"reads 4 x 8 latents.* gives 4 x 4"):
         opened(**{"model.channels": 8})
@@ -172,15 +172,15 @@ def test_what_does_not_fit_is_refused(parts, tmp_path):
         opened(**{"fae.path": str(tmp_path / "nowhere")})
     pixels = test_training_step.experiment(**{"fae.path": parts[0]})
     with pytest.raises(ValueError, match="reads pixels"):
-        online.open(pixels, step.model_config(pixels))
-    assert online.open(experiment(parts, offline=True), None) is None
+        batch_encoder.open(pixels, step.model_config(pixels))
+    assert batch_encoder.open(experiment(parts, offline=True), None) is None
     # Stored latents beside the codec must be its own.
     other = codec.load(make_run(tmp_path / "other", 1))
     cfg = experiment(parts, offline=True)
     about = pipeline.describe(likelihood.data_options(cfg, step.model_config(cfg), "data"))
-    assert online.describe(about, codec.load(parts[0]), "data.latents") == about
+    assert batch_encoder.describe(about, codec.load(parts[0]), "data.latents") == about
     with pytest.raises(DatasetError, match=r"data\.latents: latents of the encoder"):
-        online.describe(about, other, "data.latents")
+        batch_encoder.describe(about, other, "data.latents")
     mixed = {"mixture": ({"path": parts[1], "latents": parts[2]}, {"path": parts[1]})}
     with pytest.raises(ValueError, match=r"data\.mixture: .* all of them or none"):
-        online.options({**mixed, "pixels": 0}, other)
+        batch_encoder.options({**mixed, "pixels": 0}, other)

@@ -13,7 +13,7 @@ from test_train import finish, rows_of, start
 from starflow2_jax import config, mesh
 from starflow2_jax import params as weights
 from starflow2_jax.data import records
-from starflow2_jax.generation import codec
+from starflow2_jax.latents import codec
 from starflow2_jax.models import fae
 from starflow2_jax.models import teacher as teachers
 from starflow2_jax.shapes import generator

@@ -12,7 +12,7 @@ from test_training_fae import batch_of, experiment, pixel_experiment, run, run_c
 from starflow2_jax import mesh
 from starflow2_jax import params as weights
 from starflow2_jax import start as starts
-from starflow2_jax.generation import codec as codecs
+from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models import fae, perceptual
 from starflow2_jax.training import fae_step, inputs, step
 from starflow2_jax.weights import files, lpips

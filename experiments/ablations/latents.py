@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from starflow2_jax.data import images, latents, records
-from starflow2_jax.generation import codec as codecs
+from starflow2_jax.data import images, records
+from starflow2_jax.latents import codec as codecs
+from starflow2_jax.latents import write
 from starflow2_jax.models import teacher as teachers
 from starflow2_jax.models.patches import patchify
 from starflow2_jax.training import inputs
@@ -61,7 +62,7 @@ def make(
             return x, np.full_like(x, LOG_ZERO)
 
     for entry in entries:
-        latents.write(entry["latents"], entry["path"], encode, about)
+        write.write(entry["latents"], entry["path"], encode, about)
 
 
 def _pixels(side: int) -> tuple[Encode, int, str]:

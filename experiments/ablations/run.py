@@ -22,7 +22,7 @@ from absl import flags
 from etils import epath
 
 from starflow2_jax import config
-from starflow2_jax.data import latents
+from starflow2_jax.latents import write
 from starflow2_jax.runtime import cli
 
 from . import rows, table
@@ -52,7 +52,7 @@ def jobs(only: Sequence[str], shard: str, seeds: int = 0) -> list[Job]:
     for name in only:
         if name not in rows.ROWS:
             raise ValueError(f"--only: no row {name!r}{config.nearest(name, rows.ROWS)}")
-    number, count = latents.parse_shard(shard)
+    number, count = write.parse_shard(shard)
     names = [name for name in rows.ROWS if not only or name in only]
     many = lambda name: seeds or rows.ROWS[name].seeds
     every = [(seed, not rows.ROWS[name].core, i, name)

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 
 from starflow2_jax.data import images, records
-from starflow2_jax.generation import codec as codecs
-from starflow2_jax.generation.codec import Codec
+from starflow2_jax.latents import codec as codecs
+from starflow2_jax.latents.codec import Codec
 from starflow2_jax.models import fae_losses
 from starflow2_jax.shapes import generator, holdout
 from starflow2_jax.shapes.generator import Object, Scene

@@ -25,8 +25,8 @@ from starflow2_jax.data import records, rows, tokens
 from starflow2_jax.data.records import Img, Record
 from starflow2_jax.evaluation import asking
 from starflow2_jax.generation import interleaved, options
-from starflow2_jax.generation.codec import Codec
 from starflow2_jax.generation.prompts import Part
+from starflow2_jax.latents.codec import Codec
 from starflow2_jax.models.streams import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training import starflow2_loss, starflow2_step

@@ -15,8 +15,8 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax.data.records import Img, Record, Text
 from starflow2_jax.evaluation import record_rows
 from starflow2_jax.evaluation.cases import Case
-from starflow2_jax.generation import codec as codecs
 from starflow2_jax.generation.interleaved import Model
+from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models import qwen
 from starflow2_jax.training import inputs, starflow2_loss, starflow2_step, text_loss
 from starflow2_jax.training.loss import HALF_LOG_2_PI, per_dim

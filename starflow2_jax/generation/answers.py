@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.generation import codec, conversation, decode, denoise
+from starflow2_jax.generation import conversation, decode, denoise
 from starflow2_jax.generation.conversation import Conversation
 from starflow2_jax.generation.options import Options
 from starflow2_jax.generation.prompts import Part
+from starflow2_jax.latents import codec
 
 if TYPE_CHECKING:
     from starflow2_jax.data.tokens import Tokenizer  # heavy

@@ -15,13 +15,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from starflow2_jax import mesh as meshes
-from starflow2_jax.generation import answers, codec, conversation, decode, prompts
+from starflow2_jax.generation import answers, conversation, decode, prompts
 from starflow2_jax.generation.answers import Results
-from starflow2_jax.generation.codec import Codec
 from starflow2_jax.generation.conversation import Conversation
 from starflow2_jax.generation.guidance import Guidance
 from starflow2_jax.generation.options import Options, make_options
 from starflow2_jax.generation.prompts import Part
+from starflow2_jax.latents import codec
+from starflow2_jax.latents.codec import Codec
 from starflow2_jax.models.streams import Config
 from starflow2_jax.training import inputs
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.generation import codec as codecs
 from starflow2_jax.generation.interleaved import Model
+from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models import streams
 from starflow2_jax.training import starflow2_step
 from starflow2_jax.weights import files

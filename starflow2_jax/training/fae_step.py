@@ -75,7 +75,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
     Its `init` reads the frozen weights from their folders, and draws those that have none.
 
     Args:
-        codec: a `generation.codec.Codec`, whose encoder, feature decoder and tower the pixel
+        codec: a `latents.codec.Codec`, whose encoder, feature decoder and tower the pixel
             decoder's training takes; where None they are drawn, and the tower is `teacher`'s.
 
     Raises:

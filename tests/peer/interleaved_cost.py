@@ -26,9 +26,9 @@ import jax
 from starflow2_jax import config, timing
 from starflow2_jax import params as weights
 from starflow2_jax.data.tokens import Tokenizer
-from starflow2_jax.generation import codec
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.generation.prompts import Part
+from starflow2_jax.latents import codec
 from starflow2_jax.models import fae, starflow2
 from starflow2_jax.models import teacher as teachers
 from starflow2_jax.training import fae_step

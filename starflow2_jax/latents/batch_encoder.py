@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.data import latents
-from starflow2_jax.generation import codec as codecs
-from starflow2_jax.generation.codec import Codec
+from starflow2_jax.latents import codec as codecs
+from starflow2_jax.latents import write
+from starflow2_jax.latents.codec import Codec
 from starflow2_jax.weights import files
 
 Batch = dict[str, Any]
@@ -80,7 +80,7 @@ def describe(about: dict[str, Any], codec: Codec | None, where: str) -> dict[str
         return about
     encoders = [row for row in about["features"] if "fae" in row]
     for row in encoders:
-        latents.check_encoder(row, codec.sha256, where)
+        write.check_encoder(row, codec.sha256, where)
     if encoders:
         return about
     return {**about, "features": [{"fae": codecs.describe(codec)}, *about["features"]]}

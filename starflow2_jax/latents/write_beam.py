@@ -9,8 +9,9 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from starflow2_jax.data import latents, records
+from starflow2_jax.data import records
 from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.latents import write as latents
 
 # A path -> how to encode, and what the manifest says of the encoder.
 Open = Callable[[str], tuple[latents.Encode, Mapping[str, Any]]]

@@ -171,7 +171,7 @@ def _decode(params, latents, *, model):
 
 
 def open_encoder(path: str) -> tuple[Callable, dict[str, Any]]:
-    """What `data.latents` needs: images -> latents, and what a manifest says of the encoder, also
+    """What `latents.write` needs: images -> latents, and what a manifest says of the encoder, also
     where it was, so that pictures can be drawn of what is learnt from its latents."""
     codec = load(path)
     return partial(encode, codec), {**describe(codec), "path": path}

@@ -1,0 +1,1 @@
+"""Image latents: the codec that makes them, and stored copies of them."""
