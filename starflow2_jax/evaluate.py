@@ -22,7 +22,7 @@ from etils import epath
 from starflow2_jax import mesh as meshes
 from starflow2_jax import tasks
 from starflow2_jax.config import nearest
-from starflow2_jax.data import manifest, pipeline, records
+from starflow2_jax.data import image_batches, manifest, records
 from starflow2_jax.evaluation import (
     cases,
     codec_eval,
@@ -133,7 +133,7 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     source = _source(values.model)
     model = models.load(values.model, mesh, values.layout)
     options, codec = _options(model, values)
-    about = batch_encoder.describe(pipeline.describe(options), codec, "--data")
+    about = batch_encoder.describe(image_batches.describe(options), codec, "--data")
     _check_encoder(model, about)
     out = _out(values, source, "likelihood", options["path"] or "mixture")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -141,7 +141,7 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     meshes.check_batch(size, mesh, "--batch_size")
     began = time.time()
     mine = meshes.host_rows(size, mesh)
-    batches = pipeline.eval_batches(options, batch_size=size, rows=mine)
+    batches = image_batches.eval_batches(options, batch_size=size, rows=mine)
     batches = batch_encoder.encoded(likelihood.limit(batches, values.rows, size), codec)
     nats, parts = likelihood.per_image(model, batches, mesh)
     figures = likelihood.summarise(nats, model.cfg)
@@ -257,16 +257,16 @@ def _baselines(
     if not fit["pixels"] and not fit["latents"]:
         raise ValueError("likelihood: --fit_latents or --fae is needed: the model reads latents")
     # Every host reads all of it: a Gaussian is cheap.
-    measured = pipeline.eval_batches({**options, **plain}, batch_size=size)
+    measured = image_batches.eval_batches({**options, **plain}, batch_size=size)
     nats = likelihood.gaussian_baseline(
-        batch_encoder.encoded(pipeline.eval_batches(fit, batch_size=size), codec),
+        batch_encoder.encoded(image_batches.eval_batches(fit, batch_size=size), codec),
         batch_encoder.encoded(likelihood.limit(measured, values.rows, size), codec),
         model.cfg,
     )
     bits = None
     if not likelihood.not_comparable(model.cfg):
         bits = likelihood.bits_per_dim(nats)
-    about = {"fit": values.fit, "fingerprints": pipeline.describe(fit)["fingerprints"]}
+    about = {"fit": values.fit, "fingerprints": image_batches.describe(fit)["fingerprints"]}
     return {"gaussian_per_dimension": {"nats_per_dim": nats, "bits_per_dim": bits, **about}}
 
 

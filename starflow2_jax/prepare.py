@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
-from starflow2_jax.data import images, manifest, packing, records, shards, tokens
+from starflow2_jax.data import chat_layout, images, manifest, packing, records, shards
 from starflow2_jax.data import (
     tokenizer as tokenizer_lib,
 )
@@ -231,7 +231,7 @@ def tokenizer(values: flags.FlagValues) -> dict[str, Any]:
     data, out = (_needed(values, name) for name in ("data", "out"))
     text = tokenizer_lib.train(data, values.vocabulary)
     tokenizer_lib.write(text, out, patch=values.tower_patch, merge=values.tower_merge, frames=2)
-    return {"out": out, "size": tokens.open_tokenizer(out).size}
+    return {"out": out, "size": chat_layout.open_tokenizer(out).size}
 
 
 def index(values: flags.FlagValues) -> dict[str, Any]:

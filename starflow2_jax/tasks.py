@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from starflow2_jax import params as weights
 from starflow2_jax import start
-from starflow2_jax.data import packing, pipeline, rows
+from starflow2_jax.data import image_batches, packed_batches, packing
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.models import flops
 from starflow2_jax.training import fae_step, starflow2_step, vlm_step
@@ -42,7 +42,7 @@ def build(cfg: Config, mesh: Mesh, *, null_text: Any = None, dry_run: bool = Fal
 
 def reader(cfg: Config) -> ModuleType:
     """`rows` or `pipeline`: describe, batches and eval_batches of the task's options."""
-    return rows if cfg["task"] in INTERLEAVED else pipeline
+    return packed_batches if cfg["task"] in INTERLEAVED else image_batches
 
 
 def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: Any) -> Any:
@@ -64,7 +64,7 @@ def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: A
         "drop_all": drop["all"],
         "regions": vlm_step.REGIONS if _names_regions(cfg) else (0, 0),
     }
-    return rows.Options(**{**own, **changes})
+    return packed_batches.Options(**{**own, **changes})
 
 
 def _names_regions(cfg: Config) -> bool:

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from starflow2_jax import params as weights
-from starflow2_jax.data import packing, rows, tokens
-from starflow2_jax.data.tokens import Part
+from starflow2_jax.data import chat_layout, packed_batches, packing
+from starflow2_jax.data.chat_layout import Part
 from starflow2_jax.models import qwen, starflow2
 
 SIDE, CHANNELS, VOCAB = 2, 3, 64
@@ -52,7 +52,7 @@ def _encode(text):
     return (roles[text],) if text in roles else tuple(8 + ord(c) % (VOCAB - 8) for c in text)
 
 
-TOKENIZER = tokens.Tokenizer(
+TOKENIZER = chat_layout.Tokenizer(
     encode=_encode,
     decode=str,
     turn_start=1,
@@ -83,8 +83,8 @@ def batch(packed, length=64, places=4, seed=0, dtype=np.float32):
     room, made = packing.Room(length, PATCHES, places), []
     mean = np.zeros((len(packed), places, PATCHES, CHANNELS), dtype)
     for b, records in enumerate(packed):
-        laid = [tokens.layout(record, TOKENIZER, PATCHES) for record in records]
-        made.append(rows.lay_out(laid, room, SIDE, TOKENIZER.pad))
+        laid = [chat_layout.layout(record, TOKENIZER, PATCHES) for record in records]
+        made.append(packed_batches.lay_out(laid, room, SIDE, TOKENIZER.pad))
         m = 0
         for record in records:
             rng = np.random.default_rng((seed, len(record), len(str(record))))

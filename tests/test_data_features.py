@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from starflow2_jax.data import arrays, images, records
+from starflow2_jax.data import array_store, images, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.latents import sd_vae_t5
 
@@ -85,7 +85,7 @@ def test_latents_and_text_equal_the_public_models(models, data, tmp_path):
     )
     sd_vae_t5.write(tmp_path / "f", data, **settings)
     dataset = records.read(data)
-    found = arrays.read(tmp_path / "f", dataset.manifest)
+    found = array_store.read(tmp_path / "f", dataset.manifest)
     assert [s.records for s in found.manifest.shards] == [
         s.records for s in dataset.manifest.shards
     ]

@@ -12,7 +12,7 @@ import pytest
 from test_training_fae import experiment
 
 from starflow2_jax import mesh
-from starflow2_jax.data import arrays, images, manifest, pipeline, records
+from starflow2_jax.data import array_store, image_batches, images, manifest, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.latents import codec, write, write_beam
 from starflow2_jax.models import fae
@@ -63,7 +63,7 @@ def test_offline_equals_online_bit_for_bit(parts, whole):
     """Whatever the rows and the size of the online batch."""
     opened, dataset = codec.load(parts[0]), records.read(parts[1])
     pixels = np.stack([records.target_image(r, "") for r in dataset])
-    stored = arrays.read(whole, dataset.manifest)
+    stored = array_store.read(whole, dataset.manifest)
     rows = [stored[i][1] for i in range(ROWS)]
     draw = np.random.default_rng(0)
     for size in (1, 5, 8, 19):
@@ -86,7 +86,7 @@ def test_all_images_of_a_record_in_order_or_none(parts, tmp_path):
     made = list(tasks.make_records(0, 12, 16, tasks=("text", "edit", "multi", "caption")))
     dataset = records.write(tmp_path / "data", made)
     write.write(tmp_path / "out", tmp_path / "data", *codec.open_encoder(parts[0]))
-    stored = arrays.read(tmp_path / "out", dataset)
+    stored = array_store.read(tmp_path / "out", dataset)
     assert stored.spec["latent_mean"]["shape"] == [-1, 4, 4]
     for (id, row), record in zip((stored[i] for i in range(12)), made):
         count = len(record.imgs)
@@ -100,19 +100,22 @@ def test_all_images_of_a_record_in_order_or_none(parts, tmp_path):
     records.write(tmp_path / "edits", edits)
     write.write(tmp_path / "of", tmp_path / "edits", *codec.open_encoder(parts[0]))
     options = {"latents": str(tmp_path / "of"), "path": str(tmp_path / "edits"), "threads": 0}
-    batch = next(pipeline.eval_batches(options, batch_size=len(edits)))
+    batch = next(image_batches.eval_batches(options, batch_size=len(edits)))
     targets = np.stack([records.target_image(record, "") for record in edits])
     np.testing.assert_array_equal(batch["latent_mean"], codec.encode(opened, targets)[0])
     options = {"latents": str(tmp_path / "out"), "path": str(tmp_path / "data"), "threads": 0}
     with pytest.raises(DatasetError, match=r"shapes-text.*expected one image with loss=True"):
-        next(pipeline.eval_batches(options, batch_size=1))
+        next(image_batches.eval_batches(options, batch_size=1))
 
 
 def test_the_pipeline_reads_them(parts, whole):
     options = {"path": parts[1], "latents": str(whole), "threads": 0}
-    batch = next(pipeline.batches(options, batch_size=4))
+    batch = next(image_batches.batches(options, batch_size=4))
     assert batch["latent_mean"].shape == batch["latent_logvar"].shape == (4, 4, 4)
-    assert pipeline.describe(options)["features"][0]["fae"]["sha256"] == codec.load(parts[0]).sha256
+    assert (
+        image_batches.describe(options)["features"][0]["fae"]["sha256"]
+        == codec.load(parts[0]).sha256
+    )
 
 
 def test_jobs_share_the_shards(parts, whole, tmp_path):
@@ -216,7 +219,7 @@ def test_killed_between_shards_and_started_again(several, tmp_path):
     assert plain.returncode == 0, plain.stderr[-2000:]
     kill_and_finish(several, tmp_path, int(plain.stdout) // 2, contents(tmp_path / "whole"))
     dataset = records.read(several)
-    stored = arrays.read(tmp_path / "whole", dataset.manifest)
+    stored = array_store.read(tmp_path / "whole", dataset.manifest)
     for i in range(ROWS):
         assert stored[i][1]["latent_mean"].shape == (len(dataset[i].imgs), 4, 3)
 

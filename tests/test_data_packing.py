@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 
 from starflow2_jax import prepare
-from starflow2_jax.data import packing, records, tokens
+from starflow2_jax.data import chat_layout, packing, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.packing import Room
 from starflow2_jax.data.records import Img, Record, Text
@@ -66,7 +66,7 @@ def test_a_record_larger_than_a_row_is_named():
 
 
 def test_size_is_that_of_the_layout(made):
-    held = tokens.open_tokenizer(made[1])
+    held = chat_layout.open_tokenizer(made[1])
     words = [Text("a red", False, "user"), Img(0, False, "user"), Text("ring", True, "assistant")]
     count = lambda text: len(held.encode(text))
     markup = sum(3 + count(role) for role in ("user", "assistant")) + 2 * count("\n")

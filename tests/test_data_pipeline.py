@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from starflow2_jax.data import arrays, images, pipeline, records, shards, tokens
+from starflow2_jax.data import array_store, chat_layout, image_batches, images, records, shards
 from starflow2_jax.data.manifest import DatasetError, Importer
 
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 
 def take(cfg, count, **kwargs):
-    return list(islice(pipeline.batches({"threads": 0, "pixels": 8, **cfg}, **kwargs), count))
+    return list(islice(image_batches.batches({"threads": 0, "pixels": 8, **cfg}, **kwargs), count))
 
 
 def share(rows, host, hosts):
@@ -126,7 +126,7 @@ def test_mixture_by_weight(folder, tmp_path):
     counts = Counter(seen)
     assert max(counts[f"b{k}"] for k in range(7)) - min(counts[f"b{k}"] for k in range(7)) <= 1
     assert ids(take(cfg, 2, batch_size=16, start_step=3)) == ids(take(cfg, 5, batch_size=16))[3:]
-    assert pipeline.describe({**cfg, "pixels": 8})["records"] == 29
+    assert image_batches.describe({**cfg, "pixels": 8})["records"] == 29
 
 
 def test_one_record(tmp_path):
@@ -138,7 +138,7 @@ def test_one_record(tmp_path):
 def test_eval_batches_pass_once_in_order(folder, hosts):
     cfg = {"path": folder, "pixels": 8, "threads": 2, "labels": True}
     parts = [
-        list(pipeline.eval_batches(cfg, batch_size=8, rows=share(8, p, hosts)))
+        list(image_batches.eval_batches(cfg, batch_size=8, rows=share(8, p, hosts)))
         for p in range(hosts)
     ]
     assert [len(part) for part in parts] == [3] * hosts
@@ -157,12 +157,12 @@ def test_eval_batches_pass_once_in_order(folder, hosts):
 def test_eval_batches_of_a_mixture_are_one_folder_after_the_other(folder, tmp_path):
     records.write(tmp_path / "b", make(3, "b"))
     cfg = {"mixture": [{"path": folder}, {"path": str(tmp_path / "b")}], "pixels": 8}
-    seen = flat(ids(pipeline.eval_batches(cfg, batch_size=5)))
+    seen = flat(ids(image_batches.eval_batches(cfg, batch_size=5)))
     assert seen == [f"r{k}" for k in range(22)] + ["b0", "b1", "b2"]
 
 
 def test_describe(folder):
-    told = pipeline.describe({"path": folder, "pixels": 8})
+    told = image_batches.describe({"path": folder, "pixels": 8})
     assert told["records"] == 22 and told["classes"] == ["a", "b", "c"]
     assert len(told["fingerprints"]) == 1 and told["features"] == []
 
@@ -182,9 +182,9 @@ def test_text_that_does_not_fit_is_named(folder):
 
 
 def test_byte_tokens():
-    assert tokens.byte_tokens("a\u00e9", 5).tolist() == [98, 196, 170, 0, 0]
-    assert tokens.byte_tokens("", 2).tolist() == [0, 0]
-    assert tokens.byte_tokens("\x00", 1).tolist() == [1]
+    assert chat_layout.byte_tokens("a\u00e9", 5).tolist() == [98, 196, 170, 0, 0]
+    assert chat_layout.byte_tokens("", 2).tolist() == [0, 0]
+    assert chat_layout.byte_tokens("\x00", 1).tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -202,12 +202,12 @@ def test_byte_tokens():
 )
 def test_wrong_options_are_named(folder, cfg, message):
     with pytest.raises(ValueError, match=message):
-        pipeline.batches({"path": folder, "pixels": 8, **cfg}, batch_size=2)
+        image_batches.batches({"path": folder, "pixels": 8, **cfg}, batch_size=2)
 
 
 def test_config_dict_and_none_are_options_too(folder):
     cfg = ConfigDict({"path": folder, "pixels": 8, "latents": "", "features": "", "text": "none"})
-    assert len(next(pipeline.batches(cfg, batch_size=2))["id"]) == 2
+    assert len(next(image_batches.batches(cfg, batch_size=2))["id"]) == 2
     take({"path": folder, "latents": None, "mixture": None}, 1, batch_size=2)
 
 
@@ -223,7 +223,7 @@ def test_hosts_may_hold_rows_in_any_pattern(folder):
     for rows in ([0, 1, 4, 5], [2, 3, 6, 7], [7]):
         for step, batch in enumerate(take(cfg, 3, batch_size=8, rows=rows)):
             assert batch["id"] == [whole[step]["id"][row] for row in rows]
-    masked = list(pipeline.eval_batches({**cfg, "pixels": 8}, batch_size=8, rows=[1, 6]))
+    masked = list(image_batches.eval_batches({**cfg, "pixels": 8}, batch_size=8, rows=[1, 6]))
     assert [batch["row"].tolist() for batch in masked] == [[1, 6], [9, 14], [17, 22]]
     assert masked[-1]["mask"].tolist() == [1.0, 0.0]
 
@@ -281,7 +281,7 @@ def test_bad_records_within_the_budget_are_counted_once(with_bad_records, caplog
     assert len(logged) == 2 and "'r3'" in logged[0] and "2 of 2" in logged[1]
     with pytest.raises(DatasetError, match=r"2 bad records, more than data\.skip_bad=1.*'r11'"):
         take({**cfg, "skip_bad": 1}, 5, batch_size=4)
-    masks = [b["mask"].tolist() for b in pipeline.eval_batches(cfg, batch_size=10)]
+    masks = [b["mask"].tolist() for b in image_batches.eval_batches(cfg, batch_size=10)]
     assert flat(masks) == [float(k not in (3, 11)) for k in range(20)]
 
 
@@ -297,7 +297,7 @@ def rows(dataset, width=2, change=None):
 
 def write_features(path, dataset, **kwargs):
     importer = Importer("test", "1")
-    return arrays.write(
+    return array_store.write(
         path, rows(dataset, **kwargs), dataset.manifest, importer=importer, features={"vae": "x"}
     )
 
@@ -318,7 +318,7 @@ def test_latents_and_text_features(folder, tmp_path):
     assert batch["label"].tolist() == [0, 1, 2]
     mixed = take({"path": folder, "features": both, "text": "features"}, 1, batch_size=3)[0]
     assert set(mixed) == {"id", "image", "text"}
-    told = pipeline.describe({**cfg, "pixels": 0})
+    told = image_batches.describe({**cfg, "pixels": 0})
     assert told["features"][0]["vae"] == "x"
     assert told["features"][0]["arrays"]["text"] == {"dtype": "float32", "shape": [3, 5]}
 
@@ -347,14 +347,14 @@ def test_too_few_rows_or_odd_shapes_write_nothing(folder, tmp_path):
         ([*list(rows(dataset))[:3], *rows(dataset, width=3)], "row 'r0': arrays are"),
     ):
         with pytest.raises(DatasetError, match=message):
-            arrays.write(
+            array_store.write(
                 tmp_path / "f", source, dataset.manifest, importer=Importer("t", "1"), features={}
             )
         assert os.listdir(tmp_path) == []
     with pytest.raises(DatasetError, match="not finite"):
-        arrays.encode("x", {"a": np.array([np.nan], np.float32)})
+        array_store.encode("x", {"a": np.array([np.nan], np.float32)})
     with pytest.raises(DatasetError, match="float64"):
-        arrays.encode("x", {"a": np.zeros(2)})
-    payload = arrays.encode("x", {"a": np.zeros((2, 2), np.float32)})
+        array_store.encode("x", {"a": np.zeros(2)})
+    payload = array_store.encode("x", {"a": np.zeros((2, 2), np.float32)})
     with pytest.raises(DatasetError, match="here: a has 16 bytes"):
-        arrays.decode(payload.replace(b"\x92\x02\x02", b"\x92\x02\x03"), "here")
+        array_store.decode(payload.replace(b"\x92\x02\x02", b"\x92\x02\x03"), "here")

@@ -6,7 +6,7 @@ import interleaved
 import numpy as np
 import pytest
 
-from starflow2_jax.data import records, tokens
+from starflow2_jax.data import chat_layout, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.shapes import generator, regions
 
@@ -16,7 +16,7 @@ def made(tmp_path_factory):
     folders = interleaved.make(
         tmp_path_factory.mktemp("regions"), 24, 64, ["caption", "t2i"], size=640
     )
-    return records.read(folders[0]), tokens.open_tokenizer(folders[1])
+    return records.read(folders[0]), chat_layout.open_tokenizer(folders[1])
 
 
 def test_patches_name_the_object_that_they_show(made):

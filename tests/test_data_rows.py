@@ -6,7 +6,7 @@ import interleaved
 import numpy as np
 import pytest
 
-from starflow2_jax.data import images, records, rows, tokens
+from starflow2_jax.data import chat_layout, images, packed_batches, records
 from starflow2_jax.data.packing import Room
 
 ROOM = Room(positions=288, patches=4, images=4)  # the longest record takes some 220
@@ -15,7 +15,7 @@ ROOM = Room(positions=288, patches=4, images=4)  # the longest record takes some
 @pytest.fixture(scope="module")
 def opts(tmp_path_factory):
     data, held = interleaved.make(tmp_path_factory.mktemp("rows"))
-    return rows.Options(held, ROOM, 2, path=data, pixels=16, threads=0)
+    return packed_batches.Options(held, ROOM, 2, path=data, pixels=16, threads=0)
 
 
 def records_of(batch, row, held):
@@ -29,9 +29,9 @@ def records_of(batch, row, held):
 
 
 def test_one_pass_holds_every_record_once_and_whole(opts):
-    held, seen = tokens.open_tokenizer(opts.tokenizer), {}
+    held, seen = chat_layout.open_tokenizer(opts.tokenizer), {}
     dataset = {record.id: record for record in records.read(opts.path)}
-    for batch in rows.eval_batches(opts, batch_size=4):
+    for batch in packed_batches.eval_batches(opts, batch_size=4):
         for row, ids in enumerate(batch["id"]):
             if not batch["mask"][row]:
                 continue
@@ -60,7 +60,7 @@ def test_packing_does_not_change_a_record(opts):
 
     def by_id(options):
         found = {}
-        for batch in rows.eval_batches(options, batch_size=2):
+        for batch in packed_batches.eval_batches(options, batch_size=2):
             for row, ids in enumerate(batch["id"]):
                 for number, id in enumerate(ids.split(" ") if ids else ()):
                     own = batch["segments"][row] == number + 1
@@ -78,7 +78,7 @@ def test_hosts_share_the_rows_of_a_batch(opts):
     def take(hosts, step):
         given = {"batch_size": 4, "start_step": step}
         shares = np.arange(4).reshape(hosts, -1).tolist()
-        parts = [next(rows.batches(opts, **given, rows=mine)) for mine in shares]
+        parts = [next(packed_batches.batches(opts, **given, rows=mine)) for mine in shares]
         return [id for part in parts for id in part["id"]], np.concatenate(
             [part["ids"] for part in parts]
         )
@@ -93,21 +93,21 @@ def test_hosts_share_the_rows_of_a_batch(opts):
 
 
 def test_an_epoch_over_changing_numbers_of_hosts_loses_and_repeats_nothing(opts):
-    total, seen = rows.describe(opts)["rows"], []
+    total, seen = packed_batches.describe(opts)["rows"], []
     for step in range(-(-total // 4)):
         hosts = (1, 2, 4)[step % 3]
         for mine in np.arange(4).reshape(hosts, -1).tolist():
-            found = next(rows.batches(opts, batch_size=4, start_step=step, rows=mine))
+            found = next(packed_batches.batches(opts, batch_size=4, start_step=step, rows=mine))
             seen += found["id"]
     ids = " ".join(seen[:total]).split()
     assert sorted(ids) == sorted(record.id for record in records.read(opts.path))
 
 
 def test_drops_belong_to_records_that_draw_and_depend_on_the_step_alone(opts):
-    held = tokens.open_tokenizer(opts.tokenizer)
+    held = chat_layout.open_tokenizer(opts.tokenizer)
     every = dataclasses.replace(opts, drop=1.0)
-    batch = next(rows.batches(every, batch_size=16))
-    same = next(rows.batches(every, batch_size=16))
+    batch = next(packed_batches.batches(every, batch_size=16))
+    same = next(packed_batches.batches(every, batch_size=16))
     np.testing.assert_array_equal(batch["ids"], same["ids"])
     dataset = {record.id: record for record in records.read(opts.path)}
     drawn = 0
@@ -120,26 +120,26 @@ def test_drops_belong_to_records_that_draw_and_depend_on_the_step_alone(opts):
             drawn += draws
     assert drawn > 3
     nothing = dataclasses.replace(opts, drop=0.0, drop_all=1.0)
-    shown = next(rows.batches(nothing, batch_size=16))
+    shown = next(packed_batches.batches(nothing, batch_size=16))
     assert shown["images"].any((2, 3, 4)).sum() < batch["images"].any((2, 3, 4)).sum()
 
 
 def test_blank_images_show_nothing(opts):
     blank = dataclasses.replace(opts, blank=True)
-    batch = next(rows.eval_batches(blank, batch_size=4))
+    batch = next(packed_batches.eval_batches(blank, batch_size=4))
     assert set(np.unique(batch["images"])) <= {0, 128} and (batch["images"] == 128).any()
 
 
 def test_bad_options_and_rows_are_named(opts):
     with pytest.raises(ValueError, match=r"data.path or data.mixture: exactly one"):
-        rows.describe(dataclasses.replace(opts, path=""))
+        packed_batches.describe(dataclasses.replace(opts, path=""))
     mixture = ({"path": opts.path, "wieght": 2},)
     with pytest.raises(ValueError, match="did you mean 'weight'"):
-        rows.describe(dataclasses.replace(opts, path="", mixture=mixture))
-    held = tokens.open_tokenizer(opts.tokenizer)
-    items = tokens.layout([tokens.Part("none", 0)] * 2, held, 4)
+        packed_batches.describe(dataclasses.replace(opts, path="", mixture=mixture))
+    held = chat_layout.open_tokenizer(opts.tokenizer)
+    items = chat_layout.layout([chat_layout.Part("none", 0)] * 2, held, 4)
     with pytest.raises(ValueError, match="12 positions and 1 images, room is for 9 and 1"):
-        rows.lay_out([items], Room(9, 4, 1), 2, held.pad)
+        packed_batches.lay_out([items], Room(9, 4, 1), 2, held.pad)
     small = dataclasses.replace(opts, pixels=32)
     with pytest.raises(ValueError, match=r"image is 16 x 16 \(h x w\), expected data.pixels=32"):
-        next(rows.eval_batches(small, batch_size=2))
+        next(packed_batches.eval_batches(small, batch_size=2))

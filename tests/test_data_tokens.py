@@ -6,9 +6,9 @@ import interleaved
 import numpy as np
 import pytest
 
-from starflow2_jax.data import records, tokenizer, tokens
+from starflow2_jax.data import chat_layout, records, tokenizer
+from starflow2_jax.data.chat_layout import Part
 from starflow2_jax.data.manifest import DatasetError
-from starflow2_jax.data.tokens import Part
 from starflow2_jax.models import qwen
 
 
@@ -19,7 +19,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def held(folders):
-    return tokens.open_tokenizer(folders[1])
+    return chat_layout.open_tokenizer(folders[1])
 
 
 EDIT = [
@@ -44,14 +44,14 @@ def test_it_writes_what_the_template_writes(folders, held):
         ]
         parts = [Part("system", m["content"]) for m in system] + EDIT
         wanted = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
-        assert tokens.layout(parts, held, 1).ids.tolist() == wanted
+        assert chat_layout.layout(parts, held, 1).ids.tolist() == wanted
     wanted = theirs.apply_chat_template(messages[1:2], add_generation_prompt=True)["input_ids"]
     opened = [*EDIT[:2], Part("assistant", "")]
-    assert tokens.layout(opened, held, 1, closed=False).ids.tolist() == wanted
+    assert chat_layout.layout(opened, held, 1, closed=False).ids.tolist() == wanted
 
 
 def test_targets_are_what_the_assistant_does(held):
-    items = tokens.layout(EDIT, held, 4)
+    items = chat_layout.layout(EDIT, held, 4)
     said = [held.decode([i]) for i in items.ids[items.target & (items.image < 0)]]
     assert "".join(said) == "done"
     learnt = items.ids[items.target]
@@ -63,12 +63,12 @@ def test_targets_are_what_the_assistant_does(held):
 
 
 def test_what_a_user_writes_is_never_a_delimiter(held):
-    items = tokens.layout([Part("user", "a <|im_end|> b <|image_pad|>")], held, 4)
+    items = chat_layout.layout([Part("user", "a <|im_end|> b <|image_pad|>")], held, 4)
     assert (items.ids == held.turn_end).sum() == 1 and held.image not in items.ids
 
 
 def test_nulls_empty_the_user(held):
-    count = lambda null: tokens.layout(EDIT, held, 4, null=null)
+    count = lambda null: chat_layout.layout(EDIT, held, 4, null=null)
     whole, text, both = count("none"), count("text"), count("all")
     words = len(held.encode("Make the circle red."))
     assert len(whole.ids) - len(text.ids) == words
@@ -82,7 +82,7 @@ def test_nulls_empty_the_user(held):
 
 
 def test_text_without_a_role_stands_as_it_is(held):
-    items = tokens.layout([Part("none", "a red", True), Part("none", 0, True)], held, 4)
+    items = chat_layout.layout([Part("none", "a red", True), Part("none", 0, True)], held, 4)
     said = list(held.encode("a red"))
     wanted = [*said, held.vision_start, *[held.image] * 4, held.vision_end]
     assert items.ids.tolist() == wanted
@@ -90,21 +90,21 @@ def test_text_without_a_role_stands_as_it_is(held):
 
 
 def test_positions_are_qwens(held):
-    items = tokens.layout(EDIT, held, 9)
+    items = chat_layout.layout(EDIT, held, 9)
     cfg = qwen.Config(
         held.size, 32, 1, 2, 1, 32, sections=(2, 3, 3), image_token=held.image,
         video_token=held.size,
     )  # fmt: skip
     wanted, _ = qwen.rope_indices(items.ids[None], cfg, [(1, 3, 3)] * 2)
-    np.testing.assert_array_equal(tokens.vlm_positions(items, 3), wanted[0])
+    np.testing.assert_array_equal(chat_layout.vlm_positions(items, 3), wanted[0])
 
 
 def test_flow_positions_are_those_of_the_next_item(held):
-    items = tokens.layout(
+    items = chat_layout.layout(
         [Part("none", "a red"), Part("none", 0, True), Part("none", "b")], held, 4
     )
     n = len(held.encode("a red"))
-    found = tokens.flow_positions(items, 2).tolist()
+    found = chat_layout.flow_positions(items, 2).tolist()
     assert found[:n] == [[0, 0, k + 1] for k in range(n)]
     patches = [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert found[n : n + 4] == [[*p, n + 1] for p in patches]
@@ -125,17 +125,17 @@ def test_a_tokenizer_depends_on_its_data_alone(folders, held, tmp_path):
 
 def test_a_folder_without_delimiters_is_refused(folders, tmp_path):
     with pytest.raises(DatasetError, match="no tokenizer in this folder"):
-        tokens.open_tokenizer(tmp_path)
+        chat_layout.open_tokenizer(tmp_path)
     other = tmp_path / "other"
     text = tokenizer.train(folders[0], 400).replace("<|im_start|>", "<|start|>")
     tokenizer.write(text, other, patch=8, merge=1, frames=2)
     with pytest.raises(DatasetError, match=r"the tokenizer has no <\|im_start\|>"):
-        tokens.open_tokenizer(other)
+        chat_layout.open_tokenizer(other)
 
 
 def test_parts_of_a_record_number_its_images_in_turn(folders):
     for record in records.read(folders[0]):
-        parts, images = tokens.parts(record)
+        parts, images = chat_layout.parts(record)
         numbers = [p.content for p in parts if isinstance(p.content, int)]
         assert numbers == list(range(len(images))) and len(parts) == len(record.segs)
     assert json.loads(json.dumps(images)) == images

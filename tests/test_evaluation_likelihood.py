@@ -12,7 +12,7 @@ from absl import flags
 from starflow2_jax import config, evaluate
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.data import pipeline, records
+from starflow2_jax.data import image_batches, records
 from starflow2_jax.data.manifest import Importer
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.generation.model import Model
@@ -247,7 +247,7 @@ def test_the_command_measures_a_run_and_stamps_the_protocol(trained, capsys):
     path = workdir / "evaluation" / "likelihood_00000030_test.json"
     result = json.loads(path.read_text())
     options = likelihood.data_options(model.cfg, model.flow)
-    nats, _ = likelihood.per_image(model, pipeline.eval_batches(options, batch_size=21))
+    nats, _ = likelihood.per_image(model, image_batches.eval_batches(options, batch_size=21))
     assert result["nats_per_dim"] == pytest.approx(nats.mean(), rel=1e-6)
     bits = result["bits_per_dim"]
     assert bits == pytest.approx((nats.mean() + np.log(128)) / np.log(2), rel=1e-6)

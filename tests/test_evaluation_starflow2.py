@@ -193,9 +193,9 @@ def test_a_reader_scores_rows_as_it_does_those_of_a_folder(parts, tmp_path):
 
 
 def model_tokenizer(reader):
-    from starflow2_jax.data import tokens
+    from starflow2_jax.data import chat_layout
 
-    return tokens.open_tokenizer(reader.tokenizer)
+    return chat_layout.open_tokenizer(reader.tokenizer)
 
 
 def test_what_a_stage_has_not_learnt_is_said(model):

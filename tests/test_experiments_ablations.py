@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.ablations import latents, one, rows, run, scores, table  # noqa: E402
 from starflow2_jax import config  # noqa: E402
 from starflow2_jax import params as weights  # noqa: E402
-from starflow2_jax.data import arrays, records
+from starflow2_jax.data import array_store, records
 from starflow2_jax.models import mot, starflow2, streams  # noqa: E402
 from starflow2_jax.shapes import tasks  # noqa: E402
 from starflow2_jax.training import starflow2_step  # noqa: E402
@@ -185,7 +185,7 @@ def test_pixels_are_latents_of_unit_variance(data, tmp_path):
     ]
     latents.make("pixels", cfg, 2, entries)
     held = records.read(path)
-    found = arrays.read(str(tmp_path / "a"), held.manifest)
+    found = array_store.read(str(tmp_path / "a"), held.manifest)
     x = np.concatenate([found[i][1]["latent_mean"] for i in range(len(held))])
     assert x.shape[1:] == (4, 48)
     np.testing.assert_allclose(x.mean((0, 1)), 0, atol=1e-4)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow2_jax.data import tokens as layouts
+from starflow2_jax.data import chat_layout as layouts
 from starflow2_jax.generation import conversation, decode
 from starflow2_jax.generation.inverse import Jacobi
 from starflow2_jax.generation.prompts import Part

@@ -14,7 +14,7 @@ from test_train import finish, rows_of, start
 
 from starflow2_jax import config, mesh
 from starflow2_jax import params as weights
-from starflow2_jax.data import arrays, pipeline, records
+from starflow2_jax.data import array_store, image_batches, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.latents import batch_encoder, codec, write
@@ -62,8 +62,8 @@ def test_online_equals_offline_bit_for_bit(parts):
     stored = {**options, "latents": parts[2]}
     with jax.set_mesh(mesh.make_mesh("data=2,fsdp=4")):
         for size in (5, 8):
-            made = batch_encoder.encoded(pipeline.batches(options, batch_size=size), opened)
-            read = batch_encoder.encoded(pipeline.batches(stored, batch_size=size), opened)
+            made = batch_encoder.encoded(image_batches.batches(options, batch_size=size), opened)
+            read = batch_encoder.encoded(image_batches.batches(stored, batch_size=size), opened)
             for _ in range(4):
                 ours, theirs = next(made), next(read)
                 assert set(ours) == set(theirs) and ours["id"] == theirs["id"]
@@ -77,7 +77,7 @@ def test_rows_of_several_images(parts, tmp_path):
     made = list(tasks.make_records(0, 4, 16, tasks=("edit", "multi", "text", "caption")))
     dataset = records.write(tmp_path / "data", made)
     write.write(tmp_path / "out", tmp_path / "data", *codec.open_encoder(parts[0]))
-    stored, opened = arrays.read(tmp_path / "out", dataset), codec.load(parts[0])
+    stored, opened = array_store.read(tmp_path / "out", dataset), codec.load(parts[0])
     batch = {
         "images": np.zeros((4, 3, 16, 16, 3), np.uint8),
         "image": np.full((4, 20), -1, np.int32),
@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused(parts, tmp_path):
     # Stored latents beside the codec must be its own.
     other = codec.load(make_run(tmp_path / "other", 1))
     cfg = experiment(parts, offline=True)
-    about = pipeline.describe(likelihood.data_options(cfg, step.model_config(cfg), "data"))
+    about = image_batches.describe(likelihood.data_options(cfg, step.model_config(cfg), "data"))
     assert batch_encoder.describe(about, codec.load(parts[0]), "data.latents") == about
     with pytest.raises(DatasetError, match=r"data\.latents: latents of the encoder"):
         batch_encoder.describe(about, other, "data.latents")

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from starflow2_jax.data import images, pipeline, records
+from starflow2_jax.data import image_batches, images, records
 from starflow2_jax.data.manifest import DatasetError
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
@@ -58,7 +58,7 @@ def test_the_writer_makes_every_kind_of_record(written):
 
 def test_pictures_are_read_by_the_pipeline_and_captions_alone_are_named(written):
     options = {"path": "data/mine", "pixels": 16, "resize": "center_crop", "threads": 0}
-    batches = pipeline.eval_batches(options, batch_size=1)
+    batches = image_batches.eval_batches(options, batch_size=1)
     assert next(batches)["image"].shape == (1, 16, 16, 3)
     with pytest.raises(DatasetError, match=r"'caption'.*expected one image with loss=True"):
         next(batches)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from starflow2_jax import train
-from starflow2_jax.data import pipeline, rows
+from starflow2_jax.data import image_batches, packed_batches
 from starflow2_jax.runtime import distributed
 from starflow2_jax.training import checkpoint
 from starflow2_jax.training import step as programs
@@ -102,7 +102,10 @@ def to_device_and_die(program, batch):
 
 
 checkpoint.save, checkpoint.restore = save_and_die, restore_and_note
-pipeline.batches, rows.batches = of_interest(pipeline.batches), of_interest(rows.batches)
+image_batches.batches, packed_batches.batches = (
+    of_interest(image_batches.batches),
+    of_interest(packed_batches.batches),
+)
 programs.to_device = to_device_and_die
 if when == "stop":
     distributed.stopper = lambda: lambda number: number == int(step)

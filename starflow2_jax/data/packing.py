@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from starflow2_jax.data import chat_layout, records
 from starflow2_jax.data import manifest as manifest_lib
-from starflow2_jax.data import records, tokens
+from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record
-from starflow2_jax.data.tokens import Tokenizer
 
 VERSION = 2  # raise it when equal arguments would give another plan
 # Rows that stay open. More waste less; first fit over them keeps the plan one pass.
@@ -80,8 +80,8 @@ class Plan:
 
 def size(record: Record, tokenizer: Tokenizer, patches: int) -> tuple[int, int]:
     """Positions and images of a record as `tokens.layout` lays it out."""
-    parts, images = tokens.parts(record)
-    return len(tokens.layout(parts, tokenizer, patches).ids), len(images)
+    parts, images = chat_layout.parts(record)
+    return len(chat_layout.layout(parts, tokenizer, patches).ids), len(images)
 
 
 def pack(lengths: Sequence[int], images: Sequence[int], room: Room, seed: int = 0) -> Plan:
@@ -145,7 +145,7 @@ def index(path: str, tokenizer: str, room: Room, seed: int = 0) -> tuple[str, Pl
     file = os.path.join(path, f"index-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz")
     if os.path.exists(file):
         return file, _read(file, text, len(dataset), room)
-    held = tokens.open_tokenizer(tokenizer)
+    held = chat_layout.open_tokenizer(tokenizer)
     sizes = np.asarray([size(record, held, room.patches) for record in dataset])
     plan = pack(*sizes.T, room, seed)
     unfinished = f"{file}.{os.getpid()}.tmp"

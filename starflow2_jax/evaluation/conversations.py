@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from starflow2_jax import mesh as meshes
-from starflow2_jax.data import records, rows, tokens
+from starflow2_jax.data import chat_layout, packed_batches, records
 from starflow2_jax.data.records import Img, Record
 from starflow2_jax.evaluation import asking
 from starflow2_jax.generation import interleaved, options
@@ -73,7 +73,9 @@ def kind_of(record: Record) -> str:
     return "reasons" if shown and learnt[0] and learnt.count(True) == 1 else ""
 
 
-def prompts(cfg: Mapping[str, Any], opts: rows.Options, pixels: int) -> dict[str, list[Prompt]]:
+def prompts(
+    cfg: Mapping[str, Any], opts: packed_batches.Options, pixels: int
+) -> dict[str, list[Prompt]]:
     """By kind, at most `sample.count` of them, half as many where two pictures are shown.
 
     Args:
@@ -99,13 +101,13 @@ def prompts(cfg: Mapping[str, Any], opts: rows.Options, pixels: int) -> dict[str
     return {kind: group for kind, group in found.items() if group}
 
 
-def _prompt(opts: rows.Options, record: Record, where: str) -> Prompt:
+def _prompt(opts: packed_batches.Options, record: Record, where: str) -> Prompt:
     parts: list[Part] = []
     for segment in record.segs:
         if segment.loss:
             break
         if isinstance(segment, Img):
-            image = rows.picture(opts, record, segment.i, where)
+            image = packed_batches.picture(opts, record, segment.i, where)
             parts.append(Part("image", segment.role, image=image))
         else:
             parts.append(Part("text", segment.role, segment.s))
@@ -157,14 +159,18 @@ class Grids:
 
     cfg: Mapping[str, Any]
     shape: Config
-    tokenizer: tokens.Tokenizer
+    tokenizer: chat_layout.Tokenizer
     codec: Codec
     given: Mapping[str, Sequence[Prompt]]
     gather: Callable[[jax.Array], jax.Array]
 
 
 def prepare(
-    cfg: Mapping[str, Any], shape: Config, opts: rows.Options, codec: Codec | None, mesh: Mesh
+    cfg: Mapping[str, Any],
+    shape: Config,
+    opts: packed_batches.Options,
+    codec: Codec | None,
+    mesh: Mesh,
 ) -> Grids | str:
     """Opens what `from_state` needs, or says why nothing can be drawn.
 
@@ -181,7 +187,7 @@ def prepare(
     given = prompts(cfg, opts, codec.model.pixels)
     if not given:
         return f"the first {SEARCHED} records hold nothing that this stage can show"
-    held = tokens.open_tokenizer(opts.tokenizer)
+    held = chat_layout.open_tokenizer(opts.tokenizer)
     gather = jax.jit(lambda a: a, out_shardings=meshes.replicated(mesh))
     return Grids(cfg, shape, held, codec, given, gather)
 

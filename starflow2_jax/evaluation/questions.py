@@ -74,14 +74,14 @@ def by_reader(reader: Reader, given: Sequence[Case], *, blank: bool = False) -> 
     Raises:
         ValueError: pictures of another size than its tower reads; names the first.
     """
-    from starflow2_jax.data import tokens  # heavy
+    from starflow2_jax.data import chat_layout  # heavy
 
     side, pixels = vlm_step.side(reader.cfg, reader.model), reader.cfg["image"]["pixels"]
     for case in given:
         for part in case.given:
             if not isinstance(part, str) and part.shape != (pixels, pixels, 3):
                 raise ValueError(f"case {case.id}: a picture {part.shape}, the VLM reads {pixels}")
-    held = tokens.open_tokenizer(reader.tokenizer)
+    held = chat_layout.open_tokenizer(reader.tokenizer)
     right: list[bool] = []
     asked = [case.record for case in given]
     rows = record_rows.batches(asked, held, side, size=min(_ROWS, len(asked)), blank=blank)

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from starflow2_jax.data import images, packing, rows, tokens
+from starflow2_jax.data import chat_layout, images, packed_batches, packing
+from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.data.records import Record
-from starflow2_jax.data.tokens import Tokenizer
 
 # Rows are padded to a multiple of this, so that similar ones share a program.
 LENGTH_STEP = 32
@@ -21,7 +21,7 @@ def batches(
     null: str = "none",
     blank: bool = False,
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """The arrays of `data.rows` of `size` records at a time, and how many of them count.
+    """The arrays of `data.packed_batches` of `size` records at a time, and how many of them count.
 
     The last ones are filled up, and all are as long as the longest with its words, so that one
     program takes them with and without.
@@ -35,9 +35,13 @@ def batches(
     """
     laid, shown, longest = [], [], 0
     for record in given:
-        parts, blobs = tokens.parts(record)
-        whole = tokens.layout(parts, tokenizer, side * side)
-        own = whole if null == "none" else tokens.layout(parts, tokenizer, side * side, null=null)
+        parts, blobs = chat_layout.parts(record)
+        whole = chat_layout.layout(parts, tokenizer, side * side)
+        own = (
+            whole
+            if null == "none"
+            else chat_layout.layout(parts, tokenizer, side * side, null=null)
+        )
         laid.append(own)
         shown.append(blobs)
         longest = max(longest, len(whole.ids))
@@ -47,7 +51,7 @@ def batches(
     empty = None if first is None else np.zeros_like(_picture(*first))
     for begin in range(0, len(given), size):
         numbers = np.minimum(np.arange(begin, begin + size), len(given) - 1)
-        made = [rows.lay_out([laid[i]], room, side, tokenizer.pad) for i in numbers]
+        made = [packed_batches.lay_out([laid[i]], room, side, tokenizer.pad) for i in numbers]
         batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
         if empty is not None:
             batch["images"] = np.stack([np.broadcast_to(empty, (room.places, *empty.shape))] * size)

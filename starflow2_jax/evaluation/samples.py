@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.data import pipeline
+from starflow2_jax.data import image_batches
 from starflow2_jax.generation.model import Model, Sampling, generate
 from starflow2_jax.training.step import Program, to_device
 
@@ -16,7 +16,7 @@ def draw(model: Model, options: Mapping[str, Any]) -> tuple[np.ndarray, list[str
     Classes take turns; captions are those of `sample.prompts`, or of the first rows of a dataset.
 
     Args:
-        options: of `data.pipeline`, for the prompts of a model that reads text.
+        options: of `data.image_batches`, for the prompts of a model that reads text.
     """
     sample, count, cfg = model.cfg["sample"], model.cfg["sample"]["count"], model.flow
     given: dict[str, Any] = {}
@@ -25,7 +25,7 @@ def draw(model: Model, options: Mapping[str, Any]) -> tuple[np.ndarray, list[str
         given["labels"] = np.arange(count) % cfg.classes
         captions = [str(model.classes[i] if model.classes else i) for i in given["labels"]]
     elif cfg.text_channels:
-        first = next(iter(pipeline.eval_batches(options, batch_size=count)))
+        first = next(iter(image_batches.eval_batches(options, batch_size=count)))
         if model.cfg["text"]["vocabulary"]:
             prompts = list(sample["prompts"]) or [_caption(row) for row in first["tokens"]]
             given["prompts"] = captions = [prompts[i % len(prompts)] for i in range(count)]
@@ -62,7 +62,7 @@ def beside(
     """The first images of a dataset, and beside each what the decoder makes of it."""
     ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     size = -(-program.cfg["sample"]["count"] // 2 // ways) * ways
-    batch = next(iter(pipeline.eval_batches(options, batch_size=size)))
+    batch = next(iter(image_batches.eval_batches(options, batch_size=size)))
     placed = to_device(program, batch)
     shown = np.asarray(program.show(state.ema, frozen, placed))
     return np.stack([batch["image"], shown], 1).reshape(-1, *shown.shape[1:]), None

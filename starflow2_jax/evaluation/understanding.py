@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from starflow2_jax.data import records, rows
+from starflow2_jax.data import packed_batches, records
 from starflow2_jax.data.records import Text
 
 PROTOCOL = "exact words by greedy decoding; 95% by Wilson's score interval over records"
@@ -33,15 +33,15 @@ class Answer(NamedTuple):
     tokens: int
 
 
-def answers(score: Score, opts: rows.Options, *, batch_size: int = 16) -> list[Answer]:
+def answers(score: Score, opts: packed_batches.Options, *, batch_size: int = 16) -> list[Answer]:
     """Every record of a dataset that has words to learn, in its order.
 
     Args:
-      score: a batch of `data.rows` -> `tokens`, `wrong` and `nll` of each record, [B, S].
+      score: a batch of `data.packed_batches` -> `tokens`, `wrong` and `nll` of each record, [B, S].
       opts: one dataset folder; its `mixture` is empty.
     """
     found: dict[str, tuple[bool, float, int]] = {}
-    for batch in rows.eval_batches(opts, batch_size=batch_size):
+    for batch in packed_batches.eval_batches(opts, batch_size=batch_size):
         held = score(batch)
         for row, ids in enumerate(batch["id"]):
             for place, id in enumerate(ids.split(" ") if ids else ()):

@@ -18,7 +18,7 @@ from starflow2_jax.generation.prompts import Part
 from starflow2_jax.latents import codec
 
 if TYPE_CHECKING:
-    from starflow2_jax.data.tokens import Tokenizer  # heavy
+    from starflow2_jax.data.chat_layout import Tokenizer  # heavy
     from starflow2_jax.generation.interleaved import Model
 
 

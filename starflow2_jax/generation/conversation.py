@@ -23,7 +23,7 @@ from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.models.streams import Config
 
 if TYPE_CHECKING:  # heavy
-    from starflow2_jax.data.tokens import Items, Tokenizer
+    from starflow2_jax.data.chat_layout import Items, Tokenizer
 
 # New positions are padded to a multiple of the first, caches to one of the second, so that similar
 # prompts share their programs.
@@ -120,7 +120,7 @@ def lay_out(
     given: Sequence[Part], tokenizer: "Tokenizer", patches: int, null: str, role: str
 ) -> "Items":
     """The items of new parts of a row whose open turn is that of `role`, "" at the beginning."""
-    from starflow2_jax.data import tokens as layouts
+    from starflow2_jax.data import chat_layout as layouts
 
     images = iter(range(len(given)))
     parts = []
@@ -207,7 +207,7 @@ _COUNTERS = ("mode", "patch", "tokens", "images", "due", "part", "item")
 
 def _sequence(held, state, b, branch, given, latents, cfg, tokenizer, number):
     """The pending and the new items of a row in one branch, with absolute positions."""
-    from starflow2_jax.data import tokens as layouts
+    from starflow2_jax.data import chat_layout as layouts
 
     r = number * held.rows + b
     position, index = int(state.position[r]), int(state.index[r])

@@ -27,7 +27,7 @@ from starflow2_jax.models.streams import Config
 from starflow2_jax.training import inputs
 
 if TYPE_CHECKING:  # heavy
-    from starflow2_jax.data.tokens import Tokenizer
+    from starflow2_jax.data.chat_layout import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def load(
     if "vlm" not in params:
         dtype = jnp.dtype(cfg["frozen_dtype"])
         params |= starflow2_step.frozen_vlm(cfg, shape, mesh, dtype)
-    from starflow2_jax.data.tokens import open_tokenizer  # heavy
+    from starflow2_jax.data.chat_layout import open_tokenizer  # heavy
 
     words = files.locate(cfg["text"]["tokenizer"] or vlm)
     return Model(cfg, shape, params, open_tokenizer(words), codec, path)

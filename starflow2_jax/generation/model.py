@@ -235,7 +235,7 @@ def _conditions(model, count, prompts, labels, text) -> dict[str, Any]:
         if values is not None and len(values) != count:
             raise ValueError(f"{name}: expected {count}, got {len(values)}")
     if embeds:
-        from starflow2_jax.data.tokens import byte_tokens
+        from starflow2_jax.data.chat_layout import byte_tokens
 
         given = [""] * count if prompts is None else prompts
         batch["tokens"] = np.stack(

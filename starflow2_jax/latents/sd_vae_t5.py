@@ -1,7 +1,7 @@
 """Latents and text features of a dataset, made offline with the user's own SD-VAE and T5 files.
 
 Needs the extra `features` (torch, diffusers, transformers, sentencepiece). Only local safetensors
-are read. What comes out is a parallel dataset of arrays (`data/arrays.py`): `latent_mean` and
+are read. What comes out is a parallel dataset of arrays (`data/array_store.py`): `latent_mean` and
 `latent_logvar` float32 [T, D] of the scaled posterior, tokens in raster order and D = (row, column,
 channel) of a patch as in STARFlow; `text` float32 [L, E], zero past the caption's last token.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from starflow2_jax.data import arrays, images, records, shards
+from starflow2_jax.data import array_store, images, records, shards
 from starflow2_jax.data.manifest import DatasetError, Importer, Manifest, sha256_file
 
 VERSION = "1"
@@ -94,7 +94,7 @@ def write(
         if cut:
             logging.warning("%d captions were longer than %d tokens and were cut", cut, text_length)
 
-    return arrays.write(
+    return array_store.write(
         out,
         rows(),
         dataset.manifest,

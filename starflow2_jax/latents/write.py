@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from starflow2_jax.data import arrays, images, records, shards
+from starflow2_jax.data import array_store, images, records, shards
 from starflow2_jax.data import manifest as manifest_lib
 from starflow2_jax.data.manifest import DatasetError, Importer, Manifest, Shard
 
@@ -104,7 +104,7 @@ def make_shard(
     temporary = folder / f".{path.name}.{os.getpid()}"
     first = sum(shard.records for shard in parent[:number])
     rows = _rows(dataset, range(first, first + parent[number].records), encode, encoder)
-    shards.write_file(temporary, (arrays.encode(id, row) for id, row in rows), number)
+    shards.write_file(temporary, (array_store.encode(id, row) for id, row in rows), number)
     shards.check_count(temporary, parent[number].records)
     os.rename(temporary, path)
     return True

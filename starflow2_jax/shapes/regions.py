@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record
-from starflow2_jax.data.tokens import Tokenizer
 from starflow2_jax.shapes import generator
 from starflow2_jax.shapes.generator import Object
 

@@ -157,7 +157,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
 
 
 def batch_shapes(cfg: Mapping[str, Any], side: int, rows: int) -> dict[str, tuple]:
-    """Shape and dtype of the arrays of `data.rows` that a step reads."""
+    """Shape and dtype of the arrays of `data.packed_batches` that a step reads."""
     text, pixels = cfg["text"], cfg["image"]["pixels"]
     places = text["images"] or text["length"] // (side**2 + 2)
     length = (rows, text["length"])
@@ -226,7 +226,7 @@ def word_nats(
     and of a region every feature.
 
     Args:
-        batch: `region` and `region_words` of `data.rows`; seen: [B, M, N, C].
+        batch: `region` and `region_words` of `data.packed_batches`; seen: [B, M, N, C].
     """
     logits = qwen.logits(params, qwen.final_norm(params, seen, model), model)
     words = batch["region_words"]

@@ -25,7 +25,7 @@ import jax
 
 from starflow2_jax import config, timing
 from starflow2_jax import params as weights
-from starflow2_jax.data.tokens import Tokenizer
+from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.latents import codec

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.data import arrays, images, packing, records, stream, tokens
+from starflow2_jax.data import array_store, chat_layout, images, packing, records, sampler
 from starflow2_jax.data import manifest as manifest_lib
+from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record
-from starflow2_jax.data.tokens import Tokenizer
 from starflow2_jax.shapes import regions
 
 
@@ -73,7 +73,7 @@ class Options:
 class _Source:
     records: records.Dataset
     plan: packing.Plan
-    latents: arrays.Features | None
+    latents: array_store.Features | None
     weight: float
 
 
@@ -92,9 +92,9 @@ def batches(
     """
     sources, read = _open(opts)
     counts, shares = [len(s.plan) for s in sources], [s.weight for s in sources]
-    return stream.endless(
-        stream.order(counts, shares, shuffle=opts.shuffle, seed=opts.seed),
-        stream.forgiving(read, counts, opts.skip_bad),
+    return sampler.endless(
+        sampler.order(counts, shares, shuffle=opts.shuffle, seed=opts.seed),
+        sampler.forgiving(read, counts, opts.skip_bad),
         batch_size=batch_size,
         threads=opts.threads,
         start_step=start_step,
@@ -108,9 +108,9 @@ def eval_batches(
     """One pass over all rows; adds `row` and `mask`, see `stream.one_pass`. Nothing is dropped."""
     sources, read = _open(opts)
     counts = [len(s.plan) for s in sources]
-    return stream.one_pass(
+    return sampler.one_pass(
         counts,
-        stream.forgiving(read, counts, opts.skip_bad),
+        sampler.forgiving(read, counts, opts.skip_bad),
         batch_size=batch_size,
         threads=opts.threads,
         rows=rows,
@@ -134,7 +134,7 @@ def describe(opts: Options) -> dict[str, Any]:
 
 
 def lay_out(
-    given: Sequence[tokens.Items], room: packing.Room, side: int, pad: int
+    given: Sequence[chat_layout.Items], room: packing.Room, side: int, pad: int
 ) -> dict[str, np.ndarray]:
     """The arrays of one row of records, without its images.
 
@@ -164,8 +164,8 @@ def lay_out(
         row["segments"][at] = number + 1
         slots = (before + items.image) * patches + items.patch
         row["image"][at] = np.where(items.patch >= 0, slots, -1)
-        row["positions"][at] = tokens.vlm_positions(items, side)
-        row["flow_positions"][at] = tokens.flow_positions(items, side)
+        row["positions"][at] = chat_layout.vlm_positions(items, side)
+        row["flow_positions"][at] = chat_layout.flow_positions(items, side)
         start, before = end, before + images_
     return row
 
@@ -176,10 +176,10 @@ def _open(opts: Options):
         raise ValueError("data.path or data.mixture: exactly one of them must be given")
     if opts.mixture and opts.latents:
         raise ValueError("data.latents: with data.mixture, give them in its entries")
-    held = tokens.open_tokenizer(opts.tokenizer)
+    held = chat_layout.open_tokenizer(opts.tokenizer)
     sources = []
     for entry in opts.mixture or ({"path": opts.path, "latents": opts.latents},):
-        stream.refuse_unknown(entry, ("path", "weight", "latents"), "data.mixture[]")
+        sampler.refuse_unknown(entry, ("path", "weight", "latents"), "data.mixture[]")
         weight = float(entry.get("weight", 1.0))
         if not weight > 0:
             raise ValueError(f"data.mixture[]: the weight of {entry['path']} is {weight}, not > 0")
@@ -188,7 +188,7 @@ def _open(opts: Options):
         latents = entry.get("latents") or ""
         if not latents and not opts.pixels:
             raise ValueError("image.pixels must be given where images are read")
-        found = arrays.read(latents, dataset.manifest) if latents else None
+        found = array_store.read(latents, dataset.manifest) if latents else None
         sources.append(_Source(dataset, plan, found, weight))
 
     def example(number: int, row: int, at: tuple[int, int] | None) -> dict[str, Any]:
@@ -204,9 +204,9 @@ def _row(
     laid, shown, ids = [], [], []
     for index in source.plan[row].tolist():
         record, where = source.records[index], source.records.where(index)
-        given, blobs = tokens.parts(record)
+        given, blobs = chat_layout.parts(record)
         null = _null(opts, record, draw)
-        items = tokens.layout(given, held, opts.room.patches, null=null)
+        items = chat_layout.layout(given, held, opts.room.patches, null=null)
         kept = sorted(set(items.image[items.image >= 0].tolist()))
         # Those of the user may have been dropped.
         renumber = np.full(len(blobs) + 1, -1, np.int32)

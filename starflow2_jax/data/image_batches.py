@@ -11,15 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.data import (
-    arrays as arrays_lib,
-)
-from starflow2_jax.data import (
-    images,
-    records,
-    stream,
-    tokens,
-)
+from starflow2_jax.data import array_store as arrays_lib
+from starflow2_jax.data import chat_layout, images, records, sampler
 from starflow2_jax.data import (
     manifest as manifest_lib,
 )
@@ -66,9 +59,9 @@ def options(cfg_data: Mapping[str, Any]) -> Options:
     """Reads `cfg.data`; ValueError names an unknown key and the nearest one, or a bad value."""
     given = {key: value for key, value in cfg_data.items() if value is not None}
     names = [field.name for field in dataclasses.fields(Options)]
-    stream.refuse_unknown(given, names, "data")
+    sampler.refuse_unknown(given, names, "data")
     for entry in given.get("mixture") or ():
-        stream.refuse_unknown(entry, ("path", "weight", "latents", "features"), "data.mixture[]")
+        sampler.refuse_unknown(entry, ("path", "weight", "latents", "features"), "data.mixture[]")
     result = Options(**{**given, "mixture": tuple(given.get("mixture") or ())})
     if bool(result.path) == bool(result.mixture):
         raise ValueError("data.path or data.mixture: exactly one of them must be given")
@@ -108,8 +101,8 @@ def batches(
     opts = options(cfg_data)
     sources = _open(opts)
     counts, shares = [len(s) for s in sources], [s.weight for s in sources]
-    return stream.endless(
-        stream.order(counts, shares, shuffle=opts.shuffle, seed=opts.seed),
+    return sampler.endless(
+        sampler.order(counts, shares, shuffle=opts.shuffle, seed=opts.seed),
         _reader(opts, sources),
         batch_size=batch_size,
         threads=opts.threads,
@@ -132,7 +125,7 @@ def eval_batches(
     """
     opts = options(cfg_data)
     sources = _open(opts)
-    return stream.one_pass(
+    return sampler.one_pass(
         [len(source) for source in sources],
         _reader(opts, sources),
         batch_size=batch_size,
@@ -211,9 +204,9 @@ def _arrays(folder: str, dataset: records.Dataset, name: str, flag: str) -> arra
     return features
 
 
-def _reader(opts: Options, sources: list[_Source]) -> stream.Read:
+def _reader(opts: Options, sources: list[_Source]) -> sampler.Read:
     example = lambda number, index, at: _example(opts, sources[number], index)
-    return stream.forgiving(example, [len(source) for source in sources], opts.skip_bad)
+    return sampler.forgiving(example, [len(source) for source in sources], opts.skip_bad)
 
 
 def _example(opts: Options, source: _Source, index: int) -> dict[str, Any]:
@@ -243,7 +236,7 @@ def _example(opts: Options, source: _Source, index: int) -> dict[str, Any]:
             example["label"] = _label(record, where)
         if opts.text == "bytes":
             text = records.text(record)
-            example["tokens"] = tokens.byte_tokens(text, opts.text_length, where)
+            example["tokens"] = chat_layout.byte_tokens(text, opts.text_length, where)
     if len(set(ids)) != 1:
         raise DatasetError(f"{where}: its arrays are of {ids}: the folders do not belong together")
     return {"id": ids[0], **example}
