@@ -19,7 +19,7 @@ from experiments.ablations import latents, one, rows, run, scores, table  # noqa
 from starflow2_jax import config  # noqa: E402
 from starflow2_jax import params as weights  # noqa: E402
 from starflow2_jax.data import array_store, records
-from starflow2_jax.models import mot, starflow2, streams  # noqa: E402
+from starflow2_jax.models import backbone, mot, starflow2  # noqa: E402
 from starflow2_jax.shapes import tasks  # noqa: E402
 from starflow2_jax.training import starflow2_step  # noqa: E402
 from starflow2_jax.training.starflow2_loss import Terms  # noqa: E402
@@ -36,7 +36,7 @@ def trained(variant, name):
     plain = config.to_dict(cfg)
     plain["vlm"]["path"] = ""
     model = starflow2_step.model_config(plain)
-    own = weights.split(streams.declare(model), tuple(cfg.train.trains))[0]
+    own = weights.split(backbone.declare(model), tuple(cfg.train.trains))[0]
     return plain, model, weights.count(own)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from starflow2_jax import params as weights
 from starflow2_jax.generation import decode
-from starflow2_jax.models import layers, mot, qwen, starflow2, streams
+from starflow2_jax.models import backbone, layers, mot, qwen, starflow2
 from starflow2_jax.training import starflow2_loss
 from starflow2_jax.training.starflow2_loss import Stage
 
@@ -152,7 +152,7 @@ def check_exact(cfg, params):
         u = starflow2.shallow(params, now.reshape(-1, *x.shape[2:]), cfg)[0][-1]
         u = starflow2.place(u.reshape(x.shape), batch["image"])
         at = (batch["positions"], batch["flow_positions"], mask)
-        _, h, _ = streams.states(params, batch["ids"], u, u, is_image, *at, cfg)
+        _, h, _ = backbone.states(params, batch["ids"], u, u, is_image, *at, cfg)
         scale, mean = starflow2.image_head(params, h, cfg)
         here = slice(first, first + cfg.patches)
         before = slice(first - 1, first + cfg.patches - 1)
@@ -194,7 +194,7 @@ def check_cached(cfg, params, batch, tolerance=1e-4):
     def whole(params):
         mask = layers.segment_mask(jnp.where(items.real, 1, 0))
         args = (items.ids, items.u, items.u, items.is_image, items.positions, items.following)
-        y, h, _ = streams.states(params, *args, mask, cfg)
+        y, h, _ = backbone.states(params, *args, mask, cfg)
         return heads(params, y, h)
 
     @jax.jit

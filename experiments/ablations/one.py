@@ -12,7 +12,7 @@ from etils import epath
 
 from starflow2_jax import params as weights
 from starflow2_jax import train
-from starflow2_jax.models import streams
+from starflow2_jax.models import backbone
 from starflow2_jax.runtime import allocator, cli
 from starflow2_jax.training import log, starflow2_step, step_folders
 
@@ -42,7 +42,7 @@ def run(
     if reached < wanted:
         raise RuntimeError(f"{workdir}: training was stopped at step {reached} of {wanted}; "
                            "the same command goes on")  # fmt: skip
-    trained = weights.split(streams.declare(model), tuple(cfg["train"]["trains"]))[0]
+    trained = weights.split(backbone.declare(model), tuple(cfg["train"]["trains"]))[0]
     scoring = time.time()
     result = {
         "config": cfg,

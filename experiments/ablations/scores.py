@@ -22,7 +22,7 @@ from starflow2_jax import tasks
 from starflow2_jax.evaluation import understanding
 from starflow2_jax.generation import loading
 from starflow2_jax.generation.interleaved import Model
-from starflow2_jax.models import streams
+from starflow2_jax.models import backbone
 from starflow2_jax.training import inputs, starflow2_loss, starflow2_step, text_loss
 from starflow2_jax.training.starflow2_loss import Stage, Terms
 
@@ -114,7 +114,7 @@ def newborn(model: Model, mesh: Any) -> dict[str, Any]:
     """Weights as the run began: beside the VLM as it came, which is all that a text without images
     depends on, since whatever crosses is zero."""
     cfg, shape = model.cfg, model.shape
-    tree = {name: part for name, part in streams.declare(shape).items() if name != "vlm"}
+    tree = {name: part for name, part in backbone.declare(shape).items() if name != "vlm"}
     born = weights.init(jax.random.key(0), tree)
     vlm = starflow2_step.frozen_vlm(cfg, shape, mesh, jnp.dtype(cfg["frozen_dtype"]))
     return {**born, **vlm}

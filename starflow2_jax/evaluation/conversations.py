@@ -27,7 +27,7 @@ from starflow2_jax.evaluation import asking
 from starflow2_jax.generation import interleaved, options
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.latents.codec import Codec
-from starflow2_jax.models.streams import Config
+from starflow2_jax.models.backbone import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training import starflow2_loss, starflow2_step
 

@@ -17,7 +17,7 @@ from etils import epath
 
 from starflow2_jax import config, params
 from starflow2_jax.evaluation import curves, page
-from starflow2_jax.models import fae, streams
+from starflow2_jax.models import backbone, fae
 from starflow2_jax.training import fae_step, log, starflow2_step, step, vlm_step
 
 FILE = "report.html"
@@ -84,7 +84,7 @@ def _declared(cfg: Mapping[str, Any]) -> Any:
     if task == "vlm":
         return vlm_step.declare(cfg, vlm_step.model_config(cfg))
     if task == "starflow2":
-        return streams.declare(starflow2_step.model_config(cfg))
+        return backbone.declare(starflow2_step.model_config(cfg))
     return fae.declare(fae_step.model_config(cfg))
 
 

@@ -19,8 +19,8 @@ from starflow2_jax.generation import decode
 from starflow2_jax.generation.decode import State
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.layers import at_least_float32
-from starflow2_jax.models.streams import Config
 
 if TYPE_CHECKING:  # heavy
     from starflow2_jax.data.chat_layout import Items, Tokenizer

@@ -18,10 +18,10 @@ from flax import struct
 
 from starflow2_jax.generation import guidance as guiding
 from starflow2_jax.generation.guidance import Guidance
-from starflow2_jax.models import flow, qwen, streams
+from starflow2_jax.models import backbone, flow, qwen
 from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.layers import KVCache
-from starflow2_jax.models.streams import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training.loss import HALF_LOG_2_PI
 
@@ -123,14 +123,14 @@ class Record:
 @partial(jax.jit, static_argnames="cfg")
 def prepare(params: Tree, *, cfg: Config) -> dict[str, Any]:
     """What the steps read of all parameters, laid out for them (`layers.unstack`)."""
-    return streams.unstack({n: t for n, t in params.items() if n != "shallow"}, cfg)
+    return backbone.unstack({n: t for n, t in params.items() if n != "shallow"}, cfg)
 
 
 def empty(params: Tree, cfg: Config, rows: int, size: int) -> tuple[Any, jax.Array]:
     """Caches of `size` slots for R rows, and `valid`."""
     vlm = qwen.compute_dtype(params["vlm"], cfg.vlm)
     dtypes = (vlm, flow.compute_dtype(params["deep"], cfg.flow))
-    return streams.empty_caches(cfg, rows, size, dtypes), jnp.zeros((rows, size), bool)
+    return backbone.empty_caches(cfg, rows, size, dtypes), jnp.zeros((rows, size), bool)
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -155,7 +155,7 @@ def read(
     slots = jnp.arange(valid.shape[1])
     mask = valid[:, None, :] & (slots <= first + jnp.arange(count)[:, None])
     args = (items.ids, items.u, items.u, items.is_image, items.positions, items.following, mask)
-    y, h, caches = streams.states(params, *args, cfg, caches=caches, heat=heat)
+    y, h, caches = backbone.states(params, *args, cfg, caches=caches, heat=heat)
     return y, h, caches, valid
 
 

@@ -10,8 +10,8 @@ from starflow2_jax.generation import decode
 from starflow2_jax.generation.decode import State
 from starflow2_jax.models import flow
 from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.models.streams import Config
 from starflow2_jax.params import Tree
 
 

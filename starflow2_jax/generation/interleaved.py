@@ -23,7 +23,7 @@ from starflow2_jax.generation.options import Options, make_options
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.latents import codec
 from starflow2_jax.latents.codec import Codec
-from starflow2_jax.models.streams import Config
+from starflow2_jax.models.backbone import Config
 from starflow2_jax.training import inputs
 
 if TYPE_CHECKING:  # heavy

@@ -18,7 +18,7 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.latents import codec as codecs
-from starflow2_jax.models import streams
+from starflow2_jax.models import backbone
 from starflow2_jax.training import starflow2_step
 from starflow2_jax.weights import files
 from starflow2_jax.weights import teacher as teacher_weights
@@ -58,7 +58,7 @@ def load(
             f"{frozen['vlm']} then, {identity} now"
         )
     shape = starflow2_step.model_config(cfg)
-    declared = streams.declare(shape)
+    declared = backbone.declare(shape)
     codec = codecs.load(fae) if fae else None
     if codec is not None:
         _check_codec(codec, shape, frozen.get("fae"), path, fae)

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from starflow2_jax.mesh import constrain
-from starflow2_jax.models import flow, mot, streams
+from starflow2_jax.models import backbone, flow, mot
 from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.layers import at_least_float32
-from starflow2_jax.models.streams import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training import inputs
 from starflow2_jax.training.loss import per_dim
@@ -141,7 +141,7 @@ def terms(
     eyes = jax.lax.stop_gradient(u) if stage.text else None
     at = (batch["positions"], batch["flow_positions"], None)
     options = {"segments": segments, "images": stage.images, "skips": stage.text}
-    y, h, _ = streams.states(params, batch["ids"], u, eyes, is_image, *at, cfg, **options)
+    y, h, _ = backbone.states(params, batch["ids"], u, eyes, is_image, *at, cfg, **options)
     found = Terms()
     patch, token = next_targets(batch)
     if stage.images:

@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.models import flops, mot, qwen, streams
+from starflow2_jax.models import backbone, flops, mot, qwen
 from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.models.streams import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training import inputs, optim, starflow2_loss
 from starflow2_jax.training.step import Program, TrainState, accumulate, update
@@ -170,7 +170,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
     train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
     meshes.check_batch(rows, mesh)
     meshes.check_batch(rows // parts, mesh, "rows of a microbatch")
-    declared = streams.declare(model)
+    declared = backbone.declare(model)
     trained = weights.split(declared, tuple(train["trains"]))[0]
     stage = starflow2_loss.stage_of(trained, model)
     if not (stage.images or stage.text):
