@@ -15,14 +15,14 @@ Variants:
 import dataclasses
 
 from starflow2_jax import config
-from starflow2_jax.models import fae
+from starflow2_jax.models.fae import codec
 
 
 def get_config(variant: str = "tiny"):
     """The resolved configuration of a variant."""
     cfg = config.default()
     cfg.name, cfg.task = f"fae_pixels_{variant}", "fae_pixels"
-    model = fae.preset(variant)
+    model = codec.preset(variant)
     cfg.model.update(dataclasses.asdict(model))
     cfg.image.pixels, cfg.image.flip = model.pixels, True
     cfg.train.trains = ("pixel_decoder", "discriminator", "lecam")

@@ -15,8 +15,8 @@ from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.evaluation import codec_eval
 from starflow2_jax.latents import codec as codecs
-from starflow2_jax.models import fae
-from starflow2_jax.models import teacher as teachers
+from starflow2_jax.models.fae import codec as fae
+from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.shapes import generator, holdout, tasks
 from starflow2_jax.shapes.generator import Object, Scene
 from starflow2_jax.training import fae_step

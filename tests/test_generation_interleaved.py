@@ -31,7 +31,8 @@ from starflow2_jax.generation import reader as readers
 from starflow2_jax.generation.options import of_run
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.latents import codec
-from starflow2_jax.models import fae, qwen, qwen_vision, starflow2
+from starflow2_jax.models import qwen, qwen_vision, starflow2
+from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.training import checkpoint
 from starflow2_jax.weights import qwen as qwen_weights
 from starflow2_jax.weights import teacher as teacher_weights

@@ -11,11 +11,11 @@ import pytest
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.models import discriminator, fae, fae_losses, perceptual
+from starflow2_jax.models.fae import codec, discriminator, losses, perceptual
 from starflow2_jax.weights import lpips
 
-PAPER = fae.preset("paper", compute_dtype="bfloat16")
-TOY = fae.preset(
+PAPER = codec.preset("paper", compute_dtype="bfloat16")
+TOY = codec.preset(
     "tiny",
     feature_width=24,
     side=4,
@@ -36,7 +36,7 @@ CRITIC = discriminator.Config(widths=(8, 16), groups=4)
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(lambda key: weights.init(key, fae.declare(TOY)))(jax.random.key(0))
+    return jax.jit(lambda key: weights.init(key, codec.declare(TOY)))(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def keys(seed, rows=4):
 
 def test_paper_counts():
     """The paper's 38.17 M, 170.43 M and 305.36 M."""
-    declared = fae.declare(fae.preset("paper"))
+    declared = codec.declare(codec.preset("paper"))
     counts = {name: weights.count(tree) for name, tree in declared.items()}
     assert counts == {
         "encoder": 38_166_592,
@@ -68,14 +68,14 @@ def test_paper_counts():
 @pytest.mark.parametrize("layout", meshes.LAYOUTS)
 def test_paper_lowers_under_every_layout(layout):
     mesh = meshes.make_mesh("data=2,fsdp=2,tensor=2")
-    params = weights.abstract(fae.declare(PAPER), mesh, layout, jnp.bfloat16)
+    params = weights.abstract(codec.declare(PAPER), mesh, layout, jnp.bfloat16)
     shape = (8, PAPER.tokens, PAPER.feature_width)
     given = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=meshes.batch_sharding(mesh))
 
     def whole(params, features):
-        mean, log_variance = fae.encode(params, features, PAPER)
-        rebuilt = fae.decode_features(params, mean, PAPER)
-        return log_variance, rebuilt, fae.decode_pixels(params, rebuilt, PAPER)
+        mean, log_variance = codec.encode(params, features, PAPER)
+        rebuilt = codec.decode_features(params, mean, PAPER)
+        return log_variance, rebuilt, codec.decode_pixels(params, rebuilt, PAPER)
 
     with jax.set_mesh(mesh):
         out = jax.jit(whole).lower(params, given).out_info
@@ -87,12 +87,12 @@ def test_layouts_give_the_numbers_of_one_device(params, features):
     mesh = meshes.make_mesh("data=2,fsdp=2,tensor=2")
 
     def whole(params, features):
-        mean, log_variance = fae.encode(params, features, TOY)
-        rebuilt = fae.decode_features(params, mean, TOY)
-        return log_variance, rebuilt, fae.decode_pixels(params, rebuilt, TOY)
+        mean, log_variance = codec.encode(params, features, TOY)
+        rebuilt = codec.decode_features(params, mean, TOY)
+        return log_variance, rebuilt, codec.decode_pixels(params, rebuilt, TOY)
 
     alone = jax.jit(whole)(params, features)
-    where = weights.shardings(fae.declare(TOY), mesh, "fsdp_tp")
+    where = weights.shardings(codec.declare(TOY), mesh, "fsdp_tp")
     placed = jax.device_put(features, meshes.batch_sharding(mesh))
     with jax.set_mesh(mesh):
         cut = jax.jit(whole)(jax.device_put(params, where), placed)
@@ -118,25 +118,25 @@ def test_encoder_by_hand(params, features):
     summed = np.concatenate(heads, -1) + line("parallel", x)
     erf = np.vectorize(math.erf)
     out = line("head", summed * 0.5 * (1 + erf(summed / math.sqrt(2))))
-    mean, log_variance = fae.posterior(params, features, TOY)
+    mean, log_variance = codec.posterior(params, features, TOY)
     np.testing.assert_allclose(mean, out[..., :6], atol=1e-5)
     np.testing.assert_allclose(log_variance, out[..., 6:], atol=1e-5)
 
 
 def test_encoder_takes_any_length_but_its_own_width(params):
-    mean, _ = fae.encode(params, jnp.ones((1, 7, 24)), TOY)
+    mean, _ = codec.encode(params, jnp.ones((1, 7, 24)), TOY)
     assert mean.shape == (1, 7, 6)
     with pytest.raises(ValueError, match="23 channels, expected 24"):
-        fae.encode(params, jnp.ones((1, 7, 23)), TOY)
+        codec.encode(params, jnp.ones((1, 7, 23)), TOY)
     with pytest.raises(ValueError, match="7 tokens, expected 4 x 4"):
-        fae.decode_features(params, mean, TOY)
+        codec.decode_features(params, mean, TOY)
     with pytest.raises(ValueError, match="7 tokens, expected 4 x 4"):
-        fae.decode_pixels(params, jnp.ones((1, 7, 24)), TOY)
+        codec.decode_pixels(params, jnp.ones((1, 7, 24)), TOY)
 
 
 def test_bad_configs():
     with pytest.raises(ValueError, match="preset 'huge' is not one of paper, tiny"):
-        fae.preset("huge")
+        codec.preset("huge")
     for change, words in (
         ({"activation": "relu"}, "activation='relu'"),
         ({"remat": "some"}, "remat='some'"),
@@ -151,29 +151,29 @@ def test_posterior_sample():
     """A draw is mean + std noise; its noise is the row's own, whatever the batch."""
     mean = jnp.arange(4.0)[:, None, None] * jnp.ones((4, 1000, 6))
     log_variance = jnp.full_like(mean, 2 * math.log(0.3))
-    drawn = fae.sample(keys(0), mean, log_variance)
+    drawn = codec.sample(keys(0), mean, log_variance)
     noise = jax.vmap(lambda key: jax.random.normal(key, (1000, 6)))(keys(0))
     np.testing.assert_allclose(drawn, mean + 0.3 * noise, atol=1e-6)
-    alone = fae.sample(keys(0)[2:3], mean[2:3], log_variance[2:3])
+    alone = codec.sample(keys(0)[2:3], mean[2:3], log_variance[2:3])
     np.testing.assert_array_equal(alone[0], drawn[2])
     np.testing.assert_allclose((drawn - mean).std(), 0.3, rtol=0.02)
 
 
 def test_statistics_normalise_latents(params, features):
     """Measured statistics give unit variance to samples, and change nothing that is decoded."""
-    mean, log_variance = fae.posterior(params, features, TOY)
-    parts = [fae.moments(mean[i : i + 2], log_variance[i : i + 2]) for i in (0, 2)]
-    measured = fae.with_statistics(params, jax.tree.map(lambda a, b: a + b, *parts))
-    unit, narrow = fae.encode(measured, features, TOY)
-    sums = fae.moments(unit, narrow)
+    mean, log_variance = codec.posterior(params, features, TOY)
+    parts = [codec.moments(mean[i : i + 2], log_variance[i : i + 2]) for i in (0, 2)]
+    measured = codec.with_statistics(params, jax.tree.map(lambda a, b: a + b, *parts))
+    unit, narrow = codec.encode(measured, features, TOY)
+    sums = codec.moments(unit, narrow)
     np.testing.assert_allclose(sums["sum"] / sums["count"], 0, atol=1e-5)
     np.testing.assert_allclose(sums["square"] / sums["count"], 1, rtol=1e-5)
-    np.testing.assert_allclose(fae.denormalize(measured, unit), mean, atol=1e-5)
-    before = fae.decode_features(params, fae.encode(params, features, TOY)[0], TOY)
-    np.testing.assert_allclose(fae.decode_features(measured, unit, TOY), before, atol=1e-4)
+    np.testing.assert_allclose(codec.denormalize(measured, unit), mean, atol=1e-5)
+    before = codec.decode_features(params, codec.encode(params, features, TOY)[0], TOY)
+    np.testing.assert_allclose(codec.decode_features(measured, unit, TOY), before, atol=1e-4)
     flat = {"count": 4.0, "sum": np.ones(6), "square": np.full(6, 0.25)}
     with pytest.raises(ValueError, match="channel 0 has variance 0"):
-        fae.with_statistics(params, flat)
+        codec.with_statistics(params, flat)
 
 
 # ----------------------------------------------------------------------------------------- losses
@@ -183,21 +183,21 @@ def test_kl_closed_form():
     """Against torch's formula by hand, by Monte Carlo, and zero for the prior."""
     mean, variance = 0.7, 0.3
     shape = (2, 3, 5)
-    ours = fae_losses.kl(jnp.full(shape, mean), jnp.full(shape, math.log(variance)))
+    ours = losses.kl(jnp.full(shape, mean), jnp.full(shape, math.log(variance)))
     one = 0.5 * (mean**2 + variance - 1 - math.log(variance))
     np.testing.assert_allclose(ours, 15 * one, rtol=1e-6)
     x = np.random.default_rng(0).normal(mean, variance**0.5, 400_000)
     sampled = np.mean(0.5 * (x**2 - (x - mean) ** 2 / variance - math.log(variance)))
     np.testing.assert_allclose(one, sampled, rtol=0.02)
-    np.testing.assert_array_equal(fae_losses.kl(jnp.zeros(shape), jnp.zeros(shape)), 0)
+    np.testing.assert_array_equal(losses.kl(jnp.zeros(shape), jnp.zeros(shape)), 0)
 
 
 def test_feature_loss_parts(params, features):
-    run = jax.jit(fae_losses.feature_loss, static_argnums=3, static_argnames="sigma")
+    run = jax.jit(losses.feature_loss, static_argnums=3, static_argnames="sigma")
     loss, parts = run(params, features, keys(3), TOY, beta=1e-2)
     np.testing.assert_allclose(loss, parts["mean_square"] + 1e-2 * parts["kl"], rtol=1e-6)
     np.testing.assert_allclose(
-        parts["kl"], fae_losses.kl(*fae.posterior(params, features, TOY)), rtol=1e-6
+        parts["kl"], losses.kl(*codec.posterior(params, features, TOY)), rtol=1e-6
     )
     noisy, _ = run(params, features, keys(3), TOY, beta=1e-2, sigma=3.0)
     assert (jnp.abs(noisy - loss) > 1e-4).all()
@@ -207,9 +207,9 @@ def test_feature_loss_parts(params, features):
 
 def test_noise():
     x = jnp.zeros((4, 500, 3))
-    out = fae_losses.add_noise(keys(5), x, jnp.array([0.0, 0.4, 1.0, 2.0]))
+    out = losses.add_noise(keys(5), x, jnp.array([0.0, 0.4, 1.0, 2.0]))
     np.testing.assert_allclose(out.std((1, 2)), [0, 0.4, 1, 2], rtol=0.05)
-    assert fae.preset("paper").noise == 0.4
+    assert codec.preset("paper").noise == 0.4
 
 
 def test_hinge_and_lecam_by_hand():
@@ -248,11 +248,11 @@ def test_discriminator(params):
     with pytest.raises(ValueError, match="multiples of groups=32"):
         discriminator.Config(widths=(8, 40))
     args = (critic, images, images + 1, discriminator.lecam_start(), CRITIC)
-    loss, parts = fae_losses.discriminator_loss(*args, lecam=0.5)
+    loss, parts = losses.discriminator_loss(*args, lecam=0.5)
     np.testing.assert_allclose(loss, parts["hinge"] + 0.5 * parts["lecam"], rtol=1e-6)
     np.testing.assert_allclose(parts["real"], logits.mean((1, 2)), rtol=1e-5)
     into = jax.grad(
-        lambda fake: fae_losses.discriminator_loss(args[0], images, fake, *args[3:])[0].sum()
+        lambda fake: losses.discriminator_loss(args[0], images, fake, *args[3:])[0].sum()
     )(images)
     assert not into.any()
 
@@ -261,7 +261,7 @@ def test_pixel_loss(params, features):
     """Every weighted term is there, weighs what it should, and reaches every weight."""
     image = jnp.tanh(jax.random.normal(jax.random.key(4), (4, 16, 16, 3)))
     critic = weights.init(jax.random.key(0), discriminator.declare(CRITIC))
-    chosen = fae_losses.PixelWeights(l1=0.5, l2=2.0, perceptual=3.0, gan=0.25)
+    chosen = losses.PixelWeights(l1=0.5, l2=2.0, perceptual=3.0, gan=0.25)
     functions = {
         "perceptual": lambda a, b: perceptual.token_distance([a[:, 0]], [b[:, 0]]),
         "logits": lambda x: discriminator.forward(critic, x, CRITIC),
@@ -270,7 +270,7 @@ def test_pixel_loss(params, features):
     def loss(own, chosen=chosen, **given):
         given = given or functions
         full = {**params, "pixel_decoder": own}
-        return fae_losses.pixel_loss(full, features, image, keys(6), TOY, chosen, **given)
+        return losses.pixel_loss(full, features, image, keys(6), TOY, chosen, **given)
 
     rows, decoded, parts = loss(params["pixel_decoder"])
     by_hand = 0.5 * parts["l1"] + 2 * parts["l2"] + 3 * parts["perceptual"] + 0.25 * parts["gan"]
@@ -280,13 +280,13 @@ def test_pixel_loss(params, features):
     still = [n for n, g in weights.flatten(gradients).items() if not jnp.abs(g).max() > 0]
     # Softmax is blind to what adds the same to every score.
     assert still in ([], ["layers/key/bias"]), still
-    plain = fae_losses.PixelWeights(l1=1, l2=0, perceptual=0, gan=0)
+    plain = losses.PixelWeights(l1=1, l2=0, perceptual=0, gan=0)
     clean, _, parts = loss(params["pixel_decoder"], plain, sigma=0.0)
     assert set(parts) == {"l1", "count"}
-    pixels = fae.decode_pixels(params, features, TOY)
-    np.testing.assert_allclose(clean, fae_losses.mean_absolute(pixels, image), rtol=1e-6)
+    pixels = codec.decode_pixels(params, features, TOY)
+    np.testing.assert_allclose(clean, losses.mean_absolute(pixels, image), rtol=1e-6)
     with pytest.raises(ValueError, match=r"weights.perceptual=1.0"):
-        loss(params["pixel_decoder"], fae_losses.PixelWeights(), logits=functions["logits"])
+        loss(params["pixel_decoder"], losses.PixelWeights(), logits=functions["logits"])
 
 
 def test_learns_in_a_few_steps(params, features):
@@ -298,13 +298,13 @@ def test_learns_in_a_few_steps(params, features):
     def features_loss(own, key):
         full = {**own, **fixed}
         drawn = jax.random.split(key, 4)
-        return fae_losses.feature_loss(full, features, drawn, TOY, beta=1e-5)[0].mean()
+        return losses.feature_loss(full, features, drawn, TOY, beta=1e-5)[0].mean()
 
     def pixels_loss(own, key):
         full = {**params, "pixel_decoder": own}
         drawn = jax.random.split(key, 4)
-        chosen = fae_losses.PixelWeights(l2=1, perceptual=0, gan=0)
-        return fae_losses.pixel_loss(full, features, image, drawn, TOY, chosen)[0].mean()
+        chosen = losses.PixelWeights(l2=1, perceptual=0, gan=0)
+        return losses.pixel_loss(full, features, image, drawn, TOY, chosen)[0].mean()
 
     for loss, own in ((features_loss, trained), (pixels_loss, params["pixel_decoder"])):
 

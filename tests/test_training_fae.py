@@ -14,8 +14,8 @@ from starflow2_jax import config, mesh
 from starflow2_jax import params as weights
 from starflow2_jax.data import records
 from starflow2_jax.latents import codec
-from starflow2_jax.models import fae
-from starflow2_jax.models import teacher as teachers
+from starflow2_jax.models.fae import codec as fae
+from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.shapes import generator
 from starflow2_jax.training import checkpoint, fae_step, inputs, step
 

@@ -13,7 +13,8 @@ from starflow2_jax import mesh
 from starflow2_jax import params as weights
 from starflow2_jax import start as starts
 from starflow2_jax.latents import codec as codecs
-from starflow2_jax.models import fae, perceptual
+from starflow2_jax.models.fae import codec as fae
+from starflow2_jax.models.fae import perceptual
 from starflow2_jax.training import fae_step, inputs, step
 from starflow2_jax.weights import files, lpips
 

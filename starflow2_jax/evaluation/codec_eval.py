@@ -18,7 +18,7 @@ import optax
 from starflow2_jax.data import images, records
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.latents.codec import Codec
-from starflow2_jax.models import fae_losses
+from starflow2_jax.models.fae import losses
 from starflow2_jax.shapes import generator, holdout
 from starflow2_jax.shapes.generator import Object, Scene
 from starflow2_jax.training import inputs
@@ -103,7 +103,7 @@ def boxes(scene: Scene, side: int) -> np.ndarray:
 def noisy(latents: np.ndarray, sigma: float, seed: int, first: int) -> np.ndarray:
     """latents [N, T, D] + sigma noise, those of the images `first`, `first + 1`, ..."""
     keys = inputs.row_keys(seed, 0, np.arange(first, first + len(latents)))
-    return np.asarray(fae_losses.add_noise(keys, jnp.asarray(latents), sigma))
+    return np.asarray(losses.add_noise(keys, jnp.asarray(latents), sigma))
 
 
 def reconstruct(

@@ -17,7 +17,8 @@ from etils import epath
 
 from starflow2_jax import config, params
 from starflow2_jax.evaluation import curves, page
-from starflow2_jax.models import backbone, fae
+from starflow2_jax.models import backbone
+from starflow2_jax.models.fae import codec
 from starflow2_jax.training import fae_step, log, starflow2_step, step, vlm_step
 
 FILE = "report.html"
@@ -85,7 +86,7 @@ def _declared(cfg: Mapping[str, Any]) -> Any:
         return vlm_step.declare(cfg, vlm_step.model_config(cfg))
     if task == "starflow2":
         return backbone.declare(starflow2_step.model_config(cfg))
-    return fae.declare(fae_step.model_config(cfg))
+    return codec.declare(fae_step.model_config(cfg))
 
 
 def _cards(cfg, rows, measured, gaussian) -> str:

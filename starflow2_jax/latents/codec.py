@@ -17,9 +17,11 @@ import numpy as np
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.models import dinov2, fae, qwen_vision
-from starflow2_jax.models import teacher as teachers
-from starflow2_jax.models.teacher import Teacher
+from starflow2_jax.models import qwen_vision
+from starflow2_jax.models.fae import codec as fae
+from starflow2_jax.models.fae import dinov2
+from starflow2_jax.models.fae import teacher as teachers
+from starflow2_jax.models.fae.teacher import Teacher
 from starflow2_jax.training import fae_step, inputs
 from starflow2_jax.weights import files
 from starflow2_jax.weights import teacher as teacher_weights

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.models import discriminator, fae, fae_losses, perceptual
-from starflow2_jax.models import teacher as teachers
-from starflow2_jax.models.fae import Config
-from starflow2_jax.models.fae_losses import PixelWeights
-from starflow2_jax.models.teacher import Teacher
+from starflow2_jax.models.fae import codec, discriminator, losses, perceptual
+from starflow2_jax.models.fae import teacher as teachers
+from starflow2_jax.models.fae.codec import Config
+from starflow2_jax.models.fae.losses import PixelWeights
+from starflow2_jax.models.fae.teacher import Teacher
 from starflow2_jax.params import Tree, Weight, zeros
 from starflow2_jax.training import inputs, optim
 from starflow2_jax.weights import lpips
@@ -60,7 +60,7 @@ def features(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objecti
 
     The statistics that normalise latents are tracked, for raw and averaged weights apart.
     """
-    whole = fae.declare(model)
+    whole = codec.declare(model)
     group = cfg["fae"]
     declared = {name: whole[name] for name in ("encoder", "feature_decoder", "latent")}
     declared["teacher"] = teachers.declare(teacher)
@@ -74,11 +74,11 @@ def features(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objecti
         x = given["features"]
         sigma = 0.0 if step is None else group["latent_noise"]
         options = {"beta": group["beta"], "sigma": sigma}
-        each, sums = fae_losses.feature_loss(params, x, keys, model, **options)
+        each, sums = losses.feature_loss(params, x, keys, model, **options)
         return each, {**sums, "feature_square": jnp.square(x).mean((1, 2))}
 
     def observe(params, given):
-        return fae.moments(*fae.posterior(params, given["features"], model))
+        return codec.moments(*codec.posterior(params, given["features"], model))
 
     def track(tracked, observed, sums, step):
         del sums
@@ -102,7 +102,7 @@ def pixels(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective
     Features are the tower's with noise, or with `fae.reconstructed` those decoded from latents with
     `fae.latent_noise` on them.
     """
-    whole, group = fae.declare(model), cfg["fae"]
+    whole, group = codec.declare(model), cfg["fae"]
     critic = discriminator.Config(
         tuple(group["discriminator_widths"]), group["discriminator_groups"], model.compute_dtype
     )
@@ -122,11 +122,11 @@ def pixels(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective
         image = inputs.images(batch, draw[:, 0], train and cfg["image"]["flip"])
         x = own = teachers.features(frozen["teacher"], image, teacher)
         if group["reconstructed"]:
-            latents, log_variance = fae.encode(frozen, own, model)
+            latents, log_variance = codec.encode(frozen, own, model)
             if train:
-                latents = fae.sample(draw[:, 1], latents, log_variance)
-                latents = fae_losses.add_noise(draw[:, 2], latents, group["latent_noise"])
-            x = fae.decode_features(frozen, latents, model)
+                latents = codec.sample(draw[:, 1], latents, log_variance)
+                latents = losses.add_noise(draw[:, 2], latents, group["latent_noise"])
+            x = codec.decode_features(frozen, latents, model)
         return {"image": image, "features": x, "own_features": own}
 
     def loss(params, frozen, given, keys, step):
@@ -141,7 +141,7 @@ def pixels(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective
             return perceptual.token_distance([found], [given["own_features"]])
 
         clean = step is None or group["reconstructed"]
-        each, decoded, sums = fae_losses.pixel_loss(
+        each, decoded, sums = losses.pixel_loss(
             params,
             given["features"],
             image,
@@ -152,12 +152,12 @@ def pixels(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective
             perceptual=distance,
             logits=lambda x: began * discriminator.forward(held, x, critic),
         )
-        square = fae_losses.mean_square(jnp.clip(decoded, -1, 1), image)
+        square = losses.mean_square(jnp.clip(decoded, -1, 1), image)
         # Values span 2.
         sums["psnr"] = 10 * jnp.log10(4 / jnp.maximum(square, 1e-10))
         if not chosen.gan or step is None:
             return each, sums
-        judged, parts = fae_losses.discriminator_loss(
+        judged, parts = losses.discriminator_loss(
             params["discriminator"], image, decoded, running, critic, lecam=group["lecam"]
         )
         figures = {f"discriminator_{k}": parts[k] for k in ("hinge", "lecam", "real", "fake")}
@@ -182,7 +182,7 @@ def pixels(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective
         track=track,
         means=pixel_means,
         begins={"discriminator": group["gan_start"]},
-        show=lambda params, frozen, given: fae.decode_pixels(params, given["features"], model),
+        show=lambda params, frozen, given: codec.decode_pixels(params, given["features"], model),
     )
 
 

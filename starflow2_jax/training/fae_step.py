@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.models.fae import Config
-from starflow2_jax.models.teacher import Teacher
+from starflow2_jax.models.fae.codec import Config
+from starflow2_jax.models.fae.teacher import Teacher
 from starflow2_jax.training import fae_objectives, inputs, optim
 from starflow2_jax.training.step import Program, TrainState, accumulate
 from starflow2_jax.weights import lpips

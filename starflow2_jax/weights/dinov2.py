@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from starflow2_jax import params as weights
-from starflow2_jax.models.dinov2 import Config, declare, swiglu_width
+from starflow2_jax.models.fae.dinov2 import Config, declare, swiglu_width
 from starflow2_jax.params import flatten, unflatten
 from starflow2_jax.weights.files import read_config
 from starflow2_jax.weights.sources import Index, Stored, open_source

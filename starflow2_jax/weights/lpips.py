@@ -1,4 +1,4 @@
-"""A user's LPIPS or VGG16 file to the tree of `models.perceptual`.
+"""A user's LPIPS or VGG16 file to the tree of `models.fae.perceptual`.
 
 Readable are the names of the `lpips` package (`net.slice1.0.weight`, `lin0.model.1.weight`) and of
 torchvision's VGG16 (`features.0.weight`), whose channels all weigh one.
@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.models.perceptual import DEPTHS, Config, declare
+from starflow2_jax.models.fae.perceptual import DEPTHS, Config, declare
 from starflow2_jax.params import flatten, unflatten
 from starflow2_jax.weights.sources import open_source
 

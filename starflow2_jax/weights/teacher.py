@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from starflow2_jax import params as weights
-from starflow2_jax.models import teacher as teachers
-from starflow2_jax.models.teacher import Teacher
+from starflow2_jax.models.fae import teacher as teachers
+from starflow2_jax.models.fae.teacher import Teacher
 from starflow2_jax.weights import dinov2, qwen, qwen_options
 from starflow2_jax.weights.files import CONFIG_FILE, locate, read_config
 

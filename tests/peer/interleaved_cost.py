@@ -29,8 +29,9 @@ from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.latents import codec
-from starflow2_jax.models import fae, starflow2
-from starflow2_jax.models import teacher as teachers
+from starflow2_jax.models import starflow2
+from starflow2_jax.models.fae import codec as fae
+from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.training import fae_step
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "fae_features.py"

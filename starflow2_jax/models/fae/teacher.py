@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.models import dinov2, qwen_vision
+from starflow2_jax.models import qwen_vision
+from starflow2_jax.models.fae import dinov2
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.params import Tree
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.models import discriminator, fae
-from starflow2_jax.models.fae import Config
+from starflow2_jax.models.fae import codec, discriminator
+from starflow2_jax.models.fae.codec import Config
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.params import Tree
 
@@ -63,12 +63,12 @@ def feature_loss(
         The loss of each row [B], and what it is made of, each [B]: `mean_square`, `kl`, and `count`
         (ones).
     """
-    mean, log_variance = fae.posterior(params, features, cfg)
+    mean, log_variance = codec.posterior(params, features, cfg)
     draw = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
-    latents = fae.normalize(params, fae.sample(draw[:, 0], mean, log_variance))
+    latents = codec.normalize(params, codec.sample(draw[:, 0], mean, log_variance))
     if sigma:
         latents = add_noise(draw[:, 1], latents, sigma)
-    square = mean_square(fae.decode_features(params, latents, cfg), features)
+    square = mean_square(codec.decode_features(params, latents, cfg), features)
     nats = kl(mean, log_variance)
     sums = {"count": jnp.ones_like(square), "mean_square": square, "kl": nats}
     return square + beta * nats, sums
@@ -116,7 +116,7 @@ def pixel_loss(
             raise ValueError(
                 f"fae: weights.{name}={getattr(weights, name)}, but it has no function"
             )
-    decoded = fae.decode_pixels(
+    decoded = codec.decode_pixels(
         params, add_noise(keys, features, cfg.noise if sigma is None else sigma), cfg
     )
     terms = {

@@ -10,12 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.models.convolutions import (
-    conv,
-    declare_conv,
-    declare_group_norm,
-    group_norm,
-)
+from starflow2_jax.models.fae.convolutions import conv, declare_conv, declare_group_norm, group_norm
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.params import Tree
 

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.models.convolutions import conv, declare_conv, max_pool
-from starflow2_jax.models.dinov2 import PIXEL_MEAN, PIXEL_STD
+from starflow2_jax.models.fae.convolutions import conv, declare_conv, max_pool
+from starflow2_jax.models.fae.dinov2 import PIXEL_MEAN, PIXEL_STD
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.params import Tree, Weight, ones
 

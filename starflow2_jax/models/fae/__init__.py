@@ -1,0 +1,1 @@
+"""The latent codec: frozen tower, encoder, decoders, and their losses."""
