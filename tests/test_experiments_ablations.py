@@ -19,7 +19,8 @@ from experiments.ablations import latents, one, rows, run, scores, table  # noqa
 from starflow2_jax import config  # noqa: E402
 from starflow2_jax import params as weights  # noqa: E402
 from starflow2_jax.data import array_store, records
-from starflow2_jax.models import backbone, mot, starflow2  # noqa: E402
+from starflow2_jax.models import backbone, starflow2
+from starflow2_jax.models.ablations import mot  # noqa: E402
 from starflow2_jax.shapes import tasks  # noqa: E402
 from starflow2_jax.training import starflow2_step  # noqa: E402
 from starflow2_jax.training.starflow2_loss import Terms  # noqa: E402

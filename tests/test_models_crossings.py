@@ -9,7 +9,8 @@ import pretzel_rows as small
 import pytest
 import test_models_mot as rival
 
-from starflow2_jax.models import crossings, layers, qwen, starflow2
+from starflow2_jax.models import layers, qwen, starflow2
+from starflow2_jax.models.ablations import crossings
 from starflow2_jax.training import starflow2_loss
 from starflow2_jax.training.starflow2_loss import Stage
 

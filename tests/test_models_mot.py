@@ -11,7 +11,8 @@ import pytest
 
 from starflow2_jax import params as weights
 from starflow2_jax.generation import decode
-from starflow2_jax.models import backbone, layers, mot, qwen, starflow2
+from starflow2_jax.models import backbone, layers, qwen, starflow2
+from starflow2_jax.models.ablations import mot
 from starflow2_jax.training import starflow2_loss
 from starflow2_jax.training.starflow2_loss import Stage
 

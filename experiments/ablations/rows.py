@@ -29,7 +29,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from starflow2_jax import config
-from starflow2_jax.models import mot
+from starflow2_jax.models.ablations import mot
 
 STAGE3 = Path(__file__).parents[1] / "stage3_joint.py"
 VARIANTS = ("tiny", "small")

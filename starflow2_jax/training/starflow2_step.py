@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.models import backbone, flops, mot, qwen
+from starflow2_jax.models import backbone, flops, qwen
 from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models.ablations import mot
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import Tree

@@ -1,0 +1,1 @@
+"""Rivals of the Pretzel, which only models/backbone.py imports."""
