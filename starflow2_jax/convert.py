@@ -20,9 +20,10 @@ from absl import flags
 
 from starflow2_jax import config
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import model_folder, tensor_files
 from starflow2_jax.models.flow import FlowConfig, declare
 from starflow2_jax.runtime import cli
-from starflow2_jax.weights import files, sources, starflow, starflow_options
+from starflow2_jax.weights import starflow, starflow_options
 
 VERBS = {
     "starflow": "INPUT, --options, --out: a public STARFlow to a model folder",
@@ -91,11 +92,11 @@ def _import(family: str, values: flags.FlagValues, source: str) -> tuple[dict, l
     if options.get("family", family) != family:
         raise ValueError(f"options: family={options['family']!r}, but the verb is {family}")
     options["family"] = family
-    stored = sources.open_source(source)
+    stored = tensor_files.open_source(source)
     model, image = starflow.describe(stored, options)
     cfg = experiment(model, image, options, others)
     tree = {"flow": starflow.tree_view(stored, model)}
-    files.write_folder(out, tree, cfg, overwrite=values.overwrite)
+    model_folder.write_folder(out, tree, cfg, overwrite=values.overwrite)
     result, lines = _summary(out, weights.count(declare(model)), sorted(set(others) - _NOISE))
     noise = cfg["noise"]
     assumed = "" if others.get("noise_std") is not None else ", which the options do not say"
@@ -150,7 +151,7 @@ def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
         return _export_codec(values, path, out)
     cfg, tree = _opened(path, values.ema)
     if not values.public:
-        files.write_folder(out, tree, cfg, overwrite=values.overwrite)
+        model_folder.write_folder(out, tree, cfg, overwrite=values.overwrite)
         return _summary(out, weights.count(tree))
     model, image = model_config(cfg), cfg["image"]
     options = starflow.options(
@@ -164,7 +165,7 @@ def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
     )
     tensors = starflow.public_view(tree["flow"], model)
     texts = {"options.yaml": starflow_options.to_yaml(options)}
-    files.write_tensors(out, tensors, texts, overwrite=values.overwrite)
+    model_folder.write_tensors(out, tensors, texts, overwrite=values.overwrite)
     return _summary(out, weights.count(tree["flow"]), sorted(set(tree) - {"flow"}))
 
 
@@ -202,15 +203,15 @@ def _export_reader(values: flags.FlagValues, path: str, out: str) -> tuple[dict,
 
 def _opened(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """(configuration, parameters or Stored tensors) of a run, a step or a model folder."""
-    from starflow2_jax.training import checkpoint, step_folders
+    from starflow2_jax.checkpoints import orbax, steps
     from starflow2_jax.training.step import declare as declare_experiment
     from starflow2_jax.training.step import frozen_weights, model_config
 
-    if files.is_folder(path):
-        cfg = files.read_config(path)
-        return cfg, files.open_folder(path, declare_experiment(cfg, model_config(cfg)))
-    workdir, step = step_folders.locate(path)
-    meta = checkpoint.read_meta(workdir, step)
+    if model_folder.is_folder(path):
+        cfg = model_folder.read_config(path)
+        return cfg, model_folder.open_folder(path, declare_experiment(cfg, model_config(cfg)))
+    workdir, step = steps.locate(path)
+    meta = orbax.read_meta(workdir, step)
     cfg = {
         **meta["config"],
         **{k: meta[k] for k in ("classes", "null_text", "frozen") if meta.get(k)},
@@ -222,7 +223,7 @@ def _opened(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=host)
     trained, _ = weights.split(declared, tuple(cfg["train"]["trains"]))
     wanted = {part: jax.tree.map(place, weights.abstract(trained))}
-    found, _ = checkpoint.restore(workdir, step, wanted, only=(part,))
+    found, _ = orbax.restore(workdir, step, wanted, only=(part,))
     return cfg, {**found[part], **frozen_weights(cfg, declared)}
 
 
@@ -240,10 +241,10 @@ def _summary(out: str, count: int, left_out: list[str] | None = None) -> tuple[d
 
 def _list(values: flags.FlagValues) -> tuple[list[dict], list[str]]:
     """Step folders of a run."""
-    from starflow2_jax.training import step_folders
+    from starflow2_jax.checkpoints import steps
 
     workdir = _need(values, "workdir", "model")
-    found = step_folders.steps(step_folders.locate(workdir)[0])
+    found = steps.steps(steps.locate(workdir)[0])
     if not found:
         raise FileNotFoundError(f"{workdir}: no checkpoints in it")
     rows = [{"step": s.step, "status": s.status, "path": str(s.path)} for s in found]
@@ -253,15 +254,15 @@ def _list(values: flags.FlagValues) -> tuple[list[dict], list[str]]:
 def _show(values: flags.FlagValues) -> tuple[list[dict], list[str]]:
     """Names, shapes, dtypes and bytes of what is stored."""
     path = _need(values, "model", "workdir")
-    if files.is_folder(path):
+    if model_folder.is_folder(path):
         rows = [
             (name, stored.shape, stored.dtype.name, stored.bytes)
-            for name, stored in sorted(sources.open_source(path).items())
+            for name, stored in sorted(tensor_files.open_source(path).items())
         ]
     else:
-        from starflow2_jax.training import checkpoint, step_folders
+        from starflow2_jax.checkpoints import orbax, steps
 
-        rows = [tuple(row) for row in checkpoint.show(*step_folders.locate(path))]
+        rows = [tuple(row) for row in orbax.show(*steps.locate(path))]
     fields = ("name", "shape", "dtype", "bytes")
     wide = max(len(row[0]) for row in rows)
     lines = [
@@ -276,12 +277,12 @@ def _show(values: flags.FlagValues) -> tuple[list[dict], list[str]]:
 def _verify(values: flags.FlagValues) -> tuple[dict, list[str]]:
     """Files against their digests."""
     path = _need(values, "workdir", "model")
-    if files.is_folder(path):
-        found = [{"what": path, "status": "sealed", "problems": files.verify(path)}]
+    if model_folder.is_folder(path):
+        found = [{"what": path, "status": "sealed", "problems": model_folder.verify(path)}]
     else:
-        from starflow2_jax.training import checkpoint, step_folders
+        from starflow2_jax.checkpoints import orbax, steps
 
-        reports = checkpoint.verify(*step_folders.locate(path), seal=values.seal)
+        reports = orbax.verify(*steps.locate(path), seal=values.seal)
         if not reports:
             raise FileNotFoundError(f"{path}: no checkpoints in it")
         found = [

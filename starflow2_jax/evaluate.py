@@ -21,6 +21,7 @@ from etils import epath
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import tasks
+from starflow2_jax.checkpoints import digest, model_folder, steps
 from starflow2_jax.config import nearest
 from starflow2_jax.data import image_batches, manifest, records
 from starflow2_jax.evaluation import (
@@ -41,8 +42,7 @@ from starflow2_jax.generation import reader as readers
 from starflow2_jax.latents import batch_encoder
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.runtime import allocator, cli
-from starflow2_jax.training import digest, log, pictures, step_folders
-from starflow2_jax.weights import files
+from starflow2_jax.training import log, pictures
 
 VERBS = {
     "likelihood": "exact nats/dim, and bits/dim where they are defined (--model --data)",
@@ -272,11 +272,15 @@ def _baselines(
 
 def _source(path: str) -> dict[str, Any]:
     """Path, step and digest of what is measured: the sha256 of its list of file digests."""
-    if files.is_folder(files.locate(path)):
-        listed, step, where = epath.Path(files.locate(path)) / files.DIGEST_FILE, None, path
+    if model_folder.is_folder(model_folder.locate(path)):
+        listed, step, where = (
+            epath.Path(model_folder.locate(path)) / model_folder.DIGEST_FILE,
+            None,
+            path,
+        )
     else:
-        workdir, step = step_folders.locate(path)
-        entry = step_folders.find(workdir, step)
+        workdir, step = steps.locate(path)
+        entry = steps.find(workdir, step)
         listed, step, where = entry.path / digest.SIDECAR, entry.step, str(workdir)
     sha256 = hashlib.sha256(listed.read_bytes()).hexdigest() if listed.exists() else None
     return {"path": where, "step": step, "weights": "averaged", "sha256": sha256}

@@ -7,10 +7,9 @@ import jax
 import numpy as np
 
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import model_folder, orbax, steps
 from starflow2_jax.latents import codec as codecs
-from starflow2_jax.training import checkpoint, step_folders
 from starflow2_jax.training import step as programs
-from starflow2_jax.weights import files
 
 # Of the codec's training alone; no model folder holds them.
 _BESIDE = ("discriminator", "lecam")
@@ -34,24 +33,24 @@ def warm(
         ValueError: other subtrees, names or shapes than this program's, all of them listed; or a
             stage before that was trained beside another VLM or on another codec's latents.
     """
-    path = str(files.locate(init["from"]))
+    path = str(model_folder.locate(init["from"]))
     stage = program.cfg["task"] == "starflow2"
     # A stage's VLM, even one that is trained, comes from its own folder.
     kept = lambda tree: {n: each for n, each in tree.items() if not (stage and n == "vlm")}
     own = kept(program.abstract_state.params)
     frozen = program.identity if identity is None else identity
-    if files.is_folder(path) and program.cfg["task"] in codecs.TASKS:
+    if model_folder.is_folder(path) and program.cfg["task"] in codecs.TASKS:
         found = _of_codec(program, state.params, path)
-    elif files.is_folder(path):
+    elif model_folder.is_folder(path):
         args = (kept(program.declared), program.mesh, program.cfg["layout"], np.float32)
-        whole = files.read_folder(path, *args)
+        whole = model_folder.read_folder(path, *args)
         found = {name: whole[name] for name in own}
         if stage:
-            _check_before(init["from"], files.read_config(path), frozen)
+            _check_before(init["from"], model_folder.read_config(path), frozen)
     else:
-        source, step = step_folders.locate(path)
+        source, step = steps.locate(path)
         part = "ema" if init["ema"] else "params"
-        parts, meta = checkpoint.restore(source, step, {part: own}, only=(part,))
+        parts, meta = orbax.restore(source, step, {part: own}, only=(part,))
         found = parts[part]
         if stage:
             _check_before(init["from"], meta, frozen)

@@ -8,12 +8,12 @@ from jax.sharding import Mesh
 
 from starflow2_jax import params as weights
 from starflow2_jax import start
+from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.data import image_batches, packed_batches, packing
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.models import flops
 from starflow2_jax.training import fae_step, starflow2_step, vlm_step
 from starflow2_jax.training import step as programs
-from starflow2_jax.weights import files
 
 Config = Mapping[str, Any]
 
@@ -55,7 +55,7 @@ def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: A
     own["mixture"] = tuple(own["mixture"])
     own |= {
         # A stage reads with its VLM's own, unless told otherwise.
-        "tokenizer": str(files.locate(text["tokenizer"] or cfg["vlm"]["path"])),
+        "tokenizer": str(model_folder.locate(text["tokenizer"] or cfg["vlm"]["path"])),
         "room": packing.Room(text["length"], side**2, text["images"]),
         "side": side,
         "pixels": cfg["image"]["pixels"],

@@ -17,12 +17,14 @@ from ml_collections import config_flags
 from starflow2_jax import config, start, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import orbax
+from starflow2_jax.checkpoints import steps as step_folders
 from starflow2_jax.evaluation import conversations, likelihood, report, samples
 from starflow2_jax.generation import model as generation
 from starflow2_jax.latents import batch_encoder
 from starflow2_jax.runtime import allocator, cli, distributed
-from starflow2_jax.training import checkpoint, speed, step_folders
 from starflow2_jax.training import log as logs
+from starflow2_jax.training import speed
 from starflow2_jax.training import step as programs
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -118,8 +120,8 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     frozen_files = {**program.identity, **batch_encoder.identity(data["data"])}
     if newest is not None:  # 1. resume
         del state
-        state, then = checkpoint.restore(workdir, newest, program.abstract_state)
-        checkpoint.check_frozen(workdir, then, frozen_files)
+        state, then = orbax.restore(workdir, newest, program.abstract_state)
+        orbax.check_frozen(workdir, then, frozen_files)
         print(f"resumed {workdir} at step {newest}", flush=True)
     elif cfg["init"]["from"]:  # 2. weights of another run
         state = start.warm(program, state, cfg["init"], frozen_files)
@@ -137,7 +139,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     }
     logs.save_config(workdir, cfg)
     log = logs.open(workdir, cfg, step=first)
-    writer = checkpoint.open(
+    writer = orbax.open(
         workdir,
         keep=cfg["checkpoint"]["keep"],
         keep_every=cfg["checkpoint"]["keep_every"] or None,
@@ -208,13 +210,13 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
                     _evaluate(program, state, frozen, log, number, of("eval_data"), fae)
             if saving:  # last: a step that is restored has all that belongs to it
                 with speed.pause(log.clock, after=metrics):
-                    checkpoint.save(writer, number, state, {**meta, "step": number})
+                    orbax.save(writer, number, state, {**meta, "step": number})
                     logs.upload(log)
             if stopped:
                 break
-        checkpoint.wait(writer)
+        orbax.wait(writer)
     finally:
-        checkpoint.close(writer)
+        orbax.close(writer)
         logs.close(log)
     if stopped:
         print(f"stopped by SIGTERM at step {number}, saved; the same command resumes", flush=True)
@@ -283,7 +285,7 @@ def _check_workdir(workdir: epath.Path, cfg: dict[str, Any], data: dict[str, Any
     saved = logs.read_config(workdir)
     if saved is None:
         return newest
-    moved = newest is not None and _fingerprints(checkpoint.read_meta(workdir)["data"])
+    moved = newest is not None and _fingerprints(orbax.read_meta(workdir)["data"])
     same_data = moved == _fingerprints(data)
     free = FREE_KEYS + (PATH_KEYS if same_data else ())
     differing = [row for row in config.differences(saved, cfg) if not row.startswith(free)]

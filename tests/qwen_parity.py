@@ -8,10 +8,10 @@ import numpy as np
 from golden_parity import error
 
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import tensor_files
 from starflow2_jax.generation import chat
 from starflow2_jax.models import qwen, qwen_vision
 from starflow2_jax.weights import qwen as table
-from starflow2_jax.weights import sources
 
 TOLERANCE = 1e-5
 
@@ -22,7 +22,7 @@ def from_state(state, cfg):
     for name, array in state.items():
         name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
         renamed[name] = array
-    source, leaves = sources.open_source(renamed), {}
+    source, leaves = tensor_files.open_source(renamed), {}
     for piece in table.table(cfg):
         part = table._read(source, piece)
         part = part.T if piece.transposed else part

@@ -14,10 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from starflow2_jax import config, convert
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.models import flow
-from starflow2_jax.training import checkpoint
 from starflow2_jax.training.step import declare, model_config
-from starflow2_jax.weights import files
 
 GOLDEN = Path(__file__).parent / "golden"
 TARFLOW = "img_size=16 patch_size=4 channel_size=3 channels=64 blocks=4 layers_per_block=2"
@@ -57,10 +56,10 @@ def public(tmp_path):
 
 
 def opened(path):
-    cfg = files.read_config(path)
+    cfg = model_folder.read_config(path)
     config.check(cfg)
     model = model_config(cfg)
-    return cfg, model, files.read_folder(path, declare(cfg, model))
+    return cfg, model, model_folder.read_folder(path, declare(cfg, model))
 
 
 def test_tarflow_to_a_model_folder(public, capsys):
@@ -167,13 +166,13 @@ def workdir(tmp_path_factory):
     cfg["model"] |= {"text_channels": 8, "text_length": 4}
     cfg["text"]["vocabulary"] = 257
     params = weights.init(jax.random.key(0), declare(cfg, model_config(cfg)))
-    writer = checkpoint.open(path)
+    writer = orbax.open(path)
     for step in (1, 2):
         ema = jax.tree.map(lambda a, step=step: a + step, params)
         state = {"params": params, "ema": ema}
         meta = {"config": {**cfg, "train": {**cfg["train"], "trains": ["flow", "text"]}}}
-        checkpoint.save(writer, step, state, {**meta, "step": step, "classes": ["cat"]})
-    checkpoint.close(writer)
+        orbax.save(writer, step, state, {**meta, "step": step, "classes": ["cat"]})
+    orbax.close(writer)
     return path, params
 
 
@@ -186,18 +185,18 @@ def test_export_of_a_run(workdir, tmp_path):
     ):
         out = tmp_path / f"model{plus}"
         run("export", "--model", *words, "--out", out)
-        cfg = files.read_config(out)
+        cfg = model_folder.read_config(out)
         assert cfg.pop("classes") == ["cat"]
-        read = files.read_folder(out, declare(cfg, model_config(cfg)))
+        read = model_folder.read_folder(out, declare(cfg, model_config(cfg)))
         for name, leaf in weights.flatten(params).items():
             np.testing.assert_array_equal(weights.flatten(read)[name], leaf + plus)
     # Drawn from the seed, a subtree that is not trained is in no checkpoint but in the folder.
     meta = {"config": {**cfg, "train": {**cfg["train"], "trains": ["flow"]}}, "step": 1}
-    writer = checkpoint.open(tmp_path / "frozen")
-    checkpoint.save(writer, 1, {"ema": {"flow": params["flow"]}}, meta)
-    checkpoint.close(writer)
+    writer = orbax.open(tmp_path / "frozen")
+    orbax.save(writer, 1, {"ema": {"flow": params["flow"]}}, meta)
+    orbax.close(writer)
     run("export", "--model", tmp_path / "frozen", "--out", tmp_path / "thawed")
-    read = files.read_folder(tmp_path / "thawed", declare(cfg, model_config(cfg)))
+    read = model_folder.read_folder(tmp_path / "thawed", declare(cfg, model_config(cfg)))
     drawn = weights.init(jax.random.key(cfg["seed"]), declare(cfg, model_config(cfg)))
     np.testing.assert_array_equal(read["text"]["embed"], drawn["text"]["embed"])
     again = tmp_path / "again"
@@ -239,10 +238,10 @@ def test_list_show_verify(workdir, tmp_path, capsys):
 
 def test_run_of_another_model(workdir, tmp_path):
     path, params = workdir
-    writer = checkpoint.open(tmp_path / "run")
+    writer = orbax.open(tmp_path / "run")
     state = {"ema": {"flow": params["flow"]}}
-    checkpoint.save(writer, 1, state, checkpoint.read_meta(path))
-    checkpoint.close(writer)
+    orbax.save(writer, 1, state, orbax.read_meta(path))
+    orbax.close(writer)
     with pytest.raises(ValueError, match=r"1 missing: ema\.text\.embed"):
         run("export", "--model", tmp_path / "run", "--out", tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]

@@ -12,13 +12,14 @@ import pytest
 from test_training_fae import experiment
 
 from starflow2_jax import mesh
+from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import array_store, image_batches, images, manifest, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.latents import codec, write, write_beam
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.shapes import generator, tasks
-from starflow2_jax.training import checkpoint, fae_step, inputs
+from starflow2_jax.training import fae_step, inputs
 
 SHARDS, ROWS = 4, 21
 
@@ -30,9 +31,9 @@ def make_run(workdir, seed):
     state, _ = program.init(jax.random.key(seed))
     latent = {"mean": np.full(4, 0.25, np.float32), "std": np.full(4, 0.5, np.float32)}
     state = state.replace(ema={**state.ema, "latent": jax.tree.map(jax.numpy.asarray, latent)})
-    writer = checkpoint.open(workdir)
-    checkpoint.save(writer, 1, state, {"config": cfg, "step": 1, "frozen": {}})
-    checkpoint.close(writer)
+    writer = orbax.open(workdir)
+    orbax.save(writer, 1, state, {"config": cfg, "step": 1, "frozen": {}})
+    orbax.close(writer)
     return str(workdir)
 
 

@@ -12,12 +12,13 @@ from absl import flags
 from starflow2_jax import config, evaluate
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import image_batches, records
 from starflow2_jax.data.manifest import Importer
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.generation.model import Model
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import checkpoint, inputs, step
+from starflow2_jax.training import inputs, step
 
 SIDE = 8
 
@@ -227,7 +228,7 @@ def trained(tmp_path):
     cfg = experiment(**{"noise.kind": "uniform", "eval_data.path": test, "eval_data.labels": True})
     cfg.model.classes = classes
     workdir, model = tmp_path / "run", model_of(cfg, 0.05)
-    writer = checkpoint.open(workdir)
+    writer = orbax.open(workdir)
     state = {"step": jnp.int32(30), "params": model.params, "ema": model.params}
     meta = {
         "config": config.to_dict(cfg),
@@ -235,8 +236,8 @@ def trained(tmp_path):
         "step": 30,
         "null_text": None,
     }
-    checkpoint.save(writer, 30, state, meta)
-    checkpoint.close(writer)
+    orbax.save(writer, 30, state, meta)
+    orbax.close(writer)
     return {"model": model, "workdir": workdir, "train": train, "test": test}
 
 

@@ -14,10 +14,10 @@ from PIL import Image
 from test_generation_interleaved import PIXELS, parts
 from test_train import environment_of
 
+from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.data import images
 from starflow2_jax.generation import loading
-from starflow2_jax.training import checkpoint, log
-from starflow2_jax.weights import files
+from starflow2_jax.training import log
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {
@@ -68,7 +68,7 @@ def test_import_train_generate(folder, tmp_path):
         assert verb != "train" or f"started from the weights of {folder}" in done.stdout
     run = tmp_path / "runs" / "mine"
     # It reads with the folder's VLM and draws with its codec, and has moved from its weights.
-    meta, given = checkpoint.read_meta(run), files.read_config(folder)
+    meta, given = orbax.read_meta(run), model_folder.read_config(folder)
     assert meta["frozen"] == given["frozen"]
     cfg = log.read_config(run)
     assert cfg["vlm"]["path"] == str(folder / "vlm") and cfg["fae"]["path"] == str(folder / "fae")

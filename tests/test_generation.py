@@ -15,13 +15,13 @@ import starflow2_jax
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.generation import denoise
 from starflow2_jax.generation.inverse import Jacobi
 from starflow2_jax.generation.model import Model, Sampling, generate, likelihood, load
 from starflow2_jax.models import flow
 from starflow2_jax.models.patches import unpatchify
-from starflow2_jax.training import checkpoint, step
-from starflow2_jax.weights import files
+from starflow2_jax.training import step
 
 ROOT = Path(starflow2_jax.__file__).parent
 SIDE, PATCH = 4, 2
@@ -230,7 +230,7 @@ def test_the_score_step_is_the_posterior_mean_of_a_gaussian():
 def saved(tmp_path_factory):
     """A run with two checkpoints whose averaged weights differ from the raw ones, and both."""
     workdir, models = tmp_path_factory.mktemp("run"), {}
-    writer = checkpoint.open(workdir)
+    writer = orbax.open(workdir)
     for number in (1, 2):
         models[number] = dataclasses.replace(
             model_of(labelled().cfg, seed=number), classes=("cat", "dog", "owl")
@@ -241,8 +241,8 @@ def saved(tmp_path_factory):
             "config": models[number].cfg, "classes": ["cat", "dog", "owl"], "null_text": None,
             "step": number,
         }  # fmt: skip
-        checkpoint.save(writer, number, state, meta)
-    checkpoint.close(writer)
+        orbax.save(writer, number, state, meta)
+    orbax.close(writer)
     return workdir, models
 
 
@@ -274,10 +274,10 @@ def test_load_a_run_with_a_frozen_subtree(tmp_path):
     mesh = meshes.make_mesh("data=-1")
     with jax.set_mesh(mesh):
         state, frozen = step.build(cfg, mesh).init(jax.random.key(cfg["seed"]))
-    writer = checkpoint.open(tmp_path)
+    writer = orbax.open(tmp_path)
     meta = {"config": cfg, "classes": None, "null_text": None, "step": 1}
-    checkpoint.save(writer, 1, {"step": state.step, "params": state.params, "ema": state.ema}, meta)
-    checkpoint.close(writer)
+    orbax.save(writer, 1, {"step": state.step, "params": state.params, "ema": state.ema}, meta)
+    orbax.close(writer)
     for at in (None, meshes.make_mesh("fsdp=-1")):
         found = load(str(tmp_path), at, "fsdp")
         np.testing.assert_array_equal(found.params["text"]["embed"], frozen["text"]["embed"])
@@ -287,7 +287,7 @@ def test_load_a_run_with_a_frozen_subtree(tmp_path):
 def test_load_a_model_folder(saved, tmp_path):
     model = saved[1][2]
     cfg = {**model.cfg, "classes": list(model.classes)}
-    files.write_folder(tmp_path / "folder", model.params, cfg)
+    model_folder.write_folder(tmp_path / "folder", model.params, cfg)
     found = load(str(tmp_path / "folder"))
     check_same(found, model)
     assert found.source == str(tmp_path / "folder")
@@ -299,7 +299,7 @@ def test_load_onto_a_mesh(saved, tmp_path, kind):
     workdir, models = saved
     if kind == "folder":
         workdir = tmp_path / "folder"
-        files.write_folder(
+        model_folder.write_folder(
             workdir, models[2].params, {**models[2].cfg, "classes": ["cat", "dog", "owl"]}
         )
     found = load(str(workdir), meshes.make_mesh("fsdp=8"), "fsdp")
@@ -319,14 +319,14 @@ def test_load_says_what_is_not_there_or_damaged(saved, tmp_path):
     with pytest.raises(ValueError, match="layout: 'zz' is not one of"):
         load(str(workdir), meshes.make_mesh(), "zz")
     # A run whose own configuration names another model.
-    writer = checkpoint.open(tmp_path / "other")
+    writer = orbax.open(tmp_path / "other")
     cfg = {**models[1].cfg, "model": {**models[1].cfg["model"], "width": 24}}
     state = {"step": jnp.int32(1), "params": {}, "ema": models[1].params}
     meta = {"config": cfg, "classes": None, "null_text": None, "step": 1}
-    checkpoint.save(writer, 1, state, meta)
-    checkpoint.close(writer)
+    orbax.save(writer, 1, state, meta)
+    orbax.close(writer)
     with pytest.raises(ValueError, match=r"checkpoint of another model.*of another shape"):
         load(str(tmp_path / "other"))
-    files.write_folder(tmp_path / "folder", models[1].params, cfg)
+    model_folder.write_folder(tmp_path / "folder", models[1].params, cfg)
     with pytest.raises(ValueError, match="expected"):
         load(str(tmp_path / "folder"))

@@ -18,6 +18,7 @@ from test_generation_decode import picture
 from starflow2_jax import config, convert
 from starflow2_jax import generate as command
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import orbax
 from starflow2_jax.generation import (
     conversation,
     decode,
@@ -33,7 +34,6 @@ from starflow2_jax.generation.prompts import Part
 from starflow2_jax.latents import codec
 from starflow2_jax.models import qwen, qwen_vision, starflow2
 from starflow2_jax.models.fae import codec as fae
-from starflow2_jax.training import checkpoint
 from starflow2_jax.weights import qwen as qwen_weights
 from starflow2_jax.weights import teacher as teacher_weights
 
@@ -97,10 +97,10 @@ def save_run(workdir, root, held, shake=0.3, **frozen):
         for name in starflow2.SUBTREES
     }
     before = {"vlm": teacher_weights.identity(str(root / "vlm")), "fae": held.sha256, **frozen}
-    writer = checkpoint.open(workdir)
+    writer = orbax.open(workdir)
     state = {"step": jnp.int32(1), "params": jax.tree.map(lambda a: a + 1, drawn), "ema": drawn}
-    checkpoint.save(writer, 1, state, {"config": cfg, "step": 1, "frozen": before})
-    checkpoint.close(writer)
+    orbax.save(writer, 1, state, {"config": cfg, "step": 1, "frozen": before})
+    orbax.close(writer)
     return str(workdir)
 
 

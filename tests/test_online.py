@@ -14,12 +14,13 @@ from test_train import finish, rows_of, start
 
 from starflow2_jax import config, mesh
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import array_store, image_batches, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.latents import batch_encoder, codec, write
 from starflow2_jax.shapes import generator, tasks
-from starflow2_jax.training import checkpoint, step
+from starflow2_jax.training import step
 
 COUNT = 21
 
@@ -103,11 +104,11 @@ def test_runs_are_alike_and_go_on_either_way(parts, tmp_path):
     finish(start(experiment(parts, offline=True), stored_run))
     finish(start(experiment(parts), both, "after:3"), expected=-signal.SIGKILL)
     sha256 = codec.load(parts[0]).sha256
-    assert checkpoint.read_meta(both)["frozen"] == {"fae": sha256}
+    assert orbax.read_meta(both)["frozen"] == {"fae": sha256}
     assert "resumed" in finish(start(experiment(parts, offline=True), both))
     assert rows_of(both) == rows_of(stored_run)
     assert [r["step"] for r in rows_of(both) if "eval/nats_per_dim" in r] == [2, 4, 6]
-    assert checkpoint.read_meta(both)["frozen"] == {"fae": sha256}
+    assert orbax.read_meta(both)["frozen"] == {"fae": sha256}
     # Another encoder is not what the flow was trained on.
     moved = experiment((make_run(tmp_path / "other", 1), *parts[1:]))
     with pytest.raises(AssertionError, match=r"holds another configuration[\s\S]*data\.latents"):
@@ -118,11 +119,11 @@ def save_flow(workdir, parts, **changes):
     """A run of a flow of these latents, as it was born."""
     cfg = experiment(parts, **changes)
     drawn = weights.init(jax.random.key(1), step.declare(cfg, step.model_config(cfg)))
-    writer = checkpoint.open(workdir)
+    writer = orbax.open(workdir)
     meta = {"config": cfg, "classes": None, "step": 1, "null_text": None}
     meta["frozen"] = {"fae": codec.load(parts[0]).sha256}
-    checkpoint.save(writer, 1, {"step": jnp.int32(1), "params": drawn, "ema": drawn}, meta)
-    checkpoint.close(writer)
+    orbax.save(writer, 1, {"step": jnp.int32(1), "params": drawn, "ema": drawn}, meta)
+    orbax.close(writer)
     return str(workdir)
 
 

@@ -15,9 +15,10 @@ import pytest
 from test_training_step import experiment
 
 from starflow2_jax import config, mesh, tasks, train
+from starflow2_jax.checkpoints import orbax, steps
 from starflow2_jax.data import records
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import checkpoint, log, step_folders
+from starflow2_jax.training import log
 
 RUNNER = pathlib.Path(__file__).with_name("train_runner.py")
 CLOCKS = ("seconds_per_step", "tokens_per_second", "flops_per_second", "mfu")
@@ -82,7 +83,7 @@ def finish(process, expected=0):
 
 def state_of(workdir, number, cfg):
     program = tasks.build({**cfg, "mesh": "data=1"}, mesh.make_mesh("data=1", jax.devices()[:1]))
-    state, _ = checkpoint.restore(workdir, number, program.abstract_state)
+    state, _ = orbax.restore(workdir, number, program.abstract_state)
     return jax.tree.map(np.asarray, state)
 
 
@@ -110,7 +111,7 @@ def test_rows_and_checkpoints_of_a_run(unbroken):
     rows = rows_of(workdir)
     assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in rows if "eval/nats_per_dim" in r] == [3, 6]
-    found = [(s.step, s.status) for s in step_folders.steps(workdir)]
+    found = [(s.step, s.status) for s in steps.steps(workdir)]
     assert found == [(2, "sealed"), (4, "sealed"), (6, "sealed")]
     assert log.read_config(workdir) == cfg
 
@@ -125,7 +126,7 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(unbroken, tmp_path, kill
     cfg, whole = unbroken
     workdir = tmp_path / "run"
     finish(start(cfg, workdir, kill), expected=-signal.SIGKILL)
-    newest = step_folders.latest(workdir)
+    newest = steps.latest(workdir)
     assert newest in ((2, 4) if kill == "writing:4" else (2, 4, 6))
     output = finish(start(cfg, workdir))
     if newest != 6:
@@ -161,7 +162,7 @@ def test_sigterm_saves_and_the_same_command_resumes(data, tmp_path):
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         output = finish(process)
-        stopped.append(step_folders.latest(workdir))
+        stopped.append(steps.latest(workdir))
         assert f"stopped by SIGTERM at step {stopped[-1]}" in output
     assert f"resumed {workdir} at step {stopped[0]}" in output
     assert stopped[1] > stopped[0] > 0

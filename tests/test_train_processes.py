@@ -22,8 +22,10 @@ from etils import epath
 from test_train import RUNNER, environment_of, run_config, state_of
 
 from starflow2_jax import config
+from starflow2_jax.checkpoints import digest, orbax
+from starflow2_jax.checkpoints import steps as step_folders
 from starflow2_jax.models import starflow2
-from starflow2_jax.training import checkpoint, digest, log, step_folders
+from starflow2_jax.training import log
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCHER = ROOT / "launch" / "multi_process.sh"
@@ -169,7 +171,7 @@ def test_two_processes_killed_and_moved_to_one_lose_nothing(make, tmp_path):
     ended = [(run.with_suffix(".logs") / f"process_{i}.reason").stat().st_mtime for i in (0, 1)]
     assert 0 < ended[0] - ended[1] < 60
     newest = step_folders.latest(run)
-    assert newest == 2 and not any(r.problems for r in checkpoint.verify(run, newest))
+    assert newest == 2 and not any(r.problems for r in orbax.verify(run, newest))
     output = finish(start(cfg, run, "1x8", notes=tmp_path / "b"))
     assert f"resumed {run} at step 2" in output
     assert_restored(tmp_path / "b", run, 2, cfg)
@@ -363,7 +365,7 @@ def test_a_chain_of_shapes_in_an_object_store(make, tmp_path, monkeypatch, stops
     for shape in stops:
         assert_same_run(run, whole, tmp_path / shape, tmp_path / "w", 6)
     assert (run / "report.html").exists()
-    reports = checkpoint.verify(run)
+    reports = orbax.verify(run)
     assert [r.step for r in reports][-1] == 6
     assert all(r.status == "sealed" and not r.problems for r in reports)
     server.shutdown()
@@ -389,7 +391,7 @@ def test_killed_at_twenty_random_points(make, tmp_path):
         kept = {"before": at - 2, "writing": at - 2, "after": at}.get(where, (at - 1) // 2 * 2 - 2)
         assert newest >= kept, (what, newest)
         for entry in step_folders.committed(run):
-            assert not any(r.problems for r in checkpoint.verify(run, entry.step)), what
+            assert not any(r.problems for r in orbax.verify(run, entry.step)), what
         finish(start(cfg, run, "2x4"))
         assert losses(run) == whole, what
         jax.tree.map(

@@ -10,11 +10,11 @@ from test_training_step import experiment
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax import start, train
+from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.data import records
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import checkpoint, log, step
-from starflow2_jax.weights import files
+from starflow2_jax.training import log, step
 
 
 def dataset(path, label="color", count=20):
@@ -74,9 +74,9 @@ def source(tmp_path_factory):
         state, _ = program.init(jax.random.key(1))
     state = state.replace(ema=jax.tree.map(lambda a: 2 * a, state.params))
     workdir = tmp_path_factory.mktemp("source") / "run"
-    writer = checkpoint.open(workdir)
-    checkpoint.save(writer, 3, state, {})
-    checkpoint.close(writer)
+    writer = orbax.open(workdir)
+    orbax.save(writer, 3, state, {})
+    orbax.close(writer)
     return program, state, workdir
 
 
@@ -95,7 +95,7 @@ def test_weights_of_another_run_or_folder(source, tmp_path, kind):
         path = path / "checkpoints" / "3"
     elif kind == "folder":
         path = tmp_path / "folder"
-        files.write_folder(path, state.params, program.cfg)
+        model_folder.write_folder(path, state.params, program.cfg)
     with jax.set_mesh(program.mesh):
         fresh, _ = program.init(jax.random.key(2))
     begun = start.warm(program, fresh, {"from": str(path), "ema": kind != "raw"})
@@ -113,7 +113,7 @@ def test_weights_of_another_model_are_listed(source, tmp_path):
     program, state, path = source
     cfg = experiment(**{"model.classes": 0, "model.width": 32})
     other = step.build(cfg, meshes.make_mesh("data=8"))
-    files.write_folder(tmp_path / "folder", state.params, program.cfg)
+    model_folder.write_folder(tmp_path / "folder", state.params, program.cfg)
     with pytest.raises(ValueError, match="is the checkpoint of another model") as error:
         start.warm(other, None, {"from": str(path), "ema": True})
     assert "2 unexpected: ema.flow.blocks.0.class_embed, ema.flow" in str(error.value)

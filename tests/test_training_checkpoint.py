@@ -16,7 +16,8 @@ import pytest
 from etils import epath
 from flax import struct
 
-from starflow2_jax.training import checkpoint, digest, step_folders
+from starflow2_jax.checkpoints import digest, orbax
+from starflow2_jax.checkpoints import steps as step_folders
 
 META = {"config": {"width": 8, "rates": [1e-4, None]}, "jax": jax.__version__}
 
@@ -84,10 +85,10 @@ def bits(tree):
 
 
 def run(workdir, steps, keep=None, **options):
-    writer = checkpoint.open(workdir, keep=keep, **options)
+    writer = orbax.open(workdir, keep=keep, **options)
     for step in steps:
-        checkpoint.save(writer, step, make_state(step), META)
-    checkpoint.close(writer)
+        orbax.save(writer, step, make_state(step), META)
+    orbax.close(writer)
     return workdir / "checkpoints"
 
 
@@ -106,7 +107,7 @@ def workdir(saved, tmp_path):
 
 
 def statuses(workdir):
-    return {entry.step: entry.status for entry in checkpoint.steps(workdir)}
+    return {entry.step: entry.status for entry in orbax.steps(workdir)}
 
 
 def warnings_of(caplog):
@@ -123,58 +124,58 @@ def test_restore_on_another_mesh_is_bit_identical(saved, devices, inside_mesh):
     target = abstract(state, devices)
     if inside_mesh:
         with jax.set_mesh(mesh_of(devices)):
-            restored, meta = checkpoint.restore(saved, None, target)
+            restored, meta = orbax.restore(saved, None, target)
     else:
-        restored, meta = checkpoint.restore(saved, None, target)
+        restored, meta = orbax.restore(saved, None, target)
     assert bits(restored) == bits(state)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert isinstance(restored, State) and int(restored.step) == 3
     jax.tree.map(
         lambda leaf, want: leaf.sharding == want.sharding or pytest.fail(), restored, target
     )
-    assert meta == META == checkpoint.read_meta(saved, 3)
+    assert meta == META == orbax.read_meta(saved, 3)
 
 
 def test_save_inside_a_mesh_and_donate_at_once(tmp_path):
     state = make_state(5)
     expected = bits(state)
-    writer = checkpoint.open(tmp_path)
+    writer = orbax.open(tmp_path)
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 7, s), donate_argnums=0)
     with jax.set_mesh(mesh_of(8)):
-        checkpoint.save(writer, 5, state, META)
+        orbax.save(writer, 5, state, META)
         target = abstract(state)
         for _ in range(3):
             state = overwrite(state)
     jax.block_until_ready(state)
-    checkpoint.close(writer)
-    restored, _ = checkpoint.restore(tmp_path, 5, target)
+    orbax.close(writer)
+    restored, _ = orbax.restore(tmp_path, 5, target)
     assert bits(restored) == expected
     again = jax.tree.map(lambda x: x, restored)
     jax.block_until_ready(overwrite(again))
-    assert bits(checkpoint.restore(tmp_path, 5, target)[0]) == expected
+    assert bits(orbax.restore(tmp_path, 5, target)[0]) == expected
 
 
 def test_partial_restore_reads_no_optimizer(workdir):
     shutil.rmtree(workdir / "checkpoints" / "3" / "opt_state")
     state = make_state(3)
     target = {"ema": abstract(state, 1).ema}
-    parts, meta = checkpoint.restore(workdir, 3, target, only=("ema",))
+    parts, meta = orbax.restore(workdir, 3, target, only=("ema",))
     assert set(parts) == {"ema"} and bits(parts["ema"]) == bits(state.ema) and meta == META
-    parts, _ = checkpoint.restore(workdir, 3, abstract(state, 4), only=("params", "ema"))
+    parts, _ = orbax.restore(workdir, 3, abstract(state, 4), only=("params", "ema"))
     assert set(parts) == {"params", "ema"} and bits(parts["params"]) == bits(state.params)
     with pytest.raises(ValueError, match="emma"):
-        checkpoint.restore(workdir, 3, target, only=("emma",))
+        orbax.restore(workdir, 3, target, only=("emma",))
     with pytest.raises(ValueError, match=r"opt_state/.*missing"):
-        checkpoint.restore(workdir, 3, abstract(state, 1))
+        orbax.restore(workdir, 3, abstract(state, 1))
 
 
 def test_parts_without_arrays_and_without_shardings(tmp_path):
     state = dataclasses.replace(make_state(1, devices=1), ema=None, opt_state=(optax.EmptyState(),))
-    writer = checkpoint.open(tmp_path)
-    checkpoint.save(writer, 1, state, {})
-    checkpoint.close(writer)
+    writer = orbax.open(tmp_path)
+    orbax.save(writer, 1, state, {})
+    orbax.close(writer)
     target = jax.eval_shape(lambda: state)
-    restored, meta = checkpoint.restore(tmp_path, None, target)
+    restored, meta = orbax.restore(tmp_path, None, target)
     assert bits(restored) == bits(state) and restored.opt_state == (optax.EmptyState(),)
     assert restored.ema is None and meta == {}
 
@@ -189,7 +190,7 @@ def test_another_model_lists_everything_together(saved):
     del blocks["0"]["start"]
     target = dataclasses.replace(target, step=jax.ShapeDtypeStruct((), jnp.float32))
     with pytest.raises(ValueError) as error:
-        checkpoint.restore(saved, 3, target)
+        orbax.restore(saved, 3, target)
     message = str(error.value)
     assert "1 missing: params.blocks.2.start" in message
     assert "1 unexpected: params.blocks.0.start" in message
@@ -200,19 +201,19 @@ def test_another_model_lists_everything_together(saved):
 
 
 def test_save_refuses_what_it_cannot_give_back(tmp_path, saved):
-    writer = checkpoint.open(tmp_path)
+    writer = orbax.open(tmp_path)
     with pytest.raises(TypeError, match=r"params\.rate is a float"):
-        checkpoint.save(writer, 1, {"params": {"rate": 0.1}}, META)
+        orbax.save(writer, 1, {"params": {"rate": 0.1}}, META)
     with pytest.raises(TypeError, match="JSON"):
-        checkpoint.save(writer, 1, make_state(1), {"x": np.float32(1)})
-    checkpoint.save(writer, 1, make_state(1), META)
-    checkpoint.wait(writer)
+        orbax.save(writer, 1, make_state(1), {"x": np.float32(1)})
+    orbax.save(writer, 1, make_state(1), META)
+    orbax.wait(writer)
     with pytest.raises(ValueError, match="committed checkpoint already"):
-        checkpoint.save(writer, 1, make_state(2), META)
-    checkpoint.close(writer)
-    assert checkpoint.steps(tmp_path)[0].status == "sealed" and len(checkpoint.steps(tmp_path)) == 1
+        orbax.save(writer, 1, make_state(2), META)
+    orbax.close(writer)
+    assert orbax.steps(tmp_path)[0].status == "sealed" and len(orbax.steps(tmp_path)) == 1
     with pytest.raises(ValueError, match="keep=0"):
-        checkpoint.open(tmp_path, keep=0)
+        orbax.open(tmp_path, keep=0)
 
 
 # ---------------------------------------------------------------------------------------- damage
@@ -227,7 +228,7 @@ def flip(path, position):
 def flip_and_restore(workdir, path, position, target):
     flip(path, position)
     with pytest.raises(ValueError) as error:
-        checkpoint.restore(workdir, None, target)
+        orbax.restore(workdir, None, target)
     flip(path, position)
     assert str(path) in str(error.value) and "newest good step: 2" in str(error.value)
 
@@ -239,7 +240,7 @@ def test_a_flipped_bit_in_any_file_is_noticed(workdir):
     for path in files:
         if path.stat().st_size:
             flip_and_restore(workdir, path, rng.randrange(8 * path.stat().st_size), target)
-    assert bits(checkpoint.restore(workdir, None, target)[0]) == bits(make_state(3))
+    assert bits(orbax.restore(workdir, None, target)[0]) == bits(make_state(3))
 
 
 @pytest.mark.slow
@@ -255,43 +256,43 @@ def test_newest_good_step_skips_damaged_ones(workdir):
     flip(workdir / "checkpoints" / "3" / "params" / "_METADATA", 100)
     flip(workdir / "checkpoints" / "2" / digest.SIDECAR, 100)
     with pytest.raises(ValueError, match="newest good step: 1"):
-        checkpoint.restore(workdir, None, abstract(make_state(3)))
-    reports = {report.step: report for report in checkpoint.verify(workdir)}
+        orbax.restore(workdir, None, abstract(make_state(3)))
+    reports = {report.step: report for report in orbax.verify(workdir)}
     assert not reports[1].problems
     assert "SHA256SUMS is damaged" in reports[2].problems[0]
     assert reports[3].problems[0].startswith("params/_METADATA")
     flip(workdir / "checkpoints" / "1" / "commit_success.txt", 9)
     with pytest.raises(ValueError, match="no other step with good digests"):
-        checkpoint.restore(workdir, 3, abstract(make_state(3)))
+        orbax.restore(workdir, 3, abstract(make_state(3)))
 
 
 def test_truncated_and_missing_files(workdir):
     data = next((workdir / "checkpoints/3/params/d").iterdir())
     os.truncate(data, data.stat().st_size // 2)
     with pytest.raises(ValueError, match=data.name):
-        checkpoint.restore(workdir, None, abstract(make_state(3)))
+        orbax.restore(workdir, None, abstract(make_state(3)))
     data.unlink()
     with pytest.raises(ValueError, match=f"{data.name}: missing"):
-        checkpoint.restore(workdir, None, abstract(make_state(3)))
+        orbax.restore(workdir, None, abstract(make_state(3)))
 
 
 def test_missing_commit_file(workdir, caplog):
     (workdir / "checkpoints" / "3" / "commit_success.txt").unlink()
-    assert checkpoint.latest(workdir) == 2
+    assert orbax.latest(workdir) == 2
     assert statuses(workdir) == {1: "sealed", 2: "sealed", 3: "leftover"}
     target = abstract(make_state(3))
     with caplog.at_level(logging.WARNING):
-        restored, _ = checkpoint.restore(workdir, None, target)
+        restored, _ = orbax.restore(workdir, None, target)
     assert int(restored.step) == 2
     assert "[3]" in warnings_of(caplog) and "commit_success.txt" in warnings_of(caplog)
     with pytest.raises(FileNotFoundError, match=r"step 3 has no commit_success.txt.*\[1, 2\]"):
-        checkpoint.restore(workdir, 3, target)
+        orbax.restore(workdir, 3, target)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 9.*\[1, 2\]"):
-        checkpoint.restore(workdir, 9, target)
-    assert "commit_success.txt" in checkpoint.verify(workdir)[2].problems[0]
+        orbax.restore(workdir, 9, target)
+    assert "commit_success.txt" in orbax.verify(workdir)[2].problems[0]
     # The same step saved again takes the leftover's place.
     run(workdir, [3])
-    assert bits(checkpoint.restore(workdir, None, target)[0]) == bits(make_state(3))
+    assert bits(orbax.restore(workdir, None, target)[0]) == bits(make_state(3))
 
 
 def test_a_step_that_is_copied_in_part_is_not_passed_over_by_training(workdir):
@@ -306,9 +307,9 @@ def test_a_step_that_is_copied_in_part_is_not_passed_over_by_training(workdir):
 
 
 def test_nothing_there(tmp_path):
-    assert checkpoint.steps(tmp_path) == [] and checkpoint.latest(tmp_path) is None
+    assert orbax.steps(tmp_path) == [] and orbax.latest(tmp_path) is None
     with pytest.raises(FileNotFoundError, match="no committed checkpoint"):
-        checkpoint.restore(tmp_path, None, {})
+        orbax.restore(tmp_path, None, {})
 
 
 def half_delete(folder, keep):
@@ -322,11 +323,11 @@ def test_half_deleted_step(workdir, caplog):
     target = abstract(make_state(3))
     half_delete(workdir / "checkpoints" / "3", {"commit_success.txt", digest.SIDECAR})
     with pytest.raises(ValueError, match=r"damaged: .*missing.*newest good step: 2"):
-        checkpoint.restore(workdir, None, target)
+        orbax.restore(workdir, None, target)
     (workdir / "checkpoints" / "3" / digest.SIDECAR).unlink()
     with pytest.raises(ValueError, match=r"3.* cannot be read"):
-        checkpoint.restore(workdir, None, target)
-    assert checkpoint.verify(workdir, 3, seal=True)[0].problems
+        orbax.restore(workdir, None, target)
+    assert orbax.verify(workdir, 3, seal=True)[0].problems
     assert statuses(workdir)[3] == "unsealed"
 
 
@@ -339,13 +340,13 @@ def test_unsealed_step_restores_with_a_warning_and_can_be_sealed(workdir, caplog
     sidecar.unlink()
     assert statuses(workdir)[3] == "unsealed"
     with caplog.at_level(logging.WARNING):
-        restored, _ = checkpoint.restore(workdir, None, abstract(make_state(3)))
+        restored, _ = orbax.restore(workdir, None, abstract(make_state(3)))
     assert bits(restored) == bits(make_state(3)) and "--seal" in warnings_of(caplog)
-    assert [(r.step, r.status) for r in checkpoint.verify(workdir)][2] == (3, "unsealed")
+    assert [(r.step, r.status) for r in orbax.verify(workdir)][2] == (3, "unsealed")
     assert not sidecar.exists()
-    report = checkpoint.verify(workdir, 3, seal=True)[0]
+    report = orbax.verify(workdir, 3, seal=True)[0]
     assert report.status == "sealed" and not report.problems and sidecar.read_text() == before
-    assert not any(report.problems for report in checkpoint.verify(workdir))
+    assert not any(report.problems for report in orbax.verify(workdir))
 
 
 def test_sealing_reads_every_array(workdir):
@@ -353,7 +354,7 @@ def test_sealing_reads_every_array(workdir):
     (folder / digest.SIDECAR).unlink()
     data = next((folder / "params" / "d").iterdir())
     os.truncate(data, data.stat().st_size // 2)
-    report = checkpoint.verify(workdir, 3, seal=True)[0]
+    report = orbax.verify(workdir, 3, seal=True)[0]
     assert "cannot be read" in report.problems[0] and report.status == "unsealed"
 
 
@@ -367,7 +368,7 @@ def test_sidecar_is_read_by_sha256sum(workdir):
 
 
 def test_show(saved):
-    rows = {row.name: row for row in checkpoint.show(saved, 3)}
+    rows = {row.name: row for row in orbax.show(saved, 3)}
     weight = rows["opt_state.1.0.mu.blocks.0.query.weight"]
     assert weight[1:] == ((16, 8), "float32", 512)
     assert rows["params.blocks.0.start"][1:] == ((8,), "bfloat16", 16)
@@ -419,15 +420,15 @@ def test_digests_that_cannot_be_written(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(digest, "write", full)
-        writer = checkpoint.open(tmp_path)
-        checkpoint.save(writer, 1, make_state(1), META)
+        writer = orbax.open(tmp_path)
+        orbax.save(writer, 1, make_state(1), META)
         with pytest.raises(
             RuntimeError, match=r"step 1 is committed, but.*disk is full.*no earlier"
         ):
-            checkpoint.save(writer, 2, make_state(2), META)
+            orbax.save(writer, 2, make_state(2), META)
     assert statuses(tmp_path) == {1: "unsealed"}
-    checkpoint.save(writer, 2, make_state(2), META)
-    checkpoint.close(writer)
+    orbax.save(writer, 2, make_state(2), META)
+    orbax.close(writer)
     assert statuses(tmp_path) == {1: "unsealed", 2: "sealed"}
 
 
@@ -435,10 +436,10 @@ def test_flipped_bit_in_meta_is_noticed(workdir):
     path = workdir / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
     flip(path, 8 * path.read_bytes().index(b"0.0001") + 3)
     with pytest.raises(ValueError, match=r"_CHECKPOINT_METADATA: sha256.*newest good step: 2"):
-        checkpoint.read_meta(workdir)
-    assert checkpoint.read_meta(workdir, 2) == META
+        orbax.read_meta(workdir)
+    assert orbax.read_meta(workdir, 2) == META
 
 
 def test_locate(workdir):
-    assert checkpoint.locate(workdir) == (workdir, None)
-    assert checkpoint.locate(str(workdir / "checkpoints" / "2") + "/") == (workdir, 2)
+    assert orbax.locate(workdir) == (workdir, None)
+    assert orbax.locate(str(workdir / "checkpoints" / "2") + "/") == (workdir, 2)

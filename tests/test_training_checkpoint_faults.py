@@ -28,7 +28,7 @@ from test_training_checkpoint import (
     statuses,
 )
 
-from starflow2_jax.training import checkpoint
+from starflow2_jax.checkpoints import orbax
 
 BIG = 4096
 
@@ -61,32 +61,32 @@ def save_and_die(workdir, trigger):
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-    writer = checkpoint.open(workdir, keep=1)
-    checkpoint.save(writer, 2, make_state(2, width=BIG), META)
-    checkpoint.close(writer)
+    writer = orbax.open(workdir, keep=1)
+    orbax.save(writer, 2, make_state(2, width=BIG), META)
+    orbax.close(writer)
     time.sleep(60)
 
 
 def save_for_ever(workdir):
-    writer = checkpoint.open(workdir, keep=2)
+    writer = orbax.open(workdir, keep=2)
     for step in range(1, 1000):
-        checkpoint.save(writer, step, make_state(step, width=BIG), META)
+        orbax.save(writer, step, make_state(step, width=BIG), META)
         print(step - 1, flush=True)  # the step before is committed and sealed by now
 
 
 def check_every_listed_step(workdir, at_least, width):
     """Whatever is listed is whole; no step that was finished is lost; the run can go on."""
-    entries = [entry for entry in checkpoint.steps(workdir) if entry.status != "leftover"]
+    entries = [entry for entry in orbax.steps(workdir) if entry.status != "leftover"]
     assert entries and entries[-1].step >= at_least
     assert all(path.name.isdecimal() for path in (workdir / "checkpoints").iterdir())
     for entry in entries:
         state = make_state(entry.step, width=width(entry.step))
-        restored, meta = checkpoint.restore(workdir, entry.step, abstract(state))
+        restored, meta = orbax.restore(workdir, entry.step, abstract(state))
         assert bits(restored) == bits(state) and meta == META
-    newest = checkpoint.latest(workdir)
+    newest = orbax.latest(workdir)
     run(workdir, [newest + 1], keep=1)
     assert statuses(workdir)[newest + 1] == "sealed"
-    assert checkpoint.latest(workdir) == newest + 1
+    assert orbax.latest(workdir) == newest + 1
 
 
 FIRST_WORDS = ["2/ema/_sharding", "2/commit_success.txt", "2/SHA256SUMS.tmp"]
@@ -121,23 +121,23 @@ def test_killed_at_random_times(tmp_path):
 
 def save_on_full_disk(workdir, how):
     """Step 1 fits, step 2 does not, step 3 fits again; prints the error of step 2."""
-    writer = checkpoint.open(workdir)
-    checkpoint.save(writer, 1, make_state(1), META)
-    checkpoint.wait(writer)
+    writer = orbax.open(workdir)
+    orbax.save(writer, 1, make_state(1), META)
+    orbax.wait(writer)
     if how == "limit":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     try:
-        checkpoint.save(writer, 2, make_state(2, width=BIG), META)
-        checkpoint.wait(writer)
+        orbax.save(writer, 2, make_state(2, width=BIG), META)
+        orbax.wait(writer)
     except RuntimeError as error:
         print(error)
     assert statuses(workdir) == {1: "sealed"}
-    assert bits(checkpoint.restore(workdir, 1, abstract(make_state(1)))[0]) == bits(make_state(1))
-    checkpoint.save(writer, 3, make_state(3), META)
-    checkpoint.close(writer)
+    assert bits(orbax.restore(workdir, 1, abstract(make_state(1)))[0]) == bits(make_state(1))
+    orbax.save(writer, 3, make_state(3), META)
+    orbax.close(writer)
     assert statuses(workdir) == {1: "sealed", 3: "sealed"}
-    assert not any(report.problems for report in checkpoint.verify(workdir))
+    assert not any(report.problems for report in orbax.verify(workdir))
 
 
 def check_full_disk_message(result, folder, why):
@@ -181,11 +181,11 @@ def one_of_two(workdir, port, process):
     state = jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, sharding(mesh, x), lambda i: x[i]), host
     )
-    writer = checkpoint.open(workdir)
+    writer = orbax.open(workdir)
     for step in (1, 2):
-        checkpoint.save(writer, step, state, META)
-    checkpoint.close(writer)
-    restored, meta = checkpoint.restore(workdir, None, state)
+        orbax.save(writer, step, state, META)
+    orbax.close(writer)
+    restored, meta = orbax.restore(workdir, None, state)
     assert not any(leaf.is_fully_addressable for leaf in jax.tree.leaves(restored))
     ours = [s.data.tobytes() for x in jax.tree.leaves(state) for s in x.addressable_shards]
     theirs = [s.data.tobytes() for x in jax.tree.leaves(restored) for s in x.addressable_shards]
@@ -194,7 +194,7 @@ def one_of_two(workdir, port, process):
         flip(max(Path(workdir, "checkpoints/2/params/d").iterdir()), 50)
     multihost_utils.sync_global_devices("flipped")
     try:
-        checkpoint.restore(workdir, 2, state)
+        orbax.restore(workdir, 2, state)
     except ValueError as error:
         print(error)
     multihost_utils.sync_global_devices("done")
@@ -211,4 +211,4 @@ def test_two_processes(tmp_path):
         assert process.returncode == 0, err
         assert "params/d/" in out and "newest good step: 1" in out
     state = make_state(1)
-    assert bits(checkpoint.restore(tmp_path, 1, abstract(state, 4))[0]) == bits(state)
+    assert bits(orbax.restore(tmp_path, 1, abstract(state, 4))[0]) == bits(state)

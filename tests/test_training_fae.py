@@ -12,12 +12,13 @@ from test_train import finish, rows_of, start
 
 from starflow2_jax import config, mesh
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import records
 from starflow2_jax.latents import codec
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import checkpoint, fae_step, inputs, step
+from starflow2_jax.training import fae_step, inputs, step
 
 ROWS = 8
 TINY = {
@@ -195,7 +196,7 @@ def run_config(data, kind=experiment, **changes):
 
 def state_of(workdir, cfg):
     program = fae_step.build(cfg, mesh.make_mesh("data=1", jax.devices()[:1]))
-    state, _ = checkpoint.restore(workdir, 6, program.abstract_state)
+    state, _ = orbax.restore(workdir, 6, program.abstract_state)
     return jax.tree.map(np.asarray, state)
 
 
@@ -216,7 +217,7 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(data, tmp_path, features
     rows = rows_of(whole)
     assert [r["step"] for r in rows if "eval/relative_error" in r] == [3, 6]
     assert {"loss", "relative_error", "mean_square", "kl", "grad_norm"} <= set(rows[0])
-    assert checkpoint.read_meta(whole)["frozen"] == {}
+    assert orbax.read_meta(whole)["frozen"] == {}
 
 
 def test_pixels_after_features(data, tmp_path, features_run):
@@ -227,7 +228,7 @@ def test_pixels_after_features(data, tmp_path, features_run):
     assert (workdir / "samples" / "00000002.png").exists()
     assert "eval/psnr" in rows_of(workdir)[-1]
     both = codec.load(str(workdir))
-    assert both.sha256 == first.sha256 == checkpoint.read_meta(workdir)["frozen"]["fae"]
+    assert both.sha256 == first.sha256 == orbax.read_meta(workdir)["frozen"]["fae"]
     mean, _ = codec.encode(both, batch_of()["image"])
     assert codec.decode(both, mean).shape == (ROWS, 16, 16, 3)
     with pytest.raises(ValueError, match="no pixel decoder"):

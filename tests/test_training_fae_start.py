@@ -12,11 +12,12 @@ from test_training_fae import batch_of, experiment, pixel_experiment, run, run_c
 from starflow2_jax import mesh
 from starflow2_jax import params as weights
 from starflow2_jax import start as starts
+from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import perceptual
 from starflow2_jax.training import fae_step, inputs, step
-from starflow2_jax.weights import files, lpips
+from starflow2_jax.weights import lpips
 
 codec = codec_fixture
 
@@ -88,12 +89,12 @@ def test_folders_that_do_not_fit(codec, folder, tmp_path):
     program, state, _ = built(pixel_experiment())
     with pytest.raises(ValueError, match="expected pixel_decoder too"):
         starts.warm(program, state, {"from": str(tmp_path / "first"), "ema": True})
-    files.write_folder(tmp_path / "flow", {"flow": np.zeros(1)}, {"task": "flow"})
+    model_folder.write_folder(tmp_path / "flow", {"flow": np.zeros(1)}, {"task": "flow"})
     with pytest.raises(ValueError, match="task='flow', expected a training of the codec"):
         codecs.load(str(tmp_path / "flow"))
     damaged = tmp_path / "damaged"
     codecs.export(codec, str(damaged))
-    file = damaged / files.TENSOR_FILE
+    file = damaged / model_folder.TENSOR_FILE
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         codecs.load(str(damaged))

@@ -11,7 +11,8 @@ import jax
 import pytest
 
 from starflow2_jax import config, mesh
-from starflow2_jax.training import checkpoint, step
+from starflow2_jax.checkpoints import orbax
+from starflow2_jax.training import step
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -82,7 +83,7 @@ def measure(what, path, rows, at_once):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(path, rows, beside, at_once=checkpoint.READ_AT_ONCE):
+def check(path, rows, beside, at_once=orbax.READ_AT_ONCE):
     try:
         saved = measure("save", path, rows, at_once)
         restored = measure("restore", path, rows, at_once)

@@ -12,11 +12,11 @@ import pytest
 
 from starflow2_jax import config, mesh, start
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.models import qwen, qwen_vision, starflow2
 from starflow2_jax.models.ablations import mot
-from starflow2_jax.training import checkpoint, inputs, starflow2_loss, starflow2_step, step
+from starflow2_jax.training import inputs, starflow2_loss, starflow2_step, step
 from starflow2_jax.training.loss import HALF_LOG_2_PI
-from starflow2_jax.weights import files
 from starflow2_jax.weights import qwen as qwen_weights
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -213,9 +213,9 @@ def test_evaluation_counts_unmasked_rows_and_depends_on_row_ids_alone():
 
 
 def save(workdir, state, frozen=None):
-    writer = checkpoint.open(workdir)
-    checkpoint.save(writer, 1, state, {"step": 1, "frozen": frozen or {}, "data": None})
-    checkpoint.close(writer)
+    writer = orbax.open(workdir)
+    orbax.save(writer, 1, state, {"step": 1, "frozen": frozen or {}, "data": None})
+    orbax.close(writer)
 
 
 def test_a_stage_starts_from_the_one_before(tmp_path):
@@ -237,7 +237,7 @@ def test_a_stage_starts_from_a_model_folder(tmp_path):
     held = {name: before.ema[name] for name in starflow2.SUBTREES}
     _, program, fresh, _ = begin(experiment(3))
     for name, frozen in (("own", {}), ("other", {"vlm": "0" * 64})):
-        files.write_folder(tmp_path / name, held, {"task": "starflow2", "frozen": frozen})
+        model_folder.write_folder(tmp_path / name, held, {"task": "starflow2", "frozen": frozen})
     begun = start.warm(program, fresh, {"from": str(tmp_path / "own"), "ema": True})
     jax.tree.map(np.testing.assert_array_equal, begun.params, before.ema)
     jax.tree.map(np.testing.assert_array_equal, begun.ema, before.ema)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from starflow2_jax import config, mesh
+from starflow2_jax.checkpoints import orbax
 from starflow2_jax.generation.inverse import inverse
 from starflow2_jax.models import flow
-from starflow2_jax.training import checkpoint, inputs, step
+from starflow2_jax.training import inputs, step
 
 ROWS = 16
 
@@ -229,14 +230,14 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_four_and_with_one(one_device
     """Bit for bit the same state, and then the losses of a run without a break."""
     cfg = experiment(layout="fsdp", mesh="fsdp=-1")
     _, state, _ = run(cfg, 3, jax.devices())
-    writer = checkpoint.open(tmp_path)
-    checkpoint.save(writer, 3, state, {})
-    checkpoint.close(writer)
+    writer = orbax.open(tmp_path)
+    orbax.save(writer, 3, state, {})
+    orbax.close(writer)
     saved = jax.tree.map(np.asarray, state)
     for devices in (4, 1):
         grid = mesh.make_mesh("fsdp=-1", jax.devices()[:devices])
         program = step.build(cfg, grid)
-        restored, _ = checkpoint.restore(tmp_path, 3, program.abstract_state)
+        restored, _ = orbax.restore(tmp_path, 3, program.abstract_state)
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, restored), saved)
         with jax.set_mesh(grid):
             for i in (3, 4):

@@ -10,10 +10,11 @@ import pytest
 
 from starflow2_jax import config, mesh, tasks
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import orbax
 from starflow2_jax.evaluation import understanding
 from starflow2_jax.generation import reader as readers
 from starflow2_jax.models import layers, qwen, qwen_vision
-from starflow2_jax.training import checkpoint, step, text_loss, vlm_step
+from starflow2_jax.training import step, text_loss, vlm_step
 
 ROWS, SOME = 8, 4
 MODEL = qwen.Config(
@@ -162,7 +163,7 @@ def test_segments_and_the_mask_are_one(folders):
 def test_an_exported_reader_answers_like_its_run(folders, trained, tmp_path):
     cfg, state = experiment(folders), trained[1]
     run_folder = tmp_path / "run"
-    writer = checkpoint.open(run_folder, keep=1)
+    writer = orbax.open(run_folder, keep=1)
     meta = {
         "config": cfg,
         "step": SOME,
@@ -171,8 +172,8 @@ def test_an_exported_reader_answers_like_its_run(folders, trained, tmp_path):
         "null_text": None,
         "frozen": {},
     }
-    checkpoint.save(writer, SOME, state, meta)
-    checkpoint.close(writer)
+    orbax.save(writer, SOME, state, meta)
+    orbax.close(writer)
     first = readers.load(str(run_folder))
     readers.export(first, str(tmp_path / "out"))
     second = readers.load(str(tmp_path / "out"))

@@ -13,9 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import flow
-from starflow2_jax.weights import files, teacher
+from starflow2_jax.weights import teacher
 
 CFG = flow.FlowConfig(
     side=4, channels=4, width=64, layers=(1, 0, 2), head_dim=32, classes=3, final_norm=True
@@ -40,16 +41,16 @@ def same(a, b):
 
 def test_the_packages_own_folders_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(files, "ROOT", tmp_path / "package")
+    monkeypatch.setattr(model_folder, "ROOT", tmp_path / "package")
     model = tmp_path / "package" / "pretrained" / "tiny"
     model.parent.mkdir(parents=True)
-    files.write_folder(model, {"a": np.ones(3)}, CONFIG)
-    assert files.locate("pretrained/tiny") == model and files.is_folder(model)
+    model_folder.write_folder(model, {"a": np.ones(3)}, CONFIG)
+    assert model_folder.locate("pretrained/tiny") == model and model_folder.is_folder(model)
     # The same name in the working directory is another one.
     (tmp_path / "pretrained").mkdir()
-    assert files.locate("pretrained/tiny") == model
+    assert model_folder.locate("pretrained/tiny") == model
     for other in ("./pretrained/tiny", str(model), "runs/pretrained/tiny"):
-        assert str(files.locate(other)) == str(pathlib.Path(other))
+        assert str(model_folder.locate(other)) == str(pathlib.Path(other))
     assert teacher.identity("pretrained/tiny") == teacher.identity(str(model))
     with pytest.raises(FileNotFoundError, match=r"package/pretrained/nothing"):
         teacher.describe({"teacher": {"kind": "qwen", "path": "pretrained/nothing", "pixels": 64}})
@@ -58,16 +59,16 @@ def test_the_packages_own_folders_are_found_from_anywhere(tmp_path, monkeypatch)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_round_trip(tmp_path, dtype):
     path, params = tmp_path / "deep" / "model", drawn(dtype)
-    files.write_folder(path, params, CONFIG)
+    model_folder.write_folder(path, params, CONFIG)
     assert sorted(p.name for p in path.iterdir()) == [
         "config.json",
         "model.safetensors",
         "sha256.json",
     ]
     assert [p.name for p in path.parent.iterdir()] == ["model"]
-    assert files.read_config(path) == CONFIG
-    assert files.is_folder(path) and not files.verify(path)
-    assert same(files.read_folder(path, TREE), params)
+    assert model_folder.read_config(path) == CONFIG
+    assert model_folder.is_folder(path) and not model_folder.verify(path)
+    assert same(model_folder.read_folder(path, TREE), params)
     # The library reads the file that we wrote.
     whole = load_file(path / "model.safetensors")
     np.testing.assert_array_equal(
@@ -79,25 +80,25 @@ def test_round_trip(tmp_path, dtype):
 
 def test_reads_into_another_dtype(tmp_path):
     params = drawn()
-    files.write_folder(tmp_path / "m", params, CONFIG)
-    read = files.read_folder(tmp_path / "m", TREE, dtype=jnp.bfloat16)
+    model_folder.write_folder(tmp_path / "m", params, CONFIG)
+    read = model_folder.read_folder(tmp_path / "m", TREE, dtype=jnp.bfloat16)
     assert same(read, jax.tree.map(lambda a: a.astype(jnp.bfloat16), params))
 
 
 def test_float64(tmp_path, x64):
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), drawn())
-    files.write_folder(tmp_path / "m", params, CONFIG)
-    assert same(files.read_folder(tmp_path / "m", TREE), params)
+    model_folder.write_folder(tmp_path / "m", params, CONFIG)
+    assert same(model_folder.read_folder(tmp_path / "m", TREE), params)
     jax.config.update("jax_enable_x64", False)
     with pytest.raises(ValueError, match="is float64; enable jax_enable_x64"):
-        files.read_folder(tmp_path / "m", TREE)
+        model_folder.read_folder(tmp_path / "m", TREE)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_shards_under_a_limit(tmp_path, dtype):
     params = jax.tree.map(lambda a: np.asarray(a).astype(dtype), drawn())
     limit = 100_000
-    files.write_folder(tmp_path / "m", params, CONFIG, shard_bytes=limit)
+    model_folder.write_folder(tmp_path / "m", params, CONFIG, shard_bytes=limit)
     shards = sorted(p.name for p in (tmp_path / "m").glob("*.safetensors"))
     assert len(shards) > 1 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
@@ -106,7 +107,7 @@ def test_shards_under_a_limit(tmp_path, dtype):
     for shard in shards:
         held = load_file(tmp_path / "m" / shard)
         assert len(held) == 1 or sum(a.nbytes for a in held.values()) <= limit
-    assert same(files.read_folder(tmp_path / "m", TREE), params)
+    assert same(model_folder.read_folder(tmp_path / "m", TREE), params)
 
 
 @pytest.mark.parametrize(
@@ -114,47 +115,47 @@ def test_shards_under_a_limit(tmp_path, dtype):
 )
 def test_sharded_reads_equal(tmp_path, layout, sizes):
     params = drawn()
-    files.write_folder(tmp_path / "m", params, CONFIG, shard_bytes=100_000)
+    model_folder.write_folder(tmp_path / "m", params, CONFIG, shard_bytes=100_000)
     mesh = make_mesh(sizes)
-    read = files.read_folder(tmp_path / "m", TREE, mesh, layout)
+    read = model_folder.read_folder(tmp_path / "m", TREE, mesh, layout)
     assert same(read, params)
     wanted = weights.flatten(weights.shardings(TREE, mesh, layout))
     for name, leaf in weights.flatten(read).items():
         assert leaf.sharding == wanted[name], name
     # Written from there, the files are the same.
-    files.write_folder(tmp_path / "again", read, CONFIG, shard_bytes=100_000)
+    model_folder.write_folder(tmp_path / "again", read, CONFIG, shard_bytes=100_000)
     assert (tmp_path / "again" / "sha256.json").read_text() == (
         tmp_path / "m" / "sha256.json"
     ).read_text()
 
 
 def test_sharded_reads_touch_only_the_slices(tmp_path, monkeypatch):
-    files.write_folder(tmp_path / "m", drawn(), CONFIG)
+    model_folder.write_folder(tmp_path / "m", drawn(), CONFIG)
     mesh, asked = make_mesh("fsdp=8"), []
-    stored = weights.flatten(files.open_folder(tmp_path / "m", TREE))
+    stored = weights.flatten(model_folder.open_folder(tmp_path / "m", TREE))
     leaf = stored["blocks/2/layers/query/weight"]
     watched = type(leaf)(
         leaf.shape, leaf.dtype, "", lambda index=(): asked.append(index) or leaf.read(index)
     )
     where = weights.flatten(weights.shardings(TREE, mesh, "fsdp"))
-    files._place(watched, where["blocks/2/layers/query/weight"], leaf.dtype)
+    model_folder._place(watched, where["blocks/2/layers/query/weight"], leaf.dtype)
     assert len(asked) == 8 and {i[1].stop - i[1].start for i in asked} == {8}
 
 
 def test_nothing_is_written_over(tmp_path):
     params = drawn()
-    files.write_folder(tmp_path / "m", params, CONFIG)
+    model_folder.write_folder(tmp_path / "m", params, CONFIG)
     before = (tmp_path / "m" / "sha256.json").read_text()
     with pytest.raises(FileExistsError, match="m exists already; nothing was written over"):
-        files.write_folder(tmp_path / "m", params, {"name": "other"})
+        model_folder.write_folder(tmp_path / "m", params, {"name": "other"})
     assert (tmp_path / "m" / "sha256.json").read_text() == before
-    files.write_folder(tmp_path / "m", params, {"name": "other"}, overwrite=True)
-    assert files.read_config(tmp_path / "m") == {"name": "other"}
+    model_folder.write_folder(tmp_path / "m", params, {"name": "other"}, overwrite=True)
+    assert model_folder.read_config(tmp_path / "m") == {"name": "other"}
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
     with pytest.raises(FileExistsError, match=r"home is there and has no sha256\.json"):
-        files.write_folder(tmp_path / "home", params, CONFIG, overwrite=True)
+        model_folder.write_folder(tmp_path / "home", params, CONFIG, overwrite=True)
     assert (tmp_path / "home" / "thesis.tex").exists()
 
 
@@ -162,7 +163,7 @@ def test_nothing_is_written_over(tmp_path):
 def test_a_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch, overwrite):
     params = drawn()
     if overwrite:
-        files.write_folder(tmp_path / "m", params, {"name": "old"})
+        model_folder.write_folder(tmp_path / "m", params, {"name": "old"})
     calls = []
 
     def full(handle):
@@ -172,11 +173,11 @@ def test_a_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch, overwrit
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"/m could not be written \(\d+ bytes.*the disk is full"):
-        files.write_folder(tmp_path / "m", params, CONFIG, overwrite=overwrite)
+        model_folder.write_folder(tmp_path / "m", params, CONFIG, overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == (["m"] if overwrite else [])
     if overwrite:
-        assert files.read_config(tmp_path / "m") == {"name": "old"}
-        assert not files.verify(tmp_path / "m")
+        assert model_folder.read_config(tmp_path / "m") == {"name": "old"}
+        assert not model_folder.verify(tmp_path / "m")
 
 
 def flip(path, at=-1):
@@ -187,43 +188,43 @@ def flip(path, at=-1):
 
 def test_damage_is_named(tmp_path):
     path = tmp_path / "m"
-    files.write_folder(path, drawn(), CONFIG, shard_bytes=100_000)
+    model_folder.write_folder(path, drawn(), CONFIG, shard_bytes=100_000)
     victim = sorted(path.glob("model-00002-of-*.safetensors"))[0]
     flip(victim)
     with pytest.raises(ValueError, match=r"model-00002-of-\d+\.safetensors has sha256"):
-        files.read_folder(path, TREE)
-    files.read_folder(path, TREE, check_digests=False)
+        model_folder.read_folder(path, TREE)
+    model_folder.read_folder(path, TREE, check_digests=False)
     victim.write_bytes(victim.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"model-00002-of-\d+\.safetensors is truncated"):
-        files.read_folder(path, TREE, check_digests=False)
+        model_folder.read_folder(path, TREE, check_digests=False)
     victim.unlink()
     for check in (True, False):
         with pytest.raises(FileNotFoundError, match=r"model-00002-of-\d+\.safetensors"):
-            files.read_folder(path, TREE, check_digests=check)
+            model_folder.read_folder(path, TREE, check_digests=check)
 
 
 def test_config_and_list_that_are_wrong(tmp_path):
     path = tmp_path / "m"
     with pytest.raises(FileNotFoundError, match="no such model folder"):
-        files.read_folder(path, TREE)
+        model_folder.read_folder(path, TREE)
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
-        files.read_config(path)
-    files.write_folder(path, drawn(), CONFIG)
+        model_folder.read_config(path)
+    model_folder.write_folder(path, drawn(), CONFIG)
     flip(path / "config.json", 0)
-    assert files.verify(path)[0].startswith("config.json has sha256")
+    assert model_folder.verify(path)[0].startswith("config.json has sha256")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
-        files.read_config(path)
+        model_folder.read_config(path)
     (path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="holds a list, expected an object"):
-        files.read_config(path)
+        model_folder.read_config(path)
     save_file({"a": np.zeros(2)}, path / "other.safetensors")
-    assert "other.safetensors is not in sha256.json" in files.verify(path)
+    assert "other.safetensors is not in sha256.json" in model_folder.verify(path)
     (path / "sha256.json").write_text("{")
     with pytest.raises(ValueError, match=r"sha256\.json is not a list of digests"):
-        files.read_folder(path, TREE)
+        model_folder.read_folder(path, TREE)
     (path / "sha256.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"sha256\.json: no such file"):
-        files.read_folder(path, TREE)
+        model_folder.read_folder(path, TREE)
 
 
 def test_another_model_is_refused(tmp_path):
@@ -231,9 +232,9 @@ def test_another_model_is_refused(tmp_path):
     block = dict(params["blocks"]["0"], extra=np.zeros(3, np.float32))
     block["final_norm"] = {"weight": np.zeros(3, np.float32)}
     del block["start"]
-    files.write_folder(tmp_path / "m", {"blocks": {**params["blocks"], "0": block}}, CONFIG)
+    model_folder.write_folder(tmp_path / "m", {"blocks": {**params["blocks"], "0": block}}, CONFIG)
     with pytest.raises(ValueError, match="does not hold the declared model") as error:
-        files.read_folder(tmp_path / "m", TREE)
+        model_folder.read_folder(tmp_path / "m", TREE)
     for part in (
         "1 missing: blocks.0.start",
         "1 unexpected: blocks.0.extra",
@@ -251,13 +252,13 @@ def test_tensors_are_read_one_at_a_time(tmp_path):
             most.append(len(held))
             return _Counted(array, lambda: held.remove(name))
 
-        return files.Stored(array.shape, array.dtype, "", read)
+        return model_folder.Stored(array.shape, array.dtype, "", read)
 
     params = weights.flatten(jax.tree.map(np.asarray, drawn()))
     tree = weights.unflatten({n: stored(n, a) for n, a in params.items()})
-    files.write_folder(tmp_path / "m", tree, CONFIG)
+    model_folder.write_folder(tmp_path / "m", tree, CONFIG)
     assert max(most) <= 2
-    assert same(files.read_folder(tmp_path / "m", TREE), weights.unflatten(params))
+    assert same(model_folder.read_folder(tmp_path / "m", TREE), weights.unflatten(params))
 
 
 class _Counted(np.ndarray):

@@ -16,10 +16,10 @@ from peer import torch_qwen
 from safetensors.numpy import save_file
 
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import tensor_files
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import qwen
 from starflow2_jax.weights import qwen as table
-from starflow2_jax.weights import sources
 from starflow2_jax.weights.qwen_options import public_options, read_options
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def write(folder, config, state, shards=3):
         save_file({name: np.ascontiguousarray(state[name]) for name in held}, folder / file)
         where |= {name: file for name in held}
     index = {"metadata": {}, "weight_map": where}
-    (folder / sources.INDEX_FILE).write_text(json.dumps(index))
+    (folder / tensor_files.INDEX_FILE).write_text(json.dumps(index))
     return folder
 
 
@@ -87,7 +87,7 @@ def test_export_and_back(tmp_path, published):
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{}"
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["eos"] == 5 and written["torch_dtype"] == "float32"
-    held = sources.open_source(tmp_path / "out")
+    held = tensor_files.open_source(tmp_path / "out")
     assert {name: held[name].shape for name in held} == {
         older(name): array.shape for name, array in published[1].items()
     }
@@ -187,7 +187,7 @@ def test_damaged_folders(tmp_path, published):
     with pytest.raises(FileNotFoundError, match=r"names missing shards model-00002-of-00003\.saf"):
         table.load(folder)
     shard.write_bytes(whole)
-    index = folder / sources.INDEX_FILE
+    index = folder / tensor_files.INDEX_FILE
     text = index.read_text()
     index.write_text(text.replace('"lm_head.weight"', '"model.language_model.norm.weight"'))
     with pytest.raises(ValueError, match=r"named twice: model\.language_model\.norm\.weight"):
@@ -328,7 +328,7 @@ def fake(folder, cfg, shard_bytes):
             flush()
             filled = 0
     flush()
-    (folder / sources.INDEX_FILE).write_text(json.dumps({"weight_map": where}))
+    (folder / tensor_files.INDEX_FILE).write_text(json.dumps({"weight_map": where}))
     assert len(set(where.values())) > 3
     return total, largest
 
@@ -396,7 +396,7 @@ def test_transformers_loads_what_we_export(tmp_path, tied):
 
     model = torch_qwen.make(seed=7, tied=tied)
     model.save_pretrained(tmp_path / "in", max_shard_size="40KB")
-    assert (tmp_path / "in" / sources.INDEX_FILE).exists()
+    assert (tmp_path / "in" / tensor_files.INDEX_FILE).exists()
     cfg, params = table.load(tmp_path / "in")
     table.export(params, cfg, tmp_path / "out", extra={"bos_token_id": 0, "eos_token_id": 1})
     again = Public.from_pretrained(tmp_path / "out").eval().requires_grad_(False)

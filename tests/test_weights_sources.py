@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from starflow2_jax.weights import sources
+from starflow2_jax.checkpoints import tensor_files
 
 ARRAYS = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -29,9 +29,9 @@ def check(found, arrays=ARRAYS):
 
 def test_safetensors_file_folder_and_mapping(tmp_path):
     save_file(ARRAYS, tmp_path / "x.safetensors")
-    check(sources.open_source(tmp_path / "x.safetensors"))
-    check(sources.open_source(str(tmp_path)))
-    check(sources.open_source(ARRAYS))
+    check(tensor_files.open_source(tmp_path / "x.safetensors"))
+    check(tensor_files.open_source(str(tmp_path)))
+    check(tensor_files.open_source(ARRAYS))
 
 
 def test_sharded_folder(tmp_path):
@@ -39,25 +39,25 @@ def test_sharded_folder(tmp_path):
     for i, name in enumerate(names):
         save_file({name: ARRAYS[name]}, tmp_path / f"s{i}.safetensors")
     index = {"weight_map": {name: f"s{i}.safetensors" for i, name in enumerate(names)}}
-    (tmp_path / sources.INDEX_FILE).write_text(json.dumps(index))
-    check(sources.open_source(tmp_path))
+    (tmp_path / tensor_files.INDEX_FILE).write_text(json.dumps(index))
+    check(tensor_files.open_source(tmp_path))
     (tmp_path / "s1.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"names missing shards s1\.safetensors"):
-        sources.open_source(tmp_path)
+        tensor_files.open_source(tmp_path)
 
 
 def test_index_that_is_wrong(tmp_path):
     save_file(ARRAYS, tmp_path / "x.safetensors")
-    index = tmp_path / sources.INDEX_FILE
+    index = tmp_path / tensor_files.INDEX_FILE
     index.write_text("{")
     with pytest.raises(ValueError, match="not a safetensors index"):
-        sources.open_source(tmp_path)
+        tensor_files.open_source(tmp_path)
     index.write_text(json.dumps({"weight_map": {"b": "../x.safetensors"}}))
     with pytest.raises(ValueError, match=r"b is said to be in '\.\./x\.safetensors'"):
-        sources.open_source(tmp_path)
+        tensor_files.open_source(tmp_path)
     index.write_text(json.dumps({"weight_map": {"b": "x.safetensors", "d": "x.safetensors"}}))
     with pytest.raises(ValueError, match=r"do not agree about a\.weight, c, d"):
-        sources.open_source(tmp_path)
+        tensor_files.open_source(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [0, 4, 40, -3])
@@ -66,22 +66,22 @@ def test_truncated_safetensors(tmp_path, cut):
     save_file(ARRAYS, path)
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(ValueError, match=r"x\.safetensors is truncated or not a safetensors"):
-        sources.open_source(path)
+        tensor_files.open_source(path)
 
 
 def test_what_is_not_there_or_not_known(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        sources.open_source(tmp_path / "x.pth")
+        tensor_files.open_source(tmp_path / "x.pth")
     with pytest.raises(ValueError, match="found none"):
-        sources.open_source(tmp_path)
+        tensor_files.open_source(tmp_path)
     (tmp_path / "x.pkl").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"read from a folder or from \.safetensors, \.pth"):
-        sources.open_source(tmp_path / "x.pkl")
+        tensor_files.open_source(tmp_path / "x.pkl")
     with pytest.raises(ValueError, match="epoch is a int; expected an array"):
-        sources.open_source({"epoch": 3})
+        tensor_files.open_source({"epoch": 3})
     (tmp_path / ".metadata").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"torch\.distributed checkpoint.*dcp_to_torch"):
-        sources.open_source(tmp_path)
+        tensor_files.open_source(tmp_path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -94,12 +94,12 @@ def test_torch_files(tmp_path, zipped):
     }
     path = tmp_path / "x.pth"
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    check(sources.open_source(path))
-    check(sources.open_source(tmp_path))
-    check(sources.open_source(state))
+    check(tensor_files.open_source(path))
+    check(tensor_files.open_source(tmp_path))
+    check(tensor_files.open_source(state))
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"x\.pth is damaged"):
-        sources.open_source(path)
+        tensor_files.open_source(path)
 
 
 class _Attack:
@@ -117,7 +117,7 @@ def test_pickles_run_no_code(tmp_path):
     path, mark = tmp_path / "x.pth", tmp_path / "mark"
     torch.save({"a": torch.zeros(2), "b": _Attack(mark)}, path)
     with pytest.raises(ValueError, match=r"x\.pth is damaged, or holds more than tensors"):
-        sources.open_source(path)
+        tensor_files.open_source(path)
     assert not mark.exists()
 
 
@@ -126,22 +126,22 @@ def test_torch_files_that_are_no_state_dict(tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"model": {"a": torch.zeros(2)}, "step": 3}, path)
     with pytest.raises(ValueError, match=r"'model' is a dict; expected a state_dict of tensors"):
-        sources.open_source(path)
+        tensor_files.open_source(path)
     torch.save(torch.zeros(2), path)
     with pytest.raises(ValueError, match="holds a Tensor; expected a state_dict"):
-        sources.open_source(path)
+        tensor_files.open_source(path)
 
 
 def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     (tmp_path / "x.pth").write_bytes(b"x")
     with pytest.raises(ImportError, match=r"pip install 'starflow2_jax\[torch\]'"):
-        sources.open_source(tmp_path / "x.pth")
+        tensor_files.open_source(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("read_bytes", [1, 60, 1 << 20])
 def test_every_slice_of_a_safetensors_file(tmp_path, monkeypatch, read_bytes):
-    monkeypatch.setattr(sources, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(tensor_files, "READ_BYTES", read_bytes)
     rng = np.random.default_rng(0)
     arrays = {
         "cube": rng.normal(size=(5, 7, 6)).astype(np.float32),
@@ -149,7 +149,7 @@ def test_every_slice_of_a_safetensors_file(tmp_path, monkeypatch, read_bytes):
         "none": np.zeros((0, 3), np.float32),
     }
     save_file(arrays, tmp_path / "x.safetensors")
-    found = sources.open_safetensors(tmp_path / "x.safetensors")
+    found = tensor_files.open_safetensors(tmp_path / "x.safetensors")
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name].read(), array)
     for index in itertools.product(
@@ -167,6 +167,6 @@ def test_every_slice_of_a_safetensors_file(tmp_path, monkeypatch, read_bytes):
 def test_an_index_that_names_a_tensor_twice(tmp_path):
     save_file(ARRAYS, tmp_path / "x.safetensors")
     entries = ", ".join(f'"{name}": "x.safetensors"' for name in [*ARRAYS, "b"])
-    (tmp_path / sources.INDEX_FILE).write_text(f'{{"weight_map": {{{entries}}}}}')
+    (tmp_path / tensor_files.INDEX_FILE).write_text(f'{{"weight_map": {{{entries}}}}}')
     with pytest.raises(ValueError, match=r"index\.json is not a safetensors index: .*twice: b"):
-        sources.open_source(tmp_path)
+        tensor_files.open_source(tmp_path)

@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from starflow2_jax import train
+from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import image_batches, packed_batches
 from starflow2_jax.runtime import distributed
-from starflow2_jax.training import checkpoint
 from starflow2_jax.training import step as programs
 
 if "OBJECT_STORE" in os.environ:
@@ -36,7 +36,7 @@ when, _, step = what.partition(":")
 process = os.environ.get("JAX_PROCESS_ID", "0")
 if who not in ("", process):
     when = ""
-save, restore, to_device = checkpoint.save, checkpoint.restore, programs.to_device
+save, restore, to_device = orbax.save, orbax.restore, programs.to_device
 
 
 def die():
@@ -47,7 +47,7 @@ def save_and_die(writer, number, state, meta):
     if number != int(step or -1) or when not in ("before", "writing", "after"):
         return save(writer, number, state, meta)
     if when == "before":
-        checkpoint.wait(writer)
+        orbax.wait(writer)
         die()
     if when == "writing":
         target = os.path.join(workdir, "checkpoints", str(number))
@@ -59,7 +59,7 @@ def save_and_die(writer, number, state, meta):
 
         threading.Thread(target=watch, daemon=True).start()
     save(writer, number, state, meta)
-    checkpoint.wait(writer)
+    orbax.wait(writer)
     die()
 
 
@@ -101,7 +101,7 @@ def to_device_and_die(program, batch):
     return to_device(program, batch)
 
 
-checkpoint.save, checkpoint.restore = save_and_die, restore_and_note
+orbax.save, orbax.restore = save_and_die, restore_and_note
 image_batches.batches, packed_batches.batches = (
     of_interest(image_batches.batches),
     of_interest(packed_batches.batches),

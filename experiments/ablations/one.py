@@ -12,9 +12,10 @@ from etils import epath
 
 from starflow2_jax import params as weights
 from starflow2_jax import train
+from starflow2_jax.checkpoints import steps
 from starflow2_jax.models import backbone
 from starflow2_jax.runtime import allocator, cli
-from starflow2_jax.training import log, starflow2_step, step_folders
+from starflow2_jax.training import log, starflow2_step
 
 from . import latents, rows, scores, table
 
@@ -38,7 +39,7 @@ def run(
     latents.make(kind, made, model.flow.side, [*cfg["data"]["mixture"], *there])
     training = time.time()
     train.train(cfg, workdir)
-    reached, wanted = step_folders.latest(workdir) or 0, cfg["train"]["steps"]
+    reached, wanted = steps.latest(workdir) or 0, cfg["train"]["steps"]
     if reached < wanted:
         raise RuntimeError(f"{workdir}: training was stopped at step {reached} of {wanted}; "
                            "the same command goes on")  # fmt: skip

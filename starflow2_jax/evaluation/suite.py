@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.evaluation import (
     asking,
     cases,
@@ -32,7 +33,6 @@ from starflow2_jax.generation import interleaved
 from starflow2_jax.generation import reader as reader_lib
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.generation.reader import Reader
-from starflow2_jax.weights import files
 
 # Of each section the task whose cases it asks; the likelihood is that of all of them.
 TASKS = {
@@ -99,7 +99,7 @@ def readers(model: Model, pixels: int, blind: str | None) -> tuple[dict[str, Rea
     try:
         if not path:
             raise ValueError("vlm.path is empty: the VLM was drawn from the seed, without a tower")
-        found["own_eyes"] = reader_lib.load(str(files.locate(path)))
+        found["own_eyes"] = reader_lib.load(str(model_folder.locate(path)))
         size = found["own_eyes"].cfg["image"]["pixels"]
         if size != pixels:
             raise ValueError(f"{path} reads pictures of {size} pixels, the model of {pixels}")

@@ -16,11 +16,11 @@ import numpy as np
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models import backbone
 from starflow2_jax.training import starflow2_step
-from starflow2_jax.weights import files
 from starflow2_jax.weights import teacher as teacher_weights
 
 TASK = "starflow2"
@@ -46,11 +46,11 @@ def load(
     """
     meta = settings(path)
     cfg, frozen = meta["config"], meta["frozen"]
-    path = str(files.locate(path))
+    path = str(model_folder.locate(path))
     vlm, fae = vlm or cfg["vlm"]["path"], fae or cfg["fae"]["path"]
     cfg["vlm"]["path"], cfg["fae"]["path"], cfg["layout"] = vlm, fae, layout
     for what, at in (("VLM", vlm), ("codec", fae)):
-        if at and not files.locate(at).is_dir():
+        if at and not model_folder.locate(at).is_dir():
             raise FileNotFoundError(f"{path}: no folder {at}, where its {what} should be")
     if vlm and frozen.get("vlm") not in (None, identity := teacher_weights.identity(vlm)):
         raise ValueError(
@@ -64,8 +64,8 @@ def load(
         _check_codec(codec, shape, frozen.get("fae"), path, fae)
     mesh = mesh or meshes.make_mesh("data=1", jax.local_devices()[:1])
     own = {name: tree for name, tree in declared.items() if name != "vlm"}
-    if files.is_folder(path):
-        params = files.read_folder(path, own, mesh, layout)
+    if model_folder.is_folder(path):
+        params = model_folder.read_folder(path, own, mesh, layout)
     else:
         params = _averaged(path, own, declared, cfg, mesh, layout)
     if "vlm" not in params:
@@ -73,14 +73,14 @@ def load(
         params |= starflow2_step.frozen_vlm(cfg, shape, mesh, dtype)
     from starflow2_jax.data.chat_layout import open_tokenizer  # heavy
 
-    words = files.locate(cfg["text"]["tokenizer"] or vlm)
+    words = model_folder.locate(cfg["text"]["tokenizer"] or vlm)
     return Model(cfg, shape, params, open_tokenizer(words), codec, path)
 
 
 def task(path: str) -> str:
     """What a run, a step or a model folder is a training of."""
-    path = str(files.locate(path))
-    cfg = _meta(path, files.is_folder(path))["config"]
+    path = str(model_folder.locate(path))
+    cfg = _meta(path, model_folder.is_folder(path))["config"]
     return cfg.get("starflow2_jax", cfg).get("task", "flow")
 
 
@@ -91,12 +91,12 @@ def settings(path: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: no such run or folder. ValueError: another kind of model.
     """
-    found = str(files.locate(path))
-    meta = _meta(found, files.is_folder(found))
+    found = str(model_folder.locate(path))
+    meta = _meta(found, model_folder.is_folder(found))
     cfg = meta["config"]
     if cfg.get("task") != TASK:
         raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a model of interleaved parts")
-    base = path if files.is_folder(found) else ""
+    base = path if model_folder.is_folder(found) else ""
     at = {
         "vlm": {**cfg["vlm"], "path": _found(base, "vlm", cfg["vlm"]["path"])},
         "fae": {**cfg["fae"], "path": _found(base, "fae", cfg["fae"].get("path") or "")},
@@ -109,17 +109,21 @@ def settings(path: str) -> dict[str, Any]:
 
 def _meta(path: str, folder: bool) -> dict[str, Any]:
     if not folder:
-        from starflow2_jax.training import checkpoint, step_folders  # heavy
+        from starflow2_jax.checkpoints import orbax, steps  # heavy
 
-        return checkpoint.read_meta(*step_folders.locate(path))
-    cfg = files.read_config(path)
+        return orbax.read_meta(*steps.locate(path))
+    cfg = model_folder.read_config(path)
     return {"config": cfg, "frozen": cfg.get("frozen")}
 
 
 def _found(base: str, name: str, path: str) -> str:
     """A folder inside of a model folder, or a path, which may be seen from there."""
     for inner in (name, path) if base else ():
-        if inner and not Path(inner).is_absolute() and files.locate(Path(base, inner)).is_dir():
+        if (
+            inner
+            and not Path(inner).is_absolute()
+            and model_folder.locate(Path(base, inner)).is_dir()
+        ):
             return str(Path(base, inner))
     return path
 
@@ -139,12 +143,12 @@ def _check_codec(codec: codecs.Codec, shape: Any, expected: str | None, path: st
 
 
 def _averaged(path, own, declared, cfg, mesh, layout):
-    from starflow2_jax.training import checkpoint, step_folders
+    from starflow2_jax.checkpoints import orbax, steps
 
-    workdir, step = step_folders.locate(path)
+    workdir, step = steps.locate(path)
     held = {**own, **({"vlm": declared["vlm"]} if "vlm" in cfg["train"]["trains"] else {})}
     wanted = {"ema": weights.abstract(held, mesh, layout)}
-    return checkpoint.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
+    return orbax.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
 
 
 def export(
@@ -172,7 +176,7 @@ def export(
     words = model.cfg["text"]["tokenizer"] or vlm
     frozen = before | ({"vlm": teacher_weights.identity(vlm)} if vlm else {})
     frozen |= {"fae": model.fae.sha256} if model.fae else {}
-    shipped = lambda p: files.locate(p) != Path(p)
+    shipped = lambda p: model_folder.locate(p) != Path(p)
     near = lambda p: p if shipped(p) else os.path.relpath(Path(p).resolve(), Path(out).resolve())
     seen = lambda p: "" if embed or not p else near(p)
     cfg = {
@@ -183,9 +187,9 @@ def export(
         "frozen": frozen,
     }
     trained = {name: tree for name, tree in model.params.items() if name != "vlm"}
-    files.write_folder(out, jax.tree.map(np.asarray, trained), cfg, overwrite=overwrite)
+    model_folder.write_folder(out, jax.tree.map(np.asarray, trained), cfg, overwrite=overwrite)
     if embed:
         for name, source in (("vlm", vlm), ("fae", fae), ("tokenizer", words)):
             if source and not (name == "tokenizer" and source == vlm):
-                shutil.copytree(files.locate(source), Path(out) / name)
+                shutil.copytree(model_folder.locate(source), Path(out) / name)
     return model

@@ -100,25 +100,24 @@ def load(
     from etils import epath
 
     from starflow2_jax import params as weights
-    from starflow2_jax.training import checkpoint, step_folders
-    from starflow2_jax.weights import files
+    from starflow2_jax.checkpoints import model_folder, orbax, steps
 
     if (epath.Path(path) / "config.json").exists() and not (
-        epath.Path(path) / checkpoint.FOLDER
+        epath.Path(path) / orbax.FOLDER
     ).exists():
-        cfg = files.read_config(path)
+        cfg = model_folder.read_config(path)
         model = model_config(cfg)
-        params = files.read_folder(path, declare(cfg, model), mesh, layout)
+        params = model_folder.read_folder(path, declare(cfg, model), mesh, layout)
         about = (tuple(cfg.get("classes") or ()), cfg.get("null_text"), cfg.get("frozen") or {})
         return Model(cfg, model, params, str(path), *about)
-    workdir, step = step_folders.locate(path)
-    meta = checkpoint.read_meta(workdir, step)
+    workdir, step = steps.locate(path)
+    meta = orbax.read_meta(workdir, step)
     cfg = meta["config"]
     model = model_config(cfg)
     declared = declare(cfg, model)
     trained, _ = weights.split(declared, tuple(cfg["train"]["trains"]))
     wanted = {"ema": weights.abstract(trained, mesh, layout)}
-    found, _ = checkpoint.restore(workdir, step, wanted, only=("ema",))
+    found, _ = orbax.restore(workdir, step, wanted, only=("ema",))
     params = {**found["ema"], **frozen_weights({**cfg, "layout": layout}, declared, mesh)}
     source = json.dumps({"workdir": str(workdir), "step": meta["step"]})
     about = (tuple(meta["classes"] or ()), meta["null_text"], meta.get("frozen") or {})

@@ -16,9 +16,9 @@ import numpy as np
 
 from starflow2_jax import config
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.models.qwen import Config
 from starflow2_jax.training import text_loss, vlm_step
-from starflow2_jax.weights import files
 from starflow2_jax.weights import qwen as qwen_weights
 
 # Where a folder's config.json keeps the experiment that made it.
@@ -42,22 +42,22 @@ def load(path: str) -> Reader:
         FileNotFoundError: nothing of the kind is there. ValueError: it is damaged or another kind
             of model.
     """
-    from starflow2_jax.training import checkpoint, step_folders
+    from starflow2_jax.checkpoints import orbax, steps
 
-    path = str(files.locate(path))
-    if files.is_folder(path):
-        held = files.read_config(path)
+    path = str(model_folder.locate(path))
+    if model_folder.is_folder(path):
+        held = model_folder.read_config(path)
         if _EXPERIMENT not in held:
             raise ValueError(f"{path}: no folder that `convert export` made of a task='vlm' run")
         model, params = qwen_weights.load(path, dtype=jnp.float32)
         return Reader(held[_EXPERIMENT], model, params, str(path))
-    workdir, step = step_folders.locate(path)
-    cfg = checkpoint.read_meta(workdir, step)["config"]
+    workdir, step = steps.locate(path)
+    cfg = orbax.read_meta(workdir, step)["config"]
     if cfg.get("task") != "vlm":
         raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a training with task='vlm'")
     model = vlm_step.model_config(cfg)
     wanted = {"ema": weights.abstract(vlm_step.declare(cfg, model))}
-    found = checkpoint.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
+    found = orbax.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
     return Reader(cfg, model, found["vlm"], cfg["text"]["tokenizer"])
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.latents import write
 from starflow2_jax.latents.codec import Codec
-from starflow2_jax.weights import files
 
 Batch = dict[str, Any]
 
@@ -101,7 +101,7 @@ def decoder(about: Mapping[str, Any], codec: Codec | None) -> Codec | None:
     """
     encoders = [row["fae"] for row in about["features"] if "fae" in row]
     path = encoders[0].get("path") if encoders else None
-    if codec is not None or not path or not files.locate(path).is_dir():
+    if codec is not None or not path or not model_folder.locate(path).is_dir():
         return codec
     found = codecs.load(path)
     return found if all(row["sha256"] == found.sha256 for row in encoders) else None

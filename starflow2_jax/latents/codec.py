@@ -17,13 +17,13 @@ import numpy as np
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.models import qwen_vision
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import dinov2
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.models.fae.teacher import Teacher
 from starflow2_jax.training import fae_step, inputs
-from starflow2_jax.weights import files
 from starflow2_jax.weights import teacher as teacher_weights
 
 # Every image is encoded in a batch of this size, so that offline and online latents are equal.
@@ -56,9 +56,9 @@ def load(path: str) -> Codec:
         FileNotFoundError: nothing of the kind is there. ValueError: it is damaged, another kind of
             model, or its tower's files have changed since.
     """
-    path = str(files.locate(path))
-    if files.is_folder(path):
-        cfg = files.read_config(path)
+    path = str(model_folder.locate(path))
+    if model_folder.is_folder(path):
+        cfg = model_folder.read_config(path)
         _check_task(cfg, path)
         model = fae_step.model_config(cfg)
         shape = cfg["teacher_shape"]
@@ -68,11 +68,11 @@ def load(path: str) -> Codec:
         declared = _declare(model, teacher)
         if cfg["task"] == "fae_features":
             del declared["pixel_decoder"]
-        return _made(cfg, model, teacher, files.read_folder(path, declared))
-    from starflow2_jax.training import checkpoint, step_folders  # heavy
+        return _made(cfg, model, teacher, model_folder.read_folder(path, declared))
+    from starflow2_jax.checkpoints import orbax, steps  # heavy
 
-    workdir, step = step_folders.locate(path)
-    meta = checkpoint.read_meta(workdir, step)
+    workdir, step = steps.locate(path)
+    meta = orbax.read_meta(workdir, step)
     cfg = meta["config"]
     _check_task(cfg, path)
     model = fae_step.model_config(cfg)
@@ -95,12 +95,12 @@ def load(path: str) -> Codec:
 
 def _averaged(workdir: Any, step: int | None, cfg: Any, model: Any, teacher: Any) -> Any:
     """The averaged weights of a checkpoint."""
-    from starflow2_jax.training import checkpoint
+    from starflow2_jax.checkpoints import orbax
 
     own = fae_step.objective_of(cfg, model, teacher)
     trained, _ = weights.split(own.declared, own.trained + own.tracked)
     wanted = {"ema": weights.abstract(trained)}
-    return checkpoint.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
+    return orbax.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
 
 
 def export(codec: Codec, path: str, *, overwrite: bool = False) -> None:
@@ -116,7 +116,7 @@ def export(codec: Codec, path: str, *, overwrite: bool = False) -> None:
     }
     shape = {"kind": codec.teacher.kind, "tower": tower}
     cfg = {**config.to_dict(codec.cfg), "teacher_shape": shape}
-    files.write_folder(path, codec.params, cfg, overwrite=overwrite)
+    model_folder.write_folder(path, codec.params, cfg, overwrite=overwrite)
 
 
 def encode(codec: Codec, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

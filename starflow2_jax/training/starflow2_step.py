@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints import model_folder
+from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config
 from starflow2_jax.models import backbone, flops, qwen
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.ablations import mot
@@ -25,10 +27,9 @@ from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import Tree
 from starflow2_jax.training import inputs, optim, starflow2_loss
 from starflow2_jax.training.step import Program, TrainState, accumulate, update
-from starflow2_jax.weights import files, qwen_options
 from starflow2_jax.weights import qwen as qwen_weights
+from starflow2_jax.weights import qwen_options
 from starflow2_jax.weights import teacher as teacher_weights
-from starflow2_jax.weights.files import CONFIG_FILE, read_config
 
 KINDS = {"pretzel": pretzel.Config, "mot": mot.Config}
 
@@ -52,7 +53,7 @@ def model_config(cfg: Mapping[str, Any]) -> Config:
         own["attention"] = cfg["attention"]
     given = dict(group.pop("vlm", None) or {})
     if cfg["vlm"]["path"]:
-        given = _as_stored(given, str(files.locate(cfg["vlm"]["path"])))
+        given = _as_stored(given, str(model_folder.locate(cfg["vlm"]["path"])))
     vlm = config.build(qwen.Config, {**given, "vision": None, **own}, "model.vlm")
     sizes = dict(group.pop("flow", None) or {})
     defaults = pretzel.flow_defaults(vlm.width, len(sizes.get("layers", ())))
@@ -147,7 +148,7 @@ def frozen_vlm(cfg: Mapping[str, Any], model: Config, mesh: Mesh, dtype: Any) ->
     """
     tree = {"vlm": qwen.declare(model.vlm)}
     if cfg["vlm"]["path"]:
-        args = (files.locate(cfg["vlm"]["path"]), mesh, cfg["layout"], dtype)
+        args = (model_folder.locate(cfg["vlm"]["path"]), mesh, cfg["layout"], dtype)
         return {"vlm": qwen_weights.load(*args, only=tuple(tree["vlm"]))[1]}
     where = weights.shardings(tree, mesh, cfg["layout"])
     draw = jax.jit(partial(weights.init, tree=tree, dtype=dtype), out_shardings=where)

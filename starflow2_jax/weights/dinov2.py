@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints.model_folder import read_config
+from starflow2_jax.checkpoints.tensor_files import Index, Stored, open_source
 from starflow2_jax.models.fae.dinov2 import Config, declare, swiglu_width
 from starflow2_jax.params import flatten, unflatten
-from starflow2_jax.weights.files import read_config
-from starflow2_jax.weights.sources import Index, Stored, open_source
 
 _NAMES = {"patch": "embeddings.patch_embeddings.projection", "final_norm": "layernorm"}
 _CLASS = "embeddings.cls_token"

@@ -12,9 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax.checkpoints.tensor_files import open_source
 from starflow2_jax.models.fae.perceptual import DEPTHS, Config, declare
 from starflow2_jax.params import flatten, unflatten
-from starflow2_jax.weights.sources import open_source
 
 # Index of every convolution among torchvision's layers: a convolution and its ReLU count, so does a
 # pooling.

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, locate, read_config
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.models.fae.teacher import Teacher
 from starflow2_jax.weights import dinov2, qwen, qwen_options
-from starflow2_jax.weights.files import CONFIG_FILE, locate, read_config
 
 
 def describe(cfg: Mapping[str, Any]) -> Teacher:

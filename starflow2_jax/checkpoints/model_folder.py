@@ -19,8 +19,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints.tensor_files import (
+    INDEX_FILE,
+    SAFETENSORS_NAMES,
+    Stored,
+    open_source,
+)
 from starflow2_jax.params import Tree, flatten, unflatten
-from starflow2_jax.weights.sources import INDEX_FILE, SAFETENSORS_NAMES, Stored, open_source
 
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"

@@ -26,8 +26,8 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from starflow2_jax.training import digest
-from starflow2_jax.training.step_folders import (
+from starflow2_jax.checkpoints import digest
+from starflow2_jax.checkpoints.steps import (
     COMMIT_FILE,
     FOLDER,
     Step,
@@ -40,8 +40,8 @@ from starflow2_jax.training.step_folders import (
     retain,
     steps,
 )
-from starflow2_jax.training.step_folders import latest as latest
-from starflow2_jax.training.step_folders import locate as locate
+from starflow2_jax.checkpoints.steps import latest as latest
+from starflow2_jax.checkpoints.steps import locate as locate
 
 # Beside the arrays themselves; without a limit all of them are read at once.
 READ_AT_ONCE = 1 << 29

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from starflow2_jax.training import digest
+from starflow2_jax.checkpoints import digest
 
 COMMIT_FILE = "commit_success.txt"
 FOLDER = "checkpoints"

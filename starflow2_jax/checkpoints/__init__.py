@@ -1,0 +1,1 @@
+"""Checkpoints of runs and model folders on disk."""
