@@ -21,9 +21,9 @@ from absl import flags
 from starflow2_jax import config
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder, tensor_files
+from starflow2_jax.checkpoints.convert import starflow, starflow_options
 from starflow2_jax.models.flow import FlowConfig, declare
 from starflow2_jax.runtime import cli
-from starflow2_jax.weights import starflow, starflow_options
 
 VERBS = {
     "starflow": "INPUT, --options, --out: a public STARFlow to a model folder",

@@ -9,9 +9,9 @@ from golden_parity import error
 
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import tensor_files
+from starflow2_jax.checkpoints.convert import qwen as table
 from starflow2_jax.generation import chat
 from starflow2_jax.models import qwen, qwen_vision
-from starflow2_jax.weights import qwen as table
 
 TOLERANCE = 1e-5
 

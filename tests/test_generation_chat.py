@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints.convert import qwen as table
 from starflow2_jax.generation import chat
 from starflow2_jax.models import qwen, qwen_vision
-from starflow2_jax.weights import qwen as table
 
 SPECIAL = [
     "<|endoftext|>",

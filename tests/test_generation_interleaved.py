@@ -19,6 +19,8 @@ from starflow2_jax import config, convert
 from starflow2_jax import generate as command
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import orbax
+from starflow2_jax.checkpoints.convert import qwen as qwen_weights
+from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.generation import (
     conversation,
     decode,
@@ -34,8 +36,6 @@ from starflow2_jax.generation.prompts import Part
 from starflow2_jax.latents import codec
 from starflow2_jax.models import qwen, qwen_vision, starflow2
 from starflow2_jax.models.fae import codec as fae
-from starflow2_jax.weights import qwen as qwen_weights
-from starflow2_jax.weights import teacher as teacher_weights
 
 PIXELS = 16
 

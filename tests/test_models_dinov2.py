@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints.convert import dinov2 as loader
 from starflow2_jax.models.fae import dinov2
-from starflow2_jax.weights import dinov2 as loader
 
 GOLDEN = FOLDER / "dinov2_tiny.npz"
 TOLERANCE = 1e-5

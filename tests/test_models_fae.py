@@ -11,8 +11,8 @@ import pytest
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints.convert import lpips
 from starflow2_jax.models.fae import codec, discriminator, losses, perceptual
-from starflow2_jax.weights import lpips
 
 PAPER = codec.preset("paper", compute_dtype="bfloat16")
 TOY = codec.preset(

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from golden_parity import FOLDER, error
 
+from starflow2_jax.checkpoints.convert import starflow as public
 from starflow2_jax.generation.guidance import Guidance
 from starflow2_jax.generation.inverse import Jacobi, inverse
 from starflow2_jax.models import flow, layers, patches
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import flatten, ones, unflatten
-from starflow2_jax.weights import starflow as public
 
 # Rows such that every two values of different options meet in one of them, where they can.
 OPTIONS = {

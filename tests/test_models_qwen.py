@@ -13,10 +13,10 @@ from peer import torch_qwen
 from qwen_parity import TOLERANCE, check, from_state, ours, prompt_of, step
 
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints.convert.qwen_options import read_options
 from starflow2_jax.generation import chat
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import layers, qwen, qwen_vision
-from starflow2_jax.weights.qwen_options import read_options
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "qwen_tiny.npz"
 

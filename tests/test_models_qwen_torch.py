@@ -9,9 +9,9 @@ from golden_parity import error
 from peer import torch_qwen
 from qwen_parity import TOLERANCE, check, from_state, prompt_of, step
 
+from starflow2_jax.checkpoints.convert.qwen_options import read_options
 from starflow2_jax.generation import chat
 from starflow2_jax.models import layers, qwen, qwen_vision
-from starflow2_jax.weights.qwen_options import read_options
 
 
 @pytest.fixture

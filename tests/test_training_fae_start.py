@@ -13,11 +13,11 @@ from starflow2_jax import mesh
 from starflow2_jax import params as weights
 from starflow2_jax import start as starts
 from starflow2_jax.checkpoints import model_folder
+from starflow2_jax.checkpoints.convert import lpips
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import perceptual
 from starflow2_jax.training import fae_step, inputs, step
-from starflow2_jax.weights import lpips
 
 codec = codec_fixture
 

@@ -13,11 +13,11 @@ import pytest
 from starflow2_jax import config, mesh, start
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder, orbax
+from starflow2_jax.checkpoints.convert import qwen as qwen_weights
 from starflow2_jax.models import qwen, qwen_vision, starflow2
 from starflow2_jax.models.ablations import mot
 from starflow2_jax.training import inputs, starflow2_loss, starflow2_step, step
 from starflow2_jax.training.loss import HALF_LOG_2_PI
-from starflow2_jax.weights import qwen as qwen_weights
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 ROWS = 8

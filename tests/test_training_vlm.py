@@ -196,7 +196,7 @@ def test_an_exported_reader_answers_like_its_run(folders, trained, tmp_path):
 
 def other_folder(tmp_path, reader):
     """A public folder without the experiment."""
-    from starflow2_jax.weights import qwen as table
+    from starflow2_jax.checkpoints.convert import qwen as table
 
     path = tmp_path / "other"
     table.export(jax.device_get(reader.params), reader.model, path)

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder
+from starflow2_jax.checkpoints.convert import teacher
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import flow
-from starflow2_jax.weights import teacher
 
 CFG = flow.FlowConfig(
     side=4, channels=4, width=64, layers=(1, 0, 2), head_dim=32, classes=3, final_norm=True

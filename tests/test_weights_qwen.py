@@ -17,10 +17,10 @@ from safetensors.numpy import save_file
 
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import tensor_files
+from starflow2_jax.checkpoints.convert import qwen as table
+from starflow2_jax.checkpoints.convert.qwen_options import public_options, read_options
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import qwen
-from starflow2_jax.weights import qwen as table
-from starflow2_jax.weights.qwen_options import public_options, read_options
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "qwen_tiny.npz"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints.convert import starflow, starflow_options
 from starflow2_jax.models import flow
-from starflow2_jax.weights import starflow, starflow_options
 
 GOLDEN = Path(__file__).parent / "golden"
 TARFLOW = dict(

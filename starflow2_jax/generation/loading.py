@@ -17,11 +17,11 @@ import numpy as np
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder
+from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models import backbone
 from starflow2_jax.training import starflow2_step
-from starflow2_jax.weights import teacher as teacher_weights
 
 TASK = "starflow2"
 

@@ -17,9 +17,9 @@ import numpy as np
 from starflow2_jax import config
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder
+from starflow2_jax.checkpoints.convert import qwen as qwen_weights
 from starflow2_jax.models.qwen import Config
 from starflow2_jax.training import text_loss, vlm_step
-from starflow2_jax.weights import qwen as qwen_weights
 
 # Where a folder's config.json keeps the experiment that made it.
 _EXPERIMENT = "starflow2_jax"
@@ -65,7 +65,7 @@ def export(reader: Reader, path: str, *, dtype: Any = "float32", overwrite: bool
     """Writes a Hugging Face folder with weights, tokenizer, chat template and image processor.
 
     Raises:
-        FileExistsError, FileNotFoundError, OSError: as `weights.qwen.export`.
+        FileExistsError, FileNotFoundError, OSError: as `checkpoints.convert.qwen.export`.
     """
     kept = config.to_dict(reader.cfg)
     ids = json.loads((Path(reader.tokenizer) / "tokenizer.json").read_text("utf-8"))

@@ -18,13 +18,13 @@ from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder
+from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.models import qwen_vision
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import dinov2
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.models.fae.teacher import Teacher
 from starflow2_jax.training import fae_step, inputs
-from starflow2_jax.weights import teacher as teacher_weights
 
 # Every image is encoded in a batch of this size, so that offline and online latents are equal.
 BATCH = 8

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from starflow2_jax.checkpoints.convert import lpips
 from starflow2_jax.models.fae import codec, discriminator, losses, perceptual
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.models.fae.codec import Config
@@ -18,7 +19,6 @@ from starflow2_jax.models.fae.losses import PixelWeights
 from starflow2_jax.models.fae.teacher import Teacher
 from starflow2_jax.params import Tree, Weight, zeros
 from starflow2_jax.training import inputs, optim
-from starflow2_jax.weights import lpips
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints.convert import lpips
+from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.models.fae.codec import Config
 from starflow2_jax.models.fae.teacher import Teacher
 from starflow2_jax.training import fae_objectives, inputs, optim
 from starflow2_jax.training.step import Program, TrainState, accumulate
-from starflow2_jax.weights import lpips
-from starflow2_jax.weights import teacher as teacher_weights
 
 
 def model_config(cfg: Mapping[str, Any]) -> Config:
@@ -45,7 +45,7 @@ def teacher_of(cfg: Mapping[str, Any], model: Config) -> Teacher:
     """The tower of an experiment, whose features the model takes.
 
     Raises:
-        FileNotFoundError, ValueError: as `weights.teacher.describe`; features of another grid or
+        FileNotFoundError, ValueError: as `checkpoints.convert.teacher.describe`; features of another grid or
             width than the model's.
     """
     teacher = teacher_weights.describe(cfg)

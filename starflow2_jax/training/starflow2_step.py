@@ -18,6 +18,9 @@ from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder
+from starflow2_jax.checkpoints.convert import qwen as qwen_weights
+from starflow2_jax.checkpoints.convert import qwen_options
+from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config
 from starflow2_jax.models import backbone, flops, qwen
 from starflow2_jax.models import starflow2 as pretzel
@@ -27,9 +30,6 @@ from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import Tree
 from starflow2_jax.training import inputs, optim, starflow2_loss
 from starflow2_jax.training.step import Program, TrainState, accumulate, update
-from starflow2_jax.weights import qwen as qwen_weights
-from starflow2_jax.weights import qwen_options
-from starflow2_jax.weights import teacher as teacher_weights
 
 KINDS = {"pretzel": pretzel.Config, "mot": mot.Config}
 
@@ -144,7 +144,7 @@ def frozen_vlm(cfg: Mapping[str, Any], model: Config, mesh: Mesh, dtype: Any) ->
     """The VLM's weights without its tower, sharded: of `vlm.path`, or else drawn from the seed.
 
     Raises:
-        FileNotFoundError, ValueError: as `weights.qwen.load`.
+        FileNotFoundError, ValueError: as `checkpoints.convert.qwen.load`.
     """
     tree = {"vlm": qwen.declare(model.vlm)}
     if cfg["vlm"]["path"]:

@@ -20,11 +20,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints.convert.qwen_options import public_options, read_options
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config, write_tensors
 from starflow2_jax.checkpoints.tensor_files import Stored, open_source
 from starflow2_jax.models.qwen import Config, declare
 from starflow2_jax.params import Tree, Weight, flatten, unflatten
-from starflow2_jax.weights.qwen_options import public_options, read_options
 
 # What a processor and a chat read beside the weights.
 PROCESSOR_FILES = (

@@ -13,11 +13,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from starflow2_jax.checkpoints.convert import starflow_options
+from starflow2_jax.checkpoints.convert.starflow_options import find_family, image_of, read_options
 from starflow2_jax.checkpoints.tensor_files import Index, Stored, open_source
 from starflow2_jax.models.flow import FlowConfig, declare
 from starflow2_jax.params import Tree, flatten, unflatten
-from starflow2_jax.weights import starflow_options
-from starflow2_jax.weights.starflow_options import find_family, image_of, read_options
 
 # Ours to theirs, within a block; of the gated MLP's names those that differ.
 _NAMES = {

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from starflow2_jax import params as weights
+from starflow2_jax.checkpoints.convert import dinov2, qwen, qwen_options
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, locate, read_config
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.models.fae.teacher import Teacher
-from starflow2_jax.weights import dinov2, qwen, qwen_options
 
 
 def describe(cfg: Mapping[str, Any]) -> Teacher:
@@ -41,7 +41,7 @@ def load(
     """Its weights in float32, read from `teacher.path`, or else drawn from the experiment's seed.
 
     Raises:
-        FileNotFoundError, ValueError: as `weights.dinov2.load` and `weights.qwen.load`.
+        FileNotFoundError, ValueError: as `checkpoints.convert.dinov2.load` and `checkpoints.convert.qwen.load`.
     """
     path, tree = cfg["teacher"]["path"], teachers.declare(teacher)
     if not path:

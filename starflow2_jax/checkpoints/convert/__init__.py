@@ -1,0 +1,1 @@
+"""Name tables between published weights and ours."""
