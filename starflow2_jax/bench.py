@@ -186,7 +186,7 @@ def train_experiment(cfg: Mapping[str, Any], repeats: int, rates: Result) -> Res
     """
     from starflow2_jax import config
     from starflow2_jax.mesh import host_rows, make_mesh
-    from starflow2_jax.training import step
+    from starflow2_jax.training import program as step
 
     config.check(cfg)
     program = step.build(cfg, make_mesh(cfg["mesh"]))

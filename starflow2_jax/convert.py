@@ -139,7 +139,7 @@ def experiment(
 def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
     """A run, a step or a model folder to a model folder, ours or the public one."""
     from starflow2_jax.generation import loading
-    from starflow2_jax.training.step import model_config
+    from starflow2_jax.training.program import model_config
 
     path, out = _need(values, "model"), _need(values, "out")
     task = loading.task(path)
@@ -204,8 +204,8 @@ def _export_reader(values: flags.FlagValues, path: str, out: str) -> tuple[dict,
 def _opened(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """(configuration, parameters or Stored tensors) of a run, a step or a model folder."""
     from starflow2_jax.checkpoints import orbax, steps
-    from starflow2_jax.training.step import declare as declare_experiment
-    from starflow2_jax.training.step import frozen_weights, model_config
+    from starflow2_jax.training.program import declare as declare_experiment
+    from starflow2_jax.training.program import frozen_weights, model_config
 
     if model_folder.is_folder(path):
         cfg = model_folder.read_config(path)

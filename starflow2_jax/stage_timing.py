@@ -21,7 +21,7 @@ from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.starflow2 import Config
 from starflow2_jax.timing import Result, shares, timed
 from starflow2_jax.training import speed, starflow2_step
-from starflow2_jax.training.step import to_device
+from starflow2_jax.training.program import to_device
 
 # What a stage trains, and its row: positions, images, learnt tokens (of experiments/stage*.py).
 STAGES: dict[str, dict[str, Any]] = {

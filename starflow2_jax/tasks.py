@@ -7,13 +7,12 @@ from typing import Any
 from jax.sharding import Mesh
 
 from starflow2_jax import params as weights
-from starflow2_jax import start
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.data import image_batches, packed_batches, packing
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.models import flops
-from starflow2_jax.training import fae_step, starflow2_step, vlm_step
-from starflow2_jax.training import step as programs
+from starflow2_jax.training import fae_step, init_from, starflow2_step, vlm_step
+from starflow2_jax.training import program as programs
 
 Config = Mapping[str, Any]
 
@@ -37,7 +36,7 @@ def build(cfg: Config, mesh: Mesh, *, null_text: Any = None, dry_run: bool = Fal
         return programs.build(cfg, mesh, null_text=null_text)
     if cfg["task"] in INTERLEAVED:
         return _step(cfg).build(cfg, mesh)
-    return fae_step.build(cfg, mesh, start.codec(cfg, dry_run))
+    return fae_step.build(cfg, mesh, init_from.codec(cfg, dry_run))
 
 
 def reader(cfg: Config) -> ModuleType:

@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import config, start, tasks
+from starflow2_jax import config, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import orbax
@@ -23,9 +23,9 @@ from starflow2_jax.evaluation import conversations, likelihood, report, samples
 from starflow2_jax.generation import model as generation
 from starflow2_jax.latents import batch_encoder
 from starflow2_jax.runtime import allocator, cli, distributed
+from starflow2_jax.training import init_from, speed
 from starflow2_jax.training import log as logs
-from starflow2_jax.training import speed
-from starflow2_jax.training import step as programs
+from starflow2_jax.training import program as programs
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "FILE.py[:variant] or starflow2:NAME[:variant]"
@@ -124,7 +124,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         orbax.check_frozen(workdir, then, frozen_files)
         print(f"resumed {workdir} at step {newest}", flush=True)
     elif cfg["init"]["from"]:  # 2. weights of another run
-        state = start.warm(program, state, cfg["init"], frozen_files)
+        state = init_from.warm(program, state, cfg["init"], frozen_files)
         print(f"started from the weights of {cfg['init']['from']}", flush=True)
     # 3. otherwise from the initialised weights
     first = newest or 0

@@ -14,7 +14,7 @@ from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.runtime import cli
-from starflow2_jax.training import step
+from starflow2_jax.training import program as step
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 VARIANTS = ["tarflow_pixels:tiny", "tarflow_pixels:cifar", "tarflow_pixels:in64",

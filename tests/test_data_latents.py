@@ -19,7 +19,7 @@ from starflow2_jax.latents import codec, write, write_beam
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.shapes import generator, tasks
-from starflow2_jax.training import fae_step, inputs
+from starflow2_jax.training import fae_step, preprocess
 
 SHARDS, ROWS = 4, 21
 
@@ -74,7 +74,7 @@ def test_offline_equals_online_bit_for_bit(parts, whole):
             np.testing.assert_array_equal(mean[k], rows[i]["latent_mean"][0])
             np.testing.assert_array_equal(log_variance[k], rows[i]["latent_logvar"][0])
     # And they are the codec's: the posterior, normalised.
-    scaled = inputs.scale_pixels(pixels)
+    scaled = preprocess.scale_pixels(pixels)
     x = teachers.features(opened.params["teacher"], scaled, opened.teacher)
     raw, _ = fae.posterior(opened.params, x, opened.model)
     np.testing.assert_allclose(

@@ -18,7 +18,8 @@ from starflow2_jax.data.manifest import Importer
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.generation.model import Model
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import inputs, step
+from starflow2_jax.training import preprocess
+from starflow2_jax.training import program as step
 
 SIDE = 8
 
@@ -69,8 +70,10 @@ def batches(images, size, **extra):
 
 def noisy(cfg, images):
     """The very tokens that are measured, float64."""
-    keys = inputs.row_keys(cfg.seed + 1, 0, np.arange(len(images)))
-    return np.asarray(inputs.tokens({"image": jnp.asarray(images)}, keys, cfg, False), np.float64)
+    keys = preprocess.row_keys(cfg.seed + 1, 0, np.arange(len(images)))
+    return np.asarray(
+        preprocess.tokens({"image": jnp.asarray(images)}, keys, cfg, False), np.float64
+    )
 
 
 def test_identity_flow_has_the_bits_of_a_standard_normal():
@@ -182,8 +185,8 @@ def test_gaussian_baseline_is_the_closed_form(kind):
     assert got == pytest.approx(
         likelihood.gaussian_baseline(batches(fit, 900), batches(held_out, 301), cfg), rel=1e-9
     )
-    keys = inputs.row_keys(cfg.seed, 0, np.arange(900))
-    x = np.asarray(inputs.tokens({"image": jnp.asarray(fit)}, keys, cfg, False), np.float64)
+    keys = preprocess.row_keys(cfg.seed, 0, np.arange(900))
+    x = np.asarray(preprocess.tokens({"image": jnp.asarray(fit)}, keys, cfg, False), np.float64)
     y = noisy(cfg, held_out)
     exact = 0.5 * np.log(2 * np.pi * x.var(0)) + 0.5 * (y - x.mean(0)) ** 2 / x.var(0)
     # The noise is float32 and drawn here by another program: its last bit may differ.

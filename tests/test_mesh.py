@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.training import step
+from starflow2_jax.training import program as step
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 

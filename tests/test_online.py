@@ -20,7 +20,7 @@ from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.latents import batch_encoder, codec, write
 from starflow2_jax.shapes import generator, tasks
-from starflow2_jax.training import step
+from starflow2_jax.training import program
 
 COUNT = 21
 
@@ -57,7 +57,7 @@ def experiment(parts, offline=False, **changes):
 def test_online_equals_offline_bit_for_bit(parts):
     """Whatever the batch, and inside a training on eight devices."""
     cfg = experiment(parts)
-    model = step.model_config(cfg)
+    model = program.model_config(cfg)
     opened = batch_encoder.open(cfg, model)
     options = batch_encoder.options(likelihood.data_options(cfg, model, "data"), opened)
     stored = {**options, "latents": parts[2]}
@@ -118,7 +118,7 @@ def test_runs_are_alike_and_go_on_either_way(parts, tmp_path):
 def save_flow(workdir, parts, **changes):
     """A run of a flow of these latents, as it was born."""
     cfg = experiment(parts, **changes)
-    drawn = weights.init(jax.random.key(1), step.declare(cfg, step.model_config(cfg)))
+    drawn = weights.init(jax.random.key(1), program.declare(cfg, program.model_config(cfg)))
     writer = orbax.open(workdir)
     meta = {"config": cfg, "classes": None, "step": 1, "null_text": None}
     meta["frozen"] = {"fae": codec.load(parts[0]).sha256}
@@ -165,7 +165,7 @@ def test_likelihoods_of_images_are_those_of_their_latents(parts, tmp_path, capsy
 def test_what_does_not_fit_is_refused(parts, tmp_path):
     def opened(**changes):
         cfg = experiment(parts, **changes)
-        return batch_encoder.open(cfg, step.model_config(cfg))
+        return batch_encoder.open(cfg, program.model_config(cfg))
 
     with pytest.raises(ValueError, match=r"reads 4 x 8 latents.* gives 4 x 4"):
         opened(**{"model.channels": 8})
@@ -173,12 +173,12 @@ def test_what_does_not_fit_is_refused(parts, tmp_path):
         opened(**{"fae.path": str(tmp_path / "nowhere")})
     pixels = test_training_step.experiment(**{"fae.path": parts[0]})
     with pytest.raises(ValueError, match="reads pixels"):
-        batch_encoder.open(pixels, step.model_config(pixels))
+        batch_encoder.open(pixels, program.model_config(pixels))
     assert batch_encoder.open(experiment(parts, offline=True), None) is None
     # Stored latents beside the codec must be its own.
     other = codec.load(make_run(tmp_path / "other", 1))
     cfg = experiment(parts, offline=True)
-    about = image_batches.describe(likelihood.data_options(cfg, step.model_config(cfg), "data"))
+    about = image_batches.describe(likelihood.data_options(cfg, program.model_config(cfg), "data"))
     assert batch_encoder.describe(about, codec.load(parts[0]), "data.latents") == about
     with pytest.raises(DatasetError, match=r"data\.latents: latents of the encoder"):
         batch_encoder.describe(about, other, "data.latents")

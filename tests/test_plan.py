@@ -20,7 +20,7 @@ from starflow2_jax import params as weights
 from starflow2_jax import plan
 from starflow2_jax.models import flops, starflow2
 from starflow2_jax.planning import estimate, halfway, report, topology
-from starflow2_jax.training.step import model_config
+from starflow2_jax.training.program import model_config
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed (extra `plan`)")

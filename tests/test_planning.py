@@ -14,8 +14,8 @@ from starflow2_jax import config, tasks
 from starflow2_jax import mesh as meshes
 from starflow2_jax.models import flops, flow, layers
 from starflow2_jax.planning import cost, hlo, intent, memory, work
-from starflow2_jax.training import step
-from starflow2_jax.training.step import model_config
+from starflow2_jax.training import program as step
+from starflow2_jax.training.program import model_config
 
 MESHES = {
     "dp": "data=8",

@@ -9,12 +9,13 @@ from test_training_step import experiment
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax import start, train
+from starflow2_jax import train
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.data import records
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import log, step
+from starflow2_jax.training import init_from, log
+from starflow2_jax.training import program as step
 
 
 def dataset(path, label="color", count=20):
@@ -98,7 +99,7 @@ def test_weights_of_another_run_or_folder(source, tmp_path, kind):
         model_folder.write_folder(path, state.params, program.cfg)
     with jax.set_mesh(program.mesh):
         fresh, _ = program.init(jax.random.key(2))
-    begun = start.warm(program, fresh, {"from": str(path), "ema": kind != "raw"})
+    begun = init_from.warm(program, fresh, {"from": str(path), "ema": kind != "raw"})
     same(begun.params, state.params, factor)
     same(begun.ema, state.params, factor)
     assert int(begun.step) == 0
@@ -115,13 +116,13 @@ def test_weights_of_another_model_are_listed(source, tmp_path):
     other = step.build(cfg, meshes.make_mesh("data=8"))
     model_folder.write_folder(tmp_path / "folder", state.params, program.cfg)
     with pytest.raises(ValueError, match="is the checkpoint of another model") as error:
-        start.warm(other, None, {"from": str(path), "ema": True})
+        init_from.warm(other, None, {"from": str(path), "ema": True})
     assert "2 unexpected: ema.flow.blocks.0.class_embed, ema.flow" in str(error.value)
     assert "proj_in.weight is float32[48, 64], expected float32[48, 32]" in str(error.value)
     with pytest.raises(ValueError, match="class_embed"):
-        start.warm(other, state, {"from": str(tmp_path / "folder"), "ema": True})
+        init_from.warm(other, state, {"from": str(tmp_path / "folder"), "ema": True})
     with pytest.raises(FileNotFoundError, match="no committed checkpoint in"):
-        start.warm(other, None, {"from": str(tmp_path / "nowhere"), "ema": True})
+        init_from.warm(other, None, {"from": str(tmp_path / "nowhere"), "ema": True})
 
 
 def test_evaluation_in_training_fits_its_batch_to_the_mesh(colors, tmp_path):

@@ -18,7 +18,8 @@ from starflow2_jax.latents import codec
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import fae_step, inputs, step
+from starflow2_jax.training import fae_step, preprocess
+from starflow2_jax.training import program as step
 
 ROWS = 8
 TINY = {
@@ -106,7 +107,7 @@ def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, frozen))
     assert np.mean(losses[-5:]) < 0.6 * losses[0], losses[::10]
     # The averaged weights' own statistics: their latents have unit variance.
-    image = inputs.scale_pixels(batch_of()["image"])
+    image = preprocess.scale_pixels(batch_of()["image"])
     teacher = fae_step.teacher_of(cfg, program.model)
     x = teachers.features(frozen["teacher"], image, teacher)
     sums = fae.moments(*fae.encode(state.ema, x, program.model))

@@ -11,13 +11,14 @@ from test_training_fae import batch_of, experiment, pixel_experiment, run, run_c
 
 from starflow2_jax import mesh
 from starflow2_jax import params as weights
-from starflow2_jax import start as starts
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import lpips
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import perceptual
-from starflow2_jax.training import fae_step, inputs, step
+from starflow2_jax.training import fae_step, preprocess
+from starflow2_jax.training import init_from as starts
+from starflow2_jax.training import program as step
 
 codec = codec_fixture
 
@@ -128,7 +129,7 @@ def test_lpips_within_a_step(tmp_path):
     # Measured without noise, it is the distance of what is decoded.
     ids, mask = np.arange(8, dtype=np.int32), np.ones(8, np.float32)
     sums = program.evaluate(state.params, frozen, batch, ids, mask)
-    image = inputs.scale_pixels(batch["image"])
+    image = preprocess.scale_pixels(batch["image"])
     given = fae_step.teacher_of(cfg, program.model)
     x = fae_step.fae_objectives.teachers.features(frozen["teacher"], image, given)
     decoded = fae.decode_pixels({**frozen, **state.params}, x, program.model)

@@ -12,7 +12,7 @@ import pytest
 
 from starflow2_jax import config, mesh
 from starflow2_jax.checkpoints import orbax
-from starflow2_jax.training import step
+from starflow2_jax.training import program as step
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -10,13 +10,14 @@ import numpy as np
 import pretzel_rows as small
 import pytest
 
-from starflow2_jax import config, mesh, start
+from starflow2_jax import config, mesh
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.checkpoints.convert import qwen as qwen_weights
 from starflow2_jax.models import qwen, qwen_vision, starflow2
 from starflow2_jax.models.ablations import mot
-from starflow2_jax.training import inputs, starflow2_loss, starflow2_step, step
+from starflow2_jax.training import init_from, preprocess, starflow2_loss, starflow2_step
+from starflow2_jax.training import program as step
 from starflow2_jax.training.loss import HALF_LOG_2_PI
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -180,13 +181,13 @@ def test_a_part_that_is_empty_contributes_nothing():
 
 def test_noise_belongs_to_row_step_and_place():
     cfg, batch = experiment(), batch_of()
-    keys = inputs.row_keys(0, 3, jnp.arange(ROWS))
+    keys = preprocess.row_keys(0, 3, jnp.arange(ROWS))
     whole = starflow2_loss.latents(batch, keys, cfg)
     one = {name: a[2:3] for name, a in batch.items()}
     np.testing.assert_array_equal(starflow2_loss.latents(one, keys[2:3], cfg)[0], whole[2])
     noise = np.asarray(whole) - batch["latent_mean"]
     assert np.unique(noise).size == noise.size and 0.25 < noise.std() < 0.35
-    later = starflow2_loss.latents(batch, inputs.row_keys(0, 4, jnp.arange(ROWS)), cfg)
+    later = starflow2_loss.latents(batch, preprocess.row_keys(0, 4, jnp.arange(ROWS)), cfg)
     assert not np.any(np.asarray(later) == np.asarray(whole))
 
 
@@ -224,7 +225,7 @@ def test_a_stage_starts_from_the_one_before(tmp_path):
     _, program, fresh, _ = begin(experiment(2))
     for ema in (True, False):
         init = {"from": str(tmp_path / "stage1"), "ema": ema}
-        begun = start.warm(program, fresh, init)
+        begun = init_from.warm(program, fresh, init)
         wanted = before.ema if ema else before.params
         jax.tree.map(np.testing.assert_array_equal, begun.params, wanted)
         jax.tree.map(np.testing.assert_array_equal, begun.ema, wanted)
@@ -238,11 +239,11 @@ def test_a_stage_starts_from_a_model_folder(tmp_path):
     _, program, fresh, _ = begin(experiment(3))
     for name, frozen in (("own", {}), ("other", {"vlm": "0" * 64})):
         model_folder.write_folder(tmp_path / name, held, {"task": "starflow2", "frozen": frozen})
-    begun = start.warm(program, fresh, {"from": str(tmp_path / "own"), "ema": True})
+    begun = init_from.warm(program, fresh, {"from": str(tmp_path / "own"), "ema": True})
     jax.tree.map(np.testing.assert_array_equal, begun.params, before.ema)
     jax.tree.map(np.testing.assert_array_equal, begun.ema, before.ema)
     with pytest.raises(ValueError, match=r"init\.from=.*other' was trained beside another VLM"):
-        start.warm(program, fresh, {"from": str(tmp_path / "other"), "ema": True})
+        init_from.warm(program, fresh, {"from": str(tmp_path / "other"), "ema": True})
 
 
 @pytest.mark.parametrize("kind", ["missing", "other", "vlm", "fae"])
@@ -263,7 +264,7 @@ def test_a_stage_refuses_what_is_not_its_own(tmp_path, kind):
         save(tmp_path, state, {"fae": "0" * 64})
         words = "trained on latents of another codec: sha256 000"
     with pytest.raises(ValueError, match=words):
-        start.warm(program, state, {"from": str(tmp_path), "ema": True})
+        init_from.warm(program, state, {"from": str(tmp_path), "ema": True})
 
 
 # -------------------------------------------------------------------------------------- frozen VLM

@@ -9,7 +9,8 @@ from starflow2_jax import config, mesh
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.generation.inverse import inverse
 from starflow2_jax.models import flow
-from starflow2_jax.training import inputs, step
+from starflow2_jax.training import preprocess
+from starflow2_jax.training import program as step
 
 ROWS = 16
 
@@ -122,9 +123,9 @@ def test_trained_weights_invert_in_float32(kind):
     cfg["model"] |= kind
     _, state, _ = run(cfg, steps=40, batches=[batch_of()] * 40)
     model, batch = step.model_config(cfg), batch_of(seed=1)
-    keys = inputs.row_keys(0, 0, jnp.arange(ROWS))
+    keys = preprocess.row_keys(0, 0, jnp.arange(ROWS))
     image = {"image": batch["image"]}
-    x = inputs.tokens(image, keys, cfg, False)
+    x = preprocess.tokens(image, keys, cfg, False)
     labels = jnp.asarray(batch["label"])
     z, log_det = flow.forward(state.params["flow"], x, model, labels=labels)
     assert float(jnp.abs(z - x).max()) > 0.5 and float(jnp.abs(log_det).min()) > 0.1
@@ -154,23 +155,23 @@ def test_noise_of_a_row_depends_on_seed_step_and_row_alone():
     cfg = experiment()
     batch = {k: v for k, v in batch_of().items() if k != "id"}
     rows = jnp.arange(ROWS)
-    whole = inputs.tokens(batch, inputs.row_keys(3, 7, rows), cfg, True)
+    whole = preprocess.tokens(batch, preprocess.row_keys(3, 7, rows), cfg, True)
     part = {k: v[5:9] for k, v in batch.items()}
-    some = inputs.tokens(part, inputs.row_keys(3, 7, rows[5:9]), cfg, True)
+    some = preprocess.tokens(part, preprocess.row_keys(3, 7, rows[5:9]), cfg, True)
     np.testing.assert_array_equal(whole[5:9], some)
     keys = [
-        jax.random.key_data(inputs.row_keys(*given, rows)) for given in ((3, 7), (3, 8), (4, 7))
+        jax.random.key_data(preprocess.row_keys(*given, rows)) for given in ((3, 7), (3, 8), (4, 7))
     ]
     assert len(np.unique(np.concatenate(keys), axis=0)) == 3 * ROWS
-    other = inputs.tokens(part, inputs.row_keys(3, 8, rows[5:9]), cfg, True)
+    other = preprocess.tokens(part, preprocess.row_keys(3, 8, rows[5:9]), cfg, True)
     assert float(jnp.abs(other - some).min(axis=(1, 2)).max()) > 0
 
 
 def test_drops_reach_the_asked_share_and_lose_text_and_label():
-    keys = inputs.row_keys(0, 0, jnp.arange(4000))
+    keys = preprocess.row_keys(0, 0, jnp.arange(4000))
     batch = {"label": jnp.ones(4000, jnp.int32), "text": jnp.ones((4000, 2, 3))}
     null = jnp.full((2, 3), 5.0)
-    given = inputs.conditions({}, batch, keys, 0.1, null)
+    given = preprocess.conditions({}, batch, keys, 0.1, null)
     lost = np.asarray(given["labels"]) == -1
     assert 0.08 < lost.mean() < 0.12
     np.testing.assert_array_equal(np.asarray(given["text"])[lost], 5.0)
@@ -180,11 +181,11 @@ def test_drops_reach_the_asked_share_and_lose_text_and_label():
 def test_uniform_noise_is_the_dequantisation_of_bits_per_dim():
     cfg = experiment(**{"noise.kind": "uniform"})
     batch = {k: v for k, v in batch_of().items() if k != "id"}
-    x = inputs.tokens(batch, inputs.row_keys(0, 0, jnp.arange(ROWS)), cfg, False)
+    x = preprocess.tokens(batch, preprocess.row_keys(0, 0, jnp.arange(ROWS)), cfg, False)
     from starflow2_jax.models.patches import unpatchify
 
     pixels = unpatchify(x, (2, 2), 4, "channel_first")
-    np.testing.assert_array_equal(inputs.to_pixels(pixels, "uniform"), batch["image"])
+    np.testing.assert_array_equal(preprocess.to_pixels(pixels, "uniform"), batch["image"])
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():

@@ -14,7 +14,8 @@ from starflow2_jax.checkpoints import orbax
 from starflow2_jax.evaluation import understanding
 from starflow2_jax.generation import reader as readers
 from starflow2_jax.models import layers, qwen, qwen_vision
-from starflow2_jax.training import step, text_loss, vlm_step
+from starflow2_jax.training import program as step
+from starflow2_jax.training import text_loss, vlm_step
 
 ROWS, SOME = 8, 4
 MODEL = qwen.Config(

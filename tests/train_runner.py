@@ -22,7 +22,7 @@ from starflow2_jax import train
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import image_batches, packed_batches
 from starflow2_jax.runtime import distributed
-from starflow2_jax.training import step as programs
+from starflow2_jax.training import program as programs
 
 if "OBJECT_STORE" in os.environ:
     import object_store

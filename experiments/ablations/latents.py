@@ -20,7 +20,7 @@ from starflow2_jax.latents import codec as codecs
 from starflow2_jax.latents import write
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.models.patches import patchify
-from starflow2_jax.training import inputs
+from starflow2_jax.training import preprocess
 
 # Pixels along the side of a patch, of a picture made so small that it has the codec's patches.
 PATCH = 4
@@ -78,7 +78,7 @@ def _features(path: str) -> tuple[Encode, int, str]:
     """Features of a codec's tower, the side of the pictures that it sees, and what it is."""
     codec = codecs.load(path)
     run = jax.jit(
-        lambda params, x: teachers.features(params, inputs.scale_pixels(x), codec.teacher)
+        lambda params, x: teachers.features(params, preprocess.scale_pixels(x), codec.teacher)
     )
 
     def encode(pictures):

@@ -23,7 +23,7 @@ from starflow2_jax.evaluation import understanding
 from starflow2_jax.generation import loading
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.models import backbone
-from starflow2_jax.training import inputs, starflow2_loss, starflow2_step, text_loss
+from starflow2_jax.training import preprocess, starflow2_loss, starflow2_step, text_loss
 from starflow2_jax.training.starflow2_loss import Stage, Terms
 
 _STAGE = Stage(True, True)
@@ -88,7 +88,7 @@ def scorer(model: Model):
     @jax.jit
     def run(params, batch, rows):
         # Of the row alone, so that no seed or model has other noise.
-        keys = inputs.row_keys(1, 0, rows)
+        keys = preprocess.row_keys(1, 0, rows)
         x = starflow2_loss.latents(batch, keys, cfg)
         found = starflow2_loss.terms(params, batch, x, model.shape, _STAGE, **options)
         return by_record(found, batch["segments"]), starflow2_loss.sums(found, batch, _STAGE)

@@ -21,7 +21,7 @@ from starflow2_jax.latents.codec import Codec
 from starflow2_jax.models.fae import losses
 from starflow2_jax.shapes import generator, holdout
 from starflow2_jax.shapes.generator import Object, Scene
-from starflow2_jax.training import inputs
+from starflow2_jax.training import preprocess
 
 ROWS = 64
 # Of a mean square in levels of 255 at which PSNR ends, at 68 dB: an image that is equal has none.
@@ -102,7 +102,7 @@ def boxes(scene: Scene, side: int) -> np.ndarray:
 
 def noisy(latents: np.ndarray, sigma: float, seed: int, first: int) -> np.ndarray:
     """latents [N, T, D] + sigma noise, those of the images `first`, `first + 1`, ..."""
-    keys = inputs.row_keys(seed, 0, np.arange(first, first + len(latents)))
+    keys = preprocess.row_keys(seed, 0, np.arange(first, first + len(latents)))
     return np.asarray(losses.add_noise(keys, jnp.asarray(latents), sigma))
 
 

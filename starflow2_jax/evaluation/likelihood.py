@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from starflow2_jax import mesh as meshes
 from starflow2_jax.generation.model import Model
 from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.training import inputs
+from starflow2_jax.training import preprocess
 from starflow2_jax.training.loss import HALF_LOG_2_PI, flow_loss, per_dim
-from starflow2_jax.training.step import Program, model_config, to_device
+from starflow2_jax.training.program import Program, model_config, to_device
 
 Batch = Mapping[str, Any]
 Config = Mapping[str, Any]
@@ -100,12 +100,12 @@ def per_image(
 
     @functools.partial(jax.jit, out_shardings=meshes.replicated(mesh))
     def measure(params, batch, ids, mask):
-        keys = inputs.row_keys(cfg["seed"] + 1, 0, ids)
-        x = inputs.tokens(batch, keys, cfg, False)
-        given = inputs.conditions(params, batch, keys, 0.0)
+        keys = preprocess.row_keys(cfg["seed"] + 1, 0, ids)
+        x = preprocess.tokens(batch, keys, cfg, False)
+        given = preprocess.conditions(params, batch, keys, 0.0)
         return ids, mask, flow_loss(params["flow"], x, flow, **given)[1]
 
-    wanted = inputs.abstract_batch(cfg, flow, 1)
+    wanted = preprocess.abstract_batch(cfg, flow, 1)
     found, totals = [], {}
     for batch in batches:
         absent = [name for name in wanted if name not in batch]
@@ -274,16 +274,16 @@ def _noisy(cfg: Config) -> Callable[[Batch, int, int], np.ndarray]:
     """Unmasked rows of a batch with the experiment's noise, float64 [n, T, D]."""
     wanted = [
         name
-        for name in inputs.abstract_batch(cfg, model_config(cfg), 1)
+        for name in preprocess.abstract_batch(cfg, model_config(cfg), 1)
         if name in ("image", "latent_mean", "latent_logvar")
     ]
-    draw = jax.jit(lambda batch, keys: inputs.tokens(batch, keys, cfg, False))
+    draw = jax.jit(lambda batch, keys: preprocess.tokens(batch, keys, cfg, False))
 
     def tokens(batch: Batch, number: int, seed: int) -> np.ndarray:
         arrays = {name: np.asarray(batch[name]) for name in wanted}
         size = len(arrays[wanted[0]])
         mask = np.asarray(batch.get("mask", np.ones(size))) > 0
-        keys = inputs.row_keys(seed, 0, np.arange(number * size, (number + 1) * size))
+        keys = preprocess.row_keys(seed, 0, np.arange(number * size, (number + 1) * size))
         return np.asarray(draw(arrays, keys), np.float64)[mask]
 
     return tokens

@@ -19,7 +19,7 @@ from starflow2_jax import config, params
 from starflow2_jax.evaluation import curves, page
 from starflow2_jax.models import backbone
 from starflow2_jax.models.fae import codec
-from starflow2_jax.training import fae_step, log, starflow2_step, step, vlm_step
+from starflow2_jax.training import fae_step, log, program, starflow2_step, vlm_step
 
 FILE = "report.html"
 _SAMPLE = re.compile(r"(?:(.+)_)?(\d+)\.png")
@@ -81,7 +81,7 @@ def _declared(cfg: Mapping[str, Any]) -> Any:
     """Weights of a run's model, by its task."""
     task = cfg.get("task", "flow")
     if task == "flow":
-        return step.declare(cfg, step.model_config(cfg))
+        return program.declare(cfg, program.model_config(cfg))
     if task == "vlm":
         return vlm_step.declare(cfg, vlm_step.model_config(cfg))
     if task == "starflow2":

@@ -7,7 +7,7 @@ import numpy as np
 
 from starflow2_jax.data import image_batches
 from starflow2_jax.generation.model import Model, Sampling, generate
-from starflow2_jax.training.step import Program, to_device
+from starflow2_jax.training.program import Program, to_device
 
 
 def draw(model: Model, options: Mapping[str, Any]) -> tuple[np.ndarray, list[str] | None]:

@@ -18,7 +18,7 @@ from starflow2_jax.evaluation.cases import Case
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models import qwen
-from starflow2_jax.training import inputs, starflow2_loss, starflow2_step, text_loss
+from starflow2_jax.training import preprocess, starflow2_loss, starflow2_step, text_loss
 from starflow2_jax.training.loss import HALF_LOG_2_PI, per_dim
 from starflow2_jax.training.starflow2_loss import Stage
 
@@ -130,7 +130,7 @@ def sums(
     latents, row = [], 0
     laid = record_rows.batches(given, model.tokenizer, side, size=size, null=null, blank=blank)
     for batch, count in laid:
-        keys = inputs.row_keys(seed, 0, np.arange(row, row + len(batch["ids"])))
+        keys = preprocess.row_keys(seed, 0, np.arange(row, row + len(batch["ids"])))
         own, x = _latents(model, batch, keys)
         made = _sums(model.params, own, x, cfg=model.shape)
         found.append({n: np.asarray(a, np.float64)[:count] for n, a in made[0].items()})

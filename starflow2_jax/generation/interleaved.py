@@ -24,7 +24,7 @@ from starflow2_jax.generation.prompts import Part
 from starflow2_jax.latents import codec
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.models.backbone import Config
-from starflow2_jax.training import inputs
+from starflow2_jax.training import preprocess
 
 if TYPE_CHECKING:  # heavy
     from starflow2_jax.data.chat_layout import Tokenizer
@@ -231,7 +231,7 @@ def latents(
                 mean, log_variance = moments[id(part.image)]
                 batch = {"latent_mean": mean[None], "latent_logvar": log_variance[None]}
                 key = jax.random.fold_in(keys[b], number)
-                x.append(np.asarray(inputs.tokens(batch, key[None], model.cfg, False))[0])
+                x.append(np.asarray(preprocess.tokens(batch, key[None], model.cfg, False))[0])
             number += part.counts
         shape = (len(x), model.shape.patches, model.shape.flow.channels)
         found.append(np.asarray(x, wide).reshape(shape))

@@ -19,9 +19,9 @@ from starflow2_jax.generation.inverse import Jacobi, inverse
 from starflow2_jax.mesh import to_host
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import unpatchify
-from starflow2_jax.training import inputs
+from starflow2_jax.training import preprocess
 from starflow2_jax.training.loss import log_likelihood
-from starflow2_jax.training.step import declare, frozen_weights, model_config
+from starflow2_jax.training.program import declare, frozen_weights, model_config
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,16 @@ def generate(
 
 def _null_text(model):
     """[1, L, E], None for a model without text."""
-    return inputs.pad_text(model.null_text, model.flow)[None] if model.flow.text_channels else None
+    return (
+        preprocess.pad_text(model.null_text, model.flow)[None] if model.flow.text_channels else None
+    )
 
 
 def _draw(model, part, rows, sampling, guided):
     cfg, shape = model.flow, (model.flow.tokens, model.flow.channels)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(sampling.seed)))(rows)
     z = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-    given = inputs.conditions(model.params, part, keys, 0.0)
+    given = preprocess.conditions(model.params, part, keys, 0.0)
     x, _ = inverse(
         model.params["flow"],
         z,
@@ -192,7 +194,7 @@ def _draw(model, part, rows, sampling, guided):
     if not image["pixels"]:
         return to_host(x)
     pixels = unpatchify(x, (cfg.side, cfg.side), image["patch"], image["layout"])
-    return to_host(inputs.to_pixels(pixels, noise["kind"]))
+    return to_host(preprocess.to_pixels(pixels, noise["kind"]))
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -211,7 +213,7 @@ def likelihood(
     """log p [B] in nats of tokens x [B, T, D] as they are (no noise is added)."""
     batch = _conditions(model, len(x), prompts, labels, text)
     keys = jax.random.split(jax.random.key(0), len(x))
-    given = inputs.conditions(model.params, batch, keys, 0.0)
+    given = preprocess.conditions(model.params, batch, keys, 0.0)
     return np.asarray(_log_likelihood(model.params["flow"], x, given, cfg=model.flow))
 
 

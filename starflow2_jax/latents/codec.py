@@ -24,7 +24,7 @@ from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import dinov2
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.models.fae.teacher import Teacher
-from starflow2_jax.training import fae_step, inputs
+from starflow2_jax.training import fae_step, preprocess
 
 # Every image is encoded in a batch of this size, so that offline and online latents are equal.
 BATCH = 8
@@ -145,7 +145,7 @@ def encode(codec: Codec, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @partial(jax.jit, static_argnames=("model", "teacher"))
 def _encode(params, image, *, model, teacher):
-    x = teachers.features(params["teacher"], inputs.scale_pixels(image), teacher)
+    x = teachers.features(params["teacher"], preprocess.scale_pixels(image), teacher)
     return fae.encode(params, x, model)
 
 
@@ -169,7 +169,7 @@ def decode(codec: Codec, latents: np.ndarray) -> np.ndarray:
 @partial(jax.jit, static_argnames="model")
 def _decode(params, latents, *, model):
     x = fae.decode_features(params, latents, model)
-    return inputs.to_pixels(fae.decode_pixels(params, x, model), "none")
+    return preprocess.to_pixels(fae.decode_pixels(params, x, model), "none")
 
 
 def open_encoder(path: str) -> tuple[Callable, dict[str, Any]]:

@@ -21,7 +21,7 @@ from starflow2_jax.models import flow
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.planning.memory import per_device
 from starflow2_jax.training import starflow2_step
-from starflow2_jax.training.step import model_config
+from starflow2_jax.training.program import model_config
 
 
 @dataclass(frozen=True)

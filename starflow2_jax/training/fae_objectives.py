@@ -18,7 +18,7 @@ from starflow2_jax.models.fae.codec import Config
 from starflow2_jax.models.fae.losses import PixelWeights
 from starflow2_jax.models.fae.teacher import Teacher
 from starflow2_jax.params import Tree, Weight, zeros
-from starflow2_jax.training import inputs, optim
+from starflow2_jax.training import optimizer, preprocess
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def features(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objecti
     declared["teacher"] = teachers.declare(teacher)
 
     def prepare(frozen, batch, keys, train):
-        image = inputs.images(batch, keys, train and cfg["image"]["flip"])
+        image = preprocess.images(batch, keys, train and cfg["image"]["flip"])
         return {"features": teachers.features(frozen["teacher"], image, teacher)}
 
     def loss(params, frozen, given, keys, step):
@@ -119,7 +119,7 @@ def pixels(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective
 
     def prepare(frozen, batch, keys, train):
         draw = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
-        image = inputs.images(batch, draw[:, 0], train and cfg["image"]["flip"])
+        image = preprocess.images(batch, draw[:, 0], train and cfg["image"]["flip"])
         x = own = teachers.features(frozen["teacher"], image, teacher)
         if group["reconstructed"]:
             latents, log_variance = codec.encode(frozen, own, model)
@@ -214,5 +214,5 @@ def track_latent(
     mean, std = latent["mean"], latent["std"]
     fresh = tuple(observed[name] / observed["count"] for name in ("sum", "square"))
     old = (mean, jnp.square(std) + jnp.square(mean))
-    mean, square = optim.update_ema(old, fresh, group["statistics_decay"], step)
+    mean, square = optimizer.update_ema(old, fresh, group["statistics_decay"], step)
     return {"mean": mean, "std": jnp.sqrt(jnp.maximum(square - jnp.square(mean), 1e-12))}

@@ -1,4 +1,4 @@
-"""The training program of the latent codec's modules, with the interface of `training/step.py`.
+"""The training program of the latent codec's modules, with the interface of `training/program.py`.
 
 The frozen teacher is an argument of the step: it has no gradient and no optimizer state.
 """
@@ -19,8 +19,8 @@ from starflow2_jax.checkpoints.convert import lpips
 from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.models.fae.codec import Config
 from starflow2_jax.models.fae.teacher import Teacher
-from starflow2_jax.training import fae_objectives, inputs, optim
-from starflow2_jax.training.step import Program, TrainState, accumulate
+from starflow2_jax.training import fae_objectives, optimizer, preprocess
+from starflow2_jax.training.program import Program, TrainState, accumulate
 
 
 def model_config(cfg: Mapping[str, Any]) -> Config:
@@ -99,10 +99,10 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
     everywhere, where_batch = meshes.replicated(mesh), meshes.batch_sharding(mesh)
     where = weights.shardings(trained, mesh, cfg["layout"])
     where_frozen = weights.shardings(frozen, mesh, cfg["layout"])
-    tx = optim.optimizer(cfg["optim"], train["steps"])
+    tx = optimizer.optimizer(cfg["optim"], train["steps"])
     pick = lambda tree, names: {name: tree[name] for name in names}
     moments = {
-        group: optim.state_shardings(
+        group: optimizer.state_shardings(
             tx, weights.abstract(pick(trained, names)), pick(where, names), mesh
         )
         for group, names in own.groups.items()
@@ -139,7 +139,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
 
     def draws(step, ids):
         """Keys of each row [B, 2]: of its image, and of the loss."""
-        keys = inputs.row_keys(cfg["seed"], step, ids)
+        keys = preprocess.row_keys(cfg["seed"], step, ids)
         return jax.vmap(lambda key: jax.random.split(key, 2))(keys)
 
     def step(state, frozen, batch):
@@ -174,12 +174,12 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
                 now = jax.tree.map(keep, now, (old, state.opt_state[group]))
             fresh |= now[0]
             opt_state[group] = now[1]
-        ema = optim.update_ema(pick(state.ema, own.trained), fresh, train["ema"], state.step)
+        ema = optimizer.update_ema(pick(state.ema, own.trained), fresh, train["ema"], state.step)
         fresh |= own.track(tracked, seen["params"], metrics, state.step)
         ema |= own.track(pick(state.ema, own.tracked), seen["ema"], metrics, state.step)
         # A step that is not finite changes nothing but the counter, so the run stops in good state.
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        lr = optim.schedule(cfg["optim"], train["steps"])(state.step)
+        lr = optimizer.schedule(cfg["optim"], train["steps"])(state.step)
         state = TrainState(
             state.step + 1,
             keep(fresh, state.params),
@@ -190,17 +190,17 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
 
     def evaluate(params, frozen, batch, row_ids, mask):
         keys = jax.vmap(lambda key: jax.random.split(key, 2))(
-            inputs.row_keys(cfg["seed"] + 1, 0, row_ids)
+            preprocess.row_keys(cfg["seed"] + 1, 0, row_ids)
         )
         given = own.prepare(frozen, batch, keys[:, 0], False)
         sums = own.loss({**frozen, **params}, frozen, given, keys[:, 1], None)[1]
         return jax.tree.map(lambda each: (mask * each).sum(), sums)
 
     def show(params, frozen, batch):
-        keys = inputs.row_keys(cfg["seed"], 0, jnp.arange(len(batch["image"])))
+        keys = preprocess.row_keys(cfg["seed"], 0, jnp.arange(len(batch["image"])))
         given = own.prepare(frozen, batch, keys, False)
         shown = own.show({**frozen, **params}, frozen, given)
-        return inputs.to_pixels(shown, "none")
+        return preprocess.to_pixels(shown, "none")
 
     pixels = (rows, model.pixels, model.pixels, 3)
     batch = {"image": jax.ShapeDtypeStruct(pixels, jnp.uint8, sharding=where_batch)}

@@ -25,7 +25,7 @@ from starflow2_jax.models.ablations import mot
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.params import Tree
-from starflow2_jax.training import inputs
+from starflow2_jax.training import preprocess
 from starflow2_jax.training.loss import per_dim
 
 Batch = Mapping[str, jax.Array]
@@ -111,7 +111,7 @@ def latents(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any]) -> jax.Array:
     of_row = lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(shape[1]))
     places = jax.vmap(of_row)(keys).reshape(-1)
     each = {n: batch[n].reshape(-1, *shape[2:]) for n in ("latent_mean", "latent_logvar")}
-    return inputs.tokens(each, places, cfg, False).reshape(shape)
+    return preprocess.tokens(each, places, cfg, False).reshape(shape)
 
 
 def terms(

@@ -1,4 +1,4 @@
-"""The training program of STARFlow2's stages, with the interface of `training/step.py`.
+"""The training program of STARFlow2's stages, with the interface of `training/program.py`.
 
 A stage trains the subtrees that `train.trains` names. The others of `models.starflow2.SUBTREES` are
 carried along in the state, so that the next stage finds all of them; the frozen VLM is an argument
@@ -28,8 +28,8 @@ from starflow2_jax.models.ablations import mot
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import Tree
-from starflow2_jax.training import inputs, optim, starflow2_loss
-from starflow2_jax.training.step import Program, TrainState, accumulate, update
+from starflow2_jax.training import optimizer, preprocess, starflow2_loss
+from starflow2_jax.training.program import Program, TrainState, accumulate, update
 
 KINDS = {"pretzel": pretzel.Config, "mot": mot.Config}
 
@@ -185,8 +185,8 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
     where = weights.shardings(state_tree, mesh, cfg["layout"])
     where_frozen = weights.shardings(frozen_tree, mesh, cfg["layout"])
     pick = lambda tree: {name: tree[name] for name in trained}
-    tx = optim.optimizer(cfg["optim"], train["steps"])
-    moments = optim.state_shardings(tx, weights.abstract(trained), pick(where), mesh)
+    tx = optimizer.optimizer(cfg["optim"], train["steps"])
+    moments = optimizer.state_shardings(tx, weights.abstract(trained), pick(where), mesh)
     where_state = TrainState(everywhere, where, where, moments)
 
     def first(key, read):
@@ -220,7 +220,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
         return starflow2_loss.sums(found, batch, stage)
 
     def step(state, frozen, batch):
-        keys = inputs.row_keys(cfg["seed"], state.step, jnp.arange(rows))
+        keys = preprocess.row_keys(cfg["seed"], state.step, jnp.arange(rows))
         # Of the global batch, so that microbatches, devices and hosts add up to the same loss.
         totals = jax.tree.map(jnp.sum, starflow2_loss.counts(batch, stage))
         others = {**frozen, **{n: tree for n, tree in state.params.items() if n not in trained}}
@@ -236,7 +236,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
         return update(state, grads, metrics, tx, cfg)
 
     def evaluate(params, frozen, batch, row_ids, mask):
-        keys = inputs.row_keys(cfg["seed"] + 1, 0, row_ids)
+        keys = preprocess.row_keys(cfg["seed"] + 1, 0, row_ids)
         made = sums({**frozen, **params}, batch, keys)
         return jax.tree.map(lambda each: (mask * each).sum(), made)
 

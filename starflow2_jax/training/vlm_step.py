@@ -1,4 +1,4 @@
-"""The training program of a small vision-language model, with the interface of `training/step.py`.
+"""The training program of a small vision-language model, with the interface of `training/program.py`.
 
 Next-token cross entropy over interleaved rows whose images the model sees with its own tower. Two
 terms train the tower itself. A linear layer reads the pixels back from its features, so that they
@@ -26,8 +26,8 @@ from starflow2_jax.models.patches import patchify
 from starflow2_jax.models.qwen import Config
 from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.params import Tree, Weight, zeros
-from starflow2_jax.training import inputs, optim, text_loss
-from starflow2_jax.training.step import Program, TrainState, accumulate
+from starflow2_jax.training import optimizer, preprocess, text_loss
+from starflow2_jax.training.program import Program, TrainState, accumulate
 
 # Regions of an image, four objects and the ground, and words of each, at most.
 REGIONS = (5, 8)
@@ -81,10 +81,10 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
         raise ValueError(
             f"config: train.trains={list(train['trains'])}, but task='vlm' trains {list(declared)}"
         )
-    tx = optim.optimizer(cfg["optim"], train["steps"])
+    tx = optimizer.optimizer(cfg["optim"], train["steps"])
     everywhere, where_batch = meshes.replicated(mesh), meshes.batch_sharding(mesh)
     where = weights.shardings(declared, mesh, cfg["layout"])
-    moments = optim.state_shardings(tx, weights.abstract(declared), where, mesh)
+    moments = optimizer.state_shardings(tx, weights.abstract(declared), where, mesh)
     where_state = TrainState(everywhere, where, where, moments)
 
     def init(key):
@@ -118,9 +118,9 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
             still = jax.tree.map(jnp.zeros_like, updates["vlm"]["vision"])
             updates = {**updates, "vlm": {**updates["vlm"], "vision": still}}
         params = optax.apply_updates(state.params, updates)
-        ema = optim.update_ema(state.ema, params, train["ema"], state.step)
+        ema = optimizer.update_ema(state.ema, params, train["ema"], state.step)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        lr = optim.schedule(cfg["optim"], train["steps"])(state.step)
+        lr = optimizer.schedule(cfg["optim"], train["steps"])(state.step)
         state = TrainState(
             state.step + 1,
             keep(params, state.params),
@@ -204,7 +204,7 @@ def row_sums(
     else:
         sums = dict.fromkeys(text_loss.NAMES, jnp.zeros(len(seen)))
     block = model.vision.patch * model.vision.merge
-    image = inputs.scale_pixels(batch["images"])
+    image = preprocess.scale_pixels(batch["images"])
     rows, places = image.shape[:2]
     wanted = patchify(image.reshape(-1, *image.shape[2:]), block, "channel_last")
     found = layers.at_least_float32(layers.linear(params["pixel_probe"], seen))

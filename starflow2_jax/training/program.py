@@ -23,7 +23,7 @@ from starflow2_jax import params as weights
 from starflow2_jax.models import flow
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import Tree, Weight, normal
-from starflow2_jax.training import inputs, optim
+from starflow2_jax.training import optimizer, preprocess
 from starflow2_jax.training.loss import flow_loss, per_dim
 
 
@@ -139,14 +139,14 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Progr
     meshes.check_batch(rows, mesh)
     meshes.check_batch(rows // train["microbatches"], mesh, "rows of a microbatch")
     declared = declare(cfg, model)
-    null_text = inputs.pad_text(null_text, model)
+    null_text = preprocess.pad_text(null_text, model)
     trained, frozen = weights.split(declared, tuple(train["trains"]))
-    tx = optim.optimizer(cfg["optim"], train["steps"])
+    tx = optimizer.optimizer(cfg["optim"], train["steps"])
     everywhere = meshes.replicated(mesh)
     where = weights.shardings(trained, mesh, cfg["layout"])
     where_frozen = weights.shardings(frozen, mesh, cfg["layout"])
     where_batch = meshes.batch_sharding(mesh)
-    moments = optim.state_shardings(tx, weights.abstract(trained), where, mesh)
+    moments = optimizer.state_shardings(tx, weights.abstract(trained), where, mesh)
     where_state = TrainState(everywhere, where, where, moments)
 
     def init(key):
@@ -158,8 +158,8 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Progr
 
     def loss(params, frozen, batch, keys, train, drop):
         params = {**params, **frozen}
-        x = inputs.tokens(batch, keys, cfg, train)
-        given = inputs.conditions(params, batch, keys, drop, null_text)
+        x = preprocess.tokens(batch, keys, cfg, train)
+        given = preprocess.conditions(params, batch, keys, drop, null_text)
         penalty = cfg["loss"]["latent_penalty"] if train else 0.0
         return flow_loss(params["flow"], x, model, latent_penalty=penalty, **given)
 
@@ -172,17 +172,17 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Progr
         return accumulate(mean, params, (batch, keys), rows, train["microbatches"])
 
     def step(state, frozen, batch):
-        keys = inputs.row_keys(cfg["seed"], state.step, jnp.arange(rows))
+        keys = preprocess.row_keys(cfg["seed"], state.step, jnp.arange(rows))
         grads, metrics = gradients(state.params, frozen, batch, keys)
         return update(state, grads, metrics, tx, cfg)
 
     def evaluate(params, frozen, batch, row_ids, mask):
-        keys = inputs.row_keys(cfg["seed"] + 1, 0, row_ids)
+        keys = preprocess.row_keys(cfg["seed"] + 1, 0, row_ids)
 
         sums = loss(params, frozen, batch, keys, False, 0.0)[1]
         return jax.tree.map(lambda each: (mask * each).sum(), sums)
 
-    abstract = inputs.abstract_batch(cfg, model, rows)
+    abstract = preprocess.abstract_batch(cfg, model, rows)
     batch = {
         name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where_batch)
         for name, a in abstract.items()
@@ -225,9 +225,9 @@ def update(
     old, old_ema = pick(state.params), pick(state.ema)
     updates, moments = tx.update(grads, state.opt_state, old)
     params = optax.apply_updates(old, updates)
-    ema = optim.update_ema(old_ema, params, cfg["train"]["ema"], state.step)
+    ema = optimizer.update_ema(old_ema, params, cfg["train"]["ema"], state.step)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-    lr = optim.schedule(cfg["optim"], cfg["train"]["steps"])(state.step)
+    lr = optimizer.schedule(cfg["optim"], cfg["train"]["steps"])(state.step)
     state = TrainState(
         state.step + 1,
         {**state.params, **keep(params, old)},

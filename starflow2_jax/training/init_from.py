@@ -9,7 +9,7 @@ import numpy as np
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder, orbax, steps
 from starflow2_jax.latents import codec as codecs
-from starflow2_jax.training import step as programs
+from starflow2_jax.training import program as programs
 
 # Of the codec's training alone; no model folder holds them.
 _BESIDE = ("discriminator", "lecam")
