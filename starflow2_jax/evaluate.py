@@ -20,7 +20,6 @@ from absl import flags, logging
 from etils import epath
 
 from starflow2_jax import mesh as meshes
-from starflow2_jax import tasks
 from starflow2_jax.checkpoints import digest, model_folder, steps
 from starflow2_jax.config import nearest
 from starflow2_jax.data import image_batches, manifest, records
@@ -43,6 +42,7 @@ from starflow2_jax.latents import batch_encoder
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.runtime import allocator, cli
 from starflow2_jax.training import log, pictures
+from starflow2_jax.training.tasks import registry
 
 VERBS = {
     "likelihood": "exact nats/dim, and bits/dim where they are defined (--model --data)",
@@ -296,7 +296,7 @@ def _understanding(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]
     def answers(path, **changes):
         reader = readers.load(path)
         own = {"path": values.data, "mixture": (), "tokenizer": reader.tokenizer, **changes}
-        options = tasks.data_options(reader.cfg, reader.model, **own)
+        options = registry.data_options(reader.cfg, reader.model, **own)
         return understanding.answers(functools.partial(readers.score, reader), options)
 
     told = answers(values.model)

@@ -20,8 +20,9 @@ from starflow2_jax.generation import conversation, decode
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.starflow2 import Config
 from starflow2_jax.timing import Result, shares, timed
-from starflow2_jax.training import speed, starflow2_step
+from starflow2_jax.training import speed
 from starflow2_jax.training.program import to_device
+from starflow2_jax.training.tasks import starflow2
 
 # What a stage trains, and its row: positions, images, learnt tokens (of experiments/stage*.py).
 STAGES: dict[str, dict[str, Any]] = {
@@ -44,7 +45,7 @@ PROMPT, WORDS = 128, 64
 
 
 def experiment(stage: str, size: str, rows: int, dtype: str) -> dict[str, Any]:
-    """A configuration as `training.starflow2_step.build` takes it.
+    """A configuration as `training.tasks.starflow2.build` takes it.
 
     Args:
         stage: a key of `STAGES`; size: of `starflow2.PRESETS`; dtype: of matmuls and frozen VLM.
@@ -111,7 +112,7 @@ def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
     peak = speed.peak_flops()
     mesh = meshes.make_mesh("fsdp=-1")
     cfg = experiment(stage, size, rows, dtype) | {"layout": "fsdp", "mesh": "fsdp=-1"}
-    program = starflow2_step.build(cfg, mesh)
+    program = starflow2.build(cfg, mesh)
     began = time.perf_counter()
     ready = program.lower_step().compile()
     seconds = time.perf_counter() - began
@@ -130,7 +131,7 @@ def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
         row = {"row": f"train {stage} {size}", "batch": rows, "dtype": dtype}
         row |= {"compile_s": seconds, "needs_gib": needs / GIB, **timed(run, repeats)}
         row["loss"] = float(run()["loss"])
-    work = starflow2_step.work(cfg, program.model, program.declared)
+    work = starflow2.work(cfg, program.model, program.declared)
     row["tokens_per_s"] = 1000 * work["tokens"] / row["ms"]
     row["model_tflop"] = work["flops"] / 1e12
     return row | {"mfu": 1000 * work["flops"] / row["ms"] / peak}

@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import config, tasks
+from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import orbax
@@ -26,6 +26,7 @@ from starflow2_jax.runtime import allocator, cli, distributed
 from starflow2_jax.training import init_from, speed
 from starflow2_jax.training import log as logs
 from starflow2_jax.training import program as programs
+from starflow2_jax.training.tasks import registry
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "FILE.py[:variant] or starflow2:NAME[:variant]"
@@ -72,9 +73,9 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     config.check(cfg)
     distributed.init_distributed(cfg["distributed"])
     distributed.agree("the configuration", cfg)
-    model, reader = tasks.model_config(cfg), tasks.reader(cfg)
+    model, reader = registry.model_config(cfg), registry.reader(cfg)
     fae = batch_encoder.open(cfg, getattr(model, "flow", model))
-    of = lambda group: batch_encoder.options(tasks.data_options(cfg, model, group), fae)
+    of = lambda group: batch_encoder.options(registry.data_options(cfg, model, group), fae)
     data = None
     if not dry_run:
         given = [group for group in ("data", "eval_data") if _given(cfg[group])]
@@ -105,7 +106,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     mesh = meshes.make_mesh(cfg["mesh"])
     peak = speed.peak_flops()  # on one device, so before a mesh is set
     jax.set_mesh(mesh)
-    program = tasks.build(cfg, mesh, null_text=null_text, dry_run=dry_run)
+    program = registry.build(cfg, mesh, null_text=null_text, dry_run=dry_run)
     if jax.process_index() == 0:
         print(overview(program), flush=True)
     began = time.perf_counter()
@@ -153,7 +154,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         rows=meshes.host_rows(cfg["train"]["batch_size"], mesh),
     )
     batches = batch_encoder.encoded(batches, fae)
-    work = {**tasks.work(cfg, model, program.declared), "peak": peak}
+    work = {**registry.work(cfg, model, program.declared), "peak": peak}
     window: list[dict[str, Any]] = []
     waiting = None
 
@@ -352,7 +353,7 @@ def _evaluate(program, state, frozen, log, number, options, fae=None) -> None:
     evaluate = program.cfg["evaluate"]
     ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     size = -(-evaluate["batch_size"] // ways) * ways  # no figure depends on it
-    batches = tasks.reader(program.cfg).eval_batches(
+    batches = registry.reader(program.cfg).eval_batches(
         options, batch_size=size, rows=meshes.host_rows(size, program.mesh)
     )
     batches = batch_encoder.encoded(likelihood.limit(batches, evaluate["rows"], size), fae)

@@ -17,7 +17,7 @@ from starflow2_jax import bench, mesh, stage_timing, timing
 from starflow2_jax.generation.inverse import Jacobi
 from starflow2_jax.models import flow
 from starflow2_jax.runtime import allocator
-from starflow2_jax.training import starflow2_step
+from starflow2_jax.training.tasks import starflow2
 
 RATES = {"matmul_float32_gflops": 100.0, "copy_gb_per_s": 10.0, "sum_gb_per_s": 20.0}
 
@@ -186,7 +186,7 @@ def test_a_stages_step_is_timed_where_little_more_than_jax_is():
 def test_rows_of_a_stage_fit_its_step():
     """What is timed above but for its time: compiling takes most of it."""
     cfg = stage_timing.experiment("stage3", "tiny", 2, "bfloat16")
-    program = starflow2_step.build(cfg, mesh.make_mesh("fsdp=-1", jax.devices()[:1]))
+    program = starflow2.build(cfg, mesh.make_mesh("fsdp=-1", jax.devices()[:1]))
     rows = stage_timing.rows_of_images(cfg, program.model, 2)
     wanted = {name: (a.shape, a.dtype) for name, a in program.abstract_batch.items()}
     assert {name: (rows[name].shape, rows[name].dtype) for name in wanted} == wanted

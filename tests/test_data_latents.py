@@ -19,7 +19,8 @@ from starflow2_jax.latents import codec, write, write_beam
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.shapes import generator, tasks
-from starflow2_jax.training import fae_step, preprocess
+from starflow2_jax.training import preprocess
+from starflow2_jax.training.tasks import fae as fae_step
 
 SHARDS, ROWS = 4, 21
 

@@ -19,7 +19,7 @@ from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.shapes import generator, holdout, tasks
 from starflow2_jax.shapes.generator import Object, Scene
-from starflow2_jax.training import fae_step
+from starflow2_jax.training.tasks import fae as fae_step
 
 SIDE = 16
 

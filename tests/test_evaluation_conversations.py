@@ -9,13 +9,13 @@ from test_generation_interleaved import PIXELS, parts
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax import tasks
 from starflow2_jax.data import records
 from starflow2_jax.evaluation import asking, conversations
 from starflow2_jax.generation import loading
 from starflow2_jax.latents import batch_encoder, codec
 from starflow2_jax.models import starflow2
 from starflow2_jax.shapes import tasks as shapes_tasks
+from starflow2_jax.training.tasks import registry
 
 TASKS = ("t2i", "caption", "edit", "reason", "text", "question")
 STAGES = {
@@ -43,7 +43,7 @@ def experiment(model, data, stage, **sample):
     cfg = {**model.cfg, "train": {**model.cfg["train"], "trains": STAGES[stage]}}
     cfg["sample"] = {**cfg["sample"], "count": 3, "denoise": False, **sample}
     cfg["eval_data"] = {**cfg["eval_data"], "path": data}
-    return cfg, tasks.data_options(cfg, model.shape)
+    return cfg, registry.data_options(cfg, model.shape)
 
 
 def test_a_stage_shows_what_it_learns(model, data):

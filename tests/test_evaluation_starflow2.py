@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from test_generation_interleaved import PIXELS, make_parts
 
-from starflow2_jax import evaluate, tasks
+from starflow2_jax import evaluate
 from starflow2_jax.data import records
 from starflow2_jax.evaluation import (
     asking,
@@ -25,6 +25,7 @@ from starflow2_jax.generation import loading
 from starflow2_jax.generation import reader as readers
 from starflow2_jax.generation.prompts import Part
 from starflow2_jax.shapes import tasks as shapes_tasks
+from starflow2_jax.training.tasks import registry
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_a_reader_scores_rows_as_it_does_those_of_a_folder(parts, tmp_path):
     given = cases.drawn(0, 1, PIXELS, ["question"])
     records.write(tmp_path / "data", [case.record for case in given if case.seen])
     own = {"path": str(tmp_path / "data"), "mixture": (), "tokenizer": reader.tokenizer}
-    options = tasks.data_options(reader.cfg, reader.model, **own)
+    options = registry.data_options(reader.cfg, reader.model, **own)
     score = lambda batch: readers.score(reader, batch)
     expected = {a.id: (a.nats, a.right) for a in understanding.answers(score, options)}
     seen = [case for case in given if case.seen]

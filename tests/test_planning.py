@@ -10,12 +10,13 @@ import pytest
 from test_training_starflow2 import STAGES, batch_of
 from test_training_starflow2 import experiment as joint
 
-from starflow2_jax import config, tasks
+from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax.models import flops, flow, layers
 from starflow2_jax.planning import cost, hlo, intent, memory, work
 from starflow2_jax.training import program as step
 from starflow2_jax.training.program import model_config
+from starflow2_jax.training.tasks import registry
 
 MESHES = {
     "dp": "data=8",
@@ -46,7 +47,7 @@ def experiment(layout="fsdp", mesh=None, depth=2, **changes):
 
 def compiled(cfg):
     """(program, executable, its text parsed, what it does)."""
-    program = tasks.build(cfg, meshes.make_mesh(cfg["mesh"]))
+    program = registry.build(cfg, meshes.make_mesh(cfg["mesh"]))
     made = program.lower_step().compile()
     module = hlo.parse(made.as_text())
     return program, made, module, cost.analyse(module, program.mesh.shape)
@@ -206,7 +207,7 @@ def test_kept_activations_are_those_of_the_loops(of_layout):
     tokens, width, depth = 64, 64, 2
     expected = depth * ROWS * tokens * width * 4 / 8
     assert work.kept(trace(program), ROWS, 8) == pytest.approx(expected, rel=0.05)
-    other = tasks.build(experiment(**{"model.remat": "none"}), program.mesh)
+    other = registry.build(experiment(**{"model.remat": "none"}), program.mesh)
     assert work.kept(trace(other), ROWS, 8) > 5 * expected
 
 
@@ -282,8 +283,8 @@ def test_flops_are_the_analytic_count(remat, of_layout):
 def test_flops_of_a_stage_are_the_analytic_count(stage):
     """Rows of 40 positions are one part of attention, so that the whole square is computed."""
     cfg = joint(stage)
-    program = tasks.build(cfg, meshes.make_mesh("data=8"))
-    expected = tasks.work(cfg, program.model, program.declared)
+    program = registry.build(cfg, meshes.make_mesh("data=8"))
+    expected = registry.work(cfg, program.model, program.declared)
     assert expected["tokens"] == 8 * 40
     assert work.flops(_trace(program).jaxpr) == pytest.approx(expected["flops"], rel=0.05)
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from test_training_step import experiment
 
-from starflow2_jax import config, mesh, tasks, train
+from starflow2_jax import config, mesh, train
 from starflow2_jax.checkpoints import orbax, steps
 from starflow2_jax.data import records
 from starflow2_jax.shapes import generator
 from starflow2_jax.training import log
+from starflow2_jax.training.tasks import registry
 
 RUNNER = pathlib.Path(__file__).with_name("train_runner.py")
 CLOCKS = ("seconds_per_step", "tokens_per_second", "flops_per_second", "mfu")
@@ -82,7 +83,7 @@ def finish(process, expected=0):
 
 
 def state_of(workdir, number, cfg):
-    program = tasks.build({**cfg, "mesh": "data=1"}, mesh.make_mesh("data=1", jax.devices()[:1]))
+    program = registry.build({**cfg, "mesh": "data=1"}, mesh.make_mesh("data=1", jax.devices()[:1]))
     state, _ = orbax.restore(workdir, number, program.abstract_state)
     return jax.tree.map(np.asarray, state)
 

@@ -18,8 +18,9 @@ from starflow2_jax.latents import codec
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import fae_step, preprocess
+from starflow2_jax.training import preprocess
 from starflow2_jax.training import program as step
+from starflow2_jax.training.tasks import fae as fae_step
 
 ROWS = 8
 TINY = {

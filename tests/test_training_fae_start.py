@@ -16,9 +16,10 @@ from starflow2_jax.checkpoints.convert import lpips
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import perceptual
-from starflow2_jax.training import fae_step, preprocess
 from starflow2_jax.training import init_from as starts
+from starflow2_jax.training import preprocess
 from starflow2_jax.training import program as step
+from starflow2_jax.training.tasks import fae as fae_step
 
 codec = codec_fixture
 

@@ -16,9 +16,10 @@ from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.checkpoints.convert import qwen as qwen_weights
 from starflow2_jax.models import qwen, qwen_vision, starflow2
 from starflow2_jax.models.ablations import mot
-from starflow2_jax.training import init_from, preprocess, starflow2_loss, starflow2_step
+from starflow2_jax.training import init_from, preprocess, starflow2_loss
 from starflow2_jax.training import program as step
 from starflow2_jax.training.loss import HALF_LOG_2_PI
+from starflow2_jax.training.tasks import starflow2 as starflow2_step
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 ROWS = 8

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow2_jax import config, mesh, tasks
+from starflow2_jax import config, mesh
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.evaluation import understanding
 from starflow2_jax.generation import reader as readers
 from starflow2_jax.models import layers, qwen, qwen_vision
 from starflow2_jax.training import program as step
-from starflow2_jax.training import text_loss, vlm_step
+from starflow2_jax.training import text_loss
+from starflow2_jax.training.tasks import registry, vlm
 
 ROWS, SOME = 8, 4
 MODEL = qwen.Config(
@@ -52,8 +53,10 @@ def experiment(folders, **changes):
 
 
 def batches(cfg, count):
-    model = tasks.model_config(cfg)
-    stream = tasks.reader(cfg).batches(tasks.data_options(cfg, model, "data"), batch_size=ROWS)
+    model = registry.model_config(cfg)
+    stream = registry.reader(cfg).batches(
+        registry.data_options(cfg, model, "data"), batch_size=ROWS
+    )
     return [next(stream) for _ in range(count)]
 
 
@@ -61,7 +64,7 @@ def run(cfg, steps=SOME, devices=None):
     """(losses of all steps, state after some, program)."""
     grid = mesh.make_mesh(cfg["mesh"], devices or jax.devices()[:1])
     with jax.set_mesh(grid):
-        program = tasks.build(cfg, grid)
+        program = registry.build(cfg, grid)
         state, frozen = program.init(jax.random.key(cfg["seed"]))
         losses = []
         for batch in batches(cfg, steps):
@@ -122,15 +125,15 @@ def test_words_are_named_by_the_features_of_their_region(folders):
     words = np.full((ROWS, 3, 5, 8), -1, np.int32)
     words[:, 0, 0, :2], words[:, 0, 2, :1] = [7, 9], [11]
     batch = {"region": jnp.asarray(region), "region_words": jnp.asarray(words)}
-    params = weights.init(jax.random.key(0), vlm_step.declare({}, MODEL)["vlm"])
+    params = weights.init(jax.random.key(0), vlm.declare({}, MODEL)["vlm"])
     seen = jnp.asarray(rng.normal(size=(ROWS, 3, 4, 32)).astype(np.float32))
-    grad = jax.grad(lambda s: vlm_step.word_nats(params, batch, s, MODEL).sum())(seen)
+    grad = jax.grad(lambda s: vlm.word_nats(params, batch, s, MODEL).sum())(seen)
     shown = np.abs(np.asarray(grad)).max(-1) > 0
     np.testing.assert_array_equal(shown, region >= 0)
     states = seen / jnp.sqrt(jnp.square(seen).mean(-1, keepdims=True) + MODEL.norm_eps)
     said = jax.nn.log_softmax(states @ params["embed"]["weight"].T)[0, 0]
     wanted = -(said[1, [7, 9]].mean() + said[3, 11]) / 2
-    np.testing.assert_allclose(vlm_step.word_nats(params, batch, seen, MODEL)[0], wanted, rtol=1e-5)
+    np.testing.assert_allclose(vlm.word_nats(params, batch, seen, MODEL)[0], wanted, rtol=1e-5)
 
 
 def test_sums_of_text_are_those_of_each_record(folders):
@@ -181,7 +184,7 @@ def test_an_exported_reader_answers_like_its_run(folders, trained, tmp_path):
     assert second.model == first.model and second.tokenizer == str(tmp_path / "out")
     told = []
     for held in (first, second):
-        options = tasks.data_options(held.cfg, held.model, tokenizer=held.tokenizer, threads=1)
+        options = registry.data_options(held.cfg, held.model, tokenizer=held.tokenizer, threads=1)
         score = lambda batch, held=held: readers.score(held, batch)
         told.append(understanding.answers(score, options, batch_size=4))
     # One answer a record that has words to learn, whatever rows it shares.
@@ -207,11 +210,11 @@ def other_folder(tmp_path, reader):
 def test_wrong_experiments_are_named(folders):
     grid = mesh.make_mesh("data=-1", jax.devices()[:1])
     with pytest.raises(ValueError, match=r"model\.vision is missing"):
-        vlm_step.model_config({**experiment(folders), "model": {"vocab": 3}})
+        vlm.model_config({**experiment(folders), "model": {"vocab": 3}})
     with pytest.raises(ValueError, match="vision tower needs multiples of 8"):
-        vlm_step.model_config(experiment(folders, **{"image.pixels": 20}))
+        vlm.model_config(experiment(folders, **{"image.pixels": 20}))
     with pytest.raises(ValueError, match="but task='vlm' trains"):
-        vlm_step.build(experiment(folders, **{"train.trains": ("vlm",)}), grid)
+        vlm.build(experiment(folders, **{"train.trains": ("vlm",)}), grid)
 
 
 def test_intervals_of_shares():

@@ -15,7 +15,8 @@ from starflow2_jax import train
 from starflow2_jax.checkpoints import steps
 from starflow2_jax.models import backbone
 from starflow2_jax.runtime import allocator, cli
-from starflow2_jax.training import log, starflow2_step
+from starflow2_jax.training import log
+from starflow2_jax.training.tasks import starflow2
 
 from . import latents, rows, scores, table
 
@@ -33,7 +34,7 @@ def run(
         RuntimeError: training was told to stop before its last step; nothing is measured then.
     """
     began = time.time()
-    model = starflow2_step.model_config(cfg)
+    model = starflow2.model_config(cfg)
     there = [e for e in held_out if not e.get("text") or epath.Path(e["path"]).exists()]
     made = {**cfg, "fae": {**cfg["fae"], "path": fae or cfg["fae"]["path"]}}
     latents.make(kind, made, model.flow.side, [*cfg["data"]["mixture"], *there])

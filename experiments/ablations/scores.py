@@ -18,13 +18,13 @@ import numpy as np
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax import tasks
 from starflow2_jax.evaluation import understanding
 from starflow2_jax.generation import loading
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.models import backbone
-from starflow2_jax.training import preprocess, starflow2_loss, starflow2_step, text_loss
+from starflow2_jax.training import preprocess, starflow2_loss, text_loss
 from starflow2_jax.training.starflow2_loss import Stage, Terms
+from starflow2_jax.training.tasks import registry, starflow2
 
 _STAGE = Stage(True, True)
 _READ = ("ids", "segments", "image", "target", "positions", "flow_positions")
@@ -116,13 +116,13 @@ def newborn(model: Model, mesh: Any) -> dict[str, Any]:
     cfg, shape = model.cfg, model.shape
     tree = {name: part for name, part in backbone.declare(shape).items() if name != "vlm"}
     born = weights.init(jax.random.key(0), tree)
-    vlm = starflow2_step.frozen_vlm(cfg, shape, mesh, jnp.dtype(cfg["frozen_dtype"]))
+    vlm = starflow2.frozen_vlm(cfg, shape, mesh, jnp.dtype(cfg["frozen_dtype"]))
     return {**born, **vlm}
 
 
 def _answers(model, params, entry, score, batch_size, images):
     changes = {"path": entry["path"], "latents": entry["latents"], "mixture": ()}
-    options = tasks.data_options(model.cfg, model.shape, **changes)
+    options = registry.data_options(model.cfg, model.shape, **changes)
 
     def each(batch):
         records, sums = score(params, batch)

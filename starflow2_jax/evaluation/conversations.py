@@ -29,7 +29,8 @@ from starflow2_jax.generation.prompts import Part
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.params import Tree
-from starflow2_jax.training import starflow2_loss, starflow2_step
+from starflow2_jax.training import starflow2_loss
+from starflow2_jax.training.tasks import starflow2
 
 # What is to follow a prompt of each kind (`asking.KINDS`).
 KINDS = {"samples": "picture", "answers": "words", "edits": "picture", "reasons": "both"}
@@ -56,7 +57,7 @@ class Grid(NamedTuple):
 
 def kinds(cfg: Mapping[str, Any]) -> tuple[str, ...]:
     """What a training can show."""
-    stage = starflow2_loss.stage_of(cfg["train"]["trains"], starflow2_step.model_config(cfg))
+    stage = starflow2_loss.stage_of(cfg["train"]["trains"], starflow2.model_config(cfg))
     both = stage.images and stage.text
     shown = (stage.images, stage.text, both, both)
     return tuple(kind for kind, can in zip(KINDS, shown) if can)

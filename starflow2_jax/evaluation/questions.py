@@ -13,7 +13,7 @@ from starflow2_jax.evaluation.asking import Ask
 from starflow2_jax.evaluation.cases import Case, Sample
 from starflow2_jax.generation import reader as readers
 from starflow2_jax.generation.reader import Reader
-from starflow2_jax.training import vlm_step
+from starflow2_jax.training.tasks import vlm
 
 # Of a reader's, at a time.
 _ROWS = 32
@@ -76,7 +76,7 @@ def by_reader(reader: Reader, given: Sequence[Case], *, blank: bool = False) -> 
     """
     from starflow2_jax.data import chat_layout  # heavy
 
-    side, pixels = vlm_step.side(reader.cfg, reader.model), reader.cfg["image"]["pixels"]
+    side, pixels = vlm.side(reader.cfg, reader.model), reader.cfg["image"]["pixels"]
     for case in given:
         for part in case.given:
             if not isinstance(part, str) and part.shape != (pixels, pixels, 3):

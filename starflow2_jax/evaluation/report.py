@@ -19,7 +19,8 @@ from starflow2_jax import config, params
 from starflow2_jax.evaluation import curves, page
 from starflow2_jax.models import backbone
 from starflow2_jax.models.fae import codec
-from starflow2_jax.training import fae_step, log, program, starflow2_step, vlm_step
+from starflow2_jax.training import log, program
+from starflow2_jax.training.tasks import fae, starflow2, vlm
 
 FILE = "report.html"
 _SAMPLE = re.compile(r"(?:(.+)_)?(\d+)\.png")
@@ -83,10 +84,10 @@ def _declared(cfg: Mapping[str, Any]) -> Any:
     if task == "flow":
         return program.declare(cfg, program.model_config(cfg))
     if task == "vlm":
-        return vlm_step.declare(cfg, vlm_step.model_config(cfg))
+        return vlm.declare(cfg, vlm.model_config(cfg))
     if task == "starflow2":
-        return backbone.declare(starflow2_step.model_config(cfg))
-    return codec.declare(fae_step.model_config(cfg))
+        return backbone.declare(starflow2.model_config(cfg))
+    return codec.declare(fae.model_config(cfg))
 
 
 def _cards(cfg, rows, measured, gaussian) -> str:

@@ -18,9 +18,10 @@ from starflow2_jax.evaluation.cases import Case
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models import qwen
-from starflow2_jax.training import preprocess, starflow2_loss, starflow2_step, text_loss
+from starflow2_jax.training import preprocess, starflow2_loss, text_loss
 from starflow2_jax.training.loss import HALF_LOG_2_PI, per_dim
 from starflow2_jax.training.starflow2_loss import Stage
+from starflow2_jax.training.tasks import starflow2
 
 PROTOCOL = (
     "nats of what the assistant says and draws given all before it: of images those of the noisy "
@@ -90,7 +91,7 @@ def _vlm_sums(model: Model, given: Sequence[Record], size: int) -> dict[str, np.
     """Text entries of `starflow2_loss.sums` of records without images, by the VLM alone."""
     mesh = meshes.make_mesh("data=1", jax.local_devices()[:1])
     args = (model.cfg, model.shape, mesh, jnp.dtype(model.cfg["frozen_dtype"]))
-    params, found = starflow2_step.frozen_vlm(*args)["vlm"], []
+    params, found = starflow2.frozen_vlm(*args)["vlm"], []
     laid = record_rows.batches(given, model.tokenizer, model.shape.flow.side, size=size)
     for batch, count in laid:
         score = _read(params, batch, cfg=model.shape.vlm)

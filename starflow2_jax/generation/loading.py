@@ -21,7 +21,7 @@ from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models import backbone
-from starflow2_jax.training import starflow2_step
+from starflow2_jax.training.tasks import starflow2
 
 TASK = "starflow2"
 
@@ -57,7 +57,7 @@ def load(
             f"{path} was trained beside another VLM than the one in {vlm}: sha256 "
             f"{frozen['vlm']} then, {identity} now"
         )
-    shape = starflow2_step.model_config(cfg)
+    shape = starflow2.model_config(cfg)
     declared = backbone.declare(shape)
     codec = codecs.load(fae) if fae else None
     if codec is not None:
@@ -70,7 +70,7 @@ def load(
         params = _averaged(path, own, declared, cfg, mesh, layout)
     if "vlm" not in params:
         dtype = jnp.dtype(cfg["frozen_dtype"])
-        params |= starflow2_step.frozen_vlm(cfg, shape, mesh, dtype)
+        params |= starflow2.frozen_vlm(cfg, shape, mesh, dtype)
     from starflow2_jax.data.chat_layout import open_tokenizer  # heavy
 
     words = model_folder.locate(cfg["text"]["tokenizer"] or vlm)

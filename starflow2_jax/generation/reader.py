@@ -19,7 +19,8 @@ from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import qwen as qwen_weights
 from starflow2_jax.models.qwen import Config
-from starflow2_jax.training import text_loss, vlm_step
+from starflow2_jax.training import text_loss
+from starflow2_jax.training.tasks import vlm
 
 # Where a folder's config.json keeps the experiment that made it.
 _EXPERIMENT = "starflow2_jax"
@@ -55,8 +56,8 @@ def load(path: str) -> Reader:
     cfg = orbax.read_meta(workdir, step)["config"]
     if cfg.get("task") != "vlm":
         raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a training with task='vlm'")
-    model = vlm_step.model_config(cfg)
-    wanted = {"ema": weights.abstract(vlm_step.declare(cfg, model))}
+    model = vlm.model_config(cfg)
+    wanted = {"ema": weights.abstract(vlm.declare(cfg, model))}
     found = orbax.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
     return Reader(cfg, model, found["vlm"], cfg["text"]["tokenizer"])
 
@@ -95,5 +96,5 @@ def _arrays(batch):
 
 @partial(jax.jit, static_argnames="model")
 def _score(params, batch, *, model):
-    seen = vlm_step.see(params, batch["images"], model)
-    return text_loss.by_record_score(vlm_step.read(params, batch, seen, model), batch)
+    seen = vlm.see(params, batch["images"], model)
+    return text_loss.by_record_score(vlm.read(params, batch, seen, model), batch)

@@ -24,7 +24,8 @@ from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import dinov2
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.models.fae.teacher import Teacher
-from starflow2_jax.training import fae_step, preprocess
+from starflow2_jax.training import preprocess
+from starflow2_jax.training.tasks import fae as fae_step
 
 # Every image is encoded in a batch of this size, so that offline and online latents are equal.
 BATCH = 8

@@ -20,8 +20,8 @@ from starflow2_jax.generation.inverse import inverse
 from starflow2_jax.models import flow
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.planning.memory import per_device
-from starflow2_jax.training import starflow2_step
 from starflow2_jax.training.program import model_config
+from starflow2_jax.training.tasks import starflow2
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _flow(cfg, mesh, rows):
 
 def _starflow2(cfg, mesh, rows):
     """The patches of one image a row; of the loop's two heads both count."""
-    model, layout = starflow2_step.model_config(cfg), cfg["layout"]
+    model, layout = starflow2.model_config(cfg), cfg["layout"]
     if not isinstance(model, pretzel.Config):
         raise ValueError("plan --what generate: model.kind='mot' is not planned, only 'pretzel'")
     tree = {n: t for n, t in pretzel.declare(model).items() if n != "shallow"}

@@ -10,9 +10,9 @@ import jax
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax import tasks
 from starflow2_jax.planning import cost, decode, halfway, hlo, intent, memory, options, work
 from starflow2_jax.planning.topology import Topology, find
+from starflow2_jax.training.tasks import registry
 
 Row = dict[str, Any]
 # So that `--layout tp` means something on many chips: heads and channels rarely divide by more.
@@ -48,7 +48,7 @@ def model_flops(cfg: Mapping[str, Any]) -> float:
     # Products that a trace can count, as there are none in a kernel.
     bare |= {"attention": "plain", "model": options.changed(cfg["model"], remat="none")}
     mesh = meshes.make_mesh("data=1", jax.devices("cpu")[:1])
-    return work.flops(_trace(tasks.build(bare, mesh, dry_run=True)).jaxpr)
+    return work.flops(_trace(registry.build(bare, mesh, dry_run=True)).jaxpr)
 
 
 def _trace(program):
@@ -91,7 +91,7 @@ def train_step(
         ValueError: what building the program says of configuration, mesh or layout.
     """
     mesh = meshes.make_mesh(cfg["mesh"], topology.devices)
-    program = tasks.build(cfg, mesh, dry_run=True)
+    program = registry.build(cfg, mesh, dry_run=True)
     rows, parts = cfg["train"]["batch_size"], cfg["train"]["microbatches"]
     traced = _trace(program)
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
@@ -114,7 +114,7 @@ def train_step(
     held = row.pop("_memory")
     row["advice"] = memory.advice(held, cfg, dict(mesh.shape), rows)
     flops = model_flops(cfg) if own_flops is None else own_flops
-    tokens = tasks.work(cfg, program.model, program.declared)["tokens"]
+    tokens = registry.work(cfg, program.model, program.declared)["tokens"]
     return _rates(row, flops, tokens, topology)
 
 

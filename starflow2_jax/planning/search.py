@@ -7,10 +7,10 @@ from typing import Any
 import jax
 
 from starflow2_jax import mesh as meshes
-from starflow2_jax import tasks
 from starflow2_jax.models.layers import REMAT
 from starflow2_jax.planning import estimate, memory, options, work
 from starflow2_jax.planning.topology import Topology
+from starflow2_jax.training.tasks import registry
 
 Row = dict[str, Any]
 # Beside what the backward pass waits for: one layer's own work, gradients in flight.
@@ -61,7 +61,7 @@ def search(
     for new in candidates(cfg, topology, layouts):
         try:
             mesh = meshes.make_mesh(new["mesh"], topology.devices)
-            program = tasks.build(new, mesh, dry_run=True)
+            program = registry.build(new, mesh, dry_run=True)
         except ValueError:  # does not divide: not a candidate
             refused += 1
             continue

@@ -32,7 +32,7 @@ from starflow2_jax.latents import codec
 from starflow2_jax.models import starflow2
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import teacher as teachers
-from starflow2_jax.training import fae_step
+from starflow2_jax.training.tasks import fae as fae_step
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "fae_features.py"
 LETTERS = 7  # The first id that is a letter; each is one token.

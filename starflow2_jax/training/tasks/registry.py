@@ -11,8 +11,9 @@ from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.data import image_batches, packed_batches, packing
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.models import flops
-from starflow2_jax.training import fae_step, init_from, starflow2_step, vlm_step
+from starflow2_jax.training import init_from
 from starflow2_jax.training import program as programs
+from starflow2_jax.training.tasks import fae, starflow2, vlm
 
 Config = Mapping[str, Any]
 
@@ -21,8 +22,8 @@ INTERLEAVED = ("vlm", "starflow2")
 
 
 def _step(cfg: Config) -> ModuleType:
-    own = {"flow": programs, "vlm": vlm_step, "starflow2": starflow2_step}
-    return own.get(cfg["task"], fae_step)
+    own = {"flow": programs, "vlm": vlm, "starflow2": starflow2}
+    return own.get(cfg["task"], fae)
 
 
 def model_config(cfg: Config) -> Any:
@@ -36,7 +37,7 @@ def build(cfg: Config, mesh: Mesh, *, null_text: Any = None, dry_run: bool = Fal
         return programs.build(cfg, mesh, null_text=null_text)
     if cfg["task"] in INTERLEAVED:
         return _step(cfg).build(cfg, mesh)
-    return fae_step.build(cfg, mesh, init_from.codec(cfg, dry_run))
+    return fae.build(cfg, mesh, init_from.codec(cfg, dry_run))
 
 
 def reader(cfg: Config) -> ModuleType:
@@ -49,7 +50,7 @@ def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: A
     if cfg["task"] not in INTERLEAVED:
         return likelihood.data_options(cfg, model, group, **changes)
     text, drop = cfg["text"], cfg["drop"]
-    side = vlm_step.side(cfg, model) if cfg["task"] == "vlm" else model.flow.side
+    side = vlm.side(cfg, model) if cfg["task"] == "vlm" else model.flow.side
     own = {name: v for name, v in cfg[group].items() if name not in ("labels", "text", "features")}
     own["mixture"] = tuple(own["mixture"])
     own |= {
@@ -61,7 +62,7 @@ def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: A
         "seed": cfg["seed"],
         "drop": drop["condition"],
         "drop_all": drop["all"],
-        "regions": vlm_step.REGIONS if _names_regions(cfg) else (0, 0),
+        "regions": vlm.REGIONS if _names_regions(cfg) else (0, 0),
     }
     return packed_batches.Options(**{**own, **changes})
 
@@ -78,7 +79,7 @@ def work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
         return {"tokens": count * model.tokens, "flops": done}
     if cfg["task"] == "vlm":
         length = cfg["text"]["length"]
-        places = cfg["text"]["images"] or length // (vlm_step.side(cfg, model) ** 2 + 2)
+        places = cfg["text"]["images"] or length // (vlm.side(cfg, model) ** 2 + 2)
         patches = places * (cfg["image"]["pixels"] // model.vision.patch) ** 2
         tree = dict(declared["vlm"])
         tower = weights.count(tree.pop("vision"))
@@ -90,5 +91,5 @@ def work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
             "flops": 6 * count * (length * language + patches * tower),
         }
     if cfg["task"] == "starflow2":
-        return starflow2_step.work(cfg, model, declared)
+        return starflow2.work(cfg, model, declared)
     return {"tokens": count * model.tokens, "flops": 0}
