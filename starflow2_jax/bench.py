@@ -37,7 +37,7 @@ from starflow2_jax.models import flops, flow, starflow2
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.runtime import allocator, cli
 from starflow2_jax.timing import Result, about, compiled, machine, shares, status_mb, timed
-from starflow2_jax.training.loss import flow_loss
+from starflow2_jax.training.losses.flow import flow_loss
 
 VERBS = {
     "machine": "matmul rates and memory bandwidth",

@@ -22,7 +22,7 @@ from starflow2_jax.data import array_store, records
 from starflow2_jax.models import backbone, starflow2
 from starflow2_jax.models.ablations import mot  # noqa: E402
 from starflow2_jax.shapes import tasks  # noqa: E402
-from starflow2_jax.training.starflow2_loss import Terms  # noqa: E402
+from starflow2_jax.training.losses.interleaved import Terms  # noqa: E402
 from starflow2_jax.training.tasks import starflow2 as starflow2_step  # noqa: E402
 
 CORE = ("pretzel", "mot_frozen", "mot_joint", "no_skips", "skip_vlm", "skip_deep")

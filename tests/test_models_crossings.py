@@ -11,8 +11,8 @@ import test_models_mot as rival
 
 from starflow2_jax.models import layers, qwen, starflow2
 from starflow2_jax.models.ablations import crossings
-from starflow2_jax.training import starflow2_loss
-from starflow2_jax.training.starflow2_loss import Stage
+from starflow2_jax.training.losses import interleaved
+from starflow2_jax.training.losses.interleaved import Stage
 
 BOTH = Stage(True, True)
 PACKED = [[small.EDIT, small.TEXT], [small.T2I, small.I2T]]
@@ -97,7 +97,7 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     batch = small.batch([[small.EDIT, small.T2I]], length=48, dtype=np.float64)
 
     def nats(x):
-        found = starflow2_loss.terms(params, batch, x, cfg, BOTH, text_targets=8)
+        found = interleaved.terms(params, batch, x, cfg, BOTH, text_targets=8)
         return (found.half_square - sum(found.log_dets))[0]
 
     by_x = np.abs(np.asarray(jax.jit(jax.jacrev(nats))(jnp.asarray(batch["latent_mean"]))))

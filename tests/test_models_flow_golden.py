@@ -15,7 +15,7 @@ from starflow2_jax.generation.guidance import Guidance
 from starflow2_jax.generation.inverse import Jacobi, inverse
 from starflow2_jax.models import flow, layers, rope
 from starflow2_jax.models.patches import patchify, unpatchify
-from starflow2_jax.training.loss import flow_loss
+from starflow2_jax.training.losses.flow import flow_loss
 
 TARFLOW = {
     "in_channels": 3, "img_size": 16, "patch_size": 4, "channels": 64, "num_blocks": 4,

@@ -13,8 +13,8 @@ from starflow2_jax import params as weights
 from starflow2_jax.generation import decode
 from starflow2_jax.models import backbone, layers, qwen, starflow2
 from starflow2_jax.models.ablations import mot
-from starflow2_jax.training import starflow2_loss
-from starflow2_jax.training.starflow2_loss import Stage
+from starflow2_jax.training.losses import interleaved
+from starflow2_jax.training.losses.interleaved import Stage
 
 BOTH = Stage(True, True)
 
@@ -41,7 +41,7 @@ def drawn(cfg, seed=0, shake=0.3):
 
 def terms(params, batch, cfg, x=None):
     x = jnp.asarray(batch["latent_mean"]) if x is None else x
-    return starflow2_loss.terms(params, batch, x, cfg, BOTH, text_targets=12)
+    return interleaved.terms(params, batch, x, cfg, BOTH, text_targets=12)
 
 
 def test_text_beside_no_image_is_the_vlms():

@@ -8,8 +8,8 @@ import pytest
 
 from starflow2_jax import params as weights
 from starflow2_jax.models import flow, layers, qwen, starflow2
-from starflow2_jax.training import starflow2_loss
-from starflow2_jax.training.starflow2_loss import Stage
+from starflow2_jax.training.losses import interleaved
+from starflow2_jax.training.losses.interleaved import Stage
 
 STAGE1, STAGE2, STAGE3 = Stage(True, False), Stage(False, True), Stage(True, True)
 PACKED = [[small.T2I, small.I2T], [small.EDIT, small.TEXT], [small.REASON, small.TEXT]]
@@ -17,7 +17,7 @@ PACKED = [[small.T2I, small.I2T], [small.EDIT, small.TEXT], [small.REASON, small
 
 def terms(params, batch, cfg, stage, **options):
     x = jnp.asarray(batch["latent_mean"])
-    return starflow2_loss.terms(params, batch, x, cfg, stage, **options)
+    return interleaved.terms(params, batch, x, cfg, stage, **options)
 
 
 # ----------------------------------------------------------------------- nothing crosses at first
@@ -166,7 +166,7 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     batch = small.batch([[small.EDIT, small.T2I]], length=48, dtype=np.float64)
 
     def nats(x):
-        found = starflow2_loss.terms(params, batch, x, cfg, STAGE3, text_targets=8)
+        found = interleaved.terms(params, batch, x, cfg, STAGE3, text_targets=8)
         return (found.half_square - sum(found.log_dets))[0], found.nll[0]
 
     images, tokens = jax.jit(jax.jacrev(nats))(jnp.asarray(batch["latent_mean"]))
@@ -231,10 +231,10 @@ def test_packed_rows_equal_rows_of_one_record(x64):
 
     @jax.jit
     def loss(params, batch):
-        found = starflow2_loss.terms(params, batch, batch["latent_mean"], cfg, STAGE3)
-        made = starflow2_loss.sums(found, batch, STAGE3)
-        totals = jax.tree.map(jnp.sum, starflow2_loss.counts(batch, STAGE3))
-        each = starflow2_loss.row_loss(made, totals, text_weight=0.7, latent_penalty=1e-2)
+        found = interleaved.terms(params, batch, batch["latent_mean"], cfg, STAGE3)
+        made = interleaved.sums(found, batch, STAGE3)
+        totals = jax.tree.map(jnp.sum, interleaved.counts(batch, STAGE3))
+        each = interleaved.row_loss(made, totals, text_weight=0.7, latent_penalty=1e-2)
         return each.sum(), found
 
     (a, one), (b, many) = (

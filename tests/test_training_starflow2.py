@@ -16,9 +16,10 @@ from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.checkpoints.convert import qwen as qwen_weights
 from starflow2_jax.models import qwen, qwen_vision, starflow2
 from starflow2_jax.models.ablations import mot
-from starflow2_jax.training import init_from, preprocess, starflow2_loss
+from starflow2_jax.training import init_from, preprocess
 from starflow2_jax.training import program as step
-from starflow2_jax.training.loss import HALF_LOG_2_PI
+from starflow2_jax.training.losses import interleaved
+from starflow2_jax.training.losses.flow import HALF_LOG_2_PI
 from starflow2_jax.training.tasks import starflow2 as starflow2_step
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -90,7 +91,7 @@ def test_a_stage_changes_its_subtrees_alone(stage):
     jax.tree.map(np.testing.assert_array_equal, before, after)
     moments = weights.flatten({"mu": state.opt_state[1][0].mu})
     assert {name.split("/")[1] for name in moments} == set(STAGES[stage])
-    figures = starflow2_loss.means({n: float(v) for n, v in metrics.items()})
+    figures = interleaved.means({n: float(v) for n, v in metrics.items()})
     assert ("nats_per_dim" in figures) == (stage == 1)
     assert ("text_nats" in figures) == (stage == 2)
 
@@ -99,7 +100,7 @@ def test_the_joint_stage_changes_everything_but_the_vlm(stage3):
     _, state, metrics, first, (before, after) = stage3
     check_moved(first, state, STAGES[3])
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    figures = starflow2_loss.means({n: float(v) for n, v in metrics.items()})
+    figures = interleaved.means({n: float(v) for n, v in metrics.items()})
     wanted = {"nats_per_dim", "log_det/0", "log_det/1", "log_det/2", "text_nats", "text_accuracy"}
     assert wanted <= set(figures) and 0 < figures["skip_vlm"] < 1 and 0 < figures["skip_deep"] < 1
     # The whole of the loss, from what is logged of it.
@@ -123,7 +124,7 @@ def test_a_mixture_of_transformers_changes_what_it_trains_alone(trains):
         assert not all(np.array_equal(a, b) for a, b in pairs), name
     assert bool(before) == ("vlm" not in trains)
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    figures = starflow2_loss.means({n: float(v) for n, v in metrics.items()})
+    figures = interleaved.means({n: float(v) for n, v in metrics.items()})
     assert {"nats_per_dim", "text_nats"} <= set(figures) and "skip_vlm" not in figures
 
 
@@ -156,23 +157,23 @@ def test_eight_devices_equal_one(stage3, layout, sizes):
 def test_a_part_that_is_empty_contributes_nothing():
     cfg = small.model()
     params = small.drawn(cfg)
-    stage = starflow2_loss.Stage(True, True)
+    stage = interleaved.Stage(True, True)
     text = small.batch([[small.TEXT], [small.TEXT]], length=40, places=3)
     images = small.batch([[small.T2I], [small.EDIT]], length=40, places=3)
     images["target"] &= images["image"] >= 0
 
     @jax.jit
     def loss(params, batch):
-        found = starflow2_loss.terms(params, batch, batch["latent_mean"], cfg, stage)
-        made = starflow2_loss.sums(found, batch, stage)
-        totals = jax.tree.map(jnp.sum, starflow2_loss.counts(batch, stage))
-        each = starflow2_loss.row_loss(made, totals, text_weight=1.0, latent_penalty=0.0)
+        found = interleaved.terms(params, batch, batch["latent_mean"], cfg, stage)
+        made = interleaved.sums(found, batch, stage)
+        totals = jax.tree.map(jnp.sum, interleaved.counts(batch, stage))
+        each = interleaved.row_loss(made, totals, text_weight=1.0, latent_penalty=0.0)
         return each.sum(), jax.tree.map(jnp.sum, made)
 
     grads = {}
     for name, batch in (("text", text), ("images", images)):
         (value, made), grads[name] = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        figures = starflow2_loss.means({n: float(v) for n, v in made.items()})
+        figures = interleaved.means({n: float(v) for n, v in made.items()})
         assert ("nats_per_dim" in figures) == (name == "images")
         assert ("text_nats" in figures) == (name == "text") and np.isfinite(float(value))
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads[name]))
@@ -183,12 +184,12 @@ def test_a_part_that_is_empty_contributes_nothing():
 def test_noise_belongs_to_row_step_and_place():
     cfg, batch = experiment(), batch_of()
     keys = preprocess.row_keys(0, 3, jnp.arange(ROWS))
-    whole = starflow2_loss.latents(batch, keys, cfg)
+    whole = interleaved.latents(batch, keys, cfg)
     one = {name: a[2:3] for name, a in batch.items()}
-    np.testing.assert_array_equal(starflow2_loss.latents(one, keys[2:3], cfg)[0], whole[2])
+    np.testing.assert_array_equal(interleaved.latents(one, keys[2:3], cfg)[0], whole[2])
     noise = np.asarray(whole) - batch["latent_mean"]
     assert np.unique(noise).size == noise.size and 0.25 < noise.std() < 0.35
-    later = starflow2_loss.latents(batch, preprocess.row_keys(0, 4, jnp.arange(ROWS)), cfg)
+    later = interleaved.latents(batch, preprocess.row_keys(0, 4, jnp.arange(ROWS)), cfg)
     assert not np.any(np.asarray(later) == np.asarray(whole))
 
 

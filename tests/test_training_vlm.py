@@ -15,7 +15,7 @@ from starflow2_jax.evaluation import understanding
 from starflow2_jax.generation import reader as readers
 from starflow2_jax.models import layers, qwen, qwen_vision
 from starflow2_jax.training import program as step
-from starflow2_jax.training import text_loss
+from starflow2_jax.training.losses import text
 from starflow2_jax.training.tasks import registry, vlm
 
 ROWS, SOME = 8, 4
@@ -139,17 +139,17 @@ def test_words_are_named_by_the_features_of_their_region(folders):
 def test_sums_of_text_are_those_of_each_record(folders):
     batch = {k: jnp.asarray(v) for k, v in batches(experiment(folders), 1)[0].items() if k != "id"}
     logits = jax.random.normal(jax.random.key(0), (ROWS, 223, 400))
-    sums = text_loss.sums(logits, batch)
-    each = text_loss.by_record_score(logits, batch)
+    sums = text.sums(logits, batch)
+    each = text.by_record_score(logits, batch)
     for whole, part in (("tokens", "tokens"), ("nll", "nll")):
         np.testing.assert_allclose(sums[whole], each[part].sum(1), rtol=1e-5)
     wanted = batch["ids"][:, 1:]
     perfect = 1e3 * jax.nn.one_hot(wanted, 400)
-    right = text_loss.sums(perfect, batch)
+    right = text.sums(perfect, batch)
     np.testing.assert_array_equal(right["records_right"], right["records"])
     # One wrong token spoils its record alone.
-    row, at = np.argwhere(np.asarray(text_loss.targets(batch)))[0]
-    spoilt = text_loss.sums(perfect.at[row, at].set(0.0).at[row, at, 0].set(1.0), batch)
+    row, at = np.argwhere(np.asarray(text.targets(batch)))[0]
+    spoilt = text.sums(perfect.at[row, at].set(0.0).at[row, at, 0].set(1.0), batch)
     assert float((right["records_right"] - spoilt["records_right"]).sum()) == 1
 
 

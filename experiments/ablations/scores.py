@@ -22,8 +22,9 @@ from starflow2_jax.evaluation import understanding
 from starflow2_jax.generation import loading
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.models import backbone
-from starflow2_jax.training import preprocess, starflow2_loss, text_loss
-from starflow2_jax.training.starflow2_loss import Stage, Terms
+from starflow2_jax.training import preprocess
+from starflow2_jax.training.losses import interleaved, text
+from starflow2_jax.training.losses.interleaved import Stage, Terms
 from starflow2_jax.training.tasks import registry, starflow2
 
 _STAGE = Stage(True, True)
@@ -66,7 +67,7 @@ def figures(told: list, images: Mapping[str, float], alone: list, born: list) ->
     asked = [answer for answer in said if answer.task == "question"]
     found: dict[str, Any] = {}
     if images.get("count"):
-        found["image_nats"] = float(starflow2_loss.means(dict(images))["nats_per_dim"])
+        found["image_nats"] = float(interleaved.means(dict(images))["nats_per_dim"])
     for name, group in (("text_nats", said), ("text_alone", alone), ("text_alone_before", born)):
         if group:
             found[name] = sum(a.nats for a in group) / sum(a.tokens for a in group)
@@ -89,9 +90,9 @@ def scorer(model: Model):
     def run(params, batch, rows):
         # Of the row alone, so that no seed or model has other noise.
         keys = preprocess.row_keys(1, 0, rows)
-        x = starflow2_loss.latents(batch, keys, cfg)
-        found = starflow2_loss.terms(params, batch, x, model.shape, _STAGE, **options)
-        return by_record(found, batch["segments"]), starflow2_loss.sums(found, batch, _STAGE)
+        x = interleaved.latents(batch, keys, cfg)
+        found = interleaved.terms(params, batch, x, model.shape, _STAGE, **options)
+        return by_record(found, batch["segments"]), interleaved.sums(found, batch, _STAGE)
 
     def score(params, batch):
         arrays = {name: batch[name] for name in (*_READ, *_LATENTS)}
@@ -102,7 +103,7 @@ def scorer(model: Model):
 
 def by_record(found: Terms, segments: jax.Array) -> dict[str, jax.Array]:
     """`tokens`, `wrong` (not the likeliest) and `nll` of every record, float32 [B, S]."""
-    number = jnp.arange(1, segments.shape[1] // text_loss.LEAST_RECORD + 2)
+    number = jnp.arange(1, segments.shape[1] // text.LEAST_RECORD + 2)
     own = jnp.take_along_axis(segments, found.at, 1)
     member = (own[..., None] == number) & found.token[..., None]
     add = lambda each: jnp.where(member, each.astype(jnp.float32)[..., None], 0).sum(1)

@@ -29,7 +29,7 @@ from starflow2_jax.generation.prompts import Part
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.params import Tree
-from starflow2_jax.training import starflow2_loss
+from starflow2_jax.training.losses import interleaved as starflow2_loss
 from starflow2_jax.training.tasks import starflow2
 
 # What is to follow a prompt of each kind (`asking.KINDS`).

@@ -17,7 +17,7 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax.generation.model import Model
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.training import preprocess
-from starflow2_jax.training.loss import HALF_LOG_2_PI, flow_loss, per_dim
+from starflow2_jax.training.losses.flow import HALF_LOG_2_PI, flow_loss, per_dim
 from starflow2_jax.training.program import Program, model_config, to_device
 
 Batch = Mapping[str, Any]

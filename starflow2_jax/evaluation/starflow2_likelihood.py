@@ -18,9 +18,10 @@ from starflow2_jax.evaluation.cases import Case
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models import qwen
-from starflow2_jax.training import preprocess, starflow2_loss, text_loss
-from starflow2_jax.training.loss import HALF_LOG_2_PI, per_dim
-from starflow2_jax.training.starflow2_loss import Stage
+from starflow2_jax.training import preprocess
+from starflow2_jax.training.losses import interleaved, text
+from starflow2_jax.training.losses.flow import HALF_LOG_2_PI, per_dim
+from starflow2_jax.training.losses.interleaved import Stage
 from starflow2_jax.training.tasks import starflow2
 
 PROTOCOL = (
@@ -105,7 +106,7 @@ def _vlm_sums(model: Model, given: Sequence[Record], size: int) -> dict[str, np.
 def _read(params, batch, *, cfg):
     h = qwen.embed(params, batch["ids"], cfg)
     h = qwen.run(params, h, batch["positions"], None, cfg, segments=batch["segments"])
-    return text_loss.by_record_score(qwen.logits(params, h[:, :-1], cfg), batch)
+    return text.by_record_score(qwen.logits(params, h[:, :-1], cfg), batch)
 
 
 def sums(
@@ -154,14 +155,14 @@ def _latents(model: Model, batch: Mapping[str, np.ndarray], keys: jax.Array):
     both = codecs.encode(model.fae, batch["images"].reshape(-1, *batch["images"].shape[2:]))
     mean, log_variance = (a.reshape(*places, *shape) for a in both)
     own |= {"latent_mean": mean, "latent_logvar": log_variance}
-    return own, starflow2_loss.latents(own, keys, model.cfg)
+    return own, interleaved.latents(own, keys, model.cfg)
 
 
 @partial(jax.jit, static_argnames="cfg")
 def _sums(params, batch, x, *, cfg):
     stage = Stage(True, True)
-    found = starflow2_loss.terms(params, batch, x, cfg, stage)
-    return starflow2_loss.sums(found, batch, stage), found.image
+    found = interleaved.terms(params, batch, x, cfg, stage)
+    return interleaved.sums(found, batch, stage), found.image
 
 
 def ratio(nats: np.ndarray, counts: np.ndarray) -> dict[str, Any]:

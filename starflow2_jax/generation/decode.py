@@ -23,7 +23,7 @@ from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.layers import KVCache
 from starflow2_jax.params import Tree
-from starflow2_jax.training.loss import HALF_LOG_2_PI
+from starflow2_jax.training.losses.flow import HALF_LOG_2_PI
 
 # Modes of a row: it draws tokens; patches; it must begin an image; it is done, and why.
 TEXT, IMAGE, BEGIN, ENDED, OUT_OF_TOKENS = range(5)

@@ -20,7 +20,7 @@ from starflow2_jax.mesh import to_host
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import unpatchify
 from starflow2_jax.training import preprocess
-from starflow2_jax.training.loss import log_likelihood
+from starflow2_jax.training.losses.flow import log_likelihood
 from starflow2_jax.training.program import declare, frozen_weights, model_config
 
 

@@ -19,7 +19,7 @@ from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import qwen as qwen_weights
 from starflow2_jax.models.qwen import Config
-from starflow2_jax.training import text_loss
+from starflow2_jax.training.losses import text
 from starflow2_jax.training.tasks import vlm
 
 # Where a folder's config.json keeps the experiment that made it.
@@ -97,4 +97,4 @@ def _arrays(batch):
 @partial(jax.jit, static_argnames="model")
 def _score(params, batch, *, model):
     seen = vlm.see(params, batch["images"], model)
-    return text_loss.by_record_score(vlm.read(params, batch, seen, model), batch)
+    return text.by_record_score(vlm.read(params, batch, seen, model), batch)

@@ -14,9 +14,9 @@ import numpy as np
 from starflow2_jax.generation import interleaved, prompts
 from starflow2_jax.generation.interleaved import Model
 from starflow2_jax.generation.prompts import Part
-from starflow2_jax.training import starflow2_loss
-from starflow2_jax.training.loss import HALF_LOG_2_PI
-from starflow2_jax.training.starflow2_loss import Stage
+from starflow2_jax.training.losses import interleaved as starflow2_loss
+from starflow2_jax.training.losses.flow import HALF_LOG_2_PI
+from starflow2_jax.training.losses.interleaved import Stage
 
 # Rows are padded to a multiple of this, so that similar ones share a program.
 LENGTH_STEP = 64
@@ -59,7 +59,7 @@ def _terms(params, batch, *, cfg):
 def lay_out(
     model: Model, parts: Sequence[Sequence[Part]], x: Sequence[np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """A batch of rows (see `training.starflow2_loss`) in which every part is learnt.
+    """A batch of rows (see `training.losses.interleaved`) in which every part is learnt.
 
     Args:
         x: latents [I, N, D] of each row's images in turn; they are `latent_mean`.

@@ -24,7 +24,7 @@ from starflow2_jax.models import flow
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import Tree, Weight, normal
 from starflow2_jax.training import optimizer, preprocess
-from starflow2_jax.training.loss import flow_loss, per_dim
+from starflow2_jax.training.losses.flow import flow_loss, per_dim
 
 
 @struct.dataclass

@@ -19,7 +19,8 @@ from starflow2_jax.checkpoints.convert import lpips
 from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.models.fae.codec import Config
 from starflow2_jax.models.fae.teacher import Teacher
-from starflow2_jax.training import fae_objectives, optimizer, preprocess
+from starflow2_jax.training import optimizer, preprocess
+from starflow2_jax.training.losses import fae
 from starflow2_jax.training.program import Program, TrainState, accumulate
 
 
@@ -61,11 +62,9 @@ def teacher_of(cfg: Mapping[str, Any], model: Config) -> Teacher:
     return teacher
 
 
-def objective_of(
-    cfg: Mapping[str, Any], model: Config, teacher: Teacher
-) -> fae_objectives.Objective:
+def objective_of(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> fae.Objective:
     """What an experiment's `task` minimises."""
-    kind = fae_objectives.features if cfg["task"] == "fae_features" else fae_objectives.pixels
+    kind = fae.features if cfg["task"] == "fae_features" else fae.pixels
     return kind(cfg, model, teacher)
 
 

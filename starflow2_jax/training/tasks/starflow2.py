@@ -28,7 +28,8 @@ from starflow2_jax.models.ablations import mot
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import Tree
-from starflow2_jax.training import optimizer, preprocess, starflow2_loss
+from starflow2_jax.training import optimizer, preprocess
+from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.program import Program, TrainState, accumulate, update
 
 KINDS = {"pretzel": pretzel.Config, "mot": mot.Config}
@@ -114,7 +115,7 @@ def work(cfg: Mapping[str, Any], model: Config, declared: Tree) -> dict[str, flo
     what a weight reads, two for its own; attention over the full square.
     """
     trains, length = cfg["train"]["trains"], cfg["text"]["length"]
-    stage = starflow2_loss.stage_of(trains, model)
+    stage = interleaved.stage_of(trains, model)
     targets, held = cfg["text"]["targets"] or length, model.deep.layer
     # One pass forward; two back, where what is trained lies before.
     back = lambda goes_back: 3 if goes_back else 1
@@ -174,7 +175,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
     meshes.check_batch(rows // parts, mesh, "rows of a microbatch")
     declared = backbone.declare(model)
     trained = weights.split(declared, tuple(train["trains"]))[0]
-    stage = starflow2_loss.stage_of(trained, model)
+    stage = interleaved.stage_of(trained, model)
     if not (stage.images or stage.text):
         raise ValueError("config: train.trains is empty")
     held = {*pretzel.SUBTREES, *trained} & {*declared}
@@ -206,8 +207,8 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
         return (begin(key, read), {}) if "vlm" in trained else (begin(key, {}), read)
 
     def sums(params, batch, keys):
-        x = starflow2_loss.latents(batch, keys, cfg)
-        found = starflow2_loss.terms(
+        x = interleaved.latents(batch, keys, cfg)
+        found = interleaved.terms(
             params,
             batch,
             x,
@@ -217,18 +218,18 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
             text_targets=cfg["text"]["targets"],
             text_chunk=cfg["text"]["chunk"],
         )
-        return starflow2_loss.sums(found, batch, stage)
+        return interleaved.sums(found, batch, stage)
 
     def step(state, frozen, batch):
         keys = preprocess.row_keys(cfg["seed"], state.step, jnp.arange(rows))
         # Of the global batch, so that microbatches, devices and hosts add up to the same loss.
-        totals = jax.tree.map(jnp.sum, starflow2_loss.counts(batch, stage))
+        totals = jax.tree.map(jnp.sum, interleaved.counts(batch, stage))
         others = {**frozen, **{n: tree for n, tree in state.params.items() if n not in trained}}
 
         def mean(params, batch, keys):
             made = sums({**others, **params}, batch, keys)
             weight, penalty = cfg["loss"]["text_weight"], cfg["loss"]["latent_penalty"]
-            each = starflow2_loss.row_loss(made, totals, text_weight=weight, latent_penalty=penalty)
+            each = interleaved.row_loss(made, totals, text_weight=weight, latent_penalty=penalty)
             loss = each.sum()
             return loss, {"loss": loss, **jax.tree.map(jnp.sum, made)}
 
@@ -261,5 +262,5 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
         abstract_frozen=weights.abstract(frozen_tree, mesh, cfg["layout"], held_dtype),
         abstract_batch=batch,
         identity={"vlm": teacher_weights.identity(path)} if path else {},
-        means=starflow2_loss.means,
+        means=interleaved.means,
     )

@@ -26,7 +26,8 @@ from starflow2_jax.models.patches import patchify
 from starflow2_jax.models.qwen import Config
 from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.params import Tree, Weight, zeros
-from starflow2_jax.training import optimizer, preprocess, text_loss
+from starflow2_jax.training import optimizer, preprocess
+from starflow2_jax.training.losses import text as text_loss
 from starflow2_jax.training.program import Program, TrainState, accumulate
 
 # Regions of an image, four objects and the ground, and words of each, at most.

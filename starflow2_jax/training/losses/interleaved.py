@@ -26,7 +26,7 @@ from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.params import Tree
 from starflow2_jax.training import preprocess
-from starflow2_jax.training.loss import per_dim
+from starflow2_jax.training.losses.flow import per_dim
 
 Batch = Mapping[str, jax.Array]
 
