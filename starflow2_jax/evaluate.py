@@ -41,7 +41,7 @@ from starflow2_jax.generation import reader as readers
 from starflow2_jax.latents import batch_encoder
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.runtime import allocator, cli
-from starflow2_jax.training import log, pictures
+from starflow2_jax.training.logging import image_grid, run_log
 from starflow2_jax.training.tasks import registry
 
 VERBS = {
@@ -160,8 +160,8 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
         "baselines": _baselines(model, options, codec, values, size),
         "protocol": likelihood.protocol(model.cfg, model.flow),
         "seconds": round(time.time() - began, 1),
-        "command": log.command_line(),
-        **log.environment(),
+        "command": run_log.command_line(),
+        **run_log.environment(),
     }
     if out is not None and jax.process_index() == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -195,8 +195,8 @@ def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str
         "options": options,
         "protocol": {"likelihood": starflow2_likelihood.PROTOCOL},
         "seconds": round(time.time() - began, 1),
-        "command": log.command_line(),
-        **log.environment(),
+        "command": run_log.command_line(),
+        **run_log.environment(),
     }
     lines = shapes_report.lines(result)
     if out is not None:
@@ -311,8 +311,8 @@ def _understanding(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]
         "baselines": baselines,
         "protocol": understanding.PROTOCOL,
         "seconds": round(time.time() - began, 1),
-        "command": log.command_line(),
-        **log.environment(),
+        "command": run_log.command_line(),
+        **run_log.environment(),
     }
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -345,8 +345,8 @@ def _codec(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
         "probe": read,
         "protocol": codec_eval.protocol(codec, values.sigma, seed, values.resize),
         "seconds": round(time.time() - began, 1),
-        "command": log.command_line(),
-        **log.environment(),
+        "command": run_log.command_line(),
+        **run_log.environment(),
     }
     if read:
         fitted = {"path": values.fit, "fingerprint": _fingerprint(values.fit)}
@@ -355,7 +355,7 @@ def _codec(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
-        pictures.save_grid(grid, shown, columns=12)
+        image_grid.save_grid(grid, shown, columns=12)
         lines += [f"written    {out}, {grid}"]
     return result, lines
 
@@ -410,15 +410,15 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
         "not_run": {**result["not_run"], **without},
         "samples": {name: [*map(shapes_report.told, rows)] for name, rows in samples.items()},
         "seconds": round(time.time() - began, 1),
-        "command": log.command_line(),
-        **log.environment(),
+        "command": run_log.command_line(),
+        **run_log.environment(),
     }
     lines = shapes_report.lines(result)
     if everything:
         out.mkdir(parents=True, exist_ok=True)
         shown = sheets.make(samples, seed)
         for name, sheet in shown.items():
-            (out / f"{name}.png").write_bytes(pictures.png(sheet))
+            (out / f"{name}.png").write_bytes(image_grid.png(sheet))
         shapes_report.write(out / "report.html", result, shown)
         lines += [f"written    {out}: report.html, shapes.json, {len(shown)} sheets"]
         out = out / "shapes.json"

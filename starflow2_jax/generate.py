@@ -226,7 +226,7 @@ def _draw(model: Any, out: epath.Path | None, values: flags.FlagValues) -> None:
     from starflow2_jax.generation import model as generation
     from starflow2_jax.generation import output
     from starflow2_jax.generation.inverse import Jacobi
-    from starflow2_jax.training import pictures
+    from starflow2_jax.training.logging import image_grid
 
     if out is None:
         raise ValueError("--out is needed")
@@ -273,7 +273,7 @@ def _draw(model: Any, out: epath.Path | None, values: flags.FlagValues) -> None:
         path = out / f"{i:05d}.png"
         output.save_png(path, pixels, {**settings, "caption": caption, "index": i})
         written.append(str(path))
-    pictures.save_grid(out / "grid.png", drawn, captions if any(captions) else None)
+    image_grid.save_grid(out / "grid.png", drawn, captions if any(captions) else None)
     _say({"written": [*written, str(out / "grid.png")], "seconds": seconds}, values)
 
 

@@ -20,7 +20,7 @@ from starflow2_jax.generation import conversation, decode
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.starflow2 import Config
 from starflow2_jax.timing import Result, shares, timed
-from starflow2_jax.training import speed
+from starflow2_jax.training.logging import throughput
 from starflow2_jax.training.program import to_device
 from starflow2_jax.training.tasks import starflow2
 
@@ -109,7 +109,7 @@ def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
     Raises:
         ValueError: a step that the device cannot hold; says by how much.
     """
-    peak = speed.peak_flops()
+    peak = throughput.peak_flops()
     mesh = meshes.make_mesh("fsdp=-1")
     cfg = experiment(stage, size, rows, dtype) | {"layout": "fsdp", "mesh": "fsdp=-1"}
     program = starflow2.build(cfg, mesh)

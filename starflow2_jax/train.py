@@ -23,9 +23,10 @@ from starflow2_jax.evaluation import conversations, likelihood, report, samples
 from starflow2_jax.generation import model as generation
 from starflow2_jax.latents import batch_encoder
 from starflow2_jax.runtime import allocator, cli, distributed
-from starflow2_jax.training import init_from, speed
-from starflow2_jax.training import log as logs
+from starflow2_jax.training import init_from
 from starflow2_jax.training import program as programs
+from starflow2_jax.training.logging import run_log as logs
+from starflow2_jax.training.logging import throughput
 from starflow2_jax.training.tasks import registry
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -104,7 +105,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     # ----------------------------------------------------------------------------- mesh, program
     cli.use_compilation_cache()
     mesh = meshes.make_mesh(cfg["mesh"])
-    peak = speed.peak_flops()  # on one device, so before a mesh is set
+    peak = throughput.peak_flops()  # on one device, so before a mesh is set
     jax.set_mesh(mesh)
     program = registry.build(cfg, mesh, null_text=null_text, dry_run=dry_run)
     if jax.process_index() == 0:
@@ -172,7 +173,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
             )
         window.append(values)
         if number % cfg["log"]["every"] == 0 or number == steps:
-            row = _summary(window, program.means) | speed.rates(log.clock, number, **work)
+            row = _summary(window, program.means) | throughput.rates(log.clock, number, **work)
             logs.row(log, number, row)
             logs.progress(log, number, steps, row)
             window.clear()
@@ -202,15 +203,15 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
                 settle()
                 waiting = None
             if showing and show is not None:
-                with speed.pause(log.clock, after=metrics):
+                with throughput.pause(log.clock, after=metrics):
                     for name, images, captions, columns in show(state):
                         logs.samples(log, number, images, captions, name=name, columns=columns)
                     distributed.wait_for_all()
             if measuring:
-                with speed.pause(log.clock, after=metrics):
+                with throughput.pause(log.clock, after=metrics):
                     _evaluate(program, state, frozen, log, number, of("eval_data"), fae)
             if saving:  # last: a step that is restored has all that belongs to it
-                with speed.pause(log.clock, after=metrics):
+                with throughput.pause(log.clock, after=metrics):
                     orbax.save(writer, number, state, {**meta, "step": number})
                     logs.upload(log)
             if stopped:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from starflow2_jax import config
 from starflow2_jax.evaluation import curves, report
-from starflow2_jax.training import log
+from starflow2_jax.training.logging import run_log
 
 
 def settings():
@@ -28,18 +28,18 @@ def settings():
 
 def a_run(workdir, steps=40):
     cfg = settings()
-    log.save_config(workdir, cfg)
-    records = log.open(workdir, cfg)
+    run_log.save_config(workdir, cfg)
+    records = run_log.open(workdir, cfg)
     for step in range(1, steps + 1):
         nats = 1 + 2 / step
         row = {"loss": nats - 0.9, "nats_per_dim": nats, "grad_norm": 3 / step, "lr": 1e-4}
         row |= {"log_det/0": 0.1 * step, "log_det/1": -0.1, "tokens_per_second": 4321.5}
-        log.row(records, step, row)
+        run_log.row(records, step, row)
         if step % 10 == 0:
-            log.row(records, step, {"eval/nats_per_dim": nats + 0.1})
+            run_log.row(records, step, {"eval/nats_per_dim": nats + 0.1})
             images = np.full((4, 8, 8, 3), step, np.uint8)
-            log.samples(records, step, images, ["red", "green", "blue", "white"])
-    log.close(records)
+            run_log.samples(records, step, images, ["red", "green", "blue", "white"])
+    run_log.close(records)
     return workdir
 
 
@@ -51,7 +51,7 @@ def embedded(page):
 
 def test_report_holds_pictures_figures_command_and_configuration(tmp_path, monkeypatch):
     told = ["/a/python", "-m", "train", "--workdir", "a b", "--config.name=<x> --y", "--json"]
-    monkeypatch.setattr(log.sys, "orig_argv", told)
+    monkeypatch.setattr(run_log.sys, "orig_argv", told)
     path = report.write(a_run(tmp_path))
     page = path.read_text()
     assert path == tmp_path / "report.html"
@@ -73,7 +73,7 @@ def test_report_holds_pictures_figures_command_and_configuration(tmp_path, monke
     assert len(shown.splitlines()) == 4
     assert shlex.split(html.unescape(shown).replace("\\\n", "")) == ["python", *told[1:]]
     assert "image.patch" in page and "pixels along the side of a token" in page
-    assert f"jax {log.environment()['versions']['jax']}" in page
+    assert f"jax {run_log.environment()['versions']['jax']}" in page
 
 
 def test_report_shows_what_was_measured_and_the_baseline(tmp_path):
@@ -108,10 +108,10 @@ def test_report_shows_what_was_measured_and_the_baseline(tmp_path):
 
 
 def test_report_of_a_run_that_has_just_begun(tmp_path):
-    log.save_config(tmp_path, settings())
+    run_log.save_config(tmp_path, settings())
     page = report.write(tmp_path).read_text()
     assert "step 0 of 40" in page and "finished" not in page and embedded(page) == {}
-    log.close(log.open(tmp_path, settings()))
+    run_log.close(run_log.open(tmp_path, settings()))
     assert "Commands and machine" in report.write(tmp_path).read_text()
 
 
@@ -130,11 +130,11 @@ def test_wide_grids_are_made_smaller(tmp_path):
 
 
 def test_grids_of_other_names_have_headings_of_their_own(tmp_path):
-    opened = log.open(a_run(tmp_path, steps=10), settings())
+    opened = run_log.open(a_run(tmp_path, steps=10), settings())
     images = np.full((2, 8, 8, 3), 7, np.uint8)
     for name in ("answers", "edits"):
-        log.samples(opened, 10, images, ["what is it? > a circle", ">"], name=name, columns=2)
-    log.close(opened)
+        run_log.samples(opened, 10, images, ["what is it? > a circle", ">"], name=name, columns=2)
+    run_log.close(opened)
     page = report.write(tmp_path).read_text()
     assert {"samples, step 10", "answers, step 10", "edits, step 10"} <= set(embedded(page))
     at = [page.index(f"<h2>{name}</h2>") for name in ("Samples", "Answers", "Edits")]

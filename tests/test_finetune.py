@@ -17,7 +17,7 @@ from test_train import environment_of
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.data import images
 from starflow2_jax.generation import loading
-from starflow2_jax.training import log
+from starflow2_jax.training.logging import run_log
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {
@@ -70,7 +70,7 @@ def test_import_train_generate(folder, tmp_path):
     # It reads with the folder's VLM and draws with its codec, and has moved from its weights.
     meta, given = orbax.read_meta(run), model_folder.read_config(folder)
     assert meta["frozen"] == given["frozen"]
-    cfg = log.read_config(run)
+    cfg = run_log.read_config(run)
     assert cfg["vlm"]["path"] == str(folder / "vlm") and cfg["fae"]["path"] == str(folder / "fae")
     assert cfg["noise"] == given["noise"] and cfg["model"]["flow"] == given["model"]["flow"]
     before, after = loading.load(str(folder)), loading.load(str(run))

@@ -18,7 +18,7 @@ from starflow2_jax import config, mesh, train
 from starflow2_jax.checkpoints import orbax, steps
 from starflow2_jax.data import records
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import log
+from starflow2_jax.training.logging import run_log
 from starflow2_jax.training.tasks import registry
 
 RUNNER = pathlib.Path(__file__).with_name("train_runner.py")
@@ -89,7 +89,7 @@ def state_of(workdir, number, cfg):
 
 
 def rows_of(workdir):
-    rows = log.read(workdir)
+    rows = run_log.read(workdir)
     return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
 
 
@@ -114,7 +114,7 @@ def test_rows_and_checkpoints_of_a_run(unbroken):
     assert [r["step"] for r in rows if "eval/nats_per_dim" in r] == [3, 6]
     found = [(s.step, s.status) for s in steps.steps(workdir)]
     assert found == [(2, "sealed"), (4, "sealed"), (6, "sealed")]
-    assert log.read_config(workdir) == cfg
+    assert run_log.read_config(workdir) == cfg
 
 
 KILLS = ["after:2", "writing:4", "before:4", "after:4", "writing:6"]
@@ -158,7 +158,7 @@ def test_sigterm_saves_and_the_same_command_resumes(data, tmp_path):
         process = start(cfg, workdir)
         deadline = time.time() + 200
         at = stopped[-1] if stopped else 0
-        while not any(row["step"] > at for row in log.read(workdir)):
+        while not any(row["step"] > at for row in run_log.read(workdir)):
             assert process.poll() is None and time.time() < deadline
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
@@ -198,7 +198,7 @@ def test_changed_data_are_refused_and_moved_data_are_not(unbroken, data, tmp_pat
         train.train(there, str(workdir))
     # The same folder with other data in it.
     shutil.copytree(workdir, tmp_path / "run")
-    log.save_config(tmp_path / "run", there)
+    run_log.save_config(tmp_path / "run", there)
     with pytest.raises(ValueError, match="the data have changed since step 6: fingerprints"):
         train.train(there, str(tmp_path / "run"))
 

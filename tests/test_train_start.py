@@ -14,8 +14,9 @@ from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.data import records
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import init_from, log
+from starflow2_jax.training import init_from
 from starflow2_jax.training import program as step
+from starflow2_jax.training.logging import run_log
 
 
 def dataset(path, label="color", count=20):
@@ -135,11 +136,11 @@ def test_evaluation_in_training_fits_its_batch_to_the_mesh(colors, tmp_path):
         with jax.set_mesh(grid):
             state, frozen = program.init(jax.random.key(0))
             state = dataclasses.replace(state, ema=jax.tree.map(lambda a: a + 0.01, state.ema))
-            opened = log.open(tmp_path / name, cfg)
+            opened = run_log.open(tmp_path / name, cfg)
             options = likelihood.data_options(cfg, program.model, "data")
             train._evaluate(program, state, frozen, opened, 3, options)
-        log.close(opened)
-        (rows[name],) = log.read(tmp_path / name)
+        run_log.close(opened)
+        (rows[name],) = run_log.read(tmp_path / name)
     assert set(rows["one"]) == set(rows["eight"]) and "eval/nats_per_dim" in rows["one"]
     for name, value in rows["one"].items():
         assert rows["eight"][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name

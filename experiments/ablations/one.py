@@ -15,7 +15,7 @@ from starflow2_jax import train
 from starflow2_jax.checkpoints import steps
 from starflow2_jax.models import backbone
 from starflow2_jax.runtime import allocator, cli
-from starflow2_jax.training import log
+from starflow2_jax.training.logging import run_log
 from starflow2_jax.training.tasks import starflow2
 
 from . import latents, rows, scores, table
@@ -55,8 +55,8 @@ def run(
             "training": round(scoring - training, 1),
             "scores": round(time.time() - scoring, 1),
         },
-        "command": log.command_line(),
-        **log.environment(),
+        "command": run_log.command_line(),
+        **run_log.environment(),
     }
     (epath.Path(workdir) / table.RESULT).write_text(json.dumps(result, indent=2) + "\n")
     return result

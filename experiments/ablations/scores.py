@@ -136,9 +136,9 @@ def _answers(model, params, entry, score, batch_size, images):
 
 
 def _settings(workdir: str) -> Mapping[str, Any]:
-    from starflow2_jax.training import log
+    from starflow2_jax.training.logging import run_log
 
-    cfg = log.read_config(workdir)
+    cfg = run_log.read_config(workdir)
     if cfg is None:
         raise FileNotFoundError(f"{workdir}: no run")
     return cfg

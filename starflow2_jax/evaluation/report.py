@@ -1,6 +1,6 @@
 """`report.html`: a run on one page that needs nothing beside it, pictures included.
 
-It is written from what lies in the workdir (`training/log.py` says what), so it can be made again
+It is written from what lies in the workdir (`training/logging/run_log.py` says what), so it can be made again
 at any time, on any machine, also while the run goes on.
 """
 
@@ -19,7 +19,8 @@ from starflow2_jax import config, params
 from starflow2_jax.evaluation import curves, page
 from starflow2_jax.models import backbone
 from starflow2_jax.models.fae import codec
-from starflow2_jax.training import log, program
+from starflow2_jax.training import program
+from starflow2_jax.training.logging import run_log
 from starflow2_jax.training.tasks import fae, starflow2, vlm
 
 FILE = "report.html"
@@ -38,10 +39,10 @@ def write(workdir: epath.PathLike) -> epath.Path:
     path = workdir / FILE
     if jax.process_index():
         return path
-    cfg = log.read_config(workdir)
+    cfg = run_log.read_config(workdir)
     if cfg is None:
-        raise FileNotFoundError(f"{workdir} has no {log.CONFIG}: it is not the folder of a run")
-    rows = log.read(workdir)
+        raise FileNotFoundError(f"{workdir} has no {run_log.CONFIG}: it is not the folder of a run")
+    rows = run_log.read(workdir)
     measured = _measured(workdir)
     gaussian = _gaussian(rows, measured)
     title = cfg.get("name") or workdir.resolve().name
@@ -224,7 +225,7 @@ def _final(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _starts(workdir: epath.Path) -> str:
-    path = workdir / log.RUN
+    path = workdir / run_log.RUN
     if not path.exists():
         logging.warning("%s is missing: the report names no command and no machine", path)
         return ""

@@ -7,7 +7,7 @@ import numpy as np
 
 from starflow2_jax.evaluation import editing, page, sheets, suite
 from starflow2_jax.evaluation.cases import Sample
-from starflow2_jax.training import pictures
+from starflow2_jax.training.logging import image_grid
 
 Result = Mapping[str, Any]
 
@@ -146,7 +146,7 @@ def _sections(result: Result, shown: Mapping[str, np.ndarray]) -> Iterator[str]:
         for sheet, pixels in shown.items():
             if sheet.split("_")[0] == name:
                 title = sheets.TITLES[sheet]
-                yield page.picture(pictures.png(pixels), title, title)
+                yield page.picture(image_grid.png(pixels), title, title)
 
 
 def _table(title: str, found: Mapping[str, Any], part: str) -> str:

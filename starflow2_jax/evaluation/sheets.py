@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from starflow2_jax.evaluation.cases import Sample
-from starflow2_jax.training import pictures
+from starflow2_jax.training.logging import image_grid
 
 # Pictures of a sheet of generated ones; samples of the other sheets.
 SHOWN, ROWS = 24, 12
@@ -33,7 +33,7 @@ def make(samples: Mapping[str, Sequence[Sample]], seed: int = 0) -> dict[str, np
     for name, shown in chosen.items():
         if shown:
             captions = [_note(s.case.asks, s.why) for s in shown]
-            found[name] = pictures.grid(np.stack([s.pictures[0] for s in shown]), captions)
+            found[name] = image_grid.grid(np.stack([s.pictures[0] for s in shown]), captions)
     for name in ("understanding", "editing", "reasoning"):
         shown = _mixed(list(samples.get(name, ())), seed)
         if shown:
@@ -68,7 +68,7 @@ def _in_rows(shown: Sequence[Sample]) -> np.ndarray:
         else:
             right = f"right: {sample.case.words}" if sample.case.words else "right"
             captions += [sample.case.asks, _note(told, sample.why), right]
-    return pictures.grid(np.stack(images), captions, columns=2 * each if each > 1 else 6)
+    return image_grid.grid(np.stack(images), captions, columns=2 * each if each > 1 else 6)
 
 
 def _note(text: str, why: str) -> str:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from starflow2_jax.config import nearest
-from starflow2_jax.training import speed
+from starflow2_jax.training.logging import throughput
 
 GIB = 2**30
 
@@ -175,7 +175,7 @@ def _local(name, platform, count):
     devices = devices[:count]
     described = devices[0].device_kind
     kind = next((k for k in GPUS if k in described), platform)
-    peak = next((p for k, p in speed.PEAKS.items() if k in described), 0.0)
+    peak = next((p for k, p in throughput.PEAKS.items() if k in described), 0.0)
     if platform == "cpu":
         page = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Topology(name, kind, tuple(devices), Chip(0, page / len(devices), 0, 0, 0))

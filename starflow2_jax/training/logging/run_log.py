@@ -33,7 +33,7 @@ import numpy as np
 from etils import epath
 
 from starflow2_jax import config
-from starflow2_jax.training import pictures, speed, trackers
+from starflow2_jax.training.logging import image_grid, throughput, trackers
 
 METRICS, CONFIG, RUN = "metrics.jsonl", "config.json", "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -48,7 +48,7 @@ class Log:
     path: Path | None = None
     file: BinaryIO | None = None
     fan_out: list[trackers.Tracker] = dataclasses.field(default_factory=list)
-    clock: speed.Clock = dataclasses.field(default_factory=speed.Clock)
+    clock: throughput.Clock = dataclasses.field(default_factory=throughput.Clock)
     unfinished_line: bool = False
 
 
@@ -279,7 +279,7 @@ def progress(log: Log, step: int, steps: int, values: Mapping[str, Any]) -> None
     }
     parts = [f"step {step:,}/{steps:,} ({step / max(steps, 1):.0%})"]
     parts += [form(float(values[name])) for name, form in forms.items() if name in values]
-    left = speed.seconds_left(log.clock, step, steps)
+    left = throughput.seconds_left(log.clock, step, steps)
     if left is not None:
         parts.append(f"{datetime.timedelta(seconds=round(left))} left")
     line = "  ".join(parts)
@@ -326,10 +326,10 @@ def samples(
     """Writes a grid of images uint8 [n, H, W, 3] under `samples/` and sends it to the trackers."""
     if not log.writes:
         return None
-    pixels = pictures.grid(images, captions, columns)
+    pixels = image_grid.grid(images, captions, columns)
     prefix = "" if name == "samples" else f"{name}_"
     path = log.workdir / "samples" / f"{prefix}{int(step):08d}.png"
-    _write(path, pictures.png(pixels))
+    _write(path, image_grid.png(pixels))
     for tracker in log.fan_out:
         tracker.picture(int(step), name, pixels)
     return path

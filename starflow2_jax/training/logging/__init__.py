@@ -1,0 +1,1 @@
+"""Metrics, trackers, throughput and sample grids of a run."""
