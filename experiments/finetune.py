@@ -11,14 +11,14 @@ Data: prepare import, of whatever kinds of records the model is to learn (README
 """  # noqa: E501
 
 from starflow2_jax import config
-from starflow2_jax.generation import loading
+from starflow2_jax.inference import load
 
 SHIPPED = "pretrained/starflow2_tiny"
 
 
 def get_config(source: str = SHIPPED):
     """The resolved configuration of a training that starts from the model `source`."""
-    found = loading.settings(source)["config"]
+    found = load.settings(source)["config"]
     cfg = config.default()
     cfg.name, cfg.task = "finetune", "starflow2"
     cfg.model.update(found["model"])

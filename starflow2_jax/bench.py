@@ -31,8 +31,8 @@ from absl import flags
 
 from starflow2_jax import params as weights
 from starflow2_jax import stage_timing
-from starflow2_jax.generation.guidance import Guidance
-from starflow2_jax.generation.inverse import Jacobi, inverse, is_guided
+from starflow2_jax.inference.guidance import Guidance
+from starflow2_jax.inference.inverse import Jacobi, inverse, is_guided
 from starflow2_jax.models import flops, flow, starflow2
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.runtime import allocator, cli
@@ -250,11 +250,11 @@ def read_model(path: str, repeats: int) -> Result:
     Raises:
         FileNotFoundError, ValueError: as `generation.model.load`.
     """
-    from starflow2_jax.generation import model
+    from starflow2_jax.inference import flow_sampler
 
     before = status_mb("VmRSS")
-    found = timed(lambda: model.load(path).params, repeats, warm_up=1)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.load(path).params))
+    found = timed(lambda: flow_sampler.load(path).params, repeats, warm_up=1)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(flow_sampler.load(path).params))
     row = {"row": f"load {path}", "model_mb": size / 2**20, "before_mb": before, **found}
     return row | {"mb_per_s": size / 2**20 / found["ms"] * 1000}
 

@@ -138,12 +138,12 @@ def experiment(
 
 def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
     """A run, a step or a model folder to a model folder, ours or the public one."""
-    from starflow2_jax.generation import loading
+    from starflow2_jax.inference import load
     from starflow2_jax.training.program import model_config
 
     path, out = _need(values, "model"), _need(values, "out")
-    task = loading.task(path)
-    if task == loading.TASK:
+    task = load.task(path)
+    if task == load.TASK:
         return _export_interleaved(values, path, out)
     if task == "vlm":
         return _export_reader(values, path, out)
@@ -171,11 +171,11 @@ def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
 
 def _export_interleaved(values: flags.FlagValues, path: str, out: str) -> tuple[dict, list[str]]:
     """A STARFlow2 with its VLM, tokenizer and codec to a model folder."""
-    from starflow2_jax.generation import loading
+    from starflow2_jax.inference import load
 
     if values.public or not values.ema:
         raise ValueError("--public, --noema: a STARFlow2 is exported as ours, averaged weights")
-    found = loading.export(path, out, embed=values.embed, overwrite=values.overwrite)
+    found = load.export(path, out, embed=values.embed, overwrite=values.overwrite)
     return _summary(out, weights.count(found.params))
 
 
@@ -192,12 +192,12 @@ def _export_codec(values: flags.FlagValues, path: str, out: str) -> tuple[dict, 
 
 def _export_reader(values: flags.FlagValues, path: str, out: str) -> tuple[dict, list[str]]:
     """A small vision-language model to a folder that transformers reads."""
-    from starflow2_jax.generation import reader
+    from starflow2_jax.inference import vlm
 
     if values.public or not values.ema:
         raise ValueError("--public, --noema: this export is the public folder, averaged weights")
-    found = reader.load(path)
-    reader.export(found, out, dtype=values.dtype, overwrite=values.overwrite)
+    found = vlm.load(path)
+    vlm.export(found, out, dtype=values.dtype, overwrite=values.overwrite)
     return _summary(out, weights.count(found.params))
 
 

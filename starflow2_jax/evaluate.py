@@ -34,10 +34,10 @@ from starflow2_jax.evaluation import (
     suite,
     understanding,
 )
-from starflow2_jax.generation import loading
-from starflow2_jax.generation import model as models
-from starflow2_jax.generation import options as options_lib
-from starflow2_jax.generation import reader as readers
+from starflow2_jax.inference import flow_sampler as models
+from starflow2_jax.inference import load
+from starflow2_jax.inference import options as options_lib
+from starflow2_jax.inference import vlm as readers
 from starflow2_jax.latents import batch_encoder
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.runtime import allocator, cli
@@ -122,12 +122,12 @@ def _report(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
 def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     if not values.model:
         raise ValueError("likelihood: --model is needed")
-    task = loading.task(values.model)
-    if task == loading.TASK:
+    task = load.task(values.model)
+    if task == load.TASK:
         return _rows_likelihood(values)
     if task != "flow":
         raise ValueError(
-            f"likelihood: {values.model}: task={task!r}, expected a flow or task={loading.TASK!r}"
+            f"likelihood: {values.model}: task={task!r}, expected a flow or task={load.TASK!r}"
         )
     mesh = meshes.make_mesh(values.mesh)
     source = _source(values.model)
@@ -173,7 +173,7 @@ def _starflow2(values: flags.FlagValues) -> Any:
     """The STARFlow2 of --model, on one device unless a mesh is given."""
     mesh = meshes.make_mesh(values.mesh) if values["mesh"].present else None
     where = {"vlm": values.vlm or "", "fae": values.fae or ""}
-    return loading.load(values.model, mesh, values.layout, **where)
+    return load.load(values.model, mesh, values.layout, **where)
 
 
 def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:

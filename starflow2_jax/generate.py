@@ -44,14 +44,14 @@ def load(path: str, **where: Any) -> Any:
 
     Returns:
         of a STARFlow2 a model with `generate(prompts, ...)` and `log_likelihood(rows)`; else what
-        `generation.model` draws from.
+        `inference.flow_sampler` draws from.
 
     Raises:
         FileNotFoundError, ValueError: as `generation.model.load`.
     """
-    from starflow2_jax.generation import model
+    from starflow2_jax.inference import flow_sampler
 
-    return model.load(path, **where)
+    return flow_sampler.load(path, **where)
 
 
 def define(values: flags.FlagValues) -> None:
@@ -99,7 +99,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """See the module's docstring."""
-    from starflow2_jax.generation import interleaved
+    from starflow2_jax.inference import generate
 
     if words:
         raise ValueError(f"unexpected argument {words[0]!r}")
@@ -109,7 +109,7 @@ def main(words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     mesh = meshes.make_mesh(values.mesh) if values.mesh else None
     where = {"vlm": values.vlm or "", "fae": values.fae or ""}
     model = load(values.model, mesh=mesh, layout=values.layout, **where)
-    ours = isinstance(model, interleaved.Model)
+    ours = isinstance(model, generate.Model)
     for name in _FLOW_ONLY if ours else _INTERLEAVED_ONLY:
         if values[name].present and values[name].value != values[name].default:
             raise ValueError(f"--{name}: {values.model} is a model that does not take it")
@@ -123,8 +123,8 @@ def main(words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def _answer(model: Any, out: epath.Path | None, values: flags.FlagValues) -> None:
-    from starflow2_jax.generation import interleaved, output, prompts
-    from starflow2_jax.generation import options as options_lib
+    from starflow2_jax.inference import generate, output, prompts
+    from starflow2_jax.inference import options as options_lib
 
     given = [name for name in ("prompt", "chat", "batch", "geneval") if values[name].value]
     if len(given) > 1 or not (given or values.image):
@@ -149,7 +149,7 @@ def _answer(model: Any, out: epath.Path | None, values: flags.FlagValues) -> Non
     draws = draws and out is not None
     options = options_lib.make_options(_options(model, values, draws, out is not None))
     began = time.perf_counter()
-    answers = interleaved.generate_many(model, rows, options)
+    answers = generate.generate_many(model, rows, options)
     note = {"model": values.model, "source": model.source, **output.settings(options)}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -178,8 +178,8 @@ def _answer(model: Any, out: epath.Path | None, values: flags.FlagValues) -> Non
 
 
 def _options(model: Any, values: flags.FlagValues, draws: bool, pictures: bool) -> dict[str, Any]:
-    from starflow2_jax.generation import options as options_lib
-    from starflow2_jax.generation.inverse import Jacobi
+    from starflow2_jax.inference import options as options_lib
+    from starflow2_jax.inference.inverse import Jacobi
 
     images = 1 if draws else values.images if pictures else 0
     names = ("guidance", "denoise", "image_temperature")
@@ -223,9 +223,9 @@ def _print_row(row: list[dict[str, Any]], numbered: bool, i: int, k: int) -> Non
 def _draw(model: Any, out: epath.Path | None, values: flags.FlagValues) -> None:
     import numpy as np
 
-    from starflow2_jax.generation import model as generation
-    from starflow2_jax.generation import output
-    from starflow2_jax.generation.inverse import Jacobi
+    from starflow2_jax.inference import flow_sampler as generation
+    from starflow2_jax.inference import output
+    from starflow2_jax.inference.inverse import Jacobi
     from starflow2_jax.training.logging import image_grid
 
     if out is None:

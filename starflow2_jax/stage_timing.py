@@ -16,7 +16,7 @@ import numpy as np
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.generation import conversation, decode
+from starflow2_jax.inference import decode_loop, session
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.starflow2 import Config
 from starflow2_jax.timing import Result, shares, timed
@@ -170,17 +170,17 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
     own = lambda part: dataclasses.replace(part, compute_dtype=dtype)
     cfg = dataclasses.replace(cfg, vlm=own(cfg.vlm), flow=own(cfg.flow))
     tree = {n: t for n, t in pretzel.declare(cfg).items() if n != "shallow"}
-    laid_out = lambda key: decode.prepare(weights.init(key, tree, dtype), cfg=cfg)
+    laid_out = lambda key: decode_loop.prepare(weights.init(key, tree, dtype), cfg=cfg)
     params = jax.jit(laid_out)(jax.random.key(0))
-    slots = -(-(PROMPT + cfg.patches + WORDS) // conversation.CACHE_STEP) * conversation.CACHE_STEP
+    slots = -(-(PROMPT + cfg.patches + WORDS) // session.CACHE_STEP) * session.CACHE_STEP
     keys = jax.random.split(jax.random.key(1), rows)
-    held = conversation.begin(params, cfg, keys, "", 1.0, slots, True)
+    held = session.begin(params, cfg, keys, "", 1.0, slots, True)
     # Each a buffer of its own, as the loop takes all of them over.
     prepared, heat, states = held.params, held.heat, [jax.tree.map(jnp.copy, held.state)]
     del params, held
     read = jnp.zeros((rows, slots), bool).at[:, :PROMPT].set(True)
-    ids = decode.Ids(3, 4, (), (), cfg.vlm.vocab)
-    numbers = decode.Numbers(1.0, 0, 1.0, 1.0, None)
+    ids = decode_loop.Ids(3, 4, (), (), cfg.vlm.vocab)
+    numbers = decode_loop.Numbers(1.0, 0, 1.0, 1.0, None)
     full = lambda value: jnp.full(rows, value, jnp.int32)
 
     def draw(mode: int, steps: int) -> Callable[[], Any]:
@@ -190,9 +190,9 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
             own = {"mode": full(mode), "patch": full(0), "tokens": full(WORDS)}
             own |= {"token": full(3), "is_image": jnp.zeros(rows, bool), "images": full(0)}
             state, drawn = states[0].replace(caches=caches, valid=jnp.copy(read), **own), []
-            for first in range(0, steps, decode.CHUNK):
-                some = jnp.int32(min(decode.CHUNK, steps - first))
-                state, record = decode.run(
+            for first in range(0, steps, decode_loop.CHUNK):
+                some = jnp.int32(min(decode_loop.CHUNK, steps - first))
+                state, record = decode_loop.run(
                     prepared, state, keys, numbers, heat, some, cfg=cfg, ids=ids
                 )
                 drawn.append(record.nats)
@@ -204,7 +204,10 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
     row: Result = {"row": f"sample {stage} {size}", "batch": rows, "dtype": dtype}
     row |= {"prompt": PROMPT, "slots": slots}
     moved = step_bytes(cfg, rows, slots, jnp.dtype(dtype).itemsize)
-    for name, mode, steps in (("image", decode.IMAGE, cfg.patches), ("text", decode.TEXT, WORDS)):
+    for name, mode, steps in (
+        ("image", decode_loop.IMAGE, cfg.patches),
+        ("text", decode_loop.TEXT, WORDS),
+    ):
         run = draw(mode, steps)
         began = time.perf_counter()
         drawn = np.concatenate(run(), 1)[:, :steps, 0]

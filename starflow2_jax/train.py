@@ -20,7 +20,7 @@ from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.checkpoints import steps as step_folders
 from starflow2_jax.evaluation import conversations, likelihood, report, samples
-from starflow2_jax.generation import model as generation
+from starflow2_jax.inference import flow_sampler as generation
 from starflow2_jax.latents import batch_encoder
 from starflow2_jax.runtime import allocator, cli, distributed
 from starflow2_jax.training import init_from

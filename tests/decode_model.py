@@ -6,7 +6,7 @@ import numpy as np
 from starflow2_jax import config
 from starflow2_jax import params as weights
 from starflow2_jax.data.chat_layout import Tokenizer
-from starflow2_jax.generation.interleaved import Model
+from starflow2_jax.inference.generate import Model
 from starflow2_jax.models import qwen, starflow2
 
 SIDE, CHANNELS = 2, 3

@@ -10,7 +10,7 @@ from golden_parity import error
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import tensor_files
 from starflow2_jax.checkpoints.convert import qwen as table
-from starflow2_jax.generation import chat
+from starflow2_jax.inference import qwen_chat
 from starflow2_jax.models import qwen, qwen_vision
 
 TOLERANCE = 1e-5
@@ -87,4 +87,6 @@ def check(params, cfg, given, reference):
 def prompt_of(given, cfg):
     positions, following = qwen.rope_indices(given["ids"], cfg, given["grids"], given["valid"])
     patches = given["patches"] if len(given["grids"]) else None
-    return chat.Prompt(given["ids"], given["valid"], positions, following, patches, given["grids"])
+    return qwen_chat.Prompt(
+        given["ids"], given["valid"], positions, following, patches, given["grids"]
+    )

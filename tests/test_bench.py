@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 
 from starflow2_jax import bench, mesh, stage_timing, timing
-from starflow2_jax.generation.inverse import Jacobi
+from starflow2_jax.inference.inverse import Jacobi
 from starflow2_jax.models import flow
 from starflow2_jax.runtime import allocator
 from starflow2_jax.training.tasks import starflow2

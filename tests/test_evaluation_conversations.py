@@ -11,7 +11,7 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.data import records
 from starflow2_jax.evaluation import asking, conversations
-from starflow2_jax.generation import loading
+from starflow2_jax.inference import load
 from starflow2_jax.latents import batch_encoder, codec
 from starflow2_jax.models import starflow2
 from starflow2_jax.shapes import tasks as shapes_tasks
@@ -29,7 +29,7 @@ assert parts  # a fixture
 
 @pytest.fixture(scope="module")
 def model(parts):
-    return loading.load(parts[1])
+    return load.load(parts[1])
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import image_batches, records
 from starflow2_jax.data.manifest import Importer
 from starflow2_jax.evaluation import likelihood
-from starflow2_jax.generation.model import Model
+from starflow2_jax.inference.flow_sampler import Model
 from starflow2_jax.shapes import generator
 from starflow2_jax.training import preprocess
 from starflow2_jax.training import program as step

@@ -21,9 +21,9 @@ from starflow2_jax.evaluation import (
     suite,
     understanding,
 )
-from starflow2_jax.generation import loading
-from starflow2_jax.generation import reader as readers
-from starflow2_jax.generation.prompts import Part
+from starflow2_jax.inference import load
+from starflow2_jax.inference import vlm as readers
+from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import tasks as shapes_tasks
 from starflow2_jax.training.tasks import registry
 
@@ -36,7 +36,7 @@ def parts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(parts):
-    return loading.load(parts[1])
+    return load.load(parts[1])
 
 
 def ran(verb, *words):
@@ -164,7 +164,7 @@ def test_likelihood_of_a_folder(parts, tmp_path, capsys):
     assert "likelihood, records, all, image: " in capsys.readouterr().out
     result = json.loads((tmp_path / "found.json").read_text())
     found = result["sections"]["likelihood"]["records"]["all"]
-    model = loading.load(parts[1])
+    model = load.load(parts[1])
     rows = starflow2_likelihood.sums(model, made, size=6)[0]
     drawn = rows["count"] > 0
     assert drawn.tolist() == [True, False, True] * 2 and found["image"]["records"] == 4

@@ -9,7 +9,7 @@ import pytest
 from starflow2_jax.data import records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.evaluation import cases, editing, shapes_report, shares, sheets, suite
-from starflow2_jax.generation.prompts import Part
+from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import generator, holdout
 from starflow2_jax.shapes import tasks as shapes_tasks
 

@@ -16,7 +16,7 @@ from test_train import environment_of
 
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.data import images
-from starflow2_jax.generation import loading
+from starflow2_jax.inference import load
 from starflow2_jax.training.logging import run_log
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def commands():
 def folder(parts, tmp_path_factory):
     """A model folder that holds everything."""
     path = tmp_path_factory.mktemp("model") / "whole"
-    loading.export(parts[1], str(path))
+    load.export(parts[1], str(path))
     return path
 
 
@@ -73,7 +73,7 @@ def test_import_train_generate(folder, tmp_path):
     cfg = run_log.read_config(run)
     assert cfg["vlm"]["path"] == str(folder / "vlm") and cfg["fae"]["path"] == str(folder / "fae")
     assert cfg["noise"] == given["noise"] and cfg["model"]["flow"] == given["model"]["flow"]
-    before, after = loading.load(str(folder)), loading.load(str(run))
+    before, after = load.load(str(folder)), load.load(str(run))
     for name in ("adapter", "shallow", "deep", "skip"):
         ours, theirs = (np.concatenate([np.ravel(a) for a in jax.tree.leaves(m.params[name])])
                         for m in (before, after))  # fmt: skip

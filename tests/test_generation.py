@@ -16,9 +16,9 @@ from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder, orbax
-from starflow2_jax.generation import denoise
-from starflow2_jax.generation.inverse import Jacobi
-from starflow2_jax.generation.model import Model, Sampling, generate, likelihood, load
+from starflow2_jax.inference import denoise
+from starflow2_jax.inference.flow_sampler import Model, Sampling, generate, likelihood, load
+from starflow2_jax.inference.inverse import Jacobi
 from starflow2_jax.models import flow
 from starflow2_jax.models.patches import unpatchify
 from starflow2_jax.training import program

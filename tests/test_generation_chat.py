@@ -11,7 +11,7 @@ from PIL import Image
 
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints.convert import qwen as table
-from starflow2_jax.generation import chat
+from starflow2_jax.inference import qwen_chat
 from starflow2_jax.models import qwen, qwen_vision
 
 SPECIAL = [
@@ -88,7 +88,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opened(folder):
     cfg, params = table.load(folder)
-    return cfg, params, chat.open_processor(folder)
+    return cfg, params, qwen_chat.open_processor(folder)
 
 
 def picture(height, width, seed=0):
@@ -110,10 +110,10 @@ def test_a_conversation_with_images(opened, tmp_path):
         user("what is", str(tmp_path / "a.png"), "?"),
         [{"role": "system", "content": "short"}, *user(picture(16, 16), picture(33, 50), "é")],
     ]
-    prompt = chat.prepare(processor, rows, cfg)
+    prompt = qwen_chat.prepare(processor, rows, cfg)
     # 24 x 40 is kept, 16 x 16 too, 33 x 50 becomes 32 x 48: multiples of 8.
     assert prompt.grids.tolist() == [[1, 6, 10], [1, 4, 4], [1, 8, 12]]
-    assert prompt.ids.shape[1] % chat.LENGTH_STEP == 0
+    assert prompt.ids.shape[1] % qwen_chat.LENGTH_STEP == 0
     ids = [row[keep] for row, keep in zip(prompt.ids, prompt.valid)]
     pad = "<|image_pad|>"
     texts = [processor.tokenizer.decode(row) for row in ids]
@@ -131,18 +131,22 @@ def test_a_conversation_with_images(opened, tmp_path):
         params, prompt.ids, cfg, patches=prompt.patches, at=at, positions=prompt.positions,
         mask=qwen.causal_mask(prompt.valid),
     )  # fmt: skip
-    rows_of = chat.generate(params, cfg, prompt, max_tokens=4)
+    rows_of = qwen_chat.generate(params, cfg, prompt, max_tokens=4)
     assert [row[0] for row in rows_of] == np.argmax(logits[:, -1], -1).tolist()
-    said = chat.chat(params, cfg, processor, rows, max_tokens=4, stop=())
+    said = qwen_chat.chat(params, cfg, processor, rows, max_tokens=4, stop=())
     assert said == processor.tokenizer.batch_decode(rows_of, skip_special_tokens=True)
 
 
 def test_a_conversation_alone_and_in_company(opened):
     cfg, params, processor = opened
     rows = [user("a"), user(picture(16, 24), "what a long question this is, and no end of it")]
-    together = chat.generate(params, cfg, chat.prepare(processor, rows, cfg), max_tokens=8)
+    together = qwen_chat.generate(
+        params, cfg, qwen_chat.prepare(processor, rows, cfg), max_tokens=8
+    )
     for row, tokens in zip(rows, together):
-        alone = chat.generate(params, cfg, chat.prepare(processor, [row], cfg), max_tokens=8)
+        alone = qwen_chat.generate(
+            params, cfg, qwen_chat.prepare(processor, [row], cfg), max_tokens=8
+        )
         assert alone[0] == tokens
 
 
@@ -150,13 +154,13 @@ def test_what_ends_a_turn(folder, opened, tmp_path):
     assert opened[2].stop == (2,)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     try:
-        assert chat.open_processor(folder).stop == (2, 0)
+        assert qwen_chat.open_processor(folder).stop == (2, 0)
     finally:
         (folder / "generation_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        chat.open_processor(tmp_path / "nowhere")
+        qwen_chat.open_processor(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no tokenizer or image processor can be read"):
-        chat.open_processor(tmp_path)
+        qwen_chat.open_processor(tmp_path)
 
 
 def png(image):
@@ -187,7 +191,7 @@ def png(image):
 def test_conversations_that_are_refused(opened, messages, message):
     cfg, _, processor = opened
     with pytest.raises(ValueError, match=message):
-        chat.prepare(processor, [messages], cfg)
+        qwen_chat.prepare(processor, [messages], cfg)
 
 
 def test_images_that_the_tower_cannot_read(opened):
@@ -195,14 +199,14 @@ def test_images_that_the_tower_cannot_read(opened):
     rows = [user(picture(24, 42))]
     coarse = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, patch=8, window=32))
     with pytest.raises(ValueError, match=r"cuts \(patch, merge, frames\) = \(4, 2, 2\), the tower"):
-        chat.prepare(processor, rows, coarse)
+        qwen_chat.prepare(processor, rows, coarse)
     with pytest.raises(ValueError, match="a model that has no vision tower"):
-        chat.prepare(processor, rows, dataclasses.replace(cfg, vision=None))
+        qwen_chat.prepare(processor, rows, dataclasses.replace(cfg, vision=None))
     processor.images.do_resize = False
     try:
         with pytest.raises(ValueError, match="24 x 42 pixels; the vision tower needs multiples"):
-            chat.prepare(processor, rows, cfg)
+            qwen_chat.prepare(processor, rows, cfg)
     finally:
         processor.images.do_resize = True
     with pytest.raises(ValueError, match="none were given"):
-        chat.prepare(processor, [], cfg)
+        qwen_chat.prepare(processor, [], cfg)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from starflow2_jax.data import chat_layout as layouts
-from starflow2_jax.generation import conversation, decode
-from starflow2_jax.generation.inverse import Jacobi
-from starflow2_jax.generation.prompts import Part
+from starflow2_jax.inference import decode_loop, session
+from starflow2_jax.inference.inverse import Jacobi
+from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents import codec
 from starflow2_jax.models import layers, qwen
 from starflow2_jax.models import starflow2 as pretzel
@@ -54,13 +54,12 @@ def same(ours, others, tolerance=1e-10):
 def laid_out(model, rows):
     """`Items` of the rows padded on the right, with u of their images."""
     items = [
-        conversation.lay_out(row, small.TOKENIZER, model.shape.patches, null, "")
-        for row, null in rows
+        session.lay_out(row, small.TOKENIZER, model.shape.patches, null, "") for row, null in rows
     ]
     of = lambda row: [p.latent for p in row if p.kind == "image"]
     blank = np.zeros((1, small.SIDE**2, small.CHANNELS), np.float32)
     u = [
-        conversation.shallow(model.params, np.array(of(row), np.float32), model.shape)[0]
+        session.shallow(model.params, np.array(of(row), np.float32), model.shape)[0]
         if of(row)
         else blank
         for row, _ in rows
@@ -88,7 +87,7 @@ def laid_out(model, rows):
 
     real = np.stack([np.arange(length) < len(row["ids"]) for row in made])
     fields = {name: stacked(name) for name in made[0]}
-    return decode.Items(real=jnp.asarray(real), **fields), real
+    return decode_loop.Items(real=jnp.asarray(real), **fields), real
 
 
 def heads(params, y, h, cfg):
@@ -128,14 +127,14 @@ def test_cached_steps_equal_the_parallel_forward():
     assert (items.is_image[:2].sum(1) == 12).all() and len({r.sum() for r in real}) > 2
 
     expected = parallel(model, items)
-    prepared = decode.prepare(params, cfg=cfg)
-    caches, valid = decode.empty(prepared, cfg, 4, items.ids.shape[1])
+    prepared = decode_loop.prepare(params, cfg=cfg)
+    caches, valid = decode_loop.empty(prepared, cfg, 4, items.ids.shape[1])
     cut = lambda i, n: jax.tree.map(lambda leaf: leaf[:, i : i + n], items)
-    caches, valid = decode.prefill(prepared, caches, valid, cut(0, 5), 1.0, cfg=cfg)
+    caches, valid = decode_loop.prefill(prepared, caches, valid, cut(0, 5), 1.0, cfg=cfg)
 
     @jax.jit
     def step(params, caches, valid, item):
-        y, h, caches, valid = decode.read(params, caches, valid, item, 1.0, cfg)
+        y, h, caches, valid = decode_loop.read(params, caches, valid, item, 1.0, cfg)
         return heads(params, y, h, cfg), caches, valid
 
     for t in range(5, items.ids.shape[1]):
@@ -268,10 +267,10 @@ def test_no_guidance_and_other_numbers_need_no_other_program(x64):
     options = {**DRAW, "images": 1, "image_start": True, "max_tokens": 4}
     run = lambda **changes: model.generate(MIXED[:2], **{**options, **changes})
     guided = run(guidance=2.0)
-    programs = decode.run._cache_size()
+    programs = decode_loop.run._cache_size()
     strong = run(guidance=3.0, temperature=0.7, top_p=0.9, top_k=5, image_temperature=0.8, seed=4)
     run(max_tokens=7, stop=("never said",), null_temperature=0.9)
-    assert decode.run._cache_size() == programs
+    assert decode_loop.run._cache_size() == programs
     assert np.abs(strong[0][0].latent - guided[0][0].latent).max() > 1e-3
     # A weight of nothing in a conversation that has the branch, and none at all.
     begun = model.generate(["a", "b"], **{**options, "guidance": 1.0})
@@ -291,7 +290,7 @@ def test_the_null_branch_has_the_images_but_not_the_words_of_the_user():
              Part("text", "assistant", "yes"), Part("text", "user", "b")]  # fmt: skip
     kept = {}
     for null in ("", "text", "all"):
-        items = conversation.lay_out(given, small.TOKENIZER, 4, null, "")
+        items = session.lay_out(given, small.TOKENIZER, 4, null, "")
         kept[null] = small.TOKENIZER.decode(items.ids), int((items.patch >= 0).sum())
     assert "what" in kept[""][0] and kept[""][1] == kept["text"][1] == 4 and kept["all"][1] == 0
     for null in ("text", "all"):
@@ -307,7 +306,7 @@ def test_nothing_is_read_twice(monkeypatch):
     or taken through the shallow flow on its way into the cache."""
     model = small.model()
     calls = {"encode": 0, "prefill": 0, "run": 0}
-    for holder, name in ((codec, "encode"), (decode, "prefill"), (decode, "run")):
+    for holder, name in ((codec, "encode"), (decode_loop, "prefill"), (decode_loop, "run")):
         plain = getattr(holder, name)
 
         def counted(*args, plain=plain, name=name, **named):
@@ -317,9 +316,9 @@ def test_nothing_is_read_twice(monkeypatch):
         monkeypatch.setattr(holder, name, counted)
     options = {**DRAW, "guidance": 0.0, "temperature": 0.0, "max_tokens": 6}
     first = model.generate(["hello"], **options, images=3, image_start=True)
-    prompt = conversation.lay_out([Part("text", "user", "hello")], small.TOKENIZER, 4, "", "")
+    prompt = session.lay_out([Part("text", "user", "hello")], small.TOKENIZER, 4, "", "")
     drawn = 3 * (small.SIDE**2 + 2) + sum(len(p.tokens) for p in first[0])
-    padded = -(-(len(prompt.ids) - 1) // conversation.LENGTH_STEP) * conversation.LENGTH_STEP
+    padded = -(-(len(prompt.ids) - 1) // session.LENGTH_STEP) * session.LENGTH_STEP
     read = first.conversation.read
     ended = first.finish == ["end"]
     assert padded + drawn + ended == read and calls == {"encode": 0, "prefill": 1, "run": 1}
@@ -327,8 +326,8 @@ def test_nothing_is_read_twice(monkeypatch):
     second = model.generate(["and?"], after=first, **options, images=0)
     new = second.conversation.read - read - sum(len(p.tokens) for p in second[0])
     # The new turn's items and the end of the turn before, padded.
-    turn = conversation.lay_out([Part("text", "user", "and?")], small.TOKENIZER, 4, "", "")
-    most = -(-(len(turn.ids) + 2) // conversation.LENGTH_STEP) * conversation.LENGTH_STEP
+    turn = session.lay_out([Part("text", "user", "and?")], small.TOKENIZER, 4, "", "")
+    most = -(-(len(turn.ids) + 2) // session.LENGTH_STEP) * session.LENGTH_STEP
     assert new <= most + 1 and calls == {"encode": 0, "prefill": 2, "run": 2}
 
 
@@ -360,7 +359,7 @@ def test_every_item_has_a_key_of_its_own():
     """An image that begins its part does not draw its first patch from the key of the token."""
     model = small.model()
     keys = jax.random.split(jax.random.key(0), 1)
-    state = conversation.begin(model.prepared, model.shape, keys, "", 1.0, 64, True).state
+    state = session.begin(model.prepared, model.shape, keys, "", 1.0, 64, True).state
     found = set()
     for part in range(3):
         for number in range(model.shape.patches):
@@ -368,14 +367,14 @@ def test_every_item_has_a_key_of_its_own():
             now = now.replace(patch=jnp.array([number]))
             kinds = (True, False) if number == 0 else (True,)
             for drawing in kinds:
-                key = decode.item_keys(keys, now, jnp.array([drawing]))
+                key = decode_loop.item_keys(keys, now, jnp.array([drawing]))
                 found.add(np.asarray(jax.random.key_data(key)).tobytes())
     assert len(found) == 3 * (model.shape.patches + 1)
 
 
 def test_words_are_cut_as_asked():
     logits = jnp.log(jnp.asarray([[0.5, 0.2, 0.15, 0.1, 0.05], [0.1, 0.1, 0.1, 0.1, 0.6]]))
-    kept = lambda k, p: np.isfinite(np.asarray(decode.truncate(logits, k, p)))
+    kept = lambda k, p: np.isfinite(np.asarray(decode_loop.truncate(logits, k, p)))
     assert kept(0, 1.0).all()
     np.testing.assert_array_equal(kept(2, 1.0)[0], [1, 1, 0, 0, 0])
     np.testing.assert_array_equal(kept(0, 0.6)[0], [1, 1, 0, 0, 0])
@@ -393,11 +392,11 @@ def test_words_are_cut_as_asked():
     # The likeliest token of the teacher-forced row, of those that may be drawn.
     said = greedy[0][0].tokens
     items, _ = laid_out(model, [([Part("text", "user", "hello"), greedy[0][0]], "none")])
-    prompt = conversation.lay_out([Part("text", "user", "hello")], small.TOKENIZER, 4, "", "")
+    prompt = session.lay_out([Part("text", "user", "hello")], small.TOKENIZER, 4, "", "")
     first = len(prompt.ids)
     np.testing.assert_array_equal(items.ids[0, first:], said)
     logits = np.array(parallel(model, items)[2][0, first - 1 : -1])
-    ids = conversation.delimiters(model.tokenizer, model.shape)
+    ids = session.delimiters(model.tokenizer, model.shape)
     logits[:, [*ids.banned, ids.vision_start, *range(ids.size, small.VOCAB)]] = -np.inf
     assert len(said) and tuple(logits.argmax(-1)) == said
 

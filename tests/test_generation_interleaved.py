@@ -21,18 +21,10 @@ from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.checkpoints.convert import qwen as qwen_weights
 from starflow2_jax.checkpoints.convert import teacher as teacher_weights
-from starflow2_jax.generation import (
-    conversation,
-    decode,
-    denoise,
-    interleaved,
-    loading,
-    output,
-    scoring,
-)
-from starflow2_jax.generation import reader as readers
-from starflow2_jax.generation.options import of_run
-from starflow2_jax.generation.prompts import Part
+from starflow2_jax.inference import decode_loop, denoise, generate, load, output, scoring, session
+from starflow2_jax.inference import vlm as readers
+from starflow2_jax.inference.options import of_run
+from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents import codec
 from starflow2_jax.models import qwen, qwen_vision, starflow2
 from starflow2_jax.models.fae import codec as fae
@@ -111,12 +103,12 @@ def qwen_shape(root):
 def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
     run = parts[1]
     model = command.load(run)
-    assert isinstance(model, interleaved.Model) and model.source == run
+    assert isinstance(model, generate.Model) and model.source == run
     options = {"images": 1, "max_tokens": 0, "guidance": 1.0}
     drawn = model.generate(["a red circle"], **options)[0][0]
     assert drawn.image.shape == (PIXELS, PIXELS, 3) and drawn.image.dtype == np.uint8
     for embed, name in ((True, "whole"), (False, "near")):
-        loading.export(run, str(tmp_path / name), embed=embed)
+        load.export(run, str(tmp_path / name), embed=embed)
         other = command.load(str(tmp_path / name)).generate(["a red circle"], **options)[0][0]
         np.testing.assert_array_equal(other.image, drawn.image)
         assert (tmp_path / name / "fae").exists() == embed
@@ -128,15 +120,15 @@ def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
         convert.main("export", [], values)
         assert (tmp_path / name / "vlm").exists() == (name == "exported")
     (tmp_path / "exported").rename(tmp_path / "moved")
-    assert loading.load(str(tmp_path / "moved")).fae.sha256 == model.fae.sha256
+    assert load.load(str(tmp_path / "moved")).fae.sha256 == model.fae.sha256
 
 
 def test_a_long_answer_of_a_loaded_model_needs_one_program(parts, caplog):
     """What a chunk of steps leaves is as what the first was given."""
-    model = loading.load(parts[1])
-    images = decode.CHUNK // model.shape.patches + 1
+    model = load.load(parts[1])
+    images = decode_loop.CHUNK // model.shape.patches + 1
     options = {"images": images, "image_start": True, "max_tokens": 1}
-    decode.run.clear_cache()
+    decode_loop.run.clear_cache()
     with jax.log_compiles(), caplog.at_level("WARNING"):
         row = model.generate([["a red circle"]], **options)[0]
     assert sum(part.kind == "image" for part in row) == images
@@ -145,12 +137,12 @@ def test_a_long_answer_of_a_loaded_model_needs_one_program(parts, caplog):
 
 
 def test_rows_go_on_by_the_same_program_where_others_were_cut(parts, caplog):
-    model = loading.load(parts[1])
+    model = load.load(parts[1])
     options = {"images": 0, "max_tokens": 40, "temperature": 1.0}
     prompts = [["a red circle"], ["a blue square"]]
     said = [row[0].text if row else "" for row in model.generate(prompts, **options)]
     words = [word for word in said[0].split()[:8] if len(word) > 1 and word not in said[1]]
-    decode.run.clear_cache()
+    decode_loop.run.clear_cache()
     with jax.log_compiles(), caplog.at_level("WARNING"):
         found = model.generate(prompts, stop=(words[0],), **options)
     assert found.finish[0] == "stop" and found[1][0].text == said[1] and len(said[1]) > 16
@@ -159,12 +151,12 @@ def test_rows_go_on_by_the_same_program_where_others_were_cut(parts, caplog):
 
 
 def test_a_run_says_how_much_noise_its_pictures_have(parts, monkeypatch):
-    meta = loading._meta(parts[1], False)
+    meta = load._meta(parts[1], False)
     for given, wanted in (({"image_temperature": 0.5}, 0.5), ({}, 1.0)):
         sample = {k: v for k, v in meta["config"]["sample"].items() if k != "image_temperature"}
         changed = {**meta, "config": {**meta["config"], "sample": {**sample, **given}}}
-        monkeypatch.setattr(loading, "_meta", lambda path, folder, changed=changed: changed)
-        drawn = of_run(loading.settings(parts[1])["config"]["sample"])
+        monkeypatch.setattr(load, "_meta", lambda path, folder, changed=changed: changed)
+        drawn = of_run(load.settings(parts[1])["config"]["sample"])
         assert drawn["image_temperature"] == wanted
 
 
@@ -190,13 +182,13 @@ def test_another_vlm_codec_or_task_is_refused(parts, tmp_path):
     found = codec.load(str(root / "fae"))
     args = (root, found)
     with pytest.raises(ValueError, match=r"trained beside another VLM than the one in .*vlm: sha2"):
-        loading.load(save_run(tmp_path / "a", *args, vlm="0" * 64))
+        load.load(save_run(tmp_path / "a", *args, vlm="0" * 64))
     with pytest.raises(ValueError, match=r"trained on latents of another codec than .*fae: sha256"):
-        loading.load(save_run(tmp_path / "b", *args, fae="0" * 64))
+        load.load(save_run(tmp_path / "b", *args, fae="0" * 64))
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        loading.load(run, vlm=str(tmp_path / "nowhere"))
+        load.load(run, vlm=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="task='fae_features', expected a model of interleaved"):
-        loading.load(str(root / "features"))
+        load.load(str(root / "features"))
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -251,12 +243,12 @@ def test_genevals_tree(parts, tmp_path, capsys):
             assert image.size == (PIXELS, PIXELS)
     assert json.loads((tmp_path / "tree" / "settings.json").read_text())["rewrite"] is False
     # A picture depends on its number, not on how many are drawn at a time.
-    model = loading.load(parts[1])
+    model = load.load(parts[1])
     drawing = {"images": 1, "max_tokens": 0, "n": 2, "seed": 42}
-    options = interleaved.make_options(drawing | {"denoise": model.cfg["sample"]["denoise"]})
+    options = generate.make_options(drawing | {"denoise": model.cfg["sample"]["denoise"]})
     prompts = [row["prompt"] for row in rows]
     for together in (1, 2):
-        found = list(interleaved.generate_many(model, prompts, options, rows=2 * together))
+        found = list(generate.generate_many(model, prompts, options, rows=2 * together))
         last = found[1][1][0].image
         kept = np.asarray(Image.open(tmp_path / "tree" / "00001" / "samples" / "00001.png"))
         assert np.abs(last.astype(int) - kept).max() <= 1
@@ -308,7 +300,7 @@ def test_prompts_and_options_that_cannot_be(tmp_path):
 
 
 def command_chat(path):
-    from starflow2_jax.generation import prompts
+    from starflow2_jax.inference import prompts
 
     return prompts.read_chat(path)
 
@@ -359,8 +351,8 @@ def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(x64):
     options = {"images": 2, "max_tokens": 2, "seed": 4, "temperature": 1.0, "guidance": 1.0}
     found = model.generate(["ab", "hello"], **options)
     sigma, cfg = 0.3, model.shape
-    ids = conversation.delimiters(model.tokenizer, cfg)
-    start = conversation.lay_out([Part("text", "user", "ab")], model.tokenizer, 4, "", "")
+    ids = session.delimiters(model.tokenizer, cfg)
+    start = session.lay_out([Part("text", "user", "ab")], model.tokenizer, 4, "", "")
     row = [Part("text", "user", "ab"), *found[0]]
     drawn = [part for part in row if part.kind == "image"]
     x = [np.stack([part.latent for part in drawn])]
@@ -380,8 +372,8 @@ def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(x64):
     laid = batch["ids"][0].tolist()
     at = [i for i, token in enumerate(laid) if token == ids.vision_start][1]
     # The prompt was padded to its multiple; the pending item stood at its end.
-    padded = -(-(len(start.ids) - 1) // conversation.LENGTH_STEP) * conversation.LENGTH_STEP
-    longest = conversation.lay_out([Part("text", "user", "hello")], model.tokenizer, 4, "", "")
+    padded = -(-(len(start.ids) - 1) // session.LENGTH_STEP) * session.LENGTH_STEP
+    longest = session.lay_out([Part("text", "user", "hello")], model.tokenizer, 4, "", "")
     padded = max(padded, -(-(len(longest.ids) - 1) // 16) * 16)
     slot = padded + at - (len(start.ids) - 1)
     begin = (ids.vision_start, slot, batch["positions"][0, at, 0] + 1,

@@ -11,8 +11,8 @@ import pytest
 from golden_parity import FOLDER, check_all, error
 
 from starflow2_jax.checkpoints.convert import starflow as public
-from starflow2_jax.generation.guidance import Guidance
-from starflow2_jax.generation.inverse import Jacobi, inverse
+from starflow2_jax.inference.guidance import Guidance
+from starflow2_jax.inference.inverse import Jacobi, inverse
 from starflow2_jax.models import flow, layers, rope
 from starflow2_jax.models.patches import patchify, unpatchify
 from starflow2_jax.training.losses.flow import flow_loss

@@ -12,8 +12,8 @@ import pytest
 from golden_parity import FOLDER, error
 
 from starflow2_jax.checkpoints.convert import starflow as public
-from starflow2_jax.generation.guidance import Guidance
-from starflow2_jax.generation.inverse import Jacobi, inverse
+from starflow2_jax.inference.guidance import Guidance
+from starflow2_jax.inference.inverse import Jacobi, inverse
 from starflow2_jax.models import flow, layers, patches
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import flatten, ones, unflatten

@@ -10,7 +10,7 @@ import pretzel_rows as small
 import pytest
 
 from starflow2_jax import params as weights
-from starflow2_jax.generation import decode
+from starflow2_jax.inference import decode_loop
 from starflow2_jax.models import backbone, layers, qwen, starflow2
 from starflow2_jax.models.ablations import mot
 from starflow2_jax.training.losses import interleaved
@@ -177,7 +177,7 @@ def check_cached(cfg, params, batch, tolerance=1e-4):
     is_image = batch["image"] >= 0
     rng = np.random.default_rng(1)
     u = rng.standard_normal((*is_image.shape, cfg.flow.channels)) * is_image[..., None]
-    items = decode.Items(
+    items = decode_loop.Items(
         ids=jnp.asarray(batch["ids"]),
         u=jnp.asarray(u, jnp.float32),
         is_image=jnp.asarray(is_image),
@@ -200,14 +200,14 @@ def check_cached(cfg, params, batch, tolerance=1e-4):
 
     @jax.jit
     def step(prepared, caches, valid, item):
-        y, h, caches, valid = decode.read(prepared, caches, valid, item, 1.0, cfg)
+        y, h, caches, valid = decode_loop.read(prepared, caches, valid, item, 1.0, cfg)
         return heads(prepared, y, h), caches, valid
 
     expected = [np.asarray(each) for each in whole(params)]
-    prepared = decode.prepare(params, cfg=cfg)
-    caches, valid = decode.empty(prepared, cfg, *items.ids.shape)
+    prepared = decode_loop.prepare(params, cfg=cfg)
+    caches, valid = decode_loop.empty(prepared, cfg, *items.ids.shape)
     cut = lambda i, n: jax.tree.map(lambda leaf: leaf[:, i : i + n], items)
-    caches, valid = decode.prefill(prepared, caches, valid, cut(0, 3), 1.0, cfg=cfg)
+    caches, valid = decode_loop.prefill(prepared, caches, valid, cut(0, 3), 1.0, cfg=cfg)
     for t in range(3, items.ids.shape[1]):
         found, caches, valid = step(prepared, caches, valid, cut(t, 1))
         there = np.asarray(items.real[:, t])

@@ -14,7 +14,7 @@ from qwen_parity import TOLERANCE, check, from_state, ours, prompt_of, step
 
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints.convert.qwen_options import read_options
-from starflow2_jax.generation import chat
+from starflow2_jax.inference import qwen_chat
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import layers, qwen, qwen_vision
 
@@ -48,7 +48,7 @@ def test_golden_states_and_logits(golden, name):
 def test_golden_greedy_tokens(golden, name):
     cfg, params, arrays = golden
     given = case(arrays, name)
-    rows = chat.generate(params, cfg, prompt_of(given, cfg), max_tokens=64)
+    rows = qwen_chat.generate(params, cfg, prompt_of(given, cfg), max_tokens=64)
     np.testing.assert_array_equal(np.array(rows), given["greedy"])
 
 
@@ -57,14 +57,14 @@ def test_generation_stops_and_draws(golden):
     given = case(arrays, "three_left")
     prompt, greedy = prompt_of(given, cfg), given["greedy"]
     stop = int(greedy[0, 5])
-    rows = chat.generate(params, cfg, prompt, max_tokens=16, stop=[stop])
+    rows = qwen_chat.generate(params, cfg, prompt, max_tokens=16, stop=[stop])
     for row, whole in zip(rows, greedy[:, :16].tolist()):
         assert row == (whole[: whole.index(stop)] if stop in whole else whole)
     drawn = {"max_tokens": 16, "temperature": 1.0}
-    first = chat.generate(params, cfg, prompt, seed=1, **drawn)
-    assert first == chat.generate(params, cfg, prompt, seed=1, **drawn)
-    assert first != chat.generate(params, cfg, prompt, seed=2, **drawn)
-    cold = chat.generate(params, cfg, prompt, max_tokens=16, temperature=1e-5)
+    first = qwen_chat.generate(params, cfg, prompt, seed=1, **drawn)
+    assert first == qwen_chat.generate(params, cfg, prompt, seed=1, **drawn)
+    assert first != qwen_chat.generate(params, cfg, prompt, seed=2, **drawn)
+    cold = qwen_chat.generate(params, cfg, prompt, max_tokens=16, temperature=1e-5)
     np.testing.assert_array_equal(cold, greedy[:, :16])
 
 

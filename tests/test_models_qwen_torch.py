@@ -10,7 +10,7 @@ from peer import torch_qwen
 from qwen_parity import TOLERANCE, check, from_state, prompt_of, step
 
 from starflow2_jax.checkpoints.convert.qwen_options import read_options
-from starflow2_jax.generation import chat
+from starflow2_jax.inference import qwen_chat
 from starflow2_jax.models import layers, qwen, qwen_vision
 
 
@@ -105,7 +105,7 @@ def test_greedy_tokens(torch, name):
     if name == "text":
         given = torch_qwen.inputs([[20], [13]], "left")
     cfg, params = converted(model)
-    rows = chat.generate(params, cfg, prompt_of(given, cfg), max_tokens=64)
+    rows = qwen_chat.generate(params, cfg, prompt_of(given, cfg), max_tokens=64)
     np.testing.assert_array_equal(np.array(rows), torch_qwen.greedy(model, given))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from starflow2_jax.evaluation import cases, codec_eval, questions, starflow2_likelihood, suite
-from starflow2_jax.generation import loading, reader
+from starflow2_jax.inference import load, vlm
 
 PIXELS = 64
 
@@ -24,7 +24,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def test_the_vlm_answers_questions_about_what_it_sees(given):
-    model = reader.load("pretrained/vlm_tiny")
+    model = vlm.load("pretrained/vlm_tiny")
     asked = [case for case in given if case.task == "question"]
     shown = np.mean(questions.by_reader(model, asked))
     assert shown > 0.6 and np.mean(questions.by_reader(model, asked, blank=True)) < shown - 0.2
@@ -32,7 +32,7 @@ def test_the_vlm_answers_questions_about_what_it_sees(given):
 
 def test_the_flow_draws_in_the_codecs_latents(given):
     """Loading checks files and that VLM and codec are those of the training."""
-    model = loading.load("pretrained/starflow2_tiny")
+    model = load.load("pretrained/starflow2_tiny")
     assert suite.unable(model) == {}
     asked = [case for case in given if case.task == "t2i"]
     kept = suite.through(model)(np.stack([case.picture for case in asked]))

@@ -7,7 +7,7 @@ import pytest
 
 from starflow2_jax import config, mesh
 from starflow2_jax.checkpoints import orbax
-from starflow2_jax.generation.inverse import inverse
+from starflow2_jax.inference.inverse import inverse
 from starflow2_jax.models import flow
 from starflow2_jax.training import preprocess
 from starflow2_jax.training import program as step

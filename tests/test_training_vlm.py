@@ -12,7 +12,7 @@ from starflow2_jax import config, mesh
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.evaluation import understanding
-from starflow2_jax.generation import reader as readers
+from starflow2_jax.inference import vlm as readers
 from starflow2_jax.models import layers, qwen, qwen_vision
 from starflow2_jax.training import program as step
 from starflow2_jax.training.losses import text

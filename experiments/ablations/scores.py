@@ -19,8 +19,8 @@ import numpy as np
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.evaluation import understanding
-from starflow2_jax.generation import loading
-from starflow2_jax.generation.interleaved import Model
+from starflow2_jax.inference import load
+from starflow2_jax.inference.generate import Model
 from starflow2_jax.models import backbone
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses import interleaved, text
@@ -46,7 +46,7 @@ def measure(
     """
     cfg = _settings(workdir)
     mesh = meshes.make_mesh(cfg["mesh"])
-    model = loading.load(str(workdir), mesh, cfg["layout"])
+    model = load.load(str(workdir), mesh, cfg["layout"])
     with jax.set_mesh(mesh):
         score = scorer(model)
         told, alone, born = [], [], []

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from starflow2_jax.evaluation.cases import Case
-from starflow2_jax.generation import interleaved
-from starflow2_jax.generation.interleaved import Model
-from starflow2_jax.generation.options import make_options
-from starflow2_jax.generation.prompts import Part
+from starflow2_jax.inference import generate
+from starflow2_jax.inference.generate import Model
+from starflow2_jax.inference.options import make_options
+from starflow2_jax.inference.prompts import Part
 
 # (prompts, what is to follow: a picture, words, or a picture and then words) -> parts of each.
 Ask = Callable[[Sequence[Sequence[Any]], str], list[list[Part]]]
@@ -26,7 +26,7 @@ def asker(
 
     Args:
         rows: prompts together at most, which change no answer; max_tokens: of an answer in words.
-        drawing: of pictures, `guidance` and others of `generation.options.Options`.
+        drawing: of pictures, `guidance` and others of `inference.options.Options`.
     """
     own = {
         "picture": {"images": 1, "max_tokens": 0, **drawing},
@@ -41,7 +41,7 @@ def asker(
         together = -(-len(given) // -(-len(given) // rows))
         order = _order([_length(model, prompt) for prompt in given], together)
         turned = [list(given[i]) for i in order]
-        answers = interleaved.generate_many(model, turned, options, together, order)
+        answers = generate.generate_many(model, turned, options, together, order)
         return [row for _, row in sorted(zip(order, (a[0] for a in answers)), key=lambda p: p[0])]
 
     return ask

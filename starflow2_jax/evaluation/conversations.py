@@ -24,8 +24,8 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax.data import chat_layout, packed_batches, records
 from starflow2_jax.data.records import Img, Record
 from starflow2_jax.evaluation import asking
-from starflow2_jax.generation import interleaved, options
-from starflow2_jax.generation.prompts import Part
+from starflow2_jax.inference import generate, options
+from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.params import Tree
@@ -118,7 +118,7 @@ def _prompt(opts: packed_batches.Options, record: Record, where: str) -> Prompt:
 
 
 def draw(
-    model: interleaved.Model, given: Mapping[str, Sequence[Prompt]], rows_: int = 16
+    model: generate.Model, given: Mapping[str, Sequence[Prompt]], rows_: int = 16
 ) -> Iterator[Grid]:
     """A grid of each kind: of what is drawn, or beside what was shown what came of it.
 
@@ -208,6 +208,6 @@ def from_state(grids: Grids, params: Tree) -> list[Grid]:
     held = jax.tree.map(whole, params)
     if jax.process_index():
         return []
-    model = interleaved.Model(grids.cfg, grids.shape, held, grids.tokenizer, grids.codec)
+    model = generate.Model(grids.cfg, grids.shape, held, grids.tokenizer, grids.codec)
     with jax.set_mesh(meshes.make_mesh("data=1", [device])):
         return list(draw(model, grids.given))

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from starflow2_jax import mesh as meshes
-from starflow2_jax.generation.model import Model
+from starflow2_jax.inference.flow_sampler import Model
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses.flow import HALF_LOG_2_PI, flow_loss, per_dim

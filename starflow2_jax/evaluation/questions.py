@@ -11,8 +11,8 @@ import numpy as np
 from starflow2_jax.evaluation import asking, cases, record_rows, shares
 from starflow2_jax.evaluation.asking import Ask
 from starflow2_jax.evaluation.cases import Case, Sample
-from starflow2_jax.generation import reader as readers
-from starflow2_jax.generation.reader import Reader
+from starflow2_jax.inference import vlm as readers
+from starflow2_jax.inference.vlm import Reader
 from starflow2_jax.training.tasks import vlm
 
 # Of a reader's, at a time.

@@ -6,7 +6,7 @@ from typing import Any
 from starflow2_jax.evaluation import asking, cases, questions, shares
 from starflow2_jax.evaluation.asking import Ask
 from starflow2_jax.evaluation.cases import Case, Sample
-from starflow2_jax.generation.prompts import Part
+from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import detector
 
 BASELINES = {

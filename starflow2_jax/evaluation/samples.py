@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from starflow2_jax.data import image_batches
-from starflow2_jax.generation.model import Model, Sampling, generate
+from starflow2_jax.inference.flow_sampler import Model, Sampling, generate
 from starflow2_jax.training.program import Program, to_device
 
 

@@ -15,7 +15,7 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax.data.records import Img, Record, Text
 from starflow2_jax.evaluation import record_rows
 from starflow2_jax.evaluation.cases import Case
-from starflow2_jax.generation.interleaved import Model
+from starflow2_jax.inference.generate import Model
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models import qwen
 from starflow2_jax.training import preprocess

@@ -29,10 +29,10 @@ from starflow2_jax.evaluation import (
 from starflow2_jax.evaluation.asking import Ask
 from starflow2_jax.evaluation.cases import Case, Sample
 from starflow2_jax.evaluation.generation import Through
-from starflow2_jax.generation import interleaved
-from starflow2_jax.generation import reader as reader_lib
-from starflow2_jax.generation.interleaved import Model
-from starflow2_jax.generation.reader import Reader
+from starflow2_jax.inference import generate
+from starflow2_jax.inference import vlm as reader_lib
+from starflow2_jax.inference.generate import Model
+from starflow2_jax.inference.vlm import Reader
 
 # Of each section the task whose cases it asks; the likelihood is that of all of them.
 TASKS = {
@@ -78,10 +78,10 @@ def unable(model: Model) -> dict[str, str]:
     if model.fae is None:
         reason = "the model has no codec (--fae)"
         found |= dict.fromkeys(("generation", "understanding", "editing", "reasoning"), reason)
-    if not interleaved.reads(model):
+    if not generate.reads(model):
         reason = "the adapter is zero (a checkpoint of stage 1?): the VLM sees no pictures"
         found |= dict.fromkeys(("understanding", "editing", "reasoning"), reason)
-    if not interleaved.draws(model):
+    if not generate.draws(model):
         reason = "the flow is as it was born (a checkpoint of stage 2?): it draws no pictures"
         found |= dict.fromkeys(("generation", "editing", "reasoning"), reason)
     return found

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.generation import conversation, decode
-from starflow2_jax.generation.guidance import Guidance
-from starflow2_jax.generation.inverse import inverse
+from starflow2_jax.inference import decode_loop, session
+from starflow2_jax.inference.guidance import Guidance
+from starflow2_jax.inference.inverse import inverse
 from starflow2_jax.models import flow
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.planning.memory import per_device
@@ -93,10 +93,10 @@ def _starflow2(cfg, mesh, rows):
     frozen = {"vlm": tree.pop("vlm")}
     params = weights.abstract(tree, mesh, layout)
     params |= weights.abstract(frozen, mesh, layout, jnp.dtype(cfg["frozen_dtype"]))
-    weight, step = cfg["sample"]["guidance"], conversation.CACHE_STEP
+    weight, step = cfg["sample"]["guidance"], session.CACHE_STEP
     slots = -(-cfg["text"]["length"] // step) * step
     guided = Guidance(weight, rule=cfg["sample"]["rule"], temperature_on="all") if weight else None
-    numbers = decode.Numbers(1.0, 0, 1.0, 1.0, guided)
+    numbers = decode_loop.Numbers(1.0, 0, 1.0, 1.0, guided)
     count = rows * (2 if weight else 1)
     with jax.set_mesh(mesh):
         prepared = _unstacked(params)
@@ -105,12 +105,12 @@ def _starflow2(cfg, mesh, rows):
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
         keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=meshes.batch_sharding(mesh))
         heat = _placed(jax.ShapeDtypeStruct((count,), jnp.float32), mesh)
-        ids = decode.Ids(
+        ids = decode_loop.Ids(
             model.vlm.vision_start_token, model.vlm.vision_end_token, (), (), model.vlm.vocab
         )
         steps = _placed(jax.ShapeDtypeStruct((), jnp.int32), mesh)
         given = (prepared, state, keys, numbers, heat, steps)
-        lowered = decode.run.lower(*given, cfg=model, ids=ids)
+        lowered = decode_loop.run.lower(*given, cfg=model, ids=ids)
     held = {"params": per_device(prepared), "cache": per_device(state.caches)}
     held["batch"] = per_device((state.replace(caches=None), heat))
     return Decoding(lowered, held, rows * model.patches, model.patches)
@@ -132,9 +132,9 @@ def _unstacked(params):
 
 
 def _state(params, model, rows, count, slots):
-    caches, valid = decode.empty(params, model, count, slots)
+    caches, valid = decode_loop.empty(params, model, count, slots)
     many, few = jnp.zeros(count, jnp.int32), jnp.zeros(rows, jnp.int32)
-    return decode.State(
+    return decode_loop.State(
         caches=caches, valid=valid, token=few, u=jnp.zeros((rows, model.flow.channels)),
         is_image=few > 0, at=jnp.zeros((count, 3), jnp.int32), position=many, index=many, mode=few,
         patch=few, tokens=few, images=few, due=few, part=few, item=few,

@@ -26,8 +26,8 @@ import jax
 from starflow2_jax import config, timing
 from starflow2_jax import params as weights
 from starflow2_jax.data.chat_layout import Tokenizer
-from starflow2_jax.generation.interleaved import Model
-from starflow2_jax.generation.prompts import Part
+from starflow2_jax.inference.generate import Model
+from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents import codec
 from starflow2_jax.models import starflow2
 from starflow2_jax.models.fae import codec as fae

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from starflow2_jax.generation.prompts import Part
+from starflow2_jax.inference.prompts import Part
 
 # The name of the entry in a PNG's text.
 NOTE = "starflow2_jax"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.generation.chat import read_pixels
+from starflow2_jax.inference.qwen_chat import read_pixels
 
 ROLES = ("none", "system", "user", "assistant")
 

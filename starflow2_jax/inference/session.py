@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.generation import decode
-from starflow2_jax.generation.decode import State
-from starflow2_jax.generation.prompts import Part
+from starflow2_jax.inference import decode_loop
+from starflow2_jax.inference.decode_loop import State
+from starflow2_jax.inference.prompts import Part
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.layers import at_least_float32
@@ -67,12 +67,12 @@ class Conversation:
         return int(self.state.caches[0].length)
 
 
-def delimiters(held: "Tokenizer", cfg: Config) -> decode.Ids:
+def delimiters(held: "Tokenizer", cfg: Config) -> decode_loop.Ids:
     """What the loop has to know of the tokenizer."""
     banned = (held.vision_end, held.image, held.turn_start, cfg.vlm.video_token)
     ends = (held.turn_end, held.pad)
     size = min(held.size, cfg.vlm.vocab)
-    return decode.Ids(held.vision_start, held.vision_end, ends, banned, size)
+    return decode_loop.Ids(held.vision_start, held.vision_end, ends, banned, size)
 
 
 def begin(
@@ -86,7 +86,7 @@ def begin(
     """
     rows = len(keys)
     count = rows * (2 if null else 1)
-    caches, valid = decode.empty(params, cfg, count, size)
+    caches, valid = decode_loop.empty(params, cfg, count, size)
     many, few = jnp.zeros(count, jnp.int32), jnp.zeros(rows, jnp.int32)
     dtype = at_least_float32(params["deep"]["proj_in"]["weight"][:0]).dtype
     state = State(
@@ -175,7 +175,7 @@ def extend(
     caches, valid = held.state.caches, held.state.valid
     if longest:
         items = _padded(rows, padded, cfg.flow.channels, state.u.dtype)
-        caches, valid = decode.prefill(held.params, caches, valid, items, held.heat, cfg=cfg)
+        caches, valid = decode_loop.prefill(held.params, caches, valid, items, held.heat, cfg=cfg)
     else:  # The steps to come take the arrays over.
         caches, valid = jax.tree.map(jnp.copy, (caches, valid))
     first = rows[: held.rows]
@@ -257,7 +257,7 @@ def _sequence(held, state, b, branch, given, latents, cfg, tokenizer, number):
 def _padded(rows, length, channels, dtype):
     """`decode.Items` of all but the last item of each row."""
     count = len(rows)
-    made = decode.Items(
+    made = decode_loop.Items(
         ids=np.zeros((count, length), np.int32),
         u=np.zeros((count, length, channels), dtype),
         is_image=np.zeros((count, length), bool),
@@ -315,7 +315,9 @@ def take(held: Conversation, rows: Sequence[int]) -> Conversation:
     )
 
 
-def moved(picks: Sequence[int], start: Any, b: int, cfg: Config, ids: decode.Ids) -> dict[str, Any]:
+def moved(
+    picks: Sequence[int], start: Any, b: int, cfg: Config, ids: decode_loop.Ids
+) -> dict[str, Any]:
     """How far a row's counters are after `picks` tokens and patches (`decode.Record`).
 
     Args:
@@ -327,7 +329,7 @@ def moved(picks: Sequence[int], start: Any, b: int, cfg: Config, ids: decode.Ids
     position = index = patches = 0
     part, item = int(start.part[b]), int(start.item[b])
     for pick in picks:
-        if pick == decode.PATCH:
+        if pick == decode_loop.PATCH:
             patches += 1
             if patches == cfg.patches:
                 position, index, patches = position + cfg.flow.side, index + 1, 0
@@ -348,7 +350,7 @@ def cut(
     first: int,
     kept: dict[int, Sequence[int]],
     cfg: Config,
-    ids: decode.Ids,
+    ids: decode_loop.Ids,
 ) -> State:
     """Takes items back: of each row in `kept` only these picks stay, and the row is done.
 
@@ -371,7 +373,7 @@ def cut(
         held.is_image[b] = False if picks else start.is_image[b]
         held.u[b] = held.u[b] if picks else start.u[b]
         held.part[b], held.item[b] = end["part"], end["item"]
-        held.mode[b] = decode.ENDED
+        held.mode[b] = decode_loop.ENDED
     return jax.tree.map(jnp.asarray, held).replace(caches=caches)
 
 
@@ -401,7 +403,7 @@ def _filled(x):
 
 def shallow_inverse(params: Any, u: np.ndarray, cfg: Config, jacobi: Any = None) -> np.ndarray:
     """Latents x [I, N, D] of u."""
-    from starflow2_jax.generation.inverse import inverse
+    from starflow2_jax.inference.inverse import inverse
 
     if not len(u):
         return u

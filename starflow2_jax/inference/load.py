@@ -18,7 +18,7 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import teacher as teacher_weights
-from starflow2_jax.generation.interleaved import Model
+from starflow2_jax.inference.generate import Model
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models import backbone
 from starflow2_jax.training.tasks import starflow2

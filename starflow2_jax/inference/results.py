@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.generation import conversation, decode, denoise
-from starflow2_jax.generation.conversation import Conversation
-from starflow2_jax.generation.options import Options
-from starflow2_jax.generation.prompts import Part
+from starflow2_jax.inference import decode_loop, denoise, session
+from starflow2_jax.inference.options import Options
+from starflow2_jax.inference.prompts import Part
+from starflow2_jax.inference.session import Conversation
 from starflow2_jax.latents import codec
 
 if TYPE_CHECKING:
     from starflow2_jax.data.chat_layout import Tokenizer  # heavy
-    from starflow2_jax.generation.interleaved import Model
+    from starflow2_jax.inference.generate import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Results:
     rows: list[list[Part]]
     finish: list[str]
     total: list[float]
-    conversation: Conversation
+    session: Conversation
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,13 +50,13 @@ class Results:
     def take(self, rows: Sequence[int]) -> "Results":
         """The results of some rows alone."""
         pick = lambda values: [values[i] for i in rows]
-        held = conversation.take(self.conversation, rows)
+        held = session.take(self.conversation, rows)
         return Results(pick(self.rows), pick(self.finish), pick(self.total), held)
 
 
-def stop_at(tokenizer: "Tokenizer", row: Sequence[Any], stop: Sequence[str], ids: decode.Ids):
+def stop_at(tokenizer: "Tokenizer", row: Sequence[Any], stop: Sequence[str], ids: decode_loop.Ids):
     """How many picks stay where a text holds one of `stop`; None where none does."""
-    marks = (decode.PATCH, ids.vision_start, ids.vision_end, *ids.ends)
+    marks = (decode_loop.PATCH, ids.vision_start, ids.vision_end, *ids.ends)
     begin = 0
     for i in range(len(row) + 1):
         if i < len(row) and row[i][0] not in marks:
@@ -82,7 +82,7 @@ def finished(
         records: of every row the (token, u, nats) of what was drawn; reasons: why it ended.
         start: the state before, on the host; first: the slot of the item that was pending then.
     """
-    ids, cfg = conversation.delimiters(model.tokenizer, model.shape), model.shape
+    ids, cfg = session.delimiters(model.tokenizer, model.shape), model.shape
     rows, drawn, totals = [], [], []
     for row, reason in zip(records, reasons):
         parts, images, total = _parts(model.tokenizer, row, ids, cfg)
@@ -92,8 +92,8 @@ def finished(
         drawn += images
         totals.append(total)
     if drawn:
-        x = conversation.shallow_inverse(model.params, np.stack(drawn), cfg, options.jacobi)
-        log_det = conversation.shallow(model.params, x, cfg)[1]
+        x = session.shallow_inverse(model.params, np.stack(drawn), cfg, options.jacobi)
+        log_det = session.shallow(model.params, x, cfg)[1]
         cleaned = _denoised(model, held, records, x, start, first) if options.denoise else x
         pixels = None if model.fae is None else codec.decode(model.fae, np.asarray(cleaned))
         number = 0
@@ -127,12 +127,12 @@ def _denoised(model, held, records, x, start, first):
     noise, cfg = model.cfg["noise"], model.shape
     if noise["kind"] != "gaussian" or not noise["sigma"]:
         raise ValueError(f"denoise: the model was trained with noise.kind={noise['kind']!r}")
-    ids, cleaned = conversation.delimiters(model.tokenizer, cfg), []
+    ids, cleaned = session.delimiters(model.tokenizer, cfg), []
     shallow = {"shallow": model.params["shallow"]}
     for b, row in enumerate(records):
         picks = [pick for pick, _, _ in row]
         for t in (t for t, pick in enumerate(picks) if pick == ids.vision_start):
-            grown = conversation.moved(picks[: t + 1], start, b, cfg, ids)
+            grown = session.moved(picks[: t + 1], start, b, cfg, ids)
             begin = (
                 *(ids.vision_start, first + t + 1),
                 int(start.position[b]) + grown["position"],
@@ -165,7 +165,7 @@ def _parts(tokenizer, row, ids, cfg):
     for entry in row:
         pick, _, own = entry
         total = total + own
-        if pick == decode.PATCH:
+        if pick == decode_loop.PATCH:
             patches.append(entry)
             if len(patches) == cfg.patches:
                 images.append(np.stack([u for _, u, _ in patches]))

@@ -15,12 +15,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from starflow2_jax import mesh as meshes
-from starflow2_jax.generation import answers, conversation, decode, prompts
-from starflow2_jax.generation.answers import Results
-from starflow2_jax.generation.conversation import Conversation
-from starflow2_jax.generation.guidance import Guidance
-from starflow2_jax.generation.options import Options, make_options
-from starflow2_jax.generation.prompts import Part
+from starflow2_jax.inference import decode_loop, prompts, session
+from starflow2_jax.inference import results as answers
+from starflow2_jax.inference.guidance import Guidance
+from starflow2_jax.inference.options import Options, make_options
+from starflow2_jax.inference.prompts import Part
+from starflow2_jax.inference.results import Results
+from starflow2_jax.inference.session import Conversation
 from starflow2_jax.latents import codec
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.models.backbone import Config
@@ -50,13 +51,13 @@ class Model:
     @functools.cached_property
     def prepared(self) -> Mapping[str, Any]:
         """`params` as the decode loop reads them, laid out once: it is a copy."""
-        return decode.prepare(self.params, cfg=self.shape)
+        return decode_loop.prepare(self.params, cfg=self.shape)
 
     def generate(self, given: Any, *, after: Results | None = None, **options: Any) -> Results:
         """Continues prompts, or a conversation.
 
         Args:
-            given: a list of prompts (see `generation.prompts`), one a row; `after`: results to
+            given: a list of prompts (see `inference.prompts`), one a row; `after`: results to
                 continue, whose rows then read the prompts as further parts: an empty list goes on
                 where the row is.
             options: of `Options`.
@@ -67,8 +68,8 @@ class Model:
         return generate(self, given, after=after, options=make_options(options))
 
     def log_likelihood(self, rows: Any, *, seed: int = 0) -> list[list[float]]:
-        """Nats of every part given all before it; see `generation.scoring`."""
-        from starflow2_jax.generation import scoring
+        """Nats of every part given all before it; see `inference.scoring`."""
+        from starflow2_jax.inference import scoring
 
         return scoring.log_likelihood(self, rows, seed=seed)
 
@@ -94,15 +95,15 @@ def generate(
         held = after.conversation
         if bool(held.null) != _branches(options) and options.guidance:
             raise ValueError("guidance: the conversation was begun without it, and has no branch")
-        held = conversation.heated(held, options.null_temperature)
+        held = session.heated(held, options.null_temperature)
     else:
         parts = [row for row in parts for _ in range(copies)]
         held = _begin(model, len(parts), options)
     keys, cfg = held.keys, model.shape
     x = latents(model, parts, keys, held.parts)
-    u = conversation.shallow(model.params, np.concatenate(x), cfg)[0]
+    u = session.shallow(model.params, np.concatenate(x), cfg)[0]
     u = np.split(u, np.cumsum([len(images) for images in x])[:-1])
-    held = conversation.extend(held, parts, u, cfg, model.tokenizer, _room(options, cfg))
+    held = session.extend(held, parts, u, cfg, model.tokenizer, _room(options, cfg))
     state = _ready(held.state, options, model, bool(after is not None))
     held = dataclasses.replace(held, state=state)
     # Copies: the loop takes the arrays over.
@@ -151,7 +152,7 @@ def _begin(model: Model, rows: int, options: Options) -> Conversation:
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(samples))
     null = options.null if _branches(options) else ""
     args = (null, options.null_temperature, options.cache or 0, options.cache is not None)
-    return conversation.begin(model.prepared, model.shape, keys, *args)
+    return session.begin(model.prepared, model.shape, keys, *args)
 
 
 def _room(options: Options, cfg: Config) -> int:
@@ -238,16 +239,18 @@ def latents(
     return found
 
 
-def _ready(state: decode.State, options: Options, model: Model, going_on: bool) -> decode.State:
+def _ready(
+    state: decode_loop.State, options: Options, model: Model, going_on: bool
+) -> decode_loop.State:
     """The counters of a turn. A row whose turn has ended stays so unless it was told more."""
     token, is_image = np.asarray(state.token), np.asarray(state.is_image)
     due = options.images or 0
-    mode = decode.BEGIN if options.image_start or not options.max_tokens else decode.TEXT
+    mode = decode_loop.BEGIN if options.image_start or not options.max_tokens else decode_loop.TEXT
     full = lambda value: jnp.full(len(token), value, jnp.int32)
     modes = np.full(len(token), mode, np.int32)
     if going_on:
-        ends = conversation.delimiters(model.tokenizer, model.shape).ends
-        modes[np.isin(token, ends) & ~is_image] = decode.ENDED
+        ends = session.delimiters(model.tokenizer, model.shape).ends
+        modes[np.isin(token, ends) & ~is_image] = decode_loop.ENDED
     return state.replace(
         mode=jnp.asarray(modes),
         patch=full(0),
@@ -267,9 +270,9 @@ def _loop(model: Model, held: Conversation, options: Options, start: Any, first:
         the conversation, every row's (tokens, u, nats) of what was drawn and kept, and why each
         ended.
     """
-    cfg, ids = model.shape, conversation.delimiters(model.tokenizer, model.shape)
+    cfg, ids = model.shape, session.delimiters(model.tokenizer, model.shape)
     # With stop texts a row may run on past one to the end of its chunk.
-    steps = jnp.int32(16 if options.stop else decode.CHUNK)
+    steps = jnp.int32(16 if options.stop else decode_loop.CHUNK)
     wide = jnp.promote_types(held.state.u.dtype, jnp.float32)
     guided = None
     if held.null:
@@ -277,7 +280,7 @@ def _loop(model: Model, held: Conversation, options: Options, start: Any, first:
             jnp.asarray(options.guidance, wide), rule=options.rule, what=options.what,
             annealed=options.annealed, temperature_on="unconditional",
         )  # fmt: skip
-    numbers = decode.Numbers(
+    numbers = decode_loop.Numbers(
         temperature=jnp.asarray(options.temperature, wide),
         top_k=jnp.int32(options.top_k),
         top_p=jnp.asarray(options.top_p, wide),
@@ -287,12 +290,12 @@ def _loop(model: Model, held: Conversation, options: Options, start: Any, first:
     state = held.state
     rows: list[list[Any]] = [[] for _ in range(held.rows)]
     stopped: set[int] = set()
-    while (np.asarray(state.mode) < decode.ENDED).any():
+    while (np.asarray(state.mode) < decode_loop.ENDED).any():
         args = (held.params, _placed(state), held.keys, numbers, held.heat, steps)
-        state, record = decode.run(*args, cfg=cfg, ids=ids)
+        state, record = decode_loop.run(*args, cfg=cfg, ids=ids)
         token, u, nats = (np.asarray(a) for a in (record.token, record.u, record.nats))
         for b, row in enumerate(rows):
-            count = int((token[b] != decode.NOTHING).sum())
+            count = int((token[b] != decode_loop.NOTHING).sum())
             row += zip(token[b, :count].tolist(), u[b, :count], nats[b, :count])
         cuts = {}
         for b in set(range(len(rows))) - stopped if options.stop else ():
@@ -302,16 +305,16 @@ def _loop(model: Model, held: Conversation, options: Options, start: Any, first:
                 cuts[b] = [pick for pick, _, _ in rows[b]]
         if cuts:
             stopped |= cuts.keys()
-            state = conversation.cut(state, start, first, cuts, cfg, ids)
+            state = session.cut(state, start, first, cuts, cfg, ids)
     modes = np.asarray(state.mode)
     reasons = ["stop" if b in stopped else "end" for b in range(len(rows))]
     if options.max_tokens:
-        for b in np.flatnonzero(modes == decode.OUT_OF_TOKENS):
+        for b in np.flatnonzero(modes == decode_loop.OUT_OF_TOKENS):
             reasons[b] = "length"
     return dataclasses.replace(held, state=state), rows, reasons
 
 
-def _placed(state: decode.State) -> decode.State:
+def _placed(state: decode_loop.State) -> decode_loop.State:
     """Its arrays on the mesh of the caches, as a chunk leaves them: what comes from the host is of
     another type, and would need another program."""
     where = state.caches[0].keys[0].sharding

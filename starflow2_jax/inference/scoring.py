@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.generation import interleaved, prompts
-from starflow2_jax.generation.interleaved import Model
-from starflow2_jax.generation.prompts import Part
+from starflow2_jax.inference import generate, prompts
+from starflow2_jax.inference.generate import Model
+from starflow2_jax.inference.prompts import Part
 from starflow2_jax.training.losses import interleaved as starflow2_loss
 from starflow2_jax.training.losses.flow import HALF_LOG_2_PI
 from starflow2_jax.training.losses.interleaved import Stage
@@ -26,7 +26,7 @@ def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float
     """Nats of every part of interleaved rows, given all before it, delimiters not counted.
 
     Args:
-        rows: as prompts (`generation.prompts`). Generated parts are scored as they were drawn;
+        rows: as prompts (`inference.prompts`). Generated parts are scored as they were drawn;
             other images with noise of `seed`, the row and the part's number; other texts as the
             tokenizer reads each alone. The first token of a row is given.
 
@@ -35,7 +35,7 @@ def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float
     """
     parts = [prompts.read(row, f"row {i}") for i, row in enumerate(rows)]
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(parts)))
-    x = interleaved.latents(model, parts, keys, [0] * len(parts))
+    x = generate.latents(model, parts, keys, [0] * len(parts))
     batch, owners = lay_out(model, parts, x)
     found = _terms(dict(model.params), batch, cfg=model.shape)
     dims = model.shape.patches * model.shape.flow.channels

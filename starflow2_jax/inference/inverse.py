@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from starflow2_jax.generation import guidance as guiding
-from starflow2_jax.generation.guidance import Guidance
+from starflow2_jax.inference import guidance as guiding
+from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.models import flow, layers, rope
 from starflow2_jax.models.flow import BlockConfig, FlowConfig
 from starflow2_jax.models.layers import at_least_float32

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from starflow2_jax.config import nearest
-from starflow2_jax.generation import guidance as guiding
-from starflow2_jax.generation.guidance import Guidance
+from starflow2_jax.inference import guidance as guiding
+from starflow2_jax.inference.guidance import Guidance
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.generation import decode
-from starflow2_jax.generation.decode import State
+from starflow2_jax.inference import decode_loop
+from starflow2_jax.inference.decode_loop import State
 from starflow2_jax.models import flow
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.backbone import Config
@@ -72,7 +72,7 @@ def image_score_step(
     patch = jnp.arange(cfg.patches)
     rows, columns = jnp.divmod(patch, cfg.flow.side)
     inside = position + jnp.stack([0 * patch, rows, columns], -1)
-    items = decode.Items(
+    items = decode_loop.Items(
         ids=jnp.full((1, cfg.patches), token),
         u=None,
         is_image=(patch > 0)[None],
@@ -86,7 +86,7 @@ def image_score_step(
         u = outputs[-1]
         given = items.replace(u=jnp.pad(u[:, :-1], ((0, 0), (1, 0), (0, 0))))
         heat = jnp.ones(1)
-        _, h, _, _ = decode.read(prepared, caches, before, given, heat, cfg)
+        _, h, _, _ = decode_loop.read(prepared, caches, before, given, heat, cfg)
         scale, mean = pretzel.image_head(prepared, h, cfg)
         z = (u - mean) / scale
         return sum(log_dets).sum() - (0.5 * jnp.square(z) + jnp.log(scale)).sum()

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from starflow2_jax.generation import denoise
-from starflow2_jax.generation.guidance import Guidance
-from starflow2_jax.generation.inverse import Jacobi, inverse
+from starflow2_jax.inference import denoise
+from starflow2_jax.inference.guidance import Guidance
+from starflow2_jax.inference.inverse import Jacobi, inverse
 from starflow2_jax.mesh import to_host
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import unpatchify
@@ -90,7 +90,7 @@ def load(
         FileNotFoundError: nothing of the kind is there. ValueError: it is damaged or of another
             model than its own configuration says.
     """
-    from starflow2_jax.generation import loading
+    from starflow2_jax.inference import load as loading
 
     if loading.task(path) == loading.TASK:
         return loading.load(path, mesh, layout, vlm=vlm, fae=fae)

@@ -1,0 +1,1 @@
+"""Sampling, interleaved generation and scoring."""
