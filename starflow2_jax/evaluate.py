@@ -25,14 +25,16 @@ from starflow2_jax.config import nearest
 from starflow2_jax.data import image_batches, manifest, records
 from starflow2_jax.evaluation import (
     cases,
-    codec_eval,
+    interleaved_likelihood,
     likelihood,
     report,
     shapes_report,
     sheets,
-    starflow2_likelihood,
     suite,
-    understanding,
+    vqa,
+)
+from starflow2_jax.evaluation import (
+    codec as codec_eval,
 )
 from starflow2_jax.inference import flow_sampler as models
 from starflow2_jax.inference import load
@@ -186,14 +188,14 @@ def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str
     model = _starflow2(values)
     given = list(itertools.islice(records.read(values.data), values.rows))
     options = {"size": min(values.batch_size or 32, len(given)), "seed": seed}
-    found = starflow2_likelihood.of_records(model, given, **options)
+    found = interleaved_likelihood.of_records(model, given, **options)
     result = {
         "model": source,
         "data": {"path": values.data, "fingerprint": _fingerprint(values.data)},
         "sections": {"likelihood": {"records": {"all": found}}},
         "not_run": {},
         "options": options,
-        "protocol": {"likelihood": starflow2_likelihood.PROTOCOL},
+        "protocol": {"likelihood": interleaved_likelihood.PROTOCOL},
         "seconds": round(time.time() - began, 1),
         "command": run_log.command_line(),
         **run_log.environment(),
@@ -297,19 +299,19 @@ def _understanding(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]
         reader = readers.load(path)
         own = {"path": values.data, "mixture": (), "tokenizer": reader.tokenizer, **changes}
         options = registry.data_options(reader.cfg, reader.model, **own)
-        return understanding.answers(functools.partial(readers.score, reader), options)
+        return vqa.answers(functools.partial(readers.score, reader), options)
 
     told = answers(values.model)
-    baselines = {"blank_pictures": understanding.summarise(answers(values.model, blank=True))}
+    baselines = {"blank_pictures": vqa.summarise(answers(values.model, blank=True))}
     if values.blind:
-        baselines["blind_model"] = understanding.summarise(answers(values.blind))
+        baselines["blind_model"] = vqa.summarise(answers(values.blind))
     result = {
         "model": source,
         "data": {"path": values.data, "fingerprint": _fingerprint(values.data)},
-        "kinds": understanding.summarise(told),
-        "by_withheld": understanding.by_withheld(told),
+        "kinds": vqa.summarise(told),
+        "by_withheld": vqa.by_withheld(told),
         "baselines": baselines,
-        "protocol": understanding.PROTOCOL,
+        "protocol": vqa.PROTOCOL,
         "seconds": round(time.time() - began, 1),
         "command": run_log.command_line(),
         **run_log.environment(),
@@ -317,7 +319,7 @@ def _understanding(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
-    return result, [*understanding.lines(result), *([f"written    {out}"] if out else [])]
+    return result, [*vqa.lines(result), *([f"written    {out}"] if out else [])]
 
 
 def _codec(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:

@@ -19,7 +19,7 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.checkpoints import steps as step_folders
-from starflow2_jax.evaluation import conversations, likelihood, report, samples
+from starflow2_jax.evaluation import likelihood, report, sample_grids, samples
 from starflow2_jax.inference import flow_sampler as generation
 from starflow2_jax.latents import batch_encoder
 from starflow2_jax.runtime import allocator, cli, distributed
@@ -338,12 +338,12 @@ def _shower(program, frozen, data, of, fae) -> Callable | None:
         return flow
     if cfg["task"] == "starflow2":
         codec = batch_encoder.decoder(data["data"], fae)
-        grids = conversations.prepare(cfg, model, of(group), codec, program.mesh)
+        grids = sample_grids.prepare(cfg, model, of(group), codec, program.mesh)
         if isinstance(grids, str):
             if jax.process_index() == 0:
                 print(f"no sample grids are drawn: {grids}", flush=True)
             return None
-        return lambda state: conversations.from_state(grids, {**state.ema, **frozen})
+        return lambda state: sample_grids.from_state(grids, {**state.ema, **frozen})
     if program.show is None:
         return None
     beside = lambda state: samples.beside(program, state, frozen, of(group))

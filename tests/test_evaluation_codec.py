@@ -13,7 +13,7 @@ from starflow2_jax import evaluate
 from starflow2_jax import params as weights
 from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError
-from starflow2_jax.evaluation import codec_eval
+from starflow2_jax.evaluation import codec as codec_eval
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models.fae import codec as fae
 from starflow2_jax.models.fae import teacher as teachers

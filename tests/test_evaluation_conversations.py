@@ -10,7 +10,7 @@ from test_generation_interleaved import PIXELS, parts
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.data import records
-from starflow2_jax.evaluation import asking, conversations
+from starflow2_jax.evaluation import asking, sample_grids
 from starflow2_jax.inference import load
 from starflow2_jax.latents import batch_encoder, codec
 from starflow2_jax.models import starflow2
@@ -47,12 +47,12 @@ def experiment(model, data, stage, **sample):
 
 
 def test_a_stage_shows_what_it_learns(model, data):
-    for stage, wanted in ((1, ["samples"]), (2, ["answers"]), (3, list(conversations.KINDS))):
+    for stage, wanted in ((1, ["samples"]), (2, ["answers"]), (3, list(sample_grids.KINDS))):
         cfg, opts = experiment(model, data, stage)
-        found = conversations.prompts(cfg, opts, PIXELS)
+        found = sample_grids.prompts(cfg, opts, PIXELS)
         assert list(found) == wanted
         assert [len(found[kind]) for kind in wanted] == [3, 3, 2, 2][: len(wanted)]
-    for kind, pictures in zip(conversations.KINDS, (0, 1, 1, 1)):
+    for kind, pictures in zip(sample_grids.KINDS, (0, 1, 1, 1)):
         for prompt in found[kind]:
             assert sum(part.kind == "image" for part in prompt.parts) == pictures
             assert (prompt.shown is not None) == bool(pictures)
@@ -62,22 +62,22 @@ def test_a_stage_shows_what_it_learns(model, data):
     shown = records.images.decode(first.imgs[0].data, "")
     np.testing.assert_array_equal(found["edits"][0].shown, shown)
     cfg, opts = experiment(model, data, 1, prompts=["a red circle", "a star"])
-    texts = [p.said for p in conversations.prompts(cfg, opts, PIXELS)["samples"]]
+    texts = [p.said for p in sample_grids.prompts(cfg, opts, PIXELS)["samples"]]
     assert texts == ["a red circle", "a star", "a red circle"]
 
 
 def test_grids_hold_pictures_and_what_was_said(model, data):
     cfg, opts = experiment(model, data, 3)
     own = dataclasses.replace(model, cfg=cfg)
-    given = conversations.prompts(cfg, opts, PIXELS)
-    grids = {grid.name: grid for grid in conversations.draw(own, given)}
-    assert list(grids) == list(conversations.KINDS)
-    for kind, count in zip(conversations.KINDS, (3, 3, 4, 4)):
+    given = sample_grids.prompts(cfg, opts, PIXELS)
+    grids = {grid.name: grid for grid in sample_grids.draw(own, given)}
+    assert list(grids) == list(sample_grids.KINDS)
+    for kind, count in zip(sample_grids.KINDS, (3, 3, 4, 4)):
         grid = grids[kind]
         assert grid.images.shape == (count, PIXELS, PIXELS, 3) and len(grid.captions) == count
     assert grids["samples"].captions == [prompt.said for prompt in given["samples"]]
     asked = [prompt.parts for prompt in given["answers"]]
-    answers = asking.asker(own, max_tokens=conversations.WORDS)(asked, "words")
+    answers = asking.asker(own, max_tokens=sample_grids.WORDS)(asked, "words")
     for prompt, answer, caption in zip(given["answers"], answers, grids["answers"].captions):
         assert caption == f"{prompt.said} > {asking.said(answer)}"
     for kind in ("edits", "reasons"):
@@ -91,13 +91,13 @@ def test_grids_hold_pictures_and_what_was_said(model, data):
 def test_weights_on_a_mesh_draw_the_same(model, data):
     cfg, opts = experiment(model, data, 1)
     mesh = meshes.make_mesh("data=4,fsdp=2")
-    grids = conversations.prepare(cfg, model.shape, opts, model.fae, mesh)
+    grids = sample_grids.prepare(cfg, model.shape, opts, model.fae, mesh)
     where = weights.shardings(starflow2.declare(model.shape), mesh, "fsdp")
     spread = jax.device_put(dict(model.params), where)
     assert any(not a.is_fully_replicated for a in jax.tree.leaves(spread))
     with jax.set_mesh(mesh):
-        (found,) = conversations.from_state(grids, spread)
-    (wanted,) = conversations.draw(dataclasses.replace(model, cfg=cfg), grids.given)
+        (found,) = sample_grids.from_state(grids, spread)
+    (wanted,) = sample_grids.draw(dataclasses.replace(model, cfg=cfg), grids.given)
     np.testing.assert_array_equal(found.images, wanted.images)
     assert found.captions == wanted.captions
 
@@ -105,7 +105,7 @@ def test_weights_on_a_mesh_draw_the_same(model, data):
 def test_without_a_codec_nothing_is_drawn(parts, model, data, tmp_path):
     cfg, opts = experiment(model, data, 3)
     mesh = meshes.make_mesh("data=1", jax.devices()[:1])
-    why = lambda opts, fae: conversations.prepare(cfg, model.shape, opts, fae, mesh)
+    why = lambda opts, fae: sample_grids.prepare(cfg, model.shape, opts, fae, mesh)
     assert "neither fae.path names a codec" in why(opts, None)
     blind = dataclasses.replace(
         model.fae, params={n: t for n, t in model.fae.params.items() if n != "pixel_decoder"}

@@ -15,11 +15,11 @@ from starflow2_jax.data import records
 from starflow2_jax.evaluation import (
     asking,
     cases,
+    interleaved_likelihood,
     questions,
-    record_rows,
-    starflow2_likelihood,
+    scoring_batches,
     suite,
-    understanding,
+    vqa,
 )
 from starflow2_jax.inference import load
 from starflow2_jax.inference import vlm as readers
@@ -119,9 +119,9 @@ def test_answers_do_not_depend_on_how_many_are_asked_together(model):
 
 def test_likelihood_is_that_of_its_parts(model):
     given = [case.record for case in cases.drawn(1, 1, PIXELS, ["t2i"])]
-    rows, x = starflow2_likelihood.sums(model, given, size=3)
+    rows, x = interleaved_likelihood.sums(model, given, size=3)
     assert len(x) == len(given) == 8
-    nats = starflow2_likelihood.per_dim(rows)["nats_per_dim"] * rows["count"]
+    nats = interleaved_likelihood.per_dim(rows)["nats_per_dim"] * rows["count"]
     told = [
         [Part("text", "user", record.segs[0].s), Part("image", "assistant", latent=latent)]
         for record, latent in zip(given, x)
@@ -129,7 +129,7 @@ def test_likelihood_is_that_of_its_parts(model):
     expected = [-row[1] for row in model.log_likelihood(told)]
     np.testing.assert_allclose(nats, expected, rtol=1e-4)
     # Without words it is another likelihood, of the same latents.
-    silent, same = starflow2_likelihood.sums(model, given, size=8, null="text")
+    silent, same = interleaved_likelihood.sums(model, given, size=8, null="text")
     np.testing.assert_array_equal(x, same)
     assert (np.abs(silent["half_square"] - rows["half_square"]) > 1e-3).all()
 
@@ -137,10 +137,12 @@ def test_likelihood_is_that_of_its_parts(model):
 def test_text_alone_is_that_of_the_vlm(parts, model):
     """Against the reader's program, and against the Pretzel whose skips are taken out."""
     given = cases.drawn(0, 2, PIXELS, ["text"])
-    found = starflow2_likelihood.skill(model, given, size=4)
+    found = interleaved_likelihood.skill(model, given, size=4)
     reader = readers.load(str(parts[0] / "vlm"))
     nats = tokens = 0.0
-    for batch, count in record_rows.batches([c.record for c in given], model.tokenizer, 4, size=4):
+    for batch, count in scoring_batches.batches(
+        [c.record for c in given], model.tokenizer, 4, size=4
+    ):
         images = np.zeros((len(batch["ids"]), 1, PIXELS, PIXELS, 3), np.uint8)
         scores = readers.score(reader, {**batch, "images": images})
         nats += scores["nll"][:count].sum()
@@ -148,7 +150,7 @@ def test_text_alone_is_that_of_the_vlm(parts, model):
     assert found["vlm"]["nats"] == pytest.approx(nats / tokens, abs=2e-5)
     silent = jax.tree.map(np.zeros_like, model.params["skip"])
     alone = dataclasses.replace(model, params={**model.params, "skip": silent})
-    same = starflow2_likelihood.skill(alone, given, size=6)
+    same = interleaved_likelihood.skill(alone, given, size=6)
     assert same["model"]["nats"] == pytest.approx(found["vlm"]["nats"], abs=2e-5)
     assert abs(same["difference"]["nats"]) < 2e-5
     more = found["model"]["nats"] - found["vlm"]["nats"]
@@ -165,7 +167,7 @@ def test_likelihood_of_a_folder(parts, tmp_path, capsys):
     result = json.loads((tmp_path / "found.json").read_text())
     found = result["sections"]["likelihood"]["records"]["all"]
     model = load.load(parts[1])
-    rows = starflow2_likelihood.sums(model, made, size=6)[0]
+    rows = interleaved_likelihood.sums(model, made, size=6)[0]
     drawn = rows["count"] > 0
     assert drawn.tolist() == [True, False, True] * 2 and found["image"]["records"] == 4
     # The beginning of a picture and the end of the turn are tokens, too.
@@ -182,10 +184,10 @@ def test_a_reader_scores_rows_as_it_does_those_of_a_folder(parts, tmp_path):
     own = {"path": str(tmp_path / "data"), "mixture": (), "tokenizer": reader.tokenizer}
     options = registry.data_options(reader.cfg, reader.model, **own)
     score = lambda batch: readers.score(reader, batch)
-    expected = {a.id: (a.nats, a.right) for a in understanding.answers(score, options)}
+    expected = {a.id: (a.nats, a.right) for a in vqa.answers(score, options)}
     seen = [case for case in given if case.seen]
     held = model_tokenizer(reader)
-    laid = record_rows.batches([case.record for case in seen], held, 4, size=3)
+    laid = scoring_batches.batches([case.record for case in seen], held, 4, size=3)
     nats = [row for batch, count in laid for row in score(batch)["nll"][:count, 0]]
     assert nats == pytest.approx([expected[case.id][0] for case in seen], rel=1e-4)
     assert questions.by_reader(reader, seen) == [expected[case.id][1] for case in seen]

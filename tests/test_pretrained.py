@@ -7,7 +7,7 @@ little more or less training.
 import numpy as np
 import pytest
 
-from starflow2_jax.evaluation import cases, codec_eval, questions, starflow2_likelihood, suite
+from starflow2_jax.evaluation import cases, codec, interleaved_likelihood, questions, suite
 from starflow2_jax.inference import load, vlm
 
 PIXELS = 64
@@ -36,8 +36,8 @@ def test_the_flow_draws_in_the_codecs_latents(given):
     assert suite.unable(model) == {}
     asked = [case for case in given if case.task == "t2i"]
     kept = suite.through(model)(np.stack([case.picture for case in asked]))
-    psnr = [codec_eval.psnr(case.picture, image) for case, image in zip(asked, kept)]
+    psnr = [codec.psnr(case.picture, image) for case, image in zip(asked, kept)]
     assert np.mean(psnr) > 24
     records = [case.record for case in asked]
-    found = starflow2_likelihood.of_records(model, records, size=len(records))["image"]
+    found = interleaved_likelihood.of_records(model, records, size=len(records))["image"]
     assert found["nats"] < found["baselines"]["gaussian"]["nats"] - 0.8

@@ -11,7 +11,7 @@ import pytest
 from starflow2_jax import config, mesh
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import orbax
-from starflow2_jax.evaluation import understanding
+from starflow2_jax.evaluation import vqa
 from starflow2_jax.inference import vlm as readers
 from starflow2_jax.models import layers, qwen, qwen_vision
 from starflow2_jax.training import program as step
@@ -186,10 +186,10 @@ def test_an_exported_reader_answers_like_its_run(folders, trained, tmp_path):
     for held in (first, second):
         options = registry.data_options(held.cfg, held.model, tokenizer=held.tokenizer, threads=1)
         score = lambda batch, held=held: readers.score(held, batch)
-        told.append(understanding.answers(score, options, batch_size=4))
+        told.append(vqa.answers(score, options, batch_size=4))
     # One answer a record that has words to learn, whatever rows it shares.
     assert len(told[0]) == 40 and told[0] == told[1]
-    table = understanding.summarise(told[0])
+    table = vqa.summarise(told[0])
     assert table["all"]["count"] == 40 and 0 < table["all"]["most_frequent"] < 1
     small = tmp_path / "small"
     readers.export(first, str(small), dtype="bfloat16")
@@ -218,6 +218,6 @@ def test_wrong_experiments_are_named(folders):
 
 
 def test_intervals_of_shares():
-    low, high = understanding.wilson(95, 100)
+    low, high = vqa.wilson(95, 100)
     assert low == pytest.approx(0.8882, abs=1e-3) and high == pytest.approx(0.9785, abs=1e-3)
-    assert understanding.wilson(0, 0) == [0.0, 1.0]
+    assert vqa.wilson(0, 0) == [0.0, 1.0]

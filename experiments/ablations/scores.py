@@ -18,7 +18,7 @@ import numpy as np
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.evaluation import understanding
+from starflow2_jax.evaluation import vqa
 from starflow2_jax.inference import load
 from starflow2_jax.inference.generate import Model
 from starflow2_jax.models import backbone
@@ -132,7 +132,7 @@ def _answers(model, params, entry, score, batch_size, images):
             images[name] = images.get(name, 0.0) + total
         return records
 
-    return understanding.answers(each, options, batch_size=batch_size)
+    return vqa.answers(each, options, batch_size=batch_size)
 
 
 def _settings(workdir: str) -> Mapping[str, Any]:

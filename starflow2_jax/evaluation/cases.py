@@ -15,7 +15,7 @@ import numpy as np
 from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record, Text
-from starflow2_jax.evaluation import codec_eval
+from starflow2_jax.evaluation import codec
 from starflow2_jax.shapes import generator, holdout
 from starflow2_jax.shapes import tasks as shapes_tasks
 from starflow2_jax.shapes.generator import Scene
@@ -101,7 +101,7 @@ def from_record(record: Record, where: str, mark: str = "") -> Case | None:
             words.append(segment.s)
         else:
             picture = shown(segment.i)
-    scenes = tuple(codec_eval.scenes(meta))
+    scenes = tuple(codec.scenes(meta))
     facts = json.loads(str(meta["geneval"])) if "geneval" in meta and picture is not None else None
     withheld = str(meta.get("withheld", "none"))
     if task == "t2i" and "withheld" not in meta:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.evaluation import asking, cases, codec_eval, shares
+from starflow2_jax.evaluation import asking, cases, codec, shares
 from starflow2_jax.evaluation.asking import Ask
 from starflow2_jax.evaluation.cases import Case, Sample
 from starflow2_jax.evaluation.generation import Through
@@ -54,7 +54,7 @@ def measure(
         "shuffled": [images[j] for j in next_],
         "chance": [given[j].picture for j in next_],
         "blank_picture": [
-            codec_eval.blank(codec_eval.Picture(case.picture, case.scenes[-1])) for case in given
+            codec.blank(codec.Picture(case.picture, case.scenes[-1])) for case in given
         ],
         "blind": [part.image for part in blind],
         "as_drawn": [case.picture for case in given],
@@ -126,6 +126,6 @@ def _psnr(image: np.ndarray, case: Case) -> float:
     source, target = case.scenes[0], case.scenes[-1]
     changed = [item for item in (*source.objects, *target.objects)
                if item not in source.objects or item not in target.objects]  # fmt: skip
-    scene = codec_eval.Scene(source.background, source.ramp, tuple(changed))
-    outside = ~codec_eval.boxes(scene, len(image))
-    return codec_eval.psnr(case.picture, image, outside)
+    scene = codec.Scene(source.background, source.ramp, tuple(changed))
+    outside = ~codec.boxes(scene, len(image))
+    return codec.psnr(case.picture, image, outside)

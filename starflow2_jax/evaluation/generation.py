@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.evaluation import asking, codec_eval, shares
+from starflow2_jax.evaluation import asking, codec, shares
 from starflow2_jax.evaluation.asking import Ask
 from starflow2_jax.evaluation.cases import Case, Sample
-from starflow2_jax.evaluation.codec_eval import Picture
+from starflow2_jax.evaluation.codec import Picture
 from starflow2_jax.shapes import detector
 
 # Images uint8 [N, H, W, 3] -> what the codec makes of them.
@@ -39,9 +39,7 @@ def measure(
     found = [detector.find(part.image) for part in parts]
     verdicts = [detector.verdict(seen, case.facts) for seen, case in zip(found, cases)]
     truths = [detector.find(case.picture) for case in cases]
-    grounds = [
-        detector.find(codec_eval.blank(Picture(case.picture, case.scenes[0]))) for case in cases
-    ]
+    grounds = [detector.find(codec.blank(Picture(case.picture, case.scenes[0]))) for case in cases]
     right = lambda seen: [detector.verdict(s, c.facts).correct for s, c in zip(seen, cases)]
     of_truth = lambda j, i: detector.verdict(truths[j], cases[i].facts).correct
     of_drawn = lambda j, i: detector.verdict(found[j], cases[i].facts).correct

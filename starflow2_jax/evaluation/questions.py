@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.evaluation import asking, cases, record_rows, shares
+from starflow2_jax.evaluation import asking, cases, scoring_batches, shares
 from starflow2_jax.evaluation.asking import Ask
 from starflow2_jax.evaluation.cases import Case, Sample
 from starflow2_jax.inference import vlm as readers
@@ -84,7 +84,7 @@ def by_reader(reader: Reader, given: Sequence[Case], *, blank: bool = False) -> 
     held = chat_layout.open_tokenizer(reader.tokenizer)
     right: list[bool] = []
     asked = [case.record for case in given]
-    rows = record_rows.batches(asked, held, side, size=min(_ROWS, len(asked)), blank=blank)
+    rows = scoring_batches.batches(asked, held, side, size=min(_ROWS, len(asked)), blank=blank)
     for batch, count in rows:
         found = readers.score(reader, batch)
         right += (np.asarray(found["wrong"])[:count, 0] == 0).tolist()

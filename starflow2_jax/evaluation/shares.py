@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from starflow2_jax.evaluation.cases import Case
-from starflow2_jax.evaluation.understanding import wilson
+from starflow2_jax.evaluation.vqa import wilson
 
 # Of a tag as many others are held against a case at most.
 MOST = 32

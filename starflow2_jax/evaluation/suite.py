@@ -18,13 +18,13 @@ from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.evaluation import (
     asking,
     cases,
-    codec_eval,
+    codec,
     editing,
     generation,
+    interleaved_likelihood,
     questions,
     reasoning,
     shares,
-    starflow2_likelihood,
 )
 from starflow2_jax.evaluation.asking import Ask
 from starflow2_jax.evaluation.cases import Case, Sample
@@ -66,8 +66,8 @@ def through(model: Model, seed: int = 0) -> Through:
     sigma = noise["sigma"] if noise["kind"] == "gaussian" else 0.0
 
     def kept(images: np.ndarray) -> np.ndarray:
-        shown = [codec_eval.Picture(pixels, None) for pixels in images]
-        return codec_eval.reconstruct(model.fae, shown, sigma, seed)[2]
+        shown = [codec.Picture(pixels, None) for pixels in images]
+        return codec.reconstruct(model.fae, shown, sigma, seed)[2]
 
     return kept
 
@@ -154,9 +154,9 @@ def run(
             continue
         say(name)
         if name == "likelihood":
-            sections[name] = starflow2_likelihood.measure(model, own, size=_ROWS, seed=seed)
+            sections[name] = interleaved_likelihood.measure(model, own, size=_ROWS, seed=seed)
         elif name == "text":
-            sections[name] = starflow2_likelihood.skill(model, own, size=_ROWS)
+            sections[name] = interleaved_likelihood.skill(model, own, size=_ROWS)
         else:
             sections[name], samples[name] = asked[name](own, ask)
         if name == "understanding":
@@ -194,6 +194,6 @@ def protocol() -> dict[str, Any]:
         "judge": "shapes_eval, by rules; facts as GenEval metadata",
         "editing": " ".join((editing.__doc__ or "").split("\n\n", 1)[1].split()),
         "kept_within": editing.NEAR,
-        "likelihood": starflow2_likelihood.PROTOCOL,
+        "likelihood": interleaved_likelihood.PROTOCOL,
         "beside": baselines,
     }

@@ -13,7 +13,7 @@ import numpy as np
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax.data.records import Img, Record, Text
-from starflow2_jax.evaluation import record_rows
+from starflow2_jax.evaluation import scoring_batches
 from starflow2_jax.evaluation.cases import Case
 from starflow2_jax.inference.generate import Model
 from starflow2_jax.latents import codec as codecs
@@ -93,7 +93,7 @@ def _vlm_sums(model: Model, given: Sequence[Record], size: int) -> dict[str, np.
     mesh = meshes.make_mesh("data=1", jax.local_devices()[:1])
     args = (model.cfg, model.shape, mesh, jnp.dtype(model.cfg["frozen_dtype"]))
     params, found = starflow2.frozen_vlm(*args)["vlm"], []
-    laid = record_rows.batches(given, model.tokenizer, model.shape.flow.side, size=size)
+    laid = scoring_batches.batches(given, model.tokenizer, model.shape.flow.side, size=size)
     for batch, count in laid:
         score = _read(params, batch, cfg=model.shape.vlm)
         found.append({n: np.asarray(a, np.float64)[:count, 0] for n, a in score.items()})
@@ -130,7 +130,7 @@ def sums(
     side = model.shape.flow.side
     found: list[dict[str, np.ndarray]] = []
     latents, row = [], 0
-    laid = record_rows.batches(given, model.tokenizer, side, size=size, null=null, blank=blank)
+    laid = scoring_batches.batches(given, model.tokenizer, side, size=size, null=null, blank=blank)
     for batch, count in laid:
         keys = preprocess.row_keys(seed, 0, np.arange(row, row + len(batch["ids"])))
         own, x = _latents(model, batch, keys)
