@@ -27,7 +27,6 @@ from starflow2_jax.evaluation import (
     cases,
     interleaved_likelihood,
     likelihood,
-    report,
     shapes_report,
     sheets,
     suite,
@@ -36,6 +35,7 @@ from starflow2_jax.evaluation import (
 from starflow2_jax.evaluation import (
     codec as codec_eval,
 )
+from starflow2_jax.evaluation.report import run_report
 from starflow2_jax.inference import flow_sampler as models
 from starflow2_jax.inference import load
 from starflow2_jax.inference import options as options_lib
@@ -117,7 +117,7 @@ def main(verb: str, words: list[str], values: flags.FlagValues = flags.FLAGS) ->
 def _report(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     if not values.workdir:
         raise ValueError("report: --workdir is needed")
-    path = report.write(values.workdir)
+    path = run_report.write(values.workdir)
     return {"report": str(path)}, [str(path)]
 
 

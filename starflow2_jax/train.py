@@ -19,7 +19,8 @@ from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.checkpoints import steps as step_folders
-from starflow2_jax.evaluation import likelihood, report, sample_grids, samples
+from starflow2_jax.evaluation import likelihood, sample_grids, samples
+from starflow2_jax.evaluation.report import run_report
 from starflow2_jax.inference import flow_sampler as generation
 from starflow2_jax.latents import batch_encoder
 from starflow2_jax.runtime import allocator, cli, distributed
@@ -97,8 +98,8 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         )
         newest = _check_workdir(workdir, cfg, data)
         if newest == steps:
-            if not (workdir / report.FILE).exists():
-                report.write(workdir)  # the run was killed between its last step and this
+            if not (workdir / run_report.FILE).exists():
+                run_report.write(workdir)  # the run was killed between its last step and this
             print(f"{workdir} is finished: step {newest} of {steps}", flush=True)
             return
 
@@ -224,7 +225,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         print(f"stopped by SIGTERM at step {number}, saved; the same command resumes", flush=True)
         return
     if jax.process_index() == 0:
-        print(f"done: {report.write(workdir)}", flush=True)
+        print(f"done: {run_report.write(workdir)}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------ pieces

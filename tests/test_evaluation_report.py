@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from starflow2_jax import config
-from starflow2_jax.evaluation import curves, report
+from starflow2_jax.evaluation.report import plots, run_report
 from starflow2_jax.training.logging import run_log
 
 
@@ -52,7 +52,7 @@ def embedded(page):
 def test_report_holds_pictures_figures_command_and_configuration(tmp_path, monkeypatch):
     told = ["/a/python", "-m", "train", "--workdir", "a b", "--config.name=<x> --y", "--json"]
     monkeypatch.setattr(run_log.sys, "orig_argv", told)
-    path = report.write(a_run(tmp_path))
+    path = run_report.write(a_run(tmp_path))
     page = path.read_text()
     assert path == tmp_path / "report.html"
     pictures = embedded(page)
@@ -97,34 +97,34 @@ def test_report_shows_what_was_measured_and_the_baseline(tmp_path):
     folder = tmp_path / "evaluation"
     folder.mkdir()
     (folder / "likelihood_00000040_test.json").write_text(json.dumps(measured))
-    page = report.write(tmp_path).read_text()
+    page = run_report.write(tmp_path).read_text()
     assert "1.2500 (1.2000 to 1.3000)" in page and "step 40, data/test" in page
     assert "Bits/dim are not comparable: trained with gaussian noise." in page
     assert "<b>2.5000</b><span>nats/dim, Gaussian per dimension</span>" in page
     (folder / "likelihood_broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"likelihood_broken.json is not JSON"):
-        report.write(tmp_path)
+        run_report.write(tmp_path)
     assert (tmp_path / "report.html").read_text() == page
 
 
 def test_report_of_a_run_that_has_just_begun(tmp_path):
     run_log.save_config(tmp_path, settings())
-    page = report.write(tmp_path).read_text()
+    page = run_report.write(tmp_path).read_text()
     assert "step 0 of 40" in page and "finished" not in page and embedded(page) == {}
     run_log.close(run_log.open(tmp_path, settings()))
-    assert "Commands and machine" in report.write(tmp_path).read_text()
+    assert "Commands and machine" in run_report.write(tmp_path).read_text()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config.json: it is not the folder of a r"):
-        report.write(tmp_path)
+        run_report.write(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_wide_grids_are_made_smaller(tmp_path):
     a_run(tmp_path, steps=10)
     Image.new("RGB", (3000, 300), "red").save(tmp_path / "samples" / "00000020.png")
-    pictures = embedded(report.write(tmp_path).read_text())
+    pictures = embedded(run_report.write(tmp_path).read_text())
     assert pictures["samples, step 20"].size == (1200, 120)
     assert pictures["step 20"].size == (480, 48)
 
@@ -135,7 +135,7 @@ def test_grids_of_other_names_have_headings_of_their_own(tmp_path):
     for name in ("answers", "edits"):
         run_log.samples(opened, 10, images, ["what is it? > a circle", ">"], name=name, columns=2)
     run_log.close(opened)
-    page = report.write(tmp_path).read_text()
+    page = run_report.write(tmp_path).read_text()
     assert {"samples, step 10", "answers, step 10", "edits, step 10"} <= set(embedded(page))
     at = [page.index(f"<h2>{name}</h2>") for name in ("Samples", "Answers", "Edits")]
     assert at == sorted(at)
@@ -143,9 +143,9 @@ def test_grids_of_other_names_have_headings_of_their_own(tmp_path):
 
 def test_curves_pass_over_what_is_not_finite():
     rows = [{"step": s, "nats_per_dim": None if s == 3 else float(s)} for s in range(1, 6)]
-    steps, values = curves.series(rows, "nats_per_dim")
+    steps, values = plots.series(rows, "nats_per_dim")
     assert steps.tolist() == values.tolist() == [1, 2, 4, 5]
-    assert curves.likelihood(rows, gaussian=9.0).startswith(b"\x89PNG")
-    assert curves.likelihood([{"step": 1}], None) is None and curves.parts([{"step": 1}]) is None
-    smooth = curves.smooth(np.full(200, 7.0))
-    assert np.allclose(smooth, 7) and math.isclose(curves.smooth(np.array([3.0]))[0], 3)
+    assert plots.likelihood(rows, gaussian=9.0).startswith(b"\x89PNG")
+    assert plots.likelihood([{"step": 1}], None) is None and plots.parts([{"step": 1}]) is None
+    smooth = plots.smooth(np.full(200, 7.0))
+    assert np.allclose(smooth, 7) and math.isclose(plots.smooth(np.array([3.0]))[0], 3)

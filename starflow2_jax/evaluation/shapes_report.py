@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.evaluation import editing, page, sheets, suite
+from starflow2_jax.evaluation import editing, sheets, suite
 from starflow2_jax.evaluation.cases import Sample
+from starflow2_jax.evaluation.report import html as page
 from starflow2_jax.training.logging import image_grid
 
 Result = Mapping[str, Any]

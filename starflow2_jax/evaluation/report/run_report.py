@@ -16,7 +16,8 @@ from absl import logging
 from etils import epath
 
 from starflow2_jax import config, params
-from starflow2_jax.evaluation import curves, page
+from starflow2_jax.evaluation.report import html as page
+from starflow2_jax.evaluation.report import plots
 from starflow2_jax.models import backbone
 from starflow2_jax.models.fae import codec
 from starflow2_jax.training import program
@@ -141,8 +142,8 @@ def _samples(workdir: epath.Path) -> str:
 
 def _curves(rows: Sequence[Mapping[str, Any]], gaussian: float | None) -> str:
     found = {
-        "nats per dimension": curves.likelihood(rows, gaussian),
-        "loss, log-determinants, gradient norm, learning rate, speed": curves.parts(rows),
+        "nats per dimension": plots.likelihood(rows, gaussian),
+        "loss, log-determinants, gradient norm, learning rate, speed": plots.parts(rows),
     }
     shown = [page.picture(data, alt) for alt, data in found.items() if data]
     return "\n".join(["<h2>Curves</h2>", *shown]) if shown else ""
