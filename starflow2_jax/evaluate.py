@@ -24,18 +24,11 @@ from starflow2_jax.checkpoints import digest, model_folder, steps
 from starflow2_jax.config import nearest
 from starflow2_jax.data import image_batches, manifest, records
 from starflow2_jax.evaluation import (
-    cases,
-    interleaved_likelihood,
-    likelihood,
-    shapes_report,
-    sheets,
-    suite,
-    vqa,
-)
-from starflow2_jax.evaluation import (
     codec as codec_eval,
 )
+from starflow2_jax.evaluation import interleaved_likelihood, likelihood, vqa
 from starflow2_jax.evaluation.report import run_report
+from starflow2_jax.evaluation.shapes import cases, contact_sheets, report, suite
 from starflow2_jax.inference import flow_sampler as models
 from starflow2_jax.inference import load
 from starflow2_jax.inference import options as options_lib
@@ -200,7 +193,7 @@ def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str
         "command": run_log.command_line(),
         **run_log.environment(),
     }
-    lines = shapes_report.lines(result)
+    lines = report.lines(result)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
@@ -410,18 +403,18 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
         "options": options,
         **result,
         "not_run": {**result["not_run"], **without},
-        "samples": {name: [*map(shapes_report.told, rows)] for name, rows in samples.items()},
+        "samples": {name: [*map(report.told, rows)] for name, rows in samples.items()},
         "seconds": round(time.time() - began, 1),
         "command": run_log.command_line(),
         **run_log.environment(),
     }
-    lines = shapes_report.lines(result)
+    lines = report.lines(result)
     if everything:
         out.mkdir(parents=True, exist_ok=True)
-        shown = sheets.make(samples, seed)
+        shown = contact_sheets.make(samples, seed)
         for name, sheet in shown.items():
             (out / f"{name}.png").write_bytes(image_grid.png(sheet))
-        shapes_report.write(out / "report.html", result, shown)
+        report.write(out / "report.html", result, shown)
         lines += [f"written    {out}: report.html, shapes.json, {len(shown)} sheets"]
         out = out / "shapes.json"
     elif out is not None:

@@ -10,7 +10,8 @@ from test_generation_interleaved import PIXELS, parts
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
 from starflow2_jax.data import records
-from starflow2_jax.evaluation import asking, sample_grids
+from starflow2_jax.evaluation import sample_grids
+from starflow2_jax.evaluation.shapes import ask
 from starflow2_jax.inference import load
 from starflow2_jax.latents import batch_encoder, codec
 from starflow2_jax.models import starflow2
@@ -77,9 +78,9 @@ def test_grids_hold_pictures_and_what_was_said(model, data):
         assert grid.images.shape == (count, PIXELS, PIXELS, 3) and len(grid.captions) == count
     assert grids["samples"].captions == [prompt.said for prompt in given["samples"]]
     asked = [prompt.parts for prompt in given["answers"]]
-    answers = asking.asker(own, max_tokens=sample_grids.WORDS)(asked, "words")
+    answers = ask.asker(own, max_tokens=sample_grids.WORDS)(asked, "words")
     for prompt, answer, caption in zip(given["answers"], answers, grids["answers"].captions):
-        assert caption == f"{prompt.said} > {asking.said(answer)}"
+        assert caption == f"{prompt.said} > {ask.said(answer)}"
     for kind in ("edits", "reasons"):
         for i, prompt in enumerate(given[kind]):
             np.testing.assert_array_equal(grids[kind].images[2 * i], prompt.shown)

@@ -12,15 +12,10 @@ from test_generation_interleaved import PIXELS, make_parts
 
 from starflow2_jax import evaluate
 from starflow2_jax.data import records
-from starflow2_jax.evaluation import (
-    asking,
-    cases,
-    interleaved_likelihood,
-    questions,
-    scoring_batches,
-    suite,
-    vqa,
-)
+from starflow2_jax.evaluation import interleaved_likelihood, scoring_batches, vqa
+from starflow2_jax.evaluation.shapes import ask as asking
+from starflow2_jax.evaluation.shapes import cases, suite
+from starflow2_jax.evaluation.shapes import vqa as questions
 from starflow2_jax.inference import load
 from starflow2_jax.inference import vlm as readers
 from starflow2_jax.inference.prompts import Part

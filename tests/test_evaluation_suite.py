@@ -8,7 +8,7 @@ import pytest
 
 from starflow2_jax.data import records
 from starflow2_jax.data.manifest import DatasetError
-from starflow2_jax.evaluation import cases, editing, shapes_report, shares, sheets, suite
+from starflow2_jax.evaluation.shapes import accuracy, cases, contact_sheets, editing, report, suite
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import generator, holdout
 from starflow2_jax.shapes import tasks as shapes_tasks
@@ -164,35 +164,35 @@ def test_means_weigh_tags_alike(given):
     own = [c for c in given if c.task == "t2i" and c.seen]
     own = [c for c in own if c.tag == "colors"][:1] + [c for c in own if c.tag != "colors"]
     right = [c.tag == "colors" for c in own]
-    table = shares.table(own, right)
+    table = accuracy.table(own, right)
     assert table["mean"]["right"] == pytest.approx(1 / 6, abs=1e-4)
-    assert table["tags"]["colors"] == shares.share([True])
+    assert table["tags"]["colors"] == accuracy.share([True])
     # One colour of six tags is as good as far fewer than its 21 cases.
     alike = 36 / (1 + 5 / 4)
     low, high = table["mean"]["right_95"]
-    assert (low, high) == tuple(shares.wilson(alike / 6, alike))
-    others = shares.others(own)
+    assert (low, high) == tuple(accuracy.wilson(alike / 6, alike))
+    others = accuracy.others(own)
     assert all(i not in rest and rest for i, rest in enumerate(others))
     assert all(own[j].tag == own[i].tag for i, rest in enumerate(others[1:], 1) for j in rest)
-    partners = shares.partners(own)
+    partners = accuracy.partners(own)
     assert sorted(partners[1:]) == list(range(1, len(own)))
 
 
 def test_page_lines_and_sheets(tmp_path, measured):
     result, samples = measured
     result = {**result, "not_run": {"likelihood": "no <model>"}}
-    shown = sheets.make(samples)
+    shown = contact_sheets.make(samples)
     assert set(shown) == {"generation_best", "generation_random", "understanding", "editing",
                           "reasoning"}  # fmt: skip
     wrong = [s._replace(right=False, why="found none") for s in samples["generation"]]
-    assert "generation_failed" in sheets.make({"generation": wrong})
+    assert "generation_failed" in contact_sheets.make({"generation": wrong})
     # Source, drawn and right, twice a row.
     assert shown["editing"].shape[1] == 4 + 6 * (2 * PIXELS + 4)
-    shapes_report.write(tmp_path / "page.html", result, shown)
+    report.write(tmp_path / "page.html", result, shown)
     page = (tmp_path / "page.html").read_text()
     assert page.count("data:image/png;base64") == len(shown) and "<html" in page
     assert "no &lt;model&gt;" in page and "color attr" in page and "own tower" in page
-    told = "\n".join(shapes_report.lines(result))
+    told = "\n".join(report.lines(result))
     assert "generation, seen: 1.000 (" in told and "not run: likelihood" in told
     assert "editing, kept, withheld: 1.000" in told
-    json.dumps([shapes_report.told(s) for rows in samples.values() for s in rows])
+    json.dumps([report.told(s) for rows in samples.values() for s in rows])

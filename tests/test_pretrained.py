@@ -7,7 +7,8 @@ little more or less training.
 import numpy as np
 import pytest
 
-from starflow2_jax.evaluation import cases, codec, interleaved_likelihood, questions, suite
+from starflow2_jax.evaluation import codec, interleaved_likelihood
+from starflow2_jax.evaluation.shapes import cases, suite, vqa
 from starflow2_jax.inference import load, vlm
 
 PIXELS = 64
@@ -26,8 +27,8 @@ def elsewhere(tmp_path, monkeypatch):
 def test_the_vlm_answers_questions_about_what_it_sees(given):
     model = vlm.load("pretrained/vlm_tiny")
     asked = [case for case in given if case.task == "question"]
-    shown = np.mean(questions.by_reader(model, asked))
-    assert shown > 0.6 and np.mean(questions.by_reader(model, asked, blank=True)) < shown - 0.2
+    shown = np.mean(vqa.by_reader(model, asked))
+    assert shown > 0.6 and np.mean(vqa.by_reader(model, asked, blank=True)) < shown - 0.2
 
 
 def test_the_flow_draws_in_the_codecs_latents(given):

@@ -14,7 +14,7 @@ import numpy as np
 from starflow2_jax import mesh as meshes
 from starflow2_jax.data.records import Img, Record, Text
 from starflow2_jax.evaluation import scoring_batches
-from starflow2_jax.evaluation.cases import Case
+from starflow2_jax.evaluation.shapes.cases import Case
 from starflow2_jax.inference.generate import Model
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models import qwen

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from starflow2_jax import mesh as meshes
 from starflow2_jax.data import chat_layout, packed_batches, records
 from starflow2_jax.data.records import Img, Record
-from starflow2_jax.evaluation import asking
+from starflow2_jax.evaluation.shapes import ask as asking
 from starflow2_jax.inference import generate, options
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents.codec import Codec

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from starflow2_jax.evaluation import asking, cases, questions, shares
-from starflow2_jax.evaluation.asking import Ask
-from starflow2_jax.evaluation.cases import Case, Sample
+from starflow2_jax.evaluation.shapes import accuracy, cases, vqa
+from starflow2_jax.evaluation.shapes import ask as asking
+from starflow2_jax.evaluation.shapes.ask import Ask
+from starflow2_jax.evaluation.shapes.cases import Case, Sample
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import detector
 
@@ -34,25 +35,25 @@ def measure(given: Sequence[Case], ask: Ask) -> tuple[dict[str, Any], list[Sampl
     verdicts = [detector.judge(part.image, case.facts) for part, case in zip(parts, given)]
     truths = [detector.judge(case.picture, case.facts).correct for case in given]
     blank = [cases.blank(case) for case in given]
-    others = [cases.shown_another(c, given[j]) for c, j in zip(given, shares.partners(given))]
+    others = [cases.shown_another(c, given[j]) for c, j in zip(given, accuracy.partners(given))]
     told = [[*case.given, Part("image", "assistant", image=case.picture)] for case in given]
     true = [asking.said(row) == c.words for row, c in zip(ask(told, "words"), given)]
     made = {
-        "without_picture": questions.answered(given, ask),
-        "most_frequent": shares.frequent_words(given),
-        "chance": shares.chance_of_words(given),
-        "blind": questions.answered(blank, ask, "both"),
-        "blind_without_picture": questions.answered(blank, ask),
-        "shuffled": questions.answered(others, ask, "both"),
+        "without_picture": vqa.answered(given, ask),
+        "most_frequent": accuracy.frequent_words(given),
+        "chance": accuracy.chance_of_words(given),
+        "blind": vqa.answered(blank, ask, "both"),
+        "blind_without_picture": vqa.answered(blank, ask),
+        "shuffled": vqa.answered(others, ask, "both"),
     }
     figures = {
-        "score": shares.apart(given, right),
-        "baselines": {name: shares.apart(given, values) for name, values in made.items()},
-        "ceilings": {"true_picture": shares.apart(given, true)},
+        "score": accuracy.apart(given, right),
+        "baselines": {name: accuracy.apart(given, values) for name, values in made.items()},
+        "ceilings": {"true_picture": accuracy.apart(given, true)},
         "picture": {
-            "score": shares.apart(given, [verdict.correct for verdict in verdicts]),
+            "score": accuracy.apart(given, [verdict.correct for verdict in verdicts]),
             "baselines": {},
-            "ceilings": {"as_drawn": shares.apart(given, truths)},
+            "ceilings": {"as_drawn": accuracy.apart(given, truths)},
         },
     }
     samples = []

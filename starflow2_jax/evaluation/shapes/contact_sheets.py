@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from starflow2_jax.evaluation.cases import Sample
+from starflow2_jax.evaluation.shapes.cases import Sample
 from starflow2_jax.training.logging import image_grid
 
 # Pictures of a sheet of generated ones; samples of the other sheets.

@@ -15,20 +15,21 @@ from typing import Any
 import numpy as np
 
 from starflow2_jax.checkpoints import model_folder
-from starflow2_jax.evaluation import (
-    asking,
+from starflow2_jax.evaluation import codec, interleaved_likelihood
+from starflow2_jax.evaluation.shapes import (
+    accuracy,
     cases,
-    codec,
     editing,
-    generation,
-    interleaved_likelihood,
-    questions,
     reasoning,
-    shares,
+    text_to_image,
+    vqa,
 )
-from starflow2_jax.evaluation.asking import Ask
-from starflow2_jax.evaluation.cases import Case, Sample
-from starflow2_jax.evaluation.generation import Through
+from starflow2_jax.evaluation.shapes import (
+    ask as asking,
+)
+from starflow2_jax.evaluation.shapes.ask import Ask
+from starflow2_jax.evaluation.shapes.cases import Case, Sample
+from starflow2_jax.evaluation.shapes.text_to_image import Through
 from starflow2_jax.inference import generate
 from starflow2_jax.inference import vlm as reader_lib
 from starflow2_jax.inference.generate import Model
@@ -47,8 +48,8 @@ SECTIONS = ("generation", "understanding", "editing", "reasoning", "likelihood",
 _MORE_TOKENS = 4
 _ROWS = 32
 SCORES = {
-    "generation": generation,
-    "understanding": questions,
+    "generation": text_to_image,
+    "understanding": vqa,
     "editing": editing,
     "reasoning": reasoning,
 }
@@ -137,8 +138,8 @@ def run(
     sections: dict[str, Any] = {}
     samples: dict[str, list[Sample]] = {}
     asked = {
-        "generation": partial(generation.measure, through=keeps),
-        "understanding": questions.measure,
+        "generation": partial(text_to_image.measure, through=keeps),
+        "understanding": vqa.measure,
         "editing": partial(editing.measure, through=keeps),
         "reasoning": reasoning.measure,
     }
@@ -174,10 +175,10 @@ def run(
 def _references(given: Sequence[Case], beside: Mapping[str, Reader]) -> dict[str, Any]:
     found = {}
     for name, reader in beside.items():
-        found[name] = shares.apart(given, questions.by_reader(reader, given))
+        found[name] = accuracy.apart(given, vqa.by_reader(reader, given))
         if name == "own_eyes":
-            blank = questions.by_reader(reader, given, blank=True)
-            found["own_eyes_blank"] = shares.apart(given, blank)
+            blank = vqa.by_reader(reader, given, blank=True)
+            found["own_eyes_blank"] = accuracy.apart(given, blank)
     return found
 
 
@@ -188,8 +189,8 @@ def protocol() -> dict[str, Any]:
         for name, room in SCORES.items()
     }
     return {
-        "shares": shares.PROTOCOL,
-        "others": f"of a tag, the {shares.MOST} cases behind each are held against it at most",
+        "shares": accuracy.PROTOCOL,
+        "others": f"of a tag, the {accuracy.MOST} cases behind each are held against it at most",
         "words": "right word for word; the likeliest tokens",
         "judge": "shapes_eval, by rules; facts as GenEval metadata",
         "editing": " ".join((editing.__doc__ or "").split("\n\n", 1)[1].split()),

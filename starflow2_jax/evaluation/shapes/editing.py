@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.evaluation import asking, cases, codec, shares
-from starflow2_jax.evaluation.asking import Ask
-from starflow2_jax.evaluation.cases import Case, Sample
-from starflow2_jax.evaluation.generation import Through
+from starflow2_jax.evaluation import codec
+from starflow2_jax.evaluation.shapes import accuracy, cases
+from starflow2_jax.evaluation.shapes import ask as asking
+from starflow2_jax.evaluation.shapes.ask import Ask
+from starflow2_jax.evaluation.shapes.cases import Case, Sample
+from starflow2_jax.evaluation.shapes.text_to_image import Through
 from starflow2_jax.shapes import detector
 from starflow2_jax.shapes.detector import Found
 from starflow2_jax.shapes.generator import Object
@@ -47,7 +49,7 @@ def measure(
     drawn = _drawn(given, ask, given)
     blind = _drawn(given, ask, [cases.blank(case) for case in given])
     images = [part.image for part in drawn]
-    next_ = shares.partners(given)
+    next_ = accuracy.partners(given)
     pictures = {
         "score": images,
         "copy": [_source(case) for case in given],
@@ -108,7 +110,7 @@ def _tables(given: Sequence[Case], rows: Sequence[dict[str, Any]]) -> dict[str, 
     found = {}
     for name in MEASURES:
         own = [(case, row[name]) for case, row in zip(given, rows) if row[name] is not None]
-        found[name] = shares.apart(*zip(*own)) if own else {"seen": None, "withheld": None}
+        found[name] = accuracy.apart(*zip(*own)) if own else {"seen": None, "withheld": None}
     return found
 
 

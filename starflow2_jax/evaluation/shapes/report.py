@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.evaluation import editing, sheets, suite
-from starflow2_jax.evaluation.cases import Sample
 from starflow2_jax.evaluation.report import html as page
+from starflow2_jax.evaluation.shapes import contact_sheets, editing, suite
+from starflow2_jax.evaluation.shapes.cases import Sample
 from starflow2_jax.training.logging import image_grid
 
 Result = Mapping[str, Any]
@@ -146,7 +146,7 @@ def _sections(result: Result, shown: Mapping[str, np.ndarray]) -> Iterator[str]:
             yield f"<p>PSNR outside of what changes, dB: {page.text(told)}.</p>"
         for sheet, pixels in shown.items():
             if sheet.split("_")[0] == name:
-                title = sheets.TITLES[sheet]
+                title = contact_sheets.TITLES[sheet]
                 yield page.picture(image_grid.png(pixels), title, title)
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.evaluation import asking, cases, scoring_batches, shares
-from starflow2_jax.evaluation.asking import Ask
-from starflow2_jax.evaluation.cases import Case, Sample
+from starflow2_jax.evaluation import scoring_batches
+from starflow2_jax.evaluation.shapes import accuracy, cases
+from starflow2_jax.evaluation.shapes import ask as asking
+from starflow2_jax.evaluation.shapes.ask import Ask
+from starflow2_jax.evaluation.shapes.cases import Case, Sample
 from starflow2_jax.inference import vlm as readers
 from starflow2_jax.inference.vlm import Reader
 from starflow2_jax.training.tasks import vlm
@@ -39,14 +41,14 @@ def measure(given: Sequence[Case], ask: Ask) -> tuple[dict[str, Any], list[Sampl
     answers = ask([case.given for case in given], "words")
     said = [asking.said(row) for row in answers]
     right = [words == case.words for words, case in zip(said, given)]
-    others = [cases.shown_another(c, given[j]) for c, j in zip(given, shares.partners(given))]
+    others = [cases.shown_another(c, given[j]) for c, j in zip(given, accuracy.partners(given))]
     figures = {
-        "score": shares.apart(given, right),
+        "score": accuracy.apart(given, right),
         "baselines": {
-            "most_frequent": shares.apart(given, shares.frequent_words(given)),
-            "chance": shares.apart(given, shares.chance_of_words(given)),
-            "blank_picture": shares.apart(given, answered([*map(cases.blank, given)], ask)),
-            "shuffled": shares.apart(given, answered(others, ask)),
+            "most_frequent": accuracy.apart(given, accuracy.frequent_words(given)),
+            "chance": accuracy.apart(given, accuracy.chance_of_words(given)),
+            "blank_picture": accuracy.apart(given, answered([*map(cases.blank, given)], ask)),
+            "shuffled": accuracy.apart(given, answered(others, ask)),
         },
         "references": {},
     }

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from starflow2_jax.evaluation.cases import Case
+from starflow2_jax.evaluation.shapes.cases import Case
 from starflow2_jax.evaluation.vqa import wilson
 
 # Of a tag as many others are held against a case at most.

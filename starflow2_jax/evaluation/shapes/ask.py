@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from starflow2_jax.evaluation.cases import Case
+from starflow2_jax.evaluation.shapes.cases import Case
 from starflow2_jax.inference import generate
 from starflow2_jax.inference.generate import Model
 from starflow2_jax.inference.options import make_options

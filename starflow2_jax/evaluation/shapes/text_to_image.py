@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.evaluation import asking, codec, shares
-from starflow2_jax.evaluation.asking import Ask
-from starflow2_jax.evaluation.cases import Case, Sample
+from starflow2_jax.evaluation import codec
 from starflow2_jax.evaluation.codec import Picture
+from starflow2_jax.evaluation.shapes import accuracy
+from starflow2_jax.evaluation.shapes import ask as asking
+from starflow2_jax.evaluation.shapes.ask import Ask
+from starflow2_jax.evaluation.shapes.cases import Case, Sample
 from starflow2_jax.shapes import detector
 
 # Images uint8 [N, H, W, 3] -> what the codec makes of them.
@@ -44,19 +46,19 @@ def measure(
     of_truth = lambda j, i: detector.verdict(truths[j], cases[i].facts).correct
     of_drawn = lambda j, i: detector.verdict(found[j], cases[i].facts).correct
     figures = {
-        "score": shares.apart(cases, [verdict.correct for verdict in verdicts]),
+        "score": accuracy.apart(cases, [verdict.correct for verdict in verdicts]),
         "baselines": {
-            "shuffled": shares.apart(cases, shares.shuffled(cases, of_drawn)),
-            "chance": shares.apart(cases, shares.shuffled(cases, of_truth)),
-            "one_picture": shares.apart(cases, shares.most_frequent(cases, of_truth)),
-            "blank_picture": shares.apart(cases, right(grounds)),
+            "shuffled": accuracy.apart(cases, accuracy.shuffled(cases, of_drawn)),
+            "chance": accuracy.apart(cases, accuracy.shuffled(cases, of_truth)),
+            "one_picture": accuracy.apart(cases, accuracy.most_frequent(cases, of_truth)),
+            "blank_picture": accuracy.apart(cases, right(grounds)),
         },
-        "ceilings": {"as_drawn": shares.apart(cases, right(truths))},
+        "ceilings": {"as_drawn": accuracy.apart(cases, right(truths))},
     }
     if through is not None:
         kept = through(np.stack([case.picture for case in cases]))
         seen = [detector.find(image) for image in kept]
-        figures["ceilings"]["through_codec"] = shares.apart(cases, right(seen))
+        figures["ceilings"]["through_codec"] = accuracy.apart(cases, right(seen))
     samples = [
         Sample(case, (part.image,), "", verdict.correct, verdict.reason, part.log_likelihood)
         for case, part, verdict in zip(cases, parts, verdicts)

@@ -1,0 +1,1 @@
+"""The evaluation suite on the synthetic shapes benchmark."""
