@@ -19,7 +19,7 @@ from test_training_starflow2 import experiment as joint
 from starflow2_jax import params as weights
 from starflow2_jax import plan
 from starflow2_jax.models import flops, starflow2
-from starflow2_jax.planning import estimate, halfway, report, topology
+from starflow2_jax.planning import estimate, partial_compile, report, topology
 from starflow2_jax.training.program import model_config
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -215,7 +215,7 @@ def test_search_names_the_best_that_fits(monkeypatch):
 def test_what_the_compiler_has_written_before_machine_code(tmp_path):
     """Arrays of main memory alone count (color 0); nothing is read of what is half written."""
     at = lambda name: tmp_path / f"module_0003.jit_step.after_optimizations{name}.txt"
-    assert halfway.read(tmp_path) is None
+    assert partial_compile.read(tmp_path) is None
     at("-buffer-assignment").write_text(
         "BufferAssignment:\n"
         "allocation 0: size 64, output shape is |f32[16]|, maybe-live-out:\n"
@@ -233,20 +233,20 @@ def test_what_the_compiler_has_written_before_machine_code(tmp_path):
     inner = "HloModule jit_step\n\n%inner (b: f32[64]) -> f32[16] {\n}\n\n"
     for part in (inner, inner + "ENTRY %main (a: f32[64]) -> f32[16] {\n  %a = f32[64]{0}"):
         program.write_text(part)
-        assert halfway.read(tmp_path) is None
+        assert partial_compile.read(tmp_path) is None
     program.write_text(inner + "ENTRY %main (a: f32[64]) -> f32[16] {\n}\n\n")
-    found = halfway.read(tmp_path)
+    found = partial_compile.read(tmp_path)
     assert found.as_text().startswith("HloModule") and found.memory_analysis() is found
     assert (found.argument_size_in_bytes, found.output_size_in_bytes) == (768, 320)
     assert (found.alias_size_in_bytes, found.temp_size_in_bytes) == (256, 1024)
 
 
 def test_a_process_of_its_own_hands_back_what_it_found_or_why_not():
-    assert halfway.apart(math.gcd, 12, 18) == 6
+    assert partial_compile.apart(math.gcd, 12, 18) == 6
     with pytest.raises(ValueError, match="invalid literal for int"):
-        halfway.apart(int, "twelve")
+        partial_compile.apart(int, "twelve")
     with pytest.raises(RuntimeError, match="ended with code 3 and no answer; --whole compiles"):
-        halfway.apart(os._exit, 3)
+        partial_compile.apart(os._exit, 3)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads /proc")

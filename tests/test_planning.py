@@ -13,7 +13,7 @@ from test_training_starflow2 import experiment as joint
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax.models import flops, flow, layers
-from starflow2_jax.planning import cost, hlo, intent, memory, work
+from starflow2_jax.planning import cost, hlo, jaxpr, memory, sharding_audit
 from starflow2_jax.training import program as step
 from starflow2_jax.training.program import model_config
 from starflow2_jax.training.tasks import registry
@@ -78,7 +78,10 @@ def sent(found):
 def test_a_layout_exchanges_and_cuts_what_it_means_to(layout, of_layout):
     program, _, module, found = of_layout(layout)
     assert found.unknown_loops == ()
-    assert intent.unintended(program.declared, found, module, program.mesh, layout, LARGE) == []
+    assert (
+        sharding_audit.unintended(program.declared, found, module, program.mesh, layout, LARGE)
+        == []
+    )
     kinds = sent(found)
     if layout == "dp":
         assert kinds == {("all-reduce", "data")}
@@ -96,7 +99,9 @@ def test_a_lost_sharding_of_activations_is_found(monkeypatch):
     monkeypatch.setitem(meshes.ACTIVATIONS, "mlp", ("fsdp", "tensor"))
     monkeypatch.setattr(layers, "constrain", lambda x, *names: _pinned(x, names))
     program, _, module, found = compiled(experiment("fsdp_tp"))
-    lines = intent.unintended(program.declared, found, module, program.mesh, "fsdp_tp", LARGE)
+    lines = sharding_audit.unintended(
+        program.declared, found, module, program.mesh, "fsdp_tp", LARGE
+    )
     assert any(line.startswith("all-gather over") for line in lines), lines
 
 
@@ -108,7 +113,7 @@ def _pinned(x, names):
 def test_a_large_weight_that_is_not_cut_is_found(monkeypatch):
     monkeypatch.setitem(meshes.LAYOUTS, "fsdp", {"mlp": "fsdp"})
     program, _, module, found = compiled(experiment("fsdp"))
-    lines = intent.unintended(program.declared, found, module, program.mesh, "fsdp", LARGE)
+    lines = sharding_audit.unintended(program.declared, found, module, program.mesh, "fsdp", LARGE)
     assert any("layers/query/weight [2, 64, 256] is whole on every device" in x for x in lines)
 
 
@@ -116,7 +121,7 @@ def test_weights_that_are_added_up_over_fsdp_are_told():
     declared = flow.declare(model_config(experiment("fsdp")))
     mesh = meshes.make_mesh("fsdp=8")
     one = cost.Collective("all-reduce", "fsdp", (0,), 65536, (64 * 256,), 1e9, 3.0, "")
-    told = lambda *found: intent.twice(
+    told = lambda *found: sharding_audit.twice(
         declared, cost.Work(0, 0, 0, (), found, ()), mesh, "fsdp", LARGE
     )
     assert "fsdp of weights, 3 GB sent: twice" in told(one)[0] and "fsdp=8" in told(one)[0]
@@ -129,7 +134,7 @@ def test_context_cuts_positions_and_gathers_keys():
     cfg = experiment("fsdp", "fsdp=4,context=2")
     program, _, module, found = compiled(cfg)
     args = (program.declared, found, module, program.mesh, "fsdp", LARGE)
-    assert intent.unintended(*args) == []
+    assert sharding_audit.unintended(*args) == []
     assert ("all-gather", "context") in sent(found)
 
 
@@ -145,7 +150,10 @@ def joint_stage():
 def test_the_joint_stage_exchanges_what_its_layout_means_to(joint_stage):
     program, _, module, found = joint_stage
     assert found.unknown_loops == ()
-    assert intent.unintended(program.declared, found, module, program.mesh, "fsdp", LARGE) == []
+    assert (
+        sharding_audit.unintended(program.declared, found, module, program.mesh, "fsdp", LARGE)
+        == []
+    )
     assert ("all-gather", "fsdp") in {(c.kind, c.axes) for c in found.collectives}
 
 
@@ -206,9 +214,9 @@ def test_kept_activations_are_those_of_the_loops(of_layout):
     trace = lambda program: _trace(program).jaxpr
     tokens, width, depth = 64, 64, 2
     expected = depth * ROWS * tokens * width * 4 / 8
-    assert work.kept(trace(program), ROWS, 8) == pytest.approx(expected, rel=0.05)
+    assert jaxpr.kept(trace(program), ROWS, 8) == pytest.approx(expected, rel=0.05)
     other = registry.build(experiment(**{"model.remat": "none"}), program.mesh)
-    assert work.kept(trace(other), ROWS, 8) > 5 * expected
+    assert jaxpr.kept(trace(other), ROWS, 8) > 5 * expected
 
 
 def _trace(program):
@@ -273,7 +281,7 @@ def test_flops_are_the_analytic_count(remat, of_layout):
     once = dataclasses.replace(program.model, remat="none" if remat == "dots" else remat)
     least = flops.executed_step(once, ROWS, program.model.tokens)
     assert 0.95 * least <= 8 * found.flops <= 1.05 * expected
-    asked = work.flops(_trace(program).jaxpr)
+    asked = jaxpr.flops(_trace(program).jaxpr)
     assert asked == pytest.approx(expected, rel=0.05)
     if remat == "none":
         assert asked < flops.train_step(program.model, ROWS, program.model.tokens)
@@ -286,7 +294,7 @@ def test_flops_of_a_stage_are_the_analytic_count(stage):
     program = registry.build(cfg, meshes.make_mesh("data=8"))
     expected = registry.work(cfg, program.model, program.declared)
     assert expected["tokens"] == 8 * 40
-    assert work.flops(_trace(program).jaxpr) == pytest.approx(expected["flops"], rel=0.05)
+    assert jaxpr.flops(_trace(program).jaxpr) == pytest.approx(expected["flops"], rel=0.05)
 
 
 def test_flops_of_products_and_convolutions():
@@ -303,9 +311,9 @@ def test_flops_of_products_and_convolutions():
     ):
         module = hlo.parse(jax.jit(function).lower(*args).compile().as_text())
         found = cost.analyse(module, {"data": 1}).flops
-        asked = work.flops(jax.make_jaxpr(function)(*args))
+        asked = jaxpr.flops(jax.make_jaxpr(function)(*args))
         assert found == (expected or found) and asked == (expected or asked)
-    assert work.flops(jax.make_jaxpr(loop)(a, b)) == 7 * 2 * 6 * 16 * 32 * 8
+    assert jaxpr.flops(jax.make_jaxpr(loop)(a, b)) == 7 * 2 * 6 * 16 * 32 * 8
 
 
 # ------------------------------------------------------------------------------- the text, by hand

@@ -10,7 +10,16 @@ import jax
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
-from starflow2_jax.planning import cost, decode, halfway, hlo, intent, memory, options, work
+from starflow2_jax.planning import (
+    cost,
+    decode_program,
+    hlo,
+    jaxpr,
+    memory,
+    options,
+    partial_compile,
+    sharding_audit,
+)
 from starflow2_jax.planning.topology import Topology, find
 from starflow2_jax.training.tasks import registry
 
@@ -48,7 +57,7 @@ def model_flops(cfg: Mapping[str, Any]) -> float:
     # Products that a trace can count, as there are none in a kernel.
     bare |= {"attention": "plain", "model": options.changed(cfg["model"], remat="none")}
     mesh = meshes.make_mesh("data=1", jax.devices("cpu")[:1])
-    return work.flops(_trace(registry.build(bare, mesh, dry_run=True)).jaxpr)
+    return jaxpr.flops(_trace(registry.build(bare, mesh, dry_run=True)).jaxpr)
 
 
 def _trace(program):
@@ -67,7 +76,7 @@ def planned(
     """
     if whole or not topology.shape:
         return globals()[what](cfg, topology, *args)
-    return halfway.apart(_apart, what, dict(cfg), topology.name, args)
+    return partial_compile.apart(_apart, what, dict(cfg), topology.name, args)
 
 
 def _apart(what, cfg, topology, args):
@@ -95,7 +104,7 @@ def train_step(
     rows, parts = cfg["train"]["batch_size"], cfg["train"]["microbatches"]
     traced = _trace(program)
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
-    activations = work.kept(traced.jaxpr, rows // parts, ways)
+    activations = jaxpr.kept(traced.jaxpr, rows // parts, ways)
     trained = set(cfg["train"]["trains"])
     count = {
         "trained": sum(weights.count(t) for n, t in program.declared.items() if n in trained),
@@ -107,9 +116,9 @@ def train_step(
     if "flops" in row:
         module, found = row.pop("_compiled")
         args = (program.declared, found, module, mesh, cfg["layout"])
-        row["unintended"] = intent.unintended(*args, trained=trained)
+        row["unintended"] = sharding_audit.unintended(*args, trained=trained)
         if topology.shape:
-            row["unintended"] += intent.twice(program.declared, found, mesh, cfg["layout"])
+            row["unintended"] += sharding_audit.twice(program.declared, found, mesh, cfg["layout"])
     row = {**_told(cfg, topology, mesh, rows), "parameters": count, **row}
     held = row.pop("_memory")
     row["advice"] = memory.advice(held, cfg, dict(mesh.shape), rows)
@@ -121,7 +130,7 @@ def train_step(
 def generate(cfg: Mapping[str, Any], topology: Topology, rows: int, *, whole: bool = True) -> Row:
     """Compile the drawing of `rows` images; as `train_step`."""
     mesh = meshes.make_mesh(cfg["mesh"], topology.devices)
-    made = decode.lower(cfg, mesh, rows)
+    made = decode_program.lower(cfg, mesh, rows)
     row = _compiled(made.lowered, mesh, topology, made.declared, 0.0, made.steps, whole)
     row = {**_told(cfg, topology, mesh, rows), **row}
     row.pop("_memory")
@@ -159,7 +168,7 @@ def _compiled(lowered, mesh, topology, declared, activations, unsaid=1, whole=Tr
         "compile_cpu_s": time.process_time() - worked,
     }
     try:
-        made = lowered.compile() if whole else halfway.until_code(lowered)
+        made = lowered.compile() if whole else partial_compile.until_code(lowered)
     except jax.errors.JaxRuntimeError as error:
         held = memory.too_large(str(error), declared, activations, chip.memory)
         if held is None:

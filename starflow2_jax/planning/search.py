@@ -8,7 +8,7 @@ import jax
 
 from starflow2_jax import mesh as meshes
 from starflow2_jax.models.layers import REMAT
-from starflow2_jax.planning import estimate, memory, options, work
+from starflow2_jax.planning import estimate, jaxpr, memory, options
 from starflow2_jax.planning.topology import Topology
 from starflow2_jax.training.tasks import registry
 
@@ -72,12 +72,12 @@ def search(
         rows, parts = new["train"]["batch_size"], new["train"]["microbatches"]
         over = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
         held = sum(memory.declared(program).values())
-        held += work.kept(traced.jaxpr, rows // parts, over)
+        held += jaxpr.kept(traced.jaxpr, rows // parts, over)
         cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
         if topology.chip.memory and held * MARGIN > topology.chip.memory:
             refused += 1
             continue
-        waiting.append((work.flops(traced.jaxpr) / rows, cut, held, len(waiting), new))
+        waiting.append((jaxpr.flops(traced.jaxpr) / rows, cut, held, len(waiting), new))
     say(
         f"{len(waiting)} candidates may fit, {refused} cannot; compiling {min(tries, len(waiting))}"
     )
