@@ -30,13 +30,21 @@ import optax
 from absl import flags
 
 from starflow2_jax import params as weights
-from starflow2_jax import stage_timing
+from starflow2_jax.benchmarking import stages
+from starflow2_jax.benchmarking.timing import (
+    Result,
+    about,
+    compiled,
+    machine,
+    shares,
+    status_mb,
+    timed,
+)
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import Jacobi, inverse, is_guided
 from starflow2_jax.models import flops, flow, starflow2
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.runtime import allocator, cli
-from starflow2_jax.timing import Result, about, compiled, machine, shares, status_mb, timed
 from starflow2_jax.training.losses.flow import flow_loss
 
 VERBS = {
@@ -65,7 +73,7 @@ TRAIN_ROWS = {"peer_tarflow": 8, "peer_starflow": 4}
 
 def define(values: flags.FlagValues) -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_enum("preset", None, [*PRESETS, *stage_timing.STAGES], "train, sample: work that "
+    flags.DEFINE_enum("preset", None, [*PRESETS, *stages.STAGES], "train, sample: work that "
                       "is fixed here", flag_values=values)  # fmt: skip
     flags.DEFINE_enum("size", "paper", list(starflow2.PRESETS), "presets stage1, stage3: of the "
                       "model", flag_values=values)  # fmt: skip
@@ -289,13 +297,13 @@ def main(verb: str, words: list[str], values: flags.FlagValues = flags.FLAGS) ->
         raise ValueError(f"unexpected argument {words[0]!r}")
     experiment = values["config"].value if "config" in values else None
     repeats, dtype = values.repeats, values.compute_dtype or "float32"
-    stage = values.preset in stage_timing.STAGES and verb in ("train", "sample")
+    stage = values.preset in stages.STAGES and verb in ("train", "sample")
     if verb == "machine":
         row = machine(repeats)
     elif verb == "train" and experiment is not None and not values.preset:
         row = train_experiment(experiment, repeats, machine())
     elif verb in ("train", "sample") and not values.preset:
-        names = " or ".join([*PRESETS, *stage_timing.STAGES])
+        names = " or ".join([*PRESETS, *stages.STAGES])
         raise ValueError(f"bench {verb}: --preset is needed: {names}")
     elif stage:
         row = _time_stage(verb, values)
@@ -317,10 +325,10 @@ def _time_stage(verb: str, values: flags.FlagValues) -> Result:
     args = (values.preset, values.size)
     if verb == "train":
         rows = values.batch or 4 * jax.device_count()
-        return stage_timing.train(*args, rows, dtype, values.repeats)
+        return stages.train(*args, rows, dtype, values.repeats)
     if values.guidance or values.jacobi:
         raise ValueError("bench sample: --guidance and --jacobi are of the other presets")
-    return stage_timing.sample(*args, values.batch or 1, dtype, values.repeats, machine())
+    return stages.sample(*args, values.batch or 1, dtype, values.repeats, machine())
 
 
 def needed(values: flags.FlagValues, name: str) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from starflow2_jax import bench, mesh, stage_timing, timing
+from starflow2_jax import bench, mesh
+from starflow2_jax.benchmarking import stages, timing
 from starflow2_jax.inference.inverse import Jacobi
 from starflow2_jax.models import flow
 from starflow2_jax.runtime import allocator
@@ -168,7 +169,7 @@ def timed_where_little_more_than_jax_is(verb):
 
 def test_a_stages_decoding_is_timed_where_little_more_than_jax_is():
     drawn = timed_where_little_more_than_jax_is("sample")
-    for name, items in (("image", 64), ("text", stage_timing.WORDS)):
+    for name, items in (("image", 64), ("text", stages.WORDS)):
         rate, ms = drawn[f"{name}_tokens_per_s"], drawn[f"{name}_ms"]
         assert rate == pytest.approx(2 * items * 1000 / ms)
         assert drawn[f"{name}_bound_ms"] > 0 and drawn[f"{name}_share_of_bound"] > 0
@@ -185,9 +186,9 @@ def test_a_stages_step_is_timed_where_little_more_than_jax_is():
 
 def test_rows_of_a_stage_fit_its_step():
     """What is timed above but for its time: compiling takes most of it."""
-    cfg = stage_timing.experiment("stage3", "tiny", 2, "bfloat16")
+    cfg = stages.experiment("stage3", "tiny", 2, "bfloat16")
     program = starflow2.build(cfg, mesh.make_mesh("fsdp=-1", jax.devices()[:1]))
-    rows = stage_timing.rows_of_images(cfg, program.model, 2)
+    rows = stages.rows_of_images(cfg, program.model, 2)
     wanted = {name: (a.shape, a.dtype) for name, a in program.abstract_batch.items()}
     assert {name: (rows[name].shape, rows[name].dtype) for name in wanted} == wanted
     for m in range(cfg["text"]["images"]):
@@ -200,7 +201,7 @@ def test_rows_of_a_stage_fit_its_step():
 def test_timed_stages_are_those_of_the_experiments(name, file):
     experiment = runpy.run_path(str(ROOT / "experiments" / f"{file}.py"))["get_config"]
     for size in ("tiny", "paper"):
-        cfg, ours = experiment(size), stage_timing.experiment(name, size, 8, "bfloat16")
+        cfg, ours = experiment(size), stages.experiment(name, size, 8, "bfloat16")
         for group, key in (
             *(("text", key) for key in ("length", "images", "targets")),
             *(("train", "trains"), ("noise", "sigma")),
@@ -211,7 +212,7 @@ def test_timed_stages_are_those_of_the_experiments(name, file):
 
 def test_bytes_of_a_decoding_step():
     """7.07 B weights of the VLM's layers, 2.76 B of the deep flow's: 19.7 GB in bfloat16."""
-    found = stage_timing.step_bytes(stage_timing.pretzel.paper(), 1, 448, 2)
+    found = stages.step_bytes(stages.pretzel.paper(), 1, 448, 2)
     assert found["image"] == pytest.approx(2 * (6.525e9 + 2.75e9 + 0.05e9), rel=0.02)
     assert found["text"] - found["image"] == 2 * 152064 * 3584
 

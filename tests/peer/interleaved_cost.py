@@ -23,8 +23,9 @@ from pathlib import Path
 
 import jax
 
-from starflow2_jax import config, timing
+from starflow2_jax import config
 from starflow2_jax import params as weights
+from starflow2_jax.benchmarking import timing
 from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.inference.generate import Model
 from starflow2_jax.inference.prompts import Part

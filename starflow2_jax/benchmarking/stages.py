@@ -16,10 +16,10 @@ import numpy as np
 from starflow2_jax import config
 from starflow2_jax import mesh as meshes
 from starflow2_jax import params as weights
+from starflow2_jax.benchmarking.timing import Result, shares, timed
 from starflow2_jax.inference import decode_loop, session
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.starflow2 import Config
-from starflow2_jax.timing import Result, shares, timed
 from starflow2_jax.training.logging import throughput
 from starflow2_jax.training.program import to_device
 from starflow2_jax.training.tasks import starflow2
