@@ -220,7 +220,7 @@ def test_bytes_of_a_decoding_step():
 FAULTS = """
 import resource, sys
 import numpy as np
-from starflow2_jax import allocator
+from starflow2_jax.runtime import allocator
 kept = sys.argv[1] == "keep" and allocator.keep_freed_memory()
 for turn in range(6):
     if turn == 1:

@@ -96,7 +96,7 @@ def test_slurm_tasks_share_the_devices_of_a_node(tasks, local, visible, devices)
 
 def test_code_fingerprint_follows_names_and_contents(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text("one")
-    monkeypatch.setattr(distributed, "__file__", str(tmp_path / "distributed.py"))
+    monkeypatch.setattr(distributed, "__file__", str(tmp_path / "runtime" / "distributed.py"))
     seen = {distributed.code_fingerprint()}
     (tmp_path / "a.py").write_text("two")
     seen.add(distributed.code_fingerprint())
@@ -211,14 +211,14 @@ def test_strangers_at_the_port_do_no_harm():
 PROGRAM = """
 import json, os, sys, time
 import jax
-from starflow2_jax import command, distributed
+from starflow2_jax.runtime import cli, distributed
 index = int(os.environ["JAX_PROCESS_ID"])
 patient = dict.fromkeys(("initialization", "heartbeat", "shutdown"), 200)
 def main(words):
     distributed.init_distributed({**patient, "probe": int(os.environ.get("PROBE", 200))})
     BODY
 sys.argv = ["x"]
-command.run(main)
+cli.run(main)
 """
 
 

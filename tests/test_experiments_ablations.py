@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 from experiments.ablations import latents, one, rows, run, scores, table  # noqa: E402
 from starflow2_jax import config  # noqa: E402
 from starflow2_jax import params as weights  # noqa: E402
-from starflow2_jax.data import array_store, records
-from starflow2_jax.models import backbone, starflow2
+from starflow2_jax.data import array_store, records  # noqa: E402
+from starflow2_jax.models import backbone, starflow2  # noqa: E402
 from starflow2_jax.models.ablations import mot  # noqa: E402
 from starflow2_jax.shapes import tasks  # noqa: E402
 from starflow2_jax.training.losses.interleaved import Terms  # noqa: E402

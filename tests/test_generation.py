@@ -191,10 +191,15 @@ def test_tokens_of_another_width_and_unknown_rules_are_named():
 
 def test_models_and_sampling_need_no_data_stack():
     """They are timed on machines that have jax, flax, optax and numpy alone."""
-    rooms = [ROOT / "models", ROOT / "generation"]
-    names = [f"{room.name}.{file.stem}" for room in rooms for file in room.glob("[!_]*.py")]
-    names += ["params", "mesh", "training.loss", "training.optim", "training.step"]
-    assert "generation.inverse" in names and "models.flow" in names
+    folders = ("models", "models/fae", "models/ablations", "inference")
+    rooms = [ROOT / folder for folder in folders]
+    names = [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for room in rooms
+        for file in room.glob("[!_]*.py")
+    ]
+    names += ["params", "mesh", "training.losses.flow", "training.optimizer", "training.program"]
+    assert "inference.inverse" in names and "models.flow" in names
     blocked = ["msgspec", "grain", "array_record", "orbax", "PIL", "ml_collections", "safetensors",
                "transformers", "torch", "tensorflow"]  # fmt: skip
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"

@@ -254,9 +254,9 @@ def test_the_process_of_its_own_ends_with_the_one_that_asked(tmp_path):
     """Even where that one is killed: a compiler would go on for minutes."""
     code = (
         "import time\n"
-        "from starflow2_jax.planning import halfway\n"
+        "from starflow2_jax.planning import partial_compile\n"
         "if __name__ == '__main__':\n"
-        "    halfway.apart(time.sleep, 1000)\n"
+        "    partial_compile.apart(time.sleep, 1000)\n"
     )
     (tmp_path / "ask.py").write_text(code)
     asking = subprocess.Popen([sys.executable, str(tmp_path / "ask.py")], env={**os.environ})

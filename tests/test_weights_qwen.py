@@ -289,7 +289,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax, jax.numpy as jnp
 from starflow2_jax.mesh import make_mesh
-from starflow2_jax.weights import qwen
+from starflow2_jax.checkpoints.convert import qwen
 
 def peak():
     # Mapped pages are counted; ru_maxrss would start from what the parent process holds.

@@ -81,8 +81,8 @@ def figures(told: list, images: Mapping[str, float], alone: list, born: list) ->
 
 
 def scorer(model: Model):
-    """A function of params and a batch of `data.packed_batches`: of every record [B, S] `tokens`, `wrong` and
-    `nll`, and of every row [B] the sums of `starflow2_loss.sums`."""
+    """A function of params and a batch of `data.packed_batches`: of every record [B, S] `tokens`,
+    `wrong` and `nll`, and of every row [B] the sums of `starflow2_loss.sums`."""
     cfg = model.cfg
     options = {"text_targets": cfg["text"]["targets"], "text_chunk": cfg["text"]["chunk"]}
 

@@ -43,8 +43,8 @@ class Config:
         skips: which of `vlm` (W_vlm) and `deep` (W_D) there are.
         skip_into: where W_vlm y is added: to `latent` channels before W_in, or to the `width` after
             it (paper.md 10).
-        crossings: into how many groups both stacks are cut (see `models.ablations.crossings`); 1 is the
-            paper's Pretzel.
+        crossings: into how many groups both stacks are cut (see
+            `models.ablations.crossings`); 1 is the paper's Pretzel.
     """
 
     vlm: qwen.Config

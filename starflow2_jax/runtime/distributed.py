@@ -149,7 +149,7 @@ def _ask_jax() -> Place | None:
 
 def code_fingerprint() -> str:
     """sha256 of the package's sources: names and contents, in order."""
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")

@@ -41,7 +41,7 @@ def load(
     """Its weights in float32, read from `teacher.path`, or else drawn from the experiment's seed.
 
     Raises:
-        FileNotFoundError, ValueError: as `checkpoints.convert.dinov2.load` and `checkpoints.convert.qwen.load`.
+        FileNotFoundError, ValueError: as `dinov2.load` and `qwen.load` of this folder.
     """
     path, tree = cfg["teacher"]["path"], teachers.declare(teacher)
     if not path:

@@ -1,7 +1,7 @@
 """`report.html`: a run on one page that needs nothing beside it, pictures included.
 
-It is written from what lies in the workdir (`training/logging/run_log.py` says what), so it can be made again
-at any time, on any machine, also while the run goes on.
+It is written from what lies in the workdir (`training/logging/run_log.py` says what), so it can be
+made again at any time, on any machine, also while the run goes on.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The training program of a small vision-language model, with the interface of `training/program.py`.
+"""The training program of a small vision-language model; interface of `training/program.py`.
 
 Next-token cross entropy over interleaved rows whose images the model sees with its own tower. Two
 terms train the tower itself. A linear layer reads the pixels back from its features, so that they
