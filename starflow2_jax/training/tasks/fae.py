@@ -46,8 +46,8 @@ def teacher_of(cfg: Mapping[str, Any], model: Config) -> Teacher:
     """The tower of an experiment, whose features the model takes.
 
     Raises:
-        FileNotFoundError, ValueError: as `convert.teacher.describe`; features of another grid or width
-            than the model's.
+        FileNotFoundError, ValueError: as `convert.teacher.describe`; features of another
+            grid or width than the model's.
     """
     teacher = teacher_weights.describe(cfg)
     for name, given, wanted in (
