@@ -29,7 +29,6 @@ import numpy as np
 import optax
 from absl import flags
 
-from starflow2_jax import params as weights
 from starflow2_jax.benchmarking import stages
 from starflow2_jax.benchmarking.timing import (
     Result,
@@ -44,6 +43,7 @@ from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import Jacobi, inverse, is_guided
 from starflow2_jax.models import flops, flow, starflow2
 from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.params import init as init_params
 from starflow2_jax.runtime import allocator, cli
 from starflow2_jax.training.losses.flow import flow_loss
 
@@ -104,7 +104,7 @@ def preset(name: str, dtype: str = "float32", classes: int = 0) -> tuple[FlowCon
     """The flow of a preset and its random weights."""
     own = None if dtype == "float32" else dtype
     cfg = dataclasses.replace(PRESETS[name], compute_dtype=own, classes=classes)
-    params = weights.init(jax.random.key(0), flow.declare(cfg))
+    params = init_params(jax.random.key(0), flow.declare(cfg))
     for i, block in params["blocks"].items():
         head = block["proj_out"]
         key = jax.random.fold_in(jax.random.key(1), int(i))

@@ -18,8 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from starflow2_jax import config
-from starflow2_jax import params as weights
+from starflow2_jax import config, params
 from starflow2_jax.checkpoints import model_folder, tensor_files
 from starflow2_jax.checkpoints.convert import starflow, starflow_options
 from starflow2_jax.models.flow import FlowConfig, declare
@@ -97,7 +96,7 @@ def _import(family: str, values: flags.FlagValues, source: str) -> tuple[dict, l
     cfg = experiment(model, image, options, others)
     tree = {"flow": starflow.tree_view(stored, model)}
     model_folder.write_folder(out, tree, cfg, overwrite=values.overwrite)
-    result, lines = _summary(out, weights.count(declare(model)), sorted(set(others) - _NOISE))
+    result, lines = _summary(out, params.count(declare(model)), sorted(set(others) - _NOISE))
     noise = cfg["noise"]
     assumed = "" if others.get("noise_std") is not None else ", which the options do not say"
     lines.append(f"trained with {noise['kind']} noise of {noise['sigma']}{assumed}")
@@ -152,7 +151,7 @@ def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
     cfg, tree = _opened(path, values.ema)
     if not values.public:
         model_folder.write_folder(out, tree, cfg, overwrite=values.overwrite)
-        return _summary(out, weights.count(tree))
+        return _summary(out, params.count(tree))
     model, image = model_config(cfg), cfg["image"]
     options = starflow.options(
         model,
@@ -166,7 +165,7 @@ def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
     tensors = starflow.public_view(tree["flow"], model)
     texts = {"options.yaml": starflow_options.to_yaml(options)}
     model_folder.write_tensors(out, tensors, texts, overwrite=values.overwrite)
-    return _summary(out, weights.count(tree["flow"]), sorted(set(tree) - {"flow"}))
+    return _summary(out, params.count(tree["flow"]), sorted(set(tree) - {"flow"}))
 
 
 def _export_interleaved(values: flags.FlagValues, path: str, out: str) -> tuple[dict, list[str]]:
@@ -176,7 +175,7 @@ def _export_interleaved(values: flags.FlagValues, path: str, out: str) -> tuple[
     if values.public or not values.ema:
         raise ValueError("--public, --noema: a STARFlow2 is exported as ours, averaged weights")
     found = load.export(path, out, embed=values.embed, overwrite=values.overwrite)
-    return _summary(out, weights.count(found.params))
+    return _summary(out, params.count(found.params))
 
 
 def _export_codec(values: flags.FlagValues, path: str, out: str) -> tuple[dict, list[str]]:
@@ -187,7 +186,7 @@ def _export_codec(values: flags.FlagValues, path: str, out: str) -> tuple[dict, 
         raise ValueError("--public, --noema: a codec is exported as it is, averaged weights")
     found = codec.load(path)
     codec.export(found, out, overwrite=values.overwrite)
-    return _summary(out, weights.count(found.params))
+    return _summary(out, params.count(found.params))
 
 
 def _export_reader(values: flags.FlagValues, path: str, out: str) -> tuple[dict, list[str]]:
@@ -198,14 +197,17 @@ def _export_reader(values: flags.FlagValues, path: str, out: str) -> tuple[dict,
         raise ValueError("--public, --noema: this export is the public folder, averaged weights")
     found = vlm.load(path)
     vlm.export(found, out, dtype=values.dtype, overwrite=values.overwrite)
-    return _summary(out, weights.count(found.params))
+    return _summary(out, params.count(found.params))
 
 
 def _opened(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """(configuration, parameters or Stored tensors) of a run, a step or a model folder."""
     from starflow2_jax.checkpoints import orbax, steps
-    from starflow2_jax.training.program import declare as declare_experiment
-    from starflow2_jax.training.program import frozen_weights, model_config
+    from starflow2_jax.training.program import (
+        declare as declare_experiment,
+        frozen_weights,
+        model_config,
+    )
 
     if model_folder.is_folder(path):
         cfg = model_folder.read_config(path)
@@ -221,8 +223,8 @@ def _opened(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     # On the host: a checkpoint may be larger than one accelerator's memory.
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=host)
-    trained, _ = weights.split(declared, tuple(cfg["train"]["trains"]))
-    wanted = {part: jax.tree.map(place, weights.abstract(trained))}
+    trained, _ = params.split(declared, tuple(cfg["train"]["trains"]))
+    wanted = {part: jax.tree.map(place, params.abstract(trained))}
     found, _ = orbax.restore(workdir, step, wanted, only=(part,))
     return cfg, {**found[part], **frozen_weights(cfg, declared)}
 

@@ -19,22 +19,25 @@ import jax
 from absl import flags, logging
 from etils import epath
 
-from starflow2_jax import mesh as meshes
 from starflow2_jax.checkpoints import digest, model_folder, steps
 from starflow2_jax.config import nearest
 from starflow2_jax.data import image_batches, manifest, records
 from starflow2_jax.evaluation import (
     codec as codec_eval,
+    interleaved_likelihood,
+    likelihood,
+    vqa,
 )
-from starflow2_jax.evaluation import interleaved_likelihood, likelihood, vqa
 from starflow2_jax.evaluation.report import run_report
 from starflow2_jax.evaluation.shapes import cases, contact_sheets, report, suite
-from starflow2_jax.inference import flow_sampler as models
-from starflow2_jax.inference import load
-from starflow2_jax.inference import options as options_lib
-from starflow2_jax.inference import vlm as readers
-from starflow2_jax.latents import batch_encoder
-from starflow2_jax.latents import codec as codecs
+from starflow2_jax.inference import (
+    flow_sampler as models,
+    load,
+    options as options_lib,
+    vlm as readers,
+)
+from starflow2_jax.latents import batch_encoder, codec as codecs
+from starflow2_jax.mesh import check_batch, host_rows, make_mesh
 from starflow2_jax.runtime import allocator, cli
 from starflow2_jax.training.logging import image_grid, run_log
 from starflow2_jax.training.tasks import registry
@@ -124,7 +127,7 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(
             f"likelihood: {values.model}: task={task!r}, expected a flow or task={load.TASK!r}"
         )
-    mesh = meshes.make_mesh(values.mesh)
+    mesh = make_mesh(values.mesh)
     source = _source(values.model)
     model = models.load(values.model, mesh, values.layout)
     options, codec = _options(model, values)
@@ -133,9 +136,9 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     out = _out(values, source, "likelihood", options["path"] or "mixture")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = values.batch_size or -(-model.cfg["evaluate"]["batch_size"] // ways) * ways
-    meshes.check_batch(size, mesh, "--batch_size")
+    check_batch(size, mesh, "--batch_size")
     began = time.time()
-    mine = meshes.host_rows(size, mesh)
+    mine = host_rows(size, mesh)
     batches = image_batches.eval_batches(options, batch_size=size, rows=mine)
     batches = batch_encoder.encoded(likelihood.limit(batches, values.rows, size), codec)
     nats, parts = likelihood.per_image(model, batches, mesh)
@@ -166,7 +169,7 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
 
 def _starflow2(values: flags.FlagValues) -> Any:
     """The STARFlow2 of --model, on one device unless a mesh is given."""
-    mesh = meshes.make_mesh(values.mesh) if values["mesh"].present else None
+    mesh = make_mesh(values.mesh) if values["mesh"].present else None
     where = {"vlm": values.vlm or "", "fae": values.fae or ""}
     return load.load(values.model, mesh, values.layout, **where)
 

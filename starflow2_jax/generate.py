@@ -23,7 +23,7 @@ from absl import flags
 from etils import epath
 
 from starflow2_jax import config
-from starflow2_jax import mesh as meshes
+from starflow2_jax.mesh import make_mesh
 from starflow2_jax.runtime import allocator, cli
 
 SHIPPED = "pretrained/starflow2_tiny"
@@ -106,7 +106,7 @@ def main(words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     out = epath.Path(values.out) if values.out else None
     if out is not None and out.exists() and any(out.iterdir()) and not values.overwrite:
         raise ValueError(f"--out: {out} is not empty; --overwrite replaces pictures in it")
-    mesh = meshes.make_mesh(values.mesh) if values.mesh else None
+    mesh = make_mesh(values.mesh) if values.mesh else None
     where = {"vlm": values.vlm or "", "fae": values.fae or ""}
     model = load(values.model, mesh=mesh, layout=values.layout, **where)
     ours = isinstance(model, generate.Model)
@@ -123,8 +123,7 @@ def main(words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def _answer(model: Any, out: epath.Path | None, values: flags.FlagValues) -> None:
-    from starflow2_jax.inference import generate, output, prompts
-    from starflow2_jax.inference import options as options_lib
+    from starflow2_jax.inference import generate, options as options_lib, output, prompts
 
     given = [name for name in ("prompt", "chat", "batch", "geneval") if values[name].value]
     if len(given) > 1 or not (given or values.image):
@@ -223,8 +222,7 @@ def _print_row(row: list[dict[str, Any]], numbered: bool, i: int, k: int) -> Non
 def _draw(model: Any, out: epath.Path | None, values: flags.FlagValues) -> None:
     import numpy as np
 
-    from starflow2_jax.inference import flow_sampler as generation
-    from starflow2_jax.inference import output
+    from starflow2_jax.inference import flow_sampler as generation, output
     from starflow2_jax.inference.inverse import Jacobi
     from starflow2_jax.training.logging import image_grid
 

@@ -1,7 +1,7 @@
-"""How a weight is born and where it lives.
+"""Declarations of parameters: how each array is initialized and where it lives on the mesh.
 
-A model declares a nested dict of `Weight`s; arrays, abstract shapes, shardings and counts all
-derive from that one tree.
+A model declares a nested dict of `ParamSpec`s. Arrays, abstract shapes, shardings and counts are
+all derived from that one tree.
 """
 
 import zlib
@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
-from starflow2_jax import mesh as meshes
+from starflow2_jax.mesh import weight_spec
 
 Tree = Mapping[str, Any]
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -45,7 +45,7 @@ def fan_in(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class Weight:
+class ParamSpec:
     """One declared array: its shape, the logical axis of each dimension, and its initialiser."""
 
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class Weight:
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
-            raise ValueError(f"Weight: {len(self.axes)} axes {self.axes} for shape {self.shape}")
+            raise ValueError(f"ParamSpec: {len(self.axes)} axes {self.axes} for shape {self.shape}")
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def init(key: jax.Array, tree: Tree, dtype: Any = jnp.float32) -> dict[str, Any]
     A weight's key is folded from its name, so that adding one weight changes no other.
     """
 
-    def draw(name: str, weight: Weight) -> jax.Array:
+    def draw(name: str, weight: ParamSpec) -> jax.Array:
         return weight.init(jax.random.fold_in(key, zlib.crc32(name.encode())), weight.shape, dtype)
 
     return _map(draw, tree)
@@ -90,9 +90,7 @@ def shardings(tree: Tree, mesh: Mesh, layout: str) -> dict[str, Any]:
         ValueError: the layout does not fit a weight (see `mesh.weight_spec`).
     """
     return _map(
-        lambda name, w: NamedSharding(
-            mesh, meshes.weight_spec(name, w.shape, w.axes, mesh, layout)
-        ),
+        lambda name, w: NamedSharding(mesh, weight_spec(name, w.shape, w.axes, mesh, layout)),
         tree,
     )
 
@@ -108,7 +106,7 @@ def abstract(
 
 
 def count(tree: Tree) -> int:
-    """Number of parameters in a tree of Weights, arrays or ShapeDtypeStructs."""
+    """Number of parameters in a tree of ParamSpecs, arrays or ShapeDtypeStructs."""
     return sum(int(np.prod(leaf.shape)) for leaf in flatten(tree).values())
 
 

@@ -22,7 +22,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from starflow2_jax import config
-from starflow2_jax import mesh as meshes
+from starflow2_jax.mesh import LAYOUTS, make_mesh, parse_mesh
 from starflow2_jax.runtime import cli
 
 
@@ -81,11 +81,11 @@ def main(words: list[str]) -> None:
 
 
 def _layouts(text: str) -> list[str]:
-    names = list(meshes.LAYOUTS) if text == "all" else text.split(",")
+    names = list(LAYOUTS) if text == "all" else text.split(",")
     for name in names:
-        if name not in meshes.LAYOUTS:
-            near = config.nearest(name, meshes.LAYOUTS)
-            raise ValueError(f"--layout: {name!r} is not one of {', '.join(meshes.LAYOUTS)}{near}")
+        if name not in LAYOUTS:
+            near = config.nearest(name, LAYOUTS)
+            raise ValueError(f"--layout: {name!r} is not one of {', '.join(LAYOUTS)}{near}")
     return names
 
 
@@ -112,7 +112,7 @@ def plan(
         ValueError: a topology that does not exist, a mesh of another number of devices, a batch
             that does not divide, a layout that does not suit the model. RuntimeError: no libtpu.
     """
-    from starflow2_jax.planning import estimate, search, topology as topologies  # noqa: I001
+    from starflow2_jax.planning import estimate, search, topology as topologies
 
     machine = topologies.find(topology)
     if mesh and len(layouts) > 1:
@@ -136,7 +136,7 @@ def plan(
         except ValueError as error:
             if len(layouts) == 1:
                 raise
-            row = {"layout": layout, "mesh": meshes.parse_mesh(now["mesh"]), "error": str(error)}
+            row = {"layout": layout, "mesh": parse_mesh(now["mesh"]), "error": str(error)}
         _say(f"{layout}: {time.perf_counter() - began:.0f} s")
         rows.append(row)
         after(rows)
@@ -144,7 +144,7 @@ def plan(
 
 
 def _ways(cfg, machine):
-    shape = meshes.make_mesh(cfg["mesh"], machine.devices).shape
+    shape = make_mesh(cfg["mesh"], machine.devices).shape
     return shape["data"] * shape["fsdp"]
 
 

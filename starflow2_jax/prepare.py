@@ -19,8 +19,13 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
-from starflow2_jax.data import chat_layout, images, manifest, packing, records, shards
 from starflow2_jax.data import (
+    chat_layout,
+    images,
+    manifest,
+    packing,
+    records,
+    shards,
     tokenizer as tokenizer_lib,
 )
 from starflow2_jax.data.manifest import DatasetError, Importer
@@ -250,8 +255,7 @@ def index(values: flags.FlagValues) -> dict[str, Any]:
 
 def latents(values: flags.FlagValues) -> dict[str, Any]:
     """Latents of a dataset; what is finished is kept, so the same command resumes."""
-    from starflow2_jax.latents import codec, write_beam
-    from starflow2_jax.latents import write as latents_lib
+    from starflow2_jax.latents import codec, write as latents_lib, write_beam
 
     out, data, fae = (_needed(values, name) for name in ("out", "data", "fae"))
     if values.overwrite:

@@ -14,20 +14,16 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import config
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
-from starflow2_jax.checkpoints import orbax
-from starflow2_jax.checkpoints import steps as step_folders
+from starflow2_jax import config, params
+from starflow2_jax.checkpoints import orbax, steps as step_folders
 from starflow2_jax.evaluation import likelihood, sample_grids, samples
 from starflow2_jax.evaluation.report import run_report
 from starflow2_jax.inference import flow_sampler as generation
 from starflow2_jax.latents import batch_encoder
+from starflow2_jax.mesh import host_rows, make_mesh
 from starflow2_jax.runtime import allocator, cli, distributed
-from starflow2_jax.training import init_from
-from starflow2_jax.training import program as programs
-from starflow2_jax.training.logging import run_log as logs
-from starflow2_jax.training.logging import throughput
+from starflow2_jax.training import init_from, program as programs
+from starflow2_jax.training.logging import run_log as logs, throughput
 from starflow2_jax.training.tasks import registry
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -105,7 +101,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
 
     # ----------------------------------------------------------------------------- mesh, program
     cli.use_compilation_cache()
-    mesh = meshes.make_mesh(cfg["mesh"])
+    mesh = make_mesh(cfg["mesh"])
     peak = throughput.peak_flops()  # on one device, so before a mesh is set
     jax.set_mesh(mesh)
     program = registry.build(cfg, mesh, null_text=null_text, dry_run=dry_run)
@@ -153,7 +149,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         of("data"),
         batch_size=cfg["train"]["batch_size"],
         start_step=first,
-        rows=meshes.host_rows(cfg["train"]["batch_size"], mesh),
+        rows=host_rows(cfg["train"]["batch_size"], mesh),
     )
     batches = batch_encoder.encoded(batches, fae)
     work = {**registry.work(cfg, model, program.declared), "peak": peak}
@@ -234,9 +230,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
 def overview(program: programs.Program) -> str:
     """The table of weights, trained or frozen, and what the run is."""
     trained = set(program.cfg["train"]["trains"])
-    where = weights.flatten(
-        weights.shardings(program.declared, program.mesh, program.cfg["layout"])
-    )
+    where = params.flatten(params.shardings(program.declared, program.mesh, program.cfg["layout"]))
 
     def note(name):
         kind = "trained" if name.split("/")[0] in trained else "frozen"
@@ -246,7 +240,7 @@ def overview(program: programs.Program) -> str:
     shape = (
         ", ".join(f"{axis}={n}" for axis, n in program.mesh.shape.items() if n > 1) or "1 device"
     )
-    lines = weights.table(program.declared, note)
+    lines = params.table(program.declared, note)
     return "\n".join([*lines, f"layout {program.cfg['layout']} over {shape}"])
 
 
@@ -356,7 +350,7 @@ def _evaluate(program, state, frozen, log, number, options, fae=None) -> None:
     ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     size = -(-evaluate["batch_size"] // ways) * ways  # no figure depends on it
     batches = registry.reader(program.cfg).eval_batches(
-        options, batch_size=size, rows=meshes.host_rows(size, program.mesh)
+        options, batch_size=size, rows=host_rows(size, program.mesh)
     )
     batches = batch_encoder.encoded(likelihood.limit(batches, evaluate["rows"], size), fae)
     values = likelihood.evaluate(program, state.ema, frozen, batches)

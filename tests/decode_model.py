@@ -3,8 +3,7 @@
 import jax
 import numpy as np
 
-from starflow2_jax import config
-from starflow2_jax import params as weights
+from starflow2_jax import config, params
 from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.inference.generate import Model
 from starflow2_jax.models import qwen, starflow2
@@ -44,7 +43,7 @@ def model(seed=0, shake=0.4, fae=None, **changes):
     )
     sizes = {"side": SIDE, "channels": CHANNELS, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
     shape = starflow2.Config(vlm, starflow2.flow_config(vlm.width, **sizes), **changes)
-    tree = weights.init(jax.random.key(seed), starflow2.declare(shape))
+    tree = params.init(jax.random.key(seed), starflow2.declare(shape))
     dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
     rng = np.random.default_rng(seed)
 

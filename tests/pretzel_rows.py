@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from starflow2_jax import params as weights
+from starflow2_jax import params
 from starflow2_jax.data import chat_layout, packed_batches, packing
 from starflow2_jax.data.chat_layout import Part
 from starflow2_jax.models import qwen, starflow2
@@ -33,7 +33,7 @@ def model(**changes):
 
 def drawn(cfg, seed=0, shake=0.3, zero=()):
     """Weights with nothing at zero but the subtrees in `zero`; float32, or float64 under x64."""
-    tree = weights.init(jax.random.key(seed), starflow2.declare(cfg))
+    tree = params.init(jax.random.key(seed), starflow2.declare(cfg))
     dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
     rng = np.random.default_rng(seed)
 

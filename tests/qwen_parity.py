@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from golden_parity import error
 
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import tensor_files
 from starflow2_jax.checkpoints.convert import qwen as table
 from starflow2_jax.inference import qwen_chat
 from starflow2_jax.models import qwen, qwen_vision
+from starflow2_jax.params import unflatten
 
 TOLERANCE = 1e-5
 
@@ -29,7 +29,7 @@ def from_state(state, cfg):
         leaves.setdefault(piece.leaf, []).append(part)
         if piece.layer is None:
             leaves[piece.leaf] = part
-    return weights.unflatten({name: jnp.asarray(np.array(leaf)) for name, leaf in leaves.items()})
+    return unflatten({name: jnp.asarray(np.array(leaf)) for name, leaf in leaves.items()})
 
 
 def ours(params, cfg, given):

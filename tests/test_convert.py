@@ -13,9 +13,9 @@ from absl import flags
 from safetensors.numpy import load_file, save_file
 
 from starflow2_jax import config, convert
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.models import flow
+from starflow2_jax.params import count as count_params, flatten, init as init_params
 from starflow2_jax.training.program import declare, model_config
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -165,7 +165,7 @@ def workdir(tmp_path_factory):
     cfg["image"].update(pixels=4, patch=2, layout="channel_last")
     cfg["model"] |= {"text_channels": 8, "text_length": 4}
     cfg["text"]["vocabulary"] = 257
-    params = weights.init(jax.random.key(0), declare(cfg, model_config(cfg)))
+    params = init_params(jax.random.key(0), declare(cfg, model_config(cfg)))
     writer = orbax.open(path)
     for step in (1, 2):
         ema = jax.tree.map(lambda a, step=step: a + step, params)
@@ -188,8 +188,8 @@ def test_export_of_a_run(workdir, tmp_path):
         cfg = model_folder.read_config(out)
         assert cfg.pop("classes") == ["cat"]
         read = model_folder.read_folder(out, declare(cfg, model_config(cfg)))
-        for name, leaf in weights.flatten(params).items():
-            np.testing.assert_array_equal(weights.flatten(read)[name], leaf + plus)
+        for name, leaf in flatten(params).items():
+            np.testing.assert_array_equal(flatten(read)[name], leaf + plus)
     # Drawn from the seed, a subtree that is not trained is in no checkpoint but in the folder.
     meta = {"config": {**cfg, "train": {**cfg["train"], "trains": ["flow"]}}, "step": 1}
     writer = orbax.open(tmp_path / "frozen")
@@ -197,7 +197,7 @@ def test_export_of_a_run(workdir, tmp_path):
     orbax.close(writer)
     run("export", "--model", tmp_path / "frozen", "--out", tmp_path / "thawed")
     read = model_folder.read_folder(tmp_path / "thawed", declare(cfg, model_config(cfg)))
-    drawn = weights.init(jax.random.key(cfg["seed"]), declare(cfg, model_config(cfg)))
+    drawn = init_params(jax.random.key(cfg["seed"]), declare(cfg, model_config(cfg)))
     np.testing.assert_array_equal(read["text"]["embed"], drawn["text"]["embed"])
     again = tmp_path / "again"
     run("export", "--model", tmp_path / "model2", "--out", again)
@@ -218,14 +218,14 @@ def test_list_show_verify(workdir, tmp_path, capsys):
     assert [(row["step"], row["status"]) for row in rows] == [(1, "sealed"), (2, "sealed")]
     run("show", "--model", path / "checkpoints" / "1", "--json")
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 2 * len(weights.flatten(params))
-    assert sum(row["bytes"] for row in rows) == 2 * 4 * weights.count(params)
+    assert len(rows) == 2 * len(flatten(params))
+    assert sum(row["bytes"] for row in rows) == 2 * 4 * count_params(params)
     run("verify", "--workdir", path)
     assert capsys.readouterr().out == "step 1: sealed, good\nstep 2: sealed, good\n"
     run("export", "--model", path, "--out", tmp_path / "m")
     capsys.readouterr()
     run("show", "--model", tmp_path / "m")
-    assert f"{4 * weights.count(params):,}" in capsys.readouterr().out
+    assert f"{4 * count_params(params):,}" in capsys.readouterr().out
     tensors = tmp_path / "m" / "model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1])
     with pytest.raises(ValueError, match="1 of what was checked is damaged"):

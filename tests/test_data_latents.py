@@ -16,8 +16,7 @@ from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import array_store, image_batches, images, manifest, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.latents import codec, write, write_beam
-from starflow2_jax.models.fae import codec as fae
-from starflow2_jax.models.fae import teacher as teachers
+from starflow2_jax.models.fae import codec as fae, teacher as teachers
 from starflow2_jax.shapes import generator, tasks
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.tasks import fae as fae_step

@@ -9,14 +9,12 @@ from absl import flags
 from PIL import Image
 from test_training_fae import experiment
 
-from starflow2_jax import evaluate
-from starflow2_jax import params as weights
+from starflow2_jax import evaluate, params
 from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.evaluation import codec as codec_eval
 from starflow2_jax.latents import codec as codecs
-from starflow2_jax.models.fae import codec as fae
-from starflow2_jax.models.fae import teacher as teachers
+from starflow2_jax.models.fae import codec as fae, teacher as teachers
 from starflow2_jax.shapes import generator, holdout, tasks
 from starflow2_jax.shapes.generator import Object, Scene
 from starflow2_jax.training.tasks import fae as fae_step
@@ -31,7 +29,7 @@ def codec():
     model = fae_step.model_config(cfg)
     teacher = fae_step.teacher_of(cfg, model)
     declared = {**fae.declare(model), "teacher": teachers.declare(teacher)}
-    return codecs._made(cfg, model, teacher, weights.init(jax.random.key(0), declared))
+    return codecs._made(cfg, model, teacher, params.init(jax.random.key(0), declared))
 
 
 def dataset(path, count=30, pixels=SIDE, tags=("single_object", "counting"), seed=0, **options):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from test_generation_interleaved import PIXELS, parts
 
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
+from starflow2_jax import params
 from starflow2_jax.data import records
 from starflow2_jax.evaluation import sample_grids
 from starflow2_jax.evaluation.shapes import ask
 from starflow2_jax.inference import load
 from starflow2_jax.latents import batch_encoder, codec
+from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import starflow2
 from starflow2_jax.shapes import tasks as shapes_tasks
 from starflow2_jax.training.tasks import registry
@@ -91,9 +91,9 @@ def test_grids_hold_pictures_and_what_was_said(model, data):
 
 def test_weights_on_a_mesh_draw_the_same(model, data):
     cfg, opts = experiment(model, data, 1)
-    mesh = meshes.make_mesh("data=4,fsdp=2")
+    mesh = make_mesh("data=4,fsdp=2")
     grids = sample_grids.prepare(cfg, model.shape, opts, model.fae, mesh)
-    where = weights.shardings(starflow2.declare(model.shape), mesh, "fsdp")
+    where = params.shardings(starflow2.declare(model.shape), mesh, "fsdp")
     spread = jax.device_put(dict(model.params), where)
     assert any(not a.is_fully_replicated for a in jax.tree.leaves(spread))
     with jax.set_mesh(mesh):
@@ -105,7 +105,7 @@ def test_weights_on_a_mesh_draw_the_same(model, data):
 
 def test_without_a_codec_nothing_is_drawn(parts, model, data, tmp_path):
     cfg, opts = experiment(model, data, 3)
-    mesh = meshes.make_mesh("data=1", jax.devices()[:1])
+    mesh = make_mesh("data=1", jax.devices()[:1])
     why = lambda opts, fae: sample_grids.prepare(cfg, model.shape, opts, fae, mesh)
     assert "neither fae.path names a codec" in why(opts, None)
     blind = dataclasses.replace(

@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 from absl import flags
 
-from starflow2_jax import config, evaluate
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
+from starflow2_jax import config, evaluate, params
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import image_batches, records
 from starflow2_jax.data.manifest import Importer
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.inference.flow_sampler import Model
+from starflow2_jax.mesh import make_mesh, replicated
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import preprocess
-from starflow2_jax.training import program as step
+from starflow2_jax.training import preprocess, program as step
 
 SIDE = 8
 
@@ -47,12 +45,12 @@ def model_of(cfg, scale=0.0):
     """A flow whose output layers are zero (z = x), or random of size `scale`."""
     flow = step.model_config(cfg)
     declared = step.declare(cfg, flow)
-    drawn = weights.flatten(weights.init(jax.random.key(1), declared))
+    drawn = params.flatten(params.init(jax.random.key(1), declared))
     for i, name in enumerate(drawn):
         if "proj_out" in name:
             noise = jax.random.normal(jax.random.key(i), drawn[name].shape)
             drawn[name] = drawn[name] + scale * noise
-    return Model(cfg, flow, weights.unflatten(drawn))
+    return Model(cfg, flow, params.unflatten(drawn))
 
 
 def pictures(rows, seed=0):
@@ -119,8 +117,8 @@ def test_padding_batch_size_and_mesh_change_nothing(kind):
         nats, parts = likelihood.per_image(model, batches(images, size))
         np.testing.assert_allclose(nats, expected, rtol=2e-6)
         assert parts == pytest.approx(means, rel=1e-5, abs=1e-6)
-    mesh = meshes.make_mesh({"data": 2, "fsdp": 4})
-    placed = jax.device_put(model.params, meshes.replicated(mesh))
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    placed = jax.device_put(model.params, replicated(mesh))
     nats, _ = likelihood.per_image(Model(cfg, model.flow, placed), batches(images, 16), mesh)
     np.testing.assert_allclose(nats, expected, rtol=2e-6)
 
@@ -141,7 +139,7 @@ def test_first_rows_alone():
 
 def test_it_is_what_the_training_program_reports():
     cfg = experiment()
-    mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
     program, model, images = step.build(cfg, mesh), model_of(cfg, 0.05), pictures(11)
     found = likelihood.evaluate(program, model.params, {}, batches(images, 4))
     nats, parts = likelihood.per_image(model, batches(images, 4))

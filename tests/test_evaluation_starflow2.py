@@ -13,11 +13,8 @@ from test_generation_interleaved import PIXELS, make_parts
 from starflow2_jax import evaluate
 from starflow2_jax.data import records
 from starflow2_jax.evaluation import interleaved_likelihood, scoring_batches, vqa
-from starflow2_jax.evaluation.shapes import ask as asking
-from starflow2_jax.evaluation.shapes import cases, suite
-from starflow2_jax.evaluation.shapes import vqa as questions
-from starflow2_jax.inference import load
-from starflow2_jax.inference import vlm as readers
+from starflow2_jax.evaluation.shapes import ask as asking, cases, suite, vqa as questions
+from starflow2_jax.inference import load, vlm as readers
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import tasks as shapes_tasks
 from starflow2_jax.training.tasks import registry

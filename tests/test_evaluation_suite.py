@@ -10,8 +10,7 @@ from starflow2_jax.data import records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.evaluation.shapes import accuracy, cases, contact_sheets, editing, report, suite
 from starflow2_jax.inference.prompts import Part
-from starflow2_jax.shapes import generator, holdout
-from starflow2_jax.shapes import tasks as shapes_tasks
+from starflow2_jax.shapes import generator, holdout, tasks as shapes_tasks
 
 PIXELS = 64
 ASKED = ("generation", "understanding", "editing", "reasoning")

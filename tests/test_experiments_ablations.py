@@ -16,8 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from experiments.ablations import latents, one, rows, run, scores, table  # noqa: E402
-from starflow2_jax import config  # noqa: E402
-from starflow2_jax import params as weights  # noqa: E402
+from starflow2_jax import config, params  # noqa: E402
 from starflow2_jax.data import array_store, records  # noqa: E402
 from starflow2_jax.models import backbone, starflow2  # noqa: E402
 from starflow2_jax.models.ablations import mot  # noqa: E402
@@ -37,8 +36,8 @@ def trained(variant, name):
     plain = config.to_dict(cfg)
     plain["vlm"]["path"] = ""
     model = starflow2_step.model_config(plain)
-    own = weights.split(backbone.declare(model), tuple(cfg.train.trains))[0]
-    return plain, model, weights.count(own)
+    own = params.split(backbone.declare(model), tuple(cfg.train.trains))[0]
+    return plain, model, params.count(own)
 
 
 @pytest.mark.parametrize("variant", rows.VARIANTS)

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 
 import starflow2_jax
-from starflow2_jax import config
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
+from starflow2_jax import config, params
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.inference import denoise
 from starflow2_jax.inference.flow_sampler import Model, Sampling, generate, likelihood, load
 from starflow2_jax.inference.inverse import Jacobi
+from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import flow
 from starflow2_jax.models.patches import unpatchify
 from starflow2_jax.training import program
@@ -44,10 +43,10 @@ def model_of(cfg, spread=0.1, seed=0, **fields):
     """A flow whose output layers are random of size `spread`; 0 is the identity."""
     shape = program.model_config(cfg)
     rng, drawn = np.random.default_rng(seed), {}
-    for name, weight in weights.flatten(program.declare(cfg, shape)).items():
+    for name, weight in params.flatten(program.declare(cfg, shape)).items():
         size = spread if "proj_out" in name else 0.3
         drawn[name] = jnp.asarray(size * rng.standard_normal(weight.shape).astype(np.float32))
-    return Model(cfg, shape, weights.unflatten(drawn), **fields)
+    return Model(cfg, shape, params.unflatten(drawn), **fields)
 
 
 def labelled():
@@ -213,7 +212,7 @@ def test_models_and_sampling_need_no_data_stack():
 
 def test_the_score_step_is_the_posterior_mean_of_a_gaussian():
     cfg = flow.FlowConfig(side=2, channels=3, width=8, layers=(1,), head_dim=8, scale="exp")
-    drawn = weights.init(jax.random.key(0), flow.declare(cfg))
+    drawn = params.init(jax.random.key(0), flow.declare(cfg))
     scale, mean, sigma = np.array([0.8, 1.0, 1.5]), np.array([0.5, -1.0, 2.0]), 0.5
     drawn["blocks"]["0"]["proj_out"]["bias"] = jnp.asarray([*np.log(scale), *mean])
     rng = np.random.default_rng(0)
@@ -253,7 +252,7 @@ def saved(tmp_path_factory):
 
 def check_same(found, expected):
     assert found.flow == expected.flow and found.classes == expected.classes
-    ours, theirs = weights.flatten(found.params), weights.flatten(expected.params)
+    ours, theirs = params.flatten(found.params), params.flatten(expected.params)
     assert list(ours) == list(theirs)
     for name, array in ours.items():
         np.testing.assert_array_equal(np.asarray(array), np.asarray(theirs[name]), err_msg=name)
@@ -276,14 +275,14 @@ def test_load_a_run_with_a_frozen_subtree(tmp_path):
     cfg["model"] |= {"text_channels": 8, "text_length": 4}
     cfg["image"].update(pixels=4, patch=2)
     cfg["text"]["vocabulary"], cfg["seed"] = 257, 5
-    mesh = meshes.make_mesh("data=-1")
+    mesh = make_mesh("data=-1")
     with jax.set_mesh(mesh):
         state, frozen = program.build(cfg, mesh).init(jax.random.key(cfg["seed"]))
     writer = orbax.open(tmp_path)
     meta = {"config": cfg, "classes": None, "null_text": None, "step": 1}
     orbax.save(writer, 1, {"step": state.step, "params": state.params, "ema": state.ema}, meta)
     orbax.close(writer)
-    for at in (None, meshes.make_mesh("fsdp=-1")):
+    for at in (None, make_mesh("fsdp=-1")):
         found = load(str(tmp_path), at, "fsdp")
         np.testing.assert_array_equal(found.params["text"]["embed"], frozen["text"]["embed"])
     assert generate(found, 1, prompts=["red"]).shape == (1, 4, 4, 3)
@@ -307,7 +306,7 @@ def test_load_onto_a_mesh(saved, tmp_path, kind):
         model_folder.write_folder(
             workdir, models[2].params, {**models[2].cfg, "classes": ["cat", "dog", "owl"]}
         )
-    found = load(str(workdir), meshes.make_mesh("fsdp=8"), "fsdp")
+    found = load(str(workdir), make_mesh("fsdp=8"), "fsdp")
     check_same(found, models[2])
     up = found.params["flow"]["blocks"]["0"]["layers"]["mlp_up"]["weight"]
     assert {shard.data.shape for shard in up.addressable_shards} == {(1, 2, 64)}
@@ -322,7 +321,7 @@ def test_load_says_what_is_not_there_or_damaged(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint of step 9.*\[1, 2\]"):
         load(str(workdir / "checkpoints" / "9"))
     with pytest.raises(ValueError, match="layout: 'zz' is not one of"):
-        load(str(workdir), meshes.make_mesh(), "zz")
+        load(str(workdir), make_mesh(), "zz")
     # A run whose own configuration names another model.
     writer = orbax.open(tmp_path / "other")
     cfg = {**models[1].cfg, "model": {**models[1].cfg["model"], "width": 24}}

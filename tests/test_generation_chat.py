@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints.convert import qwen as table
 from starflow2_jax.inference import qwen_chat
 from starflow2_jax.models import qwen, qwen_vision
+from starflow2_jax.params import init as init_params
 
 SPECIAL = [
     "<|endoftext|>",
@@ -80,7 +80,7 @@ def folder(tmp_path_factory):
         )
     )
     (source / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    params = weights.init(jax.random.key(0), qwen.declare(cfg))
+    params = init_params(jax.random.key(0), qwen.declare(cfg))
     table.export(params, cfg, path / "model", processor=source)
     return path / "model"
 

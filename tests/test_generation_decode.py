@@ -14,8 +14,7 @@ from starflow2_jax.inference import decode_loop, session
 from starflow2_jax.inference.inverse import Jacobi
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents import codec
-from starflow2_jax.models import layers, qwen
-from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models import layers, qwen, starflow2 as pretzel
 
 MIXED = [
     "hello",

@@ -15,14 +15,19 @@ from PIL import Image
 from test_data_latents import make_run
 from test_generation_decode import picture
 
-from starflow2_jax import config, convert
-from starflow2_jax import generate as command
-from starflow2_jax import params as weights
+from starflow2_jax import config, convert, generate as command, params
 from starflow2_jax.checkpoints import orbax
-from starflow2_jax.checkpoints.convert import qwen as qwen_weights
-from starflow2_jax.checkpoints.convert import teacher as teacher_weights
-from starflow2_jax.inference import decode_loop, denoise, generate, load, output, scoring, session
-from starflow2_jax.inference import vlm as readers
+from starflow2_jax.checkpoints.convert import qwen as qwen_weights, teacher as teacher_weights
+from starflow2_jax.inference import (
+    decode_loop,
+    denoise,
+    generate,
+    load,
+    output,
+    scoring,
+    session,
+    vlm as readers,
+)
 from starflow2_jax.inference.options import of_run
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents import codec
@@ -56,12 +61,12 @@ def make_parts(root):
         vision=tower,
     )  # fmt: skip
     assert len(ids) <= 400
-    drawn = weights.init(jax.random.key(1), qwen.declare(shape))
+    drawn = params.init(jax.random.key(1), qwen.declare(shape))
     cfg = config.default()
     cfg.task, cfg.image.pixels = "vlm", PIXELS
     readers.export(readers.Reader(cfg, shape, drawn, words), str(root / "vlm"))
     found = codec.load(make_run(root / "features", 0))
-    pixels = weights.init(jax.random.key(2), fae.declare(found.model)["pixel_decoder"])
+    pixels = params.init(jax.random.key(2), fae.declare(found.model)["pixel_decoder"])
     whole = dataclasses.replace(
         found, cfg={**found.cfg, "task": "fae_pixels"},
         params={**found.params, "pixel_decoder": pixels},
@@ -80,7 +85,7 @@ def save_run(workdir, root, held, shake=0.3, **frozen):
     cfg.fae.path, cfg.noise.sigma = str(root / "fae"), 0.1
     cfg = config.to_dict(cfg)
     shape = starflow2.preset("tiny", vlm=qwen_shape(root), flow=starflow2.flow_config(32, **sizes))
-    tree = weights.init(jax.random.key(0), starflow2.declare(shape))
+    tree = params.init(jax.random.key(0), starflow2.declare(shape))
     rng = np.random.default_rng(0)
     drawn = {
         name: jax.tree.map(

@@ -10,30 +10,37 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from starflow2_jax import config
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
+from starflow2_jax import config, params
+from starflow2_jax.mesh import (
+    batch_sharding,
+    check_batch,
+    constrain,
+    make_mesh,
+    parse_mesh,
+    replicated,
+    weight_spec,
+)
 from starflow2_jax.training import program as step
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
 def test_parse_mesh():
-    assert meshes.parse_mesh("data=2, fsdp=-1") == {"data": 2, "fsdp": -1}
-    assert meshes.parse_mesh("") == {}
+    assert parse_mesh("data=2, fsdp=-1") == {"data": 2, "fsdp": -1}
+    assert parse_mesh("") == {}
     for bad in ("data", "data=", "data=two", "2", "data=--2"):
         with pytest.raises(ValueError, match=f"mesh: '{bad}' is not axis=size"):
-            meshes.parse_mesh(bad)
+            parse_mesh(bad)
     with pytest.raises(ValueError, match="axis 'data' is named twice in 'data=2,data=4'"):
-        meshes.parse_mesh("data=2,data=4")
+        parse_mesh("data=2,data=4")
 
 
 def test_make_mesh():
-    mesh = meshes.make_mesh("data=2,fsdp=-1")
+    mesh = make_mesh("data=2,fsdp=-1")
     assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
     assert mesh.axis_types == (AxisType.Auto,) * 4
-    assert dict(meshes.make_mesh().shape)["data"] == 8
-    assert meshes.make_mesh({"tensor": 2}, jax.devices()[:2]).devices.size == 2
+    assert dict(make_mesh().shape)["data"] == 8
+    assert make_mesh({"tensor": 2}, jax.devices()[:2]).devices.size == 2
     for sizes, words in (
         ("data=2,model=4", "unknown axis 'model'; the axes are data, fsdp, context, tensor"),
         ("data=-1,fsdp=-1", "at most one of them -1"),
@@ -44,51 +51,51 @@ def test_make_mesh():
         ("data=16", "needs 16 devices, 8 are there"),
     ):
         with pytest.raises(ValueError, match=words):
-            meshes.make_mesh(sizes)
+            make_mesh(sizes)
 
 
 def test_weight_spec_and_its_errors():
-    mesh = meshes.make_mesh("fsdp=4,tensor=2")
+    mesh = make_mesh("fsdp=4,tensor=2")
     given = ("mlp_up", (2, 16, 64), ("layers", "embed", "mlp"), mesh)
-    assert meshes.weight_spec(*given, "dp") == PartitionSpec(None, None, None)
-    assert meshes.weight_spec(*given, "fsdp") == PartitionSpec(None, "fsdp", None)
-    assert meshes.weight_spec(*given, "tp") == PartitionSpec(None, None, "tensor")
-    assert meshes.weight_spec(*given, "fsdp_tp") == PartitionSpec(None, "fsdp", "tensor")
+    assert weight_spec(*given, "dp") == PartitionSpec(None, None, None)
+    assert weight_spec(*given, "fsdp") == PartitionSpec(None, "fsdp", None)
+    assert weight_spec(*given, "tp") == PartitionSpec(None, None, "tensor")
+    assert weight_spec(*given, "fsdp_tp") == PartitionSpec(None, "fsdp", "tensor")
     # Where there is no `embed` to cut, fsdp cuts `mlp`.
     bias = ("mlp_up", (2, 64), ("layers", "mlp"), mesh)
-    assert meshes.weight_spec(*bias, "fsdp") == PartitionSpec(None, "fsdp")
-    assert meshes.weight_spec(*bias, "fsdp_tp") == PartitionSpec(None, "tensor")
+    assert weight_spec(*bias, "fsdp") == PartitionSpec(None, "fsdp")
+    assert weight_spec(*bias, "fsdp_tp") == PartitionSpec(None, "tensor")
     with pytest.raises(ValueError, match="'fdsp' is not one of dp, fsdp, tp, fsdp_tp, hybrid"):
-        meshes.weight_spec(*given, "fdsp")
+        weight_spec(*given, "fdsp")
     with pytest.raises(
         ValueError,
         match=r"layout 'fsdp': weight mlp_up has 18 in dimension 1 \(embed\), which mesh axis "
         r"'fsdp' of size 4 does not divide",
     ):
-        meshes.weight_spec("mlp_up", (2, 18, 64), given[2], mesh, "fsdp")
+        weight_spec("mlp_up", (2, 18, 64), given[2], mesh, "fsdp")
 
 
 def test_batches_are_cut_over_data_and_fsdp():
-    mesh = meshes.make_mesh("data=2,fsdp=2,tensor=2")
-    rows = jax.device_put(np.zeros((8, 3)), meshes.batch_sharding(mesh))
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    rows = jax.device_put(np.zeros((8, 3)), batch_sharding(mesh))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 3)}
-    whole = jax.device_put(np.zeros((8, 3)), meshes.replicated(mesh))
+    whole = jax.device_put(np.zeros((8, 3)), replicated(mesh))
     assert {shard.data.shape for shard in whole.addressable_shards} == {(8, 3)}
-    meshes.check_batch(12, mesh)
+    check_batch(12, mesh)
     with pytest.raises(
         ValueError, match=r"train.batch_size=10 is not divisible by data x fsdp = 2 x 2 = 4"
     ):
-        meshes.check_batch(10, mesh)
+        check_batch(10, mesh)
 
 
 def test_constrain():
     x = jnp.zeros((4, 2, 6))
-    assert meshes.constrain(x, "batch", "length", "mlp") is x
-    with jax.set_mesh(meshes.make_mesh("data=2,tensor=-1")):
-        y = jax.jit(lambda x: meshes.constrain(x, "batch", None, None))(x)
+    assert constrain(x, "batch", "length", "mlp") is x
+    with jax.set_mesh(make_mesh("data=2,tensor=-1")):
+        y = jax.jit(lambda x: constrain(x, "batch", None, None))(x)
     assert {shard.data.shape for shard in y.addressable_shards} == {(2, 2, 6)}
-    with jax.set_mesh(meshes.make_mesh({"data": 1}, jax.devices()[:1])):
-        assert meshes.constrain(x, "batch") is x
+    with jax.set_mesh(make_mesh({"data": 1}, jax.devices()[:1])):
+        assert constrain(x, "batch") is x
 
 
 # -------------------------------------------------------------------- the released 3B model
@@ -127,21 +134,21 @@ def test_3b_train_step_lowers_and_is_cut_as_the_layout_says(layout):
     cfg = get_config("3b")
     cfg.layout, cfg.mesh = layout, MESHES[layout]
     config.check(cfg)
-    mesh = meshes.make_mesh(cfg.mesh)
+    mesh = make_mesh(cfg.mesh)
     program = step.build(config.to_dict(cfg), mesh)
     state = program.abstract_state
-    assert weights.count(state.params) == 3_858_281_544
+    assert params.count(state.params) == 3_858_281_544
     moments = state.opt_state[1][0]
     large = 0
     for tree in (state.params, state.ema, moments.mu, moments.nu):
         per_device = 0
-        for name, leaf in weights.flatten(tree).items():
+        for name, leaf in params.flatten(tree).items():
             shard = leaf.sharding.shard_shape(leaf.shape)
             per_device += 4 * int(np.prod(shard))
             if 4 * int(np.prod(leaf.shape)) > 1 << 20:
                 large += 1
                 assert shard == expected_shard(name, leaf.shape, layout), name
-        whole = 4 * weights.count(tree)
+        whole = 4 * params.count(tree)
         # All but norms, biases and the two ends: an eighth on each device, a quarter in `hybrid`.
         ways = 4 if layout == "hybrid" else 8
         assert per_device == whole if layout == "dp" else per_device < 1.01 * whole / ways

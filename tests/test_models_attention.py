@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow2_jax import mesh as meshes
-from starflow2_jax.models import attention as kernels
-from starflow2_jax.models import layers
+from starflow2_jax import mesh
+from starflow2_jax.models import attention as kernels, layers
 
 
 def arrays(batch=2, heads=4, kv_heads=2, length=256, channels=16):
@@ -75,7 +74,7 @@ def test_kernels_and_segments_on_a_mesh(sizes):
     """Heads cut over tensor, positions over context: queries are cut, keys are whole."""
     given, segments = arrays(batch=4), jnp.tile(packed(), (2, 1))
     expected = with_gradients(lambda *g: layers.attention(*g, None, 1.0, segments), *given)
-    with jax.set_mesh(meshes.make_mesh(sizes)):
+    with jax.set_mesh(mesh.make_mesh(sizes)):
         for kernel in ("plain", "splash"):
             own = lambda *g, k=kernel: layers.attention(*g, None, 1.0, segments, k)
             # Compiled: an eager shard_map takes many times as long.
@@ -84,9 +83,9 @@ def test_kernels_and_segments_on_a_mesh(sizes):
 
 def test_a_layer_takes_segments():
     cfg = layers.LayerConfig(32, 4, 2, 8, 64)
-    from starflow2_jax import params as weights
+    from starflow2_jax.params import init as init_params
 
-    params = weights.init(jax.random.key(0), layers.declare(cfg, 3))
+    params = init_params(jax.random.key(0), layers.declare(cfg, 3))
     h, segments = jax.random.normal(jax.random.key(1), (2, 64, 32)), packed(length=64)
     ours = layers.run_layers(params, h, cfg, None, remat="full", segments=segments)
     assert_close(ours, layers.run_layers(params, h, cfg, None, as_mask(segments)), 1e-5)
@@ -105,7 +104,7 @@ def test_choose():
     ):
         with pytest.raises(ValueError, match=f"attention='{kernel}': .*{words}"):
             kernels.choose(kernel, *given[:2])
-    with jax.set_mesh(meshes.make_mesh("tensor=8")), pytest.raises(ValueError, match="key heads"):
+    with jax.set_mesh(mesh.make_mesh("tensor=8")), pytest.raises(ValueError, match="key heads"):
         kernels.choose("splash", q, k)
     with pytest.raises(ValueError, match="attention='flash' is not one of"):
         layers.LayerConfig(32, 4, 2, 8, 64, attention="flash")

@@ -13,10 +13,15 @@ import pytest
 from golden_parity import FOLDER, error
 from safetensors.numpy import save_file
 
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints.convert import dinov2 as loader
+from starflow2_jax.mesh import LAYOUTS, batch_sharding, make_mesh
 from starflow2_jax.models.fae import dinov2
+from starflow2_jax.params import (
+    abstract as abstract_params,
+    count as count_params,
+    flatten,
+    shardings as param_shardings,
+)
 
 GOLDEN = FOLDER / "dinov2_tiny.npz"
 TOLERANCE = 1e-5
@@ -114,7 +119,7 @@ def folder(tmp_path_factory):
 def test_golden_parity(variant, tmp_path):
     config, tensors, cases = golden(variant)
     cfg, params = loader.load(write_folder(tmp_path, config, tensors))
-    assert weights.count(params) == weights.count(dinov2.declare(cfg))
+    assert count_params(params) == count_params(dinov2.declare(cfg))
     check(cfg, params, cases)
 
 
@@ -146,13 +151,13 @@ def test_resampling_as_torch(inputs, outputs, antialias):
 def test_mesh_and_dtype(folder):
     """Every layout holds the numbers that one device holds, in the dtype asked for."""
     cfg, whole = loader.load(folder)
-    mesh = meshes.make_mesh("fsdp=4,tensor=2")
-    for layout in meshes.LAYOUTS:
+    mesh = make_mesh("fsdp=4,tensor=2")
+    for layout in LAYOUTS:
         _, cut = loader.load(folder, mesh, layout)
-        for name, leaf in weights.flatten(cut).items():
-            np.testing.assert_array_equal(np.asarray(leaf), weights.flatten(whole)[name])
-    where = weights.flatten(weights.shardings(dinov2.declare(cfg), mesh, layout))
-    assert all(leaf.sharding == where[name] for name, leaf in weights.flatten(cut).items())
+        for name, leaf in flatten(cut).items():
+            np.testing.assert_array_equal(np.asarray(leaf), flatten(whole)[name])
+    where = flatten(param_shardings(dinov2.declare(cfg), mesh, layout))
+    assert all(leaf.sharding == where[name] for name, leaf in flatten(cut).items())
     _, half = loader.load(folder, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
 
@@ -197,17 +202,15 @@ COUNTS = {
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts(name):
     cfg = dinov2.preset(name)
-    assert weights.count(dinov2.declare(cfg)) + cfg.width == COUNTS[name]
+    assert count_params(dinov2.declare(cfg)) + cfg.width == COUNTS[name]
 
 
-@pytest.mark.parametrize("layout", meshes.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_giant_lowers_under_every_layout(layout):
     cfg = dinov2.preset("giant", compute_dtype="bfloat16")
-    mesh = meshes.make_mesh("data=2,fsdp=2,tensor=2")
-    params = weights.abstract(dinov2.declare(cfg), mesh, layout, jnp.bfloat16)
-    image = jax.ShapeDtypeStruct(
-        (8, 224, 224, 3), jnp.float32, sharding=meshes.batch_sharding(mesh)
-    )
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    params = abstract_params(dinov2.declare(cfg), mesh, layout, jnp.bfloat16)
+    image = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
         lowered = jax.jit(lambda p, x: dinov2.forward(p, x, cfg).patches).lower(params, image)
     assert lowered.out_info.shape == (8, 256, 1536)

@@ -9,10 +9,17 @@ import numpy as np
 import optax
 import pytest
 
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints.convert import lpips
+from starflow2_jax.mesh import LAYOUTS, batch_sharding, make_mesh
 from starflow2_jax.models.fae import codec, discriminator, losses, perceptual
+from starflow2_jax.params import (
+    abstract as abstract_params,
+    count as count_params,
+    flatten,
+    init as init_params,
+    shardings as param_shardings,
+    split as split_params,
+)
 
 PAPER = codec.preset("paper", compute_dtype="bfloat16")
 TOY = codec.preset(
@@ -36,7 +43,7 @@ CRITIC = discriminator.Config(widths=(8, 16), groups=4)
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(lambda key: weights.init(key, codec.declare(TOY)))(jax.random.key(0))
+    return jax.jit(lambda key: init_params(key, codec.declare(TOY)))(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +63,7 @@ def keys(seed, rows=4):
 def test_paper_counts():
     """The paper's 38.17 M, 170.43 M and 305.36 M."""
     declared = codec.declare(codec.preset("paper"))
-    counts = {name: weights.count(tree) for name, tree in declared.items()}
+    counts = {name: count_params(tree) for name, tree in declared.items()}
     assert counts == {
         "encoder": 38_166_592,
         "feature_decoder": 170_428_416,
@@ -65,12 +72,12 @@ def test_paper_counts():
     }
 
 
-@pytest.mark.parametrize("layout", meshes.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_paper_lowers_under_every_layout(layout):
-    mesh = meshes.make_mesh("data=2,fsdp=2,tensor=2")
-    params = weights.abstract(codec.declare(PAPER), mesh, layout, jnp.bfloat16)
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    params = abstract_params(codec.declare(PAPER), mesh, layout, jnp.bfloat16)
     shape = (8, PAPER.tokens, PAPER.feature_width)
-    given = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=meshes.batch_sharding(mesh))
+    given = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
 
     def whole(params, features):
         mean, log_variance = codec.encode(params, features, PAPER)
@@ -84,7 +91,7 @@ def test_paper_lowers_under_every_layout(layout):
 
 
 def test_layouts_give_the_numbers_of_one_device(params, features):
-    mesh = meshes.make_mesh("data=2,fsdp=2,tensor=2")
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
 
     def whole(params, features):
         mean, log_variance = codec.encode(params, features, TOY)
@@ -92,8 +99,8 @@ def test_layouts_give_the_numbers_of_one_device(params, features):
         return log_variance, rebuilt, codec.decode_pixels(params, rebuilt, TOY)
 
     alone = jax.jit(whole)(params, features)
-    where = weights.shardings(codec.declare(TOY), mesh, "fsdp_tp")
-    placed = jax.device_put(features, meshes.batch_sharding(mesh))
+    where = param_shardings(codec.declare(TOY), mesh, "fsdp_tp")
+    placed = jax.device_put(features, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         cut = jax.jit(whole)(jax.device_put(params, where), placed)
     for a, b in zip(alone, cut):
@@ -105,7 +112,7 @@ def test_layouts_give_the_numbers_of_one_device(params, features):
 
 def test_encoder_by_hand(params, features):
     """Softmax attention of every head, plus the parallel linear, GELU, head; in float64."""
-    own = {k: np.asarray(v, np.float64) for k, v in weights.flatten(params["encoder"]).items()}
+    own = {k: np.asarray(v, np.float64) for k, v in flatten(params["encoder"]).items()}
     x = np.asarray(features, np.float64)
     line = lambda name, x: x @ own[f"{name}/weight"] + own[f"{name}/bias"]
     q, k, v = (line(n, x) for n in ("query", "key", "value"))
@@ -236,7 +243,7 @@ def test_hinge_and_lecam_by_hand():
 
 def test_discriminator(params):
     declared = discriminator.declare(CRITIC)
-    critic = weights.init(jax.random.key(0), declared)
+    critic = init_params(jax.random.key(0), declared)
     images = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
     logits = discriminator.forward(critic, images, CRITIC)
     assert logits.shape == (3, 4, 4) and logits.dtype == jnp.float32
@@ -244,7 +251,7 @@ def test_discriminator(params):
     np.testing.assert_allclose(
         discriminator.forward(critic, images[1:2], CRITIC)[0], logits[1], atol=1e-6
     )
-    assert weights.count(discriminator.declare(discriminator.Config())) == 2_762_945
+    assert count_params(discriminator.declare(discriminator.Config())) == 2_762_945
     with pytest.raises(ValueError, match="multiples of groups=32"):
         discriminator.Config(widths=(8, 40))
     args = (critic, images, images + 1, discriminator.lecam_start(), CRITIC)
@@ -260,7 +267,7 @@ def test_discriminator(params):
 def test_pixel_loss(params, features):
     """Every weighted term is there, weighs what it should, and reaches every weight."""
     image = jnp.tanh(jax.random.normal(jax.random.key(4), (4, 16, 16, 3)))
-    critic = weights.init(jax.random.key(0), discriminator.declare(CRITIC))
+    critic = init_params(jax.random.key(0), discriminator.declare(CRITIC))
     chosen = losses.PixelWeights(l1=0.5, l2=2.0, perceptual=3.0, gan=0.25)
     functions = {
         "perceptual": lambda a, b: perceptual.token_distance([a[:, 0]], [b[:, 0]]),
@@ -277,7 +284,7 @@ def test_pixel_loss(params, features):
     np.testing.assert_allclose(rows, by_hand, rtol=1e-6)
     np.testing.assert_allclose(parts["l1"], jnp.abs(decoded - image).mean((1, 2, 3)), rtol=1e-5)
     gradients = jax.jit(jax.grad(lambda own: loss(own)[0].sum()))(params["pixel_decoder"])
-    still = [n for n, g in weights.flatten(gradients).items() if not jnp.abs(g).max() > 0]
+    still = [n for n, g in flatten(gradients).items() if not jnp.abs(g).max() > 0]
     # Softmax is blind to what adds the same to every score.
     assert still in ([], ["layers/key/bias"]), still
     plain = losses.PixelWeights(l1=1, l2=0, perceptual=0, gan=0)
@@ -292,7 +299,7 @@ def test_pixel_loss(params, features):
 def test_learns_in_a_few_steps(params, features):
     """decode(encode) of a toy batch, then pixels; the gradient reaches all that is trained."""
     image = jnp.tanh(features[..., :3]).reshape(4, 4, 4, 3).repeat(4, 1).repeat(4, 2)
-    trained, fixed = weights.split(params, ("encoder", "feature_decoder"))
+    trained, fixed = split_params(params, ("encoder", "feature_decoder"))
     tx = optax.adam(1e-2)
 
     def features_loss(own, key):
@@ -319,7 +326,7 @@ def test_learns_in_a_few_steps(params, features):
             own, state, value, gradients = step(own, state, jax.random.key(i))
             values.append(float(value))
             if i == 0:
-                flat = weights.flatten(gradients)
+                flat = flatten(gradients)
                 still = [n for n, g in flat.items() if not jnp.abs(g).max() > 0]
                 assert all(n.endswith("key/bias") for n in still), still
         assert np.mean(values[-5:]) < 0.3 * values[0], values[::8]
@@ -399,7 +406,7 @@ def test_lpips_properties():
     assert jnp.isfinite(slope).all()
     with pytest.raises(ValueError, match="at least 16"):
         perceptual.lpips(tree, image[:, :8], image[:, :8])
-    full = weights.count(perceptual.declare(perceptual.Config()))
+    full = count_params(perceptual.declare(perceptual.Config()))
     assert full == 14_714_688 + sum((64, 128, 256, 512, 512))
 
 

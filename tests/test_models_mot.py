@@ -9,10 +9,10 @@ import numpy as np
 import pretzel_rows as small
 import pytest
 
-from starflow2_jax import params as weights
 from starflow2_jax.inference import decode_loop
 from starflow2_jax.models import backbone, layers, qwen, starflow2
 from starflow2_jax.models.ablations import mot
+from starflow2_jax.params import count as count_params, init as init_params
 from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.losses.interleaved import Stage
 
@@ -28,7 +28,7 @@ def model(width=24, **changes):
 
 def drawn(cfg, seed=0, shake=0.3):
     """Weights with nothing at zero; float32, or float64 under x64."""
-    tree = weights.init(jax.random.key(seed), mot.declare(cfg))
+    tree = init_params(jax.random.key(seed), mot.declare(cfg))
     dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
     rng = np.random.default_rng(seed)
 
@@ -228,7 +228,7 @@ def test_cached_steps_equal_the_parallel_forward():
 
 @pytest.mark.parametrize("name", ["tiny", "small", "paper"])
 def test_trained_parameters_are_the_pretzels_within_five_percent(name):
-    count = lambda tree: weights.count({n: t for n, t in tree.items() if n != "vlm"})
+    count = lambda tree: count_params({n: t for n, t in tree.items() if n != "vlm"})
     ours = count(mot.declare(mot.preset(name)))
     theirs = count(starflow2.declare(starflow2.preset(name)))
     assert abs(ours / theirs - 1) < 0.05

@@ -12,11 +12,16 @@ from golden_parity import error
 from peer import torch_qwen
 from qwen_parity import TOLERANCE, check, from_state, ours, prompt_of, step
 
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints.convert.qwen_options import read_options
 from starflow2_jax.inference import qwen_chat
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import layers, qwen, qwen_vision
+from starflow2_jax.params import (
+    abstract as abstract_params,
+    count as count_params,
+    init as init_params,
+    shardings as param_shardings,
+)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "qwen_tiny.npz"
 
@@ -149,8 +154,8 @@ def test_patches_are_the_public_ones():
 )
 def test_published_sizes(preset, total, vision):
     declared = qwen.declare(preset())
-    assert weights.count(declared) == total
-    assert weights.count(declared["vision"]) == vision
+    assert count_params(declared) == total
+    assert count_params(declared["vision"]) == vision
 
 
 @pytest.mark.parametrize(
@@ -167,7 +172,7 @@ def test_published_sizes(preset, total, vision):
 )
 def test_the_7b_model_lowers(layout, sizes):
     cfg, mesh = qwen.qwen2_5_vl_7b(), make_mesh(sizes)
-    params = weights.abstract(qwen.declare(cfg), mesh, layout, jnp.bfloat16)
+    params = abstract_params(qwen.declare(cfg), mesh, layout, jnp.bfloat16)
     at = qwen_vision.plan([[1, 16, 16]] * 8, cfg.vision)
     ids = jax.ShapeDtypeStruct((8, 128), jnp.int32)
     patches = jax.ShapeDtypeStruct((8 * 256, cfg.vision.patch_values), jnp.bfloat16)
@@ -188,11 +193,11 @@ def test_sharded_runs_give_the_same(golden, layout):
     cfg, _, arrays = golden
     vision = dataclasses.replace(cfg.vision, out_width=64)
     cfg = dataclasses.replace(cfg, width=64, mlp_width=64, vision=vision, sections=(2, 2, 4))
-    params = weights.init(jax.random.key(0), qwen.declare(cfg))
+    params = init_params(jax.random.key(0), qwen.declare(cfg))
     given = case(arrays, "one")
     plain = ours(params, cfg, given)
     mesh = make_mesh(layout[1])
-    placed = jax.device_put(params, weights.shardings(qwen.declare(cfg), mesh, layout[0]))
+    placed = jax.device_put(params, param_shardings(qwen.declare(cfg), mesh, layout[0]))
     with jax.set_mesh(mesh):
         spread = ours(placed, cfg, given)
     assert error(spread["logits"], plain["logits"]) <= TOLERANCE

@@ -6,8 +6,8 @@ import numpy as np
 import pretzel_rows as small
 import pytest
 
-from starflow2_jax import params as weights
 from starflow2_jax.models import flow, layers, qwen, starflow2
+from starflow2_jax.params import count as count_params
 from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.losses.interleaved import Stage
 
@@ -293,10 +293,10 @@ def test_chunks_and_limits_of_targets_change_nothing():
 def test_paper_has_the_published_size():
     cfg = starflow2.preset("paper")
     tree = starflow2.declare(cfg)
-    sizes = {name: weights.count(part) for name, part in tree.items()}
+    sizes = {name: count_params(part) for name, part in tree.items()}
     print(sizes)
     blocks = {**tree["shallow"], "deep": tree["deep"]}
-    assert sum(weights.count(b["layers"]) for b in blocks.values()) == 3_625_156_608
+    assert sum(count_params(b["layers"]) for b in blocks.values()) == 3_625_156_608
     assert sizes == {
         "vlm": 7_615_616_512,
         "adapter": 12_966_912,
@@ -309,7 +309,7 @@ def test_paper_has_the_published_size():
 
 
 def test_tiny_is_tiny():
-    sizes = {n: weights.count(p) for n, p in starflow2.declare(starflow2.preset("tiny")).items()}
+    sizes = {n: count_params(p) for n, p in starflow2.declare(starflow2.preset("tiny")).items()}
     assert 1.5e6 < sum(sizes.values()) - sizes["vlm"] < 2.5e6
 
 

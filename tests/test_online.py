@@ -12,8 +12,7 @@ from test_data_latents import make_run
 from test_evaluation_likelihood import run_command
 from test_train import finish, rows_of, start
 
-from starflow2_jax import config, mesh
-from starflow2_jax import params as weights
+from starflow2_jax import config, mesh, params
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import array_store, image_batches, records
 from starflow2_jax.data.manifest import DatasetError
@@ -118,7 +117,7 @@ def test_runs_are_alike_and_go_on_either_way(parts, tmp_path):
 def save_flow(workdir, parts, **changes):
     """A run of a flow of these latents, as it was born."""
     cfg = experiment(parts, **changes)
-    drawn = weights.init(jax.random.key(1), program.declare(cfg, program.model_config(cfg)))
+    drawn = params.init(jax.random.key(1), program.declare(cfg, program.model_config(cfg)))
     writer = orbax.open(workdir)
     meta = {"config": cfg, "classes": None, "step": 1, "null_text": None}
     meta["frozen"] = {"fae": codec.load(parts[0]).sha256}

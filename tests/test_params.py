@@ -5,45 +5,45 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
+from starflow2_jax import params
+from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import flow
-from starflow2_jax.params import Weight, fan_in, normal, ones, zeros
+from starflow2_jax.params import ParamSpec, fan_in, normal, ones, zeros
 
 TREE = {
     "blocks": {
         "0": {
-            "weight": Weight((64, 256), ("embed", "mlp")),
-            "bias": Weight((256,), ("mlp",), zeros),
+            "weight": ParamSpec((64, 256), ("embed", "mlp")),
+            "bias": ParamSpec((256,), ("mlp",), zeros),
         },
-        "1": {"weight": Weight((64, 256), ("embed", "mlp"))},
+        "1": {"weight": ParamSpec((64, 256), ("embed", "mlp"))},
     },
-    "start": Weight((32,), (None,), normal(0.5)),
-    "scale": Weight((), (), ones),
+    "start": ParamSpec((32,), (None,), normal(0.5)),
+    "scale": ParamSpec((), (), ones),
 }
 
 
 def same(ours, others):
-    ours, others = weights.flatten(ours), weights.flatten(others)
+    ours, others = params.flatten(ours), params.flatten(others)
     assert list(ours) == list(others)
     for name, array in ours.items():
         np.testing.assert_array_equal(np.asarray(array), np.asarray(others[name]), err_msg=name)
 
 
 def test_a_weight_depends_on_the_seed_and_its_own_name_alone():
-    drawn = weights.init(jax.random.key(0), TREE)
-    same(weights.init(jax.random.key(0), TREE), drawn)
-    fewer = {"blocks": {"1": TREE["blocks"]["1"]}, "other": Weight((4, 4), (None, None))}
-    again = weights.init(jax.random.key(0), fewer)
+    drawn = params.init(jax.random.key(0), TREE)
+    same(params.init(jax.random.key(0), TREE), drawn)
+    fewer = {"blocks": {"1": TREE["blocks"]["1"]}, "other": ParamSpec((4, 4), (None, None))}
+    again = params.init(jax.random.key(0), fewer)
     np.testing.assert_array_equal(again["blocks"]["1"]["weight"], drawn["blocks"]["1"]["weight"])
     # Equal shapes of other names, and equal names of another seed, have other values.
     assert (drawn["blocks"]["0"]["weight"] != drawn["blocks"]["1"]["weight"]).mean() > 0.99
-    other = weights.init(jax.random.key(1), TREE)
+    other = params.init(jax.random.key(1), TREE)
     assert (drawn["start"] != other["start"]).all()
 
 
 def test_initial_distributions():
-    drawn = weights.init(jax.random.key(0), TREE)
+    drawn = params.init(jax.random.key(0), TREE)
     weight = np.asarray(drawn["blocks"]["0"]["weight"])
     assert np.abs(weight).max() <= 1 / 8 and np.abs(weight).max() > 0.99 / 8
     assert weight.std() == pytest.approx(1 / 8 / 3**0.5, rel=0.02)
@@ -57,9 +57,9 @@ def test_initial_distributions():
 
 def test_dtype_of_init_and_abstract(x64):
     for dtype in (jnp.bfloat16, jnp.float64):
-        drawn = weights.init(jax.random.key(0), TREE, dtype)
-        shapes = weights.abstract(TREE, dtype=dtype)
-        pairs = zip(weights.flatten(drawn).values(), weights.flatten(shapes).values())
+        drawn = params.init(jax.random.key(0), TREE, dtype)
+        shapes = params.abstract(TREE, dtype=dtype)
+        pairs = zip(params.flatten(drawn).values(), params.flatten(shapes).values())
         for array, shape in pairs:
             assert array.dtype == shape.dtype == dtype and array.shape == shape.shape
 
@@ -68,14 +68,14 @@ def test_dtype_of_init_and_abstract(x64):
     "layout, sizes", [("dp", "data=8"), ("fsdp", "fsdp=8"), ("fsdp_tp", "fsdp=4,tensor=2")]
 )
 def test_born_sharded_with_the_values_of_one_device(layout, sizes):
-    mesh = meshes.make_mesh(sizes)
-    where = weights.shardings(TREE, mesh, layout)
-    build = jax.jit(lambda key: weights.init(key, TREE), out_shardings=where)
+    mesh = make_mesh(sizes)
+    where = params.shardings(TREE, mesh, layout)
+    build = jax.jit(lambda key: params.init(key, TREE), out_shardings=where)
     compiled = build.lower(jax.random.key(0)).compile()
     drawn = compiled(jax.random.key(0))
-    same(drawn, weights.init(jax.random.key(0), TREE))
-    abstract = weights.flatten(weights.abstract(TREE, mesh, layout))
-    for name, array in weights.flatten(drawn).items():
+    same(drawn, params.init(jax.random.key(0), TREE))
+    abstract = params.flatten(params.abstract(TREE, mesh, layout))
+    for name, array in params.flatten(drawn).items():
         assert array.sharding == abstract[name].sharding
         assert array.shape == abstract[name].shape and array.dtype == abstract[name].dtype
     cut = {"dp": (64, 256), "fsdp": (8, 256), "fsdp_tp": (16, 128)}[layout]
@@ -89,16 +89,16 @@ def test_born_sharded_with_the_values_of_one_device(layout, sizes):
 
 
 def test_flatten_split_count_table():
-    flat = weights.flatten(TREE)
+    flat = params.flatten(TREE)
     assert list(flat) == ["blocks/0/bias", "blocks/0/weight", "blocks/1/weight", "scale", "start"]
-    assert weights.unflatten(flat) == TREE
+    assert params.unflatten(flat) == TREE
     total = 2 * 64 * 256 + 256 + 32 + 1
-    assert weights.count(TREE) == total == weights.count(weights.init(jax.random.key(0), TREE))
-    assert weights.count(weights.abstract(TREE)) == total
-    chosen, rest = weights.split(TREE, ("blocks",))
+    assert params.count(TREE) == total == params.count(params.init(jax.random.key(0), TREE))
+    assert params.count(params.abstract(TREE)) == total
+    chosen, rest = params.split(TREE, ("blocks",))
     assert list(chosen) == ["blocks"] and sorted(rest) == ["scale", "start"]
-    assert weights.split(TREE, ()) == ({}, TREE)
-    lines = weights.table(TREE, lambda name: "frozen" if name == "start" else "")
+    assert params.split(TREE, ()) == ({}, TREE)
+    lines = params.table(TREE, lambda name: "frozen" if name == "start" else "")
     assert lines[1].split() == ["blocks/0/weight", "64x256", "16,384"]
     assert lines[3].split() == ["scale", "scalar", "1"]
     assert lines[4].split() == ["start", "32", "32", "frozen"]
@@ -107,15 +107,15 @@ def test_flatten_split_count_table():
 
 def test_bad_declarations_and_names():
     with pytest.raises(ValueError, match=r"1 axes \('embed',\) for shape \(2, 3\)"):
-        Weight((2, 3), ("embed",))
+        ParamSpec((2, 3), ("embed",))
     with pytest.raises(ValueError, match="no subtree 'vlm'; there are blocks, scale, start"):
-        weights.split(TREE, ("blocks", "vlm"))
+        params.split(TREE, ("blocks", "vlm"))
     with pytest.raises(ValueError, match=r"weight blocks/0/bias has 256 in dimension 0 \(mlp\)"):
-        weights.shardings(TREE, meshes.make_mesh("tensor=3", jax.devices()[:3]), "tp")
+        params.shardings(TREE, make_mesh("tensor=3", jax.devices()[:3]), "tp")
 
 
 def test_the_released_model_has_exactly_its_parameters():
-    assert weights.count(flow.declare(flow.starflow_3b())) == 3_858_281_544
+    assert params.count(flow.declare(flow.starflow_3b())) == 3_858_281_544
 
 
 def test_tarflow_counts_by_hand():
@@ -124,4 +124,4 @@ def test_tarflow_counts_by_hand():
     layer = 12 * width**2 + 13 * width
     ends = (channels + 1) * width + (width + 1) * 2 * channels + tokens * width
     cfg = flow.tarflow(32, channels, width, (depth,) * 8, classes=classes)
-    assert weights.count(flow.declare(cfg)) == 8 * (depth * layer + ends + classes * width)
+    assert params.count(flow.declare(cfg)) == 8 * (depth * layer + ends + classes * width)

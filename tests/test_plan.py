@@ -16,8 +16,7 @@ import pytest
 from test_planning import ROWS, experiment
 from test_training_starflow2 import experiment as joint
 
-from starflow2_jax import params as weights
-from starflow2_jax import plan
+from starflow2_jax import params, plan
 from starflow2_jax.models import flops, starflow2
 from starflow2_jax.planning import estimate, partial_compile, report, topology
 from starflow2_jax.training.program import model_config
@@ -141,7 +140,7 @@ def test_generation_of_starflow2_is_planned_too():
     model = pretzel_rows.model()
     matrices = sum(
         math.prod(weight.shape)
-        for name, weight in weights.flatten(starflow2.declare(model)).items()
+        for name, weight in params.flatten(starflow2.declare(model)).items()
         if len(weight.shape) > 1 and name.endswith("weight") and "norm" not in name
         and not name.startswith(("shallow", "vlm/embed"))
     )  # fmt: skip

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_training_starflow2 import STAGES, batch_of
-from test_training_starflow2 import experiment as joint
+from test_training_starflow2 import STAGES, batch_of, experiment as joint
 
 from starflow2_jax import config
-from starflow2_jax import mesh as meshes
+from starflow2_jax.mesh import ACTIVATIONS, LAYOUTS, constrain, make_mesh
 from starflow2_jax.models import flops, flow, layers
 from starflow2_jax.planning import cost, hlo, jaxpr, memory, sharding_audit
 from starflow2_jax.training import program as step
@@ -47,7 +46,7 @@ def experiment(layout="fsdp", mesh=None, depth=2, **changes):
 
 def compiled(cfg):
     """(program, executable, its text parsed, what it does)."""
-    program = registry.build(cfg, meshes.make_mesh(cfg["mesh"]))
+    program = registry.build(cfg, make_mesh(cfg["mesh"]))
     made = program.lower_step().compile()
     module = hlo.parse(made.as_text())
     return program, made, module, cost.analyse(module, program.mesh.shape)
@@ -96,7 +95,7 @@ def test_a_layout_exchanges_and_cuts_what_it_means_to(layout, of_layout):
 
 def test_a_lost_sharding_of_activations_is_found(monkeypatch):
     """As if a layer forgot where its rows are: they are gathered on every device."""
-    monkeypatch.setitem(meshes.ACTIVATIONS, "mlp", ("fsdp", "tensor"))
+    monkeypatch.setitem(ACTIVATIONS, "mlp", ("fsdp", "tensor"))
     monkeypatch.setattr(layers, "constrain", lambda x, *names: _pinned(x, names))
     program, _, module, found = compiled(experiment("fsdp_tp"))
     lines = sharding_audit.unintended(
@@ -107,11 +106,11 @@ def test_a_lost_sharding_of_activations_is_found(monkeypatch):
 
 def _pinned(x, names):
     whole = [None if name == "batch" else name for name in names]
-    return meshes.constrain(x, *whole)
+    return constrain(x, *whole)
 
 
 def test_a_large_weight_that_is_not_cut_is_found(monkeypatch):
-    monkeypatch.setitem(meshes.LAYOUTS, "fsdp", {"mlp": "fsdp"})
+    monkeypatch.setitem(LAYOUTS, "fsdp", {"mlp": "fsdp"})
     program, _, module, found = compiled(experiment("fsdp"))
     lines = sharding_audit.unintended(program.declared, found, module, program.mesh, "fsdp", LARGE)
     assert any("layers/query/weight [2, 64, 256] is whole on every device" in x for x in lines)
@@ -119,7 +118,7 @@ def test_a_large_weight_that_is_not_cut_is_found(monkeypatch):
 
 def test_weights_that_are_added_up_over_fsdp_are_told():
     declared = flow.declare(model_config(experiment("fsdp")))
-    mesh = meshes.make_mesh("fsdp=8")
+    mesh = make_mesh("fsdp=8")
     one = cost.Collective("all-reduce", "fsdp", (0,), 65536, (64 * 256,), 1e9, 3.0, "")
     told = lambda *found: sharding_audit.twice(
         declared, cost.Work(0, 0, 0, (), found, ()), mesh, "fsdp", LARGE
@@ -291,7 +290,7 @@ def test_flops_are_the_analytic_count(remat, of_layout):
 def test_flops_of_a_stage_are_the_analytic_count(stage):
     """Rows of 40 positions are one part of attention, so that the whole square is computed."""
     cfg = joint(stage)
-    program = registry.build(cfg, meshes.make_mesh("data=8"))
+    program = registry.build(cfg, make_mesh("data=8"))
     expected = registry.work(cfg, program.model, program.declared)
     assert expected["tokens"] == 8 * 40
     assert jaxpr.flops(_trace(program).jaxpr) == pytest.approx(expected["flops"], rel=0.05)

@@ -22,8 +22,7 @@ from etils import epath
 from test_train import RUNNER, environment_of, run_config, state_of
 
 from starflow2_jax import config
-from starflow2_jax.checkpoints import digest, orbax
-from starflow2_jax.checkpoints import steps as step_folders
+from starflow2_jax.checkpoints import digest, orbax, steps as step_folders
 from starflow2_jax.models import starflow2
 from starflow2_jax.training.logging import run_log
 

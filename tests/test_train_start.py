@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 from test_training_step import experiment
 
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
-from starflow2_jax import train
+from starflow2_jax import mesh, params, train
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.data import records
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import init_from
-from starflow2_jax.training import program as step
+from starflow2_jax.training import init_from, program as step
 from starflow2_jax.training.logging import run_log
 
 
@@ -70,7 +67,7 @@ def test_a_run_without_data_or_of_a_bad_configuration_writes_nothing(colors, tmp
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A program, and a run of it whose averaged weights are twice the raw ones."""
-    grid = meshes.make_mesh("fsdp=8")
+    grid = mesh.make_mesh("fsdp=8")
     program = step.build(experiment(layout="fsdp", mesh="fsdp=8"), grid)
     with jax.set_mesh(grid):
         state, _ = program.init(jax.random.key(1))
@@ -83,7 +80,7 @@ def source(tmp_path_factory):
 
 
 def same(ours, others, factor=1):
-    ours, others = weights.flatten(ours), weights.flatten(others)
+    ours, others = params.flatten(ours), params.flatten(others)
     assert list(ours) == list(others)
     for name, array in ours.items():
         np.testing.assert_array_equal(np.asarray(array), factor * np.asarray(others[name]))
@@ -105,16 +102,16 @@ def test_weights_of_another_run_or_folder(source, tmp_path, kind):
     same(begun.ema, state.params, factor)
     assert int(begun.step) == 0
     # Where the step wants them, and not one array twice: the step donates both.
-    for name, leaf in weights.flatten(begun.params).items():
-        wanted = weights.flatten(program.abstract_state.params)[name]
+    for name, leaf in params.flatten(begun.params).items():
+        wanted = params.flatten(program.abstract_state.params)[name]
         assert leaf.sharding == wanted.sharding and leaf.dtype == wanted.dtype
-        assert leaf is not weights.flatten(begun.ema)[name]
+        assert leaf is not params.flatten(begun.ema)[name]
 
 
 def test_weights_of_another_model_are_listed(source, tmp_path):
     program, state, path = source
     cfg = experiment(**{"model.classes": 0, "model.width": 32})
-    other = step.build(cfg, meshes.make_mesh("data=8"))
+    other = step.build(cfg, mesh.make_mesh("data=8"))
     model_folder.write_folder(tmp_path / "folder", state.params, program.cfg)
     with pytest.raises(ValueError, match="is the checkpoint of another model") as error:
         init_from.warm(other, None, {"from": str(path), "ema": True})
@@ -131,7 +128,7 @@ def test_evaluation_in_training_fits_its_batch_to_the_mesh(colors, tmp_path):
     rows = {}
     for name, devices in (("one", 1), ("eight", 8)):
         cfg = with_data(colors, **{"evaluate.batch_size": 10, "evaluate.rows": 13})
-        grid = meshes.make_mesh("data=-1", jax.devices()[:devices])
+        grid = mesh.make_mesh("data=-1", jax.devices()[:devices])
         program = step.build(cfg, grid)
         with jax.set_mesh(grid):
             state, frozen = program.init(jax.random.key(0))

@@ -16,8 +16,7 @@ import pytest
 from etils import epath
 from flax import struct
 
-from starflow2_jax.checkpoints import digest, orbax
-from starflow2_jax.checkpoints import steps as step_folders
+from starflow2_jax.checkpoints import digest, orbax, steps as step_folders
 
 META = {"config": {"width": 8, "rates": [1e-4, None]}, "jax": jax.__version__}
 

@@ -10,16 +10,13 @@ import numpy as np
 import pytest
 from test_train import finish, rows_of, start
 
-from starflow2_jax import config, mesh
-from starflow2_jax import params as weights
+from starflow2_jax import config, mesh, params
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import records
 from starflow2_jax.latents import codec
-from starflow2_jax.models.fae import codec as fae
-from starflow2_jax.models.fae import teacher as teachers
+from starflow2_jax.models.fae import codec as fae, teacher as teachers
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import preprocess
-from starflow2_jax.training import program as step
+from starflow2_jax.training import preprocess, program as step
 from starflow2_jax.training.tasks import fae as fae_step
 
 ROWS = 8
@@ -99,7 +96,7 @@ def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
     assert set(frozen) == {"teacher"} == set(program.declared) - set(state.params)
     # Two moments of each trained weight, and no more than a few counters.
     held = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
-    wanted = 2 * sum(weights.count(state.params[n]) for n in ("encoder", "feature_decoder"))
+    wanted = 2 * sum(params.count(state.params[n]) for n in ("encoder", "feature_decoder"))
     assert wanted <= held <= wanted + 4
     batch, losses = step.to_device(program, batch_of()), []
     for _ in range(60):
@@ -270,6 +267,6 @@ def test_experiments_declare_the_stated_sizes(name):
         config.check(cfg)
     assert fae_step.build(tiny, mesh.make_mesh("data=1", jax.devices()[:1])).model.pixels == 64
     declared = fae.declare(fae_step.model_config(paper))
-    assert weights.count(declared["encoder"]) == 38_166_592
-    assert weights.count(declared["feature_decoder"]) == 170_428_416
-    assert weights.count(declared["pixel_decoder"]) == 305_360_896
+    assert params.count(declared["encoder"]) == 38_166_592
+    assert params.count(declared["feature_decoder"]) == 170_428_416
+    assert params.count(declared["pixel_decoder"]) == 305_360_896

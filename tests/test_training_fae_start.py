@@ -4,21 +4,16 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from test_evaluation_codec import codec as codec_fixture
-from test_evaluation_codec import dataset
+from test_evaluation_codec import codec as codec_fixture, dataset
 from test_train import finish, start
 from test_training_fae import batch_of, experiment, pixel_experiment, run, run_config
 
-from starflow2_jax import mesh
-from starflow2_jax import params as weights
+from starflow2_jax import mesh, params
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import lpips
 from starflow2_jax.latents import codec as codecs
-from starflow2_jax.models.fae import codec as fae
-from starflow2_jax.models.fae import perceptual
-from starflow2_jax.training import init_from as starts
-from starflow2_jax.training import preprocess
-from starflow2_jax.training import program as step
+from starflow2_jax.models.fae import codec as fae, perceptual
+from starflow2_jax.training import init_from as starts, preprocess, program as step
 from starflow2_jax.training.tasks import fae as fae_step
 
 codec = codec_fixture
@@ -39,7 +34,7 @@ def built(cfg, codec=None):
 
 
 def same(ours, theirs):
-    ours, theirs = weights.flatten(ours), weights.flatten(theirs)
+    ours, theirs = params.flatten(ours), params.flatten(theirs)
     assert set(ours) == set(theirs)
     for name, array in ours.items():
         np.testing.assert_array_equal(np.asarray(array), np.asarray(theirs[name]), name)
@@ -142,8 +137,8 @@ def test_lpips_within_a_step(tmp_path):
         state, metrics = program.step(state, frozen, batch)
     assert np.isfinite(float(metrics["loss"])) and float(metrics["perceptual"]) > 0
     same(frozen["lpips"], before)
-    after = weights.flatten(jax.tree.map(np.asarray, state.params["pixel_decoder"]))
-    moved = [np.abs(array - weights.flatten(held)[name]).max() for name, array in after.items()]
+    after = params.flatten(jax.tree.map(np.asarray, state.params["pixel_decoder"]))
+    moved = [np.abs(array - params.flatten(held)[name]).max() for name, array in after.items()]
     assert max(moved) > 0
 
 
@@ -161,7 +156,7 @@ def test_bfloat16_steps_are_finite_and_near_float32(kind):
     losses, state, _ = run(cfg)
     assert np.isfinite(losses).all()
     # Masters stay in float32, and nothing that was trained is lost.
-    for name, leaf in weights.flatten(state.params).items():
+    for name, leaf in params.flatten(state.params).items():
         assert leaf.dtype == np.float32 and np.isfinite(np.asarray(leaf)).all(), name
     plain, _, _ = run(kind())
     # bfloat16 has eight bits; the losses are means over thousands of terms.

@@ -11,13 +11,17 @@ import pretzel_rows as small
 import pytest
 
 from starflow2_jax import config, mesh
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.checkpoints.convert import qwen as qwen_weights
 from starflow2_jax.models import qwen, qwen_vision, starflow2
 from starflow2_jax.models.ablations import mot
-from starflow2_jax.training import init_from, preprocess
-from starflow2_jax.training import program as step
+from starflow2_jax.params import (
+    count as count_params,
+    flatten,
+    init as init_params,
+    split as split_params,
+)
+from starflow2_jax.training import init_from, preprocess, program as step
 from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.losses.flow import HALF_LOG_2_PI
 from starflow2_jax.training.tasks import starflow2 as starflow2_step
@@ -89,7 +93,7 @@ def test_a_stage_changes_its_subtrees_alone(stage):
     assert np.isfinite(losses).all() and sorted(state.params) == sorted(starflow2.SUBTREES)
     check_moved(first, state, STAGES[stage])
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    moments = weights.flatten({"mu": state.opt_state[1][0].mu})
+    moments = flatten({"mu": state.opt_state[1][0].mu})
     assert {name.split("/")[1] for name in moments} == set(STAGES[stage])
     figures = interleaved.means({n: float(v) for n, v in metrics.items()})
     assert ("nats_per_dim" in figures) == (stage == 1)
@@ -279,7 +283,7 @@ def folder(tmp_path_factory):
         depth=1, width=16, heads=2, mlp_width=16, out_width=32, full_layers=(0,), patch=4, window=16
     )
     cfg = dataclasses.replace(small.model(tied=True).vlm, vision=vision, compute_dtype=None)
-    params = weights.init(jax.random.key(7), qwen.declare(cfg))
+    params = init_params(jax.random.key(7), qwen.declare(cfg))
     path = tmp_path_factory.mktemp("vlm") / "folder"
     qwen_weights.export(params, cfg, path)
     return path, params
@@ -292,8 +296,8 @@ def test_the_vlm_is_read_from_its_folder(folder):
     cfg["model"] = options
     _, program, state, frozen = begin(cfg)
     assert "vlm" not in state.params and "vision" not in frozen["vlm"]
-    read = weights.flatten(frozen["vlm"])
-    for name, array in weights.flatten({n: t for n, t in params.items() if n != "vision"}).items():
+    read = flatten(frozen["vlm"])
+    for name, array in flatten({n: t for n, t in params.items() if n != "vision"}).items():
         np.testing.assert_array_equal(read[name], array.astype(jnp.bfloat16))
     assert program.model.vlm.remat == "full" and len(program.identity["vlm"]) == 64
     assert jax.tree.map(lambda a: a.shape, frozen) == jax.tree.map(
@@ -325,8 +329,8 @@ def lower(stage, layout, sizes):
     cfg.layout, cfg.mesh, cfg.train.batch_size = layout, sizes, 8
     config.check(cfg)
     program = starflow2_step.build(config.to_dict(cfg), mesh.make_mesh(sizes))
-    trained = weights.split(program.declared, tuple(cfg.train.trains))[0]
-    return program.lower_step().as_text(), weights.count(trained)
+    trained = split_params(program.declared, tuple(cfg.train.trains))[0]
+    return program.lower_step().as_text(), count_params(trained)
 
 
 def check_lowered(stage, layout, sizes):

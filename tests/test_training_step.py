@@ -9,8 +9,7 @@ from starflow2_jax import config, mesh
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.inference.inverse import inverse
 from starflow2_jax.models import flow
-from starflow2_jax.training import preprocess
-from starflow2_jax.training import program as step
+from starflow2_jax.training import preprocess, program as step
 
 ROWS = 16
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from starflow2_jax import config, mesh
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.evaluation import vqa
 from starflow2_jax.inference import vlm as readers
 from starflow2_jax.models import layers, qwen, qwen_vision
+from starflow2_jax.params import init as init_params
 from starflow2_jax.training import program as step
 from starflow2_jax.training.losses import text
 from starflow2_jax.training.tasks import registry, vlm
@@ -125,7 +125,7 @@ def test_words_are_named_by_the_features_of_their_region(folders):
     words = np.full((ROWS, 3, 5, 8), -1, np.int32)
     words[:, 0, 0, :2], words[:, 0, 2, :1] = [7, 9], [11]
     batch = {"region": jnp.asarray(region), "region_words": jnp.asarray(words)}
-    params = weights.init(jax.random.key(0), vlm.declare({}, MODEL)["vlm"])
+    params = init_params(jax.random.key(0), vlm.declare({}, MODEL)["vlm"])
     seen = jnp.asarray(rng.normal(size=(ROWS, 3, 4, 32)).astype(np.float32))
     grad = jax.grad(lambda s: vlm.word_nats(params, batch, s, MODEL).sum())(seen)
     shown = np.abs(np.asarray(grad)).max(-1) > 0
@@ -156,7 +156,7 @@ def test_sums_of_text_are_those_of_each_record(folders):
 def test_segments_and_the_mask_are_one(folders):
     """`segments` of the layers equal their mask."""
     batch = batches(experiment(folders), 1)[0]
-    params = weights.init(jax.random.key(0), qwen.declare(MODEL))
+    params = init_params(jax.random.key(0), qwen.declare(MODEL))
     h = jax.random.normal(jax.random.key(1), (ROWS, 224, 32))
     given = jnp.asarray(batch["segments"])
     a = qwen.run(params, h, batch["positions"], None, MODEL, segments=given)

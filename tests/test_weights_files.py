@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import teacher
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import flow
+from starflow2_jax.params import flatten, shardings as param_shardings, unflatten
 
 CFG = flow.FlowConfig(
     side=4, channels=4, width=64, layers=(1, 0, 2), head_dim=32, classes=3, final_norm=True
@@ -27,13 +27,13 @@ CONFIG = {"model": {"side": 4, "layers": [1, 0, 2]}, "name": "tiny"}
 
 def drawn(dtype=jnp.float32):
     rng = np.random.default_rng(0)
-    declared = weights.flatten(TREE)
+    declared = flatten(TREE)
     arrays = {n: rng.normal(size=w.shape).astype(np.float32) for n, w in declared.items()}
-    return weights.unflatten({n: jnp.asarray(a, dtype) for n, a in arrays.items()})
+    return unflatten({n: jnp.asarray(a, dtype) for n, a in arrays.items()})
 
 
 def same(a, b):
-    a, b = weights.flatten(a), weights.flatten(b)
+    a, b = flatten(a), flatten(b)
     return set(a) == set(b) and all(
         a[n].dtype == b[n].dtype and np.array_equal(np.asarray(a[n]), np.asarray(b[n])) for n in a
     )
@@ -75,7 +75,7 @@ def test_round_trip(tmp_path, dtype):
         whole["blocks.2.layers.query.weight"],
         np.asarray(params["blocks"]["2"]["layers"]["query"]["weight"]),
     )
-    assert len(whole) == len(weights.flatten(params))
+    assert len(whole) == len(flatten(params))
 
 
 def test_reads_into_another_dtype(tmp_path):
@@ -119,8 +119,8 @@ def test_sharded_reads_equal(tmp_path, layout, sizes):
     mesh = make_mesh(sizes)
     read = model_folder.read_folder(tmp_path / "m", TREE, mesh, layout)
     assert same(read, params)
-    wanted = weights.flatten(weights.shardings(TREE, mesh, layout))
-    for name, leaf in weights.flatten(read).items():
+    wanted = flatten(param_shardings(TREE, mesh, layout))
+    for name, leaf in flatten(read).items():
         assert leaf.sharding == wanted[name], name
     # Written from there, the files are the same.
     model_folder.write_folder(tmp_path / "again", read, CONFIG, shard_bytes=100_000)
@@ -132,12 +132,12 @@ def test_sharded_reads_equal(tmp_path, layout, sizes):
 def test_sharded_reads_touch_only_the_slices(tmp_path, monkeypatch):
     model_folder.write_folder(tmp_path / "m", drawn(), CONFIG)
     mesh, asked = make_mesh("fsdp=8"), []
-    stored = weights.flatten(model_folder.open_folder(tmp_path / "m", TREE))
+    stored = flatten(model_folder.open_folder(tmp_path / "m", TREE))
     leaf = stored["blocks/2/layers/query/weight"]
     watched = type(leaf)(
         leaf.shape, leaf.dtype, "", lambda index=(): asked.append(index) or leaf.read(index)
     )
-    where = weights.flatten(weights.shardings(TREE, mesh, "fsdp"))
+    where = flatten(param_shardings(TREE, mesh, "fsdp"))
     model_folder._place(watched, where["blocks/2/layers/query/weight"], leaf.dtype)
     assert len(asked) == 8 and {i[1].stop - i[1].start for i in asked} == {8}
 
@@ -254,11 +254,11 @@ def test_tensors_are_read_one_at_a_time(tmp_path):
 
         return model_folder.Stored(array.shape, array.dtype, "", read)
 
-    params = weights.flatten(jax.tree.map(np.asarray, drawn()))
-    tree = weights.unflatten({n: stored(n, a) for n, a in params.items()})
+    params = flatten(jax.tree.map(np.asarray, drawn()))
+    tree = unflatten({n: stored(n, a) for n, a in params.items()})
     model_folder.write_folder(tmp_path / "m", tree, CONFIG)
     assert max(most) <= 2
-    assert same(model_folder.read_folder(tmp_path / "m", TREE), weights.unflatten(params))
+    assert same(model_folder.read_folder(tmp_path / "m", TREE), unflatten(params))
 
 
 class _Counted(np.ndarray):

@@ -15,12 +15,12 @@ import pytest
 from peer import torch_qwen
 from safetensors.numpy import save_file
 
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import tensor_files
 from starflow2_jax.checkpoints.convert import qwen as table
 from starflow2_jax.checkpoints.convert.qwen_options import public_options, read_options
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import qwen
+from starflow2_jax.params import flatten, shardings as param_shardings
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "qwen_tiny.npz"
@@ -55,7 +55,7 @@ def write(folder, config, state, shards=3):
 
 
 def same(a, b):
-    a, b = weights.flatten(a), weights.flatten(b)
+    a, b = flatten(a), flatten(b)
     return set(a) == set(b) and all(
         a[n].dtype == b[n].dtype and np.array_equal(np.asarray(a[n]), np.asarray(b[n])) for n in a
     )
@@ -121,8 +121,8 @@ def test_sharded_loads_equal(tmp_path, published, layout, sizes, dtype):
     mesh = make_mesh(sizes)
     cfg, params = table.load(folder, mesh, layout, dtype)
     assert same(params, jax.tree.map(lambda a: a.astype(dtype or a.dtype), plain))
-    wanted = weights.flatten(weights.shardings(qwen.declare(cfg), mesh, layout))
-    for name, leaf in weights.flatten(params).items():
+    wanted = flatten(param_shardings(qwen.declare(cfg), mesh, layout))
+    for name, leaf in flatten(params).items():
         assert leaf.sharding == wanted[name], name
 
 

@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints.convert import starflow, starflow_options
 from starflow2_jax.models import flow
+from starflow2_jax.params import _map, count as count_params, flatten
 
 GOLDEN = Path(__file__).parent / "golden"
 TARFLOW = dict(
@@ -132,8 +132,8 @@ def test_golden_state_dicts_come_back_bit_for_bit(name, options):
     assert {k: written[k] for k in options} == options
     again, same = starflow.load(back, written)
     assert again == cfg
-    for key, leaf in weights.flatten(params).items():
-        np.testing.assert_array_equal(leaf, weights.flatten(same)[key], err_msg=key)
+    for key, leaf in flatten(params).items():
+        np.testing.assert_array_equal(leaf, flatten(same)[key], err_msg=key)
 
 
 def test_linears_are_transposed_and_qkv_is_taken_apart():
@@ -160,7 +160,7 @@ def test_other_options_are_the_published_names_and_shapes():
     assert len(state) == 19 + 30 and not any(n.startswith("blocks.1.") for n in state)
     read, params = starflow.load(state, OTHERS)
     assert read == cfg
-    assert weights.count(params) == weights.count(flow.declare(cfg))
+    assert count_params(params) == count_params(flow.declare(cfg))
     back = starflow.export(params, cfg)
     assert all(np.array_equal(back[name], state[name]) for name in state)
     shapes = {"pixels": 8, "patch": 2, "layout": "channel_last"}
@@ -238,7 +238,7 @@ def test_unconditional_tarflow():
 def test_dtype_is_kept(dtype):
     state, cfg = synthetic(STARFLOW, dtype)
     _, params = starflow.load(state, STARFLOW)
-    leaves = weights.flatten(params)
+    leaves = flatten(params)
     assert all(leaf.dtype == dtype for leaf in leaves.values())
     back = starflow.export(params, cfg)
     assert all(back[n].dtype == dtype and np.array_equal(back[n], state[n]) for n in state)
@@ -247,7 +247,7 @@ def test_dtype_is_kept(dtype):
 def test_jax_arrays_are_exported():
     state = golden("tarflow")
     cfg, params = starflow.load(state, TARFLOW)
-    back = starflow.export(weights._map(lambda _, a: jnp.asarray(a), params), cfg)
+    back = starflow.export(_map(lambda _, a: jnp.asarray(a), params), cfg)
     assert all(np.array_equal(back[name], state[name]) for name in back)
 
 

@@ -16,8 +16,7 @@ import jax
 import numpy as np
 
 from starflow2_jax.data import images, records
-from starflow2_jax.latents import codec as codecs
-from starflow2_jax.latents import write
+from starflow2_jax.latents import codec as codecs, write
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.models.patches import patchify
 from starflow2_jax.training import preprocess

@@ -10,8 +10,7 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from starflow2_jax import params as weights
-from starflow2_jax import train
+from starflow2_jax import params, train
 from starflow2_jax.checkpoints import steps
 from starflow2_jax.models import backbone
 from starflow2_jax.runtime import allocator, cli
@@ -44,11 +43,11 @@ def run(
     if reached < wanted:
         raise RuntimeError(f"{workdir}: training was stopped at step {reached} of {wanted}; "
                            "the same command goes on")  # fmt: skip
-    trained = weights.split(backbone.declare(model), tuple(cfg["train"]["trains"]))[0]
+    trained = params.split(backbone.declare(model), tuple(cfg["train"]["trains"]))[0]
     scoring = time.time()
     result = {
         "config": cfg,
-        "trained": weights.count(trained),
+        "trained": params.count(trained),
         **scores.measure(workdir, there),
         "seconds": {
             "latents": round(training - began, 1),

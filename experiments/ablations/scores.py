@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
 from starflow2_jax.evaluation import vqa
 from starflow2_jax.inference import load
 from starflow2_jax.inference.generate import Model
+from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import backbone
+from starflow2_jax.params import init as init_params
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses import interleaved, text
 from starflow2_jax.training.losses.interleaved import Stage, Terms
@@ -45,7 +45,7 @@ def measure(
         FileNotFoundError, ValueError: as `loading.load`; a likelihood that is not finite.
     """
     cfg = _settings(workdir)
-    mesh = meshes.make_mesh(cfg["mesh"])
+    mesh = make_mesh(cfg["mesh"])
     model = load.load(str(workdir), mesh, cfg["layout"])
     with jax.set_mesh(mesh):
         score = scorer(model)
@@ -116,7 +116,7 @@ def newborn(model: Model, mesh: Any) -> dict[str, Any]:
     depends on, since whatever crosses is zero."""
     cfg, shape = model.cfg, model.shape
     tree = {name: part for name, part in backbone.declare(shape).items() if name != "vlm"}
-    born = weights.init(jax.random.key(0), tree)
+    born = init_params(jax.random.key(0), tree)
     vlm = starflow2.frozen_vlm(cfg, shape, mesh, jnp.dtype(cfg["frozen_dtype"]))
     return {**born, **vlm}
 

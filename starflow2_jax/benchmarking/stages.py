@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax import config
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
 from starflow2_jax.benchmarking.timing import Result, shares, timed
 from starflow2_jax.inference import decode_loop, session
+from starflow2_jax.mesh import host_rows, make_mesh
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.params import count as count_params, init as init_params
 from starflow2_jax.training.logging import throughput
 from starflow2_jax.training.program import to_device
 from starflow2_jax.training.tasks import starflow2
@@ -110,7 +110,7 @@ def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
         ValueError: a step that the device cannot hold; says by how much.
     """
     peak = throughput.peak_flops()
-    mesh = meshes.make_mesh("fsdp=-1")
+    mesh = make_mesh("fsdp=-1")
     cfg = experiment(stage, size, rows, dtype) | {"layout": "fsdp", "mesh": "fsdp=-1"}
     program = starflow2.build(cfg, mesh)
     began = time.perf_counter()
@@ -120,7 +120,7 @@ def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
     _check_room(needs, rows)
     with jax.set_mesh(mesh):
         state, frozen = program.init(jax.random.key(0))
-        batch = rows_of_images(cfg, program.model, len(meshes.host_rows(rows, mesh)))
+        batch = rows_of_images(cfg, program.model, len(host_rows(rows, mesh)))
         held, batch = [state], to_device(program, batch)
         del state
 
@@ -170,7 +170,7 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
     own = lambda part: dataclasses.replace(part, compute_dtype=dtype)
     cfg = dataclasses.replace(cfg, vlm=own(cfg.vlm), flow=own(cfg.flow))
     tree = {n: t for n, t in pretzel.declare(cfg).items() if n != "shallow"}
-    laid_out = lambda key: decode_loop.prepare(weights.init(key, tree, dtype), cfg=cfg)
+    laid_out = lambda key: decode_loop.prepare(init_params(key, tree, dtype), cfg=cfg)
     params = jax.jit(laid_out)(jax.random.key(0))
     slots = -(-(PROMPT + cfg.patches + WORDS) // session.CACHE_STEP) * session.CACHE_STEP
     keys = jax.random.split(jax.random.key(1), rows)
@@ -229,7 +229,7 @@ def step_bytes(cfg: Config, rows: int, slots: int, itemsize: int) -> dict[str, i
     """
     tree = pretzel.declare(cfg)
     vlm = {n: t for n, t in tree["vlm"].items() if n not in ("embed", "head")}
-    both = weights.count(vlm) + weights.count({n: tree[n] for n in ("adapter", "deep", "skip")})
+    both = count_params(vlm) + count_params({n: tree[n] for n in ("adapter", "deep", "skip")})
     kept = 2 * rows * slots * cfg.vlm.kv_heads * cfg.vlm.layer.head_dim * cfg.vlm.layers
     deep = cfg.deep.layer
     kept += 2 * rows * slots * deep.kv_heads * deep.head_dim * cfg.deep.depth

@@ -18,14 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints.tensor_files import (
     INDEX_FILE,
     SAFETENSORS_NAMES,
     Stored,
     open_source,
 )
-from starflow2_jax.params import Tree, flatten, unflatten
+from starflow2_jax.params import Tree, flatten, shardings as param_shardings, unflatten
 
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"
@@ -252,7 +251,7 @@ def open_folder(path: str | Path, tree: Tree, *, check_digests: bool = True) -> 
     """The tree of a model folder as tensors that are read when asked for.
 
     Args:
-        tree: declared Weights; the folder must hold exactly these.
+        tree: declared ParamSpecs; the folder must hold exactly these.
         check_digests: read every file through first and compare its sha256.
 
     Raises:
@@ -294,7 +293,7 @@ def read_folder(
             layout that does not fit a weight.
     """
     stored = flatten(open_folder(path, tree, check_digests=check_digests))
-    where = flatten(weights.shardings(tree, mesh, layout)) if mesh is not None else {}
+    where = flatten(param_shardings(tree, mesh, layout)) if mesh is not None else {}
     leaves = {}
     for name, tensor in stored.items():
         target = np.dtype(tensor.dtype if dtype is None else dtype)

@@ -35,13 +35,13 @@ from starflow2_jax.checkpoints.steps import (
     check_files,
     committed,
     find,
+    latest as latest,
+    locate as locate,
     newest_good,
     remove,
     retain,
     steps,
 )
-from starflow2_jax.checkpoints.steps import latest as latest
-from starflow2_jax.checkpoints.steps import locate as locate
 
 # Beside the arrays themselves; without a limit all of them are read at once.
 READ_AT_ONCE = 1 << 29

@@ -12,8 +12,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from starflow2_jax.data import manifest as manifest_lib
-from starflow2_jax.data import shards as shards_lib
+from starflow2_jax.data import manifest as manifest_lib, shards as shards_lib
 from starflow2_jax.data.manifest import DatasetError, Importer, Manifest
 
 Dtype = Literal["float32", "float16", "int32", "uint8"]

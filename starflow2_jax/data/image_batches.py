@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.data import array_store as arrays_lib
-from starflow2_jax.data import chat_layout, images, records, sampler
 from starflow2_jax.data import (
+    array_store as arrays_lib,
+    chat_layout,
+    images,
     manifest as manifest_lib,
+    records,
+    sampler,
 )
 from starflow2_jax.data.manifest import DatasetError
 

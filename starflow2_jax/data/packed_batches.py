@@ -23,8 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.data import array_store, chat_layout, images, packing, records, sampler
-from starflow2_jax.data import manifest as manifest_lib
+from starflow2_jax.data import (
+    array_store,
+    chat_layout,
+    images,
+    manifest as manifest_lib,
+    packing,
+    records,
+    sampler,
+)
 from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record

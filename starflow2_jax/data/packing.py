@@ -15,8 +15,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from starflow2_jax.data import chat_layout, records
-from starflow2_jax.data import manifest as manifest_lib
+from starflow2_jax.data import chat_layout, manifest as manifest_lib, records
 from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record

@@ -15,9 +15,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from starflow2_jax.data import images
-from starflow2_jax.data import manifest as manifest_lib
-from starflow2_jax.data import shards as shards_lib
+from starflow2_jax.data import images, manifest as manifest_lib, shards as shards_lib
 from starflow2_jax.data.manifest import DatasetError, Importer, Manifest, Scalar, Sha256
 
 Role = Literal["none", "system", "user", "assistant"]

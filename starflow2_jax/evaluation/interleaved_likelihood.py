@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax import mesh as meshes
 from starflow2_jax.data.records import Img, Record, Text
 from starflow2_jax.evaluation import scoring_batches
 from starflow2_jax.evaluation.shapes.cases import Case
 from starflow2_jax.inference.generate import Model
 from starflow2_jax.latents import codec as codecs
+from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import qwen
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses import interleaved, text
@@ -90,7 +90,7 @@ def skill(model: Model, cases: Sequence[Case], *, size: int = 32) -> dict[str, A
 
 def _vlm_sums(model: Model, given: Sequence[Record], size: int) -> dict[str, np.ndarray]:
     """Text entries of `starflow2_loss.sums` of records without images, by the VLM alone."""
-    mesh = meshes.make_mesh("data=1", jax.local_devices()[:1])
+    mesh = make_mesh("data=1", jax.local_devices()[:1])
     args = (model.cfg, model.shape, mesh, jnp.dtype(model.cfg["frozen_dtype"]))
     params, found = starflow2.frozen_vlm(*args)["vlm"], []
     laid = scoring_batches.batches(given, model.tokenizer, model.shape.flow.side, size=size)

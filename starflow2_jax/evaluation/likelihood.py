@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from starflow2_jax import mesh as meshes
 from starflow2_jax.inference.flow_sampler import Model
+from starflow2_jax.mesh import make_mesh, place_rows, replicated
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses.flow import HALF_LOG_2_PI, flow_loss, per_dim
@@ -68,7 +68,7 @@ def evaluate(
     Raises:
         ValueError: no row is left after masking.
     """
-    place = functools.partial(meshes.place_rows, mesh=program.mesh)
+    place = functools.partial(place_rows, mesh=program.mesh)
     totals: dict[str, float] = {}
     for batch in batches:
         ids, mask = _rows(batch, place)
@@ -94,11 +94,11 @@ def per_image(
         ValueError: a row whose likelihood is not finite, named; no rows; or an array that the
             model reads and the data do not have.
     """
-    mesh = mesh or meshes.make_mesh({"data": 1}, jax.local_devices()[:1])
+    mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
     cfg, flow = model.cfg, model.flow
-    place = functools.partial(meshes.place_rows, mesh=mesh)
+    place = functools.partial(place_rows, mesh=mesh)
 
-    @functools.partial(jax.jit, out_shardings=meshes.replicated(mesh))
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def measure(params, batch, ids, mask):
         keys = preprocess.row_keys(cfg["seed"] + 1, 0, ids)
         x = preprocess.tokens(batch, keys, cfg, False)

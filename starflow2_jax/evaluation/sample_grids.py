@@ -20,13 +20,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from starflow2_jax import mesh as meshes
 from starflow2_jax.data import chat_layout, packed_batches, records
 from starflow2_jax.data.records import Img, Record
 from starflow2_jax.evaluation.shapes import ask as asking
 from starflow2_jax.inference import generate, options
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents.codec import Codec
+from starflow2_jax.mesh import make_mesh, replicated
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.params import Tree
 from starflow2_jax.training.losses import interleaved as starflow2_loss
@@ -189,7 +189,7 @@ def prepare(
     if not given:
         return f"the first {SEARCHED} records hold nothing that this stage can show"
     held = chat_layout.open_tokenizer(opts.tokenizer)
-    gather = jax.jit(lambda a: a, out_shardings=meshes.replicated(mesh))
+    gather = jax.jit(lambda a: a, out_shardings=replicated(mesh))
     return Grids(cfg, shape, held, codec, given, gather)
 
 
@@ -209,5 +209,5 @@ def from_state(grids: Grids, params: Tree) -> list[Grid]:
     if jax.process_index():
         return []
     model = generate.Model(grids.cfg, grids.shape, held, grids.tokenizer, grids.codec)
-    with jax.set_mesh(meshes.make_mesh("data=1", [device])):
+    with jax.set_mesh(make_mesh("data=1", [device])):
         return list(draw(model, grids.given))

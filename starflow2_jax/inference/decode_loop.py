@@ -18,8 +18,7 @@ from flax import struct
 
 from starflow2_jax.inference import guidance as guiding
 from starflow2_jax.inference.guidance import Guidance
-from starflow2_jax.models import backbone, flow, qwen
-from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models import backbone, flow, qwen, starflow2 as pretzel
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.layers import KVCache
 from starflow2_jax.params import Tree

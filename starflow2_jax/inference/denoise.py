@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from starflow2_jax.inference import decode_loop
 from starflow2_jax.inference.decode_loop import State
-from starflow2_jax.models import flow
-from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models import flow, starflow2 as pretzel
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import Tree

@@ -99,8 +99,8 @@ def load(
 
     from etils import epath
 
-    from starflow2_jax import params as weights
     from starflow2_jax.checkpoints import model_folder, orbax, steps
+    from starflow2_jax.params import abstract as abstract_params, split as split_params
 
     if (epath.Path(path) / "config.json").exists() and not (
         epath.Path(path) / orbax.FOLDER
@@ -115,8 +115,8 @@ def load(
     cfg = meta["config"]
     model = model_config(cfg)
     declared = declare(cfg, model)
-    trained, _ = weights.split(declared, tuple(cfg["train"]["trains"]))
-    wanted = {"ema": weights.abstract(trained, mesh, layout)}
+    trained, _ = split_params(declared, tuple(cfg["train"]["trains"]))
+    wanted = {"ema": abstract_params(trained, mesh, layout)}
     found, _ = orbax.restore(workdir, step, wanted, only=("ema",))
     params = {**found["ema"], **frozen_weights({**cfg, "layout": layout}, declared, mesh)}
     source = json.dumps({"workdir": str(workdir), "step": meta["step"]})

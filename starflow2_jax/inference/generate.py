@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from starflow2_jax import mesh as meshes
-from starflow2_jax.inference import decode_loop, prompts, session
-from starflow2_jax.inference import results as answers
+from starflow2_jax import mesh
+from starflow2_jax.inference import decode_loop, prompts, results as answers, session
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.options import Options, make_options
 from starflow2_jax.inference.prompts import Part
@@ -320,5 +319,5 @@ def _placed(state: decode_loop.State) -> decode_loop.State:
     where = state.caches[0].keys[0].sharding
     if not isinstance(where, NamedSharding):
         return state
-    rest = jax.device_put(state.replace(caches=None), meshes.replicated(where.mesh))
+    rest = jax.device_put(state.replace(caches=None), mesh.replicated(where.mesh))
     return rest.replace(caches=state.caches)

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.inference.generate import Model
 from starflow2_jax.latents import codec as codecs
+from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import backbone
+from starflow2_jax.params import abstract as abstract_params
 from starflow2_jax.training.tasks import starflow2
 
 TASK = "starflow2"
@@ -62,7 +62,7 @@ def load(
     codec = codecs.load(fae) if fae else None
     if codec is not None:
         _check_codec(codec, shape, frozen.get("fae"), path, fae)
-    mesh = mesh or meshes.make_mesh("data=1", jax.local_devices()[:1])
+    mesh = mesh or make_mesh("data=1", jax.local_devices()[:1])
     own = {name: tree for name, tree in declared.items() if name != "vlm"}
     if model_folder.is_folder(path):
         params = model_folder.read_folder(path, own, mesh, layout)
@@ -147,7 +147,7 @@ def _averaged(path, own, declared, cfg, mesh, layout):
 
     workdir, step = steps.locate(path)
     held = {**own, **({"vlm": declared["vlm"]} if "vlm" in cfg["train"]["trains"] else {})}
-    wanted = {"ema": weights.abstract(held, mesh, layout)}
+    wanted = {"ema": abstract_params(held, mesh, layout)}
     return orbax.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
 
 

@@ -67,9 +67,7 @@ def lay_out(
     Returns:
         the batch, and which part every position of a row is of, -1 for delimiters.
     """
-    from starflow2_jax.data import chat_layout as layouts
-    from starflow2_jax.data import packed_batches as row_arrays
-    from starflow2_jax.data import packing
+    from starflow2_jax.data import chat_layout as layouts, packed_batches as row_arrays, packing
 
     held, cfg = model.tokenizer, model.shape
     laid = []

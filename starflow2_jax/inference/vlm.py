@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax import config
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import qwen as qwen_weights
 from starflow2_jax.models.qwen import Config
+from starflow2_jax.params import abstract as abstract_params
 from starflow2_jax.training.losses import text
 from starflow2_jax.training.tasks import vlm
 
@@ -57,7 +57,7 @@ def load(path: str) -> Reader:
     if cfg.get("task") != "vlm":
         raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a training with task='vlm'")
     model = vlm.model_config(cfg)
-    wanted = {"ema": weights.abstract(vlm.declare(cfg, model))}
+    wanted = {"ema": abstract_params(vlm.declare(cfg, model))}
     found = orbax.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
     return Reader(cfg, model, found["vlm"], cfg["text"]["tokenizer"])
 

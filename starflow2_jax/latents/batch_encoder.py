@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from starflow2_jax.checkpoints import model_folder
-from starflow2_jax.latents import codec as codecs
-from starflow2_jax.latents import write
+from starflow2_jax.latents import codec as codecs, write
 from starflow2_jax.latents.codec import Codec
 
 Batch = dict[str, Any]

@@ -14,16 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from starflow2_jax import config
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
+from starflow2_jax import config, mesh
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.models import qwen_vision
-from starflow2_jax.models.fae import codec as fae
-from starflow2_jax.models.fae import dinov2
-from starflow2_jax.models.fae import teacher as teachers
+from starflow2_jax.models.fae import codec as fae, dinov2, teacher as teachers
 from starflow2_jax.models.fae.teacher import Teacher
+from starflow2_jax.params import abstract as abstract_params, flatten, split as split_params
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.tasks import fae as fae_step
 
@@ -99,8 +96,8 @@ def _averaged(workdir: Any, step: int | None, cfg: Any, model: Any, teacher: Any
     from starflow2_jax.checkpoints import orbax
 
     own = fae_step.objective_of(cfg, model, teacher)
-    trained, _ = weights.split(own.declared, own.trained + own.tracked)
-    wanted = {"ema": weights.abstract(trained)}
+    trained, _ = split_params(own.declared, own.trained + own.tracked)
+    wanted = {"ema": abstract_params(trained)}
     return orbax.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
 
 
@@ -133,7 +130,7 @@ def encode(codec: Codec, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         )
     own, parts = {name: codec.params[name] for name in ENCODER}, []
     # The same program inside a training on many devices and outside of it.
-    with jax.set_mesh(meshes.make_mesh("data=1", jax.local_devices()[:1])):
+    with jax.set_mesh(mesh.make_mesh("data=1", jax.local_devices()[:1])):
         for first in range(0, len(image), BATCH):
             rows = image[first : first + BATCH]
             empty = np.zeros((BATCH - len(rows), *rows.shape[1:]), np.uint8)
@@ -197,7 +194,7 @@ def _check_task(cfg: Mapping[str, Any], path: str) -> None:
 
 def _made(cfg: Any, model: fae.Config, teacher: Teacher, params: Any) -> Codec:
     digest = hashlib.sha256(f"{model} {teacher}\n".encode())
-    for name, leaf in weights.flatten({part: params[part] for part in ENCODER}).items():
+    for name, leaf in flatten({part: params[part] for part in ENCODER}).items():
         array = np.asarray(leaf)
         digest.update(f"{name} {array.dtype}{list(array.shape)}\n".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8))

@@ -16,8 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from starflow2_jax.data import array_store, images, records, shards
-from starflow2_jax.data import manifest as manifest_lib
+from starflow2_jax.data import array_store, images, manifest as manifest_lib, records, shards
 from starflow2_jax.data.manifest import DatasetError, Importer, Manifest, Shard
 
 VERSION = "2"

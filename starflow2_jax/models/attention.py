@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from starflow2_jax import mesh as meshes
+from starflow2_jax.mesh import ACTIVATIONS, activation_ways, platform
 
 KERNELS = ("auto", "plain", "splash", "cudnn")
 # The TPU kernel reads keys in blocks of whole lanes.
@@ -33,7 +33,7 @@ def choose(kernel: str, q: jax.Array, k: jax.Array) -> str:
     if kernel == "plain":
         return "plain"
     if kernel == "auto":
-        kernel = {"tpu": "splash", "gpu": "cudnn"}.get(meshes.platform(), "plain")
+        kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "plain")
         return "plain" if kernel == "plain" or _hindrance(kernel, q, k) else kernel
     hindrance = _hindrance(kernel, q, k)
     if hindrance:
@@ -43,7 +43,7 @@ def choose(kernel: str, q: jax.Array, k: jax.Array) -> str:
 
 def _hindrance(kernel, q, k):
     """Why a kernel does not serve, empty where it does."""
-    shape, heads, length = meshes.activation_ways(), k.shape[-3], q.shape[-2]
+    shape, heads, length = activation_ways(), k.shape[-3], q.shape[-2]
     if k.ndim != 4 or length != k.shape[-2]:
         return "keys and queries must be of the same positions"
     if q.shape[0] % shape["batch"] or heads % shape["heads"]:
@@ -75,7 +75,7 @@ def attend(
         q: [B, H, T, D], scaled; k, v: [B, K, T, D]; segments: int32 [B, T] or None.
     """
     if kernel == "splash":
-        return _splash(q, k, v, segments, interpret=meshes.platform() != "tpu")
+        return _splash(q, k, v, segments, interpret=platform() != "tpu")
     return library(q, k, v, segments, "cudnn")
 
 
@@ -97,12 +97,12 @@ def _splash(q, k, v, segments, interpret):
     # Heavy and only for this path: pallas takes a second to import.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
+        splash_attention_mask as masks,
     )
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1
-    ways = meshes.activation_ways()
+    ways = activation_ways()
     heads, length = q.shape[1] // ways["heads"], q.shape[2]
     block = next(
         size for size in range(LARGEST_BLOCK, 0, -LANES) if (length // ways["length"]) % size == 0
@@ -132,7 +132,7 @@ def _splash(q, k, v, segments, interpret):
     if alone:
         return local(kernel, q, k, v, segments, segments)
     # A kernel is opaque to the partitioner. Every device takes its own queries, with all the keys.
-    spec = lambda *names: PartitionSpec(*(n and meshes.ACTIVATIONS[n] for n in names))
+    spec = lambda *names: PartitionSpec(*(n and ACTIVATIONS[n] for n in names))
     queries, keys = spec("batch", "heads", "length"), spec("batch", "heads", None)
     marks = (None, None) if segments is None else (spec("batch", "length"), spec("batch"))
     of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, spec(None, "length")))

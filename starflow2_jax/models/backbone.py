@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 
-from starflow2_jax.models import layers, qwen
-from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models import layers, qwen, starflow2 as pretzel
 from starflow2_jax.models.ablations import crossings, mot
 from starflow2_jax.models.layers import KVCache
 from starflow2_jax.params import Tree

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from starflow2_jax.models import layers, rope
 from starflow2_jax.models.layers import KVCache, LayerConfig, at_least_float32, linear
-from starflow2_jax.params import Tree, Weight, normal, zeros
+from starflow2_jax.params import ParamSpec, Tree, normal, zeros
 
 INVERSE_SOFTPLUS_OF_1 = 0.541324854612918
 
@@ -190,28 +190,28 @@ def _declare_block(block: BlockConfig) -> dict[str, Any]:
 
     def project(inputs, axis):
         return {
-            "weight": Weight((inputs, width), (axis, "embed")),
-            "bias": Weight((width,), ("embed",), zeros),
+            "weight": ParamSpec((inputs, width), (axis, "embed")),
+            "bias": ParamSpec((width,), ("embed",), zeros),
         }
 
     tree = {
         "proj_in": project(cfg.channels, None),
         "layers": layers.declare(block.layer, block.depth),
         "proj_out": {
-            "weight": Weight((width, 2 * cfg.channels), ("embed", None), zeros),
-            "bias": Weight((2 * cfg.channels,), (None,), zeros),
+            "weight": ParamSpec((width, 2 * cfg.channels), ("embed", None), zeros),
+            "bias": ParamSpec((2 * cfg.channels,), (None,), zeros),
         },
     }
     if block.start == "token":
-        tree["start"] = Weight((cfg.channels,), (None,), normal(1.0))
+        tree["start"] = ParamSpec((cfg.channels,), (None,), normal(1.0))
     if cfg.positions == "learned":
-        tree["position"] = Weight((cfg.tokens, width), (None, "embed"), normal(1e-2))
+        tree["position"] = ParamSpec((cfg.tokens, width), (None, "embed"), normal(1e-2))
     if cfg.classes:
-        tree["class_embed"] = Weight((cfg.classes, width), (None, "embed"), normal(1e-2))
+        tree["class_embed"] = ParamSpec((cfg.classes, width), (None, "embed"), normal(1e-2))
     if block.text:
         tree["proj_text"] = project(cfg.text_channels, "text")
     if cfg.final_norm:
-        tree["final_norm"] = {"weight": Weight((width,), ("embed",), zeros)}
+        tree["final_norm"] = {"weight": ParamSpec((width,), ("embed",), zeros)}
     return tree
 
 

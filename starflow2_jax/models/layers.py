@@ -14,7 +14,7 @@ from flax import struct
 
 from starflow2_jax.mesh import activation_ways, constrain, platform
 from starflow2_jax.models import attention as kernels
-from starflow2_jax.params import Tree, Weight, ones, zeros
+from starflow2_jax.params import ParamSpec, Tree, ones, zeros
 
 # Queries are attended in this many parts, each to the keys before its end: with a causal mask that
 # leaves out (parts - 1) / (2 parts) of the scores.
@@ -82,19 +82,19 @@ def empty_cache(cfg: LayerConfig, layers: int, batch: int, size: int, dtype: Any
     return KVCache(keys=blank, values=blank, length=jnp.zeros((), jnp.int32))
 
 
-def _norm_weights(kind: str, shape: tuple[int, ...], axes: tuple) -> dict[str, Weight]:
+def _norm_weights(kind: str, shape: tuple[int, ...], axes: tuple) -> dict[str, ParamSpec]:
     if kind == "layer_norm":
-        return {"weight": Weight(shape, axes, ones), "bias": Weight(shape, axes, zeros)}
-    return {"weight": Weight(shape, axes, zeros if kind == "rms_norm_offset" else ones)}
+        return {"weight": ParamSpec(shape, axes, ones), "bias": ParamSpec(shape, axes, zeros)}
+    return {"weight": ParamSpec(shape, axes, zeros if kind == "rms_norm_offset" else ones)}
 
 
 def declare(cfg: LayerConfig, layers: int) -> dict[str, Any]:
     """Weights of `layers` layers, stacked on a leading `layers` axis; linears are [in, out]."""
 
     def linear(inputs, outputs, axes, bias):
-        weights = {"weight": Weight((layers, inputs, outputs), ("layers", *axes))}
+        weights = {"weight": ParamSpec((layers, inputs, outputs), ("layers", *axes))}
         if bias:
-            weights["bias"] = Weight((layers, outputs), ("layers", axes[1]), zeros)
+            weights["bias"] = ParamSpec((layers, outputs), ("layers", axes[1]), zeros)
         return weights
 
     def norm(kind, size, axis):

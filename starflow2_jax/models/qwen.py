@@ -16,7 +16,7 @@ import numpy as np
 from starflow2_jax.models import layers, qwen_vision, rope
 from starflow2_jax.models.layers import KVCache, LayerConfig, at_least_float32
 from starflow2_jax.models.qwen_vision import Plan, VisionConfig
-from starflow2_jax.params import Tree, Weight, normal, ones
+from starflow2_jax.params import ParamSpec, Tree, normal, ones
 
 Grid = tuple[int, int, int]
 
@@ -132,13 +132,13 @@ def qwen2_5_vl_72b(**changes: Any) -> Config:
 def declare(cfg: Config) -> dict[str, Any]:
     """Every weight: `embed`, `layers`, `final_norm`, `head` unless tied, `vision` with a tower."""
     tree = {
-        "embed": {"weight": Weight((cfg.vocab, cfg.width), ("vocab", "embed"), normal(0.02))},
+        "embed": {"weight": ParamSpec((cfg.vocab, cfg.width), ("vocab", "embed"), normal(0.02))},
         "layers": layers.declare(cfg.layer, cfg.layers),
-        "final_norm": {"weight": Weight((cfg.width,), ("embed",), ones)},
+        "final_norm": {"weight": ParamSpec((cfg.width,), ("embed",), ones)},
     }
     if not cfg.tied:
         shape = (cfg.width, cfg.vocab)
-        tree["head"] = {"weight": Weight(shape, ("embed", "vocab"), normal(0.02))}
+        tree["head"] = {"weight": ParamSpec(shape, ("embed", "vocab"), normal(0.02))}
     if cfg.vision is not None:
         tree["vision"] = qwen_vision.declare(cfg.vision)
     return tree

@@ -17,7 +17,7 @@ from flax import struct
 
 from starflow2_jax.models import layers, rope
 from starflow2_jax.models.layers import LayerConfig, linear
-from starflow2_jax.params import Tree, Weight, flatten, ones, unflatten, zeros
+from starflow2_jax.params import ParamSpec, Tree, flatten, ones, unflatten, zeros
 
 # Of the published image processor: a picture of 16,384 features.
 MAX_PIXELS = 16384 * 28 * 28
@@ -89,21 +89,21 @@ def declare(cfg: VisionConfig) -> dict[str, Any]:
     merged = cfg.merge**2 * cfg.width
     # 3420 hidden channels are not a multiple of 8, so no layout cuts them.
     stack = {
-        name: Weight(w.shape, tuple(None if a == "mlp" else a for a in w.axes), w.init)
+        name: ParamSpec(w.shape, tuple(None if a == "mlp" else a for a in w.axes), w.init)
         for name, w in flatten(layers.declare(cfg.layer, cfg.depth)).items()
     }
     return {
-        "patch": {"weight": Weight((cfg.patch_values, cfg.width), (None, "embed"))},
+        "patch": {"weight": ParamSpec((cfg.patch_values, cfg.width), (None, "embed"))},
         "layers": unflatten(stack),
         "merger": {
-            "norm": {"weight": Weight((cfg.width,), ("embed",), ones)},
+            "norm": {"weight": ParamSpec((cfg.width,), ("embed",), ones)},
             "up": {
-                "weight": Weight((merged, merged), ("embed", "mlp")),
-                "bias": Weight((merged,), ("mlp",), zeros),
+                "weight": ParamSpec((merged, merged), ("embed", "mlp")),
+                "bias": ParamSpec((merged,), ("mlp",), zeros),
             },
             "down": {
-                "weight": Weight((merged, cfg.out_width), ("mlp", "embed")),
-                "bias": Weight((cfg.out_width,), ("embed",), zeros),
+                "weight": ParamSpec((merged, cfg.out_width), ("mlp", "embed")),
+                "bias": ParamSpec((cfg.out_width,), ("embed",), zeros),
             },
         },
     }

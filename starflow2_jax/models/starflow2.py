@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from starflow2_jax.models import flow, layers, qwen
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.layers import KVCache, at_least_float32, linear
-from starflow2_jax.params import Tree, Weight, normal, zeros
+from starflow2_jax.params import ParamSpec, Tree, normal, zeros
 
 # What every checkpoint holds, trained in its stage or not (design.md 7).
 SUBTREES = ("adapter", "shallow", "deep", "skip")
@@ -198,25 +198,25 @@ def declare(cfg: Config) -> dict[str, Any]:
     adapter: dict[str, Any] = {}
     if cfg.adapter == "mlp":
         adapter["up"] = {
-            "weight": Weight((latent, hidden), (None, "mlp")),
-            "bias": Weight((hidden,), ("mlp",), zeros),
+            "weight": ParamSpec((latent, hidden), (None, "mlp")),
+            "bias": ParamSpec((hidden,), ("mlp",), zeros),
         }
     inputs, axis = (hidden, "mlp") if adapter else (latent, None)
     adapter["down"] = {
-        "weight": Weight((inputs, vlm), (axis, "embed"), last),
-        "bias": Weight((vlm,), ("embed",), zeros),
+        "weight": ParamSpec((inputs, vlm), (axis, "embed"), last),
+        "bias": ParamSpec((vlm,), ("embed",), zeros),
     }
     into, axis = (latent, None) if cfg.skip_into == "latent" else (width, "text")
     skip = {
-        "vlm": {"weight": Weight((vlm, into), ("embed", axis), zeros)},
-        "deep": {"weight": Weight((width, vlm), ("embed", "text"), zeros)},
+        "vlm": {"weight": ParamSpec((vlm, into), ("embed", axis), zeros)},
+        "deep": {"weight": ParamSpec((width, vlm), ("embed", "text"), zeros)},
     }
     tree = {"vlm": qwen.declare(cfg.vlm), "adapter": adapter, "shallow": blocks, "deep": deep}
     kept: dict[str, Any] = {name: skip[name] for name in cfg.skips}
     if cfg.crossings > 1:
         more, axes = cfg.crossings - 1, ("layers", "embed", "text")
-        kept["into_deep"] = {"weight": Weight((more, vlm, width), axes, zeros)}
-        kept["into_vlm"] = {"weight": Weight((more, width, vlm), axes, zeros)}
+        kept["into_deep"] = {"weight": ParamSpec((more, vlm, width), axes, zeros)}
+        kept["into_vlm"] = {"weight": ParamSpec((more, width, vlm), axes, zeros)}
     return {**tree, "skip": kept} if kept else tree
 
 

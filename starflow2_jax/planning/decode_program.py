@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
 from starflow2_jax.inference import decode_loop, session
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import inverse
-from starflow2_jax.models import flow
-from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.mesh import ACTIVATIONS, batch_sharding, check_batch
+from starflow2_jax.models import flow, starflow2 as pretzel
+from starflow2_jax.params import abstract as abstract_params
 from starflow2_jax.planning.memory import per_device
 from starflow2_jax.training.program import model_config
 from starflow2_jax.training.tasks import starflow2
@@ -52,14 +51,14 @@ def lower(cfg: Mapping[str, Any], mesh: Mesh, rows: int) -> Decoding:
         raise ValueError(
             f"plan --what generate: task={cfg['task']!r} is not planned, only {' and '.join(own)}"
         )
-    meshes.check_batch(rows, mesh, "--batch")
+    check_batch(rows, mesh, "--batch")
     return own[cfg["task"]](cfg, mesh, rows)
 
 
 def _flow(cfg, mesh, rows):
     model = model_config(cfg)
-    params = weights.abstract(flow.declare(model), mesh, cfg["layout"])
-    over = meshes.batch_sharding(mesh)
+    params = abstract_params(flow.declare(model), mesh, cfg["layout"])
+    over = batch_sharding(mesh)
     of = lambda shape, dtype: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=over)
     given = {"z": of((model.tokens, model.channels), jnp.float32)}
     if model.text_channels:
@@ -91,8 +90,8 @@ def _starflow2(cfg, mesh, rows):
         raise ValueError("plan --what generate: model.kind='mot' is not planned, only 'pretzel'")
     tree = {n: t for n, t in pretzel.declare(model).items() if n != "shallow"}
     frozen = {"vlm": tree.pop("vlm")}
-    params = weights.abstract(tree, mesh, layout)
-    params |= weights.abstract(frozen, mesh, layout, jnp.dtype(cfg["frozen_dtype"]))
+    params = abstract_params(tree, mesh, layout)
+    params |= abstract_params(frozen, mesh, layout, jnp.dtype(cfg["frozen_dtype"]))
     weight, step = cfg["sample"]["guidance"], session.CACHE_STEP
     slots = -(-cfg["text"]["length"] // step) * step
     guided = Guidance(weight, rule=cfg["sample"]["rule"], temperature_on="all") if weight else None
@@ -103,7 +102,7 @@ def _starflow2(cfg, mesh, rows):
         state = jax.eval_shape(lambda: _state(prepared, model, rows, count, slots))
         state = jax.tree.map(lambda a: _placed(a, mesh), state)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-        keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=meshes.batch_sharding(mesh))
+        keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=batch_sharding(mesh))
         heat = _placed(jax.ShapeDtypeStruct((count,), jnp.float32), mesh)
         ids = decode_loop.Ids(
             model.vlm.vision_start_token, model.vlm.vision_end_token, (), (), model.vlm.vocab
@@ -143,7 +142,7 @@ def _state(params, model, rows, count, slots):
 
 def _placed(a, mesh):
     """Rows over the batch's axes, heads of a cache over tensor where they divide."""
-    spec = [meshes.ACTIVATIONS["batch"]] if a.shape else []
+    spec = [ACTIVATIONS["batch"]] if a.shape else []
     if len(a.shape) == 4 and a.shape[1] % mesh.shape["tensor"] == 0:
         spec.append("tensor")
     where = NamedSharding(mesh, PartitionSpec(*spec))

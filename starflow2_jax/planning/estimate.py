@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
+from starflow2_jax import params
+from starflow2_jax.mesh import make_mesh
 from starflow2_jax.planning import (
     cost,
     decode_program,
@@ -56,7 +56,7 @@ def model_flops(cfg: Mapping[str, Any]) -> float:
     bare = {**cfg, "layout": "dp", "train": {**cfg["train"], "microbatches": 1}}
     # Products that a trace can count, as there are none in a kernel.
     bare |= {"attention": "plain", "model": options.changed(cfg["model"], remat="none")}
-    mesh = meshes.make_mesh("data=1", jax.devices("cpu")[:1])
+    mesh = make_mesh("data=1", jax.devices("cpu")[:1])
     return jaxpr.flops(_trace(registry.build(bare, mesh, dry_run=True)).jaxpr)
 
 
@@ -99,7 +99,7 @@ def train_step(
     Raises:
         ValueError: what building the program says of configuration, mesh or layout.
     """
-    mesh = meshes.make_mesh(cfg["mesh"], topology.devices)
+    mesh = make_mesh(cfg["mesh"], topology.devices)
     program = registry.build(cfg, mesh, dry_run=True)
     rows, parts = cfg["train"]["batch_size"], cfg["train"]["microbatches"]
     traced = _trace(program)
@@ -107,8 +107,8 @@ def train_step(
     activations = jaxpr.kept(traced.jaxpr, rows // parts, ways)
     trained = set(cfg["train"]["trains"])
     count = {
-        "trained": sum(weights.count(t) for n, t in program.declared.items() if n in trained),
-        "frozen": sum(weights.count(t) for n, t in program.declared.items() if n not in trained),
+        "trained": sum(params.count(t) for n, t in program.declared.items() if n in trained),
+        "frozen": sum(params.count(t) for n, t in program.declared.items() if n not in trained),
     }
     with jax.set_mesh(mesh):
         lowered = traced.lower()
@@ -129,7 +129,7 @@ def train_step(
 
 def generate(cfg: Mapping[str, Any], topology: Topology, rows: int, *, whole: bool = True) -> Row:
     """Compile the drawing of `rows` images; as `train_step`."""
-    mesh = meshes.make_mesh(cfg["mesh"], topology.devices)
+    mesh = make_mesh(cfg["mesh"], topology.devices)
     made = decode_program.lower(cfg, mesh, rows)
     row = _compiled(made.lowered, mesh, topology, made.declared, 0.0, made.steps, whole)
     row = {**_told(cfg, topology, mesh, rows), **row}

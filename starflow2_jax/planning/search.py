@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from starflow2_jax import mesh as meshes
+from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models.layers import REMAT
 from starflow2_jax.planning import estimate, jaxpr, memory, options
 from starflow2_jax.planning.topology import Topology
@@ -60,7 +60,7 @@ def search(
     waiting, refused = [], 0
     for new in candidates(cfg, topology, layouts):
         try:
-            mesh = meshes.make_mesh(new["mesh"], topology.devices)
+            mesh = make_mesh(new["mesh"], topology.devices)
             program = registry.build(new, mesh, dry_run=True)
         except ValueError:  # does not divide: not a candidate
             refused += 1

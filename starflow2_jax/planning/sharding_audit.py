@@ -6,8 +6,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
+from starflow2_jax import params
+from starflow2_jax.mesh import LAYOUTS, weight_spec
 from starflow2_jax.planning.cost import Work
 from starflow2_jax.planning.hlo import Module
 
@@ -31,7 +31,7 @@ def unintended(
     at once. A large weight must be cut wherever the layout's mesh axes are there to cut it.
 
     Args:
-        declared: Weights of the model; found, module: of the step's compiled text; large: bytes
+        declared: ParamSpecs of the model; found, module: of the step's compiled text; large: bytes
             below which nothing is said; trained: names of the subtrees that are (None: all). A
             step need not read the others.
     """
@@ -77,8 +77,8 @@ def twice(
 def _one_layer(declared, mesh, layout):
     """Numbers of elements of single weights, of stacked ones a layer's, as `tensor` cuts them."""
     sizes = set()
-    for name, weight in weights.flatten(declared).items():
-        spec = meshes.weight_spec(name, weight.shape, weight.axes, mesh, layout)
+    for name, weight in params.flatten(declared).items():
+        spec = weight_spec(name, weight.shape, weight.axes, mesh, layout)
         part = [
             size // (mesh.shape["tensor"] if axis == "tensor" else 1)
             for size, axis in zip(weight.shape, spec)
@@ -90,19 +90,19 @@ def _one_layer(declared, mesh, layout):
 
 def _whole(declared, module, mesh, layout, large, trained):
     """Large weights that a layout with axes to cut them leaves whole on every device."""
-    rules = set(meshes.LAYOUTS[layout].values())
+    rules = set(LAYOUTS[layout].values())
     if all(mesh.shape[axis] == 1 for axis in rules):
         return []
     lines = []
-    for name, weight in weights.flatten(declared).items():
-        spec = meshes.weight_spec(name, weight.shape, weight.axes, mesh, layout)
+    for name, weight in params.flatten(declared).items():
+        spec = weight_spec(name, weight.shape, weight.axes, mesh, layout)
         ways = math.prod(mesh.shape[axis] for axis in spec if axis)
         if ways == 1 and 4 * math.prod(weight.shape) >= large and len(weight.shape) > 1:
             lines.append(f"weight {name} {list(weight.shape)} is whole on every device")
     arguments = {s.dims for i in module.entry.parameters().values() for s in i.shapes}
     read = {n: tree for n, tree in declared.items() if trained is None or n in trained}
-    for name, weight in weights.flatten(read).items():
-        spec = meshes.weight_spec(name, weight.shape, weight.axes, mesh, layout)
+    for name, weight in params.flatten(read).items():
+        spec = weight_spec(name, weight.shape, weight.axes, mesh, layout)
         shard = tuple(
             size // (mesh.shape[axis] if axis else 1) for size, axis in zip(weight.shape, spec)
         )

@@ -25,8 +25,7 @@ import numpy as np
 
 from starflow2_jax.data import images, records
 from starflow2_jax.data.records import Img, Record, Text
-from starflow2_jax.shapes import generator, holdout
-from starflow2_jax.shapes import scenes as shapes_scenes
+from starflow2_jax.shapes import generator, holdout, scenes as shapes_scenes
 from starflow2_jax.shapes.generator import NUMBERS, Object, Scene, pick, plural
 from starflow2_jax.shapes.scenes import Zoom, facts, name, the
 from starflow2_jax.shapes.wordings import TERSE, request

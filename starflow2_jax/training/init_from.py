@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder, orbax, steps
 from starflow2_jax.latents import codec as codecs
+from starflow2_jax.params import flatten
 from starflow2_jax.training import program as programs
 
 # Of the codec's training alone; no model folder holds them.
@@ -76,8 +76,8 @@ def _of_codec(program: programs.Program, params: Any, path: str) -> Any:
         raise ValueError(f"{path}: the codec holds {', '.join(given)}, expected {absent[0]} too")
     taken = {name: given[name] for name in params if name in given}
     where = {name: program.abstract_state.params[name] for name in taken}
-    flat = weights.flatten(taken)
-    for name, wanted in weights.flatten(where).items():
+    flat = flatten(taken)
+    for name, wanted in flatten(where).items():
         if name not in flat or flat[name].shape != wanted.shape:
             found = list(flat[name].shape) if name in flat else "missing"
             raise ValueError(f"{path}: {name} is {found}, expected {list(wanted.shape)}")

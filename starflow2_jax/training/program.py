@@ -18,11 +18,18 @@ from flax import struct
 from jax.sharding import Mesh
 
 from starflow2_jax import config
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
+from starflow2_jax.mesh import batch_sharding, check_batch, place_rows, replicated
 from starflow2_jax.models import flow
 from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.params import Tree, Weight, normal
+from starflow2_jax.params import (
+    ParamSpec,
+    Tree,
+    abstract as abstract_params,
+    init as init_params,
+    normal,
+    shardings as param_shardings,
+    split as split_params,
+)
 from starflow2_jax.training import optimizer, preprocess
 from starflow2_jax.training.losses.flow import flow_loss, per_dim
 
@@ -42,7 +49,7 @@ class Program:
     """An experiment, built for a mesh.
 
     Attributes:
-        declared: Weights of every top-level subtree; the trained ones are in `TrainState.params`,
+        declared: ParamSpecs of every top-level subtree. The trained ones are in `TrainState.params`
             with those that a checkpoint carries along; the others are the step's `frozen` argument.
         init: key -> (TrainState, frozen), born sharded.
         step: (state, frozen, batch) -> (state, metrics); donates the state.
@@ -104,7 +111,7 @@ def declare(cfg: Mapping[str, Any], model: FlowConfig) -> dict[str, Any]:
     vocabulary = cfg["text"]["vocabulary"]
     if vocabulary:
         shape = (vocabulary, model.text_channels)
-        tree["text"] = {"embed": Weight(shape, ("vocab", None), normal(1.0))}
+        tree["text"] = {"embed": ParamSpec(shape, ("vocab", None), normal(1.0))}
     return tree
 
 
@@ -115,11 +122,11 @@ def frozen_weights(
 
     Checkpoints hold only the others.
     """
-    frozen = weights.split(declared, tuple(cfg["train"]["trains"]))[1]
+    frozen = split_params(declared, tuple(cfg["train"]["trains"]))[1]
     if not frozen:
         return {}
-    where = None if mesh is None else weights.shardings(frozen, mesh, cfg["layout"])
-    draw = jax.jit(partial(weights.init, tree=frozen), out_shardings=where)
+    where = None if mesh is None else param_shardings(frozen, mesh, cfg["layout"])
+    draw = jax.jit(partial(init_params, tree=frozen), out_shardings=where)
     return draw(jax.random.key(cfg["seed"]))
 
 
@@ -136,25 +143,25 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Progr
     """
     model = model_config(cfg)
     train, rows = cfg["train"], cfg["train"]["batch_size"]
-    meshes.check_batch(rows, mesh)
-    meshes.check_batch(rows // train["microbatches"], mesh, "rows of a microbatch")
+    check_batch(rows, mesh)
+    check_batch(rows // train["microbatches"], mesh, "rows of a microbatch")
     declared = declare(cfg, model)
     null_text = preprocess.pad_text(null_text, model)
-    trained, frozen = weights.split(declared, tuple(train["trains"]))
+    trained, frozen = split_params(declared, tuple(train["trains"]))
     tx = optimizer.optimizer(cfg["optim"], train["steps"])
-    everywhere = meshes.replicated(mesh)
-    where = weights.shardings(trained, mesh, cfg["layout"])
-    where_frozen = weights.shardings(frozen, mesh, cfg["layout"])
-    where_batch = meshes.batch_sharding(mesh)
-    moments = optimizer.state_shardings(tx, weights.abstract(trained), where, mesh)
+    everywhere = replicated(mesh)
+    where = param_shardings(trained, mesh, cfg["layout"])
+    where_frozen = param_shardings(frozen, mesh, cfg["layout"])
+    where_batch = batch_sharding(mesh)
+    moments = optimizer.state_shardings(tx, abstract_params(trained), where, mesh)
     where_state = TrainState(everywhere, where, where, moments)
 
     def init(key):
-        params = weights.init(key, trained)
+        params = init_params(key, trained)
         # A copy: the step donates both.
         ema = jax.tree.map(jnp.copy, params)
         state = TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
-        return state, weights.init(key, frozen)
+        return state, init_params(key, frozen)
 
     def loss(params, frozen, batch, keys, train, drop):
         params = {**params, **frozen}
@@ -274,5 +281,5 @@ def to_device(program: Program, batch: Mapping[str, np.ndarray]) -> dict[str, ja
             raise ValueError(
                 f"batch: {name!r} has rows of shape {rows.shape[1:]}, expected {expected.shape[1:]}"
             )
-        placed[name] = meshes.place_rows(rows, program.mesh)
+        placed[name] = place_rows(rows, program.mesh)
     return placed

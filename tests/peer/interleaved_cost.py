@@ -24,15 +24,14 @@ from pathlib import Path
 import jax
 
 from starflow2_jax import config
-from starflow2_jax import params as weights
 from starflow2_jax.benchmarking import timing
 from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.inference.generate import Model
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents import codec
 from starflow2_jax.models import starflow2
-from starflow2_jax.models.fae import codec as fae
-from starflow2_jax.models.fae import teacher as teachers
+from starflow2_jax.models.fae import codec as fae, teacher as teachers
+from starflow2_jax.params import init as init_params
 from starflow2_jax.training.tasks import fae as fae_step
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "fae_features.py"
@@ -46,7 +45,7 @@ def make_model() -> Model:
     shape = fae_step.model_config(cfg)
     tower = fae_step.teacher_of(cfg, shape)
     declared = {**fae.declare(shape), "teacher": teachers.declare(tower)}
-    drawn = weights.init(jax.random.key(0), declared)
+    drawn = init_params(jax.random.key(0), declared)
     held = codec.Codec(cfg, shape, tower, drawn, "")
     words = Tokenizer(
         encode=lambda text: tuple(LETTERS + ord(c) % 600 for c in text),
@@ -55,7 +54,7 @@ def make_model() -> Model:
         size=640,
     )  # fmt: skip
     whole = starflow2.tiny()
-    params = weights.init(jax.random.key(1), starflow2.declare(whole))
+    params = init_params(jax.random.key(1), starflow2.declare(whole))
     head = params["deep"]["proj_out"]
     head["weight"] = 0.02 * jax.random.normal(jax.random.key(2), head["weight"].shape)
     down = params["adapter"]["down"]

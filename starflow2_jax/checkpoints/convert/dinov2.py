@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from starflow2_jax import params as weights
+from starflow2_jax import params
 from starflow2_jax.checkpoints.model_folder import read_config
 from starflow2_jax.checkpoints.tensor_files import Index, Stored, open_source
 from starflow2_jax.models.fae.dinov2 import Config, declare, swiglu_width
@@ -116,7 +116,7 @@ def load(
     """
     cfg = read_options(read_config(folder))
     declared, held = flatten(declare(cfg)), flatten(view(open_source(folder), cfg))
-    where = flatten(weights.shardings(declare(cfg), mesh, layout)) if mesh is not None else {}
+    where = flatten(params.shardings(declare(cfg), mesh, layout)) if mesh is not None else {}
     leaves = {}
     for name in declared:
         target = np.dtype(held[name].dtype if dtype is None else dtype)

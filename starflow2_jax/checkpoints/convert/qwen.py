@@ -19,12 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints.convert.qwen_options import public_options, read_options
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config, write_tensors
 from starflow2_jax.checkpoints.tensor_files import Stored, open_source
 from starflow2_jax.models.qwen import Config, declare
-from starflow2_jax.params import Tree, Weight, flatten, unflatten
+from starflow2_jax.params import (
+    ParamSpec,
+    Tree,
+    flatten,
+    shardings as param_shardings,
+    split as split_params,
+    unflatten,
+)
 
 # What a processor and a chat read beside the weights.
 PROCESSOR_FILES = (
@@ -169,12 +175,12 @@ def load(
         raise ValueError(f"{folder} is {dtype}; enable jax_enable_x64 or give a dtype")
     tree = declare(cfg)
     names = (only,) if isinstance(only, str) else only
-    declared = flatten(weights.split(tree, names)[0] if only else tree)
+    declared = flatten(split_params(tree, names)[0] if only else tree)
     if mesh is None:
         device = SingleDeviceSharding(jnp.zeros(()).device)
         where = {leaf: device for leaf in declared}
     else:
-        where = flatten(weights.shardings(unflatten(declared), mesh, layout))
+        where = flatten(param_shardings(unflatten(declared), mesh, layout))
     pieces: dict[str, list[Piece]] = {}
     for piece in table(cfg):
         pieces.setdefault(piece.leaf, []).append(piece)
@@ -238,7 +244,9 @@ def _read(source: Mapping[str, Stored], piece: Piece) -> np.ndarray:
     return part.reshape(len(part), -1) if piece.transposed else part
 
 
-def _place(pieces: list[Piece], weight: Weight, read: Any, sharding: Any, dtype: Any) -> jax.Array:
+def _place(
+    pieces: list[Piece], weight: ParamSpec, read: Any, sharding: Any, dtype: Any
+) -> jax.Array:
     """One leaf; a stacked one is born empty and filled a layer at a time, in place.
 
     Devices are sent rows as they lie in the file; they turn and cast them.

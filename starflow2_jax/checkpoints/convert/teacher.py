@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from starflow2_jax import params as weights
+from starflow2_jax import params
 from starflow2_jax.checkpoints.convert import dinov2, qwen, qwen_options
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, locate, read_config
 from starflow2_jax.models.fae import teacher as teachers
@@ -45,8 +45,8 @@ def load(
     """
     path, tree = cfg["teacher"]["path"], teachers.declare(teacher)
     if not path:
-        where = None if mesh is None else weights.shardings(tree, mesh, layout)
-        draw = jax.jit(partial(weights.init, tree=tree), out_shardings=where)
+        where = None if mesh is None else params.shardings(tree, mesh, layout)
+        draw = jax.jit(partial(params.init, tree=tree), out_shardings=where)
         return draw(jax.random.key(cfg["seed"]))
     path = locate(path)
     if teacher.kind == "dinov2":

@@ -16,8 +16,7 @@ from absl import logging
 from etils import epath
 
 from starflow2_jax import config, params
-from starflow2_jax.evaluation.report import html as page
-from starflow2_jax.evaluation.report import plots
+from starflow2_jax.evaluation.report import html as page, plots
 from starflow2_jax.models import backbone
 from starflow2_jax.models.fae import codec
 from starflow2_jax.training import program

@@ -16,8 +16,7 @@ from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record, Text
 from starflow2_jax.evaluation import codec
-from starflow2_jax.shapes import generator, holdout
-from starflow2_jax.shapes import tasks as shapes_tasks
+from starflow2_jax.shapes import generator, holdout, tasks as shapes_tasks
 from starflow2_jax.shapes.generator import Scene
 
 # The tasks, and of each the tags that its score is a mean of.

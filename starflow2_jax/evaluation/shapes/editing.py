@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from starflow2_jax.evaluation import codec
-from starflow2_jax.evaluation.shapes import accuracy, cases
-from starflow2_jax.evaluation.shapes import ask as asking
+from starflow2_jax.evaluation.shapes import accuracy, ask as asking, cases
 from starflow2_jax.evaluation.shapes.ask import Ask
 from starflow2_jax.evaluation.shapes.cases import Case, Sample
 from starflow2_jax.evaluation.shapes.text_to_image import Through

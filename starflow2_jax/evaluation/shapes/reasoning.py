@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from starflow2_jax.evaluation.shapes import accuracy, cases, vqa
-from starflow2_jax.evaluation.shapes import ask as asking
+from starflow2_jax.evaluation.shapes import accuracy, ask as asking, cases, vqa
 from starflow2_jax.evaluation.shapes.ask import Ask
 from starflow2_jax.evaluation.shapes.cases import Case, Sample
 from starflow2_jax.inference.prompts import Part

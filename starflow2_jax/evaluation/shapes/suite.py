@@ -18,20 +18,17 @@ from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.evaluation import codec, interleaved_likelihood
 from starflow2_jax.evaluation.shapes import (
     accuracy,
+    ask as asking,
     cases,
     editing,
     reasoning,
     text_to_image,
     vqa,
 )
-from starflow2_jax.evaluation.shapes import (
-    ask as asking,
-)
 from starflow2_jax.evaluation.shapes.ask import Ask
 from starflow2_jax.evaluation.shapes.cases import Case, Sample
 from starflow2_jax.evaluation.shapes.text_to_image import Through
-from starflow2_jax.inference import generate
-from starflow2_jax.inference import vlm as reader_lib
+from starflow2_jax.inference import generate, vlm as reader_lib
 from starflow2_jax.inference.generate import Model
 from starflow2_jax.inference.vlm import Reader
 

@@ -7,8 +7,7 @@ import numpy as np
 
 from starflow2_jax.evaluation import codec
 from starflow2_jax.evaluation.codec import Picture
-from starflow2_jax.evaluation.shapes import accuracy
-from starflow2_jax.evaluation.shapes import ask as asking
+from starflow2_jax.evaluation.shapes import accuracy, ask as asking
 from starflow2_jax.evaluation.shapes.ask import Ask
 from starflow2_jax.evaluation.shapes.cases import Case, Sample
 from starflow2_jax.shapes import detector

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.models import flow, layers, qwen
-from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models import flow, layers, qwen, starflow2 as pretzel
 from starflow2_jax.models.layers import KVCache, linear
 from starflow2_jax.models.starflow2 import Config
 from starflow2_jax.params import Tree

@@ -21,11 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.models import flow, layers, qwen
-from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models import flow, layers, qwen, starflow2 as pretzel
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.layers import KVCache, LayerConfig, linear
-from starflow2_jax.params import Tree, Weight, normal, zeros
+from starflow2_jax.params import ParamSpec, Tree, normal, zeros
 
 
 @dataclass(frozen=True)
@@ -111,19 +110,19 @@ def declare(cfg: Config) -> dict[str, Any]:
     latent, width = cfg.flow.channels, cfg.width
     expert: dict[str, Any] = {
         "proj_in": {
-            "weight": Weight((latent, width), (None, "embed")),
-            "bias": Weight((width,), ("embed",), zeros),
+            "weight": ParamSpec((latent, width), (None, "embed")),
+            "bias": ParamSpec((width,), ("embed",), zeros),
         },
-        "start": Weight((width,), ("embed",), normal(1.0)),
-        "place": Weight((cfg.patches, width), (None, "embed"), normal(1e-2)),
+        "start": ParamSpec((width,), ("embed",), normal(1.0)),
+        "place": ParamSpec((cfg.patches, width), (None, "embed"), normal(1e-2)),
         "layers": layers.declare(cfg.layer, cfg.vlm.layers),
         "proj_out": {
-            "weight": Weight((width, 2 * latent), ("embed", None), zeros),
-            "bias": Weight((2 * latent,), (None,), zeros),
+            "weight": ParamSpec((width, 2 * latent), ("embed", None), zeros),
+            "bias": ParamSpec((2 * latent,), (None,), zeros),
         },
     }
     if cfg.flow.final_norm:
-        expert["final_norm"] = {"weight": Weight((width,), ("embed",), zeros)}
+        expert["final_norm"] = {"weight": ParamSpec((width,), ("embed",), zeros)}
     shallow = flow.declare(cfg.flow)["blocks"]
     return {"vlm": qwen.declare(cfg.vlm), "shallow": shallow, "deep": expert}
 

@@ -20,7 +20,7 @@ from starflow2_jax.mesh import constrain
 from starflow2_jax.models import layers, rope
 from starflow2_jax.models.layers import LayerConfig, at_least_float32, linear
 from starflow2_jax.models.patches import unpatchify
-from starflow2_jax.params import Tree, Weight, normal, ones, zeros
+from starflow2_jax.params import ParamSpec, Tree, normal, ones, zeros
 
 # Beyond these a variance is zero or infinite for every purpose, and its exponential overflows.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -181,8 +181,8 @@ def declare(cfg: Config) -> dict[str, Any]:
 
     def project(inputs, outputs, axes):
         return {
-            "weight": Weight((inputs, outputs), axes),
-            "bias": Weight((outputs,), axes[1:], zeros),
+            "weight": ParamSpec((inputs, outputs), axes),
+            "bias": ParamSpec((outputs,), axes[1:], zeros),
         }
 
     inner = cfg.encoder_heads * cfg.encoder_head_dim
@@ -195,23 +195,23 @@ def declare(cfg: Config) -> dict[str, Any]:
         },
         "feature_decoder": {
             "proj_in": project(cfg.latent, width, (None, "embed")),
-            "position": Weight((cfg.tokens, width), (None, "embed"), normal(1e-2)),
+            "position": ParamSpec((cfg.tokens, width), (None, "embed"), normal(1e-2)),
             "layers": layers.declare(cfg.decoder_layer, cfg.decoder_layers),
-            "final_norm": {"weight": Weight((width,), ("embed",), ones)},
+            "final_norm": {"weight": ParamSpec((width,), ("embed",), ones)},
         },
         "pixel_decoder": {
             "proj_in": project(width, pixel, (None, "embed")),
-            "position": Weight((cfg.tokens, pixel), (None, "embed"), normal(1e-2)),
+            "position": ParamSpec((cfg.tokens, pixel), (None, "embed"), normal(1e-2)),
             "layers": layers.declare(cfg.pixel_layer, cfg.pixel_layers),
             "final_norm": {
-                "weight": Weight((pixel,), ("embed",), ones),
-                "bias": Weight((pixel,), ("embed",), zeros),
+                "weight": ParamSpec((pixel,), ("embed",), ones),
+                "bias": ParamSpec((pixel,), ("embed",), zeros),
             },
             "proj_out": project(pixel, 3 * cfg.patch**2, ("embed", None)),
         },
         "latent": {
-            "mean": Weight((cfg.latent,), (None,), zeros),
-            "std": Weight((cfg.latent,), (None,), ones),
+            "mean": ParamSpec((cfg.latent,), (None,), zeros),
+            "std": ParamSpec((cfg.latent,), (None,), ones),
         },
     }
 

@@ -9,22 +9,22 @@ import jax
 import jax.numpy as jnp
 
 from starflow2_jax.models.layers import at_least_float32
-from starflow2_jax.params import Tree, Weight, normal, ones, zeros
+from starflow2_jax.params import ParamSpec, Tree, normal, ones, zeros
 
 
 def declare_conv(kernel: int, inputs: int, outputs: int, std: float = 0.02) -> dict[str, Any]:
     """A convolution with a bias."""
     return {
-        "weight": Weight((kernel, kernel, inputs, outputs), (None,) * 4, normal(std)),
-        "bias": Weight((outputs,), (None,), zeros),
+        "weight": ParamSpec((kernel, kernel, inputs, outputs), (None,) * 4, normal(std)),
+        "bias": ParamSpec((outputs,), (None,), zeros),
     }
 
 
 def declare_group_norm(channels: int) -> dict[str, Any]:
     """Scale and shift of every channel."""
     return {
-        "weight": Weight((channels,), (None,), ones),
-        "bias": Weight((channels,), (None,), zeros),
+        "weight": ParamSpec((channels,), (None,), ones),
+        "bias": ParamSpec((channels,), (None,), zeros),
     }
 
 

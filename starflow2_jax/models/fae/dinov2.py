@@ -16,7 +16,7 @@ from flax import struct
 from starflow2_jax.models import layers
 from starflow2_jax.models.layers import LayerConfig, linear
 from starflow2_jax.models.patches import patchify
-from starflow2_jax.params import Tree, Weight, normal, ones, zeros
+from starflow2_jax.params import ParamSpec, Tree, normal, ones, zeros
 
 # Mean and standard deviation of red, green and blue in ImageNet, of pixels between 0 and 1.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -128,24 +128,24 @@ def declare(cfg: Config) -> dict[str, Any]:
     width, inputs = cfg.width, 3 * cfg.patch**2
     tree = {
         "patch": {
-            "weight": Weight((inputs, width), (None, "embed")),
-            "bias": Weight((width,), ("embed",), zeros),
+            "weight": ParamSpec((inputs, width), (None, "embed")),
+            "bias": ParamSpec((width,), ("embed",), zeros),
         },
-        "class_token": Weight((width,), ("embed",), normal(0.02)),
-        "class_position": Weight((width,), ("embed",), normal(0.02)),
-        "position": Weight((cfg.side**2, width), (None, "embed"), normal(0.02)),
+        "class_token": ParamSpec((width,), ("embed",), normal(0.02)),
+        "class_position": ParamSpec((width,), ("embed",), normal(0.02)),
+        "position": ParamSpec((cfg.side**2, width), (None, "embed"), normal(0.02)),
         "layers": {
             **layers.declare(cfg.layer, cfg.layers),
-            "attention_scale": Weight((cfg.layers, width), ("layers", "embed"), ones),
-            "mlp_scale": Weight((cfg.layers, width), ("layers", "embed"), ones),
+            "attention_scale": ParamSpec((cfg.layers, width), ("layers", "embed"), ones),
+            "mlp_scale": ParamSpec((cfg.layers, width), ("layers", "embed"), ones),
         },
         "final_norm": {
-            "weight": Weight((width,), ("embed",), ones),
-            "bias": Weight((width,), ("embed",), zeros),
+            "weight": ParamSpec((width,), ("embed",), ones),
+            "bias": ParamSpec((width,), ("embed",), zeros),
         },
     }
     if cfg.registers:
-        tree["registers"] = Weight((cfg.registers, width), (None, "embed"), normal(0.02))
+        tree["registers"] = ParamSpec((cfg.registers, width), (None, "embed"), normal(0.02))
     return tree
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from starflow2_jax.models.fae.convolutions import conv, declare_conv, max_pool
 from starflow2_jax.models.fae.dinov2 import PIXEL_MEAN, PIXEL_STD
 from starflow2_jax.models.layers import at_least_float32
-from starflow2_jax.params import Tree, Weight, ones
+from starflow2_jax.params import ParamSpec, Tree, ones
 
 # Convolutions before each pooling of VGG16.
 DEPTHS = (2, 2, 3, 3, 3)
@@ -44,7 +44,7 @@ def declare(cfg: Config) -> dict[str, Any]:
         stages[str(i)] = {
             str(j): declare_conv(3, size, width, std[j]) for j, size in enumerate(sizes)
         }
-    channels = {str(i): Weight((width,), (None,), ones) for i, width in enumerate(cfg.widths)}
+    channels = {str(i): ParamSpec((width,), (None,), ones) for i, width in enumerate(cfg.widths)}
     return {"stages": stages, "channels": channels}
 
 

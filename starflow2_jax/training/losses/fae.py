@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from starflow2_jax.checkpoints.convert import lpips
-from starflow2_jax.models.fae import codec, discriminator, losses, perceptual
-from starflow2_jax.models.fae import teacher as teachers
+from starflow2_jax.models.fae import codec, discriminator, losses, perceptual, teacher as teachers
 from starflow2_jax.models.fae.codec import Config
 from starflow2_jax.models.fae.losses import PixelWeights
 from starflow2_jax.models.fae.teacher import Teacher
-from starflow2_jax.params import Tree, Weight, zeros
+from starflow2_jax.params import ParamSpec, Tree, zeros
 from starflow2_jax.training import optimizer, preprocess
 
 
@@ -26,7 +25,7 @@ class Objective:
     """One training, as functions.
 
     Attributes:
-        declared: Weights of every top-level subtree.
+        declared: ParamSpecs of every top-level subtree.
         groups: trained subtrees by the optimizer that they share.
         tracked: subtrees of running statistics: no gradient, no optimizer, changed by `track`.
         prepare: (frozen, batch, keys, train) -> what is given, computed without a gradient.
@@ -107,7 +106,7 @@ def pixels(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective
         tuple(group["discriminator_widths"]), group["discriminator_groups"], model.compute_dtype
     )
     chosen = PixelWeights(*(group[name] for name in ("l1", "l2", "perceptual", "gan")))
-    scalar = Weight((), (), zeros)
+    scalar = ParamSpec((), (), zeros)
     declared = {
         **whole,
         "teacher": teachers.declare(teacher),

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from starflow2_jax.mesh import constrain
-from starflow2_jax.models import backbone, flow
-from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models import backbone, flow, starflow2 as pretzel
 from starflow2_jax.models.ablations import mot
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.layers import at_least_float32

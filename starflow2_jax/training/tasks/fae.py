@@ -13,12 +13,17 @@ import optax
 from jax.sharding import Mesh
 
 from starflow2_jax import config
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
-from starflow2_jax.checkpoints.convert import lpips
-from starflow2_jax.checkpoints.convert import teacher as teacher_weights
+from starflow2_jax.checkpoints.convert import lpips, teacher as teacher_weights
+from starflow2_jax.mesh import batch_sharding, check_batch, replicated
 from starflow2_jax.models.fae.codec import Config
 from starflow2_jax.models.fae.teacher import Teacher
+from starflow2_jax.params import (
+    abstract as abstract_params,
+    flatten,
+    init as init_params,
+    shardings as param_shardings,
+    split as split_params,
+)
 from starflow2_jax.training import optimizer, preprocess
 from starflow2_jax.training.losses import fae
 from starflow2_jax.training.program import Program, TrainState, accumulate
@@ -85,8 +90,8 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
     teacher = codec.teacher if codec else teacher_of(cfg, model)
     own = objective_of(cfg, model, teacher)
     train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
-    meshes.check_batch(rows, mesh)
-    meshes.check_batch(rows // parts, mesh, "rows of a microbatch")
+    check_batch(rows, mesh)
+    check_batch(rows // parts, mesh, "rows of a microbatch")
     if codec:
         _check_codec(own.declared, codec)
     if sorted(train["trains"]) != sorted(own.trained + own.tracked):
@@ -94,22 +99,22 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
             f"config: train.trains={list(train['trains'])}, but task={cfg['task']!r} trains "
             f"{list(own.trained + own.tracked)}"
         )
-    trained, frozen = weights.split(own.declared, own.trained + own.tracked)
-    everywhere, where_batch = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    where = weights.shardings(trained, mesh, cfg["layout"])
-    where_frozen = weights.shardings(frozen, mesh, cfg["layout"])
+    trained, frozen = split_params(own.declared, own.trained + own.tracked)
+    everywhere, where_batch = replicated(mesh), batch_sharding(mesh)
+    where = param_shardings(trained, mesh, cfg["layout"])
+    where_frozen = param_shardings(frozen, mesh, cfg["layout"])
     tx = optimizer.optimizer(cfg["optim"], train["steps"])
     pick = lambda tree, names: {name: tree[name] for name in names}
     moments = {
         group: optimizer.state_shardings(
-            tx, weights.abstract(pick(trained, names)), pick(where, names), mesh
+            tx, abstract_params(pick(trained, names)), pick(where, names), mesh
         )
         for group, names in own.groups.items()
     }
     where_state = TrainState(everywhere, where, where, moments)
 
     def first(key):
-        params = weights.init(key, trained)
+        params = init_params(key, trained)
         # A copy: the step donates both.
         ema = jax.tree.map(jnp.copy, params)
         opt_state = {group: tx.init(pick(params, names)) for group, names in own.groups.items()}
@@ -131,7 +136,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
             else:
                 part = {name: frozen[name]}
                 draw = jax.jit(
-                    partial(weights.init, tree=part), out_shardings=pick(where_frozen, part)
+                    partial(init_params, tree=part), out_shardings=pick(where_frozen, part)
                 )
                 found |= draw(key)
         return begin(key), found
@@ -215,7 +220,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
         step=jax.jit(step, out_shardings=(where_state, everywhere), **pinned),
         evaluate=jax.jit(evaluate, out_shardings=everywhere),
         abstract_state=jax.tree.map(place, shapes, where_state),
-        abstract_frozen=weights.abstract(frozen, mesh, cfg["layout"]),
+        abstract_frozen=abstract_params(frozen, mesh, cfg["layout"]),
         abstract_batch=batch,
         identity=_identity(cfg, codec),
         means=own.means,
@@ -235,8 +240,8 @@ def _identity(cfg: Mapping[str, Any], codec: Any) -> dict[str, str]:
 
 def _check_codec(declared: Mapping[str, Any], codec: Any) -> None:
     """ValueError where a codec's weights are not those that the experiment's model declares."""
-    given = weights.flatten(codec.params)
-    for name, weight in weights.flatten(declared).items():
+    given = flatten(codec.params)
+    for name, weight in flatten(declared).items():
         if name in given and tuple(given[name].shape) != weight.shape:
             raise ValueError(
                 f"config: model and init.fae differ: {name} is {list(given[name].shape)} in "

@@ -6,13 +6,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from starflow2_jax import params as weights
+from starflow2_jax import params
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.data import image_batches, packed_batches, packing
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.models import flops
-from starflow2_jax.training import init_from
-from starflow2_jax.training import program as programs
+from starflow2_jax.training import init_from, program as programs
 from starflow2_jax.training.tasks import fae, starflow2, vlm
 
 Config = Mapping[str, Any]
@@ -82,9 +81,9 @@ def work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
         places = cfg["text"]["images"] or length // (vlm.side(cfg, model) ** 2 + 2)
         patches = places * (cfg["image"]["pixels"] // model.vision.patch) ** 2
         tree = dict(declared["vlm"])
-        tower = weights.count(tree.pop("vision"))
+        tower = params.count(tree.pop("vision"))
         # A tied embedding multiplies as the head; that of its own only looks up.
-        language = weights.count(tree) - (0 if model.tied else model.vocab * model.width)
+        language = params.count(tree) - (0 if model.tied else model.vocab * model.width)
         language *= cfg["vlm"]["language"] > 0
         return {
             "tokens": count * length,

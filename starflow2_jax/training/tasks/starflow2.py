@@ -15,19 +15,26 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from starflow2_jax import config
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
 from starflow2_jax.checkpoints import model_folder
-from starflow2_jax.checkpoints.convert import qwen as qwen_weights
-from starflow2_jax.checkpoints.convert import qwen_options
-from starflow2_jax.checkpoints.convert import teacher as teacher_weights
+from starflow2_jax.checkpoints.convert import (
+    qwen as qwen_weights,
+    qwen_options,
+    teacher as teacher_weights,
+)
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config
-from starflow2_jax.models import backbone, flops, qwen
-from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.mesh import batch_sharding, check_batch, replicated
+from starflow2_jax.models import backbone, flops, qwen, starflow2 as pretzel
 from starflow2_jax.models.ablations import mot
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.params import Tree
+from starflow2_jax.params import (
+    Tree,
+    abstract as abstract_params,
+    count as count_params,
+    init as init_params,
+    shardings as param_shardings,
+    split as split_params,
+)
 from starflow2_jax.training import optimizer, preprocess
 from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.program import Program, TrainState, accumulate, update
@@ -119,7 +126,7 @@ def work(cfg: Mapping[str, Any], model: Config, declared: Tree) -> dict[str, flo
     targets, held = cfg["text"]["targets"] or length, model.deep.layer
     # One pass forward; two back, where what is trained lies before.
     back = lambda goes_back: 3 if goes_back else 1
-    language = weights.count({**declared["vlm"], "embed": {}, "head": {}})
+    language = count_params({**declared["vlm"], "embed": {}, "head": {}})
     done = language * length * (2 + 2 * stage.text + 2 * ("vlm" in trains))
     seen = model.vlm.layer
     scores = 4 * length**2 * seen.heads * seen.head_dim * model.vlm.layers
@@ -130,12 +137,12 @@ def work(cfg: Mapping[str, Any], model: Config, declared: Tree) -> dict[str, flo
     shallow = range(len(model.flow.layers) - 1)
     done += images * sum(flops.block_forward(model.flow, b, model.patches) for b in shallow)
     if stage.images:
-        done += 6 * weights.count(declared["deep"]) * length
+        done += 6 * count_params(declared["deep"]) * length
         done += 3 * 4 * length**2 * held.heads * held.head_dim * model.deep.depth
     if stage.text:
-        done += 6 * weights.count(declared.get("adapter", {})) * length
+        done += 6 * count_params(declared.get("adapter", {})) * length
     if stage.text and stage.images:
-        skip = {name: weights.count(tree) for name, tree in declared.get("skip", {}).items()}
+        skip = {name: count_params(tree) for name, tree in declared.get("skip", {}).items()}
         done += 6 * (skip.get("vlm", 0) * length + skip.get("deep", 0) * targets)
     count = cfg["train"]["batch_size"]
     return {"tokens": count * length, "flops": count * done}
@@ -151,8 +158,8 @@ def frozen_vlm(cfg: Mapping[str, Any], model: Config, mesh: Mesh, dtype: Any) ->
     if cfg["vlm"]["path"]:
         args = (model_folder.locate(cfg["vlm"]["path"]), mesh, cfg["layout"], dtype)
         return {"vlm": qwen_weights.load(*args, only=tuple(tree["vlm"]))[1]}
-    where = weights.shardings(tree, mesh, cfg["layout"])
-    draw = jax.jit(partial(weights.init, tree=tree, dtype=dtype), out_shardings=where)
+    where = param_shardings(tree, mesh, cfg["layout"])
+    draw = jax.jit(partial(init_params, tree=tree, dtype=dtype), out_shardings=where)
     return draw(jax.random.key(cfg["seed"]))
 
 
@@ -171,27 +178,27 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
     """
     model = model_config(cfg)
     train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
-    meshes.check_batch(rows, mesh)
-    meshes.check_batch(rows // parts, mesh, "rows of a microbatch")
+    check_batch(rows, mesh)
+    check_batch(rows // parts, mesh, "rows of a microbatch")
     declared = backbone.declare(model)
-    trained = weights.split(declared, tuple(train["trains"]))[0]
+    trained = split_params(declared, tuple(train["trains"]))[0]
     stage = interleaved.stage_of(trained, model)
     if not (stage.images or stage.text):
         raise ValueError("config: train.trains is empty")
     held = {*pretzel.SUBTREES, *trained} & {*declared}
-    state_tree, frozen_tree = weights.split(declared, tuple(sorted(held)))
+    state_tree, frozen_tree = split_params(declared, tuple(sorted(held)))
     held_dtype = jnp.float32 if "vlm" in trained else jnp.dtype(cfg["frozen_dtype"])
 
-    everywhere, where_batch = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    where = weights.shardings(state_tree, mesh, cfg["layout"])
-    where_frozen = weights.shardings(frozen_tree, mesh, cfg["layout"])
+    everywhere, where_batch = replicated(mesh), batch_sharding(mesh)
+    where = param_shardings(state_tree, mesh, cfg["layout"])
+    where_frozen = param_shardings(frozen_tree, mesh, cfg["layout"])
     pick = lambda tree: {name: tree[name] for name in trained}
     tx = optimizer.optimizer(cfg["optim"], train["steps"])
-    moments = optimizer.state_shardings(tx, weights.abstract(trained), pick(where), mesh)
+    moments = optimizer.state_shardings(tx, abstract_params(trained), pick(where), mesh)
     where_state = TrainState(everywhere, where, where, moments)
 
     def first(key, read):
-        params = {**weights.init(key, {n: w for n, w in state_tree.items() if n != "vlm"}), **read}
+        params = {**init_params(key, {n: w for n, w in state_tree.items() if n != "vlm"}), **read}
         # A copy: the step donates both.
         ema = jax.tree.map(jnp.copy, params)
         return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(pick(params)))
@@ -200,7 +207,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
 
     def init(key):
         if vlm is not None:
-            place = {"vlm": weights.shardings(declared["vlm"], mesh, cfg["layout"])}
+            place = {"vlm": param_shardings(declared["vlm"], mesh, cfg["layout"])}
             read = jax.device_put({"vlm": vlm}, place)
         else:
             read = frozen_vlm(cfg, model, mesh, held_dtype)
@@ -246,7 +253,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
         for name, a in abstract_batch(cfg, model, rows).items()
     }
     place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    read = weights.abstract({"vlm": declared["vlm"]}) if "vlm" in trained else {}
+    read = abstract_params({"vlm": declared["vlm"]}) if "vlm" in trained else {}
     shapes = jax.eval_shape(first, jax.random.key(0), read)
     pinned = {"in_shardings": (where_state, where_frozen, where_batch), "donate_argnums": 0}
     path = cfg["vlm"]["path"]
@@ -259,7 +266,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
         step=jax.jit(step, out_shardings=(where_state, everywhere), **pinned),
         evaluate=jax.jit(evaluate, out_shardings=everywhere),
         abstract_state=jax.tree.map(place, shapes, where_state),
-        abstract_frozen=weights.abstract(frozen_tree, mesh, cfg["layout"], held_dtype),
+        abstract_frozen=abstract_params(frozen_tree, mesh, cfg["layout"], held_dtype),
         abstract_batch=batch,
         identity={"vlm": teacher_weights.identity(path)} if path else {},
         means=interleaved.means,

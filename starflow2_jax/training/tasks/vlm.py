@@ -19,13 +19,19 @@ import optax
 from jax.sharding import Mesh
 
 from starflow2_jax import config
-from starflow2_jax import mesh as meshes
-from starflow2_jax import params as weights
+from starflow2_jax.mesh import batch_sharding, check_batch, replicated
 from starflow2_jax.models import layers, qwen, qwen_vision
 from starflow2_jax.models.patches import patchify
 from starflow2_jax.models.qwen import Config
 from starflow2_jax.models.qwen_vision import VisionConfig
-from starflow2_jax.params import Tree, Weight, zeros
+from starflow2_jax.params import (
+    ParamSpec,
+    Tree,
+    abstract as abstract_params,
+    init as init_params,
+    shardings as param_shardings,
+    zeros,
+)
 from starflow2_jax.training import optimizer, preprocess
 from starflow2_jax.training.losses import text as text_loss
 from starflow2_jax.training.program import Program, TrainState, accumulate
@@ -60,8 +66,8 @@ def declare(cfg: Mapping[str, Any], model: Config) -> dict[str, Any]:
     return {
         "vlm": qwen.declare(model),
         "pixel_probe": {
-            "weight": Weight((model.width, values), ("embed", None)),
-            "bias": Weight((values,), (None,), zeros),
+            "weight": ParamSpec((model.width, values), ("embed", None)),
+            "bias": ParamSpec((values,), (None,), zeros),
         },
     }
 
@@ -75,21 +81,21 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
     """
     model = model_config(cfg)
     train, rows = cfg["train"], cfg["train"]["batch_size"]
-    meshes.check_batch(rows, mesh)
-    meshes.check_batch(rows // train["microbatches"], mesh, "rows of a microbatch")
+    check_batch(rows, mesh)
+    check_batch(rows // train["microbatches"], mesh, "rows of a microbatch")
     declared = declare(cfg, model)
     if sorted(train["trains"]) != sorted(declared):
         raise ValueError(
             f"config: train.trains={list(train['trains'])}, but task='vlm' trains {list(declared)}"
         )
     tx = optimizer.optimizer(cfg["optim"], train["steps"])
-    everywhere, where_batch = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    where = weights.shardings(declared, mesh, cfg["layout"])
-    moments = optimizer.state_shardings(tx, weights.abstract(declared), where, mesh)
+    everywhere, where_batch = replicated(mesh), batch_sharding(mesh)
+    where = param_shardings(declared, mesh, cfg["layout"])
+    moments = optimizer.state_shardings(tx, abstract_params(declared), where, mesh)
     where_state = TrainState(everywhere, where, where, moments)
 
     def init(key):
-        params = weights.init(key, declared)
+        params = init_params(key, declared)
         ema = jax.tree.map(jnp.copy, params)
         return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params)), {}
 
