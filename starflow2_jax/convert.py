@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
 from starflow2_jax import config, params
 from starflow2_jax.checkpoints import model_folder, tensor_files
 from starflow2_jax.checkpoints.convert import starflow, starflow_options
+from starflow2_jax.checkpoints.open_model import EXPORTED_METADATA, open_model
 from starflow2_jax.models.flow import FlowConfig, declare
 from starflow2_jax.runtime import cli
 
@@ -137,18 +137,17 @@ def experiment(
 
 def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
     """A run, a step or a model folder to a model folder, ours or the public one."""
-    from starflow2_jax.inference import load
     from starflow2_jax.training.program import model_config
 
     path, out = _need(values, "model"), _need(values, "out")
-    task = load.task(path)
-    if task == load.TASK:
+    task = open_model(path).task
+    if task == "starflow2":
         return _export_interleaved(values, path, out)
     if task == "vlm":
         return _export_reader(values, path, out)
     if task != "flow":
         return _export_codec(values, path, out)
-    cfg, tree = _opened(path, values.ema)
+    cfg, tree = _open_flow(path, values.ema)
     if not values.public:
         model_folder.write_folder(out, tree, cfg, overwrite=values.overwrite)
         return _summary(out, params.count(tree))
@@ -200,33 +199,22 @@ def _export_reader(values: flags.FlagValues, path: str, out: str) -> tuple[dict,
     return _summary(out, params.count(found.params))
 
 
-def _opened(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(configuration, parameters or Stored tensors) of a run, a step or a model folder."""
-    from starflow2_jax.checkpoints import orbax, steps
+def _open_flow(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration and the host parameters of a flow."""
     from starflow2_jax.training.program import (
         declare as declare_experiment,
         frozen_weights,
         model_config,
     )
 
-    if model_folder.is_folder(path):
-        cfg = model_folder.read_config(path)
-        return cfg, model_folder.open_folder(path, declare_experiment(cfg, model_config(cfg)))
-    workdir, step = steps.locate(path)
-    meta = orbax.read_meta(workdir, step)
-    cfg = {
-        **meta["config"],
-        **{k: meta[k] for k in ("classes", "null_text", "frozen") if meta.get(k)},
-    }
+    saved = open_model(path)
+    metadata = {key: saved.metadata.get(key) for key in EXPORTED_METADATA}
+    cfg = {**saved.config, **{key: value for key, value in metadata.items() if value}}
     declared = declare_experiment(cfg, model_config(cfg))
-    part = "ema" if ema else "params"
-    # On the host: a checkpoint may be larger than one accelerator's memory.
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=host)
+    if saved.is_folder:
+        return cfg, saved.open_params(declared)
     trained, _ = params.split(declared, tuple(cfg["train"]["trains"]))
-    wanted = {part: jax.tree.map(place, params.abstract(trained))}
-    found, _ = orbax.restore(workdir, step, wanted, only=(part,))
-    return cfg, {**found[part], **frozen_weights(cfg, declared)}
+    return cfg, {**saved.open_params(trained, ema=ema), **frozen_weights(cfg, declared)}
 
 
 def _summary(out: str, count: int, left_out: list[str] | None = None) -> tuple[dict, list[str]]:

@@ -29,7 +29,7 @@ def codec():
     model = fae_step.model_config(cfg)
     teacher = fae_step.teacher_of(cfg, model)
     declared = {**fae.declare(model), "teacher": teachers.declare(teacher)}
-    return codecs._made(cfg, model, teacher, params.init(jax.random.key(0), declared))
+    return codecs.from_params(cfg, model, teacher, params.init(jax.random.key(0), declared))
 
 
 def dataset(path, count=30, pixels=SIDE, tags=("single_object", "counting"), seed=0, **options):

@@ -87,7 +87,7 @@ def test_folders_that_do_not_fit(codec, folder, tmp_path):
     with pytest.raises(ValueError, match="expected pixel_decoder too"):
         starts.warm(program, state, {"from": str(tmp_path / "first"), "ema": True})
     model_folder.write_folder(tmp_path / "flow", {"flow": np.zeros(1)}, {"task": "flow"})
-    with pytest.raises(ValueError, match="task='flow', expected a training of the codec"):
+    with pytest.raises(ValueError, match="task='flow', expected a latent codec"):
         codecs.load(str(tmp_path / "flow"))
     damaged = tmp_path / "damaged"
     codecs.export(codec, str(damaged))
@@ -127,7 +127,7 @@ def test_lpips_within_a_step(tmp_path):
     sums = program.evaluate(state.params, frozen, batch, ids, mask)
     image = preprocess.scale_pixels(batch["image"])
     given = fae_step.teacher_of(cfg, program.model)
-    x = fae_step.fae_objectives.teachers.features(frozen["teacher"], image, given)
+    x = fae_step.fae.teachers.features(frozen["teacher"], image, given)
     decoded = fae.decode_pixels({**frozen, **state.params}, x, program.model)
     wanted = perceptual.lpips(lpips.load(file)[1], decoded, image)
     np.testing.assert_allclose(sums["perceptual"], wanted.sum(), rtol=1e-4)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,13 @@ from starflow2_jax.checkpoints.tensor_files import (
     Stored,
     open_source,
 )
-from starflow2_jax.params import Tree, flatten, shardings as param_shardings, unflatten
+from starflow2_jax.params import (
+    Tree,
+    flatten,
+    shardings as param_shardings,
+    split as split_params,
+    unflatten,
+)
 
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"
@@ -279,20 +285,28 @@ def read_folder(
     layout: str = "dp",
     dtype: Any = None,
     *,
+    subtrees: Sequence[str] | None = None,
     check_digests: bool = True,
 ) -> dict[str, Any]:
-    """The parameters of a model folder, each slice read straight to the device that holds it.
+    """Read the parameters of a model folder, each slice straight to the device that needs it.
 
     Args:
-        tree, check_digests: as `open_folder`.
-        mesh, layout: where they go; without a mesh to the default device.
-        dtype: by default that of the files.
+        tree: the declared Weights; the folder must contain exactly these.
+        mesh: devices that the parameters are placed on; the default device if None.
+        layout: name of the sharding layout on `mesh`.
+        dtype: dtype of the result; by default the dtype of the files.
+        subtrees: names of the top-level subtrees to read; all of them by default.
+        check_digests: read every file through first and compare its sha256.
 
     Raises:
         FileNotFoundError, ValueError: as `open_folder`; also float64 without jax_enable_x64, and a
             layout that does not fit a weight.
     """
-    stored = flatten(open_folder(path, tree, check_digests=check_digests))
+    opened = open_folder(path, tree, check_digests=check_digests)
+    if subtrees is not None:
+        opened = split_params(opened, tuple(subtrees))[0]
+        tree = split_params(tree, tuple(subtrees))[0]
+    stored = flatten(opened)
     where = flatten(param_shardings(tree, mesh, layout)) if mesh is not None else {}
     leaves = {}
     for name, tensor in stored.items():

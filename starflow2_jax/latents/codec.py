@@ -17,10 +17,11 @@ import numpy as np
 from starflow2_jax import config, mesh
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import teacher as teacher_weights
+from starflow2_jax.checkpoints.open_model import SavedModel, open_model
 from starflow2_jax.models import qwen_vision
 from starflow2_jax.models.fae import codec as fae, dinov2, teacher as teachers
 from starflow2_jax.models.fae.teacher import Teacher
-from starflow2_jax.params import abstract as abstract_params, flatten, split as split_params
+from starflow2_jax.params import flatten
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.tasks import fae as fae_step
 
@@ -54,51 +55,49 @@ def load(path: str) -> Codec:
         FileNotFoundError: nothing of the kind is there. ValueError: it is damaged, another kind of
             model, or its tower's files have changed since.
     """
-    path = str(model_folder.locate(path))
-    if model_folder.is_folder(path):
-        cfg = model_folder.read_config(path)
-        _check_task(cfg, path)
-        model = fae_step.model_config(cfg)
+    saved = open_model(path)
+    cfg, frozen = saved.config, saved.frozen
+    if saved.task not in TASKS:
+        raise ValueError(
+            f"{path}: task={saved.task!r}, expected a latent codec (one of {', '.join(TASKS)})"
+        )
+    model = fae_step.model_config(cfg)
+    if saved.is_folder:
         shape = cfg["teacher_shape"]
         kind = dinov2.Config if shape["kind"] == "dinov2" else qwen_vision.VisionConfig
         tower = config.build(kind, shape["tower"], "teacher_shape.tower")
         teacher = Teacher(shape["kind"], tower, cfg["teacher"]["pixels"])
-        declared = _declare(model, teacher)
-        if cfg["task"] == "fae_features":
+        declared = {**fae.declare(model), "teacher": teachers.declare(teacher)}
+        if saved.task == "fae_features":
             del declared["pixel_decoder"]
-        return _made(cfg, model, teacher, model_folder.read_folder(path, declared))
-    from starflow2_jax.checkpoints import orbax, steps  # heavy
-
-    workdir, step = steps.locate(path)
-    meta = orbax.read_meta(workdir, step)
-    cfg = meta["config"]
-    _check_task(cfg, path)
-    model = fae_step.model_config(cfg)
-    if cfg["task"] == "fae_pixels":
-        first = load(cfg["init"]["fae"])
-        if first.sha256 != meta["frozen"]["fae"]:
+        return from_params(cfg, model, teacher, saved.read_params(declared))
+    if saved.task == "fae_pixels":
+        features_codec = load(cfg["init"]["fae"])
+        if features_codec.sha256 != frozen["fae"]:
             raise ValueError(
-                f"{path}: the codec in {cfg['init']['fae']} is not the one it began from"
+                f"{path}: the codec in {cfg['init']['fae']} is not the one that its training "
+                f"started from: sha256 {features_codec.sha256}, expected {frozen['fae']}"
             )
-        own = _averaged(workdir, step, cfg, model, first.teacher)
-        params = {**first.params, "pixel_decoder": own["pixel_decoder"]}
-        return _made(cfg, model, first.teacher, params)
+        teacher = features_codec.teacher
+        decoder = _read_trained(saved, model, teacher)["pixel_decoder"]
+        params = {**features_codec.params, "pixel_decoder": decoder}
+        return from_params(cfg, model, teacher, params)
     teacher = fae_step.teacher_of(cfg, model)
     folder = cfg["teacher"]["path"]
-    if folder and teacher_weights.identity(folder) != meta["frozen"]["teacher"]:
-        raise ValueError(f"{path}: the tower in {folder} is not the one it was trained on")
-    own = _averaged(workdir, step, cfg, model, teacher)
-    return _made(cfg, model, teacher, {**own, "teacher": teacher_weights.load(cfg, teacher)})
+    if folder and (digest := teacher_weights.identity(folder)) != frozen["teacher"]:
+        raise ValueError(
+            f"{path}: the tower in {folder} is not the one that it was trained with: sha256 "
+            f"{digest}, expected {frozen['teacher']}"
+        )
+    trained = _read_trained(saved, model, teacher)
+    params = {**trained, "teacher": teacher_weights.load(cfg, teacher)}
+    return from_params(cfg, model, teacher, params)
 
 
-def _averaged(workdir: Any, step: int | None, cfg: Any, model: Any, teacher: Any) -> Any:
-    """The averaged weights of a checkpoint."""
-    from starflow2_jax.checkpoints import orbax
-
-    own = fae_step.objective_of(cfg, model, teacher)
-    trained, _ = split_params(own.declared, own.trained + own.tracked)
-    wanted = {"ema": abstract_params(trained)}
-    return orbax.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
+def _read_trained(saved: SavedModel, model: fae.Config, teacher: Teacher) -> Any:
+    """Read the averaged weights of a checkpoint."""
+    objective = fae_step.objective_of(saved.config, model, teacher)
+    return saved.read_params(objective.declared, subtrees=objective.trained + objective.tracked)
 
 
 def export(codec: Codec, path: str, *, overwrite: bool = False) -> None:
@@ -183,16 +182,8 @@ def describe(codec: Codec) -> dict[str, Any]:
     return {"sha256": codec.sha256, "pixels": codec.model.pixels, "shape": shape}
 
 
-def _declare(model: fae.Config, teacher: Teacher) -> dict[str, Any]:
-    return {**fae.declare(model), "teacher": teachers.declare(teacher)}
-
-
-def _check_task(cfg: Mapping[str, Any], path: str) -> None:
-    if cfg.get("task") not in TASKS:
-        raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a training of the codec")
-
-
-def _made(cfg: Any, model: fae.Config, teacher: Teacher, params: Any) -> Codec:
+def from_params(cfg: Any, model: fae.Config, teacher: Teacher, params: Any) -> Codec:
+    """Return the codec with the sha256 of everything that its latents depend on."""
     digest = hashlib.sha256(f"{model} {teacher}\n".encode())
     for name, leaf in flatten({part: params[part] for part in ENCODER}).items():
         array = np.asarray(leaf)

@@ -1,0 +1,144 @@
+"""Open a trained model on disk: a run, one step of a run, or a model folder.
+
+`open_model(path)` reads the configuration and metadata; `read_params` of the result reads weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from starflow2_jax import params
+from starflow2_jax.checkpoints import model_folder
+from starflow2_jax.params import Tree
+
+# Key of a Hugging Face config.json that holds the experiment's configuration.
+EXPERIMENT_KEY = "starflow2_jax"
+# Metadata that an exported model folder keeps in its config.json.
+EXPORTED_METADATA = ("classes", "null_text", "frozen")
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model on disk. Its weights are not read until `read_params` or `open_params` is called.
+
+    Attributes:
+        path: the workdir of the run, or the model folder; `pretrained/NAME` is resolved.
+        step: number of the checkpoint's step; None for a model folder.
+        config: the resolved configuration of the experiment that trained the model.
+        metadata: `classes` (names of the classes), `null_text` (features of the empty prompt),
+            `frozen` (sha256 of every frozen model it was trained with, by name), and everything
+            else that a checkpoint's `meta` contains.
+    """
+
+    path: str
+    step: int | None
+    config: dict[str, Any]
+    metadata: dict[str, Any]
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether this is a model folder, which holds every subtree, not only the trained ones."""
+        return self.step is None
+
+    @property
+    def task(self) -> str:
+        """The `task` of the experiment; models saved before that key existed are flows."""
+        return self.config.get("task", "flow")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; empty if the model has none."""
+        return tuple(self.metadata.get("classes") or ())
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        """The sha256 of every frozen model that the model was trained with, by name."""
+        return dict(self.metadata.get("frozen") or {})
+
+    def read_params(
+        self,
+        declared: Tree,
+        device_mesh: Mesh | None = None,
+        layout: str = "dp",
+        *,
+        dtype: Any = None,
+        ema: bool = True,
+        subtrees: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Read parameters onto devices.
+
+        Args:
+            declared: the declared tree. A model folder must hold exactly these weights. A
+                checkpoint holds the trained subtrees only; pass those, or name them in `subtrees`.
+            device_mesh: where the parameters go; the default device if None.
+            layout: name of the sharding layout, a key of `mesh.LAYOUTS`.
+            dtype: dtype of the result; by default the dtype on disk.
+            ema: read the averaged weights of a checkpoint rather than the raw ones.
+            subtrees: names of the top-level subtrees to read; all of them by default.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the files are damaged, or do not hold the declared weights (all differences
+                are listed), or the layout does not fit a weight.
+        """
+        if self.is_folder:
+            return model_folder.read_folder(
+                self.path, declared, device_mesh, layout, dtype, subtrees=subtrees
+            )
+        if subtrees is not None:
+            declared = params.split(declared, tuple(subtrees))[0]
+        restored = self._restore(params.abstract(declared, device_mesh, layout), ema)
+        if dtype is None:
+            return restored
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), restored)
+
+    def open_params(self, declared: Tree, *, ema: bool = True) -> dict[str, Any]:
+        """Return parameters in host memory, for a conversion that never needs an accelerator.
+
+        The leaves are `tensor_files.Stored` (read on request) for a model folder, and arrays on the
+        CPU for a checkpoint. Arguments and errors are those of `read_params`.
+        """
+        if self.is_folder:
+            return model_folder.open_folder(self.path, declared)
+        cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+
+        def on_cpu(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu)
+
+        return self._restore(jax.tree.map(on_cpu, params.abstract(declared)), ema)
+
+    def _restore(self, abstract_params: Tree, ema: bool) -> dict[str, Any]:
+        from starflow2_jax.checkpoints import orbax  # heavy
+
+        part = "ema" if ema else "params"
+        restored, _ = orbax.restore(self.path, self.step, {part: abstract_params}, only=(part,))
+        return restored[part]
+
+
+def open_model(path: str | Path) -> SavedModel:
+    """Open a run (its newest checkpoint), a step folder of a run, or a model folder.
+
+    Args:
+        path: `WORKDIR`, `WORKDIR/checkpoints/STEP`, a model folder, or `pretrained/NAME`; local or
+            an object store's `gs://...` (runs only).
+
+    Raises:
+        FileNotFoundError: there is neither a committed checkpoint nor a model folder at `path`.
+        ValueError: the configuration cannot be read.
+    """
+    location = str(path) if "://" in str(path) else str(model_folder.locate(path))
+    if model_folder.is_folder(location):
+        config = model_folder.read_config(location)
+        config = config.get(EXPERIMENT_KEY, config)
+        metadata = {key: config[key] for key in EXPORTED_METADATA if key in config}
+        return SavedModel(location, None, config, metadata)
+    from starflow2_jax.checkpoints import orbax, steps  # heavy
+
+    workdir, step = steps.locate(location)
+    step = steps.find(workdir, step).step
+    metadata = orbax.read_meta(workdir, step)
+    return SavedModel(str(workdir), step, metadata["config"], metadata)
