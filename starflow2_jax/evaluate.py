@@ -156,7 +156,7 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
         **figures,
         "parts": parts,
         "baselines": _baselines(model, options, codec, values, size),
-        "protocol": likelihood.protocol(model.cfg, model.flow),
+        "protocol": likelihood.protocol(model.cfg, model.model_config),
         "seconds": round(time.time() - began, 1),
         "command": run_log.command_line(),
         **run_log.environment(),
@@ -205,20 +205,20 @@ def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str
 
 
 def _options(
-    model: models.Model, values: flags.FlagValues
+    model: models.FlowModel, values: flags.FlagValues
 ) -> tuple[dict[str, Any], codecs.Codec | None]:
     """Where the data are: the run's `eval_data`, or --data and the folders parallel to it; and the
     codec that encodes their images, where there are no stored latents."""
     changes: dict[str, Any] = {}
     if values.data:
         text = "none"
-        if model.flow.text_channels:
+        if model.model_config.text_channels:
             text = "bytes" if model.cfg["text"]["vocabulary"] else "features"
         changes = {"path": values.data, "mixture": (), "latents": "", "features": ""}
-        changes |= {"labels": bool(model.flow.classes), "text": text}
+        changes |= {"labels": bool(model.model_config.classes), "text": text}
     given = {"latents": values.latents, "features": values.features}
     changes |= {name: value for name, value in given.items() if value}
-    options = likelihood.data_options(model.cfg, model.flow, **changes)
+    options = likelihood.data_options(model.cfg, model.model_config, **changes)
     if not options["path"] and not options["mixture"]:
         raise ValueError("likelihood: --data is needed: the run has no eval_data.path")
     stored = [options["latents"], *(entry.get("latents") for entry in options["mixture"])]
@@ -226,11 +226,11 @@ def _options(
     if not options["pixels"] and not any(stored) and not path:
         raise ValueError("likelihood: --latents or --fae is needed: the model reads latents")
     cfg = {**model.cfg, "fae": {**model.cfg["fae"], "path": path}}
-    codec = batch_encoder.open(cfg, model.flow)
+    codec = batch_encoder.open(cfg, model.model_config)
     return batch_encoder.options(options, codec), codec
 
 
-def _check_encoder(model: models.Model, about: dict[str, Any]) -> None:
+def _check_encoder(model: models.FlowModel, about: dict[str, Any]) -> None:
     """Refuses latents of another encoder than the flow was trained on, where that is known."""
     known = model.frozen.get("fae", "").split()
     for row in about["features"]:
@@ -242,7 +242,7 @@ def _check_encoder(model: models.Model, about: dict[str, Any]) -> None:
 
 
 def _baselines(
-    model: models.Model,
+    model: models.FlowModel,
     options: dict[str, Any],
     codec: codecs.Codec | None,
     values: flags.FlagValues,
@@ -293,8 +293,8 @@ def _understanding(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]
 
     def answers(path, **changes):
         reader = readers.load(path)
-        own = {"path": values.data, "mixture": (), "tokenizer": reader.tokenizer, **changes}
-        options = registry.data_options(reader.cfg, reader.model, **own)
+        own = {"path": values.data, "mixture": (), "tokenizer": reader.tokenizer_folder, **changes}
+        options = registry.data_options(reader.cfg, reader.model_config, **own)
         return vqa.answers(functools.partial(readers.score, reader), options)
 
     told = answers(values.model)
@@ -376,7 +376,7 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
         raise ValueError("all: --out is needed: a folder for the page and the sheets")
     began, seed = time.time(), values["seed"].value
     model = _starflow2(values)
-    pixels = model.fae.model.pixels if model.fae else model.cfg["image"]["pixels"] or 64
+    pixels = model.codec.model.pixels if model.codec else model.cfg["image"]["pixels"] or 64
     if folders:
         given = cases.read(folders, n=values.n)
     else:
@@ -385,7 +385,7 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
             asked = [suite.TASKS[section] for section in only]
         given = cases.drawn(seed, values.n or 32, pixels, asked)
     given_by_flag = {name: values[name].value for name in ("guidance", "image_temperature")}
-    drawing = options_lib.of_run(model.cfg["sample"], **given_by_flag)
+    drawing = options_lib.sampling_defaults(model.cfg["sample"], **given_by_flag)
     options = {"rows": values.batch_size or 96, "seed": seed, **drawing}
     beside, without = suite.readers(model, pixels, values.blind)
     result, samples = suite.run(
@@ -395,7 +395,7 @@ def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[st
         not_run=suite.unable(model),
         model=model,
         beside=beside,
-        keeps=suite.through(model, seed) if model.fae else None,
+        keeps=suite.through(model, seed) if model.codec else None,
         seed=seed,
         say=lambda section: logging.info("%s ...", section),
     )

@@ -99,7 +99,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """See the module's docstring."""
-    from starflow2_jax.inference import generate
+    from starflow2_jax.inference.api import STARFlow2
 
     if words:
         raise ValueError(f"unexpected argument {words[0]!r}")
@@ -109,7 +109,7 @@ def main(words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     mesh = make_mesh(values.mesh) if values.mesh else None
     where = {"vlm": values.vlm or "", "fae": values.fae or ""}
     model = load(values.model, mesh=mesh, layout=values.layout, **where)
-    ours = isinstance(model, generate.Model)
+    ours = isinstance(model, STARFlow2)
     for name in _FLOW_ONLY if ours else _INTERLEAVED_ONLY:
         if values[name].present and values[name].value != values[name].default:
             raise ValueError(f"--{name}: {values.model} is a model that does not take it")
@@ -183,7 +183,7 @@ def _options(model: Any, values: flags.FlagValues, draws: bool, pictures: bool) 
     images = 1 if draws else values.images if pictures else 0
     names = ("guidance", "denoise", "image_temperature")
     given_by_flag = {name: values[name].value for name in names} | {"rule": values.rule or None}
-    drawing = options_lib.of_run(model.cfg["sample"], **given_by_flag)
+    drawing = options_lib.sampling_defaults(model.cfg["sample"], **given_by_flag)
     # Words are drawn without guidance: for them alone, no second branch.
     if images == 0 and drawing["guidance"] > 0:
         drawing["guidance"] = 0.0
@@ -236,7 +236,7 @@ def _draw(model: Any, out: epath.Path | None, values: flags.FlagValues) -> None:
     for name, value, low in (("guidance", guidance, 0.0), ("temperature", heat, 1e-3)):
         if not value >= low:
             raise ValueError(f"--{name}={value}: expected at least {low:g}")
-    sampling = generation.Sampling(
+    sampling = generation.FlowSampling(
         guidance=guidance,
         rule=values.rule or sample["rule"],
         temperature=heat,

@@ -327,7 +327,7 @@ def _shower(program, frozen, data, of, fae) -> Callable | None:
         held = ("", tuple(told["classes"] or ()), _null_text(told))
 
         def flow(state):
-            shown = generation.Model(cfg, model, {**state.ema, **frozen}, *held)
+            shown = generation.FlowModel(cfg, model, {**state.ema, **frozen}, *held)
             return [("samples", *samples.draw(shown, of(group)), None)]
 
         return flow

@@ -5,7 +5,7 @@ import numpy as np
 
 from starflow2_jax import config, params
 from starflow2_jax.data.chat_layout import Tokenizer
-from starflow2_jax.inference.generate import Model
+from starflow2_jax.inference.api import STARFlow2
 from starflow2_jax.models import qwen, starflow2
 
 SIDE, CHANNELS = 2, 3
@@ -53,7 +53,7 @@ def model(seed=0, shake=0.4, fae=None, **changes):
 
     cfg = config.default()
     cfg.task, cfg.noise.sigma = "starflow2", 0.1
-    return Model(config.to_dict(cfg), shape, jax.tree.map(change, tree), TOKENIZER, fae)
+    return STARFlow2(config.to_dict(cfg), shape, jax.tree.map(change, tree), TOKENIZER, fae)
 
 
 def latent(seed):

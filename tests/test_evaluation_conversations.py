@@ -44,7 +44,7 @@ def experiment(model, data, stage, **sample):
     cfg = {**model.cfg, "train": {**model.cfg["train"], "trains": STAGES[stage]}}
     cfg["sample"] = {**cfg["sample"], "count": 3, "denoise": False, **sample}
     cfg["eval_data"] = {**cfg["eval_data"], "path": data}
-    return cfg, registry.data_options(cfg, model.shape)
+    return cfg, registry.data_options(cfg, model.model_config)
 
 
 def test_a_stage_shows_what_it_learns(model, data):
@@ -92,8 +92,8 @@ def test_grids_hold_pictures_and_what_was_said(model, data):
 def test_weights_on_a_mesh_draw_the_same(model, data):
     cfg, opts = experiment(model, data, 1)
     mesh = make_mesh("data=4,fsdp=2")
-    grids = sample_grids.prepare(cfg, model.shape, opts, model.fae, mesh)
-    where = params.shardings(starflow2.declare(model.shape), mesh, "fsdp")
+    grids = sample_grids.prepare(cfg, model.model_config, opts, model.codec, mesh)
+    where = params.shardings(starflow2.declare(model.model_config), mesh, "fsdp")
     spread = jax.device_put(dict(model.params), where)
     assert any(not a.is_fully_replicated for a in jax.tree.leaves(spread))
     with jax.set_mesh(mesh):
@@ -106,19 +106,19 @@ def test_weights_on_a_mesh_draw_the_same(model, data):
 def test_without_a_codec_nothing_is_drawn(parts, model, data, tmp_path):
     cfg, opts = experiment(model, data, 3)
     mesh = make_mesh("data=1", jax.devices()[:1])
-    why = lambda opts, fae: sample_grids.prepare(cfg, model.shape, opts, fae, mesh)
+    why = lambda opts, fae: sample_grids.prepare(cfg, model.model_config, opts, fae, mesh)
     assert "neither fae.path names a codec" in why(opts, None)
     blind = dataclasses.replace(
-        model.fae, params={n: t for n, t in model.fae.params.items() if n != "pixel_decoder"}
+        model.codec, params={n: t for n, t in model.codec.params.items() if n != "pixel_decoder"}
     )
     assert why(opts, blind) == "the codec has no pixel decoder"
     records.write(tmp_path / "text", shapes_tasks.make_records(0, 4, PIXELS, tasks=("text",)))
     none = dataclasses.replace(opts, path=str(tmp_path / "text"))
-    assert "records hold nothing that this stage can show" in why(none, model.fae)
+    assert "records hold nothing that this stage can show" in why(none, model.codec)
     # Stored latents say where their codec was; another in its place is none.
     about = lambda path: {"features": [{"fae": codec.open_encoder(path)[1]}]}
     fae = str(parts[0] / "fae")
-    assert batch_encoder.decoder(about(fae), None).sha256 == model.fae.sha256
+    assert batch_encoder.decoder(about(fae), None).sha256 == model.codec.sha256
     (row,) = about(fae)["features"]
     assert (
         batch_encoder.decoder({"features": [{"fae": {**row["fae"], "sha256": "0"}}]}, None) is None
@@ -127,4 +127,4 @@ def test_without_a_codec_nothing_is_drawn(parts, model, data, tmp_path):
         batch_encoder.decoder({"features": [{"fae": {**row["fae"], "path": "nowhere"}}]}, None)
         is None
     )
-    assert batch_encoder.decoder({"features": []}, model.fae) is model.fae
+    assert batch_encoder.decoder({"features": []}, model.codec) is model.codec

@@ -14,7 +14,7 @@ from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import image_batches, records
 from starflow2_jax.data.manifest import Importer
 from starflow2_jax.evaluation import likelihood
-from starflow2_jax.inference.flow_sampler import Model
+from starflow2_jax.inference.flow_sampler import FlowModel
 from starflow2_jax.mesh import make_mesh, replicated
 from starflow2_jax.shapes import generator
 from starflow2_jax.training import preprocess, program as step
@@ -50,7 +50,7 @@ def model_of(cfg, scale=0.0):
         if "proj_out" in name:
             noise = jax.random.normal(jax.random.key(i), drawn[name].shape)
             drawn[name] = drawn[name] + scale * noise
-    return Model(cfg, flow, params.unflatten(drawn))
+    return FlowModel(cfg, flow, params.unflatten(drawn))
 
 
 def pictures(rows, seed=0):
@@ -119,7 +119,9 @@ def test_padding_batch_size_and_mesh_change_nothing(kind):
         assert parts == pytest.approx(means, rel=1e-5, abs=1e-6)
     mesh = make_mesh({"data": 2, "fsdp": 4})
     placed = jax.device_put(model.params, replicated(mesh))
-    nats, _ = likelihood.per_image(Model(cfg, model.flow, placed), batches(images, 16), mesh)
+    nats, _ = likelihood.per_image(
+        FlowModel(cfg, model.model_config, placed), batches(images, 16), mesh
+    )
     np.testing.assert_allclose(nats, expected, rtol=2e-6)
 
 
@@ -248,7 +250,7 @@ def test_the_command_measures_a_run_and_stamps_the_protocol(trained, capsys):
     out = run_command(capsys, "likelihood", model=workdir, fit=trained["train"])
     path = workdir / "evaluation" / "likelihood_00000030_test.json"
     result = json.loads(path.read_text())
-    options = likelihood.data_options(model.cfg, model.flow)
+    options = likelihood.data_options(model.cfg, model.model_config)
     nats, _ = likelihood.per_image(model, image_batches.eval_batches(options, batch_size=21))
     assert result["nats_per_dim"] == pytest.approx(nats.mean(), rel=1e-6)
     bits = result["bits_per_dim"]

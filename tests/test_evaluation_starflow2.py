@@ -173,8 +173,8 @@ def test_a_reader_scores_rows_as_it_does_those_of_a_folder(parts, tmp_path):
     reader = readers.load(str(parts[0] / "vlm"))
     given = cases.drawn(0, 1, PIXELS, ["question"])
     records.write(tmp_path / "data", [case.record for case in given if case.seen])
-    own = {"path": str(tmp_path / "data"), "mixture": (), "tokenizer": reader.tokenizer}
-    options = registry.data_options(reader.cfg, reader.model, **own)
+    own = {"path": str(tmp_path / "data"), "mixture": (), "tokenizer": reader.tokenizer_folder}
+    options = registry.data_options(reader.cfg, reader.model_config, **own)
     score = lambda batch: readers.score(reader, batch)
     expected = {a.id: (a.nats, a.right) for a in vqa.answers(score, options)}
     seen = [case for case in given if case.seen]
@@ -190,7 +190,7 @@ def test_a_reader_scores_rows_as_it_does_those_of_a_folder(parts, tmp_path):
 def model_tokenizer(reader):
     from starflow2_jax.data import chat_layout
 
-    return chat_layout.open_tokenizer(reader.tokenizer)
+    return chat_layout.open_tokenizer(reader.tokenizer_folder)
 
 
 def test_what_a_stage_has_not_learnt_is_said(model):
@@ -203,5 +203,5 @@ def test_what_a_stage_has_not_learnt_is_said(model):
     second = dataclasses.replace(model, params=zero("deep", "proj_out"))
     assert set(suite.unable(second)) == {"generation", "editing", "reasoning"}
     assert suite.unable(model) == {}
-    bare = suite.unable(dataclasses.replace(model, fae=None))
+    bare = suite.unable(dataclasses.replace(model, codec=None))
     assert "codec" in bare["generation"]

@@ -15,7 +15,7 @@ import starflow2_jax
 from starflow2_jax import config, params
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.inference import denoise
-from starflow2_jax.inference.flow_sampler import Model, Sampling, generate, likelihood, load
+from starflow2_jax.inference.flow_sampler import FlowModel, FlowSampling, generate, likelihood, load
 from starflow2_jax.inference.inverse import Jacobi
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import flow
@@ -46,7 +46,7 @@ def model_of(cfg, spread=0.1, seed=0, **fields):
     for name, weight in params.flatten(program.declare(cfg, shape)).items():
         size = spread if "proj_out" in name else 0.3
         drawn[name] = jnp.asarray(size * rng.standard_normal(weight.shape).astype(np.float32))
-    return Model(cfg, shape, params.unflatten(drawn), **fields)
+    return FlowModel(cfg, shape, params.unflatten(drawn), **fields)
 
 
 def labelled():
@@ -78,12 +78,12 @@ def close(ours, others, tolerance=2e-5):
 def test_an_identity_flow_draws_the_noise_of_seed_and_number():
     cfg = experiment(model=TARFLOW)
     model = model_of(cfg, 0.0)
-    drawn = generate(model, 3, sampling=Sampling(denoise=False, seed=7, batch=2))
+    drawn = generate(model, 3, sampling=FlowSampling(denoise=False, seed=7, batch=2))
     assert drawn.dtype == np.uint8 and drawn.shape == (3, SIDE, SIDE, 3)
     values = unpatchify(jnp.asarray(noise_of(7, 3)), (2, 2), PATCH, "channel_first")
     np.testing.assert_array_equal(drawn, np.clip(np.round((values + 1) * 127.5), 0, 255))
     # Tweedie: the density is N(0, 1), so every value shrinks by 1 - sigma^2.
-    cleaned = generate(model, 3, sampling=Sampling(seed=7))
+    cleaned = generate(model, 3, sampling=FlowSampling(seed=7))
     expected = np.clip(np.round((values * (1 - 0.1**2) + 1) * 127.5), 0, 255)
     np.testing.assert_array_equal(cleaned, expected)
     # Uniform noise is never taken away, and pixels are floor(128 (x + 1)) under its protocol.
@@ -91,7 +91,7 @@ def test_an_identity_flow_draws_the_noise_of_seed_and_number():
     uniform = dataclasses.replace(model, cfg=experiment(model=TARFLOW, **changes))
     values = unpatchify(jnp.asarray(noise_of(7, 3)), (2, 2), PATCH, "channel_last")
     expected = np.clip(np.floor((values + 1) * 128), 0, 255)
-    np.testing.assert_array_equal(generate(uniform, 3, sampling=Sampling(seed=7)), expected)
+    np.testing.assert_array_equal(generate(uniform, 3, sampling=FlowSampling(seed=7)), expected)
 
 
 def test_a_sample_depends_on_seed_and_number_not_on_the_batch():
@@ -99,7 +99,7 @@ def test_a_sample_depends_on_seed_and_number_not_on_the_batch():
     text = np.random.default_rng(0).standard_normal((5, 6, 5)).astype(np.float32)
     options = {"guidance": 1.5, "seed": 3, "denoise": False}
     draw = lambda count, **changes: generate(
-        model, count, text=text[:count], sampling=Sampling(**{**options, **changes})
+        model, count, text=text[:count], sampling=FlowSampling(**{**options, **changes})
     )
     whole = draw(5)
     assert whole.shape == (5, 4, 12) and whole.dtype == np.float32
@@ -115,8 +115,8 @@ def test_samples_have_the_models_likelihood():
     """x drawn from z has log p(x) = log N(z) - log |dx/dz|: here each sample's own z is known."""
     model = featured()
     text = np.random.default_rng(0).standard_normal((3, 6, 5)).astype(np.float32)
-    x = generate(model, 3, text=text, sampling=Sampling(denoise=False, seed=1))
-    z, log_det = flow.forward(model.params["flow"], x, model.flow, text=text)
+    x = generate(model, 3, text=text, sampling=FlowSampling(denoise=False, seed=1))
+    z, log_det = flow.forward(model.params["flow"], x, model.model_config, text=text)
     close(z, noise_of(1, 3))
     gaussian = (-0.5 * noise_of(1, 3) ** 2 - 0.5 * np.log(2 * np.pi)).sum((1, 2))
     close(likelihood(model, x, text=text), gaussian + np.asarray(log_det))
@@ -125,7 +125,7 @@ def test_samples_have_the_models_likelihood():
 
 def test_conditions_change_samples_and_likelihoods():
     model = labelled()
-    sampling = Sampling(seed=2, batch=4)
+    sampling = FlowSampling(seed=2, batch=4)
     x = np.random.default_rng(1).standard_normal((4, 4, 12)).astype(np.float32)
     plain, first = (generate(model, 4, labels=n, sampling=sampling) for n in (None, [0] * 4))
     assert (plain != first).any()
@@ -151,7 +151,7 @@ def test_no_text_is_the_text_of_an_empty_prompt():
     close(likelihood(model, x), likelihood(model, x, text=empty))
     assert np.abs(likelihood(model, x, text=0 * empty) - likelihood(model, x)).max() > 1e-3
     # Guided towards what it has anyway, nothing changes.
-    close(generate(model, 2, sampling=Sampling(guidance=3.0)), generate(model, 2), 1e-4)
+    close(generate(model, 2, sampling=FlowSampling(guidance=3.0)), generate(model, 2), 1e-4)
     wide = dataclasses.replace(model, null_text=np.zeros((7, 5)))
     with pytest.raises(ValueError, match=r"null text: features \[7, 5\] do not fit \[6, 5\]"):
         generate(wide, 1)
@@ -185,7 +185,7 @@ def test_tokens_of_another_width_and_unknown_rules_are_named():
     with pytest.raises(ValueError, match=r"tokens: expected \[B, T, 12\], got \[2, 4, 11\]"):
         likelihood(labelled(), np.zeros((2, 4, 11), np.float32))
     with pytest.raises(ValueError, match=r"guidance.rule='sum' is not of"):
-        generate(labelled(), 1, sampling=Sampling(guidance=1.0, rule="sum"))
+        generate(labelled(), 1, sampling=FlowSampling(guidance=1.0, rule="sum"))
 
 
 def test_models_and_sampling_need_no_data_stack():
@@ -251,7 +251,7 @@ def saved(tmp_path_factory):
 
 
 def check_same(found, expected):
-    assert found.flow == expected.flow and found.classes == expected.classes
+    assert found.model_config == expected.model_config and found.classes == expected.classes
     ours, theirs = params.flatten(found.params), params.flatten(expected.params)
     assert list(ours) == list(theirs)
     for name, array in ours.items():

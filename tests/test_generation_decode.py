@@ -53,12 +53,13 @@ def same(ours, others, tolerance=1e-10):
 def laid_out(model, rows):
     """`Items` of the rows padded on the right, with u of their images."""
     items = [
-        session.lay_out(row, small.TOKENIZER, model.shape.patches, null, "") for row, null in rows
+        session.lay_out(row, small.TOKENIZER, model.model_config.patches, null, "")
+        for row, null in rows
     ]
     of = lambda row: [p.latent for p in row if p.kind == "image"]
     blank = np.zeros((1, small.SIDE**2, small.CHANNELS), np.float32)
     u = [
-        session.shallow(model.params, np.array(of(row), np.float32), model.shape)[0]
+        session.shallow(model.params, np.array(of(row), np.float32), model.model_config)[0]
         if of(row)
         else blank
         for row, _ in rows
@@ -97,7 +98,7 @@ def heads(params, y, h, cfg):
 
 def parallel(model, items):
     """`heads` at every position of the rows, read at once."""
-    cfg = model.shape
+    cfg = model.model_config
 
     @jax.jit
     def whole(params):
@@ -116,7 +117,7 @@ def test_cached_steps_equal_the_parallel_forward():
     """Rows with three images, of other lengths, so that at most steps some read text and others
     patches; the conditional ones and those of guidance."""
     model = small.model()
-    cfg, params = model.shape, model.params
+    cfg, params = model.model_config, model.params
     a, b = "user", "assistant"
     row = [picture(1, a), Part("text", a, "make"), picture(2, b), Part("text", b, "hm"),
            picture(3, b), Part("text", b, "done")]  # fmt: skip
@@ -172,8 +173,8 @@ def test_a_continued_cache_is_one_long_run_also_after_a_stop_text(x64):
         for part, other in zip(row, full):
             assert not any(s in part.text for s in stop) and other.text.startswith(part.text)
     more = ["go on", [picture(7), "and this?"], "draw"]
-    second = model.generate(more, after=first, **DRAW)
-    third = model.generate(["so?"] * 3, after=second, **DRAW)
+    second = model.generate(more, continue_from=first, **DRAW)
+    third = model.generate(["so?"] * 3, continue_from=second, **DRAW)
 
     as_list = lambda prompt: prompt if isinstance(prompt, list) else [prompt]
     history = [[*as_list(p), *row] for p, row in zip(prompts, first)]
@@ -183,9 +184,9 @@ def test_a_continued_cache_is_one_long_run_also_after_a_stop_text(x64):
     longer = [[*h, *row, "so?"] for h, row in zip(history, fresh)]
     same(third, model.generate(longer, **DRAW))
     # A row alone, out of the batch, goes on the same; and the results can be used twice.
-    alone = model.generate([more[1]], after=first.take([1]), **DRAW)
+    alone = model.generate([more[1]], continue_from=first.take([1]), **DRAW)
     same(alone, [second[1]])
-    same(model.generate(more, after=first, **DRAW), second)
+    same(model.generate(more, continue_from=first, **DRAW), second)
 
 
 def test_going_on_without_new_parts_is_a_longer_run(x64):
@@ -193,7 +194,7 @@ def test_going_on_without_new_parts_is_a_longer_run(x64):
     options = {**DRAW, "images": 0, "max_images": 0}
     whole = model.generate(["hello", "ab"], **{**options, "max_tokens": 9})
     half = model.generate(["hello", "ab"], **{**options, "max_tokens": 4})
-    rest = model.generate([[], []], after=half, **{**options, "max_tokens": 5})
+    rest = model.generate([[], []], continue_from=half, **{**options, "max_tokens": 5})
     for a, b, c, ended in zip(half, rest, whole, half.finish):
         assert a[0].tokens + (b[0].tokens if b else ()) == c[0].tokens
         assert bool(b) == (ended == "length")
@@ -211,7 +212,7 @@ def test_a_continued_conversation_is_teacher_forced():
     cut = model.generate(prompts, **DRAW, stop=(said[1:3],))
     assert "stop" in cut.finish
     more = [[picture(7), "and this?"], *["go on"] * 5]
-    found = model.generate(more, after=cut, **{**DRAW, "images": 1, "image_start": True})
+    found = model.generate(more, continue_from=cut, **{**DRAW, "images": 1, "image_start": True})
     history = [[*before, *more_of(p)] for before, p in zip(with_prompts(prompts, cut), more)]
     image, text = errors(model, history, found)
     assert image < 1e-5 and text < 1e-4
@@ -273,12 +274,14 @@ def test_no_guidance_and_other_numbers_need_no_other_program(x64):
     assert np.abs(strong[0][0].latent - guided[0][0].latent).max() > 1e-3
     # A weight of nothing in a conversation that has the branch, and none at all.
     begun = model.generate(["a", "b"], **{**options, "guidance": 1.0})
-    weightless = model.generate(["c", "d"], after=begun, **{**options, "guidance": 0.0})
+    weightless = model.generate(["c", "d"], continue_from=begun, **{**options, "guidance": 0.0})
     history = [[p, *row, q] for p, row, q in zip("ab", begun, "cd")]
     same(weightless, model.generate(history, **{**options, "guidance": 0.0}))
     # The temperature of the null branch is that of the call, also where it goes on.
     plain, warm = (
-        model.generate(["c", "d"], after=begun, **{**options, "guidance": 2.0}, null_temperature=t)
+        model.generate(
+            ["c", "d"], continue_from=begun, **{**options, "guidance": 2.0}, null_temperature=t
+        )
         for t in (1.0, 3.0)
     )
     assert np.abs(plain[0][0].latent - warm[0][0].latent).max() > 1e-6
@@ -318,12 +321,12 @@ def test_nothing_is_read_twice(monkeypatch):
     prompt = session.lay_out([Part("text", "user", "hello")], small.TOKENIZER, 4, "", "")
     drawn = 3 * (small.SIDE**2 + 2) + sum(len(p.tokens) for p in first[0])
     padded = -(-(len(prompt.ids) - 1) // session.LENGTH_STEP) * session.LENGTH_STEP
-    read = first.conversation.read
+    read = first.session.read
     ended = first.finish == ["end"]
     assert padded + drawn + ended == read and calls == {"encode": 0, "prefill": 1, "run": 1}
-    assert int(first.conversation.state.valid.sum()) == len(prompt.ids) - 1 + drawn + ended
-    second = model.generate(["and?"], after=first, **options, images=0)
-    new = second.conversation.read - read - sum(len(p.tokens) for p in second[0])
+    assert int(first.session.state.valid.sum()) == len(prompt.ids) - 1 + drawn + ended
+    second = model.generate(["and?"], continue_from=first, **options, images=0)
+    new = second.session.read - read - sum(len(p.tokens) for p in second[0])
     # The new turn's items and the end of the turn before, padded.
     turn = session.lay_out([Part("text", "user", "and?")], small.TOKENIZER, 4, "", "")
     most = -(-(len(turn.ids) + 2) // session.LENGTH_STEP) * session.LENGTH_STEP
@@ -358,17 +361,17 @@ def test_every_item_has_a_key_of_its_own():
     """An image that begins its part does not draw its first patch from the key of the token."""
     model = small.model()
     keys = jax.random.split(jax.random.key(0), 1)
-    state = session.begin(model.prepared, model.shape, keys, "", 1.0, 64, True).state
+    state = session.begin(model.decode_params, model.model_config, keys, "", 1.0, 64, True).state
     found = set()
     for part in range(3):
-        for number in range(model.shape.patches):
+        for number in range(model.model_config.patches):
             now = state.replace(part=jnp.array([part]), item=jnp.array([number]))
             now = now.replace(patch=jnp.array([number]))
             kinds = (True, False) if number == 0 else (True,)
             for drawing in kinds:
                 key = decode_loop.item_keys(keys, now, jnp.array([drawing]))
                 found.add(np.asarray(jax.random.key_data(key)).tobytes())
-    assert len(found) == 3 * (model.shape.patches + 1)
+    assert len(found) == 3 * (model.model_config.patches + 1)
 
 
 def test_words_are_cut_as_asked():
@@ -395,7 +398,7 @@ def test_words_are_cut_as_asked():
     first = len(prompt.ids)
     np.testing.assert_array_equal(items.ids[0, first:], said)
     logits = np.array(parallel(model, items)[2][0, first - 1 : -1])
-    ids = session.delimiters(model.tokenizer, model.shape)
+    ids = session.delimiters(model.tokenizer, model.model_config)
     logits[:, [*ids.banned, ids.vision_start, *range(ids.size, small.VOCAB)]] = -np.inf
     assert len(said) and tuple(logits.argmax(-1)) == said
 
@@ -416,7 +419,7 @@ def test_best_of_keeps_the_likeliest():
         part = gain[i][0]
         own = part.log_likelihood - part.unconditional_log_likelihood
         assert own == pytest.approx(max(gains), abs=1e-4)
-    assert len(model.generate(["go on"] * 2, after=best, max_tokens=3)) == 2
+    assert len(model.generate(["go on"] * 2, continue_from=best, max_tokens=3)) == 2
 
 
 def test_what_is_cut_off_says_so():

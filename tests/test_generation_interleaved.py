@@ -28,7 +28,8 @@ from starflow2_jax.inference import (
     session,
     vlm as readers,
 )
-from starflow2_jax.inference.options import of_run
+from starflow2_jax.inference.api import STARFlow2
+from starflow2_jax.inference.options import make_options, sampling_defaults
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents import codec
 from starflow2_jax.models import qwen, qwen_vision, starflow2
@@ -64,7 +65,7 @@ def make_parts(root):
     drawn = params.init(jax.random.key(1), qwen.declare(shape))
     cfg = config.default()
     cfg.task, cfg.image.pixels = "vlm", PIXELS
-    readers.export(readers.Reader(cfg, shape, drawn, words), str(root / "vlm"))
+    readers.export(readers.VLM(cfg, shape, drawn, words), str(root / "vlm"))
     found = codec.load(make_run(root / "features", 0))
     pixels = params.init(jax.random.key(2), fae.declare(found.model)["pixel_decoder"])
     whole = dataclasses.replace(
@@ -108,7 +109,7 @@ def qwen_shape(root):
 def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
     run = parts[1]
     model = command.load(run)
-    assert isinstance(model, generate.Model) and model.source == run
+    assert isinstance(model, STARFlow2) and model.source == run
     options = {"images": 1, "max_tokens": 0, "guidance": 1.0}
     drawn = model.generate(["a red circle"], **options)[0][0]
     assert drawn.image.shape == (PIXELS, PIXELS, 3) and drawn.image.dtype == np.uint8
@@ -125,13 +126,13 @@ def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
         convert.main("export", [], values)
         assert (tmp_path / name / "vlm").exists() == (name == "exported")
     (tmp_path / "exported").rename(tmp_path / "moved")
-    assert load.load(str(tmp_path / "moved")).fae.sha256 == model.fae.sha256
+    assert load.load(str(tmp_path / "moved")).codec.sha256 == model.codec.sha256
 
 
 def test_a_long_answer_of_a_loaded_model_needs_one_program(parts, caplog):
     """What a chunk of steps leaves is as what the first was given."""
     model = load.load(parts[1])
-    images = decode_loop.CHUNK // model.shape.patches + 1
+    images = decode_loop.CHUNK // model.model_config.patches + 1
     options = {"images": images, "image_start": True, "max_tokens": 1}
     decode_loop.run.clear_cache()
     with jax.log_compiles(), caplog.at_level("WARNING"):
@@ -161,7 +162,7 @@ def test_a_run_says_how_much_noise_its_pictures_have(parts, monkeypatch):
         sample = {k: v for k, v in meta["config"]["sample"].items() if k != "image_temperature"}
         changed = {**meta, "config": {**meta["config"], "sample": {**sample, **given}}}
         monkeypatch.setattr(load, "_meta", lambda path, folder, changed=changed: changed)
-        drawn = of_run(load.settings(parts[1])["config"]["sample"])
+        drawn = sampling_defaults(load.settings(parts[1])["config"]["sample"])
         assert drawn["image_temperature"] == wanted
 
 
@@ -178,7 +179,7 @@ def test_images_are_read_with_the_noise_of_their_row(parts):
     # Editing: the source, an instruction, a picture; the source is the cache's, not read again.
     edited = model.generate([[pixels, "make it blue"]], images=1, image_start=True, max_tokens=3)
     assert edited[0][0].kind == "image"
-    again = model.generate([["brighter"]], after=edited, images=1, max_tokens=0)
+    again = model.generate([["brighter"]], continue_from=edited, images=1, max_tokens=0)
     assert again[0][0].image.shape == (PIXELS, PIXELS, 3)
 
 
@@ -250,7 +251,7 @@ def test_genevals_tree(parts, tmp_path, capsys):
     # A picture depends on its number, not on how many are drawn at a time.
     model = load.load(parts[1])
     drawing = {"images": 1, "max_tokens": 0, "n": 2, "seed": 42}
-    options = generate.make_options(drawing | {"denoise": model.cfg["sample"]["denoise"]})
+    options = make_options(drawing | {"denoise": model.cfg["sample"]["denoise"]})
     prompts = [row["prompt"] for row in rows]
     for together in (1, 2):
         found = list(generate.generate_many(model, prompts, options, rows=2 * together))
@@ -341,10 +342,12 @@ def test_conversations_that_cannot_go_on():
         ("the conversation was begun without it", ["c", "d"], {"guidance": 1.0}),
     ):
         with pytest.raises(ValueError, match=words):
-            model.generate(prompts, after=first, **{"max_tokens": 2, "images": 0, **options})
+            model.generate(
+                prompts, continue_from=first, **{"max_tokens": 2, "images": 0, **options}
+            )
     fixed = model.generate(["a"], images=0, max_tokens=2, cache=48)
     with pytest.raises(ValueError, match="the cache has 48 positions, "):
-        model.generate(["c"], after=fixed, images=0, max_tokens=20)
+        model.generate(["c"], continue_from=fixed, images=0, max_tokens=20)
 
 
 # --------------------------------------------------------------------------------------- clean-up
@@ -355,7 +358,7 @@ def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(x64):
     model = small.model()
     options = {"images": 2, "max_tokens": 2, "seed": 4, "temperature": 1.0, "guidance": 1.0}
     found = model.generate(["ab", "hello"], **options)
-    sigma, cfg = 0.3, model.shape
+    sigma, cfg = 0.3, model.model_config
     ids = session.delimiters(model.tokenizer, cfg)
     start = session.lay_out([Part("text", "user", "ab")], model.tokenizer, 4, "", "")
     row = [Part("text", "user", "ab"), *found[0]]
@@ -373,7 +376,7 @@ def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(x64):
     # Differences, as in training no gradient takes the way through the VLM.
     along = np.random.default_rng(0).standard_normal(drawn[1].latent.shape)
     up, down = (float(density(drawn[1].latent + e * along)) for e in (1e-5, -1e-5))
-    held = found.conversation
+    held = found.session
     laid = batch["ids"][0].tolist()
     at = [i for i, token in enumerate(laid) if token == ids.vision_start][1]
     # The prompt was padded to its multiple; the pending item stood at its end.

@@ -203,7 +203,7 @@ def other_folder(tmp_path, reader):
     from starflow2_jax.checkpoints.convert import qwen as table
 
     path = tmp_path / "other"
-    table.export(jax.device_get(reader.params), reader.model, path)
+    table.export(jax.device_get(reader.params), reader.model_config, path)
     return str(path)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from starflow2_jax.evaluation import vqa
 from starflow2_jax.inference import load
-from starflow2_jax.inference.generate import Model
+from starflow2_jax.inference.model import Model
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import backbone
 from starflow2_jax.params import init as init_params
@@ -91,7 +91,7 @@ def scorer(model: Model):
         # Of the row alone, so that no seed or model has other noise.
         keys = preprocess.row_keys(1, 0, rows)
         x = interleaved.latents(batch, keys, cfg)
-        found = interleaved.terms(params, batch, x, model.shape, _STAGE, **options)
+        found = interleaved.terms(params, batch, x, model.model_config, _STAGE, **options)
         return by_record(found, batch["segments"]), interleaved.sums(found, batch, _STAGE)
 
     def score(params, batch):
@@ -114,7 +114,7 @@ def by_record(found: Terms, segments: jax.Array) -> dict[str, jax.Array]:
 def newborn(model: Model, mesh: Any) -> dict[str, Any]:
     """Weights as the run began: beside the VLM as it came, which is all that a text without images
     depends on, since whatever crosses is zero."""
-    cfg, shape = model.cfg, model.shape
+    cfg, shape = model.cfg, model.model_config
     tree = {name: part for name, part in backbone.declare(shape).items() if name != "vlm"}
     born = init_params(jax.random.key(0), tree)
     vlm = starflow2.frozen_vlm(cfg, shape, mesh, jnp.dtype(cfg["frozen_dtype"]))
@@ -123,7 +123,7 @@ def newborn(model: Model, mesh: Any) -> dict[str, Any]:
 
 def _answers(model, params, entry, score, batch_size, images):
     changes = {"path": entry["path"], "latents": entry["latents"], "mixture": ()}
-    options = registry.data_options(model.cfg, model.shape, **changes)
+    options = registry.data_options(model.cfg, model.model_config, **changes)
 
     def each(batch):
         records, sums = score(params, batch)

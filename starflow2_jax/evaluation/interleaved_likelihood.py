@@ -14,7 +14,7 @@ import numpy as np
 from starflow2_jax.data.records import Img, Record, Text
 from starflow2_jax.evaluation import scoring_batches
 from starflow2_jax.evaluation.shapes.cases import Case
-from starflow2_jax.inference.generate import Model
+from starflow2_jax.inference.model import Model
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import qwen
@@ -91,11 +91,11 @@ def skill(model: Model, cases: Sequence[Case], *, size: int = 32) -> dict[str, A
 def _vlm_sums(model: Model, given: Sequence[Record], size: int) -> dict[str, np.ndarray]:
     """Text entries of `starflow2_loss.sums` of records without images, by the VLM alone."""
     mesh = make_mesh("data=1", jax.local_devices()[:1])
-    args = (model.cfg, model.shape, mesh, jnp.dtype(model.cfg["frozen_dtype"]))
+    args = (model.cfg, model.model_config, mesh, jnp.dtype(model.cfg["frozen_dtype"]))
     params, found = starflow2.frozen_vlm(*args)["vlm"], []
-    laid = scoring_batches.batches(given, model.tokenizer, model.shape.flow.side, size=size)
+    laid = scoring_batches.batches(given, model.tokenizer, model.model_config.flow.side, size=size)
     for batch, count in laid:
-        score = _read(params, batch, cfg=model.shape.vlm)
+        score = _read(params, batch, cfg=model.model_config.vlm)
         found.append({n: np.asarray(a, np.float64)[:count, 0] for n, a in score.items()})
     joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     right = joined["tokens"] - joined["wrong"]
@@ -127,14 +127,14 @@ def sums(
     Raises:
         ValueError: records with images, and no codec.
     """
-    side = model.shape.flow.side
+    side = model.model_config.flow.side
     found: list[dict[str, np.ndarray]] = []
     latents, row = [], 0
     laid = scoring_batches.batches(given, model.tokenizer, side, size=size, null=null, blank=blank)
     for batch, count in laid:
         keys = preprocess.row_keys(seed, 0, np.arange(row, row + len(batch["ids"])))
         own, x = _latents(model, batch, keys)
-        made = _sums(model.params, own, x, cfg=model.shape)
+        made = _sums(model.params, own, x, cfg=model.model_config)
         found.append({n: np.asarray(a, np.float64)[:count] for n, a in made[0].items()})
         latents.append(np.asarray(x)[:count][np.asarray(made[1])[:count]])
         row += count
@@ -145,14 +145,14 @@ def sums(
 def _latents(model: Model, batch: Mapping[str, np.ndarray], keys: jax.Array):
     """The batch with latents in place of images, and the noisy latents [B, M, N, D]."""
     own = {name: a for name, a in batch.items() if name != "images"}
-    shape = (model.shape.patches, model.shape.flow.channels)
+    shape = (model.model_config.patches, model.model_config.flow.channels)
     if "images" not in batch:
         x = np.zeros((len(batch["ids"]), 1, *shape), np.float32)
         return {**own, "latent_mean": x}, x
-    if model.fae is None:
+    if model.codec is None:
         raise ValueError("likelihood: the model has no codec (--fae) to read an image with")
     places = batch["images"].shape[:2]
-    both = codecs.encode(model.fae, batch["images"].reshape(-1, *batch["images"].shape[2:]))
+    both = codecs.encode(model.codec, batch["images"].reshape(-1, *batch["images"].shape[2:]))
     mean, log_variance = (a.reshape(*places, *shape) for a in both)
     own |= {"latent_mean": mean, "latent_logvar": log_variance}
     return own, interleaved.latents(own, keys, model.cfg)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from starflow2_jax.inference.flow_sampler import Model
+from starflow2_jax.inference.flow_sampler import FlowModel
 from starflow2_jax.mesh import make_mesh, place_rows, replicated
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.training import preprocess
@@ -79,7 +79,7 @@ def evaluate(
 
 
 def per_image(
-    model: Model, batches: Iterable[Batch], mesh: Mesh | None = None
+    model: FlowModel, batches: Iterable[Batch], mesh: Mesh | None = None
 ) -> tuple[np.ndarray, dict[str, float]]:
     """-log p of every unmasked row, in nats per dimension and in the order of the rows.
 
@@ -95,7 +95,7 @@ def per_image(
             model reads and the data do not have.
     """
     mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
-    cfg, flow = model.cfg, model.flow
+    cfg, flow = model.cfg, model.model_config
     place = functools.partial(place_rows, mesh=mesh)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))

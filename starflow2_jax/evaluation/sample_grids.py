@@ -23,7 +23,8 @@ from jax.sharding import Mesh
 from starflow2_jax.data import chat_layout, packed_batches, records
 from starflow2_jax.data.records import Img, Record
 from starflow2_jax.evaluation.shapes import ask as asking
-from starflow2_jax.inference import generate, options
+from starflow2_jax.inference import options
+from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.mesh import make_mesh, replicated
@@ -117,15 +118,13 @@ def _prompt(opts: packed_batches.Options, record: Record, where: str) -> Prompt:
     return Prompt(parts, shown[0] if shown else None, said[-1] if said else "")
 
 
-def draw(
-    model: generate.Model, given: Mapping[str, Sequence[Prompt]], rows_: int = 16
-) -> Iterator[Grid]:
+def draw(model: Model, given: Mapping[str, Sequence[Prompt]], rows_: int = 16) -> Iterator[Grid]:
     """A grid of each kind: of what is drawn, or beside what was shown what came of it.
 
     Args:
         rows_: prompts at a time.
     """
-    drawing = options.of_run(model.cfg["sample"])
+    drawing = options.sampling_defaults(model.cfg["sample"])
     common = {"rows": rows_, "max_tokens": WORDS, "seed": model.cfg["seed"]}
     ask = asking.asker(model, **common, **drawing)
     for kind, group in given.items():
@@ -208,6 +207,6 @@ def from_state(grids: Grids, params: Tree) -> list[Grid]:
     held = jax.tree.map(whole, params)
     if jax.process_index():
         return []
-    model = generate.Model(grids.cfg, grids.shape, held, grids.tokenizer, grids.codec)
+    model = Model(grids.cfg, grids.shape, held, grids.tokenizer, grids.codec)
     with jax.set_mesh(make_mesh("data=1", [device])):
         return list(draw(model, grids.given))

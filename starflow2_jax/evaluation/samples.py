@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from starflow2_jax.data import image_batches
-from starflow2_jax.inference.flow_sampler import Model, Sampling, generate
+from starflow2_jax.inference.flow_sampler import FlowModel, FlowSampling, generate
 from starflow2_jax.training.program import Program, to_device
 
 
-def draw(model: Model, options: Mapping[str, Any]) -> tuple[np.ndarray, list[str] | None]:
+def draw(model: FlowModel, options: Mapping[str, Any]) -> tuple[np.ndarray, list[str] | None]:
     """Images uint8 [n, H, W, 3] and captions, as the `sample` keys of the configuration say.
 
     Classes take turns; captions are those of `sample.prompts`, or of the first rows of a dataset.
@@ -18,7 +18,7 @@ def draw(model: Model, options: Mapping[str, Any]) -> tuple[np.ndarray, list[str
     Args:
         options: of `data.image_batches`, for the prompts of a model that reads text.
     """
-    sample, count, cfg = model.cfg["sample"], model.cfg["sample"]["count"], model.flow
+    sample, count, cfg = model.cfg["sample"], model.cfg["sample"]["count"], model.model_config
     given: dict[str, Any] = {}
     captions = None
     if cfg.classes:
@@ -31,7 +31,7 @@ def draw(model: Model, options: Mapping[str, Any]) -> tuple[np.ndarray, list[str
             given["prompts"] = captions = [prompts[i % len(prompts)] for i in range(count)]
         else:
             given["text"], captions = first["text"], list(first["id"])
-    settings = Sampling(
+    settings = FlowSampling(
         guidance=sample["guidance"],
         rule=sample["rule"],
         denoise=sample["denoise"],
@@ -42,11 +42,11 @@ def draw(model: Model, options: Mapping[str, Any]) -> tuple[np.ndarray, list[str
     return _as_pictures(tokens, model), captions
 
 
-def _as_pictures(drawn: np.ndarray, model: Model) -> np.ndarray:
+def _as_pictures(drawn: np.ndarray, model: FlowModel) -> np.ndarray:
     """Images as they are; of latents the first three channels, as there is no decoder here."""
     if drawn.dtype == np.uint8:
         return drawn
-    side = model.flow.side
+    side = model.model_config.side
     shown = drawn[..., :3].reshape(len(drawn), side, side, -1)
     low, high = np.quantile(shown, 0.01), np.quantile(shown, 0.99)
     return (255 * np.clip((shown - low) / (high - low), 0, 1)).astype(np.uint8)

@@ -21,11 +21,11 @@ from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import unpatchify
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses.flow import log_likelihood
-from starflow2_jax.training.program import declare, frozen_weights, model_config
+from starflow2_jax.training.program import declare, frozen_weights, model_config as flow_config
 
 
 @dataclass(frozen=True)
-class Model:
+class FlowModel:
     """An experiment's resolved configuration, its flow, and all of its weights.
 
     Attributes:
@@ -35,7 +35,7 @@ class Model:
     """
 
     cfg: Mapping[str, Any]
-    flow: FlowConfig
+    model_config: FlowConfig
     params: Mapping[str, Any]
     source: str = ""
     classes: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class FlowSampling:
     """How images are drawn.
 
     Attributes:
@@ -84,7 +84,7 @@ def load(
         vlm, fae: of a STARFlow2, see `loading.load`.
 
     Returns:
-        a `Model`, or of a STARFlow2 an `interleaved.Model`.
+        a `FlowModel`, or of a STARFlow2 an `api.STARFlow2`.
 
     Raises:
         FileNotFoundError: nothing of the kind is there. ValueError: it is damaged or of another
@@ -106,14 +106,14 @@ def load(
         epath.Path(path) / orbax.FOLDER
     ).exists():
         cfg = model_folder.read_config(path)
-        model = model_config(cfg)
+        model = flow_config(cfg)
         params = model_folder.read_folder(path, declare(cfg, model), mesh, layout)
         about = (tuple(cfg.get("classes") or ()), cfg.get("null_text"), cfg.get("frozen") or {})
-        return Model(cfg, model, params, str(path), *about)
+        return FlowModel(cfg, model, params, str(path), *about)
     workdir, step = steps.locate(path)
     meta = orbax.read_meta(workdir, step)
     cfg = meta["config"]
-    model = model_config(cfg)
+    model = flow_config(cfg)
     declared = declare(cfg, model)
     trained, _ = split_params(declared, tuple(cfg["train"]["trains"]))
     wanted = {"ema": abstract_params(trained, mesh, layout)}
@@ -121,17 +121,17 @@ def load(
     params = {**found["ema"], **frozen_weights({**cfg, "layout": layout}, declared, mesh)}
     source = json.dumps({"workdir": str(workdir), "step": meta["step"]})
     about = (tuple(meta["classes"] or ()), meta["null_text"], meta.get("frozen") or {})
-    return Model(cfg, model, params, source, *about)
+    return FlowModel(cfg, model, params, source, *about)
 
 
 def generate(
-    model: Model,
+    model: FlowModel,
     count: int,
     *,
     prompts: Sequence[str] | None = None,
     labels: Sequence[int] | None = None,
     text: np.ndarray | None = None,
-    sampling: Sampling | None = None,
+    sampling: FlowSampling | None = None,
 ) -> np.ndarray:
     """Draw images.
 
@@ -145,7 +145,7 @@ def generate(
     Raises:
         ValueError: conditions that the model does not take or needs, or a wrong number of them.
     """
-    sampling = sampling or Sampling()
+    sampling = sampling or FlowSampling()
     batch = _conditions(model, count, prompts, labels, text)
     drawn = []
     for start in range(0, count, sampling.batch):
@@ -160,7 +160,7 @@ def generate(
                 rule=sampling.rule,
                 what=sampling.what,
                 annealed=sampling.annealed,
-                temperature_on="all" if model.flow.text_channels else "unconditional",
+                temperature_on="all" if model.model_config.text_channels else "unconditional",
                 text=_null_text(model),
             )
         drawn.append(_draw(model, part, rows, sampling, guided))
@@ -170,12 +170,14 @@ def generate(
 def _null_text(model):
     """[1, L, E], None for a model without text."""
     return (
-        preprocess.pad_text(model.null_text, model.flow)[None] if model.flow.text_channels else None
+        preprocess.pad_text(model.null_text, model.model_config)[None]
+        if model.model_config.text_channels
+        else None
     )
 
 
 def _draw(model, part, rows, sampling, guided):
-    cfg, shape = model.flow, (model.flow.tokens, model.flow.channels)
+    cfg, shape = model.model_config, (model.model_config.tokens, model.model_config.channels)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(sampling.seed)))(rows)
     z = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
     given = preprocess.conditions(model.params, part, keys, 0.0)
@@ -203,7 +205,7 @@ def _score_step(params, x, sigma, given, *, cfg):
 
 
 def likelihood(
-    model: Model,
+    model: FlowModel,
     x: np.ndarray,
     *,
     prompts: Sequence[str] | None = None,
@@ -214,7 +216,7 @@ def likelihood(
     batch = _conditions(model, len(x), prompts, labels, text)
     keys = jax.random.split(jax.random.key(0), len(x))
     given = preprocess.conditions(model.params, batch, keys, 0.0)
-    return np.asarray(_log_likelihood(model.params["flow"], x, given, cfg=model.flow))
+    return np.asarray(_log_likelihood(model.params["flow"], x, given, cfg=model.model_config))
 
 
 @partial(jax.jit, static_argnames="cfg")
@@ -224,7 +226,7 @@ def _log_likelihood(params, x, given, *, cfg):
 
 def _conditions(model, count, prompts, labels, text) -> dict[str, Any]:
     """Conditions as the data pipeline gives them, checked."""
-    cfg, batch = model.flow, {}
+    cfg, batch = model.model_config, {}
     embeds = bool(model.cfg["text"]["vocabulary"])
     for name, values, takes in (
         ("prompts", prompts, embeds),

@@ -4,10 +4,8 @@ Axes: B rows, N patches, D latent channels.
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,93 +15,46 @@ from jax.sharding import NamedSharding
 from starflow2_jax import mesh
 from starflow2_jax.inference import decode_loop, prompts, results as answers, session
 from starflow2_jax.inference.guidance import Guidance
-from starflow2_jax.inference.options import Options, make_options
+from starflow2_jax.inference.model import Model, adapter_is_trained, flow_is_trained
+from starflow2_jax.inference.options import GenerateOptions
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.inference.results import Results
 from starflow2_jax.inference.session import Conversation
 from starflow2_jax.latents import codec
-from starflow2_jax.latents.codec import Codec
 from starflow2_jax.models.backbone import Config
 from starflow2_jax.training import preprocess
-
-if TYPE_CHECKING:  # heavy
-    from starflow2_jax.data.chat_layout import Tokenizer
-
-
-@dataclass(frozen=True)
-class Model:
-    """A trained STARFlow2.
-
-    Attributes:
-        cfg: the experiment's resolved configuration; shape: of the model; params: its subtrees,
-            the VLM's too.
-        tokenizer: of the VLM; fae: the codec of its images, None to give and take latents only.
-    """
-
-    cfg: Mapping[str, Any]
-    shape: Config
-    params: Mapping[str, Any]
-    tokenizer: "Tokenizer"
-    fae: Codec | None = None
-    source: str = ""
-
-    @functools.cached_property
-    def prepared(self) -> Mapping[str, Any]:
-        """`params` as the decode loop reads them, laid out once: it is a copy."""
-        return decode_loop.prepare(self.params, cfg=self.shape)
-
-    def generate(self, given: Any, *, after: Results | None = None, **options: Any) -> Results:
-        """Continues prompts, or a conversation.
-
-        Args:
-            given: a list of prompts (see `inference.prompts`), one a row; `after`: results to
-                continue, whose rows then read the prompts as further parts: an empty list goes on
-                where the row is.
-            options: of `Options`.
-
-        Raises:
-            ValueError: options or prompts that are not as they should be.
-        """
-        return generate(self, given, after=after, options=make_options(options))
-
-    def log_likelihood(self, rows: Any, *, seed: int = 0) -> list[list[float]]:
-        """Nats of every part given all before it; see `inference.scoring`."""
-        from starflow2_jax.inference import scoring
-
-        return scoring.log_likelihood(self, rows, seed=seed)
-
 
 # ------------------------------------------------------------------------------------- generation
 
 
 def generate(
-    model: Model, given: Any, *, after: Results | None = None, options: Options
+    model: Model, given: Any, *, continue_from: Results | None = None, options: GenerateOptions
 ) -> Results:
-    """As `Model.generate`."""
+    """Generate what follows prompts; see `api.STARFlow2.generate`."""
     if isinstance(given, str | bytes) or not isinstance(given, Sequence) or not len(given):
         raise ValueError("prompts: expected a list with one prompt a row")
     parts = [prompts.read(prompt, f"prompt {i}") for i, prompt in enumerate(given)]
     _check_images(model, parts)
     _check_trained(model, parts, options)
     copies = options.n * options.best_of
-    if after is not None:
-        if len(parts) != len(after):
-            raise ValueError(f"prompts: {len(parts)} for the {len(after)} rows to continue")
+    if continue_from is not None:
+        if len(parts) != len(continue_from):
+            raise ValueError(f"prompts: {len(parts)} for the {len(continue_from)} rows to continue")
         if copies > 1:
             raise ValueError("n and best_of belong to the first call; a row continues as one")
-        held = after.conversation
+        held = continue_from.session
         if bool(held.null) != _branches(options) and options.guidance:
             raise ValueError("guidance: the conversation was begun without it, and has no branch")
         held = session.heated(held, options.null_temperature)
     else:
         parts = [row for row in parts for _ in range(copies)]
         held = _begin(model, len(parts), options)
-    keys, cfg = held.keys, model.shape
+    keys, cfg = held.keys, model.model_config
     x = latents(model, parts, keys, held.parts)
     u = session.shallow(model.params, np.concatenate(x), cfg)[0]
     u = np.split(u, np.cumsum([len(images) for images in x])[:-1])
     held = session.extend(held, parts, u, cfg, model.tokenizer, _room(options, cfg))
-    state = _ready(held.state, options, model, bool(after is not None))
+    state = _ready(held.state, options, model, bool(continue_from is not None))
     held = dataclasses.replace(held, state=state)
     # Copies: the loop takes the arrays over.
     start, first = jax.tree.map(np.array, held.state.replace(caches=None)), held.read
@@ -115,7 +66,7 @@ def generate(
 def generate_many(
     model: Model,
     given: Sequence[Any],
-    options: Options,
+    options: GenerateOptions,
     rows: int = 16,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[list[list[Part]]]:
@@ -139,11 +90,11 @@ def generate_many(
             yield found.rows[i * options.n : (i + 1) * options.n]
 
 
-def _branches(options: Options) -> bool:
+def _branches(options: GenerateOptions) -> bool:
     return bool(options.guidance) or options.best_of_gain
 
 
-def _begin(model: Model, rows: int, options: Options) -> Conversation:
+def _begin(model: Model, rows: int, options: GenerateOptions) -> Conversation:
     samples = options.samples or tuple(range(rows))
     if len(samples) != rows:
         raise ValueError(f"samples: {len(samples)} numbers for {rows} rows")
@@ -151,10 +102,10 @@ def _begin(model: Model, rows: int, options: Options) -> Conversation:
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(samples))
     null = options.null if _branches(options) else ""
     args = (null, options.null_temperature, options.cache or 0, options.cache is not None)
-    return session.begin(model.prepared, model.shape, keys, *args)
+    return session.begin(model.decode_params, model.model_config, keys, *args)
 
 
-def _room(options: Options, cfg: Config) -> int:
+def _room(options: GenerateOptions, cfg: Config) -> int:
     """Steps that drawing takes at most."""
     return options.max_tokens + options.most_images * (cfg.patches + 2) + 1
 
@@ -166,38 +117,24 @@ def _check_images(model: Model, parts: Sequence[Sequence[Part]]) -> None:
             if part.kind != "image":
                 continue
             if part.latent is not None:
-                shape = (model.shape.patches, model.shape.flow.channels)
+                shape = (model.model_config.patches, model.model_config.flow.channels)
                 if part.latent.shape != shape:
                     raise ValueError(f"{where}: latent {part.latent.shape}, expected {shape}")
-            elif model.fae is None:
+            elif model.codec is None:
                 raise ValueError(f"{where}: the model has no codec (--fae) to read an image with")
             else:
-                prompts.check_pixels(part.image, model.fae.model.pixels, where)
+                prompts.check_pixels(part.image, model.codec.model.pixels, where)
 
 
-def draws(model: Model) -> bool:
-    """Whether the flow has learnt anything: its last layer is zero at birth."""
-    return _any(model.params["deep"]["proj_out"])
-
-
-def reads(model: Model) -> bool:
-    """Whether the VLM has learnt to see: an adapter's last layer is zero at birth."""
-    return "adapter" not in model.params or _any(model.params["adapter"]["down"])
-
-
-def _any(group: Any) -> bool:
-    return any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(group))
-
-
-def _check_trained(model: Model, parts: Sequence[Sequence[Part]], options: Options) -> None:
+def _check_trained(model: Model, parts: Sequence[Sequence[Part]], options: GenerateOptions) -> None:
     """Refuses what the checkpoint's stage has not learnt."""
-    if options.most_images and not draws(model):
+    if options.most_images and not flow_is_trained(model):
         raise ValueError(
             f"{model.source or 'model'}: its flow is as it was born (a checkpoint of stage 2 that "
             "began from nothing?), it draws no images; images=0 gives text alone"
         )
     shown = any(part.kind == "image" for row in parts for part in row)
-    if shown and not reads(model):
+    if shown and not adapter_is_trained(model):
         raise ValueError(
             f"{model.source or 'model'}: its adapter is zero (a checkpoint of stage 1?), so that "
             "its VLM sees no images; give text alone, or a checkpoint of stage 2 or 3"
@@ -219,7 +156,7 @@ def latents(
     distinct = {id(part.image): part.image for row in parts for part in row if given(part)}
     moments = {}
     if distinct:
-        mean, log_variance = codec.encode(model.fae, np.stack(list(distinct.values())))
+        mean, log_variance = codec.encode(model.codec, np.stack(list(distinct.values())))
         moments = {name: pair for name, *pair in zip(distinct, mean, log_variance)}
     found = []
     for b, row in enumerate(parts):
@@ -233,13 +170,13 @@ def latents(
                 key = jax.random.fold_in(keys[b], number)
                 x.append(np.asarray(preprocess.tokens(batch, key[None], model.cfg, False))[0])
             number += part.counts
-        shape = (len(x), model.shape.patches, model.shape.flow.channels)
+        shape = (len(x), model.model_config.patches, model.model_config.flow.channels)
         found.append(np.asarray(x, wide).reshape(shape))
     return found
 
 
 def _ready(
-    state: decode_loop.State, options: Options, model: Model, going_on: bool
+    state: decode_loop.State, options: GenerateOptions, model: Model, going_on: bool
 ) -> decode_loop.State:
     """The counters of a turn. A row whose turn has ended stays so unless it was told more."""
     token, is_image = np.asarray(state.token), np.asarray(state.is_image)
@@ -248,7 +185,7 @@ def _ready(
     full = lambda value: jnp.full(len(token), value, jnp.int32)
     modes = np.full(len(token), mode, np.int32)
     if going_on:
-        ends = session.delimiters(model.tokenizer, model.shape).ends
+        ends = session.delimiters(model.tokenizer, model.model_config).ends
         modes[np.isin(token, ends) & ~is_image] = decode_loop.ENDED
     return state.replace(
         mode=jnp.asarray(modes),
@@ -259,7 +196,7 @@ def _ready(
     )
 
 
-def _loop(model: Model, held: Conversation, options: Options, start: Any, first: int):
+def _loop(model: Model, held: Conversation, options: GenerateOptions, start: Any, first: int):
     """Chunks of steps until every row is done; the host looks for stop texts between them.
 
     Args:
@@ -269,7 +206,7 @@ def _loop(model: Model, held: Conversation, options: Options, start: Any, first:
         the conversation, every row's (tokens, u, nats) of what was drawn and kept, and why each
         ended.
     """
-    cfg, ids = model.shape, session.delimiters(model.tokenizer, model.shape)
+    cfg, ids = model.model_config, session.delimiters(model.tokenizer, model.model_config)
     # With stop texts a row may run on past one to the end of its chunk.
     steps = jnp.int32(16 if options.stop else decode_loop.CHUNK)
     wide = jnp.promote_types(held.state.u.dtype, jnp.float32)

@@ -16,7 +16,7 @@ import numpy as np
 
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import teacher as teacher_weights
-from starflow2_jax.inference.generate import Model
+from starflow2_jax.inference.api import STARFlow2
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import backbone
@@ -33,7 +33,7 @@ def load(
     *,
     vlm: str = "",
     fae: str = "",
-) -> Model:
+) -> STARFlow2:
     """A model with the averaged weights of a checkpoint.
 
     Args:
@@ -74,7 +74,7 @@ def load(
     from starflow2_jax.data.chat_layout import open_tokenizer  # heavy
 
     words = model_folder.locate(cfg["text"]["tokenizer"] or vlm)
-    return Model(cfg, shape, params, open_tokenizer(words), codec, path)
+    return STARFlow2(cfg, shape, params, open_tokenizer(words), codec, path)
 
 
 def task(path: str) -> str:
@@ -159,7 +159,7 @@ def export(
     vlm: str = "",
     fae: str = "",
     overwrite: bool = False,
-) -> Model:
+) -> STARFlow2:
     """Writes a model folder from a run, a step of it, or another model folder.
 
     Args:
@@ -175,7 +175,7 @@ def export(
     vlm, fae = model.cfg["vlm"]["path"], model.cfg["fae"]["path"]
     words = model.cfg["text"]["tokenizer"] or vlm
     frozen = before | ({"vlm": teacher_weights.identity(vlm)} if vlm else {})
-    frozen |= {"fae": model.fae.sha256} if model.fae else {}
+    frozen |= {"fae": model.codec.sha256} if model.codec else {}
     shipped = lambda p: model_folder.locate(p) != Path(p)
     near = lambda p: p if shipped(p) else os.path.relpath(Path(p).resolve(), Path(out).resolve())
     seen = lambda p: "" if embed or not p else near(p)

@@ -12,7 +12,7 @@ from starflow2_jax.inference.guidance import Guidance
 
 
 @dataclass(frozen=True)
-class Options:
+class GenerateOptions:
     """How parts are drawn.
 
     A conversation that goes on keeps the `seed`, `samples`, `null` and `cache` it was begun with.
@@ -97,17 +97,17 @@ class Options:
         return self.max_images if self.images is None else self.images
 
 
-def of_run(sample: Mapping[str, Any], **other: Any) -> dict[str, Any]:
+def sampling_defaults(sample: Mapping[str, Any], **other: Any) -> dict[str, Any]:
     """The options of pictures that a run's own `sample` keys name, but for what is not None of
     those given."""
     own = {name: sample[name] for name in ("guidance", "rule", "denoise", "image_temperature")}
     return own | {name: value for name, value in other.items() if value is not None}
 
 
-def make_options(given: Mapping[str, Any]) -> Options:
+def make_options(given: Mapping[str, Any]) -> GenerateOptions:
     """Options by name; ValueError names an unknown one and the nearest there is."""
-    known = [field.name for field in dataclasses.fields(Options)]
+    known = [field.name for field in dataclasses.fields(GenerateOptions)]
     for name in given:
         if name not in known:
             raise ValueError(f"generate: unknown option {name!r}{nearest(name, known)}")
-    return Options(**given)
+    return GenerateOptions(**given)

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.inference import decode_loop, denoise, session
-from starflow2_jax.inference.options import Options
+from starflow2_jax.inference.options import GenerateOptions
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.inference.session import Conversation
 from starflow2_jax.latents import codec
 
 if TYPE_CHECKING:
     from starflow2_jax.data.chat_layout import Tokenizer  # heavy
-    from starflow2_jax.inference.generate import Model
+    from starflow2_jax.inference.model import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Results:
     def take(self, rows: Sequence[int]) -> "Results":
         """The results of some rows alone."""
         pick = lambda values: [values[i] for i in rows]
-        held = session.take(self.conversation, rows)
+        held = session.take(self.session, rows)
         return Results(pick(self.rows), pick(self.finish), pick(self.total), held)
 
 
@@ -74,7 +74,13 @@ def stop_at(tokenizer: "Tokenizer", row: Sequence[Any], stop: Sequence[str], ids
 
 
 def finished(
-    model: "Model", held: Conversation, records, reasons, options: Options, start: Any, first: int
+    model: "Model",
+    held: Conversation,
+    records,
+    reasons,
+    options: GenerateOptions,
+    start: Any,
+    first: int,
 ) -> Results:
     """Parts with their likelihoods; images decoded.
 
@@ -82,7 +88,7 @@ def finished(
         records: of every row the (token, u, nats) of what was drawn; reasons: why it ended.
         start: the state before, on the host; first: the slot of the item that was pending then.
     """
-    ids, cfg = session.delimiters(model.tokenizer, model.shape), model.shape
+    ids, cfg = session.delimiters(model.tokenizer, model.model_config), model.model_config
     rows, drawn, totals = [], [], []
     for row, reason in zip(records, reasons):
         parts, images, total = _parts(model.tokenizer, row, ids, cfg)
@@ -95,7 +101,7 @@ def finished(
         x = session.shallow_inverse(model.params, np.stack(drawn), cfg, options.jacobi)
         log_det = session.shallow(model.params, x, cfg)[1]
         cleaned = _denoised(model, held, records, x, start, first) if options.denoise else x
-        pixels = None if model.fae is None else codec.decode(model.fae, np.asarray(cleaned))
+        pixels = None if model.codec is None else codec.decode(model.codec, np.asarray(cleaned))
         number = 0
         for b, parts in enumerate(rows):
             for j, part in enumerate(parts):
@@ -124,7 +130,7 @@ def finished(
 
 def _denoised(model, held, records, x, start, first):
     """x [I, N, D] after a score step each, where the model was trained with Gaussian noise."""
-    noise, cfg = model.cfg["noise"], model.shape
+    noise, cfg = model.cfg["noise"], model.model_config
     if noise["kind"] != "gaussian" or not noise["sigma"]:
         raise ValueError(f"denoise: the model was trained with noise.kind={noise['kind']!r}")
     ids, cleaned = session.delimiters(model.tokenizer, cfg), []
@@ -186,7 +192,7 @@ def _parts(tokenizer, row, ids, cfg):
     return parts, images, total
 
 
-def best(results: Results, options: Options) -> Results:
+def best(results: Results, options: GenerateOptions) -> Results:
     """Of every `best_of` rows the one with the largest total."""
     groups = np.asarray(results.total).reshape(-1, options.best_of)
     rows = np.argmax(groups, 1) + np.arange(len(groups)) * options.best_of

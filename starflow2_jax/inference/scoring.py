@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.inference import generate, prompts
-from starflow2_jax.inference.generate import Model
+from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.training.losses import interleaved as starflow2_loss
 from starflow2_jax.training.losses.flow import HALF_LOG_2_PI
@@ -37,8 +37,8 @@ def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(parts)))
     x = generate.latents(model, parts, keys, [0] * len(parts))
     batch, owners = lay_out(model, parts, x)
-    found = _terms(dict(model.params), batch, cfg=model.shape)
-    dims = model.shape.patches * model.shape.flow.channels
+    found = _terms(dict(model.params), batch, cfg=model.model_config)
+    dims = model.model_config.patches * model.model_config.flow.channels
     image = np.asarray(sum(found.log_dets) - found.half_square - dims * HALF_LOG_2_PI)
     at, token, nll = (np.asarray(a) for a in (found.at, found.token, found.nll))
     result = []
@@ -69,7 +69,7 @@ def lay_out(
     """
     from starflow2_jax.data import chat_layout as layouts, packed_batches as row_arrays, packing
 
-    held, cfg = model.tokenizer, model.shape
+    held, cfg = model.tokenizer, model.model_config
     laid = []
     for row in parts:
         numbers = iter(range(len(row)))

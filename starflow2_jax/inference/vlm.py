@@ -27,16 +27,16 @@ _EXPERIMENT = "starflow2_jax"
 
 
 @dataclass(frozen=True)
-class Reader:
+class VLM:
     """An experiment's resolved configuration, its model and weights, its tokenizer's folder."""
 
     cfg: Mapping[str, Any]
-    model: Config
+    model_config: Config
     params: Mapping[str, Any]
-    tokenizer: str
+    tokenizer_folder: str
 
 
-def load(path: str) -> Reader:
+def load(path: str) -> VLM:
     """A workdir (newest checkpoint, averaged weights), a step folder in it, or an exported folder.
 
     Raises:
@@ -51,7 +51,7 @@ def load(path: str) -> Reader:
         if _EXPERIMENT not in held:
             raise ValueError(f"{path}: no folder that `convert export` made of a task='vlm' run")
         model, params = qwen_weights.load(path, dtype=jnp.float32)
-        return Reader(held[_EXPERIMENT], model, params, str(path))
+        return VLM(held[_EXPERIMENT], model, params, str(path))
     workdir, step = steps.locate(path)
     cfg = orbax.read_meta(workdir, step)["config"]
     if cfg.get("task") != "vlm":
@@ -59,34 +59,34 @@ def load(path: str) -> Reader:
     model = vlm.model_config(cfg)
     wanted = {"ema": abstract_params(vlm.declare(cfg, model))}
     found = orbax.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
-    return Reader(cfg, model, found["vlm"], cfg["text"]["tokenizer"])
+    return VLM(cfg, model, found["vlm"], cfg["text"]["tokenizer"])
 
 
-def export(reader: Reader, path: str, *, dtype: Any = "float32", overwrite: bool = False) -> None:
+def export(reader: VLM, path: str, *, dtype: Any = "float32", overwrite: bool = False) -> None:
     """Writes a Hugging Face folder with weights, tokenizer, chat template and image processor.
 
     Raises:
         FileExistsError, FileNotFoundError, OSError: as `checkpoints.convert.qwen.export`.
     """
     kept = config.to_dict(reader.cfg)
-    ids = json.loads((Path(reader.tokenizer) / "tokenizer.json").read_text("utf-8"))
+    ids = json.loads((Path(reader.tokenizer_folder) / "tokenizer.json").read_text("utf-8"))
     ids = {token["content"]: token["id"] for token in ids["added_tokens"]}
     end = ids["<|endoftext|>"]
     special = {"bos_token_id": end, "eos_token_id": ids["<|im_end|>"], "pad_token_id": end}
     qwen_weights.export(
         jax.tree.map(lambda a: np.asarray(a, jnp.dtype(dtype)), reader.params),
-        reader.model,
+        reader.model_config,
         path,
-        processor=reader.tokenizer,
+        processor=reader.tokenizer_folder,
         extra={**special, _EXPERIMENT: kept},
         overwrite=overwrite,
     )
 
 
-def score(reader: Reader, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def score(reader: VLM, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Of every record of a batch of rows, [B, S]: target `tokens`, how many are not the likeliest
     (`wrong`), and their `nll` in nats."""
-    return jax.device_get(_score(reader.params, _arrays(batch), model=reader.model))
+    return jax.device_get(_score(reader.params, _arrays(batch), model=reader.model_config))
 
 
 def _arrays(batch):

@@ -26,7 +26,7 @@ import jax
 from starflow2_jax import config
 from starflow2_jax.benchmarking import timing
 from starflow2_jax.data.chat_layout import Tokenizer
-from starflow2_jax.inference.generate import Model
+from starflow2_jax.inference.api import STARFlow2
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents import codec
 from starflow2_jax.models import starflow2
@@ -39,7 +39,7 @@ LETTERS = 7  # The first id that is a letter; each is one token.
 ANSWER = 16
 
 
-def make_model() -> Model:
+def make_model() -> STARFlow2:
     """A tiny model and codec with random weights; a token of text is a letter."""
     cfg = config.to_dict(runpy.run_path(str(EXPERIMENT))["get_config"]("tiny"))
     shape = fae_step.model_config(cfg)
@@ -61,7 +61,7 @@ def make_model() -> Model:
     down["weight"] = 0.02 * jax.random.normal(jax.random.key(3), down["weight"].shape)
     plain = config.default()
     plain.task, plain.noise.sigma = "starflow2", 0.3
-    return Model(config.to_dict(plain), whole, params, words, held)
+    return STARFlow2(config.to_dict(plain), whole, params, words, held)
 
 
 def least_ms(run, repeats: int) -> float:
@@ -75,13 +75,13 @@ def least_ms(run, repeats: int) -> float:
     return min(taken)
 
 
-def compare(model: Model, k: int, repeats: int) -> dict:
+def compare(model: STARFlow2, k: int, repeats: int) -> dict:
     """A row of the table."""
     draw = {"images": k, "max_tokens": 0}
     say = {"images": 0, "max_tokens": ANSWER, "temperature": 1.0}
     prompt, question = "draw pictures", "what do they show?"
     drawn = model.generate([prompt], **draw)
-    items = k * (model.shape.patches + 2)
+    items = k * (model.model_config.patches + 2)
     text = Part("text", "assistant", "x" * items)
     told = model.generate([[prompt, text]], **{**say, "max_tokens": 1})
     pixels = [Part("image", "assistant", image=part.image) for part in drawn[0]]
@@ -93,12 +93,12 @@ def compare(model: Model, k: int, repeats: int) -> dict:
             found = model.generate([[prompt, *seen]], images=1, max_tokens=0)
             seen.append(Part("image", "assistant", image=found[0][-1].image))
 
-    answer = lambda after: model.generate([question], after=after, **say)
-    before = drawn.conversation.read
+    answer = lambda after: model.generate([question], continue_from=after, **say)
+    before = drawn.session.read
     row = {
         "images": k,
         "items_before": before,
-        "items_read": answer(drawn).conversation.read - before,
+        "items_read": answer(drawn).session.read - before,
         "answer_after_images_ms": least_ms(lambda: answer(drawn), repeats),
         "answer_after_items_ms": least_ms(lambda: answer(told), repeats),
         "answer_again_ms": least_ms(

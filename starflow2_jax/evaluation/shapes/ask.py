@@ -5,7 +5,7 @@ from typing import Any
 
 from starflow2_jax.evaluation.shapes.cases import Case
 from starflow2_jax.inference import generate
-from starflow2_jax.inference.generate import Model
+from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.options import make_options
 from starflow2_jax.inference.prompts import Part
 
@@ -26,7 +26,7 @@ def asker(
 
     Args:
         rows: prompts together at most, which change no answer; max_tokens: of an answer in words.
-        drawing: of pictures, `guidance` and others of `inference.options.Options`.
+        drawing: of pictures, `guidance` and others of `inference.options.GenerateOptions`.
     """
     own = {
         "picture": {"images": 1, "max_tokens": 0, **drawing},
@@ -50,7 +50,7 @@ def asker(
 def _length(model: Model, prompt: Sequence[Any]) -> int:
     words = [part for part in prompt if isinstance(part, str)]
     texts = sum(len(model.tokenizer.encode(text)) for text in words)
-    return texts + (len(prompt) - len(words)) * model.shape.patches
+    return texts + (len(prompt) - len(words)) * model.model_config.patches
 
 
 def _order(lengths: Sequence[int], together: int) -> list[int]:

@@ -28,9 +28,9 @@ from starflow2_jax.evaluation.shapes import (
 from starflow2_jax.evaluation.shapes.ask import Ask
 from starflow2_jax.evaluation.shapes.cases import Case, Sample
 from starflow2_jax.evaluation.shapes.text_to_image import Through
-from starflow2_jax.inference import generate, vlm as reader_lib
-from starflow2_jax.inference.generate import Model
-from starflow2_jax.inference.vlm import Reader
+from starflow2_jax.inference import vlm as reader_lib
+from starflow2_jax.inference.model import Model, adapter_is_trained, flow_is_trained
+from starflow2_jax.inference.vlm import VLM
 
 # Of each section the task whose cases it asks; the likelihood is that of all of them.
 TASKS = {
@@ -65,7 +65,7 @@ def through(model: Model, seed: int = 0) -> Through:
 
     def kept(images: np.ndarray) -> np.ndarray:
         shown = [codec.Picture(pixels, None) for pixels in images]
-        return codec.reconstruct(model.fae, shown, sigma, seed)[2]
+        return codec.reconstruct(model.codec, shown, sigma, seed)[2]
 
     return kept
 
@@ -73,19 +73,19 @@ def through(model: Model, seed: int = 0) -> Through:
 def unable(model: Model) -> dict[str, str]:
     """Sections that a checkpoint cannot be asked, and why: its stage has not learnt them."""
     found = {}
-    if model.fae is None:
+    if model.codec is None:
         reason = "the model has no codec (--fae)"
         found |= dict.fromkeys(("generation", "understanding", "editing", "reasoning"), reason)
-    if not generate.reads(model):
+    if not adapter_is_trained(model):
         reason = "the adapter is zero (a checkpoint of stage 1?): the VLM sees no pictures"
         found |= dict.fromkeys(("understanding", "editing", "reasoning"), reason)
-    if not generate.draws(model):
+    if not flow_is_trained(model):
         reason = "the flow is as it was born (a checkpoint of stage 2?): it draws no pictures"
         found |= dict.fromkeys(("generation", "editing", "reasoning"), reason)
     return found
 
 
-def readers(model: Model, pixels: int, blind: str | None) -> tuple[dict[str, Reader], dict]:
+def readers(model: Model, pixels: int, blind: str | None) -> tuple[dict[str, VLM], dict]:
     """What reads beside the model: `own_eyes`, its VLM, and `blind_model`, that in a folder; and by
     name why one of them does not.
 
@@ -115,7 +115,7 @@ def run(
     only: Sequence[str] = SECTIONS,
     not_run: Mapping[str, str] | None = None,
     model: Model | None = None,
-    beside: Mapping[str, Reader] | None = None,
+    beside: Mapping[str, VLM] | None = None,
     keeps: Through | None = None,
     seed: int = 0,
     say: Callable[[str], None] = lambda name: None,
@@ -146,7 +146,7 @@ def run(
             skip.setdefault(name, f"no cases of task {TASKS.get(name)}")
         if name in ("likelihood", "text") and model is None:
             skip.setdefault(name, "there is no model to score with")
-        if name == "likelihood" and model is not None and model.fae is None:
+        if name == "likelihood" and model is not None and model.codec is None:
             own = [case for case in own if case.task == "text"]
         if name in skip or not own:
             continue
@@ -169,7 +169,7 @@ def run(
     return result, samples
 
 
-def _references(given: Sequence[Case], beside: Mapping[str, Reader]) -> dict[str, Any]:
+def _references(given: Sequence[Case], beside: Mapping[str, VLM]) -> dict[str, Any]:
     found = {}
     for name, reader in beside.items():
         found[name] = accuracy.apart(given, vqa.by_reader(reader, given))

@@ -13,7 +13,7 @@ from starflow2_jax.evaluation.shapes import accuracy, ask as asking, cases
 from starflow2_jax.evaluation.shapes.ask import Ask
 from starflow2_jax.evaluation.shapes.cases import Case, Sample
 from starflow2_jax.inference import vlm as readers
-from starflow2_jax.inference.vlm import Reader
+from starflow2_jax.inference.vlm import VLM
 from starflow2_jax.training.tasks import vlm
 
 # Of a reader's, at a time.
@@ -66,7 +66,7 @@ def answered(given: Sequence[Case], ask: Ask, kind: str = "words") -> list[bool]
     return [asking.said(row) == case.words for row, case in zip(rows, given)]
 
 
-def by_reader(reader: Reader, given: Sequence[Case], *, blank: bool = False) -> list[bool]:
+def by_reader(reader: VLM, given: Sequence[Case], *, blank: bool = False) -> list[bool]:
     """Whether a VLM that sees with its own tower gives each answer, decoded greedily.
 
     By scoring: an answer is given exactly where each of its tokens, the end of the turn included,
@@ -77,12 +77,12 @@ def by_reader(reader: Reader, given: Sequence[Case], *, blank: bool = False) -> 
     """
     from starflow2_jax.data import chat_layout  # heavy
 
-    side, pixels = vlm.side(reader.cfg, reader.model), reader.cfg["image"]["pixels"]
+    side, pixels = vlm.side(reader.cfg, reader.model_config), reader.cfg["image"]["pixels"]
     for case in given:
         for part in case.given:
             if not isinstance(part, str) and part.shape != (pixels, pixels, 3):
                 raise ValueError(f"case {case.id}: a picture {part.shape}, the VLM reads {pixels}")
-    held = chat_layout.open_tokenizer(reader.tokenizer)
+    held = chat_layout.open_tokenizer(reader.tokenizer_folder)
     right: list[bool] = []
     asked = [case.record for case in given]
     rows = scoring_batches.batches(asked, held, side, size=min(_ROWS, len(asked)), blank=blank)

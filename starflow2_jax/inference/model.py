@@ -1,0 +1,57 @@
+"""A trained STARFlow2 as plain data: configuration, parameters, tokenizer and codec."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from starflow2_jax.inference import decode_loop
+from starflow2_jax.latents.codec import Codec
+from starflow2_jax.models.backbone import Config
+from starflow2_jax.params import Tree
+
+if TYPE_CHECKING:  # heavy
+    from starflow2_jax.data.chat_layout import Tokenizer
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained STARFlow2.
+
+    Attributes:
+        cfg: the resolved configuration of the training run.
+        model_config: sizes and options of the network.
+        params: every parameter subtree, the VLM's included.
+        tokenizer: the VLM's tokenizer.
+        codec: the latent codec of images; None to read and return latents only.
+        source: the path that the model was loaded from.
+    """
+
+    cfg: Mapping[str, Any]
+    model_config: Config
+    params: Mapping[str, Any]
+    tokenizer: "Tokenizer"
+    codec: Codec | None = None
+    source: str = ""
+
+    @functools.cached_property
+    def decode_params(self) -> Tree:
+        """A copy of the parameters, laid out for the decode loop, made on first use."""
+        return decode_loop.prepare(self.params, cfg=self.model_config)
+
+
+def flow_is_trained(model: Model) -> bool:
+    """Return whether the flow was trained: its output layer is initialized to zero."""
+    return _any_nonzero(model.params["deep"]["proj_out"])
+
+
+def adapter_is_trained(model: Model) -> bool:
+    """Return whether the VLM can see images: the adapter's last layer is initialized to zero."""
+    return "adapter" not in model.params or _any_nonzero(model.params["adapter"]["down"])
+
+
+def _any_nonzero(tree: Tree) -> bool:
+    return any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(tree))
