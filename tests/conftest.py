@@ -1,20 +1,12 @@
-"""Eight virtual CPU devices for every test; a test that wants float64 asks for `x64`."""
+"""Eight virtual CPU devices for every test, and the fixtures that several folders share."""
 
-import os
 import pathlib
 
 import jax
 import pytest
+from helpers import cpu_devices, starflow2_folders, tiny_fae
 
-# Tests are many small programs: compiling takes most of the time. These two make it three times
-# faster; later versions do not know the first and end where they are given it.
-if jax.__version_info__ < (0, 11):
-    faster = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {faster}"
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_threefry_partitionable", True)
-jax.config.update("jax_disable_most_optimizations", True)
+cpu_devices.configure()
 
 
 @pytest.fixture
@@ -33,3 +25,15 @@ def room_for_programs():
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A folder with a tiny VLM in `vlm` and a tiny codec in `fae`, and a STARFlow2 run of both."""
+    return starflow2_folders.make_parts(tmp_path_factory.mktemp("starflow2"))
+
+
+@pytest.fixture(scope="module")
+def codec():
+    """A random codec of 16 pixels."""
+    return tiny_fae.codec()

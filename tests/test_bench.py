@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import runpy
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from helpers.paths import ROOT
 
 from starflow2_jax import bench, mesh
 from starflow2_jax.benchmarking import stages, timing
@@ -121,7 +121,6 @@ def test_bad_input_names_the_flag(verb, words, message, monkeypatch):
         bench.main(verb, [], values(*words))
 
 
-ROOT = pathlib.Path(__file__).parents[1]
 # The bench on a machine with little more than jax: anything else that is imported is an error.
 BARE = """
 import sys
@@ -134,7 +133,8 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import dataclasses
 from absl import flags
-from starflow2_jax import bench, timing
+from starflow2_jax import bench
+from starflow2_jax.benchmarking import timing
 from starflow2_jax.models import starflow2
 
 def least():

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
 from starflow2_jax import __main__, __version__
 from starflow2_jax.runtime import cli
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(*words, code=None, cwd=ROOT):

@@ -4,10 +4,10 @@ import json
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from absl import flags
+from helpers.paths import EXPERIMENTS
 from ml_collections import config_flags
 
 from starflow2_jax import config, mesh
@@ -15,7 +15,6 @@ from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.runtime import cli
 from starflow2_jax.training import program as step
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 VARIANTS = ["tarflow_pixels:tiny", "tarflow_pixels:cifar", "tarflow_pixels:in64",
             "starflow_t2i:tiny", "starflow_t2i:3b"]  # fmt: skip
 STAGES = [f"{stage}:{size}" for stage in ("stage1_t2i", "stage2_i2t", "stage3_joint")

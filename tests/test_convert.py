@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
+from helpers.paths import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 from starflow2_jax import config, convert
@@ -18,7 +18,6 @@ from starflow2_jax.models import flow
 from starflow2_jax.params import count as count_params, flatten, init as init_params
 from starflow2_jax.training.program import declare, model_config
 
-GOLDEN = Path(__file__).parent / "golden"
 TARFLOW = "img_size=16 patch_size=4 channel_size=3 channels=64 blocks=4 layers_per_block=2"
 STARFLOW = (
     "img_size=8 patch_size=1 channel_size=4 channels=64 blocks=4 layers_per_block=2 2 2 4 "

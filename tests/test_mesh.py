@@ -2,12 +2,12 @@
 
 import re
 import runpy
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.paths import EXPERIMENTS
 from jax.sharding import AxisType, PartitionSpec
 
 from starflow2_jax import config, params
@@ -21,8 +21,6 @@ from starflow2_jax.mesh import (
     weight_spec,
 )
 from starflow2_jax.training import program as step
-
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
 def test_parse_mesh():

@@ -11,10 +11,10 @@ import time
 from types import SimpleNamespace
 
 import jax
-import pretzel_rows
 import pytest
-from test_planning import ROWS, experiment
-from test_training_starflow2 import experiment as joint
+from helpers import pretzel_batch
+from helpers.pretzel_training import experiment as joint
+from helpers.tiny_starflow import ROWS, experiment
 
 from starflow2_jax import params, plan
 from starflow2_jax.models import flops, starflow2
@@ -137,7 +137,7 @@ def test_generation_of_starflow2_is_planned_too():
     cfg = joint(**{"text.length": 40})
     (row,) = plan.plan(cfg, "cpu", ["fsdp"], what="generate")
     assert row["batch"] == 8 and row["tokens"] == 8 * 4 and not row["unknown_loops"]
-    model = pretzel_rows.model()
+    model = pretzel_batch.model()
     matrices = sum(
         math.prod(weight.shape)
         for name, weight in params.flatten(starflow2.declare(model)).items()

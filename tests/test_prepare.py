@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import tarfile
@@ -11,14 +10,13 @@ import tarfile
 import numpy as np
 import pytest
 from absl import flags
+from helpers.paths import ROOT
 from PIL import Image
 
 from starflow2_jax import prepare
 from starflow2_jax.data import images, manifest, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.shapes import generator
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run(capsys, verb, *words):

@@ -5,11 +5,12 @@ import re
 
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 
 from starflow2_jax.data import image_batches, images, records
 from starflow2_jax.data.manifest import DatasetError
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+README = ROOT / "README.md"
 
 
 def block(language):

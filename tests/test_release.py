@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 from PIL import Image
 
 from starflow2_jax import __main__, __version__
 
 pytest.importorskip("twine", reason="needs the extra release")
 
-ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "starflow2_jax", "experiments",
            "tests")  # fmt: skip
 

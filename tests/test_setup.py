@@ -8,13 +8,13 @@ import tomllib
 from pathlib import Path
 
 import yaml
+from helpers.paths import ROOT
 from packaging.requirements import Requirement
 from setuptools import Distribution
 from setuptools.command.build_py import build_py
 
 import starflow2_jax
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "starflow2_jax"
 METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())
 

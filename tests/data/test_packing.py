@@ -1,0 +1,124 @@
+"""Packing: nothing lost or split, every row fits, equal on every host, written once."""
+
+import json
+import pathlib
+
+import grain
+import numpy as np
+import pytest
+from absl import flags
+from helpers import interleaved_dataset
+
+from starflow2_jax import prepare
+from starflow2_jax.data import chat_layout, packing, records
+from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.data.packing import Room
+from starflow2_jax.data.records import Img, Record, Text
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A dataset folder and a tokenizer folder."""
+    return interleaved_dataset.make(
+        tmp_path_factory.mktemp("packing"), 40, tasks=["t2i", "caption"]
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(made):
+    return made[0]
+
+
+def run(capsys, *words):
+    values = flags.FlagValues()
+    prepare.define(values)
+    values(["prepare", *map(str, words), "--json"])
+    prepare.main("index", [], values)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_record_is_in_one_row_that_holds_it():
+    rng = np.random.default_rng(0)
+    lengths, images = rng.integers(1, 900, 3000), rng.integers(0, 3, 3000)
+    plan = packing.pack(lengths, images, Room(1000, 16, 2), seed=1)
+    np.testing.assert_array_equal(np.sort(plan.items), np.arange(3000))
+    sums = [plan.lengths[plan[k]].sum() for k in range(len(plan))]
+    assert max(sums) <= 1000 and min(len(plan[k]) for k in range(len(plan))) >= 1
+    assert max(plan.images[plan[k]].sum() for k in range(len(plan))) == 2
+    assert plan.waste == pytest.approx(1 - sum(sums) / (1000 * len(plan)))
+    free = packing.pack(lengths, images, Room(1000, 16), seed=1)
+    assert free.room.places == 55 and free.waste < 0.1
+    with pytest.raises(IndexError):
+        plan[len(plan)]
+
+
+def test_a_plan_depends_on_the_seed_alone():
+    lengths = np.random.default_rng(0).integers(1, 50, 200)
+    plan = lambda seed: packing.pack(lengths, lengths * 0, Room(100, 16), seed)
+    same, again, other = (plan(seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(same.items, again.items)
+    assert not np.array_equal(same.items, other.items)
+
+
+def test_a_record_larger_than_a_row_is_named():
+    with pytest.raises(DatasetError, match=r"record 1 takes 11 positions, a row has 10 \(2 rec"):
+        packing.pack([3, 11, 12], [0, 0, 0], Room(10, 4))
+    with pytest.raises(DatasetError, match=r"record 2 takes 3 images, a row has 2 \(1 rec"):
+        packing.pack([3, 4, 5], [0, 1, 3], Room(10, 4, 2))
+
+
+def test_size_is_that_of_the_layout(made):
+    held = chat_layout.open_tokenizer(made[1])
+    words = [Text("a red", False, "user"), Img(0, False, "user"), Text("ring", True, "assistant")]
+    count = lambda text: len(held.encode(text))
+    markup = sum(3 + count(role) for role in ("user", "assistant")) + 2 * count("\n")
+    whole = count("a red") + (16 + 2) + count("ring") + markup
+    # Each turn: start, role, line end; end, line end.
+    assert packing.size(Record(1, "x", "", words), held, 16) == (whole, 1)
+
+
+def test_the_index_is_written_once_and_read_after(made, capsys):
+    folder, held = made
+    words = ("--data", folder, "--tokenizer", held, "--row_length", 200, "--image_tokens", 64)
+    first = run(capsys, *words)
+    file = pathlib.Path(first["out"])
+    before = file.read_bytes()
+    assert run(capsys, *words) == first and file.read_bytes() == before
+    assert first["records"] == 40 and 0 < first["waste"] < 1
+    assert run(capsys, *words, "--seed", 1)["out"] != first["out"]
+    with pytest.raises(DatasetError, match="a row has 60"):
+        run(capsys, "--data", folder, "--tokenizer", held, "--row_length", 60)
+    with pytest.raises(DatasetError, match="nowhere: no tokenizer in this folder"):
+        run(capsys, *words[:2], "--tokenizer", "nowhere")
+    with pytest.raises(DatasetError, match="--tokenizer must be given"):
+        run(capsys, "--data", folder)
+    # Half a file, then that of another order.
+    for spoil in (before[: len(before) // 2], None):
+        if spoil is None:
+            with np.load(file) as arrays:
+                arrays = dict(arrays)
+            np.savez(file, **{**arrays, "items": arrays["items"] * 0})
+        else:
+            file.write_bytes(spoil)
+            with pytest.raises(DatasetError, match="damaged packing plan"):
+                run(capsys, *words)
+            file.write_bytes(before)
+    with pytest.raises(DatasetError, match="not a plan of these 40 records"):
+        run(capsys, *words)
+
+
+def test_rows_are_a_grain_dataset_that_hosts_share(made):
+    folder, held = made
+    _, plan = packing.index(folder, held, Room(150, 32), seed=4)
+    dataset = records.read(folder)
+    rows = packing.rows(dataset, plan)
+    assert isinstance(rows, grain.MapDataset) and len(rows) == len(plan)
+    ids = [[record.id for record in rows[k]] for k in range(len(rows))]
+    assert sorted(name for row in ids for name in row) == sorted(record.id for record in dataset)
+    for hosts in (1, 2, 4):
+        shared = [rows.shuffle(seed=7)[host::hosts] for host in range(hosts)]
+        found = [shared[k % hosts][k // hosts] for k in range(len(rows))]
+        order = [record.id for row in found for record in row]
+        if hosts == 1:
+            first = order
+        assert order == first

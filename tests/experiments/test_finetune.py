@@ -1,0 +1,90 @@
+"""The README's three commands on pictures of a user's own: import, train, generate."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers.paths import ROOT
+from helpers.starflow2_folders import PIXELS
+from helpers.training_runs import environment_of
+from PIL import Image
+
+from starflow2_jax.checkpoints import model_folder, orbax
+from starflow2_jax.data import images
+from starflow2_jax.inference import load
+from starflow2_jax.training.logging import run_log
+
+SMALL = {
+    "train": [
+        *("--config.train.steps=2", "--config.train.batch_size=2", "--config.checkpoint.every=2"),
+        *("--config.text.length=96", "--config.text.images=2", "--config.sample.count=2"),
+        *("--config.sample.every=2", "--config.log.every=1", "--config.train.ema=0.5"),
+    ],
+    "generate": ["--n=1"],
+}
+
+
+def commands():
+    """The three lines, by verb."""
+    section = (ROOT / "README.md").read_text().split("\n## Your own data\n")[1].split("\n## ")[0]
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", section, re.S) if "finetune.py" in b)
+    lines = [shlex.split(line) for line in block.strip().replace("\\\n", " ").splitlines()]
+    assert len(lines) == 3
+    return {line[2].removeprefix("starflow2_jax."): line[1:] for line in lines}
+
+
+@pytest.fixture(scope="module")
+def folder(parts, tmp_path_factory):
+    """A model folder that holds everything."""
+    path = tmp_path_factory.mktemp("model") / "whole"
+    load.export(parts[1], str(path))
+    return path
+
+
+def test_import_train_generate(folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for i, color in enumerate(("red", "blue", "green", "white")):
+        # Of another size than the codec's.
+        pixels = np.full((24, 20, 3), 60 * i, np.uint8)
+        (tmp_path / "mine" / f"{i}.png").write_bytes(images.encode_png(pixels))
+        (tmp_path / "mine" / f"{i}.txt").write_text(f"a {color} circle")
+    environment = {**environment_of(tmp_path / "cache", 1), "PYTHONPATH": str(ROOT)}
+    for verb, words in commands().items():
+        words = [
+            f"{ROOT}/{w}:{folder}" if w == "experiments/finetune.py" else w for w in words
+        ] + SMALL.get(verb, [])
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (verb, done.stderr[-2000:])
+        assert verb != "train" or f"started from the weights of {folder}" in done.stdout
+    run = tmp_path / "runs" / "mine"
+    # It reads with the folder's VLM and draws with its codec, and has moved from its weights.
+    meta, given = orbax.read_meta(run), model_folder.read_config(folder)
+    assert meta["frozen"] == given["frozen"]
+    cfg = run_log.read_config(run)
+    assert cfg["vlm"]["path"] == str(folder / "vlm") and cfg["fae"]["path"] == str(folder / "fae")
+    assert cfg["noise"] == given["noise"] and cfg["model"]["flow"] == given["model"]["flow"]
+    before, after = load.load(str(folder)), load.load(str(run))
+    for name in ("adapter", "shallow", "deep", "skip"):
+        ours, theirs = (np.concatenate([np.ravel(a) for a in jax.tree.leaves(m.params[name])])
+                        for m in (before, after))  # fmt: skip
+        assert 0 < np.abs(ours - theirs).max() < 0.1, name
+    grids = sorted(path.name for path in (run / "samples").iterdir())
+    assert grids == ["00000002.png"]
+    assert "samples, step 2" in (run / "report.html").read_text()
+    (drawn,) = (tmp_path / "pictures").glob("*.png")
+    with Image.open(drawn) as image:
+        assert image.size == (PIXELS, PIXELS)
+
+
+def test_the_shipped_model_is_the_default():
+    found = runpy.run_path(str(ROOT / "experiments" / "finetune.py"))
+    assert found["get_config"].__defaults__ == ("pretrained/starflow2_tiny",)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        found["get_config"](str(ROOT / "nowhere"))

@@ -1,0 +1,13 @@
+"""Commands of the package that run in this process."""
+
+from absl import flags
+
+from starflow2_jax import evaluate
+
+
+def run_command(capsys, verb, **given):
+    values = flags.FlagValues()
+    evaluate.define(values)
+    values(["evaluate", *(f"--{name}={value}" for name, value in given.items())])
+    evaluate.main(verb, [], values)
+    return capsys.readouterr().out

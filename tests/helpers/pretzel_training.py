@@ -1,0 +1,36 @@
+"""Configurations and batches for the training stages of a very small STARFlow2."""
+
+from helpers import pretzel_batch
+from starflow2_jax import config
+from starflow2_jax.models import starflow2
+
+ROWS = 8
+
+
+STAGES = {1: ("shallow", "deep"), 2: ("adapter",), 3: ("adapter", "shallow", "deep", "skip")}
+
+
+def experiment(stage=3, **changes):
+    """A very small stage, as a plain dict."""
+    cfg = config.default()
+    cfg.task, cfg.train.trains = "starflow2", STAGES[stage]
+    cfg.model.update(starflow2.options(pretzel_batch.model()))
+    cfg.text.length, cfg.text.images, cfg.text.targets, cfg.text.chunk = 40, 3, 16, 8
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = ROWS, 10, 0.9
+    cfg.optim.lr, cfg.optim.warmup, cfg.noise.sigma = 1e-2, 1, 0.3
+    cfg.update_from_flattened_dict(changes)
+    config.check(cfg)
+    return config.to_dict(cfg)
+
+
+def batch_of(seed=0):
+    """Rows with more and fewer targets of each kind; the last one is padding."""
+    kinds = [
+        [pretzel_batch.T2I],
+        [pretzel_batch.I2T, pretzel_batch.TEXT],
+        [pretzel_batch.EDIT],
+        [pretzel_batch.REASON],
+        [pretzel_batch.TEXT],
+    ]
+    rows = [*kinds, [pretzel_batch.T2I, pretzel_batch.TEXT], [pretzel_batch.I2T], []]
+    return pretzel_batch.batch(rows, length=40, places=3, seed=seed)

@@ -1,0 +1,82 @@
+"""Folders of a tiny VLM and a tiny codec, and a STARFlow2 run that uses both."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from helpers import interleaved_dataset
+from helpers.tiny_fae import make_run
+from starflow2_jax import config, params
+from starflow2_jax.checkpoints import orbax
+from starflow2_jax.checkpoints.convert import qwen as qwen_weights, teacher as teacher_weights
+from starflow2_jax.inference import (
+    vlm as readers,
+)
+from starflow2_jax.latents import codec
+from starflow2_jax.models import qwen, qwen_vision, starflow2
+from starflow2_jax.models.fae import codec as fae
+
+PIXELS = 16
+
+
+def make_parts(root):
+    """Folders of a tiny VLM with its tokenizer and of a tiny codec, and a run of both."""
+    _, words = interleaved_dataset.make(root, count=8, pixels=PIXELS, patch=4, merge=1)
+    ids = {name: i for i, name in enumerate(json.loads(Path(words, "tokenizer.json").read_text())
+                                            ["model"]["vocab"])}  # fmt: skip
+    tower = qwen_vision.VisionConfig(
+        depth=1, width=16, heads=2, mlp_width=24, out_width=32, full_layers=(0,), patch=4,
+        window=16, merge=1,
+    )  # fmt: skip
+    shape = qwen.Config(
+        vocab=400, width=32, layers=2, heads=2, kv_heads=1, mlp_width=48, sections=(2, 3, 3),
+        tied=True, image_token=5, video_token=6, vision_start_token=3, vision_end_token=4,
+        vision=tower,
+    )  # fmt: skip
+    assert len(ids) <= 400
+    drawn = params.init(jax.random.key(1), qwen.declare(shape))
+    cfg = config.default()
+    cfg.task, cfg.image.pixels = "vlm", PIXELS
+    readers.export(readers.VLM(cfg, shape, drawn, words), str(root / "vlm"))
+    found = codec.load(make_run(root / "features", 0))
+    pixels = params.init(jax.random.key(2), fae.declare(found.model)["pixel_decoder"])
+    whole = dataclasses.replace(
+        found, cfg={**found.cfg, "task": "fae_pixels"},
+        params={**found.params, "pixel_decoder": pixels},
+    )  # fmt: skip
+    codec.export(whole, str(root / "fae"))
+    return root, save_run(root / "run", root, found)
+
+
+def save_run(workdir, root, held, shake=0.3, **frozen):
+    """A checkpoint as a short training of stage 3 would leave it."""
+    cfg = config.default()
+    cfg.task, cfg.train.trains = "starflow2", starflow2.SUBTREES
+    sizes = {"side": 2, "channels": 4, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
+    cfg.model.update({"vlm": {}, "flow": sizes})
+    cfg.vlm.path, cfg.text.tokenizer = str(root / "vlm"), str(root / "vlm")
+    cfg.fae.path, cfg.noise.sigma = str(root / "fae"), 0.1
+    cfg = config.to_dict(cfg)
+    shape = starflow2.preset("tiny", vlm=qwen_shape(root), flow=starflow2.flow_config(32, **sizes))
+    tree = params.init(jax.random.key(0), starflow2.declare(shape))
+    rng = np.random.default_rng(0)
+    drawn = {
+        name: jax.tree.map(
+            lambda a: a + shake * rng.standard_normal(a.shape, np.float32), tree[name]
+        )
+        for name in starflow2.SUBTREES
+    }
+    before = {"vlm": teacher_weights.identity(str(root / "vlm")), "fae": held.sha256, **frozen}
+    writer = orbax.open(workdir)
+    state = {"step": jnp.int32(1), "params": jax.tree.map(lambda a: a + 1, drawn), "ema": drawn}
+    orbax.save(writer, 1, state, {"config": cfg, "step": 1, "frozen": before})
+    orbax.close(writer)
+    return str(workdir)
+
+
+def qwen_shape(root):
+    return qwen_weights.load(root / "vlm", only=("embed",))[0]

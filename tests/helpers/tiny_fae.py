@@ -1,0 +1,110 @@
+"""A tiny latent codec: configurations, batches, datasets, short trainings and runs."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from starflow2_jax import config, mesh, params
+from starflow2_jax.checkpoints import orbax
+from starflow2_jax.data import records
+from starflow2_jax.latents import codec as codecs
+from starflow2_jax.models.fae import codec as fae, teacher as teachers
+from starflow2_jax.shapes import generator
+from starflow2_jax.training import program as step
+from starflow2_jax.training.tasks import fae as fae_step
+
+ROWS = 8
+
+
+TINY = {
+    "encoder_heads": 2, "encoder_head_dim": 8, "decoder_layers": 1, "decoder_heads": 2,
+    "decoder_head_dim": 8, "decoder_mlp": 16, "pixel_layers": 1, "pixel_width": 16,
+    "pixel_heads": 2, "pixel_mlp": 16, "latent": 4,
+}  # fmt: skip
+
+
+def experiment(**changes):
+    """Stage one on 16 pixels, seen at 16 by the drawn tower: 2 x 2 features, as a plain dict."""
+    cfg = config.default()
+    cfg.task = "fae_features"
+    model = fae.preset("tiny", side=2, patch=8, **TINY)
+    cfg.model.update(dataclasses.asdict(model))
+    cfg.image.pixels, cfg.image.flip, cfg.teacher.pixels = 16, True, 16
+    cfg.train.trains = ("encoder", "feature_decoder", "latent")
+    cfg.train.batch_size, cfg.train.steps = ROWS, 6
+    cfg.optim.lr, cfg.optim.warmup, cfg.sample.every = 1e-2, 2, 0
+    cfg.fae.statistics_decay, cfg.fae.latent_noise = 0.9, 0.3
+    cfg.update_from_flattened_dict(changes)
+    return config.to_dict(cfg)
+
+
+def batch_of(seed=0):
+    rng = np.random.default_rng(seed)
+    return {"image": rng.integers(0, 256, (ROWS, 16, 16, 3)).astype(np.uint8), "id": ["x"] * ROWS}
+
+
+def run(cfg, steps=4, devices=None, batches=None):
+    """(losses, state, frozen) after some steps."""
+    grid = mesh.make_mesh(cfg["mesh"], devices or jax.devices()[:1])
+    with jax.set_mesh(grid):
+        program = fae_step.build(cfg, grid)
+        state, frozen = program.init(jax.random.key(cfg["seed"]))
+        losses = []
+        for i in range(steps):
+            batch = step.to_device(program, batches[i] if batches else batch_of(i))
+            state, metrics = program.step(state, frozen, batch)
+            losses.append(float(metrics["loss"]))
+    return np.array(losses), state, frozen
+
+
+def pixel_experiment(**changes):
+    """Stage two, its discriminator from step 2 on."""
+    base = {
+        "task": "fae_pixels", "train.trains": ("pixel_decoder", "discriminator", "lecam"),
+        "fae.l1": 1.0, "fae.gan_start": 2, "fae.discriminator_widths": (4, 8),
+        "fae.discriminator_groups": 4, "train.ema": 0.9, "image.flip": False,
+    }  # fmt: skip
+    return experiment(**{**base, **changes})
+
+
+def run_config(data, kind=experiment, **changes):
+    base = {
+        "checkpoint.every": 2, "checkpoint.keep": 9, "log.every": 1, "evaluate.every": 3,
+        "evaluate.rows": 16, "evaluate.batch_size": 8, "data.path": str(data),
+        "eval_data.path": str(data), "data.threads": 1, "eval_data.threads": 1,
+    }  # fmt: skip
+    cfg = kind(**{**base, **changes})
+    config.check(cfg)
+    return cfg
+
+
+SIDE = 16
+
+
+def codec():
+    """A codec of 16 pixels, as it is drawn."""
+    cfg = experiment(task="fae_pixels", **{"teacher.kind": "qwen"})
+    model = fae_step.model_config(cfg)
+    teacher = fae_step.teacher_of(cfg, model)
+    declared = {**fae.declare(model), "teacher": teachers.declare(teacher)}
+    return codecs.from_params(cfg, model, teacher, params.init(jax.random.key(0), declared))
+
+
+def dataset(path, count=30, pixels=SIDE, tags=("single_object", "counting"), seed=0, **options):
+    made = generator.make_records(seed, count, pixels, tags=tags, **options)
+    records.write(path, made)
+    return str(path)
+
+
+def make_run(workdir, seed):
+    """A workdir with a checkpoint, as a short training would leave it."""
+    cfg = experiment(seed=seed)
+    program = fae_step.build(cfg, mesh.make_mesh("data=1", jax.devices()[:1]))
+    state, _ = program.init(jax.random.key(seed))
+    latent = {"mean": np.full(4, 0.25, np.float32), "std": np.full(4, 0.5, np.float32)}
+    state = state.replace(ema={**state.ema, "latent": jax.tree.map(jax.numpy.asarray, latent)})
+    writer = orbax.open(workdir)
+    orbax.save(writer, 1, state, {"config": cfg, "step": 1, "frozen": {}})
+    orbax.close(writer)
+    return str(workdir)

@@ -1,0 +1,81 @@
+"""Training runs in processes of their own, and what they leave behind."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from helpers.tiny_flow import experiment
+from starflow2_jax import config, mesh
+from starflow2_jax.checkpoints import orbax
+from starflow2_jax.training.logging import run_log
+from starflow2_jax.training.tasks import registry
+
+RUNNER = pathlib.Path(__file__).with_name("train_runner.py")
+
+
+CLOCKS = ("seconds_per_step", "tokens_per_second", "flops_per_second", "mfu")
+
+
+def run_config(data, **changes):
+    base = {
+        "model.classes": 8, "train.steps": 6, "optim.lr": 1e-3, "checkpoint.every": 2,
+        "checkpoint.keep": 9, "log.every": 1, "sample.every": 3, "sample.count": 2,
+        "evaluate.every": 3, "evaluate.rows": 16, "evaluate.batch_size": 16, "mesh": "data=-1",
+    }  # fmt: skip
+    cfg = experiment()
+    for group in ("data", "eval_data"):
+        cfg[group] |= {"path": str(data), "labels": True, "threads": 1}
+    for name, value in {**base, **changes}.items():
+        *path, last = name.split(".")
+        group = cfg
+        for part in path:
+            group = group[part]
+        group[last] = value
+    config.check(cfg)
+    return cfg
+
+
+def start(cfg, workdir, kill="", devices=1):
+    """A process that trains, with a number of virtual devices."""
+    file = workdir.with_suffix(".json")
+    file.write_text(json.dumps(cfg))
+    cache = pathlib.Path(cfg["data"]["path"]).parent / "cache"
+    command = [sys.executable, str(RUNNER), str(file), str(workdir), *([kill] if kill else [])]
+    pipe = subprocess.PIPE
+    environment = environment_of(cache, devices)
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT)
+
+
+def environment_of(cache, devices):
+    """Programs are compiled once for all processes of this file, and quickly."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def finish(process, expected=0):
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == expected, output[-3000:]
+    return output
+
+
+def state_of(workdir, number, cfg):
+    program = registry.build({**cfg, "mesh": "data=1"}, mesh.make_mesh("data=1", jax.devices()[:1]))
+    state, _ = orbax.restore(workdir, number, program.abstract_state)
+    return jax.tree.map(np.asarray, state)
+
+
+def rows_of(workdir):
+    rows = run_log.read(workdir)
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]

@@ -1,0 +1,286 @@
+"""Importers: what people have comes in once, in order, and what is wrong is named."""
+
+import gzip
+import io
+import os
+import pathlib
+import tarfile
+
+import numpy as np
+import pytest
+from helpers.paths import ROOT
+from PIL import Image
+
+from starflow2_jax.data import images, records
+from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.importers import captioned
+from starflow2_jax.importers.captioned import Missing
+
+SHARED = pathlib.Path(os.environ.get("STARFLOW2_SHARED", ROOT / "../shared"))
+
+
+def picture(number: int) -> bytes:
+    return images.encode_png(np.full((4, 5, 3), number, np.uint8))
+
+
+def write_tar(path, members, mode="w"):
+    """Members are (name, bytes) or a ready TarInfo."""
+    with tarfile.open(path, mode) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def pairs(*captions, folder=""):
+    out = []
+    for k, caption in enumerate(captions):
+        out += [(f"{folder}{k:03d}.png", picture(k)), (f"{folder}{k:03d}.txt", caption.encode())]
+    return out
+
+
+def read(*tars, allowed=0):
+    return list(captioned.webdataset(tars, Missing(allowed)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_webdataset(tmp_path, packed):
+    name = "set.tar.gz" if packed else "set.tar"
+    extra = [("sub/dir.name/9.cls", b"3"), ("sub/dir.name/9.txt", b" a cat\n")]
+    members = [*pairs("a dog", "ein B\u00e4r"), *extra, ("sub/dir.name/9.PNG", picture(9))]
+    tar = write_tar(tmp_path / name, members, "w:gz" if packed else "w")
+    found = read(tar)
+    assert [r.id for r in found] == [f"{name}/000", f"{name}/001", f"{name}/sub/dir.name/9"]
+    assert [records.text(r) for r in found] == ["a dog", "ein B\u00e4r", "a cat"]
+    assert found[2].imgs[0].data == picture(9)  # the original bytes
+    assert found[0].segs[1].loss and not found[0].segs[0].loss
+    assert list(tmp_path.iterdir()) == [tar]
+
+
+def test_webdataset_is_streamed(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", [*pairs("one", "two"), ("zz.png", b"not an image")])
+    stream = captioned.webdataset([tar], Missing())
+    assert records.text(next(stream)) == "one"
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "a/../../evil.png", "/etc/evil.png", "..\\e.png"])
+def test_a_path_that_climbs_out(tmp_path, name):
+    tar = write_tar(tmp_path / "a.tar", [*pairs("one"), (name, picture(1))])
+    with pytest.raises(DatasetError, match=r"a\.tar.*climbs out"):
+        read(tar)
+    assert list(tmp_path.iterdir()) == [tar]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices(tmp_path, kind):
+    link = tarfile.TarInfo("link.png")
+    link.type, link.linkname = kind, "/etc/passwd"
+    tar = write_tar(tmp_path / "a.tar", [link])
+    with pytest.raises(DatasetError, match=r"a\.tar: 'link\.png' is a link"):
+        read(tar)
+
+
+def test_missing_captions(tmp_path):
+    members = [*pairs("one"), ("lost.png", picture(7)), ("zz.png", picture(8)), ("zz.txt", b" \n")]
+    tar = write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(DatasetError, match=r"a\.tar:lost: no caption"):
+        read(tar)
+    with pytest.raises(DatasetError, match=r"a\.tar:zz: no caption.*2 missing, 1 allowed"):
+        read(tar, allowed=1)
+    missing = Missing(2)
+    assert len(list(captioned.webdataset([tar], missing))) == 1
+    assert missing.keys == ["a.tar:lost", "a.tar:zz"]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("0.png", b"GIF89a"), ("0.txt", b"x")], r"a\.tar:0\.png: not a JPEG, PNG or WebP"),
+        ([("0.png", picture(0)), ("0.txt", b"\xff\xfe")], r"a\.tar:0\.txt: not UTF-8"),
+        ([("0.txt", b"alone")], "0 images, expected one"),
+        ([("0.png", picture(0)), ("0.jpg", picture(0)), ("0.txt", b"x")], "2 images"),
+        ([("0.png", picture(0)), ("0.png", picture(0))], "two members are called '0.png'"),
+        ([*pairs("a", "b"), ("000.jpg", picture(1))], "'000' do not follow one another"),
+    ],
+)
+def test_what_is_wrong_in_a_tar_is_named(tmp_path, members, message):
+    with pytest.raises(DatasetError, match=message):
+        read(write_tar(tmp_path / "a.tar", members))
+
+
+def test_member_over_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_BYTES", 1000)
+    tar = write_tar(tmp_path / "a.tar", [("0.png", bytes(1001)), ("0.txt", b"x")])
+    with pytest.raises(DatasetError, match=r"'0\.png' has 1001 bytes, at most 1000"):
+        read(tar)
+
+
+def test_gzip_bomb(tmp_path):
+    tar = tmp_path / "a.tar.gz"
+    write_tar(tar, [("0.bin", bytes(30 << 20)), *pairs("one")], "w:gz")
+    with pytest.raises(DatasetError, match=r"a\.tar\.gz.*expands to more than 200 times"):
+        read(tar)
+
+
+def test_truncated_archives(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar", pairs("one", "two", "three")).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        # Inside a member, inside a header, and just after a member, where tarfile sees no fault.
+        boundary = tar.getmembers()[2].offset
+        cuts = [boundary + 520, boundary + 100, boundary]
+    for cut in cuts:
+        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        with pytest.raises(DatasetError, match=r"cut\.tar: (damaged|truncated)"):
+            read(tmp_path / "cut.tar")
+    packed = gzip.compress(whole)
+    (tmp_path / "cut.tar.gz").write_bytes(packed[: len(packed) - 20])
+    with pytest.raises(DatasetError, match=r"cut\.tar\.gz: (damaged|truncated)"):
+        read(tmp_path / "cut.tar.gz")
+    (tmp_path / "empty.tar").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"empty\.tar: "):
+        read(tmp_path / "empty.tar")
+    (tmp_path / "noise.tar").write_bytes(bytes(range(256)) * 40)
+    with pytest.raises(DatasetError, match=r"noise\.tar: damaged"):
+        read(tmp_path / "noise.tar")
+    with pytest.raises(DatasetError, match="no such file"):
+        read(tmp_path / "nowhere.tar")
+
+
+def make_folder(root, *names):
+    for k, name in enumerate(names):
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture(k))
+        file.with_suffix(".txt").write_text(f"caption of {name}")
+    return root
+
+
+def test_folder(tmp_path):
+    root = make_folder(tmp_path / "pets", "b.png", "a/z.png", "a/c.png")
+    (root / "notes.md").write_text("ignored")
+    found = list(captioned.folder(root, Missing()))
+    assert [r.id for r in found] == ["pets/a/c", "pets/a/z", "pets/b"]
+    assert records.text(found[0]) == "caption of a/c.png"
+    before = captioned.folder_hashes(root)
+    assert list(before) == ["pets"]
+    (root / "b.txt").write_text("another caption")
+    assert captioned.folder_hashes(root) != before
+
+
+def test_what_is_wrong_in_a_folder_is_named(tmp_path):
+    root = make_folder(tmp_path / "pets", "a.png")
+    (root / "b.png").write_bytes(picture(1))
+    with pytest.raises(DatasetError, match=r"b\.png: no caption"):
+        list(captioned.folder(root, Missing()))
+    assert len(list(captioned.folder(root, Missing(1)))) == 1
+    (root / "b.webp").write_bytes(picture(1))
+    with pytest.raises(DatasetError, match="two images are called 'b'"):
+        list(captioned.folder(root, Missing(2)))
+    with pytest.raises(DatasetError, match="no images"):
+        (tmp_path / "none").mkdir()
+        list(captioned.folder(tmp_path / "none", Missing()))
+    with pytest.raises(DatasetError, match="no such folder"):
+        list(captioned.folder(tmp_path / "nowhere", Missing()))
+
+    outside = make_folder(tmp_path / "outside", "secret.png")
+    leak = make_folder(tmp_path / "leak", "a.png")
+    (leak / "b.png").symlink_to(outside / "secret.png")
+    with pytest.raises(DatasetError, match=r"b\.png: a link that leads out"):
+        list(captioned.folder(leak, Missing()))
+
+
+def test_label_by_caption(tmp_path, monkeypatch):
+    tar = write_tar(tmp_path / "a.tar", pairs("dog", "cat", "dog", "eel"))
+    classes, labelled = captioned.label_by_caption(lambda: captioned.webdataset([tar], Missing()))
+    found = list(labelled)
+    assert classes == ["cat", "dog", "eel"]
+    assert [r.meta["label"] for r in found] == [1, 0, 1, 2]
+    records.write(tmp_path / "data", found, classes=classes)
+    monkeypatch.setattr(captioned, "MAX_CLASSES", 2)
+    with pytest.raises(DatasetError, match="more than 2 distinct captions"):
+        captioned.label_by_caption(lambda: captioned.webdataset([tar], Missing()))
+
+
+def test_examples_of_a_random_access_source():
+    source = [
+        {"image": picture(0), "label": 1, "text": b"one"},
+        {"image": np.full((4, 5, 1), 7, np.uint8), "label": np.int64(0), "text": "two"},
+    ]
+    names = ["sea_lion", "apple"]
+    found = list(
+        captioned.examples(source, "s", image_key="image", label_key="label", class_names=names)
+    )
+    assert [records.text(r) for r in found] == ["a photo of an apple", "a photo of a sea lion"]
+    assert [r.meta["label"] for r in found] == [1, 0]
+    assert found[0].imgs[0].data == picture(0)
+    assert (images.decode(found[1].imgs[0].data, "x") == 7).all()
+    texts = captioned.examples(source, "s", image_key="image", text_key="text")
+    assert [records.text(r) for r in texts] == ["one", "two"]
+    with pytest.raises(DatasetError, match=r"example 0: no key 'picture'; its keys are \['image'"):
+        list(captioned.examples(source, "s", image_key="picture", text_key="text"))
+    with pytest.raises(DatasetError, match="no caption"):
+        list(captioned.examples(source, "s", image_key="image"))
+    with pytest.raises(DatasetError, match="example 0: label is 1, not one of"):
+        list(captioned.examples(source, "s", image_key="image", label_key="label", class_names=[]))
+    with pytest.raises(DatasetError, match="example 0: the image is float"):
+        odd = [{"image": np.zeros((4, 4, 3)), "text": "x"}]
+        list(captioned.examples(odd, "s", image_key="image", text_key="text"))
+
+
+def test_tfds_without_tensorflow(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class TinyPets(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(4, 5, 3)),
+                "label": tfds.features.ClassLabel(names=["cat", "eel"]),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, download):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for k in range(4):
+                yield k, {"image": io.BytesIO(picture(k)), "label": k % 2}
+
+    TinyPets(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    source, classes, name = captioned.tfds("tiny_pets", "train", str(tmp_path), "label")
+    assert name == "tiny_pets/1.0.0:train" and classes == ["cat", "eel"]
+    found = list(
+        captioned.examples(source, name, image_key="image", label_key="label", class_names=classes)
+    )
+    assert sorted(r.imgs[0].data for r in found) == sorted(picture(k) for k in range(4))
+    assert {records.text(r) for r in found} == {"a photo of a cat", "a photo of an eel"}
+    with pytest.raises(DatasetError, match="'image' is not a class label"):
+        captioned.tfds("tiny_pets", "train", str(tmp_path), "image")
+    with pytest.raises(DatasetError, match="TFDS has no set 'no_such_pets'"):
+        captioned.tfds("no_such_pets", "train", str(tmp_path), None)
+
+
+def test_photographs(tmp_path):
+    tar = SHARED / "data" / "cifar10_test.tar"
+    if not tar.exists():
+        pytest.skip(f"the CIFAR photographs are not at {tar}; set STARFLOW2_SHARED")
+    classes, found = captioned.label_by_caption(lambda: captioned.webdataset([tar], Missing()))
+    records.write(tmp_path / "data", found, classes=classes)
+    dataset = records.read(tmp_path / "data")
+    assert len(dataset) == 1000 and len(classes) == 10
+    counts = np.bincount([r.meta["label"] for r in dataset])
+    assert (counts == 100).all()
+    first = dataset[0]
+    assert records.text(first) == classes[first.meta["label"]]
+    with tarfile.open(tar) as archive:
+        data = archive.extractfile("000000.jpg").read()
+    assert first.imgs[0].data == data
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert (records.target_image(first, "x") == expected).all()

@@ -1,0 +1,333 @@
+"""STARFlow2 as a user meets it: files in, files out, what is refused, images cleaned up."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from helpers import tiny_decode_model
+from helpers.starflow2_folders import PIXELS, save_run
+from helpers.tiny_decode_model import picture
+from PIL import Image
+
+from starflow2_jax import convert, generate as command
+from starflow2_jax.inference import (
+    decode_loop,
+    denoise,
+    generate,
+    load,
+    output,
+    scoring,
+    session,
+)
+from starflow2_jax.inference.api import STARFlow2
+from starflow2_jax.inference.options import make_options, sampling_defaults
+from starflow2_jax.inference.prompts import Part
+from starflow2_jax.latents import codec
+
+# ---------------------------------------------------------------------------------------- a run
+
+
+def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
+    run = parts[1]
+    model = command.load(run)
+    assert isinstance(model, STARFlow2) and model.source == run
+    options = {"images": 1, "max_tokens": 0, "guidance": 1.0}
+    drawn = model.generate(["a red circle"], **options)[0][0]
+    assert drawn.image.shape == (PIXELS, PIXELS, 3) and drawn.image.dtype == np.uint8
+    for embed, name in ((True, "whole"), (False, "near")):
+        load.export(run, str(tmp_path / name), embed=embed)
+        other = command.load(str(tmp_path / name)).generate(["a red circle"], **options)[0][0]
+        np.testing.assert_array_equal(other.image, drawn.image)
+        assert (tmp_path / name / "fae").exists() == embed
+    # The command writes the first kind, and a folder that was moved still has all it needs.
+    for name, words in (("exported", []), ("paths", ["--noembed"])):
+        values = flags.FlagValues()
+        convert.define(values)
+        values(["convert", "--model", run, "--out", str(tmp_path / name), *words])
+        convert.main("export", [], values)
+        assert (tmp_path / name / "vlm").exists() == (name == "exported")
+    (tmp_path / "exported").rename(tmp_path / "moved")
+    assert load.load(str(tmp_path / "moved")).codec.sha256 == model.codec.sha256
+
+
+def test_a_long_answer_of_a_loaded_model_needs_one_program(parts, caplog):
+    """What a chunk of steps leaves is as what the first was given."""
+    model = load.load(parts[1])
+    images = decode_loop.CHUNK // model.model_config.patches + 1
+    options = {"images": images, "image_start": True, "max_tokens": 1}
+    decode_loop.run.clear_cache()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        row = model.generate([["a red circle"]], **options)[0]
+    assert sum(part.kind == "image" for part in row) == images
+    started = [entry.getMessage() for entry in caplog.records]
+    assert sum(line.startswith("Compiling jit(run) ") for line in started) == 1
+
+
+def test_rows_go_on_by_the_same_program_where_others_were_cut(parts, caplog):
+    model = load.load(parts[1])
+    options = {"images": 0, "max_tokens": 40, "temperature": 1.0}
+    prompts = [["a red circle"], ["a blue square"]]
+    said = [row[0].text if row else "" for row in model.generate(prompts, **options)]
+    words = [word for word in said[0].split()[:8] if len(word) > 1 and word not in said[1]]
+    decode_loop.run.clear_cache()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        found = model.generate(prompts, stop=(words[0],), **options)
+    assert found.finish[0] == "stop" and found[1][0].text == said[1] and len(said[1]) > 16
+    started = [entry.getMessage() for entry in caplog.records]
+    assert sum(line.startswith("Compiling jit(run) ") for line in started) == 1
+
+
+def test_a_run_says_how_much_noise_its_pictures_have(parts, monkeypatch):
+    meta = load._meta(parts[1], False)
+    for given, wanted in (({"image_temperature": 0.5}, 0.5), ({}, 1.0)):
+        sample = {k: v for k, v in meta["config"]["sample"].items() if k != "image_temperature"}
+        changed = {**meta, "config": {**meta["config"], "sample": {**sample, **given}}}
+        monkeypatch.setattr(load, "_meta", lambda path, folder, changed=changed: changed)
+        drawn = sampling_defaults(load.settings(parts[1])["config"]["sample"])
+        assert drawn["image_temperature"] == wanted
+
+
+def test_images_are_read_with_the_noise_of_their_row(parts):
+    model = command.load(parts[1])
+    pixels = np.random.default_rng(0).integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)
+    rows = [[pixels, "what is it?"], ["what is it?", pixels]]
+    scores = model.log_likelihood(rows)
+    assert [len(row) for row in scores] == [2, 2] and np.isfinite(scores).all()
+    assert model.log_likelihood(rows) == scores != model.log_likelihood(rows, seed=1)
+    said = model.generate(rows, images=0, max_tokens=4)
+    alone = model.generate(rows[1:], images=0, max_tokens=4, samples=(1,))
+    assert said[1][0].tokens == alone[0][0].tokens
+    # Editing: the source, an instruction, a picture; the source is the cache's, not read again.
+    edited = model.generate([[pixels, "make it blue"]], images=1, image_start=True, max_tokens=3)
+    assert edited[0][0].kind == "image"
+    again = model.generate([["brighter"]], continue_from=edited, images=1, max_tokens=0)
+    assert again[0][0].image.shape == (PIXELS, PIXELS, 3)
+
+
+def test_another_vlm_codec_or_task_is_refused(parts, tmp_path):
+    root, run = parts
+    found = codec.load(str(root / "fae"))
+    args = (root, found)
+    with pytest.raises(ValueError, match=r"trained beside another VLM than the one in .*vlm: sha2"):
+        load.load(save_run(tmp_path / "a", *args, vlm="0" * 64))
+    with pytest.raises(ValueError, match=r"trained on latents of another codec than .*fae: sha256"):
+        load.load(save_run(tmp_path / "b", *args, fae="0" * 64))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load.load(run, vlm=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="task='fae_features', expected a model of interleaved"):
+        load.load(str(root / "features"))
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def ran(capsys, *words):
+    values = flags.FlagValues()
+    command.define(values)
+    values(["generate", *map(str, words)])
+    command.main([], values)
+    return capsys.readouterr().out
+
+
+def test_the_command_draws_and_answers(parts, tmp_path, capsys):
+    run, out = parts[1], tmp_path / "out"
+    ran(capsys, "--model", run, "--prompt", "a red circle", "--n", 2, "--guidance", 2, "--out", out)
+    names = sorted(path.name for path in out.glob("*.png"))
+    assert names == ["00000_00_0.png", "00000_01_0.png"]
+    note = output.read_settings(out / names[1])
+    assert note["guidance"] == 2.0 and note["prompt"] == "a red circle" and note["model"] == run
+    assert np.isfinite(note["log_likelihood"]) and note["row"] == "00000_01"
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [row[0]["image"] for row in lines] == [str(out / name) for name in names]
+    with pytest.raises(ValueError, match="is not empty"):
+        ran(capsys, "--model", run, "--prompt", "a", "--out", out)
+    # A chat with a picture by its path beside the file, a batch of two, text alone.
+    chat = [{"role": "user", "content": [{"type": "image", "image": names[0]},
+                                         {"type": "text", "text": "what is it?"}]}]  # fmt: skip
+    (out / "chat.json").write_text(json.dumps(chat))
+    words = ("--model", run, "--max_tokens", 3, "--json")
+    said = json.loads(ran(capsys, *words, "--chat", out / "chat.json"))["rows"]
+    assert len(said) == 1 and said[0][0]["type"] == "text"
+    (out / "batch.jsonl").write_text(f"{json.dumps(chat)}\n{json.dumps(chat)}\n")
+    said = json.loads(ran(capsys, *words, "--batch", out / "batch.jsonl"))["rows"]
+    assert len(said) == 2
+    shown = ran(capsys, "--model", run, "--image", out / names[0], "--prompt", "why?",
+                "--max_tokens", 3)  # fmt: skip
+    assert "1 answers with 0 pictures" in shown
+
+
+def test_genevals_tree(parts, tmp_path, capsys):
+    rows = [{"tag": "colors", "prompt": f"a {c} circle", "include": []} for c in ("red", "blue")]
+    (tmp_path / "meta.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--model", parts[1], "--geneval", tmp_path / "meta.jsonl", "--n", 2, "--seed", 42)
+    ran(capsys, *words, "--out", tmp_path / "tree")
+    for i, row in enumerate(rows):
+        folder = tmp_path / "tree" / f"{i:05}"
+        assert json.loads((folder / "metadata.jsonl").read_text()) == row
+        names = sorted(path.name for path in (folder / "samples").iterdir())
+        assert names == ["00000.png", "00001.png"]
+        with Image.open(folder / "samples" / names[0]) as image:
+            assert image.size == (PIXELS, PIXELS)
+    assert json.loads((tmp_path / "tree" / "settings.json").read_text())["rewrite"] is False
+    # A picture depends on its number, not on how many are drawn at a time.
+    model = load.load(parts[1])
+    drawing = {"images": 1, "max_tokens": 0, "n": 2, "seed": 42}
+    options = make_options(drawing | {"denoise": model.cfg["sample"]["denoise"]})
+    prompts = [row["prompt"] for row in rows]
+    for together in (1, 2):
+        found = list(generate.generate_many(model, prompts, options, rows=2 * together))
+        last = found[1][1][0].image
+        kept = np.asarray(Image.open(tmp_path / "tree" / "00001" / "samples" / "00001.png"))
+        assert np.abs(last.astype(int) - kept).max() <= 1
+    with pytest.raises(ValueError, match=r"meta.jsonl, line 1: expected an object with a text"):
+        (tmp_path / "meta.jsonl").write_text("[]\n")
+        ran(capsys, *words, "--out", tmp_path / "other")
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+def test_prompts_and_options_that_cannot_be(tmp_path):
+    model = tiny_decode_model.model()
+    draw = lambda prompt, **options: model.generate([prompt], **options)
+    (tmp_path / "chat.json").write_text(json.dumps([{"role": "wizard", "content": "hi"}]))
+    pixels = np.zeros((8, 9, 3), np.uint8)
+    for words, prompt, options in (
+        ("prompt 0, message 0: unknown role 'wizard', expected one of none, system, user",
+         command_chat(tmp_path / "chat.json"), {}),
+        ("content is NoneType", [{"role": "user"}], {}),
+        ("expected text or an image, got type 'video'",
+         [{"role": "user", "content": [{"type": "video"}]}], {}),
+        ("prompt 0, part 0: the model has no codec", [pixels, "a"], {}),
+        (r"prompt 0, part 0: latent \(3, 3\), expected \(4, 3\)",
+         [Part("image", "user", latent=np.zeros((3, 3)))], {}),
+        ("row 0: the prompt is empty", [], {"images": 0}),
+        (r"the cache has 40 positions, 0 of them read; 23 of the prompt and 9 ",
+         "hello" * 1, {"cache": 40, "max_tokens": 8, "images": 0}),
+        (r"the cache has 64 positions.* and 75 for what may be drawn do not fit",
+         "hi", {"cache": 64, "images": 12, "max_tokens": 2}),
+        ("guidance=-1.0: expected a number at least 0", "a", {"guidance": -1.0}),
+        ("guidance=nan", "a", {"guidance": float("nan")}),
+        ("temperature=-0.5: expected a number at least 0", "a", {"temperature": -0.5}),
+        ("temperature=inf", "a", {"temperature": float("inf")}),
+        ("top_p=1.5: expected a number above 0 and at most 1", "a", {"top_p": 1.5}),
+        ("top_p=0.0", "a", {"top_p": 0.0}),
+        ("image_temperature=0.0", "a", {"image_temperature": 0.0}),
+        ("guidance.rule='sum' is not of", "a", {"rule": "sum"}),
+        (r"null='words' is not one of \('text', 'all'\)", "a", {"null": "words"}),
+        ("images=-1", "a", {"images": -1}),
+        ("there is nothing to draw", "a", {"images": 0, "max_tokens": 0}),
+        (r"unknown option 'guidence'.*guidance", "a", {"guidence": 2.0}),
+        ("samples: 2 numbers for 1 rows", "a", {"samples": (1, 2)}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            draw(prompt, **options)
+    with pytest.raises(ValueError, match="expected a list with one prompt a row"):
+        model.generate("a prompt")
+
+
+def command_chat(path):
+    from starflow2_jax.inference import prompts
+
+    return prompts.read_chat(path)
+
+
+def test_images_of_another_size_are_not_resized(parts):
+    model = command.load(parts[1])
+    with pytest.raises(ValueError, match=r"prompt 0, part 1: the image is 8 x 9 \(h x w\), this "
+                       "model takes 16 x 16 only; images are not resized"):  # fmt: skip
+        model.generate([["a", np.zeros((8, 9, 3), np.uint8)]])
+
+
+def test_checkpoints_that_have_not_learnt_it_say_so():
+    model = tiny_decode_model.model()
+    zero = lambda tree: jax.tree.map(np.zeros_like, tree)
+    blind = dataclasses.replace(
+        model, params={**model.params, "adapter": zero(model.params["adapter"])}
+    )
+    with pytest.raises(ValueError, match=r"its adapter is zero \(a checkpoint of stage 1\?\)"):
+        blind.generate([[picture(1), "what?"]], images=0)
+    assert blind.generate(["draw"], images=1, max_tokens=0)[0][0].kind == "image"
+    deep = {**model.params["deep"], "proj_out": zero(model.params["deep"]["proj_out"])}
+    mute = dataclasses.replace(model, params={**model.params, "deep": deep})
+    with pytest.raises(ValueError, match="its flow is as it was born"):
+        mute.generate(["draw"], images=1)
+
+
+def test_conversations_that_cannot_go_on():
+    model = tiny_decode_model.model()
+    first = model.generate(["a", "b"], images=0, max_tokens=2)
+    for words, prompts, options in (
+        ("1 for the 2 rows to continue", ["c"], {}),
+        ("n and best_of belong to the first call", ["c", "d"], {"n": 2}),
+        ("the conversation was begun without it", ["c", "d"], {"guidance": 1.0}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.generate(
+                prompts, continue_from=first, **{"max_tokens": 2, "images": 0, **options}
+            )
+    fixed = model.generate(["a"], images=0, max_tokens=2, cache=48)
+    with pytest.raises(ValueError, match="the cache has 48 positions, "):
+        model.generate(["c"], continue_from=fixed, images=0, max_tokens=20)
+
+
+# --------------------------------------------------------------------------------------- clean-up
+
+
+def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(x64):
+    """By the parallel forward over the whole row: of the second image, the first one before it."""
+    model = tiny_decode_model.model()
+    options = {"images": 2, "max_tokens": 2, "seed": 4, "temperature": 1.0, "guidance": 1.0}
+    found = model.generate(["ab", "hello"], **options)
+    sigma, cfg = 0.3, model.model_config
+    ids = session.delimiters(model.tokenizer, cfg)
+    start = session.lay_out([Part("text", "user", "ab")], model.tokenizer, 4, "", "")
+    row = [Part("text", "user", "ab"), *found[0]]
+    drawn = [part for part in row if part.kind == "image"]
+    x = [np.stack([part.latent for part in drawn])]
+    batch, _ = scoring.lay_out(model, [row], x)
+    own = np.zeros((1, 2, 1, 1))
+    own[0, 1] = 1.0
+
+    def density(second):
+        latents = batch["latent_mean"] * (1 - own) + second * own
+        terms = scoring._terms(model.params, {**batch, "latent_mean": latents}, cfg=cfg)
+        return (sum(terms.log_dets) - terms.half_square)[0, 1]
+
+    # Differences, as in training no gradient takes the way through the VLM.
+    along = np.random.default_rng(0).standard_normal(drawn[1].latent.shape)
+    up, down = (float(density(drawn[1].latent + e * along)) for e in (1e-5, -1e-5))
+    held = found.session
+    laid = batch["ids"][0].tolist()
+    at = [i for i, token in enumerate(laid) if token == ids.vision_start][1]
+    # The prompt was padded to its multiple; the pending item stood at its end.
+    padded = -(-(len(start.ids) - 1) // session.LENGTH_STEP) * session.LENGTH_STEP
+    longest = session.lay_out([Part("text", "user", "hello")], model.tokenizer, 4, "", "")
+    padded = max(padded, -(-(len(longest.ids) - 1) // 16) * 16)
+    slot = padded + at - (len(start.ids) - 1)
+    begin = (ids.vision_start, slot, batch["positions"][0, at, 0] + 1,
+             batch["flow_positions"][0, at, 2])  # fmt: skip
+    args = (model.params, held.params, held.state, 0, tuple(map(jnp.int32, begin)))
+    step = denoise.image_score_step(*args, jnp.asarray(drawn[1].latent), sigma, cfg=cfg)
+    moved = (np.asarray(step) - drawn[1].latent) / sigma**2
+    assert (moved * along).sum() == pytest.approx((up - down) / 2e-5, rel=1e-6)
+    assert np.abs(moved).max() > 0.1
+
+
+def test_cleaned_images_are_decoded_and_the_noisy_ones_told(parts):
+    model = command.load(parts[1])
+    options = {"images": 2, "max_tokens": 2, "seed": 1}
+    plain = model.generate(["a circle"], **options)[0]
+    clean = model.generate(["a circle"], **options, denoise=True)[0]
+    for a, b in zip(plain, clean):
+        assert a.log_likelihood == b.log_likelihood and a.tokens == b.tokens
+        if a.kind == "image":
+            np.testing.assert_array_equal(a.latent, b.latent)
+            assert (a.image != b.image).any()
+    silent = {**model.cfg, "noise": {**model.cfg["noise"], "kind": "none"}}
+    with pytest.raises(ValueError, match=r"was trained with noise\.kind='none'"):
+        dataclasses.replace(model, cfg=silent).generate(["a"], **options, denoise=True)

@@ -1,0 +1,248 @@
+"""Latents made offline: those of online encoding, whole after any kill, of one encoder only."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers.tiny_fae import make_run
+
+from starflow2_jax.data import array_store, image_batches, images, manifest, records
+from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.latents import codec, write, write_beam
+from starflow2_jax.models.fae import codec as fae, teacher as teachers
+from starflow2_jax.shapes import generator, tasks
+from starflow2_jax.training import preprocess
+
+SHARDS, ROWS = 4, 21
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """(workdir of a codec, dataset folder)."""
+    root = tmp_path_factory.mktemp("latents")
+    rows = list(generator.make_records(0, ROWS, 16, tags=("single_object",)))
+    size = sum(len(records.encode(row)) for row in rows)
+    found = records.write(root / "data", rows, shard_bytes=size // SHARDS)
+    assert len(found.shards) == SHARDS, found.shards
+    return make_run(root / "run", 0), str(root / "data")
+
+
+@pytest.fixture(scope="module")
+def whole(parts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    counts = write.write(out, parts[1], *codec.open_encoder(parts[0]))
+    assert counts == {"shards": SHARDS, "made": SHARDS, "kept": 0, "missing": 0}
+    return out
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in pathlib.Path(folder).iterdir()}
+
+
+def test_offline_equals_online_bit_for_bit(parts, whole):
+    """Whatever the rows and the size of the online batch."""
+    opened, dataset = codec.load(parts[0]), records.read(parts[1])
+    pixels = np.stack([records.target_image(r, "") for r in dataset])
+    stored = array_store.read(whole, dataset.manifest)
+    rows = [stored[i][1] for i in range(ROWS)]
+    draw = np.random.default_rng(0)
+    for size in (1, 5, 8, 19):
+        chosen = draw.permutation(ROWS)[:size]
+        mean, log_variance = codec.encode(opened, pixels[chosen])
+        for k, i in enumerate(chosen):
+            np.testing.assert_array_equal(mean[k], rows[i]["latent_mean"][0])
+            np.testing.assert_array_equal(log_variance[k], rows[i]["latent_logvar"][0])
+    # And they are the codec's: the posterior, normalised.
+    scaled = preprocess.scale_pixels(pixels)
+    x = teachers.features(opened.params["teacher"], scaled, opened.teacher)
+    raw, _ = fae.posterior(opened.params, x, opened.model)
+    np.testing.assert_allclose(
+        np.concatenate([r["latent_mean"] for r in rows]), (raw - 0.25) / 0.5, atol=1e-5
+    )
+
+
+def test_all_images_of_a_record_in_order_or_none(parts, tmp_path):
+    opened = codec.load(parts[0])
+    made = list(tasks.make_records(0, 12, 16, tasks=("text", "edit", "multi", "caption")))
+    dataset = records.write(tmp_path / "data", made)
+    write.write(tmp_path / "out", tmp_path / "data", *codec.open_encoder(parts[0]))
+    stored = array_store.read(tmp_path / "out", dataset)
+    assert stored.spec["latent_mean"]["shape"] == [-1, 4, 4]
+    for (id, row), record in zip((stored[i] for i in range(12)), made):
+        count = len(record.imgs)
+        assert id == record.id and row["latent_mean"].shape == (count, 4, 4)
+        if count:
+            pixels = np.stack([images.decode(blob.data, "") for blob in record.imgs])
+            np.testing.assert_array_equal(codec.encode(opened, pixels)[0], row["latent_mean"])
+    assert {len(record.imgs) for record in made} >= {0, 1, 2}
+    # A flow reads those of the one image that is learnt, and names a record without one.
+    edits = [record for record in made if record.meta["task"] == "edit"]
+    records.write(tmp_path / "edits", edits)
+    write.write(tmp_path / "of", tmp_path / "edits", *codec.open_encoder(parts[0]))
+    options = {"latents": str(tmp_path / "of"), "path": str(tmp_path / "edits"), "threads": 0}
+    batch = next(image_batches.eval_batches(options, batch_size=len(edits)))
+    targets = np.stack([records.target_image(record, "") for record in edits])
+    np.testing.assert_array_equal(batch["latent_mean"], codec.encode(opened, targets)[0])
+    options = {"latents": str(tmp_path / "out"), "path": str(tmp_path / "data"), "threads": 0}
+    with pytest.raises(DatasetError, match=r"shapes-text.*expected one image with loss=True"):
+        next(image_batches.eval_batches(options, batch_size=1))
+
+
+def test_the_pipeline_reads_them(parts, whole):
+    options = {"path": parts[1], "latents": str(whole), "threads": 0}
+    batch = next(image_batches.batches(options, batch_size=4))
+    assert batch["latent_mean"].shape == batch["latent_logvar"].shape == (4, 4, 4)
+    assert (
+        image_batches.describe(options)["features"][0]["fae"]["sha256"]
+        == codec.load(parts[0]).sha256
+    )
+
+
+def test_jobs_share_the_shards(parts, whole, tmp_path):
+    encoder = codec.open_encoder(parts[0])
+    out = tmp_path / "out"
+    first = write.write(out, parts[1], *encoder, shard=(1, 2))
+    assert first == {"shards": SHARDS, "made": 2, "kept": 0, "missing": 2}
+    with pytest.raises(DatasetError, match=r"no dataset\.json"):
+        manifest.load(out, kind="arrays")
+    last = write.write(out, parts[1], *encoder, shard=(0, 2))
+    assert last["missing"] == 0 and contents(out) == contents(whole)
+    again = write.write(out, parts[1], *encoder, shard=(0, 2))
+    assert again == {"shards": SHARDS, "made": 0, "kept": 2, "missing": 0}
+
+
+def test_another_encoder_is_refused(parts, whole, tmp_path):
+    other = codec.open_encoder(make_run(tmp_path / "run", 1))
+    before = contents(whole)
+    with pytest.raises(DatasetError, match=r"latents of the encoder .*, expected those of"):
+        write.write(whole, parts[1], *other)
+    out = tmp_path / "part"
+    write.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(0, 2))
+    with pytest.raises(DatasetError, match="latents of the encoder"):
+        write.write(out, parts[1], *other, shard=(1, 2))
+    assert contents(whole) == before
+    records.write(tmp_path / "data", generator.make_records(9, 4, 16, tags=("single_object",)))
+    with pytest.raises(DatasetError, match="latents of another dataset"):
+        write.write(whole, tmp_path / "data", *codec.open_encoder(parts[0]))
+    with pytest.raises(DatasetError, match="a dataset of records, expected one of arrays"):
+        write.write(parts[1], parts[1], *other)
+    with pytest.raises(DatasetError, match="holds other things"):
+        write.write(parts[0], parts[1], *other)
+    for wrong in ("2/2", "1", "a/b"):
+        with pytest.raises(DatasetError, match="--shard"):
+            write.parse_shard(wrong)
+
+
+# -------------------------------------------------------------------------------------- killed jobs
+
+# Encodes without a model, so that a process is up at once, and dies at the N-th event: a row that
+# is written, a file that is about to be renamed or has been.
+JOB = """
+import os, signal, sys
+import numpy as np
+from starflow2_jax.data import array_store
+from starflow2_jax.latents import write
+out, data, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+events = 0
+def event():
+    global events
+    events += 1
+    if events == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+def around(function):
+    def run(*args):
+        event()
+        result = function(*args)
+        event()
+        return result
+    return run
+array_store.encode, write.os.rename = around(array_store.encode), around(os.rename)
+write.shards.check_count = around(write.shards.check_count)
+def encode(pixels):
+    mean = pixels[:, :2, :2].reshape(len(pixels), 4, 3).astype(np.float32)
+    return mean, mean - 1
+write.write(out, data, encode, {"sha256": "0" * 64, "pixels": 16, "shape": [4, 3]})
+print(events)
+"""
+
+
+def job(out, data, at=0):
+    command = [sys.executable, "-c", JOB, str(out), data, str(at)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": "."}
+    )
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A dataset of records with none, one, and several images."""
+    folder = tmp_path_factory.mktemp("several") / "data"
+    rows = list(tasks.make_records(0, ROWS, 16, tasks=("text", "edit", "multi", "caption")))
+    size = sum(len(records.encode(row)) for row in rows)
+    made = records.write(folder, rows, shard_bytes=size // SHARDS)
+    assert len(made.shards) > 2 and {len(row.imgs) for row in rows} >= {0, 1, 2}
+    return str(folder)
+
+
+def kill_and_finish(data, tmp_path, at, expected):
+    out = tmp_path / f"out{at}"
+    assert job(out, data, at).returncode == -signal.SIGKILL
+    done = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
+    finished = job(out, data)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert contents(out) == expected
+    now = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
+    assert done.items() <= now.items()
+
+
+def test_killed_between_shards_and_started_again(several, tmp_path):
+    plain = job(tmp_path / "whole", several)
+    assert plain.returncode == 0, plain.stderr[-2000:]
+    kill_and_finish(several, tmp_path, int(plain.stdout) // 2, contents(tmp_path / "whole"))
+    dataset = records.read(several)
+    stored = array_store.read(tmp_path / "whole", dataset.manifest)
+    for i in range(ROWS):
+        assert stored[i][1]["latent_mean"].shape == (len(dataset[i].imgs), 4, 3)
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_points(several, tmp_path):
+    events = int(job(tmp_path / "whole", several).stdout)
+    expected = contents(tmp_path / "whole")
+    draw = np.random.default_rng(0)
+    # The last one is after the manifest, before the rest is cleared away.
+    for at in (*draw.choice(np.arange(1, events), 9, replace=False), events):
+        kill_and_finish(several, tmp_path, int(at), expected)
+
+
+IN_PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
+
+
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(IN_PROCESSES, marks=pytest.mark.slow)], ids=["thread", "processes"]
+)
+def test_beam_makes_the_same(parts, whole, tmp_path, options, monkeypatch):
+    pytest.importorskip("apache_beam", reason="the extra `beam` is not installed")
+    # Bits follow from how XLA compiles; a worker's process compiles as this one does (conftest.py).
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    out = tmp_path / "out"
+    write.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(3, 4))
+    # Named in full: "DirectRunner" fetches a program from the network first.
+    runner = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+    options = [runner, *options]
+    counts = write_beam.write(out, parts[1], codec.open_encoder, parts[0], options=options)
+    assert counts == {"shards": SHARDS, "made": SHARDS - 1, "kept": 1, "missing": 0}
+    assert contents(out) == contents(whole)
+
+
+def test_a_model_folder_has_the_same_fingerprint(parts, tmp_path):
+    opened = codec.load(parts[0])
+    codec.export(opened, tmp_path / "model")
+    again = codec.load(str(tmp_path / "model"))
+    assert again.sha256 == opened.sha256 and again.teacher == opened.teacher
+    image = np.zeros((1, 16, 16, 3), np.uint8)
+    np.testing.assert_array_equal(codec.encode(again, image)[0], codec.encode(opened, image)[0])

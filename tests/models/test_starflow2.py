@@ -1,0 +1,358 @@
+"""The Pretzel: equal to its parts while nothing crosses, causal, exact, of the published size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import pretzel_batch
+
+from starflow2_jax.models import flow, layers, qwen, starflow2
+from starflow2_jax.params import count as count_params
+from starflow2_jax.training.losses import interleaved
+from starflow2_jax.training.losses.interleaved import Stage
+
+STAGE1, STAGE2, STAGE3 = Stage(True, False), Stage(False, True), Stage(True, True)
+PACKED = [
+    [pretzel_batch.T2I, pretzel_batch.I2T],
+    [pretzel_batch.EDIT, pretzel_batch.TEXT],
+    [pretzel_batch.REASON, pretzel_batch.TEXT],
+]
+
+
+def terms(params, batch, cfg, stage, **options):
+    x = jnp.asarray(batch["latent_mean"])
+    return interleaved.terms(params, batch, x, cfg, stage, **options)
+
+
+# ----------------------------------------------------------------------- nothing crosses at first
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_text_without_crossings_is_the_vlm_bit_for_bit(dtype):
+    cfg = pretzel_batch.model(compute_dtype=dtype)
+    params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
+    batch = pretzel_batch.batch(PACKED)
+    is_image = batch["image"] >= 0
+    mask = layers.segment_mask(jnp.asarray(batch["segments"]))
+
+    @jax.jit
+    def theirs(params):
+        h = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
+        h = jnp.where(is_image[..., None], 0, h)
+        return qwen.logits(
+            params["vlm"], qwen.run(params["vlm"], h, batch["positions"], mask, cfg.vlm), cfg.vlm
+        )
+
+    @jax.jit
+    def ours(params):
+        x = batch["latent_mean"]
+        u = starflow2.shallow(params, x.reshape(-1, *x.shape[2:]), cfg)[0][-1]
+        u = starflow2.place(u.reshape(x.shape), batch["image"])
+        text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
+        h = starflow2.vlm_input(params, text, u, is_image, cfg)
+        y = starflow2.vlm_states(params, h, batch["positions"], mask, cfg)
+        h = starflow2.deep_input(params, y, u, is_image, cfg)
+        h = starflow2.deep_states(params, h, batch["flow_positions"], mask, cfg)
+        return starflow2.text_logits(params, starflow2.text_states(params, y, h, cfg), cfg)
+
+    expected = np.asarray(theirs(params))
+    np.testing.assert_array_equal(np.asarray(ours(params)), expected)
+    assert expected.std() > 0.1
+    crossed = {**params, "skip": pretzel_batch.drawn(cfg, 1)["skip"]}
+    assert not np.array_equal(np.asarray(ours(crossed)), expected)
+
+
+@pytest.mark.parametrize("length", [44, 64])
+def test_text_is_the_vlms_across_row_lengths(length):
+    cfg = pretzel_batch.model()
+    params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
+    nll = lambda batch: np.asarray(
+        jax.jit(lambda p: terms(p, batch, cfg, STAGE3, text_targets=12).nll)(params)
+    )
+    alone = nll(pretzel_batch.batch([[pretzel_batch.T2I], [pretzel_batch.I2T]], length=26))
+    together = nll(pretzel_batch.batch([[pretzel_batch.T2I, pretzel_batch.I2T]], length=length))
+    both = np.concatenate([row[row != 0] for row in alone])
+    np.testing.assert_allclose(together[together != 0], both, rtol=1e-5, atol=1e-5)
+
+
+def prefix_nats(params, batch, cfg):
+    """Nats of the first image of each row as `flow.forward` says, without its constant."""
+    x = jnp.asarray(batch["latent_mean"])
+    mask = layers.segment_mask(jnp.asarray(batch["segments"]))
+    is_image = batch["image"] >= 0
+    text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
+    h = jnp.where(is_image[..., None], 0, text)
+    run = jax.jit(lambda h: qwen.run(params["vlm"], h, batch["positions"], mask, cfg.vlm))
+    y, found = run(h), []
+    forward = jax.jit(
+        lambda x, text, at: flow.forward(
+            starflow2.flow_params(params), x, cfg.flow, text=text, positions=at
+        )
+    )
+    for b in range(len(x)):
+        first = int(np.argmax(batch["image"][b] == 0))
+        at = batch["flow_positions"][b, : first + cfg.patches - 1]
+        z, log_det = forward(x[b, :1], y[b : b + 1, :first], jnp.asarray(at))
+        found.append(0.5 * np.square(z).sum() - log_det[0])
+    return np.array(found) / (cfg.patches * cfg.flow.channels)
+
+
+def first_image_nats(params, batch, cfg, stage):
+    found = jax.jit(lambda p: terms(p, batch, cfg, stage))(params)
+    nats = found.half_square - sum(found.log_dets)
+    return np.asarray(nats)[:, 0] / (cfg.patches * cfg.flow.channels)
+
+
+@pytest.mark.parametrize("stage", [STAGE1, STAGE3])
+def test_images_without_crossings_are_starflows(stage):
+    cfg = pretzel_batch.model()
+    params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
+    batch = pretzel_batch.batch(
+        [[pretzel_batch.T2I, pretzel_batch.I2T], [pretzel_batch.T2I], [pretzel_batch.EDIT]]
+    )
+    expected = prefix_nats(params, batch, cfg)
+    np.testing.assert_allclose(
+        first_image_nats(params, batch, cfg, stage), expected, rtol=1e-6, atol=1e-6
+    )
+    assert not np.allclose(expected[0], expected[2], atol=1e-2)
+
+
+def test_images_without_crossings_are_starflows_in_float64(x64):
+    cfg = pretzel_batch.model(compute_dtype="float64")
+    params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
+    batch = pretzel_batch.batch(
+        [[pretzel_batch.T2I, pretzel_batch.I2T], [pretzel_batch.EDIT]], dtype=np.float64
+    )
+    expected = prefix_nats(params, batch, cfg)
+    assert expected.dtype == np.float64
+    got = first_image_nats(params, batch, cfg, STAGE3)
+    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
+
+
+# --------------------------------------------------------------------------------------- causality
+
+
+@pytest.mark.parametrize("into", ["latent", "width"])
+def test_every_pair_of_positions_is_causal(into, x64):
+    """Row of text, image, text, image, and one more record: what each output depends on."""
+    cfg = pretzel_batch.model(skip_into=into, compute_dtype="float64")
+    params = pretzel_batch.drawn(cfg)
+    record = (
+        *(pretzel_batch.Part("none", "ab"), pretzel_batch.Part("none", 0, True)),
+        *(pretzel_batch.Part("none", "c"), pretzel_batch.Part("none", 1, True)),
+    )
+    batch = pretzel_batch.batch([[record, pretzel_batch.T2I]], length=32, dtype=np.float64)
+    segments, is_image = batch["segments"], batch["image"] >= 0
+    mask = layers.segment_mask(jnp.asarray(segments))
+    rng = np.random.default_rng(0)
+    u = rng.standard_normal((1, 32, cfg.flow.channels)) * is_image[..., None]
+    text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
+
+    def outputs(text, u):
+        h = starflow2.vlm_input(params, text, u, is_image, cfg)
+        y = starflow2.vlm_states(params, h, batch["positions"], mask, cfg)
+        h = starflow2.deep_input(params, y, u, is_image, cfg)
+        h = starflow2.deep_states(params, h, batch["flow_positions"], mask, cfg)
+        scale, mean = starflow2.image_head(params, h, cfg)
+        logits = starflow2.text_logits(params, starflow2.text_states(params, y, h, cfg), cfg)
+        return scale[0], mean[0], logits[0]
+
+    by_text, by_u = zip(*jax.jit(jax.jacrev(outputs, (0, 1)))(text, jnp.asarray(u)))
+    allowed = np.asarray(mask[0])
+    # What stands at a position is an embedding or a patch, never both.
+    for found, here in ((by_text, ~is_image[0]), (by_u, is_image[0])):
+        for part in found:
+            reached = np.abs(np.asarray(part)[:, :, 0]).max((1, 3))
+            held = segments[0] > 0
+            expected = allowed & here[None]
+            np.testing.assert_array_equal((reached > 0)[held], expected[held])
+
+
+def test_an_image_sees_all_of_itself_and_nothing_later(x64):
+    cfg = pretzel_batch.model(compute_dtype="float64")
+    params = pretzel_batch.drawn(cfg)
+    batch = pretzel_batch.batch(
+        [[pretzel_batch.EDIT, pretzel_batch.T2I]], length=48, dtype=np.float64
+    )
+
+    def nats(x):
+        found = interleaved.terms(params, batch, x, cfg, STAGE3, text_targets=8)
+        return (found.half_square - sum(found.log_dets))[0], found.nll[0]
+
+    images, tokens = jax.jit(jax.jacrev(nats))(jnp.asarray(batch["latent_mean"]))
+    by_image = np.abs(np.asarray(images))[:3, 0, :3].max((2, 3)) > 0
+    # Two images of the first record, one of the second.
+    expected = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1]], bool)
+    np.testing.assert_array_equal(by_image, expected)
+    assert (np.abs(np.asarray(images))[[0, 1, 2], 0, [0, 1, 2]] > 0).all()
+    found = jax.jit(lambda p: terms(p, batch, cfg, STAGE3, text_targets=8))(params)
+    at, held = np.asarray(found.at)[0], np.asarray(found.token)[0]
+    before = np.abs(np.asarray(tokens))[held, 0, :3].max((2, 3)) > 0
+    first = [int(np.argmax(batch["image"][0] == m * cfg.patches)) for m in range(3)]
+    last = [f + cfg.patches - 1 for f in first]
+    for number, position in enumerate(at[held]):
+        for m in range(3):
+            same = batch["segments"][0, first[m]] == batch["segments"][0, position]
+            assert before[number, m] == (same and position >= last[m])
+
+
+# --------------------------------------------------------------------------------------- likelihood
+
+
+def test_log_det_is_the_jacobians(x64):
+    """An image of a row behind another one, through the shallow and the deep flow."""
+    cfg = pretzel_batch.model(compute_dtype="float64")
+    params = pretzel_batch.drawn(cfg)
+    batch = pretzel_batch.batch([[pretzel_batch.EDIT]], length=40, dtype=np.float64)
+    x = jnp.asarray(batch["latent_mean"])
+    mask = layers.segment_mask(jnp.asarray(batch["segments"]))
+    is_image = batch["image"] >= 0
+    first = int(np.argmax(batch["image"][0] == cfg.patches))
+
+    def z_of(second):
+        given = x.at[0, 1].set(second.reshape(x.shape[2:]))
+        u = starflow2.shallow(params, given[0], cfg)[0][-1][None]
+        u = starflow2.place(u, batch["image"])
+        text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
+        h = starflow2.vlm_input(params, text, u, is_image, cfg)
+        y = starflow2.vlm_states(params, h, batch["positions"], mask, cfg)
+        h = starflow2.deep_input(params, y, u, is_image, cfg)
+        h = starflow2.deep_states(params, h, batch["flow_positions"], mask, cfg)
+        scale, mean = starflow2.image_head(params, h, cfg)
+        own = slice(first - 1, first + cfg.patches - 1)
+        return ((u[0, first : first + cfg.patches] - mean[0, own]) / scale[0, own]).ravel()
+
+    second = x[0, 1].ravel()
+    sign, expected = np.linalg.slogdet(np.asarray(jax.jit(jax.jacfwd(z_of))(second)))
+    found = jax.jit(lambda p: terms(p, batch, cfg, STAGE3))(params)
+    got = float(sum(found.log_dets)[0, 1])
+    assert sign == 1 and abs(expected) > 0.01
+    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
+    half = 0.5 * np.square(np.asarray(jax.jit(z_of)(second))).sum()
+    np.testing.assert_allclose(float(found.half_square[0, 1]), half, rtol=1e-10)
+
+
+def test_packed_rows_equal_rows_of_one_record(x64):
+    cfg = pretzel_batch.model(compute_dtype="float64")
+    params = pretzel_batch.drawn(cfg)
+    records = [
+        pretzel_batch.T2I,
+        pretzel_batch.I2T,
+        pretzel_batch.EDIT,
+        pretzel_batch.TEXT,
+        pretzel_batch.REASON,
+    ]
+    packed = pretzel_batch.batch([records[:3], records[3:]], length=64, dtype=np.float64)
+    apart = pretzel_batch.batch([[record] for record in records], length=36, dtype=np.float64)
+
+    @jax.jit
+    def loss(params, batch):
+        found = interleaved.terms(params, batch, batch["latent_mean"], cfg, STAGE3)
+        made = interleaved.sums(found, batch, STAGE3)
+        totals = jax.tree.map(jnp.sum, interleaved.counts(batch, STAGE3))
+        each = interleaved.row_loss(made, totals, text_weight=0.7, latent_penalty=1e-2)
+        return each.sum(), found
+
+    (a, one), (b, many) = (
+        jax.value_and_grad(loss, has_aux=True)(params, batch) for batch in (packed, apart)
+    )
+    (a, of_one), (b, of_many) = a, b
+    np.testing.assert_allclose(float(a), float(b), rtol=1e-10)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(many)):
+        np.testing.assert_allclose(left, right, rtol=1e-8, atol=1e-12)
+    images = [np.asarray(t.half_square - sum(t.log_dets)) for t in (of_one, of_many)]
+    np.testing.assert_allclose(
+        *(nats[np.asarray(t.image)] for nats, t in zip(images, (of_one, of_many))), rtol=1e-10
+    )
+    np.testing.assert_allclose(
+        *(np.asarray(t.nll)[np.asarray(t.token)] for t in (of_one, of_many)), rtol=1e-10
+    )
+    assert np.asarray(of_one.image).sum() == 4 and np.asarray(of_one.token).sum() > 15
+
+
+def test_without_an_image_before_it_the_adapter_changes_no_image():
+    cfg = pretzel_batch.model()
+    before = pretzel_batch.drawn(cfg, zero=("skip",))
+    after = {**before, "adapter": pretzel_batch.drawn(cfg, 5)["adapter"]}
+    batch = pretzel_batch.batch([[pretzel_batch.T2I], [pretzel_batch.EDIT]], length=40)
+    read = jax.jit(lambda p: terms(p, batch, cfg, STAGE3))
+    nats = [np.asarray(f.half_square - sum(f.log_dets)) for f in map(read, (before, after))]
+    np.testing.assert_array_equal(nats[0][0], nats[1][0])
+    assert nats[0][1, 0] == nats[1][1, 0] and nats[0][1, 1] != nats[1][1, 1]
+
+
+def test_text_loss_stops_where_it_is_told_to():
+    cfg = pretzel_batch.model()
+    params, batch = pretzel_batch.drawn(cfg), pretzel_batch.batch([[pretzel_batch.I2T]], length=40)
+    for into in (True, False):
+        read = lambda p: terms(p, batch, cfg, STAGE3, text_into_flow=into).nll.sum()  # noqa: B023
+        grads = jax.jit(jax.grad(read))(params)
+        size = {name: max(np.abs(g).max() for g in jax.tree.leaves(t)) for name, t in grads.items()}
+        assert size["adapter"] > 0 and size["skip"] > 0
+        assert (size["deep"] > 0) == into and (size["shallow"] > 0) == into
+
+
+def test_chunks_and_limits_of_targets_change_nothing():
+    cfg = pretzel_batch.model()
+    params, batch = pretzel_batch.drawn(cfg), pretzel_batch.batch(PACKED)
+    read = lambda **options: jax.jit(lambda p: terms(p, batch, cfg, STAGE3, **options).nll)(params)
+    whole, most = np.asarray(read()), int(np.asarray(read() != 0).sum(1).max())
+    cut = np.asarray(read(text_targets=most, text_chunk=5))
+    np.testing.assert_allclose(cut, whole[:, :most], rtol=1e-5, atol=1e-6)
+    # More targets than room: never a smaller loss.
+    assert np.isnan(np.asarray(read(text_targets=most - 1))).any()
+
+
+# --------------------------------------------------------------------------------- sizes and errors
+
+
+def test_paper_has_the_published_size():
+    cfg = starflow2.preset("paper")
+    tree = starflow2.declare(cfg)
+    sizes = {name: count_params(part) for name, part in tree.items()}
+    print(sizes)
+    blocks = {**tree["shallow"], "deep": tree["deep"]}
+    assert sum(count_params(b["layers"]) for b in blocks.values()) == 3_625_156_608
+    assert sizes == {
+        "vlm": 7_615_616_512,
+        "adapter": 12_966_912,
+        "shallow": 906_891_456,
+        "deep": 2_730_181_696,
+        "skip": 11_124_736,
+    }
+    assert sizes["shallow"] + sizes["deep"] == 3_637_073_152
+    assert sum(sizes.values()) - sizes["vlm"] == 3_661_164_800
+
+
+def test_tiny_is_tiny():
+    sizes = {n: count_params(p) for n, p in starflow2.declare(starflow2.preset("tiny")).items()}
+    assert 1.5e6 < sum(sizes.values()) - sizes["vlm"] < 2.5e6
+
+
+@pytest.mark.parametrize("blocks", [(2,), (1, 2), (1, 1, 2), (1, 0, 1, 2), (1, 1, 1, 1, 2)])
+def test_the_deep_block_reads_forwards(blocks):
+    cfg = pretzel_batch.model(flow={"layers": blocks})
+    assert not cfg.deep.reverse
+    assert [cfg.flow.block(i).reverse for i in range(len(blocks))][::-2] == [False] * (
+        (len(blocks) + 1) // 2
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"adapter": "none"}, "model.adapter='none'"),
+        ({"skip_into": "u"}, "model.skip_into='u'"),
+        ({"skips": ("both",)}, "'both'"),
+        ({"flow": {"text_channels": 7}}, "text_channels=7 is not the VLM's width 32"),
+        ({"flow": {"start": "token"}}, "start='prefix'"),
+        ({"flow": {"order": "L2R"}}, "backwards"),
+        ({"flow": {"positions": "learned"}}, "'rope'"),
+        ({"flow": {"layers": (1, 1, 0)}}, "no layers"),
+    ],
+)
+def test_a_model_that_cannot_be(changes, words):
+    with pytest.raises(ValueError, match=words):
+        pretzel_batch.model(**changes)
+    with pytest.raises(ValueError, match=r"large.*tiny, small, paper"):
+        starflow2.preset("large")

@@ -1,0 +1,453 @@
+"""What a compiled program is said to cost, against the program itself and analytic counts."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.pretzel_training import STAGES, batch_of, experiment as joint
+from helpers.tiny_starflow import MESHES, ROWS, experiment
+
+from starflow2_jax.mesh import ACTIVATIONS, LAYOUTS, constrain, make_mesh
+from starflow2_jax.models import flops, flow, layers
+from starflow2_jax.planning import cost, hlo, jaxpr, memory, sharding_audit
+from starflow2_jax.training import program as step
+from starflow2_jax.training.program import model_config
+from starflow2_jax.training.tasks import registry
+
+LARGE = 12_000
+
+
+def compiled(cfg):
+    """(program, executable, its text parsed, what it does)."""
+    program = registry.build(cfg, make_mesh(cfg["mesh"]))
+    made = program.lower_step().compile()
+    module = hlo.parse(made.as_text())
+    return program, made, module, cost.analyse(module, program.mesh.shape)
+
+
+@pytest.fixture(scope="module")
+def of_layout():
+    """`compiled` of each layout, once."""
+    found = {}
+
+    def get(layout):
+        if layout not in found:
+            found[layout] = compiled(experiment(layout))
+        return found[layout]
+
+    return get
+
+
+def sent(found):
+    """{(kind, axes)} of exchanges that are not tiny."""
+    return {(c.kind, c.axes) for c in found.collectives if c.bytes >= LARGE}
+
+
+# ------------------------------------------------------------------------------- layouts as meant
+
+
+@pytest.mark.parametrize("layout", MESHES)
+def test_a_layout_exchanges_and_cuts_what_it_means_to(layout, of_layout):
+    program, _, module, found = of_layout(layout)
+    assert found.unknown_loops == ()
+    assert (
+        sharding_audit.unintended(program.declared, found, module, program.mesh, layout, LARGE)
+        == []
+    )
+    kinds = sent(found)
+    if layout == "dp":
+        assert kinds == {("all-reduce", "data")}
+    if layout == "tp":
+        assert {axes for _, axes in kinds} <= {"data", "tensor", "data+tensor"}
+        assert not any(kind == "all-gather" for kind, _ in kinds)
+    if layout == "hybrid":
+        # Weights are gathered inside a slice, only gradients cross.
+        assert ("all-gather", "fsdp") in kinds
+        assert {kind for kind, axes in kinds if "data" in axes} == {"all-reduce"}
+
+
+def test_a_lost_sharding_of_activations_is_found(monkeypatch):
+    """As if a layer forgot where its rows are: they are gathered on every device."""
+    monkeypatch.setitem(ACTIVATIONS, "mlp", ("fsdp", "tensor"))
+    monkeypatch.setattr(layers, "constrain", lambda x, *names: _pinned(x, names))
+    program, _, module, found = compiled(experiment("fsdp_tp"))
+    lines = sharding_audit.unintended(
+        program.declared, found, module, program.mesh, "fsdp_tp", LARGE
+    )
+    assert any(line.startswith("all-gather over") for line in lines), lines
+
+
+def _pinned(x, names):
+    whole = [None if name == "batch" else name for name in names]
+    return constrain(x, *whole)
+
+
+def test_a_large_weight_that_is_not_cut_is_found(monkeypatch):
+    monkeypatch.setitem(LAYOUTS, "fsdp", {"mlp": "fsdp"})
+    program, _, module, found = compiled(experiment("fsdp"))
+    lines = sharding_audit.unintended(program.declared, found, module, program.mesh, "fsdp", LARGE)
+    assert any("layers/query/weight [2, 64, 256] is whole on every device" in x for x in lines)
+
+
+def test_weights_that_are_added_up_over_fsdp_are_told():
+    declared = flow.declare(model_config(experiment("fsdp")))
+    mesh = make_mesh("fsdp=8")
+    one = cost.Collective("all-reduce", "fsdp", (0,), 65536, (64 * 256,), 1e9, 3.0, "")
+    told = lambda *found: sharding_audit.twice(
+        declared, cost.Work(0, 0, 0, (), found, ()), mesh, "fsdp", LARGE
+    )
+    assert "fsdp of weights, 3 GB sent: twice" in told(one)[0] and "fsdp=8" in told(one)[0]
+    other = dataclasses.replace(one, sizes=(64 * 257,))
+    gathered = dataclasses.replace(one, kind="all-gather")
+    assert told(other, gathered, dataclasses.replace(one, axes="data")) == []
+
+
+def test_context_cuts_positions_and_gathers_keys():
+    cfg = experiment("fsdp", "fsdp=4,context=2")
+    program, _, module, found = compiled(cfg)
+    args = (program.declared, found, module, program.mesh, "fsdp", LARGE)
+    assert sharding_audit.unintended(*args) == []
+    assert ("all-gather", "context") in sent(found)
+
+
+# ----------------------------------------------------------------------------- the joint stage
+
+
+@pytest.fixture(scope="module")
+def joint_stage():
+    """`compiled` of a very small stage 3, with a frozen VLM, packed rows and both heads."""
+    return compiled(joint(layout="fsdp", mesh="data=2,fsdp=4"))
+
+
+def test_the_joint_stage_exchanges_what_its_layout_means_to(joint_stage):
+    program, _, module, found = joint_stage
+    assert found.unknown_loops == ()
+    assert (
+        sharding_audit.unintended(program.declared, found, module, program.mesh, "fsdp", LARGE)
+        == []
+    )
+    assert ("all-gather", "fsdp") in {(c.kind, c.axes) for c in found.collectives}
+
+
+def test_the_joint_stage_holds_what_is_declared(joint_stage):
+    """Its frozen VLM too: as arguments of the program, and on each device after a step."""
+    program, made, module, _ = joint_stage
+    given = memory.declared(program)
+    assert given["frozen"] > 0 and given["params"] > given["frozen"] / 10
+    held = memory.compiled(made.memory_analysis(), module, given, 0.0, 1e9)
+    assert sum(given.values()) == held.arguments and held.unused == held.padding == 0
+    live = live_bytes(program, made, batch_of())
+    assert all(abs(n - sum(given.values())) <= 0.01 * n for n in live.values())
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("layout", MESHES)
+def test_declared_bytes_are_the_compiled_arguments(layout, of_layout):
+    program, made, module, _ = of_layout(layout)
+    given = memory.declared(program)
+    told = made.memory_analysis()
+    assert sum(given.values()) == told.argument_size_in_bytes
+    held = memory.compiled(told, module, given, 0.0, 1e9)
+    assert held.unused == held.padding == 0 and held.fits
+    tight = memory.compiled(told, module, given, 0.0, held.peak - 1000)
+    assert not tight.fits and tight.over == 1000
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "hybrid"])
+def test_live_bytes_after_a_step(layout, of_layout):
+    """What lies on each device once a step has run is what was declared, within a hundredth."""
+    program, made, _, _ = of_layout(layout)
+    batch = {
+        name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in program.abstract_batch.items()
+    }
+    expected = sum(memory.declared(program).values())
+    held = live_bytes(program, made, batch)
+    assert all(abs(n - expected) <= 0.01 * expected for n in held.values())
+
+
+def live_bytes(program, made, batch):
+    """Bytes on each device after a step: state, frozen weights and batch."""
+    with jax.set_mesh(program.mesh):
+        state, frozen = program.init(jax.random.key(0))
+        batch = step.to_device(program, batch)
+        state, _ = made(state, frozen, batch)
+    held = dict.fromkeys(jax.devices(), 0)
+    for leaf in jax.tree.leaves((state, frozen, batch)):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return held
+
+
+def test_kept_activations_are_those_of_the_loops(of_layout):
+    """With `full` one state a layer is kept; with `none` far more."""
+    program = of_layout("fsdp")[0]
+    trace = lambda program: _trace(program).jaxpr
+    tokens, width, depth = 64, 64, 2
+    expected = depth * ROWS * tokens * width * 4 / 8
+    assert jaxpr.kept(trace(program), ROWS, 8) == pytest.approx(expected, rel=0.05)
+    other = registry.build(experiment(**{"model.remat": "none"}), program.mesh)
+    assert jaxpr.kept(trace(other), ROWS, 8) > 5 * expected
+
+
+def _trace(program):
+    with jax.set_mesh(program.mesh):
+        return program.step.trace(
+            program.abstract_state, program.abstract_frozen, program.abstract_batch
+        )
+
+
+def test_a_refusal_of_the_compiler_says_how_much_is_missing():
+    words = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 113.88G of 15.75G hbm. Exceeded hbm capacity by 98.13G."
+    )
+    given = {"params": 40 * 2**30, "ema": 0, "optimizer": 8 * 2**30, "frozen": 0, "batch": 0}
+    held = memory.too_large(words, given, 3.0 * 2**30, 1.0)
+    assert held.over == pytest.approx(98.13 * 2**30) and held.capacity == 15.75 * 2**30
+    words = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (21.00G) exceeds available HBM (15.75G)."
+    )
+    other = memory.too_large(words, given, 0.0, 1.0)
+    assert (other.peak, other.over) == (21 * 2**30, 5.25 * 2**30)  # arguments are in it
+    assert memory.too_large("INTERNAL: something else", given, 0.0, 1.0) is None
+    mesh = {"data": 8, "fsdp": 2, "context": 1, "tensor": 1}
+    cfg = {"model": {"remat": "none"}, "train": {"microbatches": 1}}
+    hints = memory.advice(held, cfg, mesh, 64)
+    assert any("weights cut 16 ways, not 2" in hint for hint in hints)
+    assert any("model.remat=full" in hint for hint in hints)
+    assert any("train.microbatches=" in hint for hint in hints)
+    assert memory.advice(dataclasses.replace(held, over=0.0), cfg, mesh, 64) == []
+
+
+# ------------------------------------------------------------------------------------------- work
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_loops_count_as_often_as_they_run(depth, monkeypatch):
+    """A loop over the layers and the layers one after another: the same FLOPs and exchanges."""
+    sums = []
+    for unroll in (8, 1):
+        monkeypatch.setattr(layers, "CPU_UNROLL", unroll)
+        jax.clear_caches()  # traces of layers are kept by their arguments
+        _, _, module, found = compiled(experiment("fsdp", depth=depth))
+        loops = [i for _, i, _ in hlo.walk(module) if i.opcode == "while"]
+        counts = [hlo.trips(module, i, c) for c, i, _ in hlo.walk(module) if i.opcode == "while"]
+        assert (unroll == 8) != any(n == depth for n in counts), (loops, counts)
+        wire = sum(c.wire * c.times for c in found.collectives if c.kind == "all-gather")
+        sums.append((found.flops, wire))
+    (a, b), (c, d) = sums
+    assert a == pytest.approx(c, rel=0.02) and b == pytest.approx(d, rel=0.02)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_flops_are_the_analytic_count(remat, of_layout):
+    if remat == "full":
+        program, _, _, found = of_layout("fsdp")
+    else:
+        program, _, _, found = compiled(experiment(**{"model.remat": remat}))
+    expected = flops.executed_step(program.model, ROWS, program.model.tokens)
+    # XLA may still have what `dots` asks for again; how much of it differs between releases.
+    once = dataclasses.replace(program.model, remat="none" if remat == "dots" else remat)
+    least = flops.executed_step(once, ROWS, program.model.tokens)
+    assert 0.95 * least <= 8 * found.flops <= 1.05 * expected
+    asked = jaxpr.flops(_trace(program).jaxpr)
+    assert asked == pytest.approx(expected, rel=0.05)
+    if remat == "none":
+        assert asked < flops.train_step(program.model, ROWS, program.model.tokens)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_flops_of_a_stage_are_the_analytic_count(stage):
+    """Rows of 40 positions are one part of attention, so that the whole square is computed."""
+    cfg = joint(stage)
+    program = registry.build(cfg, make_mesh("data=8"))
+    expected = registry.work(cfg, program.model, program.declared)
+    assert expected["tokens"] == 8 * 40
+    assert jaxpr.flops(_trace(program).jaxpr) == pytest.approx(expected["flops"], rel=0.05)
+
+
+def test_flops_of_products_and_convolutions():
+    a, b = jnp.ones((6, 16, 32)), jnp.ones((6, 32, 8))
+    image, kernel = jnp.ones((2, 9, 9, 3)), jnp.ones((3, 3, 3, 5))
+    convolve = lambda x, k: jax.lax.conv_general_dilated(
+        x, k, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    loop = lambda a, b: jax.lax.scan(lambda c, _: (c + (a @ b).sum(), None), 0.0, length=7)[0]
+    for function, args, expected in (
+        (jnp.matmul, (a, b), 2 * 6 * 16 * 32 * 8),
+        (convolve, (image, kernel), 2 * 2 * 4 * 4 * 3 * 5 * 9),
+        (jax.grad(lambda a, b: (a @ b * b[:, :16]).sum()), (a, b), None),
+    ):
+        module = hlo.parse(jax.jit(function).lower(*args).compile().as_text())
+        found = cost.analyse(module, {"data": 1}).flops
+        asked = jaxpr.flops(jax.make_jaxpr(function)(*args))
+        assert found == (expected or found) and asked == (expected or asked)
+    assert jaxpr.flops(jax.make_jaxpr(loop)(a, b)) == 7 * 2 * 6 * 16 * 32 * 8
+
+
+# ------------------------------------------------------------------------------- the text, by hand
+
+TEXT = """HloModule small, is_scheduled=true
+
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}) parameter(0)
+  %n = s32[]{:T(128)} constant(7)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT, metadata={op_name="while/cond, }"}
+}
+
+%start (x: f32[4]) -> (f32[4], f32[8]) {
+  %x = f32[4]{0} parameter(0)
+  %g1 = f32[8]{0} all-gather(%x), channel_id=3, replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %s = (f32[4]{0}, f32[8]{0}) custom-call(%g1), custom_call_target="AsyncStart"
+}
+
+%done (x: f32[4]) -> f32[8] {
+  %x = f32[4]{0} parameter(0)
+  %g2 = f32[8]{0} all-gather(%x), channel_id=3, replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %d = f32[8]{0} custom-call(%g2), custom_call_target="AsyncDone"
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %h = f32[8]{0:T(128)S(1)} get-tuple-element(%p), index=1
+  %q = f32[4]{0} slice(%h), slice={[0:4]}
+  %fusion.1 = (f32[4]{0}, f32[8]{0}) fusion(%q), kind=kCustom, calls=%start
+  %fusion.2 = f32[8]{0} fusion(%q), kind=kCustom, calls=%done
+  %kernel = f32[8]{0} custom-call(%h), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block\\": 1}"
+}}, metadata={op_name="pallas_call"}
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  ROOT %t = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}) tuple(%next, %fusion.2)
+}
+
+ENTRY %main (a: f32[24,24]) -> f32[8] {
+  %a = f32[24,24]{1,0:T(8,128)} parameter(0), metadata={op_name="state"}
+  %b = s32[]{:T(128)} parameter(1)
+  %c = s32[]{:T(128)} constant(2)
+  %z = f32[8]{0:T(128)S(1)} constant({1, 2, 3, 4, 5, 6, 7, 8})
+  %init = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}) tuple(%c, %z)
+  %loop = (s32[]{:T(128)}, f32[8]{0:T(128)S(1)}) while(%init), condition=%cond, body=%body
+  ROOT %r = f32[8]{0:T(128)S(1)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_text_of_a_tpu_program():
+    module = hlo.parse(TEXT)
+    assert list(module.computations) == ["cond", "start", "done", "body", "main"]
+    arguments = {n: i.shapes[0] for n, i in module.entry.parameters().items()}
+    assert (arguments[0].bytes, arguments[0].padded) == (4 * 24 * 24, 4 * 24 * 128)
+    assert (arguments[1].bytes, arguments[1].padded) == (4, 512)
+    loop = module.entry.by_name["loop"]
+    assert hlo.trips(module, loop, module.entry) == 5  # from 2 to 7
+    assert [s.space for s in loop.shapes] == [0, 1]
+    assert module.computations["body"].root.name == "t"
+    found = cost.analyse(module, {"data": 4, "tensor": 2})
+    # One exchange, written in two fusions, five times.
+    (gather,) = found.collectives
+    assert (gather.kind, gather.axes, gather.bytes, gather.times) == ("all-gather", "tensor", 32, 5)
+    assert gather.wire == 16
+    known = dataclasses.replace(
+        loop, attributes=loop.attributes + ', backend_config={"known_trip_count":{"n":"9"}}'
+    )
+    assert hlo.trips(module, known, module.entry) == 9
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("HloModule empty")
+
+
+def test_a_loop_that_counts_by_two():
+    """As compilers unroll products of weights that arrive in parts: 2, 4, 6."""
+    twice = TEXT.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(2)")
+    module = hlo.parse(twice)
+    assert hlo.trips(module, module.entry.by_name["loop"], module.entry) == 3
+
+
+@pytest.mark.parametrize(
+    "known, unknown", [("direction=LT", "direction=NE"), ("tuple(%next", "tuple(%n2")]
+)
+def test_a_loop_of_unknown_length_is_named(known, unknown):
+    module = hlo.parse(TEXT.replace(known, unknown))
+    found = cost.analyse(module, {"data": 4, "tensor": 2})
+    assert found.unknown_loops == ("loop",) and found.collectives[0].times == 1
+
+
+@pytest.mark.parametrize(
+    "written, axes, first",
+    [
+        ("replica_groups=[2,4]<=[8]", "fsdp", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", "data", (0, 4)),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", "data", (0, 4)),
+        ("replica_groups={}", "data+fsdp", tuple(range(8))),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", "fsdp", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", "fsdp", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", "data", (0, 4)),
+        ("replica_groups=mesh['a'=8] {'a':(2)4}", "fsdp", (0, 1, 2, 3)),
+        ("source_target_pairs={{0,4},{4,0}}", "data", (0, 4)),
+    ],
+)
+def test_groups_of_devices(written, axes, first):
+    line = f"%g = f32[8]{{0}} all-reduce(%x), channel_id=1, {written}, to_apply=%add"
+    instruction = hlo._instruction(line)
+    found = cost.groups(instruction, 8)
+    assert found[0] == first
+    assert cost.axes_of(found, {"data": 2, "fsdp": 4}) == axes
+    strange = hlo._instruction("%g = f32[8]{0} all-reduce(%x), replica_groups=<new>, to_apply=%add")
+    with pytest.raises(ValueError, match="groups of devices written as"):
+        cost.groups(strange, 8)
+
+
+def test_products_that_a_tpu_writes_as_convolutions():
+    """A batch of 4 products [16, 8] x [8, 32], as positions of which only one of each meets."""
+    line = (
+        "%c = f32[4,16,32]{2,1,0} convolution(%l, %r), window={size=4 pad=0_0 stride=3 "
+        "lhs_dilate=4}, dim_labels=0bf_0io->0bf"
+    )
+    shapes = {"l": "f32[4,16,8]{2,1,0}", "r": "f32[4,8,32]{2,1,0}"}
+    given = [hlo._instruction(f"%{n} = {s} parameter({i})") for i, (n, s) in
+             enumerate(shapes.items())]  # fmt: skip
+    call = hlo._instruction(line)
+    scope = hlo.Computation("main", [*given, call])
+    module = hlo.Module({"main": scope}, scope)
+    assert cost.flops_of(module, scope, call) == 2 * 4 * 16 * 8 * 32
+
+
+def test_bytes_of_a_slice_are_not_those_of_the_stack():
+    """A layer's weight is read from the stack of all, and its gradient written into one."""
+    stack, index = jnp.ones((16, 64, 64)), jnp.zeros((), jnp.int32)
+    read = lambda w, i: jnp.tanh(jax.lax.dynamic_index_in_dim(w, i, keepdims=False)) * 2
+    module = hlo.parse(jax.jit(read).lower(stack, index).compile().as_text())
+    assert cost.analyse(module, {"data": 1}).bytes < 6 * math.prod(stack.shape[1:]) * 4
+
+
+def test_bytes_of_a_slice_in_a_fusion_inside_a_fusion():
+    """As TPUs write a product with one layer of a stack, and an update of one."""
+    module = hlo.parse(
+        "HloModule m\n\n"
+        "%take (p: f32[16,64,64], i: s32[]) -> f32[1,64,64] {\n"
+        "  %p = f32[16,64,64]{2,1,0} parameter(0)\n  %i = s32[] parameter(1)\n"
+        "  ROOT %s = f32[1,64,64]{2,1,0} dynamic-slice(%p, %i, %i, %i)\n}\n\n"
+        "%put (q: f32[16,64,64], u: f32[1,64,64], j: s32[]) -> f32[16,64,64] {\n"
+        "  %q = f32[16,64,64]{2,1,0} parameter(0)\n"
+        "  %u = f32[1,64,64]{2,1,0} parameter(1)\n  %j = s32[] parameter(2)\n"
+        "  ROOT %d = f32[16,64,64]{2,1,0} dynamic-update-slice(%q, %u, %j, %j, %j)\n}\n\n"
+        "%outer (a: f32[16,64,64], b: f32[16,64,64], k: s32[]) -> f32[16,64,64] {\n"
+        "  %a = f32[16,64,64]{2,1,0} parameter(0)\n"
+        "  %b = f32[16,64,64]{2,1,0} parameter(1)\n  %k = s32[] parameter(2)\n"
+        "  %t = f32[1,64,64]{2,1,0} fusion(%a, %k), kind=kLoop, calls=%take\n"
+        "  ROOT %w = f32[16,64,64]{2,1,0} fusion(%b, %t, %k), kind=kLoop, calls=%put\n}\n\n"
+        "ENTRY %main (x: f32[16,64,64], y: f32[16,64,64], n: s32[]) -> f32[16,64,64] {\n"
+        "  %x = f32[16,64,64]{2,1,0} parameter(0)\n"
+        "  %y = f32[16,64,64]{2,1,0} parameter(1)\n  %n = s32[] parameter(2)\n"
+        "  ROOT %f = f32[16,64,64]{2,1,0} fusion(%x, %y, %n), kind=kOutput, calls=%outer\n}\n"
+    )
+    layer = 64 * 64 * 4
+    assert cost.analyse(module, {"data": 1}).bytes == pytest.approx(2 * layer, rel=0.01)

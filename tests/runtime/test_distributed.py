@@ -1,0 +1,308 @@
+"""Who a process is, how processes meet, and what each is told where they cannot be one run."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from helpers.paths import ROOT
+
+from starflow2_jax import config
+from starflow2_jax.runtime import distributed, rendezvous
+from starflow2_jax.runtime.rendezvous import Place
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+# --------------------------------------------------------------------------------------- detection
+
+EXPLICIT = {
+    "JAX_COORDINATOR_ADDRESS": "box:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3",
+}  # fmt: skip
+SLURM = {
+    "SLURM_JOB_ID": "4005", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
+    "SLURM_STEP_NODELIST": "gpu[017-019,030],login1",
+}  # fmt: skip
+
+
+def test_alone():
+    assert distributed.detect({}) is None
+    assert distributed.detect({**EXPLICIT, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
+    # An interactive step of one task in a job of four.
+    assert distributed.detect({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) is None
+    distributed.init_distributed()
+    distributed.agree("anything", {"a": 1})
+    distributed.fail("nothing happens")
+
+
+def test_variables():
+    assert distributed.detect(EXPLICIT) == Place("box:1234", 4, 3)
+    devices = distributed.detect({**EXPLICIT, "JAX_LOCAL_DEVICE_IDS": "4,5"}).local_devices
+    assert devices == (4, 5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"JAX_PROCESS_ID": ""}, "JAX_NUM_PROCESSES set, but not JAX_PROCESS_ID"),
+        ({"JAX_COORDINATOR_ADDRESS": ""}, "not JAX_COORDINATOR_ADDRESS"),
+        ({"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID=4 is not below JAX_NUM_PROCESSES=4"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two' is not a whole number"),
+        ({"JAX_COORDINATOR_ADDRESS": "box"}, "'box' is not HOST:PORT"),
+        ({"JAX_LOCAL_DEVICE_IDS": "0-3"}, "'0-3' is not a list such as"),
+    ],
+)
+def test_variables_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.detect({**EXPLICIT, **changes})
+
+
+def test_slurm():
+    assert distributed.detect(SLURM) == Place("gpu017:61005", 4, 2)
+    nodes = {"node7": "node7", "a-1,b[1-2]": "a-1", "n[08,10-12]": "n08", "x[1-2],y": "x1"}
+    for listed, first in nodes.items():
+        found = distributed.detect({**SLURM, "SLURM_STEP_NODELIST": listed})
+        assert found.coordinator == f"{first}:61005"
+    given = distributed.detect({**SLURM, "JAX_COORDINATOR_ADDRESS": "ib0:5"})
+    assert given == Place("ib0:5", 4, 2)
+
+
+@pytest.mark.parametrize(
+    "tasks, local, visible, devices",
+    [
+        ("1(x4)", "0", "0,1,2,3,4,5,6,7", None),  # a task a node takes all of it
+        ("8(x4)", "3", "0,1,2,3,4,5,6,7", (3,)),
+        ("2(x4)", "1", "0,1,2,3,4,5,6,7", (4, 5, 6, 7)),
+        ("8(x4)", "3", "3", None),  # --gpus-per-task: it sees its own only
+        ("8(x4)", "3", "", None),
+    ],
+)
+def test_slurm_tasks_share_the_devices_of_a_node(tasks, local, visible, devices):
+    changes = {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_LOCALID": local}
+    found = distributed.detect({**SLURM, **changes, "CUDA_VISIBLE_DEVICES": visible})
+    assert found.local_devices == devices
+
+
+def test_code_fingerprint_follows_names_and_contents(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("one")
+    monkeypatch.setattr(distributed, "__file__", str(tmp_path / "runtime" / "distributed.py"))
+    seen = {distributed.code_fingerprint()}
+    (tmp_path / "a.py").write_text("two")
+    seen.add(distributed.code_fingerprint())
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    seen.add(distributed.code_fingerprint())
+    (tmp_path / "notes.txt").write_text("no source")
+    assert len(seen) == 3 and distributed.code_fingerprint() in seen
+
+
+# ----------------------------------------------------------------------------------------- meeting
+
+
+def meet(places, limit=30.0, delays=()):
+    """What each of several processes, here threads, gets or raises, and after how long."""
+    results = [None] * len(places)
+
+    def run(number):
+        time.sleep(delays[number] if delays else 0)
+        began = time.monotonic()
+        try:
+            results[number] = rendezvous.meet(places[number], limit), time.monotonic() - began
+        except Exception as error:
+            results[number] = error, time.monotonic() - began
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(places))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def places(port, processes=3, there=None):
+    return [Place(f"localhost:{port}", processes, i) for i in (there or range(processes))]
+
+
+def test_all_meet_and_the_port_is_free_for_jax_with_the_lines_open():
+    port = free_port()
+    (zero, _), (one, _), (two, _) = meet(places(port), delays=(1.0, 0, 0))
+    assert set(zero) == {1, 2} and set(one) == set(two) == {0}
+    with socket.create_server(("", port)):
+        rendezvous.tell(zero[2], failed="x")
+        assert rendezvous.hear(two[0]) == {"failed": "x"}
+        rendezvous.tell(one[0], done=True)
+        assert rendezvous.hear(zero[1]) == {"done": True}
+        two[0].file.close()
+        two[0].socket.close()
+        assert rendezvous.hear(zero[2]) is None
+
+
+def test_a_missing_process_is_named_to_all():
+    for error, seconds in meet(places(free_port(), 4, (0, 1, 3)), limit=2.0):
+        assert isinstance(error, RuntimeError) and seconds < 6
+        assert "process 2 of 4 did not come to localhost:" in str(error)
+
+
+def test_a_coordinator_that_cannot_be_reached():
+    ((error, seconds),) = meet(places(free_port(), 2, (1,)), limit=2.0)
+    assert isinstance(error, RuntimeError) and seconds < 6
+    assert "cannot be reached from" in str(error) and "within 2 s: Connection refused" in str(error)
+    nowhere = Place("no-such-host.invalid:1", 2, 1)
+    ((error, _),) = meet([nowhere], limit=2.0)
+    assert "no-such-host.invalid:1 cannot be reached" in str(error)
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        ((error, seconds),) = meet(places(port, 2, (0,)), limit=2.0)
+    assert f"port {port} of the coordinator" in str(error) and seconds < 2
+
+
+def test_something_else_at_the_coordinators_port():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        ((error, seconds),) = meet(places(port, 2, (1,)), limit=1.0)
+    assert "not all of 2 processes have come within 1 s" in str(error) and seconds < 6
+
+
+def test_two_of_the_same_number_and_another_count():
+    port = free_port()
+    for error, _ in meet(places(port, 3, (0, 1, 1)), limit=10.0):
+        assert "two processes call themselves 1" in str(error)
+    port = free_port()
+    odd = [Place(f"localhost:{port}", 3, 0), Place(f"localhost:{port}", 2, 1)]
+    for error, _ in meet(odd, limit=10.0):
+        assert "process 1" in str(error) and "is one of 2, process 0 one of 3" in str(error)
+
+
+def test_strangers_at_the_port_do_no_harm():
+    port = free_port()
+    results = []
+    first = threading.Thread(target=lambda: results.append(meet(places(port, 2, (0,)))[0]))
+    first.start()
+    for word in (b"GET / HTTP/1.1\r\n\r\n", b"", b'{"process": "1"}\n', b"\xff\n"):
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                stranger = socket.create_connection(("localhost", port), timeout=5)
+                break
+            except OSError:
+                time.sleep(0.1)
+        stranger.sendall(word)
+        stranger.close()
+    ((one, _),) = meet(places(port, 2, (1,)))
+    first.join()
+    assert set(one) == {0} and set(results[0][0]) == {1}
+
+
+# --------------------------------------------------------------------------------- real processes
+
+PROGRAM = """
+import json, os, sys, time
+import jax
+from starflow2_jax.runtime import cli, distributed
+index = int(os.environ["JAX_PROCESS_ID"])
+patient = dict.fromkeys(("initialization", "heartbeat", "shutdown"), 200)
+def main(words):
+    distributed.init_distributed({**patient, "probe": int(os.environ.get("PROBE", 200))})
+    BODY
+sys.argv = ["x"]
+cli.run(main)
+"""
+
+
+def run(body, processes=2, **environ):
+    """(exit status, output) of each of some processes that run `body` after meeting."""
+    port, started = free_port(), []
+    for i in range(processes):
+        own = {
+            name: value[i] if isinstance(value, list) else value for name, value in environ.items()
+        }
+        environment = {
+            **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_PROCESS_ID": str(i), "JAX_NUM_PROCESSES": str(processes),
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "PYTHONPATH": str(ROOT), **own,
+        }  # fmt: skip
+        command = [sys.executable, "-c", PROGRAM.replace("BODY", body)]
+        # Not in the repository, which python -c would put before PYTHONPATH.
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": "/"}
+        started.append(subprocess.Popen(command, env=environment, **pipes))
+    done = [(process.communicate(timeout=300)[0], process.returncode) for process in started]
+    return [(status, output) for output, status in done]
+
+
+def test_processes_agree_and_end_well():
+    body = 'distributed.agree("the data", {"a": [1, 2]}); print(jax.device_count())'
+    (first, output), (second, other) = run(body)
+    assert first == second == 0, output + other
+    assert "Traceback" not in output + other
+    lines = [line for line in output.splitlines() if "Gloo" not in line]
+    assert lines[-1] == other.splitlines()[-1] == "4"
+    table = [line.split() for line in lines[:3]]
+    assert table[0] == ["process", "host", "pid", "devices"]
+    assert [row[0] for row in table[1:]] == ["0", "1"]
+    assert all(row[3:] == ["2", "x", "cpu", "(cpu)"] for row in table[1:])
+
+
+def test_other_devices_than_asked_for():
+    results = run("pass", JAX_NUM_CPU_DEVICES=["2", "3"], STARFLOW2_DEVICES_PER_PROCESS="2")
+    for status, output in results:
+        last = output.splitlines()[-1]
+        assert status == 1 and last.startswith("error: process 1 (") and "sees 3 x cpu" in last
+        assert last.endswith("but 2 a process were asked for")
+
+
+def test_what_differs_is_said_by_each():
+    body = 'distributed.agree("the data", {"eval": 1, "data": {"sha": index, "n": 2}})'
+    for status, output in run(body):
+        last = output.splitlines()[-1]
+        assert status == 1 and last.endswith("differ in the data: data.sha: 0 and 1")
+
+
+@pytest.mark.parametrize("failing", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_one_that_fails_ends_the_others(failing):
+    """The others wait in a barrier without end, as in a collective."""
+    body = (
+        f'index == {failing} and (_ for _ in ()).throw(ValueError("record 7 is bad"));'
+        "time.sleep(600)"
+    )
+    began = time.time()
+    results = run(body)
+    assert time.time() - began < 200
+    for process, (status, output) in enumerate(results):
+        said = output.splitlines()[-1]
+        assert status == 1, output
+        if process == failing:
+            assert said == "error: record 7 is bad"
+        else:
+            assert said.startswith(f"error: process {failing} (")
+            assert said.endswith(" of 2 stopped: record 7 is bad")
+
+
+def test_code_that_differs(tmp_path):
+    """Process 1 has a package of its own, with one more comment."""
+    copy = tmp_path / "starflow2_jax"
+    shutil.copytree(ROOT / "starflow2_jax", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(copy / "params.py", "a") as file:
+        file.write("# another version\n")
+    for status, output in run("pass", PYTHONPATH=[str(ROOT), str(tmp_path)]):
+        assert status == 1
+        assert "differ in the code: sources: " in output.splitlines()[-1]
+
+
+def test_the_limits_are_those_that_are_documented():
+    assert list(distributed.TIMEOUTS.values()) == [45, 45, 20, 30]
+    keys = {
+        f"distributed.{name}": config.KEYS[f"distributed.{name}"].default
+        for name in distributed.TIMEOUTS
+    }
+    assert keys == {f"distributed.{name}": value for name, value in distributed.TIMEOUTS.items()}
