@@ -198,7 +198,7 @@ def show(values: flags.FlagValues) -> dict[str, Any]:
     for index in np.linspace(0, len(dataset) - 1, count).astype(int).tolist():
         record = dataset[index]
         for blob in record.imgs:
-            where = f"{dataset.where(index)} (id {record.id!r})"
+            where = f"{dataset.location(index)} (id {record.id!r})"
             cells.append((images.decode(blob.data, where), records.text(record)))
     if not cells:
         raise DatasetError(f"{values.data}: none of {count} records has an image")
@@ -236,14 +236,14 @@ def tokenizer(values: flags.FlagValues) -> dict[str, Any]:
     data, out = (_needed(values, name) for name in ("data", "out"))
     text = tokenizer_lib.train(data, values.vocabulary)
     tokenizer_lib.write(text, out, patch=values.tower_patch, merge=values.tower_merge, frames=2)
-    return {"out": out, "size": chat_layout.open_tokenizer(out).size}
+    return {"out": out, "size": chat_layout.open_tokenizer(out).vocab_size}
 
 
 def index(values: flags.FlagValues) -> dict[str, Any]:
     """Lengths of the records and a packing plan, beside the manifest; done already, it is read."""
-    room = packing.Room(values.row_length, values.image_tokens, values.row_images)
+    room = packing.PackingSpec(values.row_length, values.image_tokens, values.row_images)
     data, tokenizer = (_needed(values, name) for name in ("data", "tokenizer"))
-    file, plan = packing.index(data, tokenizer, room, values["seed"].value)
+    file, plan = packing.load_or_make_plan(data, tokenizer, room, values["seed"].value)
     return {
         "out": file,
         "records": len(plan.lengths),

@@ -104,5 +104,5 @@ def _pictures(path: str, pixels: int):
     dataset = records.read(path)
     for number in range(len(dataset)):
         for blob in dataset[number].imgs:
-            picture = images.decode(blob.data, dataset.where(number))
+            picture = images.decode(blob.data, dataset.location(number))
             yield images.center_crop(picture, pixels)

@@ -1,7 +1,7 @@
 """Datasets of arrays parallel to a dataset of records: latents and text features made offline.
 
-Row i belongs to record i, shard by shard, and carries its id. The manifest's `features` says what
-the arrays are and what computed them.
+Row i belongs to record i, shard by shard, and has its id. The manifest's `features` describes the
+arrays and the encoder that computed them.
 """
 
 import os
@@ -12,14 +12,14 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from starflow2_jax.data import manifest as manifest_lib, shards as shards_lib
+from starflow2_jax.data import manifest, shards
 from starflow2_jax.data.manifest import DatasetError, Importer, Manifest
 
 Dtype = Literal["float32", "float16", "int32", "uint8"]
 
 
 class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Little-endian, C order."""
+    """An array of a row; `data` is little-endian and in C order."""
 
     dtype: Dtype
     shape: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=8)]
@@ -27,6 +27,8 @@ class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Arrays(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The named arrays of the record with the same id."""
+
     v: Literal[1]
     id: Annotated[str, Meta(min_length=1, max_length=1024)]
     arrays: dict[str, Array]
@@ -37,7 +39,7 @@ _decoder = msgspec.msgpack.Decoder(Arrays)
 
 
 def encode(id: str, arrays: dict[str, np.ndarray]) -> bytes:
-    """Encodes one row.
+    """Encode one row.
 
     Raises:
       DatasetError: a dtype outside `Dtype`, or a value that is not finite.
@@ -56,19 +58,23 @@ def encode(id: str, arrays: dict[str, np.ndarray]) -> bytes:
     return _encoder.encode(Arrays(1, id, row))
 
 
-def decode(data: bytes, where: str) -> tuple[str, dict[str, np.ndarray]]:
-    """Decodes one row to its id and arrays (read-only views); errors name `where` and the array."""
+def decode(data: bytes, location: str) -> tuple[str, dict[str, np.ndarray]]:
+    """Decode one row to its id and its arrays, which are read-only views.
+
+    Raises:
+      DatasetError: a damaged row; names `location` and the array.
+    """
     try:
         row = _decoder.decode(data)
     except msgspec.MsgspecError as error:
-        raise DatasetError(f"{where}: {error}") from error
+        raise DatasetError(f"{location}: {error}") from error
     arrays = {}
     for name, array in row.arrays.items():
         dtype = np.dtype(array.dtype).newbyteorder("<")
         size = int(np.prod(array.shape, dtype=np.int64)) * dtype.itemsize
         if size != len(array.data):
             raise DatasetError(
-                f"{where}: {name} has {len(array.data)} bytes, but {array.dtype} of shape "
+                f"{location}: {name} has {len(array.data)} bytes, but {array.dtype} of shape "
                 f"{array.shape} takes {size}"
             )
         arrays[name] = np.frombuffer(array.data, dtype).reshape(array.shape)
@@ -84,10 +90,18 @@ def write(
     features: dict[str, Any],
     overwrite: bool = False,
 ) -> Manifest:
-    """Writes rows (id, arrays) for the dataset of manifest `parent`, in its order and sharding.
+    """Write a folder of arrays, and return its manifest.
 
-    All rows must hold the same names, dtypes and shapes; these go into the manifest's
-    `features["arrays"]`, beside the caller's `features` and the fingerprint of the parent.
+    All rows must have the same names, dtypes and shapes; these go into the manifest's
+    `features["arrays"]`, next to the caller's `features` and the fingerprint of the parent.
+
+    Args:
+      path: folder to make.
+      rows: (id, arrays) of each record, in the order of the records.
+      parent: manifest of the dataset of records; the arrays get its sharding.
+      importer: the program that made the arrays, for the manifest.
+      features: further entries of the manifest's `features`.
+      overwrite: replace an existing dataset folder.
 
     Raises:
       DatasetError: rows that differ in shape, more or fewer rows than records, an existing `path`.
@@ -96,54 +110,56 @@ def write(
 
     def payloads() -> Iterator[bytes]:
         for id, row in rows:
-            found = {
+            row_spec = {
                 name: {"dtype": a.dtype.name, "shape": list(a.shape)} for name, a in row.items()
             }
             if not spec:
-                spec.update(found)
-            if found != spec:
-                raise DatasetError(f"row {id!r}: arrays are {found}, expected {spec} as before it")
+                spec.update(row_spec)
+            if row_spec != spec:
+                raise DatasetError(
+                    f"row {id!r}: arrays are {row_spec}, expected {spec} as in the rows before it"
+                )
             yield encode(id, row)
 
-    def describe(shards: list[manifest_lib.Shard]) -> Manifest:
-        described = {**features, "arrays": spec, "dataset": manifest_lib.fingerprint(parent)}
-        return manifest_lib.make("arrays", shards, importer, features=described)
+    def make_manifest(written: list[manifest.Shard]) -> Manifest:
+        described = {**features, "arrays": spec, "dataset": manifest.fingerprint(parent)}
+        return manifest.make("arrays", written, importer, features=described)
 
     counts = [shard.records for shard in parent.shards]
-    return shards_lib.write(path, payloads(), describe, counts=counts, overwrite=overwrite)
+    return shards.write(path, payloads(), make_manifest, counts=counts, overwrite=overwrite)
 
 
 class Features:
-    """The rows of an arrays folder: `len`, `[i]` -> (id, arrays); safe in threads.
+    """The rows of a folder of arrays: `len`, `[i]` -> (id, arrays); safe in threads.
 
     Raises:
-      DatasetError: not an arrays folder, or made from another dataset than `parent`.
+      DatasetError: not a folder of arrays, or one made from another dataset than `parent`.
     """
 
     def __init__(self, path: str | os.PathLike[str], parent: Manifest):
-        self.manifest = manifest_lib.load(path, kind="arrays")
+        self.manifest = manifest.load(path, kind="arrays")
         features = self.manifest.features or {}
         self.spec: dict[str, dict[str, Any]] = features.get("arrays", {})
-        expected = manifest_lib.fingerprint(parent)
+        expected = manifest.fingerprint(parent)
         if features.get("dataset") != expected or self.manifest.records != parent.records:
             raise DatasetError(
                 f"{path}: made from the dataset {str(features.get('dataset'))[:12]} of "
                 f"{self.manifest.records} records, but this one is {expected[:12]} of "
                 f"{parent.records}; run `prepare features` again"
             )
-        self._payloads = shards_lib.Payloads(path, self.manifest)
+        self._payloads = shards.Payloads(path, self.manifest)
 
     def __len__(self) -> int:
         return len(self._payloads)
 
     def __getitem__(self, index: int) -> tuple[str, dict[str, np.ndarray]]:
-        return decode(self._payloads[index], self._payloads.where(index))
+        return decode(self._payloads[index], self._payloads.location(index))
 
-    def where(self, index: int) -> str:
-        """Shard and index of a row, for error messages."""
-        return self._payloads.where(index)
+    def location(self, index: int) -> str:
+        """Return shard and index of a row, for error messages."""
+        return self._payloads.location(index)
 
 
 def read(path: str | os.PathLike[str], parent: Manifest) -> Features:
-    """Opens the arrays folder `path`, which must belong to the dataset with manifest `parent`."""
+    """Open a folder of arrays, which must belong to the dataset with the manifest `parent`."""
     return Features(path, parent)

@@ -1,37 +1,38 @@
-"""Text to token ids, and a record as one causal sequence of text tokens and image slots.
+"""Text to token ids, and a record to one causal sequence of text tokens and image slots.
 
-The layout is that of Qwen's chat template: a turn is `<|im_start|>role`, a line end, what is said,
-`<|im_end|>` and a line end; an image is `<|vision_start|>`, one slot for each of its N patches, and
-`<|vision_end|>`; what has no role stands as it is. `layout` writes every delimiter, in training and
-in generation.
+The layout is that of Qwen's chat template. A turn is `<|im_start|>role`, a newline, its content,
+`<|im_end|>` and a newline. An image is `<|vision_start|>`, one slot for each of its N patches, and
+`<|vision_end|>`. Parts without a role get no turn delimiters. `apply_chat_template` writes every
+delimiter, in training and in generation.
 """
 
 import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record, Text
 
-NULLS = ("none", "text", "all")
-# Longer texts are seldom the same twice.
+NULL_CONDITIONS = ("none", "text", "all")
+# Longer texts seldom come twice.
 _CACHED_CHARACTERS = 200
 
 
-def byte_tokens(text: str, length: int, where: str = "text") -> np.ndarray:
-    """UTF-8 bytes + 1 of `text`, padded with 0 at the end: int32 [length].
+def byte_tokens(text: str, length: int, location: str = "text") -> np.ndarray:
+    """Encode `text` as UTF-8 bytes + 1, padded with 0 at the end: int32 [length].
 
     Raises:
-      DatasetError: naming `where`, if the text has more than `length` bytes.
+      DatasetError: a text of more than `length` bytes, naming `location`.
     """
     data = text.encode("utf-8")
     if len(data) > length:
         raise DatasetError(
-            f"{where}: the text has {len(data)} bytes, but text_length is {length}: {text[:80]!r}"
+            f"{location}: the text has {len(data)} bytes, but text_length is {length}: "
+            f"{text[:80]!r}"
         )
     tokens = np.zeros(length, np.int32)
     tokens[: len(data)] = np.frombuffer(data, np.uint8)
@@ -41,15 +42,16 @@ def byte_tokens(text: str, length: int, where: str = "text") -> np.ndarray:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A folder's tokenizer as the layout uses it.
+    """A tokenizer reduced to what the chat layout needs.
 
     Attributes:
-      encode: text to ids; the names of special tokens in it are ordinary text.
-      decode: ids to text, special tokens left out.
-      turn_start, turn_end, vision_start, vision_end, image: ids of the delimiters and of an image
-        slot; pad: of positions that hold nothing.
-      opening: ids before the first turn of a conversation that has no system turn of its own.
-      size: number of ids.
+      encode: converts text to ids; the names of special tokens in a text are ordinary text.
+      decode: converts ids to text without special tokens.
+      turn_start, turn_end, vision_start, vision_end: ids of the delimiters.
+      image: id of an image slot.
+      pad: id at positions after the last record of a row.
+      opening: ids before the first turn of a conversation without a system turn.
+      vocab_size: number of ids.
     """
 
     encode: Callable[[str], tuple[int, ...]]
@@ -61,10 +63,10 @@ class Tokenizer:
     image: int
     pad: int
     opening: tuple[int, ...]
-    size: int
+    vocab_size: int
 
 
-class Part(NamedTuple):
+class MessagePart(NamedTuple):
     """A piece of a conversation: `content` is text, its tokens, or the number of an image."""
 
     role: str
@@ -72,40 +74,42 @@ class Part(NamedTuple):
     loss: bool = False
 
 
-class Items(NamedTuple):
-    """A laid-out sequence; every array has one entry a position.
+class TokenSequence(NamedTuple):
+    """A conversation as a sequence of T text tokens and image slots.
 
     Attributes:
-      ids: int32, of image slots the id of `Tokenizer.image`.
-      image, patch: int32, which image and which of its patches stands there; -1 for text.
-      target: bool, whether the item is learnt.
-      part: int32, which of the parts, texts joined, it is of; -1 for delimiters.
+      ids: int32 [T]; image slots have the id `Tokenizer.image`.
+      image_index: int32 [T], the image of each slot; -1 for text.
+      patch_index: int32 [T], the patch of that image; -1 for text.
+      is_target: bool [T], true where the item is a training target.
+      part_index: int32 [T], the part that each item comes from, with adjacent texts joined; -1 for
+        delimiters.
     """
 
     ids: np.ndarray
-    image: np.ndarray
-    patch: np.ndarray
-    target: np.ndarray
-    part: np.ndarray
+    image_index: np.ndarray
+    patch_index: np.ndarray
+    is_target: np.ndarray
+    part_index: np.ndarray
 
 
 def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a local folder; nothing is fetched and no code of it is run.
+    """Open the tokenizer of a local folder, without network access and without running its code.
 
     Raises:
-      DatasetError: no tokenizer there, or one without the delimiters of Qwen's chat.
+      DatasetError: no tokenizer in the folder, or one without the delimiters of Qwen's chat.
     """
     import transformers  # heavy
 
     try:
-        held = transformers.AutoTokenizer.from_pretrained(
+        hf_tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DatasetError(f"{folder}: no tokenizer in this folder: {reason}") from error
-    vocabulary = held.get_vocab()
-    names = {
+    vocabulary = hf_tokenizer.get_vocab()
+    special_tokens = {
         "turn_start": "<|im_start|>",
         "turn_end": "<|im_end|>",
         "vision_start": "<|vision_start|>",
@@ -113,100 +117,101 @@ def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         "image": "<|image_pad|>",
         "pad": "<|endoftext|>",
     }
-    missing = [name for name in names.values() if name not in vocabulary]
+    missing = [token for token in special_tokens.values() if token not in vocabulary]
     if missing:
         raise DatasetError(f"{folder}: the tokenizer has no {', '.join(missing)}")
 
-    def plain(text: str) -> tuple[int, ...]:
-        found = held(text, add_special_tokens=False, split_special_tokens=True)
-        return tuple(found["input_ids"])
+    def encode(text: str) -> tuple[int, ...]:
+        encoding = hf_tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return tuple(encoding["input_ids"])
 
-    cached = functools.lru_cache(maxsize=65536)(plain)
+    encode_cached = functools.lru_cache(maxsize=65536)(encode)
     return Tokenizer(
-        encode=lambda text: (cached if len(text) <= _CACHED_CHARACTERS else plain)(text),
-        decode=lambda ids: held.decode(list(ids), skip_special_tokens=True),
-        opening=_opening(held, names["turn_start"]),
-        size=max(len(held), max(vocabulary.values()) + 1),
-        **{field: vocabulary[name] for field, name in names.items()},
+        encode=lambda text: (encode_cached if len(text) <= _CACHED_CHARACTERS else encode)(text),
+        decode=lambda ids: hf_tokenizer.decode(list(ids), skip_special_tokens=True),
+        opening=_opening_ids(hf_tokenizer, special_tokens["turn_start"]),
+        vocab_size=max(len(hf_tokenizer), max(vocabulary.values()) + 1),
+        **{field: vocabulary[token] for field, token in special_tokens.items()},
     )
 
 
-def _opening(held, turn_start: str) -> tuple[int, ...]:
-    """Ids of what the folder's template puts before a first turn of the user."""
-    if not isinstance(held.chat_template, str):
+def _opening_ids(hf_tokenizer: Any, turn_start: str) -> tuple[int, ...]:
+    """Return the ids that the folder's chat template writes before a user's first turn."""
+    if not isinstance(hf_tokenizer.chat_template, str):
         return ()
     messages = [{"role": "user", "content": "."}]
-    text = held.apply_chat_template(messages, tokenize=False)
-    before = text[: text.index(f"{turn_start}user")]
-    return tuple(held(before, add_special_tokens=False)["input_ids"]) if before else ()
+    text = hf_tokenizer.apply_chat_template(messages, tokenize=False)
+    opening = text[: text.index(f"{turn_start}user")]
+    return tuple(hf_tokenizer(opening, add_special_tokens=False)["input_ids"]) if opening else ()
 
 
-def parts(record: Record) -> tuple[list[Part], list[int]]:
-    """A record's segments, and which of `record.imgs` each of its images, in turn, is."""
-    found, images = [], []
+def message_parts(record: Record) -> tuple[list[MessagePart], list[int]]:
+    """Return the parts of a record, and the index in `record.imgs` of each image part."""
+    parts, image_indices = [], []
     for segment in record.segs:
         if isinstance(segment, Text):
-            found.append(Part(segment.role, segment.s, segment.loss))
+            parts.append(MessagePart(segment.role, segment.s, segment.loss))
         else:
-            found.append(Part(segment.role, len(images), segment.loss))
-            images.append(segment.i)
-    return found, images
+            parts.append(MessagePart(segment.role, len(image_indices), segment.loss))
+            image_indices.append(segment.i)
+    return parts, image_indices
 
 
-def layout(
-    given: Sequence[Part],
+def apply_chat_template(
+    parts: Sequence[MessagePart],
     tokenizer: Tokenizer,
-    patches: int,
+    image_tokens: int,
     *,
     null: str = "none",
     closed: bool = True,
-    within: str = "",
-) -> Items:
-    """Text, delimiters and image slots of a conversation.
+    open_role: str = "",
+) -> TokenSequence:
+    """Write the text tokens, delimiters and image slots of a conversation.
 
     Targets are the tokens of texts with loss, the patches of images with loss and the
     `<|vision_start|>` before them, and the `<|im_end|>` of an assistant's turn that ends in one of
-    either. `<|vision_end|>` follows by itself and is none.
+    these. `<|vision_end|>` is forced after the last patch, so it is never a target.
 
     Args:
-      given: parts in order; neighbours with one role form a turn.
-      patches: N.
-      null: `text` empties the text of the user's turns, `all` their images too: the condition of
-        guidance (design.md 5).
-      closed: whether the last turn ends; otherwise it can be continued. An empty text opens one.
-      within: the role whose turn is open already where a conversation goes on.
+      parts: parts in order; adjacent parts with the same role form a turn.
+      tokenizer: tokenizer of the text and the delimiters.
+      image_tokens: N, slots of an image.
+      null: "text" empties the texts of the user, and "all" drops the user's images too. The result
+        is the unconditional input of classifier-free guidance.
+      closed: end the last turn; otherwise it can be continued. An empty text opens a turn.
+      open_role: role of the turn that is already open when the parts continue a conversation.
 
     Raises:
       ValueError: an unknown `null`.
     """
-    if null not in NULLS:
-        raise ValueError(f"null={null!r} is not one of {', '.join(NULLS)}")
+    if null not in NULL_CONDITIONS:
+        raise ValueError(f"null={null!r} is not one of {', '.join(NULL_CONDITIONS)}")
     ids: list[int] = []
-    image: list[int] = []
-    patch: list[int] = []
-    target: list[bool] = []
-    owner: list[int] = []
+    image_index: list[int] = []
+    patch_index: list[int] = []
+    is_target: list[bool] = []
+    part_index: list[int] = []
 
-    def write(tokens: Sequence[int], learnt: bool, of: int = -1, part: int = -1) -> None:
+    def write(tokens: Sequence[int], target: bool, image: int = -1, part: int = -1) -> None:
         ids.extend(tokens)
-        image.extend([of] * len(tokens))
-        patch.extend(range(len(tokens)) if of >= 0 else [-1] * len(tokens))
-        target.extend([learnt] * len(tokens))
-        owner.extend([part] * len(tokens))
+        image_index.extend([image] * len(tokens))
+        patch_index.extend(range(len(tokens)) if image >= 0 else [-1] * len(tokens))
+        is_target.extend([target] * len(tokens))
+        part_index.extend([part] * len(tokens))
 
-    def end_turn(role: str, learnt: bool) -> None:
+    def end_turn(role: str, target: bool) -> None:
         if role != "none":
-            write([tokenizer.turn_end], learnt and role == "assistant")
+            write([tokenizer.turn_end], target and role == "assistant")
             write(tokenizer.encode("\n"), False)
 
-    joined = _joined(given, null)
-    if joined and joined[0].role in ("user", "assistant") and not within:
+    joined = _join_texts(parts, null)
+    if joined and joined[0].role in ("user", "assistant") and not open_role:
         write(tokenizer.opening, False)
-    role, learnt = within or "none", False
+    role, ends_in_target = open_role or "none", False
     for number, part in enumerate(joined):
         if part.role != role:
-            end_turn(role, learnt)
-            role, learnt = part.role, False
+            end_turn(role, ends_in_target)
+            role, ends_in_target = part.role, False
             if role != "none":
                 write([tokenizer.turn_start], False)
                 write(tokenizer.encode(f"{role}\n"), False)
@@ -216,64 +221,66 @@ def layout(
             write(part.content, part.loss, part=number)
         else:
             write([tokenizer.vision_start], part.loss)
-            write([tokenizer.image] * patches, part.loss, part.content, number)
+            write([tokenizer.image] * image_tokens, part.loss, part.content, number)
             write([tokenizer.vision_end], False)
-        learnt = part.loss
+        ends_in_target = part.loss
     if closed:
-        end_turn(role, learnt)
-    return Items(
-        np.asarray(ids, np.int32),
-        np.asarray(image, np.int32),
-        np.asarray(patch, np.int32),
-        np.asarray(target, bool),
-        np.asarray(owner, np.int32),
+        end_turn(role, ends_in_target)
+    return TokenSequence(
+        ids=np.asarray(ids, np.int32),
+        image_index=np.asarray(image_index, np.int32),
+        patch_index=np.asarray(patch_index, np.int32),
+        is_target=np.asarray(is_target, bool),
+        part_index=np.asarray(part_index, np.int32),
     )
 
 
-def _joined(given: Sequence[Part], null: str) -> list[Part]:
-    """Parts with neighbouring texts of one turn joined, as the template's tokenizer sees them."""
-    found: list[Part] = []
-    for part in given:
+def _join_texts(parts: Sequence[MessagePart], null: str) -> list[MessagePart]:
+    """Join adjacent texts of a turn, as the template's tokenizer sees them, and apply `null`."""
+    joined: list[MessagePart] = []
+    for part in parts:
         if part.role == "user" and null != "none":
             if not isinstance(part.content, int):
                 part = part._replace(content="")
             elif null == "all":
-                part = Part("user", "")
-        last = found[-1] if found else None
+                part = MessagePart("user", "")
+        last = joined[-1] if joined else None
         texts = last and isinstance(last.content, str) and isinstance(part.content, str)
         if texts and (last.role, last.loss) == (part.role, part.loss):
-            found[-1] = last._replace(content=last.content + part.content)
+            joined[-1] = last._replace(content=last.content + part.content)
         else:
-            found.append(part)
-    return found
+            joined.append(part)
+    return joined
 
 
 # --------------------------------------------------------------------------------------- positions
 
 
-def vlm_positions(items: Items, side: int) -> np.ndarray:
-    """Qwen's (time, row, column) int32 [T, 3] of every item; an image is a side x side grid.
+def vlm_positions(sequence: TokenSequence, grid_side: int) -> np.ndarray:
+    """Return Qwen's M-RoPE (time, row, column) of every item: int32 [T, 3].
 
-    An image's time stands still; what follows starts after its side.
+    All patches of an image, a grid of `grid_side` x `grid_side`, have the same time. The item after
+    an image starts at the image's time + `grid_side`.
     """
-    new = (items.patch <= 0).astype(np.int64)  # text, and the first patch of an image
-    steps = np.where(items.patch == 0, side, 1) * new
-    start = np.cumsum(steps) - steps
-    first = np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))
-    base = start[first] if len(new) else start
-    inside = np.maximum(items.patch, 0)
-    still = np.zeros_like(inside)
-    return (base[:, None] + np.stack([still, inside // side, inside % side], -1)).astype(np.int32)
+    patch_index = sequence.patch_index
+    starts = (patch_index <= 0).astype(np.int64)  # texts, and the first patch of each image
+    steps = np.where(patch_index == 0, grid_side, 1) * starts
+    times = np.cumsum(steps) - steps
+    # Every item takes the time of the last start before it.
+    last_start = np.maximum.accumulate(np.where(starts, np.arange(len(starts)), 0))
+    base = times[last_start] if len(starts) else times
+    patch = np.maximum(patch_index, 0)
+    offsets = np.stack([np.zeros_like(patch), patch // grid_side, patch % grid_side], -1)
+    return (base[:, None] + offsets).astype(np.int32)
 
 
-def flow_positions(items: Items, side: int) -> np.ndarray:
-    """(row, column, k) int32 [T, 3] of the item that each item predicts (design.md 4).
+def flow_positions(sequence: TokenSequence, grid_side: int) -> np.ndarray:
+    """Return the (row, column, k) of the item that each item predicts, the next one: int32 [T, 3].
 
-    k counts text tokens and whole images alike. The last item's is that of a text after it.
+    k counts text tokens and whole images alike. The last item predicts a text token.
     """
-    new = items.patch <= 0
-    k = np.cumsum(new) - 1
-    inside = np.maximum(items.patch, 0)
-    own = np.stack([inside // side, inside % side, k], -1)
-    after = [[0, 0, k[-1] + 1 if len(k) else 0]]
-    return np.concatenate([own[1:], after]).astype(np.int32)[: len(k)]
+    k = np.cumsum(sequence.patch_index <= 0) - 1
+    patch = np.maximum(sequence.patch_index, 0)
+    positions = np.stack([patch // grid_side, patch % grid_side, k], -1)
+    end = [[0, 0, k[-1] + 1 if len(k) else 0]]
+    return np.concatenate([positions[1:], end]).astype(np.int32)[: len(k)]

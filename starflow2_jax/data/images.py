@@ -1,8 +1,8 @@
-"""Reading images that strangers made: three formats, sizes checked before a pixel is decoded.
+"""Decoding of untrusted images: three formats, with sizes checked before any pixel is decoded.
 
-One definition of RGB for the whole project: the EXIF orientation is applied; transparent pixels lie
-on white; CMYK and palettes are converted by Pillow; 16-bit values keep their upper byte; the first
-frame of an animation counts.
+The whole project has one definition of RGB: the EXIF orientation is applied, transparent pixels are
+blended onto white, Pillow converts CMYK and palettes, 16-bit values keep their upper byte, and the
+first frame of an animation counts.
 """
 
 import io
@@ -22,44 +22,45 @@ MAX_PIXELS = 1 << 26  # 64 Mi, 192 MiB decoded
 MAX_BYTES = 64 << 20
 
 
-def header(data: bytes, where: str) -> tuple[Format, int, int]:
-    """Format, height and width as stored (before EXIF orientation) of an encoded image.
+def header(data: bytes, location: str) -> tuple[Format, int, int]:
+    """Return format, height and width of an encoded image, before EXIF orientation.
 
     Raises:
-      DatasetError: naming `where`, if it is no JPEG, PNG or WebP image, or larger than the limits.
+      DatasetError: not a JPEG, PNG or WebP image, or one over the limits; names `location`.
     """
-    with _open(data, where) as image:
+    with _open(data, location) as image:
         return _FORMATS[image.format], image.height, image.width
 
 
-def decode(data: bytes, where: str) -> np.ndarray:
-    """Decodes a JPEG, PNG or WebP image to uint8 [H, W, 3] RGB, upright.
+def decode(data: bytes, location: str) -> np.ndarray:
+    """Decode a JPEG, PNG or WebP image to upright RGB: uint8 [H, W, 3].
 
     Raises:
-      DatasetError: naming `where`, if the format, the size or the data are not as they should be.
+      DatasetError: another format, an image over the limits, or damaged data; names `location`.
     """
-    with _open(data, where) as image:
+    with _open(data, location) as image:
         try:
-            # Reads the orientation tag first: transposing copies.
-            turned = image.getexif().get(0x0112, 1) != 1
-            return np.asarray(_rgb(ImageOps.exif_transpose(image) if turned else image))
+            # Transposing copies even an upright image, so the orientation tag is read first.
+            is_rotated = image.getexif().get(0x0112, 1) != 1
+            return np.asarray(_rgb(ImageOps.exif_transpose(image) if is_rotated else image))
         except DatasetError:
             raise
         except Exception as error:
-            raise DatasetError(f"{where}: the image cannot be decoded: {error}") from error
+            raise DatasetError(f"{location}: the image cannot be decoded: {error}") from error
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Encodes uint8 [H, W, 3] as PNG, losslessly."""
+    """Encode uint8 [H, W, 3] as PNG, losslessly."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def center_crop(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Scales the short side of uint8 [H, W, 3] to `side` (antialiased) and crops the centre.
+    """Scale the short side of uint8 [H, W, 3] to `side` (antialiased) and crop the center.
 
-    The scheme of ADM: box-halve while the short side is at least twice the target, then bicubic.
+    This is ADM's scheme: halve with a box filter while the short side is at least twice the target,
+    then resize bicubically.
     """
     image = Image.fromarray(pixels)
     while min(image.size) >= 2 * side:
@@ -71,36 +72,44 @@ def center_crop(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-def square(pixels: np.ndarray, side: int, resize: str, where: str) -> np.ndarray:
-    """uint8 [side, side, 3]; with `resize` "center_crop" of any image, with "none" of that size.
+def square(pixels: np.ndarray, side: int, resize: str, location: str) -> np.ndarray:
+    """Bring uint8 [H, W, 3] to [side, side, 3], or check that it has that size.
+
+    Args:
+      pixels: the image.
+      side: side of the result.
+      resize: "center_crop" accepts images of any size, "none" only those of the right size.
+      location: names the image in error messages.
 
     Raises:
-      DatasetError: an image of another size, naming `where`.
+      DatasetError: an image of another size.
     """
     if resize == "center_crop" and pixels.shape[:2] != (side, side):
         pixels = center_crop(pixels, side)
     if pixels.shape[:2] != (side, side):
         raise DatasetError(
-            f"{where}: the image is {pixels.shape[0]} x {pixels.shape[1]} (h x w), expected "
+            f"{location}: the image is {pixels.shape[0]} x {pixels.shape[1]} (h x w), expected "
             f"data.pixels={side}; data.resize='center_crop' would bring it to that size"
         )
     return pixels
 
 
-def _open(data: bytes, where: str) -> Image.Image:
+def _open(data: bytes, location: str) -> Image.Image:
     if len(data) > MAX_BYTES:
-        raise DatasetError(f"{where}: the image has {len(data)} bytes, at most {MAX_BYTES} allowed")
+        raise DatasetError(
+            f"{location}: the image has {len(data)} bytes, at most {MAX_BYTES} allowed"
+        )
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
     except Image.DecompressionBombError as error:
-        raise DatasetError(f"{where}: {error}") from error
+        raise DatasetError(f"{location}: {error}") from error
     except Exception as error:
-        raise DatasetError(f"{where}: not a JPEG, PNG or WebP image: {error}") from error
+        raise DatasetError(f"{location}: not a JPEG, PNG or WebP image: {error}") from error
     width, height = image.size
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS or min(width, height) < 1:
         image.close()
         raise DatasetError(
-            f"{where}: the image is {width} x {height} pixels, at most {MAX_SIDE} a side and "
+            f"{location}: the image is {width} x {height} pixels, at most {MAX_SIDE} a side and "
             f"{MAX_PIXELS} in all are allowed"
         )
     return image

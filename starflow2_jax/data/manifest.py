@@ -1,8 +1,8 @@
-"""The manifest of a dataset folder: which shards it has, how large they are, and their sha256.
+"""The manifest of a dataset folder: its shards with their sizes and sha256.
 
 A folder without a readable `dataset.json` is not a dataset: the manifest is written last, and an
 ArrayRecord file that was truncated or never closed opens without any error and reports no records.
-The manifest holds no time and no absolute path, so equal input gives equal bytes.
+The manifest contains no time and no absolute path, so equal input gives equal bytes.
 """
 
 import hashlib
@@ -24,10 +24,12 @@ Scalar = str | int | float | bool | None
 
 
 class DatasetError(ValueError):
-    """A dataset folder, shard, record or source that is not as it should be."""
+    """A damaged or unsuitable dataset folder, shard, record or source."""
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A shard file: its name, number of records, size and hash."""
+
     path: ShardName
     records: Annotated[int, Meta(ge=0)]
     bytes: Annotated[int, Meta(ge=0)]
@@ -35,7 +37,7 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Importer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What made the dataset: the importer, its version and the options that shape its output."""
+    """The importer of a dataset: name, version and the options that determine its output."""
 
     name: str
     version: str
@@ -46,7 +48,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     """The contents of `dataset.json`.
 
     `sources` maps the name of every source file to its sha256; `features` describes the arrays of
-    a parallel dataset (`kind="arrays"`) and what computed them.
+    a parallel dataset (`kind="arrays"`) and the encoder that computed them.
     """
 
     v: Literal[1]
@@ -69,7 +71,7 @@ def make(
     classes: list[str] | None = None,
     features: dict[str, Any] | None = None,
 ) -> Manifest:
-    """The manifest of finished shards, totals filled in."""
+    """Return the manifest of finished shards, with their totals."""
     return Manifest(
         v=SCHEMA_VERSION,
         kind=kind,
@@ -84,19 +86,19 @@ def make(
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The bytes of `dataset.json`: fields in declared order, dicts sorted, a final newline."""
+    """Return the bytes of `dataset.json`: fields as declared, dicts sorted, a final newline."""
     return (
         msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2) + b"\n"
     )
 
 
 def fingerprint(manifest: Manifest) -> str:
-    """sha256 of the manifest: equal if and only if shards, classes and sources are equal."""
+    """Return the sha256 of a manifest, which is equal only for equal shards, classes and sources."""
     return hashlib.sha256(encode(manifest)).hexdigest()
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Hex sha256 of a file, read in pieces."""
+    """Return the hex sha256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with epath.Path(path).open("rb") as f:
         while piece := f.read(1 << 20):
@@ -105,19 +107,21 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def load(path: str | os.PathLike[str], kind: Literal["records", "arrays"] = "records") -> Manifest:
-    """Reads the manifest of the dataset folder `path` and checks it against the shard sizes.
+    """Read the manifest of the dataset folder `path` and check it against the shard sizes.
 
-    Cheap: it looks at file sizes only; `verify` reads everything.
+    This is cheap, since only file sizes are checked; `verify` reads everything.
 
     Raises:
       DatasetError: no such folder or manifest, a wrong field, totals that do not add up, or a shard
-        that is missing or has another size than the manifest says.
+        that is missing or has another size than in the manifest.
     """
     folder = epath.Path(path)
     file = folder / FILE_NAME
     if not file.exists():
-        what = "has no dataset.json" if folder.exists() else "does not exist"
-        raise DatasetError(f"{folder} {what}; expected a dataset folder made by `prepare import`")
+        problem = "has no dataset.json" if folder.exists() else "does not exist"
+        raise DatasetError(
+            f"{folder} {problem}; expected a dataset folder made by `prepare import`"
+        )
     try:
         manifest = msgspec.json.decode(file.read_bytes(), type=Manifest)
     except msgspec.MsgspecError as error:
@@ -138,7 +142,7 @@ def load(path: str | os.PathLike[str], kind: Literal["records", "arrays"] = "rec
 
 
 def verify(path: str | os.PathLike[str], manifest: Manifest) -> Iterator[str]:
-    """Yields one line for every shard of `manifest` whose size or sha256 is not as recorded."""
+    """Yield one line for every shard whose size or sha256 differs from its `manifest`."""
     folder = epath.Path(path)
     for shard in manifest.shards:
         problem = _size_problem(folder, shard)

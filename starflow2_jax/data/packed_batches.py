@@ -1,154 +1,167 @@
-"""From dataset folders to host batches of interleaved rows: packed records of text and images.
+"""Host batches of interleaved rows from dataset folders: packed records of text and images.
 
-A row's records are those of the packing plan (`packing.index`), laid out by `tokens.layout` one
-after the other; the order of rows is that of `stream`. A host batch is a dict of numpy arrays, with
-b rows of T positions and M places for images of N = side^2 patches:
+The records of a row are those of the packing plan (`packing`), each laid out by
+`chat_layout.apply_chat_template`; `sampler` decides the order of the rows. A host batch is a dict
+of numpy arrays, with b rows of T positions and M slots for images of N = grid_side^2 patches:
 
-    ids             int32 [b, T]     image slots hold the tokenizer's image id
+    ids             int32 [b, T]     image slots have the tokenizer's image id
     segments        int32 [b, T]     1, 2, ... by record; 0 is padding
-    image           int32 [b, T]     m N + n, which patch of the row's images stands there; -1 text
-    target          bool [b, T]      whether the item is learnt
-    positions       int32 [b, T, 3]  Qwen's, counted from 0 in each record
-    flow_positions  int32 [b, T, 3]  of the item that each item predicts
-    images          uint8 [b, M, H, W, 3], or of stored latents
+    image           int32 [b, T]     m N + n for patch n of the row's image m; -1 for text
+    target          bool [b, T]      true where the item is a training target
+    positions       int32 [b, T, 3]  Qwen's M-RoPE, counted from 0 in each record
+    flow_positions  int32 [b, T, 3]  position of the item that each item predicts
+    images          uint8 [b, M, H, W, 3], or with stored latents
     latent_mean, latent_logvar       float32 [b, M, N, D]
-    region          int32 [b, M, N]  where wanted: which region a patch shows, -1 none
-    region_words    int32 [b, M, R, W]  and what that is called, -1 behind
+    region          int32 [b, M, N]  with an annotator: the region of each patch, -1 for none
+    region_words    int32 [b, M, R, W]  token ids of each region's description, padded with -1
     id              a list of b strings, the ids of a row's records joined by spaces
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from starflow2_jax.data import (
-    array_store,
-    chat_layout,
-    images,
-    manifest as manifest_lib,
-    packing,
-    records,
-    sampler,
-)
-from starflow2_jax.data.chat_layout import Tokenizer
+from starflow2_jax.data import array_store, chat_layout, images, mixture, records, sampler
+from starflow2_jax.data.chat_layout import Tokenizer, TokenSequence
 from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.data.mixture import MixtureOptions, Source
+from starflow2_jax.data.packing import PackingSpec, load_or_make_plan
 from starflow2_jax.data.records import Record
-from starflow2_jax.shapes import regions
+
+_ENTRY_KEYS = ("path", "weight", "latents")
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The keys of `cfg.data` that rows have, and what the model's shape says.
+class RegionAnnotator(Protocol):
+    """A source of grounded descriptions, which maps the patches of an image to regions."""
+
+    max_regions: int  # R
+    max_words: int  # W, token ids of a region's description
+
+    def __call__(
+        self, record: Record, image: int, tokenizer: Tokenizer, grid_side: int, location: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return `region` int32 [N] and `region_words` int32 [R, W] of an image of a record."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedBatchOptions(MixtureOptions):
+    """The keys of `cfg.data` for interleaved rows, and the sizes that the model determines.
 
     Attributes:
-      path: one dataset folder, or else
-      mixture: several, as mappings `{path, weight, latents}`; a weight is a share of the rows.
-      tokenizer: a folder, see `tokens.open_tokenizer`.
-      room: what a row holds.
-      side: rows (= columns) of an image's patches.
-      pixels: side of the square images; any other size is an error, unless
-      resize: "center_crop" scales the short side to `pixels` and crops the centre.
-      blank: images are grey instead of what they show, to see what text alone can tell.
-      regions: R and W, regions of an image that are told (`regions.find`) and words of each.
-      latents: folder made by `prepare latents`; its latents are given, no image is read.
-      drop, drop_all: share of the records with an image to draw whose user says nothing, and whose
-        user neither says nor shows anything; in training, drawn by seed, step and row.
-      shuffle, seed, threads, skip_bad: as in `pipeline.Options`.
+      tokenizer: tokenizer folder, see `chat_layout.open_tokenizer`.
+      packing: size of a row.
+      grid_side: rows (= columns) of an image's patches.
+      blank: replace all images by gray, to measure what text alone can tell.
+      annotator: adds `region` and `region_words`.
+      drop_text: share of the records with a target image whose user texts are emptied. In training
+        only; seed, step and row decide which records these are.
+      drop_all: the same share for records that lose the user's texts and images.
     """
 
     tokenizer: str
-    room: packing.Room
-    side: int
-    path: str = ""
-    mixture: tuple[Mapping[str, Any], ...] = ()
-    pixels: int = 0
-    resize: str = "none"
+    packing: PackingSpec
+    grid_side: int
     blank: bool = False
-    regions: tuple[int, int] = (0, 0)
-    latents: str = ""
-    drop: float = 0.0
+    annotator: RegionAnnotator | None = None
+    drop_text: float = 0.0
     drop_all: float = 0.0
-    shuffle: bool = True
-    seed: int = 0
-    threads: int = 4
-    skip_bad: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    records: records.Dataset
-    plan: packing.Plan
-    latents: array_store.Features | None
-    weight: float
+class _RowImage(NamedTuple):
+    """An image of a row.
+
+    Attributes:
+      record: its record, and `record_index`, the number of the record in its dataset.
+      image: number of the image among those that the record's segments show.
+      blob: index of the image in `record.imgs`.
+      location: shard and index of the record, for error messages.
+    """
+
+    record: Record
+    record_index: int
+    image: int
+    blob: int
+    location: str
 
 
 def batches(
-    opts: Options,
+    options: PackedBatchOptions,
     *,
     batch_size: int,
     start_step: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Training batches without end, the first one that of `start_step`.
+    """Yield training batches without end, starting with that of `start_step`.
+
+    Args:
+      options: data and sizes.
+      batch_size: rows of the global batch.
+      start_step: number of the first batch.
+      rows: rows of each global batch that this host makes, in order (`mesh.host_rows`); None for
+        all of them.
 
     Raises:
       ValueError: a wrong option, or rows that a batch does not have.
-      DatasetError: a folder or record that is not as it should be, naming it.
+      DatasetError: a damaged or unsuitable folder or record, named.
     """
-    sources, read = _open(opts)
-    counts, shares = [len(s.plan) for s in sources], [s.weight for s in sources]
-    return sampler.endless(
-        sampler.order(counts, shares, shuffle=opts.shuffle, seed=opts.seed),
-        sampler.forgiving(read, counts, opts.skip_bad),
+    return sampler.training_batches(
+        _open_sources(options),
+        functools.partial(_read_row, options, chat_layout.open_tokenizer(options.tokenizer)),
+        options,
         batch_size=batch_size,
-        threads=opts.threads,
         start_step=start_step,
         rows=rows,
     )
 
 
 def eval_batches(
-    opts: Options, *, batch_size: int, rows: Sequence[int] | None = None
+    options: PackedBatchOptions, *, batch_size: int, rows: Sequence[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One pass over all rows; adds `row` and `mask`, see `stream.one_pass`. Nothing is dropped."""
-    sources, read = _open(opts)
-    counts = [len(s.plan) for s in sources]
-    return sampler.one_pass(
-        counts,
-        sampler.forgiving(read, counts, opts.skip_bad),
+    """Yield all rows once, in order, in batches of full size; no condition is dropped.
+
+    Adds `row` and `mask`, see `sampler.eval_batches`. Arguments and errors are those of `batches`.
+    """
+    return sampler.eval_batches(
+        _open_sources(options),
+        functools.partial(_read_row, options, chat_layout.open_tokenizer(options.tokenizer)),
+        options,
         batch_size=batch_size,
-        threads=opts.threads,
         rows=rows,
     )
 
 
-def describe(opts: Options) -> dict[str, Any]:
-    """What the data are: `records`, `rows`, `waste`, `classes` (None), `fingerprints` of the
-    manifests and `features` of the latents' manifests."""
-    sources, _ = _open(opts)
-    held = sum(int(s.plan.lengths.sum()) for s in sources)
-    rows = sum(len(s.plan) for s in sources)
-    return {
-        "records": sum(len(s.records) for s in sources),
-        "rows": rows,
-        "waste": round(1 - held / (rows * opts.room.positions), 4),
-        "classes": None,
-        "fingerprints": [manifest_lib.fingerprint(s.records.manifest) for s in sources],
-        "features": [s.latents.manifest.features for s in sources if s.latents],
-    }
+def describe(options: PackedBatchOptions) -> dict[str, Any]:
+    """Describe the data without laying out a row.
+
+    Returns:
+      The keys of `mixture.describe`; `rows`: number of rows; `waste`: share of positions that are
+      padding; `classes`: None.
+    """
+    sources = _open_sources(options)
+    rows = sum(len(source) for source in sources)
+    used = sum(int(source.plan.lengths.sum()) for source in sources)
+    waste = round(1 - used / (rows * options.packing.seq_len), 4)
+    return mixture.describe(sources, rows=rows, waste=waste, classes=None)
 
 
-def lay_out(
-    given: Sequence[chat_layout.Items], room: packing.Room, side: int, pad: int
+def build_packed_row(
+    sequences: Sequence[TokenSequence], spec: PackingSpec, grid_side: int, pad: int
 ) -> dict[str, np.ndarray]:
-    """The arrays of one row of records, without its images.
+    """Build the arrays of one row of records, without its images.
+
+    Args:
+      sequences: the records of the row, in order.
+      spec: size of the row.
+      grid_side: rows (= columns) of an image's patches.
+      pad: id of the positions after the last record.
 
     Raises:
-      ValueError: more items or images than the row has room for.
+      ValueError: more positions or images than the row has room for.
     """
-    length, patches = room.positions, side * side
+    length, patches = spec.seq_len, grid_side * grid_side
     row = {
         "ids": np.full(length, pad, np.int32),
         "segments": np.zeros(length, np.int32),
@@ -157,129 +170,138 @@ def lay_out(
         "positions": np.zeros((length, 3), np.int32),
         "flow_positions": np.zeros((length, 3), np.int32),
     }
-    start = before = 0
-    for number, items in enumerate(given):
-        end = start + len(items.ids)
-        images_ = int(items.image.max(initial=-1)) + 1
-        if end > length or before + images_ > room.places:
+    start = first_image = 0
+    for number, sequence in enumerate(sequences):
+        end = start + len(sequence.ids)
+        end_image = first_image + int(sequence.image_index.max(initial=-1)) + 1
+        if end > length or end_image > spec.image_slots:
             raise ValueError(
-                f"row: {end} positions and {before + images_} images, room is for {length} and "
-                f"{room.places}"
+                f"row: {end} positions and {end_image} images, room is for {length} and "
+                f"{spec.image_slots}"
             )
-        at = slice(start, end)
-        row["ids"][at], row["target"][at] = items.ids, items.target
-        row["segments"][at] = number + 1
-        slots = (before + items.image) * patches + items.patch
-        row["image"][at] = np.where(items.patch >= 0, slots, -1)
-        row["positions"][at] = chat_layout.vlm_positions(items, side)
-        row["flow_positions"][at] = chat_layout.flow_positions(items, side)
-        start, before = end, before + images_
+        span = slice(start, end)
+        row["ids"][span] = sequence.ids
+        row["target"][span] = sequence.is_target
+        row["segments"][span] = number + 1
+        slots = (first_image + sequence.image_index) * patches + sequence.patch_index
+        row["image"][span] = np.where(sequence.patch_index >= 0, slots, -1)
+        row["positions"][span] = chat_layout.vlm_positions(sequence, grid_side)
+        row["flow_positions"][span] = chat_layout.flow_positions(sequence, grid_side)
+        start, first_image = end, end_image
     return row
 
 
-def _open(opts: Options):
-    """The sources, and (source number, row, (step, row of the batch) or None) -> example."""
-    if bool(opts.path) == bool(opts.mixture):
-        raise ValueError("data.path or data.mixture: exactly one of them must be given")
-    if opts.mixture and opts.latents:
-        raise ValueError("data.latents: with data.mixture, give them in its entries")
-    held = chat_layout.open_tokenizer(opts.tokenizer)
+def read_image(options: PackedBatchOptions, record: Record, blob: int, location: str) -> np.ndarray:
+    """Decode image `blob` of a record, or make the gray one: uint8 [pixels, pixels, 3].
+
+    Raises:
+      DatasetError: an image that cannot be decoded or has another size, naming `location`.
+    """
+    if options.blank:
+        return np.full((options.pixels, options.pixels, 3), 128, np.uint8)
+    location = f"{location} (id {record.id!r}), image {blob}"
+    image = images.decode(record.imgs[blob].data, location)
+    return images.square(image, options.pixels, options.resize, location)
+
+
+def _open_sources(options: PackedBatchOptions) -> list[Source]:
     sources = []
-    for entry in opts.mixture or ({"path": opts.path, "latents": opts.latents},):
-        sampler.refuse_unknown(entry, ("path", "weight", "latents"), "data.mixture[]")
-        weight = float(entry.get("weight", 1.0))
-        if not weight > 0:
-            raise ValueError(f"data.mixture[]: the weight of {entry['path']} is {weight}, not > 0")
+    for entry in mixture.entries(options, _ENTRY_KEYS):
         dataset = records.read(entry["path"])
-        _, plan = packing.index(entry["path"], opts.tokenizer, opts.room, opts.seed)
-        latents = entry.get("latents") or ""
-        if not latents and not opts.pixels:
-            raise ValueError("image.pixels must be given where images are read")
-        found = array_store.read(latents, dataset.manifest) if latents else None
-        sources.append(_Source(dataset, plan, found, weight))
-
-    def example(number: int, row: int, at: tuple[int, int] | None) -> dict[str, Any]:
-        return _row(opts, held, sources[number], row, at)
-
-    return sources, example
+        _, plan = load_or_make_plan(entry["path"], options.tokenizer, options.packing, options.seed)
+        latents = None
+        if entry["latents"]:
+            latents = array_store.read(entry["latents"], dataset.manifest)
+        sources.append(Source(dataset, entry["weight"], latents, plan=plan))
+    return sources
 
 
-def _row(
-    opts: Options, held: Tokenizer, source: _Source, row: int, at: tuple[int, int] | None
+def _read_row(
+    options: PackedBatchOptions,
+    tokenizer: Tokenizer,
+    source: Source,
+    row: int,
+    position: sampler.Position,
 ) -> dict[str, Any]:
-    draw = np.random.default_rng((opts.seed, *at)) if at else None
-    laid, shown, ids = [], [], []
+    rng = np.random.default_rng((options.seed, *position)) if position else None
+    sequences, row_images, ids = [], [], []
     for index in source.plan[row].tolist():
-        record, where = source.records[index], source.records.where(index)
-        given, blobs = chat_layout.parts(record)
-        null = _null(opts, record, draw)
-        items = chat_layout.layout(given, held, opts.room.patches, null=null)
-        kept = sorted(set(items.image[items.image >= 0].tolist()))
-        # Those of the user may have been dropped.
+        record, location = source.records[index], source.records.location(index)
+        parts, blobs = chat_layout.message_parts(record)
+        null = _drop_condition(options, record, rng)
+        sequence = chat_layout.apply_chat_template(
+            parts, tokenizer, options.packing.image_tokens, null=null
+        )
+        # The user's images may have been dropped: number the remaining ones anew.
+        remaining = np.unique(sequence.image_index[sequence.image_index >= 0]).tolist()
         renumber = np.full(len(blobs) + 1, -1, np.int32)
-        renumber[kept] = np.arange(len(kept))
-        laid.append(items._replace(image=renumber[items.image]))
-        shown += [(index, record, blobs[i], i, where) for i in kept]
+        renumber[remaining] = np.arange(len(remaining))
+        sequences.append(sequence._replace(image_index=renumber[sequence.image_index]))
+        row_images += [_RowImage(record, index, i, blobs[i], location) for i in remaining]
         ids.append(record.id)
-    example = lay_out(laid, opts.room, opts.side, held.pad)
-    if opts.regions[0]:
-        example |= _regions(opts, held, shown)
-    return {"id": " ".join(ids), **example, **_images(opts, source, shown)}
+    example = build_packed_row(sequences, options.packing, options.grid_side, tokenizer.pad)
+    if options.annotator is not None:
+        example |= _read_regions(options, tokenizer, row_images)
+    if source.latents is None:
+        example["images"] = _read_images(options, row_images)
+    else:
+        example |= _read_latents(options, source.latents, row_images)
+    return {"id": " ".join(ids), **example}
 
 
-def _null(opts: Options, record: Record, draw: np.random.Generator | None) -> str:
-    if draw is None or not (opts.drop or opts.drop_all):
+def _drop_condition(
+    options: PackedBatchOptions, record: Record, rng: np.random.Generator | None
+) -> str:
+    """Choose the `null` of a record for classifier-free guidance."""
+    if rng is None or not (options.drop_text or options.drop_all):
         return "none"
-    if not any(isinstance(s, records.Img) and s.loss for s in record.segs):
+    if not any(isinstance(segment, records.Img) and segment.loss for segment in record.segs):
         return "none"
-    share = draw.random()
-    if share < opts.drop_all:
+    share = rng.random()
+    if share < options.drop_all:
         return "all"
-    return "text" if share < opts.drop_all + opts.drop else "none"
+    return "text" if share < options.drop_all + options.drop_text else "none"
 
 
-def _regions(opts: Options, held: Tokenizer, shown: list[tuple]) -> dict[str, np.ndarray]:
-    places = opts.room.places
-    region = np.full((places, opts.side**2), -1, np.int32)
-    words = np.full((places, *opts.regions), -1, np.int32)
-    for place, (_, record, _, number, where) in enumerate(shown):
-        found = regions.find(record, number, f"{where} (id {record.id!r})")
-        region[place], words[place] = regions.place(found, held, opts.side, *opts.regions)
+def _read_regions(
+    options: PackedBatchOptions, tokenizer: Tokenizer, row_images: Sequence[_RowImage]
+) -> dict[str, np.ndarray]:
+    annotate, slots = options.annotator, options.packing.image_slots
+    region = np.full((slots, options.grid_side**2), -1, np.int32)
+    words = np.full((slots, annotate.max_regions, annotate.max_words), -1, np.int32)
+    for slot, image in enumerate(row_images):
+        location = f"{image.location} (id {image.record.id!r})"
+        region[slot], words[slot] = annotate(
+            image.record, image.image, tokenizer, options.grid_side, location
+        )
     return {"region": region, "region_words": words}
 
 
-def _images(opts: Options, source: _Source, shown: list[tuple]) -> dict[str, np.ndarray]:
-    if source.latents is None:
-        side = opts.pixels
-        given = np.zeros((opts.room.places, side, side, 3), np.uint8)
-        for place, (_, record, blob, _, where) in enumerate(shown):
-            given[place] = picture(opts, record, blob, where)
-        return {"images": given}
-    found: dict[str, np.ndarray] = {}
-    for place, (index, record, _, number, where) in enumerate(shown):
-        id, stored = source.latents[index]
-        if id != record.id:
+def _read_images(options: PackedBatchOptions, row_images: Sequence[_RowImage]) -> np.ndarray:
+    pixels = np.zeros((options.packing.image_slots, options.pixels, options.pixels, 3), np.uint8)
+    for slot, image in enumerate(row_images):
+        pixels[slot] = read_image(options, image.record, image.blob, image.location)
+    return pixels
+
+
+def _read_latents(
+    options: PackedBatchOptions, latents: array_store.Features, row_images: Sequence[_RowImage]
+) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for slot, image in enumerate(row_images):
+        id, stored = latents[image.record_index]
+        if id != image.record.id:
             raise DatasetError(
-                f"{where} (id {record.id!r}): its latents are of {id!r}: the folders do not belong "
-                f"together"
+                f"{image.location} (id {image.record.id!r}): its latents have the id {id!r}: the "
+                "folders do not belong together"
             )
         for name in ("latent_mean", "latent_logvar"):
-            if name not in found:
-                shape = (opts.room.places, *stored[name].shape[1:])
-                found[name] = np.zeros(shape, np.float32)
-            found[name][place] = stored[name][number]
-    if not found:
-        shape = source.latents.spec["latent_mean"]["shape"][1:]
-        blank = np.zeros((opts.room.places, *shape), np.float32)
-        found = {"latent_mean": blank, "latent_logvar": blank}
-    return found
-
-
-def picture(opts: Options, record: Record, blob: int, where: str) -> np.ndarray:
-    """Image `blob` of a record as `opts` asks for it: uint8 [pixels, pixels, 3]; DatasetError names
-    `where` where it cannot be."""
-    if opts.blank:
-        return np.full((opts.pixels, opts.pixels, 3), 128, np.uint8)
-    where = f"{where} (id {record.id!r}), image {blob}"
-    image = images.decode(record.imgs[blob].data, where)
-    return images.square(image, opts.pixels, opts.resize, where)
+            if name not in arrays:
+                shape = (options.packing.image_slots, *stored[name].shape[1:])
+                arrays[name] = np.zeros(shape, np.float32)
+            arrays[name][slot] = stored[name][image.image]
+    if not arrays:
+        shape = latents.spec["latent_mean"]["shape"][1:]
+        empty = np.zeros((options.packing.image_slots, *shape), np.float32)
+        arrays = {"latent_mean": empty, "latent_logvar": empty}
+    return arrays

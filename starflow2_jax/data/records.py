@@ -1,9 +1,9 @@
 """Schema v1 of a record, and dataset folders of records.
 
-One shape serves text, captioning, questions, text-to-image, editing and interleaved reasoning: a
-list of segments, each text or a reference to an image, with a role and a loss flag. Records hold
-text and the original image bytes, never tokens or pixels. msgpack nests, holds raw bytes and cannot
-execute code; msgspec refuses unknown fields and values out of bounds, with the path of the field.
+One schema serves text, captioning, questions, text-to-image, editing and interleaved reasoning: a
+list of segments, each text or a reference to an image, with a role and a loss flag. Records contain
+text and the original image bytes, never tokens or pixels. msgpack nests, stores raw bytes and
+cannot execute code; msgspec refuses unknown fields and values out of bounds, and names the field.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from starflow2_jax.data import images, manifest as manifest_lib, shards as shards_lib
+from starflow2_jax.data import images, manifest, shards
 from starflow2_jax.data.manifest import DatasetError, Importer, Manifest, Scalar, Sha256
 
 Role = Literal["none", "system", "user", "assistant"]
@@ -23,7 +23,7 @@ Side = Annotated[int, Meta(ge=1, le=images.MAX_SIDE)]
 
 
 class ImageBlob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An encoded image as it came; h and w are those of its header, before EXIF orientation."""
+    """An encoded image with its original bytes; h and w are its size before EXIF orientation."""
 
     fmt: images.Format
     h: Side
@@ -49,7 +49,7 @@ class Img(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="image", 
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One training example. `src` names where it came from; `meta` is free, scalars only.
+    """A training example. `src` names its source; `meta` holds any scalars.
 
     `meta["label"]` is the class number of class-conditional training.
     """
@@ -66,25 +66,34 @@ _encoder = msgspec.msgpack.Encoder(order="deterministic")
 _decoder = msgspec.msgpack.Decoder(Record)
 
 
-def image_blob(data: bytes, where: str) -> ImageBlob:
-    """Wraps encoded image bytes; DatasetError naming `where` for anything but a sane image."""
-    fmt, height, width = images.header(data, where)
+def image_blob(data: bytes, location: str) -> ImageBlob:
+    """Wrap the bytes of an encoded image.
+
+    Args:
+      data: a JPEG, PNG or WebP file.
+      location: names the image in error messages.
+
+    Raises:
+      DatasetError: data that are not an image within the limits of `images`.
+    """
+    fmt, height, width = images.header(data, location)
     return ImageBlob(fmt, height, width, data, hashlib.sha256(data).hexdigest())
 
 
 def text_to_image(
     id: str, src: str, caption: str, image: ImageBlob, meta: dict[str, Scalar] | None = None
 ) -> Record:
-    """The record of a captioned picture: the user says the caption, the assistant draws."""
+    """Return the record of a captioned image: the caption is the user's, the image is the target."""
     segments = [Text(caption, False, "user"), Img(0, True, "assistant")]
     return Record(1, id, src, segments, [image], meta or {})
 
 
 def encode(record: Record) -> bytes:
-    """Checks `record` against the schema and encodes it: equal records give equal bytes.
+    """Check a record against the schema and encode it; equal records give equal bytes.
 
     Raises:
-      DatasetError: naming the record id and the path of the field, such as `$.segs[0].i`.
+      DatasetError: a wrong field; names the record's id and the field's path, such as
+        `$.segs[0].i`.
     """
     # Struct constructors do not validate; decoding does.
     data = _encoder.encode(record)
@@ -92,63 +101,71 @@ def encode(record: Record) -> bytes:
     return data
 
 
-def decode(data: bytes, where: str) -> Record:
-    """Decodes one payload; raises DatasetError naming `where` and the path of the wrong field."""
+def decode(data: bytes, location: str) -> Record:
+    """Decode a payload.
+
+    Raises:
+      DatasetError: a wrong field; names `location` and the field's path.
+    """
     try:
         return _decoder.decode(data)
     except msgspec.MsgspecError as error:
-        raise DatasetError(f"{where}: {error}") from error
+        raise DatasetError(f"{location}: {error}") from error
 
 
-def check(record: Record, where: str, pixels: bool = False) -> None:
-    """What the schema cannot say: image indices, headers, hashes, and that something is learnt.
+def check(record: Record, location: str, pixels: bool = False) -> None:
+    """Check what the schema cannot express: image indices, headers, hashes, at least one target.
 
     Args:
-      record: a record of the right schema.
-      where: names it in errors.
+      record: a record that matches the schema.
+      location: names the record in error messages.
       pixels: also decode every image.
 
     Raises:
-      DatasetError: naming `where` and the segment or image.
+      DatasetError: a problem; names `location` and the segment or image.
     """
     for number, segment in enumerate(record.segs):
         if isinstance(segment, Img) and segment.i >= len(record.imgs):
             raise DatasetError(
-                f"{where}: $.segs[{number}].i is {segment.i}, but there are "
+                f"{location}: $.segs[{number}].i is {segment.i}, but there are "
                 f"{len(record.imgs)} images"
             )
     if not any(segment.loss for segment in record.segs):
-        raise DatasetError(f"{where}: no segment has loss=True, so nothing can be learnt from it")
+        raise DatasetError(f"{location}: no segment has loss=True, so the record has no target")
     for number, blob in enumerate(record.imgs):
-        at = f"{where}: $.imgs[{number}]"
-        found = images.header(blob.data, at)
-        if found != (blob.fmt, blob.h, blob.w):
+        field = f"{location}: $.imgs[{number}]"
+        fmt, height, width = images.header(blob.data, field)
+        if (fmt, height, width) != (blob.fmt, blob.h, blob.w):
             raise DatasetError(
-                f"{at}: declared {blob.fmt} of {blob.h} x {blob.w} (h x w), "
-                f"the image is {found[0]} of {found[1]} x {found[2]}"
+                f"{field}: declared {blob.fmt} of {blob.h} x {blob.w} (h x w), "
+                f"the image is {fmt} of {height} x {width}"
             )
         if hashlib.sha256(blob.data).hexdigest() != blob.sha256:
-            raise DatasetError(f"{at}: sha256 of the data is not the declared {blob.sha256}")
+            raise DatasetError(f"{field}: sha256 of the data is not the declared {blob.sha256}")
         if pixels:
-            images.decode(blob.data, at)
+            images.decode(blob.data, field)
 
 
 def text(record: Record) -> str:
-    """All text segments of a record, one a line."""
+    """Return all text segments of a record, one a line."""
     return "\n".join(segment.s for segment in record.segs if isinstance(segment, Text))
 
 
-def target(record: Record, where: str) -> int:
-    """Which image is the one with loss=True; DatasetError if not exactly one is."""
+def target_index(record: Record, location: str) -> int:
+    """Return the index in `record.imgs` of the one image that is a target.
+
+    Raises:
+      DatasetError: no target image, or several; names `location`.
+    """
     targets = [s.i for s in record.segs if isinstance(s, Img) and s.loss]
     if len(targets) != 1 or targets[0] >= len(record.imgs):
-        raise DatasetError(f"{where}: expected one image with loss=True, found {len(targets)}")
+        raise DatasetError(f"{location}: expected one image with loss=True, found {len(targets)}")
     return targets[0]
 
 
-def target_image(record: Record, where: str) -> np.ndarray:
-    """The one image with loss=True, decoded to uint8 [H, W, 3]; DatasetError if not exactly one."""
-    return images.decode(record.imgs[target(record, where)].data, where)
+def target_image(record: Record, location: str) -> np.ndarray:
+    """Decode the one image that is a target: uint8 [H, W, 3]; errors as in `target_index`."""
+    return images.decode(record.imgs[target_index(record, location)].data, location)
 
 
 def write(
@@ -158,18 +175,17 @@ def write(
     importer: Importer | None = None,
     sources: dict[str, str] | Callable[[], dict[str, str]] | None = None,
     classes: list[str] | None = None,
-    shard_bytes: int = shards_lib.SHARD_BYTES,
+    shard_bytes: int = shards.SHARD_BYTES,
     overwrite: bool = False,
 ) -> Manifest:
-    """Writes a dataset folder: checked records in shards, `dataset.json` last.
+    """Write a dataset folder of checked records, and return its manifest.
 
-    Returns the manifest. The folder appears only when complete; an error leaves the disk as it
-    was.
+    The folder appears only when it is complete; an error leaves the disk unchanged.
 
     Args:
       path: folder to make.
-      records: in the order to keep; may be a generator, only one record is held at a time.
-      importer: what made them, for the manifest.
+      records: in the order to store; may be a generator, since only one record is in memory.
+      importer: the importer that made the records, for the manifest.
       sources: sha256 of each source file, or a function called after the last record.
       classes: names of the classes that `meta["label"]` numbers.
       shard_bytes: a new shard starts after this many payload bytes.
@@ -181,29 +197,25 @@ def write(
     """
 
     def payloads() -> Iterator[bytes]:
-        seen: set[str] = set()
+        ids: set[str] = set()
         for index, record in enumerate(records):
-            where = f"record {index} (id {getattr(record, 'id', '?')!r})"
+            location = f"record {index} (id {getattr(record, 'id', '?')!r})"
             data = encode(record)
-            check(record, where)
-            if record.id in seen:
-                raise DatasetError(f"{where}: this id came before; ids are unique in a dataset")
-            seen.add(record.id)
-            if classes is not None:
-                _check_label(record, where, len(classes))
+            check(record, location)
+            _check_id_and_label(record, location, ids, classes)
             yield data
 
-    def describe(shards: list[manifest_lib.Shard]) -> Manifest:
-        return manifest_lib.make(
+    def make_manifest(written: list[manifest.Shard]) -> Manifest:
+        return manifest.make(
             "records",
-            shards,
+            written,
             importer or Importer("records.write", "1"),
             sources=sources() if callable(sources) else sources,
             classes=classes,
         )
 
-    return shards_lib.write(
-        path, payloads(), describe, shard_bytes=shard_bytes, overwrite=overwrite
+    return shards.write(
+        path, payloads(), make_manifest, shard_bytes=shard_bytes, overwrite=overwrite
     )
 
 
@@ -211,56 +223,50 @@ class Dataset:
     """The records of a dataset folder: `len`, `[i]`, iteration in order; safe in threads."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.manifest = manifest_lib.load(path)
-        self._payloads = shards_lib.Payloads(path, self.manifest)
+        self.manifest = manifest.load(path)
+        self._payloads = shards.Payloads(path, self.manifest)
 
     def __len__(self) -> int:
         return len(self._payloads)
 
     def __getitem__(self, index: int) -> Record:
-        return decode(self._payloads[index], self._payloads.where(index))
+        return decode(self._payloads[index], self._payloads.location(index))
 
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
 
-    def where(self, index: int) -> str:
-        """Shard and index of a record, for error messages."""
-        return self._payloads.where(index)
+    def location(self, index: int) -> str:
+        """Return shard and index of a record, for error messages."""
+        return self._payloads.location(index)
 
 
 def read(path: str | os.PathLike[str]) -> Dataset:
-    """Opens a dataset folder.
+    """Open a dataset folder.
 
     Raises:
-      DatasetError: no manifest, or shards of other sizes than it says; later, on access, a record
+      DatasetError: no manifest, or shards whose sizes differ from it; later, on access, a record
         that cannot be read or decoded, naming shard and index.
     """
     return Dataset(path)
 
 
 def validate(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Yields one line for each problem: schema, checks, image decoding, repeated ids, labels."""
+    """Yield one line for each problem: schema, checks, image decoding, repeated ids, labels."""
     dataset = read(path)
-    classes = dataset.manifest.classes
-    seen: set[str] = set()
+    ids: set[str] = set()
     for index in range(len(dataset)):
         try:
             record = dataset[index]
-            where = f"{dataset.where(index)} (id {record.id!r})"
-            check(record, where, pixels=True)
-            if record.id in seen:
-                raise DatasetError(f"{where}: this id came before")
-            seen.add(record.id)
-            if classes is not None:
-                _check_label(record, where, len(classes))
+            location = f"{dataset.location(index)} (id {record.id!r})"
+            check(record, location, pixels=True)
+            _check_id_and_label(record, location, ids, dataset.manifest.classes)
         except DatasetError as error:
             yield str(error)
 
 
 def verify(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Yields one line for each shard whose sha256 changed, and each record that is damaged."""
-    manifest = manifest_lib.load(path)
-    problems = list(manifest_lib.verify(path, manifest))
+    """Yield one line for each shard whose sha256 changed, and for each damaged record."""
+    problems = list(manifest.verify(path, manifest.load(path)))
     yield from problems
     if problems:
         dataset = read(path)
@@ -271,9 +277,16 @@ def verify(path: str | os.PathLike[str]) -> Iterator[str]:
                 yield str(error)
 
 
-def _check_label(record: Record, where: str, classes: int) -> None:
+def _check_id_and_label(
+    record: Record, location: str, ids: set[str], classes: list[str] | None
+) -> None:
+    """Check that the id is new, add it to `ids`, and check the class number."""
+    if record.id in ids:
+        raise DatasetError(f"{location}: this id came before; ids must be unique in a dataset")
+    ids.add(record.id)
     label = record.meta.get("label")
-    if type(label) is not int or not 0 <= label < classes:
+    if classes is not None and (type(label) is not int or not 0 <= label < len(classes)):
         raise DatasetError(
-            f"{where}: meta.label is {label!r}, expected a class number from 0 to {classes - 1}"
+            f"{location}: meta.label is {label!r}, expected a class number from 0 to "
+            f"{len(classes) - 1}"
         )

@@ -2,16 +2,14 @@
 
 Batch k is a pure function of the data and k: the examples of global batch k are the same, in the
 same order, for any number of hosts, and a run resumes at step k by asking for step k. No iterator
-state is ever saved. Order: each source is shuffled globally with a seed of its own for each epoch,
-repeated, then mixed by weight; a host makes the rows of every global batch that it is asked for
-and reads nothing else.
+state is ever saved. Each source is shuffled globally with its own seed for each epoch, repeated,
+then mixed by weight. A host reads only the rows that it contributes to each global batch.
 """
 
-import difflib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -19,168 +17,157 @@ import numpy as np
 from absl import logging
 
 from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.data.mixture import MixtureOptions, Source
 
 Example = dict[str, Any]
-# (source number, index in it, (step, row) or None outside training) -> (example, whether it is the
-# one asked for).
-Read = Callable[[int, int, tuple[int, int] | None], tuple[Example, bool]]
+# (step, row of the global batch) of an example in training; None in evaluation.
+Position = tuple[int, int] | None
+ReadExample = Callable[[Source, int, Position], Example]
+# (source number, index in the source, position) -> (example, whether it is the requested one).
+_Read = Callable[[int, int, Position], tuple[Example, bool]]
 
 
-def order(
-    counts: Sequence[int], weights: Sequence[float], *, shuffle: bool, seed: int
-) -> grain.MapDataset:
-    """Position in the training stream -> (source number, index in it).
+def training_batches(
+    sources: Sequence[Source],
+    read_example: ReadExample,
+    options: MixtureOptions,
+    *,
+    batch_size: int,
+    start_step: int = 0,
+    rows: Sequence[int] | None = None,
+) -> Iterator[Example]:
+    """Yield training batches without end, starting with that of `start_step`.
 
     Args:
-      counts, weights: examples of each source, and its share of the stream.
+      sources: opened folders.
+      read_example: reads one example of a source; DatasetError marks a bad one.
+      options: shuffle, seed, threads and skip_bad.
+      batch_size: examples in the global batch.
+      start_step: number of the first batch.
+      rows: rows of each global batch that this host makes, in order (`mesh.host_rows`); None for
+        all of them.
+
+    Raises:
+      ValueError: rows that a batch does not have.
     """
+    host_rows = _check_rows(rows, batch_size)
+    read = _with_skip_budget(sources, read_example, options.skip_bad)
+    order = _example_order(sources, options)
+
+    def make_batch(step: int) -> Example:
+        first = step * batch_size
+        return _stack([read(*order[first + row], (step, row))[0] for row in host_rows])
+
+    # MapDataset.range counts steps, so that threads work on whole batches.
+    steps = grain.MapDataset.range(start_step, sys.maxsize)
+    return iter(steps.map(make_batch).to_iter_dataset(_read_options(options.threads)))
+
+
+def eval_batches(
+    sources: Sequence[Source],
+    read_example: ReadExample,
+    options: MixtureOptions,
+    *,
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+) -> Iterator[Example]:
+    """Yield all examples once, in order, in batches of full size.
+
+    Adds `row` int32 [b], the position of each row in the pass, and `mask` float32 [b], which is 0
+    for the rows that fill the last batch (id "") and for bad examples within the `skip_bad`
+    budget. Arguments and errors are those of `training_batches`; shuffle and weights have no
+    effect.
+    """
+    host_rows = _check_rows(rows, batch_size)
+    read = _with_skip_budget(sources, read_example, options.skip_bad)
+    starts = np.cumsum([0, *(len(source) for source in sources)])
+    total = int(starts[-1])
+
+    def make_batch(step: int) -> Example:
+        positions = [step * batch_size + row for row in host_rows]
+        examples, mask = [], []
+        for position in positions:
+            clipped = min(position, total - 1)
+            number = int(np.searchsorted(starts, clipped, side="right")) - 1
+            example, is_requested = read(number, clipped - int(starts[number]), None)
+            if position >= total:
+                example, is_requested = {**example, "id": ""}, False
+            examples.append(example)
+            mask.append(is_requested)
+        row, mask = np.asarray(positions, np.int32), np.asarray(mask, np.float32)
+        return {**_stack(examples), "row": row, "mask": mask}
+
+    steps = grain.MapDataset.range(-(-total // batch_size))
+    return iter(steps.map(make_batch).to_iter_dataset(_read_options(options.threads)))
+
+
+def _example_order(sources: Sequence[Source], options: MixtureOptions) -> grain.MapDataset:
+    """Return the training order: position in the stream -> (source number, index in it)."""
     streams = []
-    for number, count in enumerate(counts):
-        stream = grain.MapDataset.range(count).map(functools.partial(_pair, number))
-        if shuffle:
-            # grain shuffles epoch e with seed + e. Spread the seeds, or run seed 1 would see in its
-            # first epoch what run seed 0 sees in its second.
-            own = np.random.SeedSequence((seed, number)).generate_state(1)[0]
-            stream = stream.shuffle(seed=int(own))
+    for number, source in enumerate(sources):
+        stream = grain.MapDataset.range(len(source)).map(functools.partial(_pair, number))
+        if options.shuffle:
+            # grain shuffles epoch e with seed + e. Spread the seeds, or the first epoch of run
+            # seed 1 would equal the second epoch of run seed 0.
+            seed = np.random.SeedSequence((options.seed, number)).generate_state(1)[0]
+            stream = stream.shuffle(seed=int(seed))
         streams.append(stream.repeat())
     if len(streams) == 1:
         return streams[0]
-    return grain.MapDataset.mix(streams, weights=list(weights))
+    return grain.MapDataset.mix(streams, weights=[source.weight for source in sources])
 
 
 def _pair(number: int, index: int) -> tuple[int, int]:
     return number, index
 
 
-def endless(
-    order: grain.MapDataset,
-    read: Read,
-    *,
-    batch_size: int,
-    threads: int,
-    start_step: int = 0,
-    rows: Sequence[int] | None = None,
-) -> Iterator[Example]:
-    """Training batches without end, the first one that of `start_step`.
+def _with_skip_budget(sources: Sequence[Source], read_example: ReadExample, budget: int) -> _Read:
+    """Return a reader that replaces up to `budget` different bad examples by their neighbors.
 
-    Args:
-      batch_size: examples in the global batch; threads: reading threads, each making whole batches;
-        0 reads in the caller's thread.
-      rows: which rows of each global batch this host makes, in order (`mesh.host_rows`); None: all.
-
-    Raises:
-      ValueError: rows that a batch does not have.
-    """
-    mine = _checked(rows, batch_size)
-
-    def make(step: int) -> Example:
-        return stack([read(*order[step * batch_size + row], (step, row))[0] for row in mine])
-
-    # MapDataset.range counts steps, so that threads work on whole batches.
-    steps = grain.MapDataset.range(start_step, sys.maxsize)
-    return iter(steps.map(make).to_iter_dataset(_read_options(threads)))
-
-
-def one_pass(
-    counts: Sequence[int],
-    read: Read,
-    *,
-    batch_size: int,
-    threads: int,
-    rows: Sequence[int] | None = None,
-) -> Iterator[Example]:
-    """All examples in order, every batch of full size.
-
-    Adds `row` int32 [b], each row's position in the pass, and `mask` float32 [b]: 0 for the rows
-    that fill the last batch (id "") and for examples that are not those asked for. Arguments and
-    errors as in `endless`.
-    """
-    mine, total = _checked(rows, batch_size), sum(counts)
-
-    def place(position: int) -> tuple[int, int]:
-        number = 0
-        while position >= counts[number]:
-            position -= counts[number]
-            number += 1
-        return number, position
-
-    def make(step: int) -> Example:
-        examples, mask, positions = [], [], [step * batch_size + row for row in mine]
-        for position in positions:
-            example, good = read(*place(min(position, total - 1)), None)
-            if position >= total:
-                example, good = {**example, "id": ""}, False
-            examples.append(example)
-            mask.append(good)
-        found = {"row": np.asarray(positions, np.int32), "mask": np.asarray(mask, np.float32)}
-        return stack(examples) | found
-
-    steps = grain.MapDataset.range(-(-total // batch_size))
-    return iter(steps.map(make).to_iter_dataset(_read_options(threads)))
-
-
-def _checked(rows: Sequence[int] | None, batch_size: int) -> list[int]:
-    mine = list(range(batch_size)) if rows is None else [int(row) for row in rows]
-    if not mine or min(mine) < 0 or max(mine) >= batch_size:
-        raise ValueError(f"rows {mine[:4]} ... are not of a batch of batch_size={batch_size}")
-    return mine
-
-
-def forgiving(
-    example: Callable[[int, int, tuple[int, int] | None], Example],
-    counts: Sequence[int],
-    budget: int,
-) -> Read:
-    """`example` with a budget of bad ones, counted and logged, that their neighbours replace.
-
-    Args:
-      example: (source number, index, (step, row) or None) -> example; DatasetError for a bad one.
-      budget: `data.skip_bad`, how many different bad ones each host may replace.
+    Bad examples are counted and logged; the one after the budget is an error.
     """
     lock = threading.Lock()
     bad: set[tuple[int, int]] = set()
 
-    def read(number: int, index: int, at: tuple[int, int] | None) -> tuple[Example, bool]:
-        good = True
+    def read(number: int, index: int, position: Position) -> tuple[Example, bool]:
+        source, is_requested = sources[number], True
         while True:
             try:
-                return example(number, index, at), good
+                return read_example(source, index, position), is_requested
             except DatasetError as error:
                 with lock:
-                    new = (number, index) not in bad
+                    is_new = (number, index) not in bad
                     bad.add((number, index))
                     count = len(bad)
-                if count > budget or count >= counts[number]:
+                if count > budget or count >= len(source):
                     if budget:
                         raise DatasetError(
                             f"{count} bad records, more than data.skip_bad={budget}; "
                             f"the last: {error}"
                         ) from error
                     raise
-                if new:
+                if is_new:
                     logging.warning("skipped bad record %d of %d: %s", count, budget, error)
-                # The neighbour, so that the batch stays a function of the step alone.
-                index, good = (index + 1) % counts[number], False
+                # The neighbor, so that the batch stays a function of the step alone.
+                index, is_requested = (index + 1) % len(source), False
 
     return read
 
 
-def stack(rows: list[Example]) -> Example:
-    """Examples as a batch; their ids as a list."""
-    batch: Example = {"id": [row["id"] for row in rows]}
-    for name in rows[0]:
+def _check_rows(rows: Sequence[int] | None, batch_size: int) -> list[int]:
+    host_rows = list(range(batch_size)) if rows is None else [int(row) for row in rows]
+    if not host_rows or min(host_rows) < 0 or max(host_rows) >= batch_size:
+        raise ValueError(f"rows {host_rows[:4]} ... are not of a batch of batch_size={batch_size}")
+    return host_rows
+
+
+def _stack(examples: list[Example]) -> Example:
+    """Stack the arrays of examples; their ids stay a list."""
+    batch: Example = {"id": [example["id"] for example in examples]}
+    for name in examples[0]:
         if name != "id":
-            batch[name] = np.stack([row[name] for row in rows])
+            batch[name] = np.stack([example[name] for example in examples])
     return batch
-
-
-def refuse_unknown(given: Mapping[str, Any], names: Any, what: str) -> None:
-    """ValueError for a key that is not among `names`, with the nearest one."""
-    for key in given:
-        if key not in names:
-            near = difflib.get_close_matches(key, list(names), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
-            raise ValueError(f"{what}.{key}: unknown key{hint}")
 
 
 def _read_options(threads: int) -> grain.ReadOptions:

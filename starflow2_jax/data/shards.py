@@ -1,8 +1,8 @@
-"""Shards of a dataset folder: ArrayRecord files of opaque payloads, written whole or not at all.
+"""Shards of a dataset folder: ArrayRecord files of opaque payloads, written completely or not at all.
 
-A folder is built beside its final place, every shard closed, synced, opened again and counted, the
-manifest written last, and only then renamed. Nothing is ever written over an existing dataset
-unless asked, and then the old one stays until the new one is complete.
+A folder is built under a temporary name next to its final one. Every shard is closed, synced, opened
+again and counted, the manifest is written last, and only then is the folder renamed. An existing
+dataset is replaced only with `overwrite`, and stays until the new one is complete.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from starflow2_jax.data import manifest as manifest_lib
+from starflow2_jax.data import manifest
 from starflow2_jax.data.manifest import DatasetError, Manifest, Shard
 
-# One record a group gives random access; images are compressed already.
+# Groups of one record give random access; images are compressed already.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 SHARD_BYTES = 256 << 20
 
@@ -25,18 +25,18 @@ SHARD_BYTES = 256 << 20
 def write(
     path: str | os.PathLike[str],
     payloads: Iterable[bytes],
-    describe: Callable[[list[Shard]], Manifest],
+    make_manifest: Callable[[list[Shard]], Manifest],
     *,
     counts: Sequence[int] | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> Manifest:
-    """Writes the dataset folder `path` from `payloads`, in order, and returns its manifest.
+    """Write the dataset folder `path` from `payloads`, in order, and return its manifest.
 
     Args:
       path: local folder to make. Copy it to object storage when it is complete.
-      payloads: encoded records; an exception raised by this iterator leaves the disk as it was.
-      describe: builds the manifest from the finished shards, once all payloads are written.
+      payloads: encoded records; an exception raised by this iterator leaves the disk unchanged.
+      make_manifest: builds the manifest from the finished shards, once all payloads are written.
       counts: records of each shard, for a dataset parallel to another one; the payloads must be
         exactly as many. Without it a new shard starts after `shard_bytes` of payload.
       shard_bytes: payload bytes after which a shard is full.
@@ -46,35 +46,37 @@ def write(
       DatasetError: the folder exists, there are no payloads, or their number does not fit `counts`.
     """
     if "://" in os.fspath(path):
-        raise DatasetError(f"{path}: datasets are written to a local folder; copy it there after")
+        raise DatasetError(
+            f"{path}: datasets are written to a local folder; copy it there when it is complete"
+        )
     out = pathlib.Path(os.path.abspath(path))
-    # Before the source is read for hours.
+    # Reading the source may take hours, so this is checked first.
     check_absent(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     building = out.parent / f".{out.name}.building-{os.getpid()}"
     building.mkdir()
     try:
         shards = _write_shards(building, payloads, counts, shard_bytes)
-        manifest = describe(shards)
-        with open(building / manifest_lib.FILE_NAME, "wb") as f:
-            f.write(manifest_lib.encode(manifest))
+        written = make_manifest(shards)
+        with open(building / manifest.FILE_NAME, "wb") as f:
+            f.write(manifest.encode(written))
             f.flush()
             os.fsync(f.fileno())
         sync(building)
         _put_in_place(building, out, overwrite)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return manifest
+    return written
 
 
 def check_absent(out: str | os.PathLike[str], overwrite: bool) -> None:
-    """Refuses an output that exists, unless it is a dataset folder and may be replaced."""
+    """Refuse an output that exists, unless it is a dataset folder and may be replaced."""
     out = pathlib.Path(out)
     if not out.exists():
         return
     if not overwrite:
         raise DatasetError(f"{out} exists; choose another --out or give --overwrite")
-    if not (out / manifest_lib.FILE_NAME).is_file():
+    if not (out / manifest.FILE_NAME).is_file():
         raise DatasetError(f"{out} exists and is not a dataset folder; it is not overwritten")
 
 
@@ -84,12 +86,12 @@ class Payloads:
     A payload that cannot be read raises DatasetError naming shard and index.
     """
 
-    def __init__(self, path: str | os.PathLike[str], manifest: Manifest):
+    def __init__(self, path: str | os.PathLike[str], dataset_manifest: Manifest):
         self.path = os.fspath(path)
-        self.manifest = manifest
-        shards = [shard for shard in manifest.shards if shard.records]
-        # Given counts spare the data source from opening every file before training starts.
-        import grain  # heavy, and a tokenizer alone does without
+        self.manifest = dataset_manifest
+        shards = [shard for shard in self.manifest.shards if shard.records]
+        # With counts in its instructions, the data source need not open every file at the start.
+        import grain  # heavy, and a tokenizer alone does not need it
 
         self._source = grain.sources.ArrayRecordDataSource(
             [_Instruction(os.path.join(self.path, s.path), 0, s.records, s.records) for s in shards]
@@ -104,13 +106,13 @@ class Payloads:
         try:
             return self._source[index]
         except Exception as error:
-            raise DatasetError(f"{self.where(index)}: cannot be read: {error}") from error
+            raise DatasetError(f"{self.location(index)}: cannot be read: {error}") from error
 
     def __iter__(self) -> Iterator[bytes]:
         return (self[i] for i in range(len(self)))
 
-    def where(self, index: int) -> str:
-        """`SHARD record K` for error messages, K counted from 0 in the shard."""
+    def location(self, index: int) -> str:
+        """Return `SHARD record K` for error messages, with K counted from 0 in the shard."""
         in_shard = index
         for shard in self.manifest.shards:
             if in_shard < shard.records:
@@ -121,7 +123,7 @@ class Payloads:
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
-    """The file instruction protocol of array_record."""
+    """A file instruction in the protocol of array_record."""
 
     filename: str
     skip: int
@@ -160,18 +162,18 @@ def _write_shards(
         check_count(file, records)
         written.append(records)
     if counts is not None and written != list(counts):
-        raise DatasetError(f"{sum(written)} rows for a dataset of {sum(counts)}")
+        raise DatasetError(f"{sum(written)} rows for a dataset of {sum(counts)} records")
     shards = []
     for number, records in enumerate(written):
         name = f"shard-{number:05d}-of-{len(written):05d}.array_record"
         file = building / name
         os.rename(building / f"{number:05d}.tmp", file)
-        shards.append(Shard(name, records, file.stat().st_size, manifest_lib.sha256_file(file)))
+        shards.append(Shard(name, records, file.stat().st_size, manifest.sha256_file(file)))
     return shards
 
 
 def write_file(file: pathlib.Path, payloads: Iterable[bytes], number: int) -> None:
-    """Writes, closes and syncs one file of payloads; where that fails the file goes."""
+    """Write, close and sync one file of payloads; remove the file if that fails."""
     writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
     done = False
     try:
@@ -195,13 +197,13 @@ def _close(writer: ArrayRecordWriter, number: int) -> None:
 
 
 def check_count(file: pathlib.Path, records: int) -> None:
-    """DatasetError where a shard has another number of records than it should have."""
+    """Raise DatasetError unless exactly `records` records can be read from a shard."""
     # An ArrayRecord file without its footer opens without an error and has no records.
     reader = ArrayRecordReader(str(file))
-    found = reader.num_records() if reader.ok() else 0
+    readable = reader.num_records() if reader.ok() else 0
     reader.close()
-    if found != records:
-        raise DatasetError(f"{file}: wrote {records} records but {found} can be read")
+    if readable != records:
+        raise DatasetError(f"{file}: wrote {records} records but {readable} can be read")
 
 
 def _put_in_place(building: pathlib.Path, out: pathlib.Path, overwrite: bool) -> None:
@@ -218,7 +220,7 @@ def _put_in_place(building: pathlib.Path, out: pathlib.Path, overwrite: bool) ->
 
 
 def sync(path: pathlib.Path) -> None:
-    """Waits until a file or folder is on the disk."""
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

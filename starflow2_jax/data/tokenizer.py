@@ -1,7 +1,7 @@
-"""Trains a byte-level BPE tokenizer with the special tokens, splitting and chat of Qwen's.
+"""Training of a byte-level BPE tokenizer with Qwen's special tokens, splitting and chat template.
 
-For small models that stand in for a published checkpoint: the folder reads like one, so that
-nothing else needs to know which of the two it has.
+Small models use it in place of a published checkpoint's tokenizer. Its folder has the same format,
+so no other code needs to tell the two apart.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from starflow2_jax.data import records
 from starflow2_jax.data.manifest import DatasetError
 
-SPECIAL = (
+SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
@@ -26,7 +26,7 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# As the published one, but for the words that it puts into the system's mouth.
+# Equal to the published template, except that there is no default system turn.
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -39,47 +39,54 @@ TEMPLATE = (
 
 
 def train(data: str | os.PathLike[str], size: int) -> str:
-    """A tokenizer.json of `size` ids, from the texts of a dataset; equal data, equal tokenizer.
+    """Train a tokenizer of `size` ids on the texts of a dataset, and return its tokenizer.json.
+
+    Equal data give an equal tokenizer.
 
     Raises:
-      DatasetError: no dataset, or a size that has no room for all bytes and special tokens.
+      DatasetError: no dataset, or a size too small for all bytes and special tokens.
     """
     import tokenizers  # heavy
 
-    least = 256 + len(SPECIAL)
-    if size < least:
-        raise DatasetError(f"--vocabulary {size}: expected at least {least}: bytes, special tokens")
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.normalizer = tokenizers.normalizers.NFC()
+    minimum = 256 + len(SPECIAL_TOKENS)
+    if size < minimum:
+        raise DatasetError(
+            f"--vocabulary {size}: expected at least {minimum}, the bytes and special tokens"
+        )
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.normalizer = tokenizers.normalizers.NFC()
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated")
     spaces = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, spaces])
-    made.decoder = tokenizers.decoders.ByteLevel()
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, spaces])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=list(SPECIAL),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    made.train_from_iterator(_texts(records.read(data)), trainer)
-    return made.to_str(pretty=True)
+    bpe.train_from_iterator(_texts(records.read(data)), trainer)
+    return bpe.to_str(pretty=True)
 
 
 def write(
     text: str, folder: str | os.PathLike[str], *, patch: int, merge: int, frames: int
 ) -> None:
-    """A folder with the tokenizer, the chat template and an image processor.
+    """Write a folder with the tokenizer, the chat template and an image processor.
 
     Args:
-      text: what `train` gave.
-      patch, merge, frames: of the vision tower, in pixels, patches and frames.
+      text: tokenizer.json, from `train`.
+      folder: folder to make.
+      patch: side of a patch of the vision tower, in pixels.
+      merge: side of the square of patches that form one feature.
+      frames: video frames of a patch.
 
     Raises:
-      FileExistsError: there is such a folder.
+      FileExistsError: the folder exists.
     """
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"{folder} is there; choose another --out")
+        raise FileExistsError(f"{folder} exists; choose another --out")
     special = {
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
@@ -87,7 +94,7 @@ def write(
         "bos_token": None,
     }
     images = {
-        # As published: named by model, which a torch-free transformers opens too.
+        # The name of the published processor, which transformers opens without torch too.
         "image_processor_type": "Qwen2VLImageProcessor",
         "patch_size": patch,
         "merge_size": merge,
@@ -116,7 +123,7 @@ def write(
 
 
 def _texts(dataset: Iterable[records.Record]) -> Iterator[str]:
-    """Texts of a dataset, and the role that the layout writes before each turn."""
+    """Yield the texts of a dataset, and the role that the chat layout writes before each turn."""
     for record in dataset:
         role = "none"
         for segment in record.segs:

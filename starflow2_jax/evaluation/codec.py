@@ -51,7 +51,7 @@ def pictures(data: str, side: int, resize: str = "none") -> Iterator[Picture]:
     """
     dataset = records.read(data)
     for index, record in enumerate(dataset):
-        where = f"{dataset.where(index)} (id {record.id!r})"
+        where = f"{dataset.location(index)} (id {record.id!r})"
         known = scenes(record.meta)
         for k, blob in enumerate(record.imgs):
             pixels = images.decode(blob.data, f"{where}: $.imgs[{k}]")

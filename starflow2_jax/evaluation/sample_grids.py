@@ -76,7 +76,7 @@ def kind_of(record: Record) -> str:
 
 
 def prompts(
-    cfg: Mapping[str, Any], opts: packed_batches.Options, pixels: int
+    cfg: Mapping[str, Any], opts: packed_batches.PackedBatchOptions, pixels: int
 ) -> dict[str, list[Prompt]]:
     """By kind, at most `sample.count` of them, half as many where two pictures are shown.
 
@@ -99,17 +99,17 @@ def prompts(
             record = dataset[index]
             group = found.get(kind_of(record))
             if group is not None and len(group) < room[kind_of(record)]:
-                group.append(_prompt(opts, record, dataset.where(index)))
+                group.append(_prompt(opts, record, dataset.location(index)))
     return {kind: group for kind, group in found.items() if group}
 
 
-def _prompt(opts: packed_batches.Options, record: Record, where: str) -> Prompt:
+def _prompt(opts: packed_batches.PackedBatchOptions, record: Record, where: str) -> Prompt:
     parts: list[Part] = []
     for segment in record.segs:
         if segment.loss:
             break
         if isinstance(segment, Img):
-            image = packed_batches.picture(opts, record, segment.i, where)
+            image = packed_batches.read_image(opts, record, segment.i, where)
             parts.append(Part("image", segment.role, image=image))
         else:
             parts.append(Part("text", segment.role, segment.s))
@@ -168,7 +168,7 @@ class Grids:
 def prepare(
     cfg: Mapping[str, Any],
     shape: Config,
-    opts: packed_batches.Options,
+    opts: packed_batches.PackedBatchOptions,
     codec: Codec | None,
     mesh: Mesh,
 ) -> Grids | str:

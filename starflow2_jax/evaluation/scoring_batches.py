@@ -27,7 +27,7 @@ def batches(
     program takes them with and without.
 
     Args:
-        side: rows (= columns) of an image's patches; null: as in `tokens.layout`; blank: grey in
+        side: rows (= columns) of an image's patches; null: as in `chat_layout.apply_chat_template`; blank: grey in
             place of what images show.
 
     Raises:
@@ -35,26 +35,30 @@ def batches(
     """
     laid, shown, longest = [], [], 0
     for record in given:
-        parts, blobs = chat_layout.parts(record)
-        whole = chat_layout.layout(parts, tokenizer, side * side)
+        parts, blobs = chat_layout.message_parts(record)
+        whole = chat_layout.apply_chat_template(parts, tokenizer, side * side)
         own = (
             whole
             if null == "none"
-            else chat_layout.layout(parts, tokenizer, side * side, null=null)
+            else chat_layout.apply_chat_template(parts, tokenizer, side * side, null=null)
         )
         laid.append(own)
         shown.append(blobs)
         longest = max(longest, len(whole.ids))
     length = -(-longest // LENGTH_STEP) * LENGTH_STEP
-    room = packing.Room(length, side * side, max(1, *map(len, shown)))
+    room = packing.PackingSpec(length, side * side, max(1, *map(len, shown)))
     first = next(((r, blobs[0]) for r, blobs in zip(given, shown) if blobs), None)
     empty = None if first is None else np.zeros_like(_picture(*first))
     for begin in range(0, len(given), size):
         numbers = np.minimum(np.arange(begin, begin + size), len(given) - 1)
-        made = [packed_batches.lay_out([laid[i]], room, side, tokenizer.pad) for i in numbers]
+        made = [
+            packed_batches.build_packed_row([laid[i]], room, side, tokenizer.pad) for i in numbers
+        ]
         batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
         if empty is not None:
-            batch["images"] = np.stack([np.broadcast_to(empty, (room.places, *empty.shape))] * size)
+            batch["images"] = np.stack(
+                [np.broadcast_to(empty, (room.image_slots, *empty.shape))] * size
+            )
             for row, i in enumerate(numbers):
                 for place, blob in enumerate(shown[i]):
                     batch["images"][row, place] = 128 if blank else _picture(given[i], blob)

@@ -33,7 +33,9 @@ class Answer(NamedTuple):
     tokens: int
 
 
-def answers(score: Score, opts: packed_batches.Options, *, batch_size: int = 16) -> list[Answer]:
+def answers(
+    score: Score, opts: packed_batches.PackedBatchOptions, *, batch_size: int = 16
+) -> list[Answer]:
     """Every record of a dataset that has words to learn, in its order.
 
     Args:

@@ -74,9 +74,9 @@ def lay_out(
     for row in parts:
         numbers = iter(range(len(row)))
         laid.append(
-            layouts.layout(
+            layouts.apply_chat_template(
                 [
-                    layouts.Part(
+                    layouts.MessagePart(
                         part.role,
                         next(numbers)
                         if part.kind == "image"
@@ -92,13 +92,13 @@ def lay_out(
         )
     length = -(-max(len(items.ids) for items in laid) // LENGTH_STEP) * LENGTH_STEP
     places = max(max(map(len, x)), 1)
-    room = packing.Room(length, cfg.patches, places)
-    made = [row_arrays.lay_out([items], room, cfg.flow.side, held.pad) for items in laid]
+    room = packing.PackingSpec(length, cfg.patches, places)
+    made = [row_arrays.build_packed_row([items], room, cfg.flow.side, held.pad) for items in laid]
     batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
-    owners = [items.part for items in laid]
+    owners = [items.part_index for items in laid]
     for b, items in enumerate(laid):
         # Delimiters are not asked for.
-        batch["target"][b, : len(items.part)] = items.part >= 0
+        batch["target"][b, : len(items.part_index)] = items.part_index >= 0
     latents = np.zeros((len(parts), places, cfg.patches, cfg.flow.channels), x[0].dtype)
     for b, images in enumerate(x):
         latents[b, : len(images)] = images

@@ -23,7 +23,7 @@ from starflow2_jax.models.backbone import Config
 from starflow2_jax.models.layers import at_least_float32
 
 if TYPE_CHECKING:  # heavy
-    from starflow2_jax.data.chat_layout import Items, Tokenizer
+    from starflow2_jax.data.chat_layout import Tokenizer, TokenSequence
 
 # New positions are padded to a multiple of the first, caches to one of the second, so that similar
 # prompts share their programs.
@@ -71,7 +71,7 @@ def delimiters(held: "Tokenizer", cfg: Config) -> decode_loop.Ids:
     """What the loop has to know of the tokenizer."""
     banned = (held.vision_end, held.image, held.turn_start, cfg.vlm.video_token)
     ends = (held.turn_end, held.pad)
-    size = min(held.size, cfg.vlm.vocab)
+    size = min(held.vocab_size, cfg.vlm.vocab)
     return decode_loop.Ids(held.vision_start, held.vision_end, ends, banned, size)
 
 
@@ -118,7 +118,7 @@ def heated(held: Conversation, heat: Any) -> Conversation:
 
 def lay_out(
     given: Sequence[Part], tokenizer: "Tokenizer", patches: int, null: str, role: str
-) -> "Items":
+) -> "TokenSequence":
     """The items of new parts of a row whose open turn is that of `role`, "" at the beginning."""
     from starflow2_jax.data import chat_layout as layouts
 
@@ -126,13 +126,15 @@ def lay_out(
     parts = []
     for part in given:
         content: Any = part.tokens or part.text
-        parts.append(layouts.Part(part.role, next(images) if part.kind == "image" else content))
+        parts.append(
+            layouts.MessagePart(part.role, next(images) if part.kind == "image" else content)
+        )
     if not given or all(part.role == "none" for part in given):
         opened = []
     else:
-        opened = [] if given[-1].role == "assistant" else [layouts.Part("assistant", "")]
-    return layouts.layout(
-        [*parts, *opened], tokenizer, patches, null=null or "none", closed=False, within=role
+        opened = [] if given[-1].role == "assistant" else [layouts.MessagePart("assistant", "")]
+    return layouts.apply_chat_template(
+        [*parts, *opened], tokenizer, patches, null=null or "none", closed=False, open_role=role
     )
 
 
@@ -212,18 +214,18 @@ def _sequence(held, state, b, branch, given, latents, cfg, tokenizer, number):
     r = number * held.rows + b
     position, index = int(state.position[r]), int(state.index[r])
     items = lay_out(given, tokenizer, cfg.patches, branch, held.roles[b])
-    where = items.patch >= 0
+    where = items.patch_index >= 0
     channels, dtype = cfg.flow.channels, state.u.dtype
     u = np.zeros((len(items.ids), channels), dtype)
     if where.any():
-        u[where] = np.asarray(latents)[items.image[where], items.patch[where]]
+        u[where] = np.asarray(latents)[items.image_index[where], items.patch_index[where]]
     made = {
         "ids": items.ids,
         "u": u,
         "is_image": where,
         "positions": layouts.vlm_positions(items, cfg.flow.side) + position,
         "following": layouts.flow_positions(items, cfg.flow.side) + np.array([0, 0, index]),
-        "counts": items.patch <= 0,
+        "counts": items.patch_index <= 0,
     }
     begun = state.token[b] >= 0
     token = int(state.token[b])

@@ -76,7 +76,7 @@ def write(
             indices = range(start, min(start + batch_size, len(dataset)))
             batch = [dataset[i] for i in indices]
             fill = batch + [batch[-1]] * (batch_size - len(batch))
-            where = [f"{dataset.where(i)} (id {dataset[i].id!r})" for i in indices]
+            where = [f"{dataset.location(i)} (id {dataset[i].id!r})" for i in indices]
             computed: dict[str, np.ndarray] = {}
             if encode_images:
                 pictures = [

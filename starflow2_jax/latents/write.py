@@ -187,7 +187,7 @@ def _rows(
         ids, counts, pictures = [], [], []
         for index in indices[start : start + ROWS]:
             record = dataset[index]
-            where = f"{dataset.where(index)} (id {record.id!r})"
+            where = f"{dataset.location(index)} (id {record.id!r})"
             ids.append(record.id)
             counts.append(len(record.imgs))
             for k, blob in enumerate(record.imgs):

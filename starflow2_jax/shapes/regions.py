@@ -1,13 +1,15 @@
-"""Which part of a picture each of its objects fills, and what can be said of it.
+"""Regions of a shapes image: the patches that show each of its objects, and a description of it.
 
-Grounded words teach a vision tower far faster than captions, which name all of a picture at once.
-The ground has words too: what nothing is told of may look like anything, and who searches a shape
-finds it there. Records of the shapes world tell them: `meta.scene` of one picture, `meta.scenes` of
-several.
+Grounded words teach a vision tower far faster than captions, which describe a whole image at once.
+The background needs a description too; otherwise the tower is free to give background patches
+object-like features. Records of the shapes benchmark store the scenes that this needs: `meta.scene`
+of one image, `meta.scenes` of several.
 """
 
+import dataclasses
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,13 +20,16 @@ from starflow2_jax.data.records import Record
 from starflow2_jax.shapes import generator
 from starflow2_jax.shapes.generator import Object
 
-# Of an object's radius: what lies within the first shows the object, beyond the second the ground.
-_REACH, _CLEAR = 0.9, 1.3
+# In units of an object's radius: the object fills what is nearer than the first; the background is
+# farther than the second.
+_OBJECT_RADIUS, _BACKGROUND_RADIUS = 0.9, 1.3
 
 
 class Region(NamedTuple):
-    """`words` of an object within `radius` of (x, y), in image sides; of the ground, which is all
-    that no object is near to, with a radius of 0."""
+    """A described region: an object within `radius` of (x, y), in image sides.
+
+    The background has a radius of 0; it is everything that is not near to an object.
+    """
 
     words: str
     x: float
@@ -32,14 +37,38 @@ class Region(NamedTuple):
     radius: float
 
 
-def find(record: Record, image: int, where: str) -> list[Region]:
-    """Regions of image number `image` of a record, empty where nothing is told of it.
+@dataclasses.dataclass(frozen=True)
+class RegionLabels:
+    """The `RegionAnnotator` of packed batches for the shapes benchmark.
 
-    Of an object: how many there are of its kind, size, colour, shape and, of two, how it lies to
-    the other.
+    Attributes:
+      max_regions: R, regions of an image at most; further ones are left out.
+      max_words: W, token ids of a description at most; longer ones are cut.
+    """
+
+    max_regions: int
+    max_words: int
+
+    def __call__(
+        self, record: Record, image: int, tokenizer: Tokenizer, grid_side: int, location: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return `region` int32 [N] and `region_words` int32 [R, W] of an image of a record."""
+        regions = find_regions(record, image, location)[: self.max_regions]
+        words = np.full((self.max_regions, self.max_words), -1, np.int32)
+        for number, region in enumerate(regions):
+            tokens = tokenizer.encode(region.words)[: self.max_words]
+            words[number, : len(tokens)] = tokens
+        return region_of_patches(regions, grid_side), words
+
+
+def find_regions(record: Record, image: int, location: str) -> list[Region]:
+    """Return the regions of image number `image` of a record; none if it has no scene.
+
+    The description of an object gives the number of objects of its kind, size, color, shape and,
+    between two objects, its relation to the other one.
 
     Raises:
-      DatasetError: a record without scenes, naming `where`.
+      DatasetError: a record without scenes, naming `location`.
     """
     meta = record.meta
     try:
@@ -47,13 +76,16 @@ def find(record: Record, image: int, where: str) -> list[Region]:
         if image >= len(scenes):
             return []
         objects = [Object(**item) for item in scenes[image]["objects"]]
-        ground = Region(f" {scenes[image]['background']} background", 0.5, 0.5, 0.0)
-        return [*(_told(objects, k) for k in range(len(objects))), ground]
+        background = Region(f" {scenes[image]['background']} background", 0.5, 0.5, 0.0)
+        return [*(_object_region(objects, k) for k in range(len(objects))), background]
     except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{where}: no scenes in its meta, so no regions are known") from error
+        raise DatasetError(
+            f"{location}: no scenes in its meta, so it has no regions; expected a record of "
+            "`prepare import --format shapes`"
+        ) from error
 
 
-def _told(objects: list[Object], k: int) -> Region:
+def _object_region(objects: Sequence[Object], k: int) -> Region:
     item = objects[k]
     count = Counter((other.color, other.shape) for other in objects)[item.color, item.shape]
     words = f" {generator.NUMBERS[count]} {item.size} {item.color} {item.shape}"
@@ -62,33 +94,22 @@ def _told(objects: list[Object], k: int) -> Region:
     return Region(words, item.x, item.y, generator.SIZES[item.size])
 
 
-def place(
-    found: list[Region], tokenizer: Tokenizer, side: int, most: int, words: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Regions on a grid of patches.
-
-    Args:
-      side: rows (= columns) of patches; most, words: regions and words of a region that are kept.
-
-    Returns:
-      int32 [side^2], which region a patch shows, -1 none; int32 [most, words], ids of its words,
-      -1 behind them.
-    """
-    centre = (np.arange(side) + 0.5) / side
-    shown = np.full((side, side), -1, np.int32)
-    nearest = np.full((side, side), np.inf)
-    clear = np.ones((side, side), bool)
-    ids = np.full((most, words), -1, np.int32)
-    for number, region in enumerate(found[:most]):
+def region_of_patches(regions: Sequence[Region], grid_side: int) -> np.ndarray:
+    """Return the region of each patch of a grid of `grid_side`^2, -1 for none: int32 [N]."""
+    center = (np.arange(grid_side) + 0.5) / grid_side
+    patch_radius = 0.71 / grid_side  # half the diagonal
+    region_map = np.full((grid_side, grid_side), -1, np.int32)
+    nearest = np.full((grid_side, grid_side), np.inf)
+    is_background = np.ones((grid_side, grid_side), bool)
+    for number, region in enumerate(regions):
         if region.radius:
-            away = np.hypot(centre[None, :] - region.x, centre[:, None] - region.y)
-            # The patch under the centre shows even a small object.
-            within = (away < max(_REACH * region.radius, 0.71 / side)) & (away < nearest)
-            nearest[within] = away[within]
-            clear &= away > _CLEAR * region.radius + 0.71 / side
+            distance = np.hypot(center[None, :] - region.x, center[:, None] - region.y)
+            # The patch under the center shows even a small object.
+            reach = max(_OBJECT_RADIUS * region.radius, patch_radius)
+            inside = (distance < reach) & (distance < nearest)
+            nearest[inside] = distance[inside]
+            is_background &= distance > _BACKGROUND_RADIUS * region.radius + patch_radius
         else:
-            within = clear
-        shown[within] = number
-        tokens = tokenizer.encode(region.words)[:words]
-        ids[number, : len(tokens)] = tokens
-    return shown.ravel(), ids
+            inside = is_background
+        region_map[inside] = number
+    return region_map.ravel()

@@ -7,15 +7,17 @@ import pytest
 from helpers import interleaved_dataset
 
 from starflow2_jax.data import chat_layout, images, packed_batches, records
-from starflow2_jax.data.packing import Room
+from starflow2_jax.data.packing import PackingSpec
 
-ROOM = Room(positions=288, patches=4, images=4)  # the longest record takes some 220
+ROOM = PackingSpec(seq_len=288, image_tokens=4, max_images=4)  # the longest record takes some 220
 
 
 @pytest.fixture(scope="module")
 def opts(tmp_path_factory):
     data, held = interleaved_dataset.make(tmp_path_factory.mktemp("rows"))
-    return packed_batches.Options(held, ROOM, 2, path=data, pixels=16, threads=0)
+    return packed_batches.PackedBatchOptions(
+        tokenizer=held, packing=ROOM, grid_side=2, path=data, pixels=16, threads=0
+    )
 
 
 def records_of(batch, row, held):
@@ -55,7 +57,7 @@ def test_one_pass_holds_every_record_once_and_whole(opts):
 
 
 def test_packing_does_not_change_a_record(opts):
-    other_ = dataclasses.replace(opts, room=dataclasses.replace(ROOM, images=3, positions=256))
+    other_ = dataclasses.replace(opts, packing=dataclasses.replace(ROOM, max_images=3, seq_len=256))
     names = ("ids", "target", "positions", "flow_positions")
 
     def by_id(options):
@@ -105,7 +107,7 @@ def test_an_epoch_over_changing_numbers_of_hosts_loses_and_repeats_nothing(opts)
 
 def test_drops_belong_to_records_that_draw_and_depend_on_the_step_alone(opts):
     held = chat_layout.open_tokenizer(opts.tokenizer)
-    every = dataclasses.replace(opts, drop=1.0)
+    every = dataclasses.replace(opts, drop_text=1.0)
     batch = next(packed_batches.batches(every, batch_size=16))
     same = next(packed_batches.batches(every, batch_size=16))
     np.testing.assert_array_equal(batch["ids"], same["ids"])
@@ -119,7 +121,7 @@ def test_drops_belong_to_records_that_draw_and_depend_on_the_step_alone(opts):
             assert all((words_ in words) != draws for words_ in asked)
             drawn += draws
     assert drawn > 3
-    nothing = dataclasses.replace(opts, drop=0.0, drop_all=1.0)
+    nothing = dataclasses.replace(opts, drop_text=0.0, drop_all=1.0)
     shown = next(packed_batches.batches(nothing, batch_size=16))
     assert shown["images"].any((2, 3, 4)).sum() < batch["images"].any((2, 3, 4)).sum()
 
@@ -137,9 +139,9 @@ def test_bad_options_and_rows_are_named(opts):
     with pytest.raises(ValueError, match="did you mean 'weight'"):
         packed_batches.describe(dataclasses.replace(opts, path="", mixture=mixture))
     held = chat_layout.open_tokenizer(opts.tokenizer)
-    items = chat_layout.layout([chat_layout.Part("none", 0)] * 2, held, 4)
+    items = chat_layout.apply_chat_template([chat_layout.MessagePart("none", 0)] * 2, held, 4)
     with pytest.raises(ValueError, match="12 positions and 1 images, room is for 9 and 1"):
-        packed_batches.lay_out([items], Room(9, 4, 1), 2, held.pad)
+        packed_batches.build_packed_row([items], PackingSpec(9, 4, 1), 2, held.pad)
     small = dataclasses.replace(opts, pixels=32)
     with pytest.raises(ValueError, match=r"image is 16 x 16 \(h x w\), expected data.pixels=32"):
         next(packed_batches.eval_batches(small, batch_size=2))

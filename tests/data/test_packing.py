@@ -12,7 +12,7 @@ from helpers import interleaved_dataset
 from starflow2_jax import prepare
 from starflow2_jax.data import chat_layout, packing, records
 from starflow2_jax.data.manifest import DatasetError
-from starflow2_jax.data.packing import Room
+from starflow2_jax.data.packing import PackingSpec
 from starflow2_jax.data.records import Img, Record, Text
 
 
@@ -40,21 +40,21 @@ def run(capsys, *words):
 def test_every_record_is_in_one_row_that_holds_it():
     rng = np.random.default_rng(0)
     lengths, images = rng.integers(1, 900, 3000), rng.integers(0, 3, 3000)
-    plan = packing.pack(lengths, images, Room(1000, 16, 2), seed=1)
+    plan = packing.pack(lengths, images, PackingSpec(1000, 16, 2), seed=1)
     np.testing.assert_array_equal(np.sort(plan.items), np.arange(3000))
     sums = [plan.lengths[plan[k]].sum() for k in range(len(plan))]
     assert max(sums) <= 1000 and min(len(plan[k]) for k in range(len(plan))) >= 1
     assert max(plan.images[plan[k]].sum() for k in range(len(plan))) == 2
     assert plan.waste == pytest.approx(1 - sum(sums) / (1000 * len(plan)))
-    free = packing.pack(lengths, images, Room(1000, 16), seed=1)
-    assert free.room.places == 55 and free.waste < 0.1
+    free = packing.pack(lengths, images, PackingSpec(1000, 16), seed=1)
+    assert free.spec.image_slots == 55 and free.waste < 0.1
     with pytest.raises(IndexError):
         plan[len(plan)]
 
 
 def test_a_plan_depends_on_the_seed_alone():
     lengths = np.random.default_rng(0).integers(1, 50, 200)
-    plan = lambda seed: packing.pack(lengths, lengths * 0, Room(100, 16), seed)
+    plan = lambda seed: packing.pack(lengths, lengths * 0, PackingSpec(100, 16), seed)
     same, again, other = (plan(seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(same.items, again.items)
     assert not np.array_equal(same.items, other.items)
@@ -62,9 +62,9 @@ def test_a_plan_depends_on_the_seed_alone():
 
 def test_a_record_larger_than_a_row_is_named():
     with pytest.raises(DatasetError, match=r"record 1 takes 11 positions, a row has 10 \(2 rec"):
-        packing.pack([3, 11, 12], [0, 0, 0], Room(10, 4))
+        packing.pack([3, 11, 12], [0, 0, 0], PackingSpec(10, 4))
     with pytest.raises(DatasetError, match=r"record 2 takes 3 images, a row has 2 \(1 rec"):
-        packing.pack([3, 4, 5], [0, 1, 3], Room(10, 4, 2))
+        packing.pack([3, 4, 5], [0, 1, 3], PackingSpec(10, 4, 2))
 
 
 def test_size_is_that_of_the_layout(made):
@@ -74,7 +74,7 @@ def test_size_is_that_of_the_layout(made):
     markup = sum(3 + count(role) for role in ("user", "assistant")) + 2 * count("\n")
     whole = count("a red") + (16 + 2) + count("ring") + markup
     # Each turn: start, role, line end; end, line end.
-    assert packing.size(Record(1, "x", "", words), held, 16) == (whole, 1)
+    assert packing.record_size(Record(1, "x", "", words), held, 16) == (whole, 1)
 
 
 def test_the_index_is_written_once_and_read_after(made, capsys):
@@ -109,9 +109,9 @@ def test_the_index_is_written_once_and_read_after(made, capsys):
 
 def test_rows_are_a_grain_dataset_that_hosts_share(made):
     folder, held = made
-    _, plan = packing.index(folder, held, Room(150, 32), seed=4)
+    _, plan = packing.load_or_make_plan(folder, held, PackingSpec(150, 32), seed=4)
     dataset = records.read(folder)
-    rows = packing.rows(dataset, plan)
+    rows = grain.MapDataset.range(len(plan)).map(lambda k: [dataset[int(i)] for i in plan[k]])
     assert isinstance(rows, grain.MapDataset) and len(rows) == len(plan)
     ids = [[record.id for record in rows[k]] for k in range(len(rows))]
     assert sorted(name for row in ids for name in row) == sorted(record.id for record in dataset)

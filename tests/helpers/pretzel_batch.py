@@ -5,7 +5,7 @@ import numpy as np
 
 from starflow2_jax import params
 from starflow2_jax.data import chat_layout, packed_batches, packing
-from starflow2_jax.data.chat_layout import Part
+from starflow2_jax.data.chat_layout import MessagePart
 from starflow2_jax.models import qwen, starflow2
 
 SIDE, CHANNELS, VOCAB = 2, 3, 64
@@ -62,16 +62,16 @@ TOKENIZER = chat_layout.Tokenizer(
     image=5,
     pad=0,
     opening=(),
-    size=VOCAB,
+    vocab_size=VOCAB,
 )
-T2I = (Part("user", "ab"), Part("assistant", 0, True))
-I2T = (Part("user", 0), Part("user", "what?"), Part("assistant", "cd.", True))
-EDIT = (Part("user", 0, True), Part("user", "e"), Part("assistant", 1, True))
-TEXT = (Part("user", "hi"), Part("assistant", "yo", True))
+T2I = (MessagePart("user", "ab"), MessagePart("assistant", 0, True))
+I2T = (MessagePart("user", 0), MessagePart("user", "what?"), MessagePart("assistant", "cd.", True))
+EDIT = (MessagePart("user", 0, True), MessagePart("user", "e"), MessagePart("assistant", 1, True))
+TEXT = (MessagePart("user", "hi"), MessagePart("assistant", "yo", True))
 # Thoughts, a picture, an answer.
 REASON = (
-    *(Part("user", "f"), Part("user", 0), Part("assistant", "g", True)),
-    *(Part("assistant", 1, True), Part("assistant", "h", True)),
+    *(MessagePart("user", "f"), MessagePart("user", 0), MessagePart("assistant", "g", True)),
+    *(MessagePart("assistant", 1, True), MessagePart("assistant", "h", True)),
 )
 
 
@@ -80,11 +80,11 @@ def batch(packed, length=64, places=4, seed=0, dtype=np.float32):
 
     The images of a record have the same latents wherever it is packed.
     """
-    room, made = packing.Room(length, PATCHES, places), []
+    room, made = packing.PackingSpec(length, PATCHES, places), []
     mean = np.zeros((len(packed), places, PATCHES, CHANNELS), dtype)
     for b, records in enumerate(packed):
-        laid = [chat_layout.layout(record, TOKENIZER, PATCHES) for record in records]
-        made.append(packed_batches.lay_out(laid, room, SIDE, TOKENIZER.pad))
+        laid = [chat_layout.apply_chat_template(record, TOKENIZER, PATCHES) for record in records]
+        made.append(packed_batches.build_packed_row(laid, room, SIDE, TOKENIZER.pad))
         m = 0
         for record in records:
             rng = np.random.default_rng((seed, len(record), len(str(record))))

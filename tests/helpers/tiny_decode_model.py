@@ -23,7 +23,7 @@ TOKENIZER = Tokenizer(
     image=5,
     pad=0,
     opening=(),
-    size=VOCAB - 1,
+    vocab_size=VOCAB - 1,
 )
 
 

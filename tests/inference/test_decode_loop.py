@@ -64,11 +64,11 @@ def laid_out(model, rows):
         {
             "ids": each.ids,
             "u": np.where(
-                (each.patch >= 0)[:, None],
-                images[np.maximum(each.image, 0), np.maximum(each.patch, 0)],
+                (each.patch_index >= 0)[:, None],
+                images[np.maximum(each.image_index, 0), np.maximum(each.patch_index, 0)],
                 0,
             ),
-            "is_image": each.patch >= 0,
+            "is_image": each.patch_index >= 0,
             "positions": layouts.vlm_positions(each, tiny_decode_model.SIDE),
             "following": layouts.flow_positions(each, tiny_decode_model.SIDE),
         }
@@ -293,7 +293,10 @@ def test_the_null_branch_has_the_images_but_not_the_words_of_the_user():
     kept = {}
     for null in ("", "text", "all"):
         items = session.lay_out(given, tiny_decode_model.TOKENIZER, 4, null, "")
-        kept[null] = tiny_decode_model.TOKENIZER.decode(items.ids), int((items.patch >= 0).sum())
+        kept[null] = (
+            tiny_decode_model.TOKENIZER.decode(items.ids),
+            int((items.patch_index >= 0).sum()),
+        )
     assert "what" in kept[""][0] and kept[""][1] == kept["text"][1] == 4 and kept["all"][1] == 0
     for null in ("text", "all"):
         words = kept[null][0]

@@ -51,7 +51,7 @@ def make_model() -> STARFlow2:
         encode=lambda text: tuple(LETTERS + ord(c) % 600 for c in text),
         decode=lambda ids: "".join(map(chr, ids)),
         turn_start=1, turn_end=2, vision_start=3, vision_end=4, image=5, pad=0, opening=(),
-        size=640,
+        vocab_size=640,
     )  # fmt: skip
     whole = starflow2.tiny()
     params = init_params(jax.random.key(1), starflow2.declare(whole))

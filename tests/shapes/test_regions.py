@@ -22,7 +22,7 @@ def made(tmp_path_factory):
 def test_patches_name_the_object_that_they_show(made):
     dataset, held = made
     for record in dataset:
-        found = regions.find(record, 0, "here")
+        found = regions.find_regions(record, 0, "here")
         told = json.loads(record.meta.get("scene") or record.meta["scenes"])
         scene = told if isinstance(told, dict) else told[0]
         *objects, ground = found
@@ -36,7 +36,7 @@ def test_patches_name_the_object_that_they_show(made):
             first, second = (generator.Object(**o) for o in scene["objects"])
             assert objects[0].words.endswith(generator.relation(first, second) or first.shape)
         assert ground.words == f" {scene['background']} background"
-        shown, ids = regions.place(found, held, 8, 5, 16)
+        shown, ids = regions.RegionLabels(5, 16)(record, 0, held, 8, "here")
         for number, item in enumerate(scene["objects"]):
             at = int(item["y"] * 8) * 8 + int(item["x"] * 8)
             assert shown[at] == number
@@ -51,11 +51,11 @@ def test_patches_name_the_object_that_they_show(made):
             assert not 0 <= number < len(objects) or away[number] < 0.09
         assert (shown == len(objects)).sum() > 8
         assert (ids[len(found) :] == -1).all()
-        assert regions.find(record, 3, "here") == []
+        assert regions.find_regions(record, 3, "here") == []
 
 
 def test_records_without_scenes_are_named(made):
     dataset, _ = made
     bare = records.Record(1, "x", "", dataset[0].segs, dataset[0].imgs)
     with pytest.raises(DatasetError, match=r"shard 3: no scenes in its meta"):
-        regions.find(bare, 0, "shard 3")
+        regions.find_regions(bare, 0, "shard 3")

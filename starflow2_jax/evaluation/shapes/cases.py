@@ -127,7 +127,7 @@ def read(folders: Iterable[str], *, n: int | None = None) -> list[Case]:
     for folder in folders:
         dataset = records.read(folder)
         for index, record in enumerate(dataset):
-            case = from_record(record, dataset.where(index))
+            case = from_record(record, dataset.location(index))
             if case is None:
                 continue
             kind = (case.task, case.tag, case.seen)

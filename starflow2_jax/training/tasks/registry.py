@@ -8,9 +8,11 @@ from jax.sharding import Mesh
 
 from starflow2_jax import params
 from starflow2_jax.checkpoints import model_folder
-from starflow2_jax.data import image_batches, packed_batches, packing
+from starflow2_jax.data import image_batches, packed_batches
+from starflow2_jax.data.packing import PackingSpec
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.models import flops
+from starflow2_jax.shapes.regions import RegionLabels
 from starflow2_jax.training import init_from, program as programs
 from starflow2_jax.training.tasks import fae, starflow2, vlm
 
@@ -55,15 +57,15 @@ def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: A
     own |= {
         # A stage reads with its VLM's own, unless told otherwise.
         "tokenizer": str(model_folder.locate(text["tokenizer"] or cfg["vlm"]["path"])),
-        "room": packing.Room(text["length"], side**2, text["images"]),
-        "side": side,
+        "packing": PackingSpec(text["length"], side**2, text["images"]),
+        "grid_side": side,
         "pixels": cfg["image"]["pixels"],
         "seed": cfg["seed"],
-        "drop": drop["condition"],
+        "drop_text": drop["condition"],
         "drop_all": drop["all"],
-        "regions": vlm.REGIONS if _names_regions(cfg) else (0, 0),
+        "annotator": RegionLabels(*vlm.REGIONS) if _names_regions(cfg) else None,
     }
-    return packed_batches.Options(**{**own, **changes})
+    return packed_batches.PackedBatchOptions(**{**own, **changes})
 
 
 def _names_regions(cfg: Config) -> bool:

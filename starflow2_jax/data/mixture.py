@@ -1,0 +1,125 @@
+"""Options and opened folders that image batches and packed batches share.
+
+The training data are one dataset folder or a weighted mixture of several. Each folder may have
+parallel folders of stored arrays (latents, text features) and a packing plan.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from starflow2_jax.data.array_store import Features
+from starflow2_jax.data.manifest import fingerprint
+from starflow2_jax.data.packing import PackingPlan
+from starflow2_jax.data.records import Dataset
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureOptions:
+    """Options of every kind of batch.
+
+    Attributes:
+      path: one dataset folder; exactly one of `path` and `mixture` is set.
+      mixture: several folders, as mappings `{path, weight, ...}` with the folders of arrays of
+        each; a weight is a share of the examples.
+      pixels: side of the square images; any other size is an error unless `resize` is set.
+      resize: "center_crop" scales the short side to `pixels` and crops the center; or "none".
+      latents: folder of stored latents (`prepare latents` or `prepare features`), which replace
+        the images.
+      shuffle: shuffle globally, in another order every epoch; otherwise keep the folder's order.
+      seed: seed of the shuffle, below 2**32.
+      threads: reading threads, each making whole batches; 0 reads in the caller's thread.
+      skip_bad: how many different bad examples each host may replace by their neighbor, logged.
+    """
+
+    path: str = ""
+    mixture: tuple[Mapping[str, Any], ...] = ()
+    pixels: int = 0
+    resize: str = "none"
+    latents: str = ""
+    shuffle: bool = True
+    seed: int = 0
+    threads: int = 4
+    skip_bad: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One dataset folder of a mixture, opened, with its parallel folders.
+
+    Its examples are the rows of `plan` or, without a plan, the records.
+    """
+
+    records: Dataset
+    weight: float
+    latents: Features | None = None
+    text_features: Features | None = None
+    plan: PackingPlan | None = None
+
+    def __len__(self) -> int:
+        return len(self.records if self.plan is None else self.plan)
+
+
+def entries(options: MixtureOptions, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the checked entries of a mixture; `options.path` makes a mixture of one folder.
+
+    Args:
+      options: options whose `path` or `mixture` is read.
+      keys: keys of an entry; all but `path` and `weight` name folders of arrays.
+
+    Returns:
+      Mappings with all of `keys`; a folder that is absent is "".
+
+    Raises:
+      ValueError: both or neither of `path` and `mixture`, an unknown key, a weight that is not
+        positive, or no image size for a folder without latents.
+    """
+    if bool(options.path) == bool(options.mixture):
+        raise ValueError("data.path or data.mixture: exactly one of them must be given")
+    single = {key: getattr(options, key) for key in keys if key != "weight"}
+    for key in single:
+        if options.mixture and single[key]:
+            raise ValueError(f"data.{key}: with data.mixture, set it in the entries of the mixture")
+    checked = []
+    for entry in options.mixture or (single,):
+        refuse_unknown_keys(entry, keys, "data.mixture[]")
+        entry = {**dict.fromkeys(keys, ""), "weight": 1.0, **entry}
+        entry["weight"] = float(entry["weight"])
+        if not entry["weight"] > 0:
+            raise ValueError(
+                f"data.mixture[]: the weight of {entry['path']} is {entry['weight']}, expected a "
+                "number above 0"
+            )
+        if not entry["latents"] and not options.pixels:
+            raise ValueError(
+                f"data.pixels (image.pixels of a config) must be set to read the images of "
+                f"{entry['path']}"
+            )
+        checked.append(entry)
+    return checked
+
+
+def describe(sources: Sequence[Source], **details: Any) -> dict[str, Any]:
+    """Return the size and identity of opened folders, with `details` in between.
+
+    Returns:
+      `records`: number of records in all folders; `fingerprints`: sha256 of each manifest, in
+      order; `features`: the manifests' `features` of the folders of arrays.
+    """
+    folders = [f for source in sources for f in (source.latents, source.text_features) if f]
+    return {
+        "records": sum(len(source.records) for source in sources),
+        **details,
+        "fingerprints": [fingerprint(source.records.manifest) for source in sources],
+        "features": [folder.manifest.features for folder in folders],
+    }
+
+
+def refuse_unknown_keys(keys: Iterable[str], known: Sequence[str], prefix: str) -> None:
+    """Raise ValueError for a key that is not among `known`, and suggest the nearest one."""
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{prefix}.{key}: unknown key; {hint}")
