@@ -93,7 +93,7 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def fingerprint(manifest: Manifest) -> str:
-    """Return the sha256 of a manifest, which is equal only for equal shards, classes and sources."""
+    """Return the sha256 of a manifest, equal only for equal shards, classes and sources."""
     return hashlib.sha256(encode(manifest)).hexdigest()
 
 

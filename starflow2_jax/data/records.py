@@ -83,7 +83,7 @@ def image_blob(data: bytes, location: str) -> ImageBlob:
 def text_to_image(
     id: str, src: str, caption: str, image: ImageBlob, meta: dict[str, Scalar] | None = None
 ) -> Record:
-    """Return the record of a captioned image: the caption is the user's, the image is the target."""
+    """Return the record of a captioned image: the image is the target."""
     segments = [Text(caption, False, "user"), Img(0, True, "assistant")]
     return Record(1, id, src, segments, [image], meta or {})
 

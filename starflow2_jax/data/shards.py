@@ -1,8 +1,8 @@
-"""Shards of a dataset folder: ArrayRecord files of opaque payloads, written completely or not at all.
+"""Shards of a dataset folder: ArrayRecord files of opaque payloads, written atomically.
 
-A folder is built under a temporary name next to its final one. Every shard is closed, synced, opened
-again and counted, the manifest is written last, and only then is the folder renamed. An existing
-dataset is replaced only with `overwrite`, and stays until the new one is complete.
+A folder is built under a temporary name next to its final one. Every shard is closed, synced,
+opened again and counted, the manifest is written last, and only then is the folder renamed. An
+existing dataset is replaced only with `overwrite`, and stays until the new one is complete.
 """
 
 import dataclasses

@@ -27,8 +27,8 @@ def batches(
     program takes them with and without.
 
     Args:
-        side: rows (= columns) of an image's patches; null: as in `chat_layout.apply_chat_template`; blank: grey in
-            place of what images show.
+        side: rows (= columns) of an image's patches; null: as in
+            `chat_layout.apply_chat_template`; blank: grey in place of what images show.
 
     Raises:
         DatasetError: an image that cannot be decoded, named.
