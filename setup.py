@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     packages=[
         *find_packages(include=["starflow2_jax", "starflow2_jax.*"]),
-        # An installation has no folder experiments/ of its own; see command.experiment_path.
+        # An installation has no folder experiments/ of its own; see runtime/cli.py.
         "starflow2_jax.experiments",
         "starflow2_jax.experiments.ablations",
     ],

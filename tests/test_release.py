@@ -27,12 +27,12 @@ SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "starflow2_jax"
 # Loads every experiment by its name, and prints where the package lies.
 LOAD_EXPERIMENTS = """
 import runpy, sys
-from starflow2_jax import command
+from starflow2_jax.runtime import cli
 for name in sys.argv[1:]:
-    path = command.experiment_path(f"starflow2:{name}")
+    path = cli.experiment_path(f"starflow2:{name}")
     assert runpy.run_path(path)["get_config"]().name, path
 import starflow2_jax.experiments.ablations.run
-print(command.__file__)
+print(cli.__file__)
 """
 
 

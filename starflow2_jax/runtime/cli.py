@@ -80,7 +80,7 @@ def experiment_path(value: str) -> str:
         return value
     name, colon, variant = value.removeprefix(PACKAGED).partition(":")
     # In the package after an installation, next to it in a checkout of the repository.
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     folders = (package / "experiments", package.parent / "experiments")
     folder = next(folder for folder in folders if folder.is_dir())
     files = [p for p in sorted(folder.rglob("*.py")) if "def get_config(" in p.read_text()]
