@@ -24,7 +24,7 @@ def get_config(variant: str = "tiny"):
     model = codec.preset(variant)
     cfg.model.update(dataclasses.asdict(model))
     cfg.image.pixels, cfg.image.flip = model.pixels, True
-    cfg.train.trains = ("encoder", "feature_decoder", "latent")
+    cfg.train.trainable = ("encoder", "feature_decoder", "latent")
     cfg.optim.b2, cfg.optim.weight_decay = 0.999, 0.0
     cfg.sample.every = 0
     {"tiny": _tiny, "paper": _paper}[variant](cfg)

@@ -2,7 +2,7 @@
 
 The latent codec, second training: pixels from the features of `fae_features.py`'s tower, with noise
 on them; `init.fae` names that run, from which encoder, feature decoder and tower are taken. Then on
-reconstructed features: the same with --config.fae.reconstructed --config.init.from=runs/fae_pixels
+reconstructed features: the same with --config.fae.train_on_decoded_features --config.init.from=runs/fae_pixels
 and a workdir of its own. --config.fae.lpips=FILE names a safetensors file of LPIPS or VGG16; without
 it the perceptual distance is that of the tower's features.
 Variants:
@@ -25,7 +25,7 @@ def get_config(variant: str = "tiny"):
     model = codec.preset(variant)
     cfg.model.update(dataclasses.asdict(model))
     cfg.image.pixels, cfg.image.flip = model.pixels, True
-    cfg.train.trains = ("pixel_decoder", "discriminator", "lecam")
+    cfg.train.trainable = ("pixel_decoder", "discriminator", "lecam")
     cfg.optim.b2, cfg.optim.weight_decay = 0.999, 0.0
     cfg.fae.l1 = 1.0
     {"tiny": _tiny, "paper": _paper}[variant](cfg)
@@ -37,7 +37,7 @@ def _tiny(cfg):
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 32, 4500, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 1e-5, 50
     cfg.optim.muon_lr = 1e-2
-    cfg.fae.reconstructed, cfg.fae.latent_noise = True, 0.2
+    cfg.fae.train_on_decoded_features, cfg.fae.latent_noise = True, 0.2
     cfg.fae.gan, cfg.fae.perceptual = 0.0, 0.0
     # Still declared, so that --config.fae.gan=0.1 is all that turns it on.
     cfg.fae.discriminator_widths, cfg.fae.gan_start = (32, 64, 128), 1000

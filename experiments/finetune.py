@@ -28,15 +28,15 @@ def get_config(source: str = SHIPPED):
         cfg[group].update(found[group])
     cfg.vlm.path, cfg.fae.path = found["vlm"]["path"], found["fae"]["path"]
     cfg.init["from"] = source
-    cfg.train.trains = ("adapter", "shallow", "deep", "skip")
-    cfg.drop.condition = 0.1
+    cfg.train.trainable = ("adapter", "shallow", "deep", "skip")
+    cfg.cfg_dropout.text = 0.1
     cfg.data.resize = cfg.eval_data.resize = "center_crop"
     # Short, and gentle on what the model knows already.
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 300, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-4, 1e-6, 30
     cfg.sample.every, cfg.sample.count = 100, 8
-    cfg.sample.guidance, cfg.sample.rule = found["sample"]["guidance"], found["sample"]["rule"]
-    cfg.sample.image_temperature = found["sample"]["image_temperature"]
+    for name in ("guidance", "guidance_rule", "image_temperature"):
+        cfg.sample[name] = found["sample"][name]
     cfg.sample.denoise = False
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 100, 128, 16
     cfg.checkpoint.every = 100

@@ -18,8 +18,8 @@ def get_config(variant: str = "tiny"):
     cfg = config.default()
     cfg.name, cfg.task = f"stage1_t2i_{variant}", "starflow2"
     cfg.model.update(starflow2.options(starflow2.preset(variant)))
-    cfg.train.trains = ("shallow", "deep")
-    cfg.noise.sigma, cfg.drop.condition = 0.3, 0.1
+    cfg.train.trainable = ("shallow", "deep")
+    cfg.noise.sigma, cfg.cfg_dropout.text = 0.3, 0.1
     cfg.sample.every, cfg.sample.denoise = 0, False
     {"tiny": _tiny, "small": _small, "paper": _paper}[variant](cfg)
     return cfg

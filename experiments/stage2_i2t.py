@@ -20,9 +20,9 @@ def get_config(variant: str = "tiny"):
     cfg = config.default()
     cfg.name, cfg.task = f"stage2_i2t_{variant}", "starflow2"
     cfg.model.update(starflow2.options(starflow2.preset(variant)))
-    cfg.train.trains = ("adapter",)
+    cfg.train.trainable = ("adapter",)
     # As in stages 1 and 3: what it reads there is noisy (paper.md 10).
-    cfg.noise.sigma, cfg.drop.condition = 0.3, 0.0
+    cfg.noise.sigma, cfg.cfg_dropout.text = 0.3, 0.0
     cfg.init["from"] = "runs/stage1"
     cfg.sample.every, cfg.sample.denoise = 0, False
     {"tiny": _tiny, "small": _small, "paper": _paper}[variant](cfg)
@@ -46,7 +46,7 @@ def _large(cfg):
     cfg.data.path, cfg.data.latents = "data_cache/i2t", "data_cache/i2t_latents"
     cfg.eval_data.path = "data_cache/i2t_test"
     cfg.eval_data.latents = "data_cache/i2t_test_latents"
-    cfg.text.length, cfg.text.images, cfg.text.targets = 2048, 5, 1024
+    cfg.text.length, cfg.text.images, cfg.text.max_targets = 2048, 5, 1024
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-4, 1e-6, 1000
     cfg.train.ema, cfg.log.every = 0.9999, 100
     cfg.evaluate.every, cfg.checkpoint.every = 5000, 5000

@@ -20,8 +20,8 @@ def get_config(variant: str = "tiny"):
     cfg = config.default()
     cfg.name, cfg.task = f"stage3_joint_{variant}", "starflow2"
     cfg.model.update(starflow2.options(starflow2.preset(variant)))
-    cfg.train.trains = ("adapter", "shallow", "deep", "skip")
-    cfg.noise.sigma, cfg.drop.condition = 0.3, 0.1
+    cfg.train.trainable = ("adapter", "shallow", "deep", "skip")
+    cfg.noise.sigma, cfg.cfg_dropout.text = 0.3, 0.1
     cfg.init["from"] = "runs/stage2"
     cfg.sample.every, cfg.sample.denoise = 0, False
     {"tiny": _tiny, "small": _small, "paper": _paper}[variant](cfg)
@@ -57,7 +57,7 @@ def _large(cfg):
     shares = {"t2i": 0.5, "i2t": 0.25, "edit": 0.15, "reasoning": 0.1}
     cfg.data.mixture = _parts("", latents=True, **shares)
     cfg.eval_data.mixture = _parts("_test", latents=True, **shares)
-    cfg.text.length, cfg.text.images, cfg.text.targets = 2048, 6, 1024
+    cfg.text.length, cfg.text.images, cfg.text.max_targets = 2048, 6, 1024
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 5e-5, 1e-6, 1000
     cfg.train.ema, cfg.log.every = 0.9999, 100
     cfg.evaluate.every, cfg.checkpoint.every = 5000, 5000

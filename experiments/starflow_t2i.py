@@ -16,7 +16,7 @@ def get_config(variant: str = "tiny"):
     cfg = config.default()
     cfg.name = f"starflow_t2i_{variant}"
     cfg.model.update({"order": "L2R", "soft_clip": 4.0, "final_norm": True})
-    cfg.image.layout = "channel_last"
+    cfg.image.channel_order = "channel_last"
     {"tiny": _tiny, "3b": _3b}[variant](cfg)
     return cfg
 
@@ -30,7 +30,7 @@ def _tiny(cfg):
         }
     )  # fmt: skip
     cfg.text.vocabulary = 257
-    cfg.train.trains = ("flow", "text")
+    cfg.train.trainable = ("flow", "text")
     cfg.data.path, cfg.eval_data.path = "data_cache/shapes32_t2i", "data_cache/shapes32_t2i_test"
     cfg.data.text = cfg.eval_data.text = "bytes"
     cfg.noise.sigma = 0.05

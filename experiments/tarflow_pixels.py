@@ -19,9 +19,9 @@ def get_config(variant: str = "tiny"):
     cfg.name = f"tarflow_pixels_{variant}"
     # What makes a flow a TarFlow: no start token, learned positions, exponential scale.
     cfg.model.update({"start": "shift", "positions": "learned", "scale": "exp"})
-    cfg.train.trains = ("flow",)
+    cfg.train.trainable = ("flow",)
     cfg.loss.latent_penalty = 0.0
-    cfg.sample.rule = "linear_log_scale"
+    cfg.sample.guidance_rule = "linear_log_scale"
     {"tiny": _tiny, "cifar": _cifar, "in64": _in64}[variant](cfg)
     return cfg
 
@@ -66,7 +66,7 @@ def _in64(cfg):
     cfg.mesh = "fsdp=-1"
     cfg.data.path, cfg.eval_data.path = "data_cache/imagenet64_train", "data_cache/imagenet64_val"
     cfg.noise.kind = "uniform"
-    cfg.drop.condition = 0.0
+    cfg.cfg_dropout.text = 0.0
     # 200 epochs of 1,281,167 images.
     cfg.train.batch_size, cfg.train.steps = 256, 200 * 1_281_167 // 256
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-4, 1e-6, 5000

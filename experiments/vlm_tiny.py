@@ -58,8 +58,8 @@ def get_config(variant: str = "tiny"):
     )
     cfg.eval_data.path = "data_cache/vlm_test"
     cfg.noise.kind = "none"
-    cfg.drop.condition = 0.0
-    cfg.train.trains = ("vlm", "pixel_probe")
+    cfg.cfg_dropout.text = 0.0
+    cfg.train.trainable = ("vlm", "pixel_probe")
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 2400, 0.998
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1.5e-3, 1e-5, 150
     # With AdamW alone the tower had not told shapes apart after a hundred thousand pictures.
@@ -76,7 +76,7 @@ def _tower(cfg):
     cfg.data.mixture = ({"path": "data_cache/vlm_caption", "weight": 1.0},)
     cfg.eval_data.path = ""
     cfg.text.images = 1
-    cfg.vlm.language, cfg.vlm.words, cfg.vlm.reconstruction = 0.0, 1.0, 10.0
+    cfg.vlm.text_loss_weight, cfg.vlm.region_loss_weight, cfg.vlm.pixel_loss_weight = 0.0, 1.0, 10.0
     cfg.train.batch_size, cfg.train.steps = 64, 1200
     cfg.optim.warmup, cfg.log.every = 100, 20
 
@@ -84,10 +84,10 @@ def _tower(cfg):
 def _tiny(cfg):
     cfg.init["from"] = "runs/vlm_tower"
     # Answers alone would make the tower forget shapes, and the latent codec needs its pixels.
-    cfg.vlm.tower, cfg.vlm.words, cfg.vlm.reconstruction = False, 0.3, 0.0
+    cfg.vlm.train_tower, cfg.vlm.region_loss_weight, cfg.vlm.pixel_loss_weight = False, 0.3, 0.0
 
 
 def _blind(cfg):
     _tiny(cfg)
-    cfg.data.blank = cfg.eval_data.blank = True
+    cfg.data.blank_images = cfg.eval_data.blank_images = True
     cfg.train.steps = 600

@@ -71,7 +71,7 @@ _DATA = {
     "features": _text("", "dataset folder of text features parallel to `path`"),
     "shuffle": _flag(True, "a new global order every epoch"),
     "threads": _positive(4, "decoding threads"),
-    "blank": _flag(False, "grey images in place of those of interleaved rows"),
+    "blank_images": _flag(False, "grey images in place of those of interleaved rows"),
     "skip_bad": _count(0, "records that may fail to decode before the run stops"),
 }
 
@@ -95,7 +95,7 @@ KEYS: dict[str, Key] = {
     "mesh": _text("data=-1", "devices along each mesh axis, -1 takes the rest"),
     "image.pixels": _count(0, "height = width of the images, 0 where latents are read"),
     "image.patch": _positive(1, "pixels along the side of a token"),
-    "image.layout": _choice(
+    "image.channel_order": _choice(
         "channel_first", "order inside a token", "channel_first", "channel_last"
     ),
     "image.flip": _flag(False, "mirror half of the rows, drawn anew at each step"),
@@ -108,16 +108,18 @@ KEYS: dict[str, Key] = {
     "text.tokenizer": _text("", "folder of the tokenizer of interleaved rows"),
     "text.length": _positive(256, "positions of an interleaved row"),
     "text.images": _count(0, "images of an interleaved row, 0 as many as fit"),
-    "text.targets": _count(0, "text tokens of a row that are learnt at most, 0 for its length"),
-    "text.chunk": _positive(256, "positions of a row whose logits are held at a time"),
+    "text.max_targets": _count(0, "text tokens of a row that are learnt at most, 0 for its length"),
+    "text.logit_chunk": _positive(256, "positions of a row whose logits are held at a time"),
     "noise.kind": _choice("gaussian", "noise added to the data", "gaussian", "uniform", "none"),
     "noise.sigma": _number(0.05, "standard deviation of gaussian noise"),
-    "drop.condition": _number(0.1, "share of rows that lose text and label", 0.0, 1.0),
-    "drop.all": _number(0.0, "share of interleaved records that lose images, too", 0.0, 1.0),
-    "vlm.language": _number(1.0, "weight of the text; 0: the tower is trained alone"),
-    "vlm.tower": _flag(True, "whether the tower learns; False: it stays as it is"),
-    "vlm.words": _number(0.0, "weight of the words of its region, named from each feature"),
-    "vlm.reconstruction": _number(0.1, "weight of pixels read back from the tower's features"),
+    "cfg_dropout.text": _number(0.1, "share of rows that lose text and label", 0.0, 1.0),
+    "cfg_dropout.all": _number(0.0, "share of interleaved records that lose images, too", 0.0, 1.0),
+    "vlm.text_loss_weight": _number(1.0, "weight of the text; 0: the tower is trained alone"),
+    "vlm.train_tower": _flag(True, "whether the tower learns; False: it stays as it is"),
+    "vlm.region_loss_weight": _number(
+        0.0, "weight of the words of its region, named from each feature"
+    ),
+    "vlm.pixel_loss_weight": _number(0.1, "weight of pixels read back from the tower's features"),
     "vlm.path": _text("", "folder of the VLM as published; empty: drawn from the seed"),
     "loss.text_weight": _number(1.0, "weight of nats a token against nats a latent channel"),
     "loss.text_into_flow": _flag(True, "the text's gradient reaches the flow through its skip"),
@@ -134,7 +136,7 @@ KEYS: dict[str, Key] = {
     "fae.latent_noise": _number(
         0.0, "noise on unit-variance latents from which the feature decoder learns"
     ),
-    "fae.reconstructed": _flag(
+    "fae.train_on_decoded_features": _flag(
         False, "pixels from decoded latents, with latent_noise, instead of noisy tower features"
     ),
     "fae.l1": _number(0.0, "weight of the mean absolute error of pixels"),
@@ -153,7 +155,7 @@ KEYS: dict[str, Key] = {
     "train.steps": _positive(1000, "optimizer steps"),
     "train.microbatches": _positive(1, "parts of a batch whose gradients are added up in turn"),
     "train.ema": _number(0.999, "decay of the averaged weights", 0.0, 1.0),
-    "train.trains": Key(("flow",), "top-level subtrees that are trained; the rest is frozen"),
+    "train.trainable": Key(("flow",), "top-level subtrees that are trained; the rest is frozen"),
     "optim.lr": _number(1e-4, "peak learning rate"),
     "optim.muon_lr": _number(
         0.0, "peak rate of Muon for the layers' matrices; 0: AdamW trains them too"
@@ -173,7 +175,7 @@ KEYS: dict[str, Key] = {
     "sample.count": _positive(16, "images in a grid"),
     "sample.prompts": Key((), "captions of the grid in turn; of the evaluation data where empty"),
     "sample.guidance": _number(0.0, "guidance weight"),
-    "sample.rule": _choice(
+    "sample.guidance_rule": _choice(
         "product", "guidance rule", "product", "linear_log_scale", "linear_scale"
     ),
     "sample.image_temperature": _number(1.0, "STARFlow2: factor on the noise of patches", 1e-3),
@@ -184,13 +186,34 @@ KEYS: dict[str, Key] = {
     "checkpoint.every": _positive(500, "steps between checkpoints"),
     "checkpoint.keep": _positive(3, "newest checkpoints that are kept"),
     "checkpoint.keep_every": _count(0, "steps whose multiples are kept for good, 0 for none"),
-    "distributed.probe": _positive(45, "seconds for all processes to meet at the coordinator"),
+    "distributed.rendezvous_timeout": _positive(
+        45, "seconds for all processes to meet at the coordinator"
+    ),
     "distributed.initialization": _positive(45, "seconds for jax to join them"),
     "distributed.heartbeat": _positive(20, "seconds of silence after which one is taken for lost"),
     "distributed.shutdown": _positive(30, "seconds to wait for the others at the end"),
     "init.from": _text("", "workdir or model folder whose weights start this run"),
     "init.fae": _text("", "workdir or model folder of the codec whose pixel decoder is trained"),
     "init.ema": _flag(True, "start from its averaged weights"),
+}
+
+# Keys of runs and model folders that were written before a key got its present name.
+RENAMED = {
+    "data.blank": "data.blank_images",
+    "distributed.probe": "distributed.rendezvous_timeout",
+    "drop.all": "cfg_dropout.all",
+    "drop.condition": "cfg_dropout.text",
+    "eval_data.blank": "eval_data.blank_images",
+    "fae.reconstructed": "fae.train_on_decoded_features",
+    "image.layout": "image.channel_order",
+    "sample.rule": "sample.guidance_rule",
+    "text.chunk": "text.logit_chunk",
+    "text.targets": "text.max_targets",
+    "train.trains": "train.trainable",
+    "vlm.language": "vlm.text_loss_weight",
+    "vlm.reconstruction": "vlm.pixel_loss_weight",
+    "vlm.tower": "vlm.train_tower",
+    "vlm.words": "vlm.region_loss_weight",
 }
 
 
@@ -231,6 +254,31 @@ def flat(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return rows
 
 
+def upgrade(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration under the present names of its keys (see `RENAMED`).
+
+    Args:
+        cfg: A nested mapping from a run, a checkpoint or a model folder. It is not changed.
+    """
+    result = {k: dict(v) if isinstance(v, Mapping) else v for k, v in cfg.items()}
+    for old, new in RENAMED.items():
+        group, _, name = old.rpartition(".")
+        if isinstance(result.get(group), dict) and name in result[group]:
+            new_group, _, new_name = new.rpartition(".")
+            value = result[group].pop(name)
+            result.setdefault(new_group, {}).setdefault(new_name, value)
+            if not result[group]:
+                del result[group]
+    return result
+
+
+def unknown_key(name: str) -> str:
+    """Return the message for a key that does not exist, with its new name or the nearest one."""
+    if name in RENAMED:
+        return f"config: key {name!r} is now called {RENAMED[name]!r}"
+    return f"config: unknown key {name!r}{nearest(name, KEYS)}"
+
+
 def nearest(word: str, words: Any) -> str:
     """`; did you mean ...?` for an unknown word, empty where nothing is near."""
     close = difflib.get_close_matches(word, list(words), 1, 0.5)
@@ -246,7 +294,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     values = flat(cfg)
     for name, value in values.items():
         if name not in KEYS:
-            raise ValueError(f"config: unknown key {name!r}{nearest(name, KEYS)}")
+            raise ValueError(unknown_key(name))
         if not KEYS[name].valid(value):
             raise ValueError(f"config: {name}={value!r} must be {KEYS[name].wanted}")
     missing = [name for name in KEYS if name not in values]

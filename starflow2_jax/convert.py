@@ -124,7 +124,7 @@ def experiment(
     }
     # Tokens that are not of RGB pixels are latents: read, never cut out of an image.
     pixels = 0 if options.get("vae") or options["in_channels"] != 3 else model.side * image["patch"]
-    cfg["image"].update(pixels=pixels, patch=image["patch"], layout=image["layout"])
+    cfg["image"].update(pixels=pixels, patch=image["patch"], channel_order=image["layout"])
     cfg["data"]["text"] = "features" if model.text_channels else "none"
     cfg["data"]["labels"] = bool(model.classes)
     sigma = others.get("noise_std")
@@ -158,7 +158,7 @@ def _export(values: flags.FlagValues) -> tuple[dict, list[str]]:
             "pixels": model.side * image["patch"],
             "patch": image["patch"],
             # Patches of one pixel are the same in both; then the family decides.
-            "layout": image["layout"] if image["patch"] > 1 else None,
+            "layout": image["channel_order"] if image["patch"] > 1 else None,
         },
     )
     tensors = starflow.public_view(tree["flow"], model)
@@ -213,7 +213,7 @@ def _open_flow(path: str, ema: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     declared = declare_experiment(cfg, model_config(cfg))
     if saved.is_folder:
         return cfg, saved.open_params(declared)
-    trained, _ = params.split(declared, tuple(cfg["train"]["trains"]))
+    trained, _ = params.split(declared, tuple(cfg["train"]["trainable"]))
     return cfg, {**saved.open_params(trained, ema=ema), **frozen_weights(cfg, declared)}
 
 

@@ -238,7 +238,7 @@ def _draw(model: Any, out: epath.Path | None, values: flags.FlagValues) -> None:
             raise ValueError(f"--{name}={value}: expected at least {low:g}")
     sampling = generation.FlowSampling(
         guidance=guidance,
-        rule=values.rule or sample["rule"],
+        rule=values.rule or sample["guidance_rule"],
         temperature=heat,
         jacobi=Jacobi(values.jacobi, values.threshold) if values.jacobi else None,
         denoise=sample["denoise"] if values.denoise is None else values.denoise,

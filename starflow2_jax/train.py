@@ -229,7 +229,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
 
 def overview(program: programs.Program) -> str:
     """The table of weights, trained or frozen, and what the run is."""
-    trained = set(program.cfg["train"]["trains"])
+    trained = set(program.cfg["train"]["trainable"])
     where = params.flatten(params.shardings(program.declared, program.mesh, program.cfg["layout"]))
 
     def note(name):

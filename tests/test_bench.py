@@ -203,8 +203,8 @@ def test_timed_stages_are_those_of_the_experiments(name, file):
     for size in ("tiny", "paper"):
         cfg, ours = experiment(size), stages.experiment(name, size, 8, "bfloat16")
         for group, key in (
-            *(("text", key) for key in ("length", "images", "targets")),
-            *(("train", "trains"), ("noise", "sigma")),
+            *(("text", key) for key in ("length", "images", "max_targets")),
+            *(("train", "trainable"), ("noise", "sigma")),
         ):
             assert ours[group][key] == cfg[group][key], (size, key)
         assert ours["model"] == cfg.model.to_dict()

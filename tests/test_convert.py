@@ -169,7 +169,7 @@ def workdir(tmp_path_factory):
     for step in (1, 2):
         ema = jax.tree.map(lambda a, step=step: a + step, params)
         state = {"params": params, "ema": ema}
-        meta = {"config": {**cfg, "train": {**cfg["train"], "trains": ["flow", "text"]}}}
+        meta = {"config": {**cfg, "train": {**cfg["train"], "trainable": ["flow", "text"]}}}
         orbax.save(writer, step, state, {**meta, "step": step, "classes": ["cat"]})
     orbax.close(writer)
     return path, params
@@ -190,7 +190,7 @@ def test_export_of_a_run(workdir, tmp_path):
         for name, leaf in flatten(params).items():
             np.testing.assert_array_equal(flatten(read)[name], leaf + plus)
     # Drawn from the seed, a subtree that is not trained is in no checkpoint but in the folder.
-    meta = {"config": {**cfg, "train": {**cfg["train"], "trains": ["flow"]}}, "step": 1}
+    meta = {"config": {**cfg, "train": {**cfg["train"], "trainable": ["flow"]}}, "step": 1}
     writer = orbax.open(tmp_path / "frozen")
     orbax.save(writer, 1, {"ema": {"flow": params["flow"]}}, meta)
     orbax.close(writer)
@@ -205,7 +205,7 @@ def test_export_of_a_run(workdir, tmp_path):
     options = tmp_path / "public" / "options.yaml"
     run("starflow", tmp_path / "public", "--options", options, "--out", tmp_path / "back")
     cfg, _, read = opened(tmp_path / "back")
-    assert cfg["image"]["pixels"] == 4 and cfg["image"]["layout"] == "channel_last"
+    assert cfg["image"]["pixels"] == 4 and cfg["image"]["channel_order"] == "channel_last"
     start = params["flow"]["blocks"]["0"]["start"]
     np.testing.assert_array_equal(read["flow"]["blocks"]["0"]["start"], start + 2)
 

@@ -43,7 +43,7 @@ def run(
     if reached < wanted:
         raise RuntimeError(f"{workdir}: training was stopped at step {reached} of {wanted}; "
                            "the same command goes on")  # fmt: skip
-    trained = params.split(backbone.declare(model), tuple(cfg["train"]["trains"]))[0]
+    trained = params.split(backbone.declare(model), tuple(cfg["train"]["trainable"]))[0]
     scoring = time.time()
     result = {
         "config": cfg,

@@ -90,14 +90,14 @@ def _mot(cfg, variant, *, trains):
     for name in ("flow", "vlm"):
         group[name]["remat"] = cfg.model[name].remat
     cfg.model = ConfigDict(group)
-    cfg.train.trains = trains
+    cfg.train.trainable = trains
 
 
 def _skips(cfg, variant, *, kept):
     del variant
     cfg.model.skips = kept
     if not kept:
-        cfg.train.trains = tuple(name for name in cfg.train.trains if name != "skip")
+        cfg.train.trainable = tuple(name for name in cfg.train.trainable if name != "skip")
 
 
 def _crossings(cfg, variant, *, count):
@@ -107,7 +107,7 @@ def _crossings(cfg, variant, *, count):
 
 def _vlm_trained(cfg, variant):
     del variant
-    cfg.train.trains = ("vlm", *cfg.train.trains)
+    cfg.train.trainable = ("vlm", *cfg.train.trainable)
 
 
 def _channels(cfg, variant, *, kind):

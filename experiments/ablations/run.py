@@ -69,7 +69,7 @@ def is_done(folder: epath.Path, cfg: dict[str, Any]) -> bool:
     path = folder / table.RESULT
     if not path.exists():
         return False
-    found = json.loads(path.read_text())["config"]
+    found = config.upgrade(json.loads(path.read_text())["config"])
     # Where the frozen parts lie may differ: training compares what is in them.
     own = [row for row in config.differences(found, cfg) if not row.startswith(_MAY_MOVE)]
     if own:

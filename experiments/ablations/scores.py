@@ -84,7 +84,7 @@ def scorer(model: Model):
     """A function of params and a batch of `data.packed_batches`: of every record [B, S] `tokens`,
     `wrong` and `nll`, and of every row [B] the sums of `starflow2_loss.sums`."""
     cfg = model.cfg
-    options = {"text_targets": cfg["text"]["targets"], "text_chunk": cfg["text"]["chunk"]}
+    options = {"text_targets": cfg["text"]["max_targets"], "text_chunk": cfg["text"]["logit_chunk"]}
 
     @jax.jit
     def run(params, batch, rows):

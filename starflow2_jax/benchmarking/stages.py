@@ -26,18 +26,18 @@ from starflow2_jax.training.tasks import starflow2
 
 # What a stage trains, and its row: positions, images, learnt tokens (of experiments/stage*.py).
 STAGES: dict[str, dict[str, Any]] = {
-    "stage1": {"trains": ("shallow", "deep"), "length": 1536, "images": 4, "targets": 0},
+    "stage1": {"trainable": ("shallow", "deep"), "length": 1536, "images": 4, "max_targets": 0},
     "stage3": {
-        "trains": ("adapter", "shallow", "deep", "skip"),
+        "trainable": ("adapter", "shallow", "deep", "skip"),
         "length": 2048,
         "images": 6,
-        "targets": 1024,
+        "max_targets": 1024,
     },
 }
 # The rows of the tiny preset, whose images have 64 patches.
 TINY: dict[str, dict[str, Any]] = {
-    "stage1": {"length": 224, "images": 2, "targets": 0},
-    "stage3": {"length": 256, "images": 2, "targets": 0},
+    "stage1": {"length": 224, "images": 2, "max_targets": 0},
+    "stage3": {"length": 256, "images": 2, "max_targets": 0},
 }
 GIB = 2**30
 # A prompt that has been read, and tokens to draw.
@@ -57,8 +57,8 @@ def experiment(stage: str, size: str, rows: int, dtype: str) -> dict[str, Any]:
     remat = "none" if size == "tiny" else "full"
     cfg["model"]["flow"]["remat"] = cfg["model"]["vlm"]["remat"] = remat
     cfg["compute_dtype"] = cfg["frozen_dtype"] = dtype
-    cfg["train"]["trains"], cfg["train"]["batch_size"] = own["trains"], rows
-    for key in ("length", "images", "targets"):
+    cfg["train"]["trainable"], cfg["train"]["batch_size"] = own["trainable"], rows
+    for key in ("length", "images", "max_targets"):
         cfg["text"][key] = own[key]
     cfg["noise"]["sigma"] = 0.3
     config.check(cfg)
@@ -82,7 +82,7 @@ def rows_of_images(cfg: dict[str, Any], model: Config, count: int) -> dict[str, 
         flow[first : first + patches, 1] = np.arange(patches) % side
     flow[:, 2] = np.cumsum(image < 0)
     learnt = np.ones(length, bool)
-    limit = cfg["text"]["targets"]
+    limit = cfg["text"]["max_targets"]
     if limit:
         learnt[np.flatnonzero(image < 0)[limit:]] = False
     one = {

@@ -24,6 +24,7 @@ from starflow2_jax.checkpoints.tensor_files import (
     Stored,
     open_source,
 )
+from starflow2_jax.config import upgrade
 from starflow2_jax.params import (
     Tree,
     flatten,
@@ -33,6 +34,8 @@ from starflow2_jax.params import (
 )
 
 CONFIG_FILE = "config.json"
+# The entry of a published model's config.json that holds the experiment which trained it.
+EXPERIMENT = "starflow2_jax"
 TENSOR_FILE = "model.safetensors"
 DIGEST_FILE = "sha256.json"
 SHARD_BYTES = 5_000_000_000
@@ -224,6 +227,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds a {type(config).__name__}, expected an object")
+    config = upgrade(config)
+    if EXPERIMENT in config:
+        config[EXPERIMENT] = upgrade(config[EXPERIMENT])
     return config
 
 

@@ -42,6 +42,7 @@ from starflow2_jax.checkpoints.steps import (
     retain,
     steps,
 )
+from starflow2_jax.config import upgrade
 
 # Beside the arrays themselves; without a limit all of them are read at once.
 READ_AT_ONCE = 1 << 29
@@ -232,7 +233,10 @@ def _stored(entry: Step) -> tuple[dict[str, Any], dict[str, Any]]:
     unreadable = [name for name, tree in found.metadata.items() if tree is None]
     if unreadable:
         raise ValueError(f"{entry.path}: the description of {unreadable} cannot be read")
-    return dict(found.metadata), dict(found.custom_metadata or {})
+    meta = dict(found.custom_metadata or {})
+    if "config" in meta:
+        meta["config"] = upgrade(meta["config"])
+    return dict(found.metadata), meta
 
 
 def _listed(names: Sequence[str]) -> str:

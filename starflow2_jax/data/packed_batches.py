@@ -54,7 +54,7 @@ class PackedBatchOptions(MixtureOptions):
       tokenizer: tokenizer folder, see `chat_layout.open_tokenizer`.
       packing: size of a row.
       grid_side: rows (= columns) of an image's patches.
-      blank: replace all images by gray, to measure what text alone can tell.
+      blank_images: replace all images by gray, to measure what text alone can tell.
       annotator: adds `region` and `region_words`.
       drop_text: share of the records with a target image whose user texts are emptied. In training
         only; seed, step and row decide which records these are.
@@ -64,7 +64,7 @@ class PackedBatchOptions(MixtureOptions):
     tokenizer: str
     packing: PackingSpec
     grid_side: int
-    blank: bool = False
+    blank_images: bool = False
     annotator: RegionAnnotator | None = None
     drop_text: float = 0.0
     drop_all: float = 0.0
@@ -197,7 +197,7 @@ def read_image(options: PackedBatchOptions, record: Record, blob: int, location:
     Raises:
       DatasetError: an image that cannot be decoded or has another size, naming `location`.
     """
-    if options.blank:
+    if options.blank_images:
         return np.full((options.pixels, options.pixels, 3), 128, np.uint8)
     location = f"{location} (id {record.id!r}), image {blob}"
     image = images.decode(record.imgs[blob].data, location)

@@ -31,7 +31,7 @@ LEVELS = 128
 def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: Any) -> dict:
     """Options of `data.image_batches` for a group of an experiment's keys, with `changes`."""
     shape = {"pixels": cfg["image"]["pixels"], "text_length": getattr(model, "text_length", 0)}
-    own = {name: value for name, value in cfg[group].items() if name != "blank"}
+    own = {name: value for name, value in cfg[group].items() if name != "blank_images"}
     return {**own, **shape, "seed": cfg["seed"], **changes}
 
 

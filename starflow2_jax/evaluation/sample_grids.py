@@ -58,7 +58,7 @@ class Grid(NamedTuple):
 
 def kinds(cfg: Mapping[str, Any]) -> tuple[str, ...]:
     """What a training can show."""
-    stage = starflow2_loss.stage_of(cfg["train"]["trains"], starflow2.model_config(cfg))
+    stage = starflow2_loss.stage_of(cfg["train"]["trainable"], starflow2.model_config(cfg))
     both = stage.images and stage.text
     shown = (stage.images, stage.text, both, both)
     return tuple(kind for kind, can in zip(KINDS, shown) if can)

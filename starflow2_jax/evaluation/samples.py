@@ -33,7 +33,7 @@ def draw(model: FlowModel, options: Mapping[str, Any]) -> tuple[np.ndarray, list
             given["text"], captions = first["text"], list(first["id"])
     settings = FlowSampling(
         guidance=sample["guidance"],
-        rule=sample["rule"],
+        rule=sample["guidance_rule"],
         denoise=sample["denoise"],
         seed=model.cfg["seed"],
         batch=count,

@@ -115,7 +115,7 @@ def load(
     cfg = meta["config"]
     model = flow_config(cfg)
     declared = declare(cfg, model)
-    trained, _ = split_params(declared, tuple(cfg["train"]["trains"]))
+    trained, _ = split_params(declared, tuple(cfg["train"]["trainable"]))
     wanted = {"ema": abstract_params(trained, mesh, layout)}
     found, _ = orbax.restore(workdir, step, wanted, only=("ema",))
     params = {**found["ema"], **frozen_weights({**cfg, "layout": layout}, declared, mesh)}
@@ -195,7 +195,7 @@ def _draw(model, part, rows, sampling, guided):
         x = _score_step(model.params["flow"], x, noise["sigma"], given, cfg=cfg)
     if not image["pixels"]:
         return to_host(x)
-    pixels = unpatchify(x, (cfg.side, cfg.side), image["patch"], image["layout"])
+    pixels = unpatchify(x, (cfg.side, cfg.side), image["patch"], image["channel_order"])
     return to_host(preprocess.to_pixels(pixels, noise["kind"]))
 
 

@@ -146,7 +146,7 @@ def _averaged(path, own, declared, cfg, mesh, layout):
     from starflow2_jax.checkpoints import orbax, steps
 
     workdir, step = steps.locate(path)
-    held = {**own, **({"vlm": declared["vlm"]} if "vlm" in cfg["train"]["trains"] else {})}
+    held = {**own, **({"vlm": declared["vlm"]} if "vlm" in cfg["train"]["trainable"] else {})}
     wanted = {"ema": abstract_params(held, mesh, layout)}
     return orbax.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
 

@@ -100,7 +100,12 @@ class GenerateOptions:
 def sampling_defaults(sample: Mapping[str, Any], **other: Any) -> dict[str, Any]:
     """The options of pictures that a run's own `sample` keys name, but for what is not None of
     those given."""
-    own = {name: sample[name] for name in ("guidance", "rule", "denoise", "image_temperature")}
+    own = {
+        "guidance": sample["guidance"],
+        "rule": sample["guidance_rule"],
+        "denoise": sample["denoise"],
+        "image_temperature": sample["image_temperature"],
+    }
     return own | {name: value for name, value in other.items() if value is not None}
 
 

@@ -40,6 +40,6 @@ def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch: int, layout: str
 
 def _check(height, width, patch, layout):
     if layout not in LAYOUTS:
-        raise ValueError(f"image.layout={layout!r} is not one of {LAYOUTS}")
+        raise ValueError(f"image.channel_order={layout!r} is not one of {LAYOUTS}")
     if height % patch or width % patch:
         raise ValueError(f"image: {height} x {width} pixels are not divisible by patch={patch}")

@@ -72,7 +72,7 @@ def _flow(cfg, mesh, rows):
         guided = None
         if weight:
             on = "all" if model.text_channels else "unconditional"
-            rule = cfg["sample"]["rule"]
+            rule = cfg["sample"]["guidance_rule"]
             guided = Guidance(weight_of_guidance, rule=rule, temperature_on=on)
         given = dict(given)
         return inverse(params, given.pop("z"), model, guidance=guided, **given)[0]
@@ -94,7 +94,8 @@ def _starflow2(cfg, mesh, rows):
     params |= abstract_params(frozen, mesh, layout, jnp.dtype(cfg["frozen_dtype"]))
     weight, step = cfg["sample"]["guidance"], session.CACHE_STEP
     slots = -(-cfg["text"]["length"] // step) * step
-    guided = Guidance(weight, rule=cfg["sample"]["rule"], temperature_on="all") if weight else None
+    rule = cfg["sample"]["guidance_rule"]
+    guided = Guidance(weight, rule=rule, temperature_on="all") if weight else None
     numbers = decode_loop.Numbers(1.0, 0, 1.0, 1.0, guided)
     count = rows * (2 if weight else 1)
     with jax.set_mesh(mesh):

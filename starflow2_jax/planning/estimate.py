@@ -105,7 +105,7 @@ def train_step(
     traced = _trace(program)
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     activations = jaxpr.kept(traced.jaxpr, rows // parts, ways)
-    trained = set(cfg["train"]["trains"])
+    trained = set(cfg["train"]["trainable"])
     count = {
         "trained": sum(params.count(t) for n, t in program.declared.items() if n in trained),
         "frozen": sum(params.count(t) for n, t in program.declared.items() if n not in trained),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from starflow2_jax.config import KEYS, nearest
+from starflow2_jax.config import KEYS, nearest, unknown_key
 from starflow2_jax.runtime import distributed
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an error was raised")
@@ -47,7 +47,7 @@ def explain(argv: list[str], error: Exception) -> str:
             if variant and error.args == (variant,):
                 return f"--config: {path} has no variant {variant!r}"
         elif key != name and not key.startswith("model.") and key not in KEYS:
-            return f"config: unknown key {key!r}{nearest(key, KEYS)}"
+            return unknown_key(key)
         elif key != name and key.rpartition(".")[2] in str(error):
             return f"config: the experiment does not set {key!r}; only its file can add it"
     return ""

@@ -47,7 +47,7 @@ from starflow2_jax.runtime import rendezvous
 from starflow2_jax.runtime.rendezvous import Place
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-TIMEOUTS = {"probe": 45, "initialization": 45, "heartbeat": 20, "shutdown": 30}
+TIMEOUTS = {"rendezvous_timeout": 45, "initialization": 45, "heartbeat": 20, "shutdown": 30}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _PREFIX = "starflow2_jax"
 # How long a process that hears of another's end has to say the same of itself.
@@ -137,7 +137,9 @@ def _ask_jax() -> Place | None:
     from jax._src import clusters  # jax.distributed.initialize does not tell what it has found
 
     none = (None,) * 5
-    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(*none, TIMEOUTS["probe"])
+    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        *none, TIMEOUTS["rendezvous_timeout"]
+    )
     address, count, index, devices = found
     if None in (address, count, index):
         raise ValueError(
@@ -170,7 +172,7 @@ def init_distributed(timeouts: Mapping[str, int] | None = None) -> None:
     To be called before anything asks jax for a device. Process 0 prints the table of processes.
 
     Args:
-        timeouts: seconds; `probe` for meeting at the coordinator, the others as in
+        timeouts: seconds; `rendezvous_timeout` for meeting at the coordinator, the others as in
             `jax.distributed.initialize`. `TIMEOUTS` by default.
 
     Raises:
@@ -182,7 +184,7 @@ def init_distributed(timeouts: Mapping[str, int] | None = None) -> None:
     if place is None or _session is not None:
         return
     timeouts = {**TIMEOUTS, **(timeouts or {})}
-    connections = rendezvous.meet(place, timeouts["probe"])
+    connections = rendezvous.meet(place, timeouts["rendezvous_timeout"])
     done = {process: threading.Event() for process in connections}
     _session = _Session(place, timeouts, connections, done)
     for process in connections:

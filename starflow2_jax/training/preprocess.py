@@ -79,7 +79,7 @@ def tokens(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any], train: bool) -
         if train and image_cfg["flip"]:
             mirrored = jax.vmap(jax.random.bernoulli)(draw[:, 0])
             image = jnp.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
-        args = (image_cfg["patch"], image_cfg["layout"])
+        args = (image_cfg["patch"], image_cfg["channel_order"])
         x = patchify(image, *args).astype(jnp.float32)
         if noise["kind"] == "uniform":
             uniform = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:]))(draw[:, 1])

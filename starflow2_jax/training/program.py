@@ -122,7 +122,7 @@ def frozen_weights(
 
     Checkpoints hold only the others.
     """
-    frozen = split_params(declared, tuple(cfg["train"]["trains"]))[1]
+    frozen = split_params(declared, tuple(cfg["train"]["trainable"]))[1]
     if not frozen:
         return {}
     where = None if mesh is None else param_shardings(frozen, mesh, cfg["layout"])
@@ -139,7 +139,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Progr
 
     Raises:
         ValueError: a batch that the mesh does not divide, a layout that does not fit a weight, or
-            an unknown subtree in train.trains; names the key.
+            an unknown subtree in train.trainable; names the key.
     """
     model = model_config(cfg)
     train, rows = cfg["train"], cfg["train"]["batch_size"]
@@ -147,7 +147,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Progr
     check_batch(rows // train["microbatches"], mesh, "rows of a microbatch")
     declared = declare(cfg, model)
     null_text = preprocess.pad_text(null_text, model)
-    trained, frozen = split_params(declared, tuple(train["trains"]))
+    trained, frozen = split_params(declared, tuple(train["trainable"]))
     tx = optimizer.optimizer(cfg["optim"], train["steps"])
     everywhere = replicated(mesh)
     where = param_shardings(trained, mesh, cfg["layout"])
@@ -172,7 +172,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Progr
 
     def gradients(params, frozen, batch, keys):
         def mean(params, batch, keys):
-            each, sums = loss(params, frozen, batch, keys, True, cfg["drop"]["condition"])
+            each, sums = loss(params, frozen, batch, keys, True, cfg["cfg_dropout"]["text"])
             mean = each.sum() / (rows * model.tokens * model.channels)
             return mean, {"loss": mean, **jax.tree.map(jnp.sum, sums)}
 

@@ -127,7 +127,7 @@ def test_drops_belong_to_records_that_draw_and_depend_on_the_step_alone(opts):
 
 
 def test_blank_images_show_nothing(opts):
-    blank = dataclasses.replace(opts, blank=True)
+    blank = dataclasses.replace(opts, blank_images=True)
     batch = next(packed_batches.eval_batches(blank, batch_size=4))
     assert set(np.unique(batch["images"])) <= {0, 128} and (batch["images"] == 128).any()
 

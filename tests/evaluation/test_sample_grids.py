@@ -39,7 +39,7 @@ def data(tmp_path_factory):
 
 
 def experiment(model, data, stage, **sample):
-    cfg = {**model.cfg, "train": {**model.cfg["train"], "trains": STAGES[stage]}}
+    cfg = {**model.cfg, "train": {**model.cfg["train"], "trainable": STAGES[stage]}}
     cfg["sample"] = {**cfg["sample"], "count": 3, "denoise": False, **sample}
     cfg["eval_data"] = {**cfg["eval_data"], "path": data}
     return cfg, registry.data_options(cfg, model.model_config)

@@ -33,7 +33,7 @@ def trained(variant, name):
     plain = config.to_dict(cfg)
     plain["vlm"]["path"] = ""
     model = starflow2_step.model_config(plain)
-    own = params.split(backbone.declare(model), tuple(cfg.train.trains))[0]
+    own = params.split(backbone.declare(model), tuple(cfg.train.trainable))[0]
     return plain, model, params.count(own)
 
 
@@ -48,7 +48,7 @@ def test_a_row_trains_as_many_weights_as_the_pretzel_or_says_so(variant, name):
     if variant == "tiny":
         assert near == rows.ROWS[name].matched, count / wanted
     # All but what the row is about: same data, order, steps, rates.
-    free = ("model", "name", "loss", "noise", "data.mixture", "fae.path", "train.trains")
+    free = ("model", "name", "loss", "noise", "data.mixture", "fae.path", "train.trainable")
     differing = config.differences(first, cfg)
     assert all(row.startswith(free) for row in differing)
     assert bool(differing) == (name != "pretzel")
@@ -216,7 +216,7 @@ def small_run(data):
     sizes = {"side": 2, "channels": 48, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
     pretzel = starflow2.Config(vlm, starflow2.flow_config(vlm.width, **sizes))
     cfg = config.default()
-    cfg.task, cfg.train.trains = "starflow2", ("shallow", "deep")
+    cfg.task, cfg.train.trainable = "starflow2", ("shallow", "deep")
     cfg.model.update(mot.options(mot.beside(pretzel, 24)))
     cfg.data.mixture = ({"path": path, "weight": 1.0, "latents": f"{path}_pixels"},)
     cfg.text.tokenizer, cfg.text.length, cfg.text.images = tokenizer, 128, 2

@@ -13,9 +13,9 @@ STAGES = {1: ("shallow", "deep"), 2: ("adapter",), 3: ("adapter", "shallow", "de
 def experiment(stage=3, **changes):
     """A very small stage, as a plain dict."""
     cfg = config.default()
-    cfg.task, cfg.train.trains = "starflow2", STAGES[stage]
+    cfg.task, cfg.train.trainable = "starflow2", STAGES[stage]
     cfg.model.update(starflow2.options(pretzel_batch.model()))
-    cfg.text.length, cfg.text.images, cfg.text.targets, cfg.text.chunk = 40, 3, 16, 8
+    cfg.text.length, cfg.text.images, cfg.text.max_targets, cfg.text.logit_chunk = 40, 3, 16, 8
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = ROWS, 10, 0.9
     cfg.optim.lr, cfg.optim.warmup, cfg.noise.sigma = 1e-2, 1, 0.3
     cfg.update_from_flattened_dict(changes)

@@ -55,7 +55,7 @@ def make_parts(root):
 def save_run(workdir, root, held, shake=0.3, **frozen):
     """A checkpoint as a short training of stage 3 would leave it."""
     cfg = config.default()
-    cfg.task, cfg.train.trains = "starflow2", starflow2.SUBTREES
+    cfg.task, cfg.train.trainable = "starflow2", starflow2.SUBTREES
     sizes = {"side": 2, "channels": 4, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
     cfg.model.update({"vlm": {}, "flow": sizes})
     cfg.vlm.path, cfg.text.tokenizer = str(root / "vlm"), str(root / "vlm")

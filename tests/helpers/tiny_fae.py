@@ -31,7 +31,7 @@ def experiment(**changes):
     model = fae.preset("tiny", side=2, patch=8, **TINY)
     cfg.model.update(dataclasses.asdict(model))
     cfg.image.pixels, cfg.image.flip, cfg.teacher.pixels = 16, True, 16
-    cfg.train.trains = ("encoder", "feature_decoder", "latent")
+    cfg.train.trainable = ("encoder", "feature_decoder", "latent")
     cfg.train.batch_size, cfg.train.steps = ROWS, 6
     cfg.optim.lr, cfg.optim.warmup, cfg.sample.every = 1e-2, 2, 0
     cfg.fae.statistics_decay, cfg.fae.latent_noise = 0.9, 0.3
@@ -61,7 +61,7 @@ def run(cfg, steps=4, devices=None, batches=None):
 def pixel_experiment(**changes):
     """Stage two, its discriminator from step 2 on."""
     base = {
-        "task": "fae_pixels", "train.trains": ("pixel_decoder", "discriminator", "lecam"),
+        "task": "fae_pixels", "train.trainable": ("pixel_decoder", "discriminator", "lecam"),
         "fae.l1": 1.0, "fae.gan_start": 2, "fae.discriminator_widths": (4, 8),
         "fae.discriminator_groups": 4, "train.ema": 0.9, "image.flip": False,
     }  # fmt: skip

@@ -213,7 +213,8 @@ from starflow2_jax.runtime import cli, distributed
 index = int(os.environ["JAX_PROCESS_ID"])
 patient = dict.fromkeys(("initialization", "heartbeat", "shutdown"), 200)
 def main(words):
-    distributed.init_distributed({**patient, "probe": int(os.environ.get("PROBE", 200))})
+    timeout = int(os.environ.get("PROBE", 200))
+    distributed.init_distributed({**patient, "rendezvous_timeout": timeout})
     BODY
 sys.argv = ["x"]
 cli.run(main)

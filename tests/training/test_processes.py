@@ -32,7 +32,7 @@ SHAPES = {"2x4": (2, 8), "1x8": (1, 8), "4x2": (4, 8), "1x1": (1, 1), "2x1": (2,
 # No grids and evaluations but where they are what is tested: each is a program to compile.
 QUIET = {"sample.every": 0, "evaluate.every": 0, "layout": "fsdp", "mesh": "fsdp=-1"}
 # Tests share few cores with others: a process that waits for one is not lost.
-PATIENT = dict.fromkeys(("probe", "initialization", "heartbeat", "shutdown"), 200)
+PATIENT = dict.fromkeys(("rendezvous_timeout", "initialization", "heartbeat", "shutdown"), 200)
 
 
 @pytest.fixture(scope="module")

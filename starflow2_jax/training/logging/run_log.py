@@ -229,7 +229,7 @@ def save_config(workdir: epath.PathLike, cfg: Mapping[str, Any]) -> None:
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
     """The configuration that `save_config` wrote, None where there is none."""
     path = epath.Path(workdir) / CONFIG
-    return json.loads(path.read_text()) if path.exists() else None
+    return config.upgrade(json.loads(path.read_text())) if path.exists() else None
 
 
 def dump(

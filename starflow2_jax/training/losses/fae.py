@@ -98,8 +98,8 @@ def features(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objecti
 def pixels(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective:
     """Pixel decoder, and a discriminator beside it, from frozen features.
 
-    Features are the tower's with noise, or with `fae.reconstructed` those decoded from latents with
-    `fae.latent_noise` on them.
+    Features are the tower's with noise, or with `fae.train_on_decoded_features` those
+    decoded from latents with `fae.latent_noise` on them.
     """
     whole, group = codec.declare(model), cfg["fae"]
     critic = discriminator.Config(
@@ -120,7 +120,7 @@ def pixels(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective
         draw = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
         image = preprocess.images(batch, draw[:, 0], train and cfg["image"]["flip"])
         x = own = teachers.features(frozen["teacher"], image, teacher)
-        if group["reconstructed"]:
+        if group["train_on_decoded_features"]:
             latents, log_variance = codec.encode(frozen, own, model)
             if train:
                 latents = codec.sample(draw[:, 1], latents, log_variance)
@@ -139,7 +139,7 @@ def pixels(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective
             found = teachers.features(frozen["teacher"], decoded, teacher)
             return perceptual.token_distance([found], [given["own_features"]])
 
-        clean = step is None or group["reconstructed"]
+        clean = step is None or group["train_on_decoded_features"]
         each, decoded, sums = losses.pixel_loss(
             params,
             given["features"],

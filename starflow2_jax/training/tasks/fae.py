@@ -84,7 +84,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
 
     Raises:
         ValueError: a batch that the mesh does not divide, a layout that does not fit a weight, a
-            wrong train.trains, or a teacher or codec that does not fit the model.
+            wrong train.trainable, or a teacher or codec that does not fit the model.
     """
     model = model_config(cfg)
     teacher = codec.teacher if codec else teacher_of(cfg, model)
@@ -94,9 +94,9 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
     check_batch(rows // parts, mesh, "rows of a microbatch")
     if codec:
         _check_codec(own.declared, codec)
-    if sorted(train["trains"]) != sorted(own.trained + own.tracked):
+    if sorted(train["trainable"]) != sorted(own.trained + own.tracked):
         raise ValueError(
-            f"config: train.trains={list(train['trains'])}, but task={cfg['task']!r} trains "
+            f"config: train.trainable={list(train['trainable'])}, but task={cfg['task']!r} trains "
             f"{list(own.trained + own.tracked)}"
         )
     trained, frozen = split_params(own.declared, own.trained + own.tracked)

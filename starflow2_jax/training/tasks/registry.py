@@ -50,7 +50,7 @@ def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: A
     """Options of `reader(cfg)` for a group of an experiment's configuration, with `changes`."""
     if cfg["task"] not in INTERLEAVED:
         return likelihood.data_options(cfg, model, group, **changes)
-    text, drop = cfg["text"], cfg["drop"]
+    text, dropout = cfg["text"], cfg["cfg_dropout"]
     side = vlm.side(cfg, model) if cfg["task"] == "vlm" else model.flow.side
     own = {name: v for name, v in cfg[group].items() if name not in ("labels", "text", "features")}
     own["mixture"] = tuple(own["mixture"])
@@ -61,15 +61,15 @@ def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: A
         "grid_side": side,
         "pixels": cfg["image"]["pixels"],
         "seed": cfg["seed"],
-        "drop_text": drop["condition"],
-        "drop_all": drop["all"],
+        "drop_text": dropout["text"],
+        "drop_all": dropout["all"],
         "annotator": RegionLabels(*vlm.REGIONS) if _names_regions(cfg) else None,
     }
     return packed_batches.PackedBatchOptions(**{**own, **changes})
 
 
 def _names_regions(cfg: Config) -> bool:
-    return cfg["task"] == "vlm" and cfg["vlm"]["words"] > 0
+    return cfg["task"] == "vlm" and cfg["vlm"]["region_loss_weight"] > 0
 
 
 def work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
@@ -86,7 +86,7 @@ def work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
         tower = params.count(tree.pop("vision"))
         # A tied embedding multiplies as the head; that of its own only looks up.
         language = params.count(tree) - (0 if model.tied else model.vocab * model.width)
-        language *= cfg["vlm"]["language"] > 0
+        language *= cfg["vlm"]["text_loss_weight"] > 0
         return {
             "tokens": count * length,
             "flops": 6 * count * (length * language + patches * tower),

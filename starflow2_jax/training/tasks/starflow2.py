@@ -1,8 +1,8 @@
 """The training program of STARFlow2's stages, with the interface of `training/program.py`.
 
-A stage trains the subtrees that `train.trains` names. The others of `models.starflow2.SUBTREES` are
-carried along in the state, so that the next stage finds all of them; the frozen VLM is an argument
-of the step and in no checkpoint (design.md 7).
+A stage trains the subtrees that `train.trainable` names. The other `models.starflow2.SUBTREES`
+are carried along in the state, so that the next stage finds all of them. The frozen VLM is an
+argument of the step and in no checkpoint.
 """
 
 from collections.abc import Mapping
@@ -121,9 +121,9 @@ def work(cfg: Mapping[str, Any], model: Config, declared: Tree) -> dict[str, flo
     """Tokens and FLOPs of a step: two FLOPs a weight and position forward, two for gradients of
     what a weight reads, two for its own; attention over the full square.
     """
-    trains, length = cfg["train"]["trains"], cfg["text"]["length"]
+    trains, length = cfg["train"]["trainable"], cfg["text"]["length"]
     stage = interleaved.stage_of(trains, model)
-    targets, held = cfg["text"]["targets"] or length, model.deep.layer
+    targets, held = cfg["text"]["max_targets"] or length, model.deep.layer
     # One pass forward; two back, where what is trained lies before.
     back = lambda goes_back: 3 if goes_back else 1
     language = count_params({**declared["vlm"], "embed": {}, "head": {}})
@@ -166,7 +166,7 @@ def frozen_vlm(cfg: Mapping[str, Any], model: Config, mesh: Mesh, dtype: Any) ->
 def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Program:
     """Build the program of an experiment with `task="starflow2"`.
 
-    Its `init` reads the VLM. Where `train.trains` names it, too, it is a part of the state.
+    Its `init` reads the VLM. Where `train.trainable` names it, too, it is a part of the state.
 
     Args:
         vlm: its weights, where they are there already; else as `frozen_vlm`.
@@ -174,17 +174,17 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
     Raises:
         FileNotFoundError: no such folder of a VLM.
         ValueError: a batch that the mesh does not divide, a layout that does not fit a weight, an
-            unknown subtree in train.trains, or a VLM that does not fit; names the key.
+            unknown subtree in train.trainable, or a VLM that does not fit; names the key.
     """
     model = model_config(cfg)
     train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
     check_batch(rows, mesh)
     check_batch(rows // parts, mesh, "rows of a microbatch")
     declared = backbone.declare(model)
-    trained = split_params(declared, tuple(train["trains"]))[0]
+    trained = split_params(declared, tuple(train["trainable"]))[0]
     stage = interleaved.stage_of(trained, model)
     if not (stage.images or stage.text):
-        raise ValueError("config: train.trains is empty")
+        raise ValueError("config: train.trainable is empty")
     held = {*pretzel.SUBTREES, *trained} & {*declared}
     state_tree, frozen_tree = split_params(declared, tuple(sorted(held)))
     held_dtype = jnp.float32 if "vlm" in trained else jnp.dtype(cfg["frozen_dtype"])
@@ -222,8 +222,8 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
             model,
             stage,
             text_into_flow=cfg["loss"]["text_into_flow"],
-            text_targets=cfg["text"]["targets"],
-            text_chunk=cfg["text"]["chunk"],
+            text_targets=cfg["text"]["max_targets"],
+            text_chunk=cfg["text"]["logit_chunk"],
         )
         return interleaved.sums(found, batch, stage)
 

@@ -77,16 +77,17 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
 
     Raises:
         ValueError: a batch that the mesh does not divide, a layout that does not fit a weight, or a
-            wrong train.trains.
+            wrong train.trainable.
     """
     model = model_config(cfg)
     train, rows = cfg["train"], cfg["train"]["batch_size"]
     check_batch(rows, mesh)
     check_batch(rows // train["microbatches"], mesh, "rows of a microbatch")
     declared = declare(cfg, model)
-    if sorted(train["trains"]) != sorted(declared):
+    if sorted(train["trainable"]) != sorted(declared):
         raise ValueError(
-            f"config: train.trains={list(train['trains'])}, but task='vlm' trains {list(declared)}"
+            f"config: train.trainable={list(train['trainable'])}, but task='vlm' trains "
+            f"{list(declared)}"
         )
     tx = optimizer.optimizer(cfg["optim"], train["steps"])
     everywhere, where_batch = replicated(mesh), batch_sharding(mesh)
@@ -106,9 +107,9 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
 
         def mean(params, batch, count):
             sums = row_sums(params, batch, cfg, model)
-            loss = cfg["vlm"]["language"] * (sums["nll"] / count[0]).sum()
-            loss += cfg["vlm"]["reconstruction"] * sums["pixel_square"].sum() / images
-            loss += cfg["vlm"]["words"] * sums["word_nats"].sum() / images
+            loss = cfg["vlm"]["text_loss_weight"] * (sums["nll"] / count[0]).sum()
+            loss += cfg["vlm"]["pixel_loss_weight"] * sums["pixel_square"].sum() / images
+            loss += cfg["vlm"]["region_loss_weight"] * sums["word_nats"].sum() / images
             return loss, {"loss": loss, **jax.tree.map(jnp.sum, sums)}
 
         shared = jnp.full((rows,), count, jnp.float32)
@@ -120,7 +121,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh) -> Program:
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, after = tx.update(grads, state.opt_state, state.params)
-        if not cfg["vlm"]["tower"]:
+        if not cfg["vlm"]["train_tower"]:
             # Nor by weight decay.
             still = jax.tree.map(jnp.zeros_like, updates["vlm"]["vision"])
             updates = {**updates, "vlm": {**updates["vlm"], "vision": still}}
@@ -169,7 +170,7 @@ def batch_shapes(cfg: Mapping[str, Any], side: int, rows: int) -> dict[str, tupl
     places = text["images"] or text["length"] // (side**2 + 2)
     length = (rows, text["length"])
     told = {}
-    if cfg["vlm"]["words"]:
+    if cfg["vlm"]["region_loss_weight"]:
         told["region"] = ((rows, places, side**2), jnp.int32)
         told["region_words"] = ((rows, places, *REGIONS), jnp.int32)
     return {
@@ -201,12 +202,12 @@ def read(params: Tree, batch: Mapping[str, jax.Array], seen: jax.Array, model: C
 def row_sums(
     params: Tree, batch: Mapping[str, jax.Array], cfg: Mapping[str, Any], model: Config
 ) -> dict[str, jax.Array]:
-    """Sums of each row [B]: those of `text_loss.sums` (zeros where `vlm.language` is 0), and over
-    its `images` `pixel_square` and `word_nats`."""
+    """Sums of each row [B]: those of `text_loss.sums` (zeros where `vlm.text_loss_weight` is 0) and
+    over its `images` `pixel_square` and `word_nats`."""
     seen, group = see(params["vlm"], batch["images"], model), cfg["vlm"]
-    if not group["tower"]:
+    if not group["train_tower"]:
         seen = jax.lax.stop_gradient(seen)
-    if group["language"]:
+    if group["text_loss_weight"]:
         sums = text_loss.sums(read(params["vlm"], batch, seen, model), batch)
     else:
         sums = dict.fromkeys(text_loss.NAMES, jnp.zeros(len(seen)))
@@ -218,7 +219,7 @@ def row_sums(
     square = jnp.square(found.reshape(wanted.shape) - wanted).mean((1, 2))
     sums["pixel_square"] = square.reshape(rows, places).sum(1)
     sums["word_nats"] = jnp.zeros(rows)
-    if group["words"]:
+    if group["region_loss_weight"]:
         sums["word_nats"] = word_nats(params["vlm"], batch, seen, model)
     return {**sums, "images": jnp.full((rows,), places, jnp.float32)}
 

@@ -72,7 +72,7 @@ def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
     np.testing.assert_allclose(sums["sum"] / sums["count"], 0, atol=0.1)
 
 
-RECONSTRUCTED = {"fae.reconstructed": True, "teacher.kind": "qwen"}
+RECONSTRUCTED = {"fae.train_on_decoded_features": True, "teacher.kind": "qwen"}
 
 
 @pytest.mark.parametrize("changes", [{}, pytest.param(RECONSTRUCTED, marks=pytest.mark.slow)])
@@ -112,7 +112,7 @@ def test_pixels_on_eight_devices_equal_one():
         ({"teacher.pixels": 32}, "model.side=2, but the teacher"),
         ({"teacher.pixels": 20}, "teacher.pixels=20 is not a multiple of 8"),
         ({"image.pixels": 32}, "image.pixels=32 is not model.side=2"),
-        ({"train.trains": ("encoder",)}, "task='fae_features' trains"),
+        ({"train.trainable": ("encoder",)}, "task='fae_features' trains"),
         ({"teacher.path": "nowhere"}, "nowhere"),
     ],
 )
@@ -188,7 +188,7 @@ def test_pixels_resumed_then_on_reconstructed_features(data, tmp_path, features_
     # The next training takes the codec from a folder, and the decoder from the run.
     codec.export(codec.load(str(features_run)), tmp_path / "model")
     then = {"init.fae": str(tmp_path / "model"), "init.from": str(whole), "optim.lr": 0.0}
-    then |= {"fae.reconstructed": True, "optim.final_lr": 0.0, "train.steps": 2}
+    then |= {"fae.train_on_decoded_features": True, "optim.final_lr": 0.0, "train.steps": 2}
     finish(start(run_config(data, pixel_experiment, **then), tmp_path / "then"))
     after = codec.load(str(tmp_path / "then")).params["pixel_decoder"]
     jax.tree.map(np.testing.assert_array_equal, after, one["pixel_decoder"])

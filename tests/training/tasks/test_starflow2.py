@@ -99,7 +99,7 @@ def test_a_mixture_of_transformers_changes_what_it_trains_alone(trains):
     )
     pretzel = dataclasses.replace(pretzel_batch.model(), vlm=vlm)
     cfg["model"] = mot.options(mot.beside(pretzel, 24))
-    cfg["train"]["trains"] = list(trains)
+    cfg["train"]["trainable"] = list(trains)
     losses, state, metrics, first, (before, after) = run(cfg)
     assert np.isfinite(losses).all() and sorted(state.params) == sorted(trains)
     for name in trains:
@@ -288,7 +288,7 @@ def test_the_vlm_is_read_from_its_folder(folder):
 
 
 def test_a_vlm_that_is_trained_is_in_the_state(folder):
-    cfg = experiment(3, **{"train.trains": ("vlm", *STAGES[3])})
+    cfg = experiment(3, **{"train.trainable": ("vlm", *STAGES[3])})
     cfg["vlm"]["path"] = str(folder[0])
     cfg["model"] = starflow2.options(pretzel_batch.model(tied=True))
     _, program, state, frozen = begin(cfg)
@@ -308,7 +308,7 @@ def lower(stage, layout, sizes):
     cfg.layout, cfg.mesh, cfg.train.batch_size = layout, sizes, 8
     config.check(cfg)
     program = starflow2_step.build(config.to_dict(cfg), mesh.make_mesh(sizes))
-    trained = split_params(program.declared, tuple(cfg.train.trains))[0]
+    trained = split_params(program.declared, tuple(cfg.train.trainable))[0]
     return program.lower_step().as_text(), count_params(trained)
 
 
@@ -353,8 +353,8 @@ def test_every_layout_is_tried():
     [
         ({"text.length": 16}, r"text\.length=16 has no room for 3 images of 4 patches"),
         ({"text.length": 5, "text.images": 0}, "no room for 1 images"),
-        ({"train.trains": ("adapter", "flow")}, "no subtree 'flow'"),
-        ({"train.trains": ()}, "train.trains is empty"),
+        ({"train.trainable": ("adapter", "flow")}, "no subtree 'flow'"),
+        ({"train.trainable": ()}, "train.trainable is empty"),
         ({"model.flow.wide": 3}, r"unknown key 'model\.flow\.wide'"),
         ({"model.vlm.wide": 3}, r"unknown key 'model\.vlm\.wide'"),
         ({"model.kind": "moe"}, r"model\.kind='moe' is not one of pretzel, mot"),

@@ -43,11 +43,11 @@ def experiment(folders, **changes):
     cfg.image.pixels, cfg.text.length, cfg.text.images = 16, 224, 3
     cfg.data.path = cfg.eval_data.path = folders[0]
     cfg.text.tokenizer, cfg.data.threads = folders[1], 1
-    cfg.noise.kind, cfg.drop.condition = "none", 0.0
-    cfg.train.trains = ("vlm", "pixel_probe")
+    cfg.noise.kind, cfg.cfg_dropout.text = "none", 0.0
+    cfg.train.trainable = ("vlm", "pixel_probe")
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = ROWS, 12, 0.9
     cfg.optim.lr, cfg.optim.warmup, cfg.optim.muon_lr, cfg.sample.every = 3e-3, 2, 1e-2, 0
-    cfg.vlm.words = 0.1
+    cfg.vlm.region_loss_weight = 0.1
     cfg.update_from_flattened_dict(changes)
     return config.to_dict(cfg)
 
@@ -97,7 +97,7 @@ def test_eight_devices_and_microbatches_equal_one_device(folders, trained):
 
 
 def test_the_tower_alone_leaves_the_language_as_it_was(folders):
-    cfg = experiment(folders, **{"vlm.language": 0.0, "optim.weight_decay": 0.0})
+    cfg = experiment(folders, **{"vlm.text_loss_weight": 0.0, "optim.weight_decay": 0.0})
     _, state, program = run(cfg)
     first = program.init(jax.random.key(cfg["seed"]))[0].params
     same = jax.tree.map(lambda a, b: bool((a == b).all()), first["vlm"], state.params["vlm"])
@@ -109,7 +109,7 @@ def test_the_tower_alone_leaves_the_language_as_it_was(folders):
 
 
 def test_the_language_alone_leaves_the_tower_as_it_was(folders):
-    cfg = experiment(folders, **{"vlm.tower": False, "optim.weight_decay": 0.1})
+    cfg = experiment(folders, **{"vlm.train_tower": False, "optim.weight_decay": 0.1})
     _, state, program = run(cfg)
     first = program.init(jax.random.key(cfg["seed"]))[0].params
     same = jax.tree.map(lambda a, b: bool((a == b).all()), first["vlm"], state.params["vlm"])
@@ -214,7 +214,7 @@ def test_wrong_experiments_are_named(folders):
     with pytest.raises(ValueError, match="vision tower needs multiples of 8"):
         vlm.model_config(experiment(folders, **{"image.pixels": 20}))
     with pytest.raises(ValueError, match="but task='vlm' trains"):
-        vlm.build(experiment(folders, **{"train.trains": ("vlm",)}), grid)
+        vlm.build(experiment(folders, **{"train.trainable": ("vlm",)}), grid)
 
 
 def test_intervals_of_shares():
