@@ -1,1 +1,0 @@
-"""From noise and prompts to images: guidance, inverse, denoising."""

@@ -1,1 +1,0 @@
-"""Weights of others and of ours: name tables, safetensors in and out, model folders."""
