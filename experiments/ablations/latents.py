@@ -18,8 +18,7 @@ import numpy as np
 from starflow2_jax.data import images, records
 from starflow2_jax.latents import codec as codecs, write
 from starflow2_jax.models.fae import teacher as teachers
-from starflow2_jax.models.patches import patchify
-from starflow2_jax.training import preprocess
+from starflow2_jax.models.patches import patchify, scale_pixels
 
 # Pixels along the side of a patch, of a picture made so small that it has the codec's patches.
 PATCH = 4
@@ -76,9 +75,7 @@ def _pixels(side: int) -> tuple[Encode, int, str]:
 def _features(path: str) -> tuple[Encode, int, str]:
     """Features of a codec's tower, the side of the pictures that it sees, and what it is."""
     codec = codecs.load(path)
-    run = jax.jit(
-        lambda params, x: teachers.features(params, preprocess.scale_pixels(x), codec.teacher)
-    )
+    run = jax.jit(lambda params, x: teachers.features(params, scale_pixels(x), codec.teacher))
 
     def encode(pictures):
         found = []

@@ -35,7 +35,7 @@ from starflow2_jax.params import (
 
 CONFIG_FILE = "config.json"
 # The entry of a published model's config.json that holds the experiment which trained it.
-EXPERIMENT = "starflow2_jax"
+EXPERIMENT_KEY = "starflow2_jax"
 TENSOR_FILE = "model.safetensors"
 DIGEST_FILE = "sha256.json"
 SHARD_BYTES = 5_000_000_000
@@ -228,8 +228,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds a {type(config).__name__}, expected an object")
     config = upgrade(config)
-    if EXPERIMENT in config:
-        config[EXPERIMENT] = upgrade(config[EXPERIMENT])
+    if EXPERIMENT_KEY in config:
+        config[EXPERIMENT_KEY] = upgrade(config[EXPERIMENT_KEY])
     return config
 
 

@@ -15,8 +15,6 @@ from starflow2_jax import params
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.params import Tree
 
-# Key of a Hugging Face config.json that holds the experiment's configuration.
-EXPERIMENT_KEY = "starflow2_jax"
 # Metadata that an exported model folder keeps in its config.json.
 EXPORTED_METADATA = ("classes", "null_text", "frozen")
 
@@ -133,7 +131,7 @@ def open_model(path: str | Path) -> SavedModel:
     location = str(path) if "://" in str(path) else str(model_folder.locate(path))
     if model_folder.is_folder(location):
         config = model_folder.read_config(location)
-        config = config.get(EXPERIMENT_KEY, config)
+        config = config.get(model_folder.EXPERIMENT_KEY, config)
         metadata = {key: config[key] for key in EXPORTED_METADATA if key in config}
         return SavedModel(location, None, config, metadata)
     from starflow2_jax.checkpoints import orbax, steps  # heavy

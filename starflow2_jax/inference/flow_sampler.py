@@ -18,7 +18,7 @@ from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import Jacobi, inverse
 from starflow2_jax.mesh import to_host
 from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.models.patches import unpatchify
+from starflow2_jax.models.patches import to_pixels, unpatchify
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses.flow import log_likelihood
 from starflow2_jax.training.program import declare, frozen_weights, model_config as flow_config
@@ -196,7 +196,7 @@ def _draw(model, part, rows, sampling, guided):
     if not image["pixels"]:
         return to_host(x)
     pixels = unpatchify(x, (cfg.side, cfg.side), image["patch"], image["channel_order"])
-    return to_host(preprocess.to_pixels(pixels, noise["kind"]))
+    return to_host(to_pixels(pixels, noise["kind"]))
 
 
 @partial(jax.jit, static_argnames="cfg")

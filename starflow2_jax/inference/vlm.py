@@ -45,10 +45,10 @@ def load(path: str) -> VLM:
     path = str(model_folder.locate(path))
     if model_folder.is_folder(path):
         held = model_folder.read_config(path)
-        if model_folder.EXPERIMENT not in held:
+        if model_folder.EXPERIMENT_KEY not in held:
             raise ValueError(f"{path}: no folder that `convert export` made of a task='vlm' run")
         model, params = qwen_weights.load(path, dtype=jnp.float32)
-        return VLM(held[model_folder.EXPERIMENT], model, params, str(path))
+        return VLM(held[model_folder.EXPERIMENT_KEY], model, params, str(path))
     workdir, step = steps.locate(path)
     cfg = orbax.read_meta(workdir, step)["config"]
     if cfg.get("task") != "vlm":
@@ -75,7 +75,7 @@ def export(reader: VLM, path: str, *, dtype: Any = "float32", overwrite: bool = 
         reader.model_config,
         path,
         processor=reader.tokenizer_folder,
-        extra={**special, model_folder.EXPERIMENT: kept},
+        extra={**special, model_folder.EXPERIMENT_KEY: kept},
         overwrite=overwrite,
     )
 

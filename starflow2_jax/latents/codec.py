@@ -17,13 +17,17 @@ import numpy as np
 from starflow2_jax import config, mesh
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import teacher as teacher_weights
-from starflow2_jax.checkpoints.open_model import SavedModel, open_model
+from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.models import qwen_vision
 from starflow2_jax.models.fae import codec as fae, dinov2, teacher as teachers
+from starflow2_jax.models.fae.config import (
+    declare_features_training,
+    declare_pixels_training,
+    model_config,
+)
 from starflow2_jax.models.fae.teacher import Teacher
+from starflow2_jax.models.patches import scale_pixels, to_pixels
 from starflow2_jax.params import flatten
-from starflow2_jax.training import preprocess
-from starflow2_jax.training.tasks import fae as fae_step
 
 # Every image is encoded in a batch of this size, so that offline and online latents are equal.
 BATCH = 8
@@ -61,7 +65,7 @@ def load(path: str) -> Codec:
         raise ValueError(
             f"{path}: task={saved.task!r}, expected a latent codec (one of {', '.join(TASKS)})"
         )
-    model = fae_step.model_config(cfg)
+    model = model_config(cfg)
     if saved.is_folder:
         shape = cfg["teacher_shape"]
         kind = dinov2.Config if shape["kind"] == "dinov2" else qwen_vision.VisionConfig
@@ -79,25 +83,19 @@ def load(path: str) -> Codec:
                 f"started from: sha256 {features_codec.sha256}, expected {frozen['fae']}"
             )
         teacher = features_codec.teacher
-        decoder = _read_trained(saved, model, teacher)["pixel_decoder"]
-        params = {**features_codec.params, "pixel_decoder": decoder}
+        trained = saved.read_params(declare_pixels_training(cfg, model))
+        params = {**features_codec.params, "pixel_decoder": trained["pixel_decoder"]}
         return from_params(cfg, model, teacher, params)
-    teacher = fae_step.teacher_of(cfg, model)
+    teacher = teacher_weights.teacher_of(cfg, model)
     folder = cfg["teacher"]["path"]
     if folder and (digest := teacher_weights.identity(folder)) != frozen["teacher"]:
         raise ValueError(
             f"{path}: the tower in {folder} is not the one that it was trained with: sha256 "
             f"{digest}, expected {frozen['teacher']}"
         )
-    trained = _read_trained(saved, model, teacher)
+    trained = saved.read_params(declare_features_training(model))
     params = {**trained, "teacher": teacher_weights.load(cfg, teacher)}
     return from_params(cfg, model, teacher, params)
-
-
-def _read_trained(saved: SavedModel, model: fae.Config, teacher: Teacher) -> Any:
-    """Read the averaged weights of a checkpoint."""
-    objective = fae_step.objective_of(saved.config, model, teacher)
-    return saved.read_params(objective.declared, subtrees=objective.trained + objective.tracked)
 
 
 def export(codec: Codec, path: str, *, overwrite: bool = False) -> None:
@@ -142,7 +140,7 @@ def encode(codec: Codec, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @partial(jax.jit, static_argnames=("model", "teacher"))
 def _encode(params, image, *, model, teacher):
-    x = teachers.features(params["teacher"], preprocess.scale_pixels(image), teacher)
+    x = teachers.features(params["teacher"], scale_pixels(image), teacher)
     return fae.encode(params, x, model)
 
 
@@ -166,7 +164,7 @@ def decode(codec: Codec, latents: np.ndarray) -> np.ndarray:
 @partial(jax.jit, static_argnames="model")
 def _decode(params, latents, *, model):
     x = fae.decode_features(params, latents, model)
-    return preprocess.to_pixels(fae.decode_pixels(params, x, model), "none")
+    return to_pixels(fae.decode_pixels(params, x, model), "none")
 
 
 def open_encoder(path: str) -> tuple[Callable, dict[str, Any]]:
@@ -182,9 +180,27 @@ def describe(codec: Codec) -> dict[str, Any]:
     return {"sha256": codec.sha256, "pixels": codec.model.pixels, "shape": shape}
 
 
+def _digest_text(model: fae.Config, teacher: Teacher) -> str:
+    """Return the sizes of a codec as they enter its sha256, which must never change.
+
+    The class names are those of the first release, whatever the classes are called today.
+    """
+
+    def fields(value: Any) -> str:
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return ", ".join(f"{name}={value!r}" for name, value in pairs)
+
+    tower_class = {"dinov2": "Config", "qwen": "VisionConfig"}[teacher.kind]
+    tower = f"{tower_class}({fields(teacher.tower)})"
+    return (
+        f"Config({fields(model)}) "
+        f"Teacher(kind={teacher.kind!r}, tower={tower}, pixels={teacher.pixels})\n"
+    )
+
+
 def from_params(cfg: Any, model: fae.Config, teacher: Teacher, params: Any) -> Codec:
     """Return the codec with the sha256 of everything that its latents depend on."""
-    digest = hashlib.sha256(f"{model} {teacher}\n".encode())
+    digest = hashlib.sha256(_digest_text(model, teacher).encode())
     for name, leaf in flatten({part: params[part] for part in ENCODER}).items():
         array = np.asarray(leaf)
         digest.update(f"{name} {array.dtype}{list(array.shape)}\n".encode())

@@ -1,12 +1,27 @@
-"""Pixels to tokens and back.
+"""Pixels to numbers and to tokens, and back.
 
 Axes: B batch, H x W pixels, c colour channels, p patch side, T = H W / p^2 tokens in raster order,
 D = c p^2 token channels.
 """
 
 import jax
+import jax.numpy as jnp
 
 LAYOUTS = ("channel_first", "channel_last")
+
+
+def scale_pixels(image: jax.Array) -> jax.Array:
+    """Scale uint8 0 ... 255 to float32 -1 ... 1."""
+    return image.astype(jnp.float32) / 127.5 - 1
+
+
+def to_pixels(x: jax.Array, noise: str) -> jax.Array:
+    """Round data values to uint8: the inverse of scaling and of noise of a kind.
+
+    Uniform noise has values (pixel + U[0, 1)) / 128 - 1, all other data lie in -1 ... 1.
+    """
+    levels = jnp.floor((x + 1) * 128) if noise == "uniform" else jnp.round((x + 1) * 127.5)
+    return jnp.clip(levels, 0, 255).astype(jnp.uint8)
 
 
 def patchify(image: jax.Array, patch: int, layout: str) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.models.patches import patchify
+from starflow2_jax.models.patches import patchify, scale_pixels
 from starflow2_jax.params import Tree
 
 Batch = Mapping[str, jax.Array]
@@ -44,17 +44,6 @@ def row_keys(seed: int, step: Any, rows: jax.Array) -> jax.Array:
     """One key a row, [B]; rows are ids in the global batch."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-
-
-def scale_pixels(image: jax.Array) -> jax.Array:
-    """uint8 0 ... 255 to float32 -1 ... 1."""
-    return image.astype(jnp.float32) / 127.5 - 1
-
-
-def to_pixels(x: jax.Array, noise: str) -> jax.Array:
-    """Data values to uint8: the inverse of what `tokens` does to pixels with noise of a kind."""
-    levels = jnp.floor((x + 1) * 128) if noise == "uniform" else jnp.round((x + 1) * 127.5)
-    return jnp.clip(levels, 0, 255).astype(jnp.uint8)
 
 
 def images(batch: Batch, keys: jax.Array, flip: bool) -> jax.Array:

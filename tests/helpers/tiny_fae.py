@@ -7,9 +7,11 @@ import numpy as np
 
 from starflow2_jax import config, mesh, params
 from starflow2_jax.checkpoints import orbax
+from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.data import records
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models.fae import codec as fae, teacher as teachers
+from starflow2_jax.models.fae.config import model_config
 from starflow2_jax.shapes import generator
 from starflow2_jax.training import program as step
 from starflow2_jax.training.tasks import fae as fae_step
@@ -85,8 +87,8 @@ SIDE = 16
 def codec():
     """A codec of 16 pixels, as it is drawn."""
     cfg = experiment(task="fae_pixels", **{"teacher.kind": "qwen"})
-    model = fae_step.model_config(cfg)
-    teacher = fae_step.teacher_of(cfg, model)
+    model = model_config(cfg)
+    teacher = teacher_weights.teacher_of(cfg, model)
     declared = {**fae.declare(model), "teacher": teachers.declare(teacher)}
     return codecs.from_params(cfg, model, teacher, params.init(jax.random.key(0), declared))
 

@@ -14,8 +14,8 @@ from starflow2_jax.data import array_store, image_batches, images, manifest, rec
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.latents import codec, write, write_beam
 from starflow2_jax.models.fae import codec as fae, teacher as teachers
+from starflow2_jax.models.patches import scale_pixels
 from starflow2_jax.shapes import generator, tasks
-from starflow2_jax.training import preprocess
 
 SHARDS, ROWS = 4, 21
 
@@ -57,7 +57,7 @@ def test_offline_equals_online_bit_for_bit(parts, whole):
             np.testing.assert_array_equal(mean[k], rows[i]["latent_mean"][0])
             np.testing.assert_array_equal(log_variance[k], rows[i]["latent_logvar"][0])
     # And they are the codec's: the posterior, normalised.
-    scaled = preprocess.scale_pixels(pixels)
+    scaled = scale_pixels(pixels)
     x = teachers.features(opened.params["teacher"], scaled, opened.teacher)
     raw, _ = fae.posterior(opened.params, x, opened.model)
     np.testing.assert_allclose(

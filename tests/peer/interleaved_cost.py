@@ -25,14 +25,15 @@ import jax
 
 from starflow2_jax import config
 from starflow2_jax.benchmarking import timing
+from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.inference.api import STARFlow2
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents import codec
 from starflow2_jax.models import starflow2
 from starflow2_jax.models.fae import codec as fae, teacher as teachers
+from starflow2_jax.models.fae.config import model_config
 from starflow2_jax.params import init as init_params
-from starflow2_jax.training.tasks import fae as fae_step
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "fae_features.py"
 LETTERS = 7  # The first id that is a letter; each is one token.
@@ -42,8 +43,8 @@ ANSWER = 16
 def make_model() -> STARFlow2:
     """A tiny model and codec with random weights; a token of text is a letter."""
     cfg = config.to_dict(runpy.run_path(str(EXPERIMENT))["get_config"]("tiny"))
-    shape = fae_step.model_config(cfg)
-    tower = fae_step.teacher_of(cfg, shape)
+    shape = model_config(cfg)
+    tower = teacher_weights.teacher_of(cfg, shape)
     declared = {**fae.declare(shape), "teacher": teachers.declare(tower)}
     drawn = init_params(jax.random.key(0), declared)
     held = codec.Codec(cfg, shape, tower, drawn, "")

@@ -10,6 +10,7 @@ from starflow2_jax import mesh
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.inference.inverse import inverse
 from starflow2_jax.models import flow
+from starflow2_jax.models.patches import to_pixels
 from starflow2_jax.training import preprocess, program as step
 
 
@@ -161,7 +162,7 @@ def test_uniform_noise_is_the_dequantisation_of_bits_per_dim():
     from starflow2_jax.models.patches import unpatchify
 
     pixels = unpatchify(x, (2, 2), 4, "channel_first")
-    np.testing.assert_array_equal(preprocess.to_pixels(pixels, "uniform"), batch["image"])
+    np.testing.assert_array_equal(to_pixels(pixels, "uniform"), batch["image"])
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():

@@ -13,6 +13,7 @@ from starflow2_jax import params
 from starflow2_jax.checkpoints.convert import dinov2, qwen, qwen_options
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, locate, read_config
 from starflow2_jax.models.fae import teacher as teachers
+from starflow2_jax.models.fae.codec import Config as CodecConfig
 from starflow2_jax.models.fae.teacher import Teacher
 
 
@@ -33,6 +34,26 @@ def describe(cfg: Mapping[str, Any]) -> Teacher:
     else:
         tower = qwen_options.read_options(read_config(folder), str(folder / CONFIG_FILE)).vision
     return Teacher(kind, tower, group["pixels"])
+
+
+def teacher_of(cfg: Mapping[str, Any], model: CodecConfig) -> Teacher:
+    """Return the tower of an experiment, whose features the codec encodes.
+
+    Raises:
+        FileNotFoundError, ValueError: See `describe`; or the tower's features have another grid or
+            width than the model's.
+    """
+    teacher = describe(cfg)
+    for name, actual, expected in (
+        ("side", teacher.side, model.side),
+        ("feature_width", teacher.width, model.feature_width),
+    ):
+        if actual != expected:
+            raise ValueError(
+                f"config: model.{name}={expected}, but the teacher ({teacher.kind}, "
+                f"teacher.pixels={teacher.pixels}) gives {actual}"
+            )
+    return teacher
 
 
 def load(

@@ -14,9 +14,14 @@ import jax.numpy as jnp
 from starflow2_jax.checkpoints.convert import lpips
 from starflow2_jax.models.fae import codec, discriminator, losses, perceptual, teacher as teachers
 from starflow2_jax.models.fae.codec import Config
+from starflow2_jax.models.fae.config import (
+    declare_features_training,
+    declare_pixels_training,
+    discriminator_config,
+)
 from starflow2_jax.models.fae.losses import PixelWeights
 from starflow2_jax.models.fae.teacher import Teacher
-from starflow2_jax.params import ParamSpec, Tree, zeros
+from starflow2_jax.params import Tree
 from starflow2_jax.training import optimizer, preprocess
 
 
@@ -59,10 +64,8 @@ def features(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objecti
 
     The statistics that normalise latents are tracked, for raw and averaged weights apart.
     """
-    whole = codec.declare(model)
     group = cfg["fae"]
-    declared = {name: whole[name] for name in ("encoder", "feature_decoder", "latent")}
-    declared["teacher"] = teachers.declare(teacher)
+    declared = {**declare_features_training(model), "teacher": teachers.declare(teacher)}
 
     def prepare(frozen, batch, keys, train):
         image = preprocess.images(batch, keys, train and cfg["image"]["flip"])
@@ -102,16 +105,12 @@ def pixels(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective
     decoded from latents with `fae.latent_noise` on them.
     """
     whole, group = codec.declare(model), cfg["fae"]
-    critic = discriminator.Config(
-        tuple(group["discriminator_widths"]), group["discriminator_groups"], model.compute_dtype
-    )
+    critic = discriminator_config(cfg, model)
     chosen = PixelWeights(*(group[name] for name in ("l1", "l2", "perceptual", "gan")))
-    scalar = ParamSpec((), (), zeros)
     declared = {
         **whole,
         "teacher": teachers.declare(teacher),
-        "discriminator": discriminator.declare(critic),
-        "lecam": {"real": scalar, "fake": scalar},
+        **declare_pixels_training(cfg, model),
     }
     if group["lpips"]:
         declared["lpips"] = perceptual.declare(lpips.load(group["lpips"])[0])

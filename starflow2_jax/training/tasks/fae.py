@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from starflow2_jax import config
 from starflow2_jax.checkpoints.convert import lpips, teacher as teacher_weights
 from starflow2_jax.mesh import batch_sharding, check_batch, replicated
 from starflow2_jax.models.fae.codec import Config
+from starflow2_jax.models.fae.config import model_config
 from starflow2_jax.models.fae.teacher import Teacher
+from starflow2_jax.models.patches import to_pixels
 from starflow2_jax.params import (
     abstract as abstract_params,
     flatten,
@@ -27,44 +28,6 @@ from starflow2_jax.params import (
 from starflow2_jax.training import optimizer, preprocess
 from starflow2_jax.training.losses import fae
 from starflow2_jax.training.program import Program, TrainState, accumulate
-
-
-def model_config(cfg: Mapping[str, Any]) -> Config:
-    """The codec of an experiment.
-
-    Raises:
-        ValueError: an unknown model key, or images of another size than the model's.
-    """
-    group = dict(cfg["model"])
-    if cfg["compute_dtype"] != "float32":
-        group["compute_dtype"] = cfg["compute_dtype"]
-    model = config.build(Config, group, "model")
-    if cfg["image"]["pixels"] != model.pixels:
-        raise ValueError(
-            f"config: image.pixels={cfg['image']['pixels']} is not model.side={model.side} x "
-            f"model.patch={model.patch}"
-        )
-    return model
-
-
-def teacher_of(cfg: Mapping[str, Any], model: Config) -> Teacher:
-    """The tower of an experiment, whose features the model takes.
-
-    Raises:
-        FileNotFoundError, ValueError: as `convert.teacher.describe`; features of another
-            grid or width than the model's.
-    """
-    teacher = teacher_weights.describe(cfg)
-    for name, given, wanted in (
-        ("side", teacher.side, model.side),
-        ("feature_width", teacher.width, model.feature_width),
-    ):
-        if given != wanted:
-            raise ValueError(
-                f"config: model.{name}={wanted}, but the teacher ({teacher.kind}, "
-                f"teacher.pixels={teacher.pixels}) gives {given}"
-            )
-    return teacher
 
 
 def objective_of(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> fae.Objective:
@@ -87,7 +50,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
             wrong train.trainable, or a teacher or codec that does not fit the model.
     """
     model = model_config(cfg)
-    teacher = codec.teacher if codec else teacher_of(cfg, model)
+    teacher = codec.teacher if codec else teacher_weights.teacher_of(cfg, model)
     own = objective_of(cfg, model, teacher)
     train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
     check_batch(rows, mesh)
@@ -204,7 +167,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
         keys = preprocess.row_keys(cfg["seed"], 0, jnp.arange(len(batch["image"])))
         given = own.prepare(frozen, batch, keys, False)
         shown = own.show({**frozen, **params}, frozen, given)
-        return preprocess.to_pixels(shown, "none")
+        return to_pixels(shown, "none")
 
     pixels = (rows, model.pixels, model.pixels, 3)
     batch = {"image": jax.ShapeDtypeStruct(pixels, jnp.uint8, sharding=where_batch)}

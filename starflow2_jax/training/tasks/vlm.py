@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from starflow2_jax import config
 from starflow2_jax.mesh import batch_sharding, check_batch, replicated
 from starflow2_jax.models import layers, qwen, qwen_vision
-from starflow2_jax.models.patches import patchify
+from starflow2_jax.models.patches import patchify, scale_pixels
 from starflow2_jax.models.qwen import Config
 from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.params import (
@@ -32,7 +32,7 @@ from starflow2_jax.params import (
     shardings as param_shardings,
     zeros,
 )
-from starflow2_jax.training import optimizer, preprocess
+from starflow2_jax.training import optimizer
 from starflow2_jax.training.losses import text as text_loss
 from starflow2_jax.training.program import Program, TrainState, accumulate
 
@@ -212,7 +212,7 @@ def row_sums(
     else:
         sums = dict.fromkeys(text_loss.NAMES, jnp.zeros(len(seen)))
     block = model.vision.patch * model.vision.merge
-    image = preprocess.scale_pixels(batch["images"])
+    image = scale_pixels(batch["images"])
     rows, places = image.shape[:2]
     wanted = patchify(image.reshape(-1, *image.shape[2:]), block, "channel_last")
     found = layers.at_least_float32(layers.linear(params["pixel_probe"], seen))

@@ -12,11 +12,14 @@ from helpers.training_runs import finish, rows_of, start
 
 from starflow2_jax import config, mesh, params
 from starflow2_jax.checkpoints import orbax
+from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.data import records
 from starflow2_jax.latents import codec
 from starflow2_jax.models.fae import codec as fae, teacher as teachers
+from starflow2_jax.models.fae.config import model_config
+from starflow2_jax.models.patches import scale_pixels
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import preprocess, program as step
+from starflow2_jax.training import program as step
 from starflow2_jax.training.tasks import fae as fae_step
 
 
@@ -64,8 +67,8 @@ def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, frozen))
     assert np.mean(losses[-5:]) < 0.6 * losses[0], losses[::10]
     # The averaged weights' own statistics: their latents have unit variance.
-    image = preprocess.scale_pixels(batch_of()["image"])
-    teacher = fae_step.teacher_of(cfg, program.model)
+    image = scale_pixels(batch_of()["image"])
+    teacher = teacher_weights.teacher_of(cfg, program.model)
     x = teachers.features(frozen["teacher"], image, teacher)
     sums = fae.moments(*fae.encode(state.ema, x, program.model))
     np.testing.assert_allclose(sums["square"] / sums["count"], 1, atol=0.1)
@@ -204,7 +207,7 @@ def test_experiments_declare_the_stated_sizes(name):
     for cfg in (tiny, paper):
         config.check(cfg)
     assert fae_step.build(tiny, mesh.make_mesh("data=1", jax.devices()[:1])).model.pixels == 64
-    declared = fae.declare(fae_step.model_config(paper))
+    declared = fae.declare(model_config(paper))
     assert params.count(declared["encoder"]) == 38_166_592
     assert params.count(declared["feature_decoder"]) == 170_428_416
     assert params.count(declared["pixel_decoder"]) == 305_360_896

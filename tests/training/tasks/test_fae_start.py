@@ -9,10 +9,11 @@ from safetensors.numpy import save_file
 
 from starflow2_jax import mesh, params
 from starflow2_jax.checkpoints import model_folder
-from starflow2_jax.checkpoints.convert import lpips
+from starflow2_jax.checkpoints.convert import lpips, teacher as teacher_weights
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models.fae import codec as fae, perceptual
-from starflow2_jax.training import init_from as starts, preprocess, program as step
+from starflow2_jax.models.patches import scale_pixels
+from starflow2_jax.training import init_from as starts, program as step
 from starflow2_jax.training.tasks import fae as fae_step
 
 
@@ -122,8 +123,8 @@ def test_lpips_within_a_step(tmp_path):
     # Measured without noise, it is the distance of what is decoded.
     ids, mask = np.arange(8, dtype=np.int32), np.ones(8, np.float32)
     sums = program.evaluate(state.params, frozen, batch, ids, mask)
-    image = preprocess.scale_pixels(batch["image"])
-    given = fae_step.teacher_of(cfg, program.model)
+    image = scale_pixels(batch["image"])
+    given = teacher_weights.teacher_of(cfg, program.model)
     x = fae_step.fae.teachers.features(frozen["teacher"], image, given)
     decoded = fae.decode_pixels({**frozen, **state.params}, x, program.model)
     wanted = perceptual.lpips(lpips.load(file)[1], decoded, image)

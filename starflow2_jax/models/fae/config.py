@@ -1,0 +1,57 @@
+"""From an experiment's configuration to the latent codec and the parameters of its two trainings.
+
+`fae_features` trains the encoder and the feature decoder; `fae_pixels` trains the pixel decoder
+against a discriminator.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from starflow2_jax import config
+from starflow2_jax.models.fae import codec, discriminator
+from starflow2_jax.models.fae.codec import Config
+from starflow2_jax.params import ParamSpec, zeros
+
+
+def model_config(cfg: Mapping[str, Any]) -> Config:
+    """Return the codec of an experiment.
+
+    Raises:
+        ValueError: There is an unknown model key, or images have another size than the model's.
+    """
+    group = dict(cfg["model"])
+    if cfg["compute_dtype"] != "float32":
+        group["compute_dtype"] = cfg["compute_dtype"]
+    model = config.build(Config, group, "model")
+    if cfg["image"]["pixels"] != model.pixels:
+        raise ValueError(
+            f"config: image.pixels={cfg['image']['pixels']} is not model.side={model.side} x "
+            f"model.patch={model.patch}"
+        )
+    return model
+
+
+def discriminator_config(cfg: Mapping[str, Any], model: Config) -> discriminator.Config:
+    """Return the discriminator of an experiment."""
+    group = cfg["fae"]
+    return discriminator.Config(
+        widths=tuple(group["discriminator_widths"]),
+        groups=group["discriminator_groups"],
+        compute_dtype=model.compute_dtype,
+    )
+
+
+def declare_features_training(model: Config) -> dict[str, Any]:
+    """Declare the subtrees in the state of a `fae_features` training."""
+    tree = codec.declare(model)
+    return {name: tree[name] for name in ("encoder", "feature_decoder", "latent")}
+
+
+def declare_pixels_training(cfg: Mapping[str, Any], model: Config) -> dict[str, Any]:
+    """Declare the subtrees in the state of a `fae_pixels` training."""
+    scalar = ParamSpec((), (), zeros)
+    return {
+        "pixel_decoder": codec.declare(model)["pixel_decoder"],
+        "discriminator": discriminator.declare(discriminator_config(cfg, model)),
+        "lecam": {"real": scalar, "fake": scalar},
+    }
