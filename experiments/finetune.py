@@ -6,7 +6,7 @@ stands behind a colon, a model folder, a workdir or a step in it:
 What that model is, its VLM, codec, tokenizer, noise and rows are taken from there. Images of other
 sizes are scaled and cropped. They are encoded while it trains (`fae.path`); latents made before by
 prepare latents are read instead where --config.data.latents names them.
-Data: prepare import, of whatever kinds of records the model is to learn (README, Your own data).
+Data: prepare import, of whatever kinds of records the model is to learn (docs/data.md).
 --config.eval_data.path=FOLDER measures, and shows in the grids, what is not trained on.
 """  # noqa: E501
 

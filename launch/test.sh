@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Installs what tests need, checks style, runs the tests.
 #
-#   bash launch/test.sh [--parity] [--plan] [--release] [--slow] [-- PYTEST ARGUMENTS]
+#   bash launch/test.sh [--parity] [--plan] [--release] [--docs] [--slow] [-- PYTEST ARGUMENTS]
 #
 #   --parity   also against PyTorch and diffusers (installs both, CPU builds where pip finds them)
 #   --plan     also what compiles for TPUs (installs libtpu; no TPU is needed)
 #   --release  also the archives of a release (installs build and twine)
+#   --docs     also the documentation site, without a warning (installs Sphinx)
 #   --slow     also the tests marked slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,7 +16,7 @@ extras=(test)
 options=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --parity | --plan | --release) extras+=("${1#--}") ;;
+    --parity | --plan | --release | --docs) extras+=("${1#--}") ;;
     --slow) options+=(-m "") ;;
     --)
       shift
@@ -24,7 +25,7 @@ while [ $# -gt 0 ]; do
       ;;
     *)
       die "unknown argument $1:" \
-        "launch/test.sh [--parity] [--plan] [--release] [--slow] [-- PYTEST ARGUMENTS]"
+        "launch/test.sh [--parity] [--plan] [--release] [--docs] [--slow] [-- PYTEST ARGUMENTS]"
       ;;
   esac
   shift

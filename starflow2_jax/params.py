@@ -1,7 +1,7 @@
 """Declarations of parameters: how each array is initialized and where it lives on the mesh.
 
-A model declares a nested dict of `ParamSpec`s. Arrays, abstract shapes, shardings and counts are
-all derived from that one tree.
+A model declares a nested dict of `ParamSpec` leaves. Arrays, abstract shapes, shardings and counts
+are all derived from that one tree.
 """
 
 import zlib

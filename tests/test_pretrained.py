@@ -1,7 +1,7 @@
 """The models that ship are found from anywhere and can still do what they have learnt.
 
-Bounds are far below the README's figures: they tell weights that no longer fit the code, not a
-little more or less training.
+Bounds are far below the scores in docs/results.md: they tell weights that no longer fit the code,
+not a little more or less training.
 """
 
 import numpy as np

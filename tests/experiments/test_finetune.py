@@ -1,6 +1,5 @@
-"""The README's three commands on pictures of a user's own: import, train, generate."""
+"""Tests of the README's five commands on a user's own images."""
 
-import re
 import runpy
 import shlex
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers.markdown import blocks
 from helpers.paths import ROOT
 from helpers.starflow2_folders import PIXELS
 from helpers.training_runs import environment_of
@@ -30,12 +30,13 @@ SMALL = {
 
 
 def commands():
-    """The three lines, by verb."""
-    section = (ROOT / "README.md").read_text().split("\n## Your own data\n")[1].split("\n## ")[0]
-    block = next(b for b in re.findall(r"```bash\n(.*?)```", section, re.S) if "finetune.py" in b)
-    lines = [shlex.split(line) for line in block.strip().replace("\\\n", " ").splitlines()]
-    assert len(lines) == 3
-    return {line[2].removeprefix("starflow2_jax."): line[1:] for line in lines}
+    """Return the arguments of python in each of the README's five commands."""
+    (block,) = [
+        block.lines() for block in blocks(ROOT / "README.md") if "finetune.py" in block.text
+    ]
+    lines = [shlex.split(line) for line in block]
+    assert len(lines) == 5
+    return [line[1:] for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +47,17 @@ def folder(parts, tmp_path_factory):
     return path
 
 
-def test_import_train_generate(folder, tmp_path):
-    (tmp_path / "mine").mkdir()
+def test_a_model_is_finetuned_on_images_with_captions(folder, tmp_path):
+    source = tmp_path / "my_images"
+    source.mkdir()
     for i, color in enumerate(("red", "blue", "green", "white")):
         # Of another size than the codec's.
         pixels = np.full((24, 20, 3), 60 * i, np.uint8)
-        (tmp_path / "mine" / f"{i}.png").write_bytes(images.encode_png(pixels))
-        (tmp_path / "mine" / f"{i}.txt").write_text(f"a {color} circle")
+        (source / f"{i}.png").write_bytes(images.encode_png(pixels))
+        (source / f"{i}.txt").write_text(f"a {color} circle")
     environment = {**environment_of(tmp_path / "cache", 1), "PYTHONPATH": str(ROOT)}
-    for verb, words in commands().items():
+    for words in commands():
+        verb = words[1].removeprefix("starflow2_jax.")
         words = [
             f"{ROOT}/{w}:{folder}" if w == "experiments/finetune.py" else w for w in words
         ] + SMALL.get(verb, [])
@@ -63,7 +66,7 @@ def test_import_train_generate(folder, tmp_path):
         )
         assert done.returncode == 0, (verb, done.stderr[-2000:])
         assert verb != "train" or f"started from the weights of {folder}" in done.stdout
-    run = tmp_path / "runs" / "mine"
+    run = tmp_path / "runs" / "my_run"
     # It reads with the folder's VLM and draws with its codec, and has moved from its weights.
     meta, given = orbax.read_meta(run), model_folder.read_config(folder)
     assert meta["frozen"] == given["frozen"]
@@ -76,9 +79,9 @@ def test_import_train_generate(folder, tmp_path):
                         for m in (before, after))  # fmt: skip
         assert 0 < np.abs(ours - theirs).max() < 0.1, name
     grids = sorted(path.name for path in (run / "samples").iterdir())
-    assert grids == ["00000002.png"]
+    assert grids == ["00000002.png"] and (tmp_path / "sheet.png").exists()
     assert "samples, step 2" in (run / "report.html").read_text()
-    (drawn,) = (tmp_path / "pictures").glob("*.png")
+    (drawn,) = (tmp_path / "samples").glob("*.png")
     with Image.open(drawn) as image:
         assert image.size == (PIXELS, PIXELS)
 
