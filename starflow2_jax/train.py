@@ -70,7 +70,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     # ------------------------------------------------------------- configuration, data, workdir
     config.check(cfg)
     distributed.init_distributed(cfg["distributed"])
-    distributed.agree("the configuration", cfg)
+    distributed.assert_equal_across_processes("the configuration", cfg)
     model, reader = registry.model_config(cfg), registry.reader(cfg)
     fae = batch_encoder.open(cfg, getattr(model, "flow", model))
     of = lambda group: batch_encoder.options(registry.data_options(cfg, model, group), fae)
@@ -82,14 +82,16 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         }
         if "data" not in data:
             raise ValueError("config: data.path or data.mixture is needed")
-        distributed.agree("the data", {group: told["fingerprints"] for group, told in data.items()})
+        distributed.assert_equal_across_processes(
+            "the data", {group: told["fingerprints"] for group, told in data.items()}
+        )
         _check_classes(cfg, data)
 
     null_text = _null_text(data["data"]) if data else None
     steps, newest = cfg["train"]["steps"], None
     if not dry_run:
         workdir = epath.Path(workdir)
-        distributed.agree(
+        distributed.assert_equal_across_processes(
             f"what they see in {workdir}", {"newest step": step_folders.latest(workdir)}
         )
         newest = _check_workdir(workdir, cfg, data)
@@ -144,7 +146,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         keep_every=cfg["checkpoint"]["keep_every"] or None,
     )
     show = _shower(program, frozen, data, of, fae) if cfg["sample"]["every"] else None
-    stop_asked = distributed.stopper()
+    stop_asked = distributed.preemption_handler()
     batches = reader.batches(
         of("data"),
         batch_size=cfg["train"]["batch_size"],

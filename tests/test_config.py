@@ -192,14 +192,14 @@ def test_keys_that_are_words_of_python_can_be_given(monkeypatch):
         "--config.optim.lr=1",
         "--x.from",
     ]
-    assert [cli.readable(word) for word in words] == [
+    assert [cli.quote_keywords(word) for word in words] == [
         *("--config=FILE:from.x", "--config.init['from']=runs/a.b", "--config.optim.lr=1"),
         "--x.from",
     ]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     path = str(EXPERIMENTS / "tarflow_pixels.py")
-    argv = [cli.readable(word) for word in ("train", f"--config={path}", words[1])]
+    argv = [cli.quote_keywords(word) for word in ("train", f"--config={path}", words[1])]
     monkeypatch.setattr(sys, "argv", argv)
     values(argv)
     assert values.config.init["from"] == "runs/a.b"

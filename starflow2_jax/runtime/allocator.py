@@ -1,8 +1,8 @@
-"""A CPU's memory, kept between steps instead of handed back to the system after each.
+"""An allocator setting that keeps freed memory in the process, for faster steps on CPUs.
 
 XLA allocates a program's temporaries at every call and frees them at its end. glibc returns blocks
 of that size to the kernel at once, which must then provide and clear the same pages at the next
-call: a fifth of a small training step. Kept, and in huge pages, they cost nothing.
+call; that takes a fifth of a small training step. Keeping them, in huge pages, removes the cost.
 """
 
 import ctypes
@@ -17,11 +17,11 @@ _ACCELERATORS = ("nvidiactl", "accel0", "vfio/vfio", "kfd")
 
 
 def keep_freed_memory() -> bool:
-    """Make this process keep what it frees; True where that was done.
+    """Keep freed memory in this process, and return True if that is possible here.
 
-    To be called before JAX's first use: threads that run already keep the heaps they have. Done on
-    Linux with glibc, where JAX_PLATFORMS is cpu or the machine has no accelerator: an accelerator's
-    host has better use for its memory. What the process holds then stays at its peak.
+    Call it before the first use of JAX, because running threads keep their heaps. It applies to
+    Linux with glibc, if JAX_PLATFORMS is cpu or the machine has no accelerator. The memory of the
+    process then stays at its peak.
     """
     if not sys.platform.startswith("linux") or not _computes_on_cpu():
         return False
@@ -43,14 +43,14 @@ def _computes_on_cpu() -> bool:
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """Reserve addresses (not memory) of the heap for the machine's size, marked for huge pages."""
+    """Reserve heap addresses (not memory) for half of the machine's memory, for huge pages."""
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
     libc.free.argtypes = (ctypes.c_void_p,)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     page = mmap.PAGESIZE
     size = os.sysconf("SC_PHYS_PAGES") * page // 2
     start = libc.malloc(size)
-    if start:  # Under a limit on addresses there is none: then ordinary pages, as before.
+    if start:  # Under a limit on address space there is none, and ordinary pages remain.
         first = -(-start // page) * page
         libc.madvise(first, size - (first - start), mmap.MADV_HUGEPAGE)
         libc.free(start)

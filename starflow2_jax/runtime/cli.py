@@ -1,11 +1,11 @@
-"""What every command shares: verbs, one-line errors, help.
+"""The frame of every command: verbs, `--config` values, one-line errors, and help.
 
 A command module defines absl flags and `main`, and ends with
 
     if __name__ == "__main__":
-        command.run(main, VERBS)
+        cli.run(main, VERBS)
 
-Its docstring is the text of `--help`: what it does and three example lines.
+Its docstring is the text of `--help`: a description and three example lines.
 """
 
 import keyword
@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from absl import app, flags
@@ -24,26 +25,26 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an er
 
 
 def parse_verb(argv: list[str], verbs: Mapping[str, str]) -> str:
-    """The verb of a command line, its first word.
+    """Return the verb of a command line, its first argument.
 
     Raises:
-        app.UsageError: none, or an unknown one; names the nearest and lists all.
+        app.UsageError: If it is missing or unknown; lists all verbs.
     """
-    listed = "\n".join(f"  {verb:10} {what}" for verb, what in verbs.items())
+    usage = "\n".join(f"  {verb:10} {description}" for verb, description in verbs.items())
     if len(argv) < 2:
-        raise app.UsageError(f"a verb is needed:\n{listed}")
+        raise app.UsageError(f"a verb is needed:\n{usage}")
     if argv[1] not in verbs:
-        raise app.UsageError(f"unknown verb {argv[1]!r}{nearest(argv[1], verbs)}\n{listed}")
+        raise app.UsageError(f"unknown verb {argv[1]!r}{nearest(argv[1], verbs)}\n{usage}")
     return argv[1]
 
 
 def explain(argv: list[str], error: Exception) -> str:
-    """What is wrong with `--config` where reading it raised `error`; empty if it is not that."""
-    for word, following in zip(argv[1:], [*argv[2:], ""]):
-        name, equals, value = word.lstrip("-").partition("=")
+    """Return a message for an error in `--config` or one of its keys; empty for other errors."""
+    for arg, next_arg in zip(argv[1:], [*argv[2:], ""]):
+        name, equals, value = arg.lstrip("-").partition("=")
         key = name.removeprefix("config.")
         if name == "config":
-            path, _, variant = (value if equals else following).partition(":")
+            path, _, variant = (value if equals else next_arg).partition(":")
             if variant and error.args == (variant,):
                 return f"--config: {path} has no variant {variant!r}"
         elif key != name and not key.startswith("model.") and key not in KEYS:
@@ -53,13 +54,15 @@ def explain(argv: list[str], error: Exception) -> str:
     return ""
 
 
-def readable(word: str) -> str:
-    """`--config.init.from=X` as `--config.init['from']=X`: config_flags reads keys as Python does,
-    of whose words `from` is one."""
-    name, equals, value = word.partition("=")
+def quote_keywords(arg: str) -> str:
+    """Return `--config.init.from=X` as `--config.init['from']=X`.
+
+    config_flags parses keys as Python attributes, and `from` is a keyword.
+    """
+    name, equals, value = arg.partition("=")
     first, *keys = name.split(".")
     if first.lstrip("-") != "config" or first == "config":
-        return word
+        return arg
     quoted = (f"['{key}']" if keyword.iskeyword(key) else f".{key}" for key in keys)
     return "".join([first, *quoted, equals, value])
 
@@ -93,20 +96,19 @@ def experiment_path(value: str) -> str:
 
 def locate_experiments(argv: list[str]) -> list[str]:
     """Return a command line in which `experiment_path` has replaced the values of `--config`."""
-    words = []
-    for previous, word in zip(["", *argv], argv):
-        flag, equals, value = word.partition("=")
+    args = []
+    for previous, arg in zip(["", *argv], argv):
+        flag, equals, value = arg.partition("=")
         if equals and flag.lstrip("-") == "config":
-            word = f"{flag}={experiment_path(value)}"
+            arg = f"{flag}={experiment_path(value)}"
         elif previous.lstrip("-") == "config":
-            word = experiment_path(word)
-        words.append(word)
-    return words
+            arg = experiment_path(arg)
+        args.append(arg)
+    return args
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs, small ones too, for the next process, unless
-    `JAX_COMPILATION_CACHE_DIR` names a place."""
+    """Keep compiled programs in the user's cache folder, or in `JAX_COMPILATION_CACHE_DIR`."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -116,13 +118,13 @@ def use_compilation_cache() -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's own parsing, but one line where `--config` is wrong."""
+    """Parse flags as absl does, but report an error in `--config` in one line."""
     try:
-        words = locate_experiments([readable(word) for word in argv])
+        args = locate_experiments([quote_keywords(arg) for arg in argv])
     except ValueError as error:
         sys.exit(f"error: {error}")
     # In place: config_flags looks for the keys in sys.argv.
-    argv[:] = sys.argv[:] = words
+    argv[:] = sys.argv[:] = args
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
@@ -136,26 +138,26 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def run(main: Callable[..., None], verbs: Mapping[str, str] | None = None) -> None:
-    """Run a command: `main(words)`, or `main(verb, words)` where it has verbs.
+    """Run a command: `main(argv)`, or `main(verb, argv)` if it has verbs.
 
     Bad input (ValueError, OSError, RuntimeError) ends with one line on stderr and exit status 1;
-    `--traceback` shows the rest.
+    `--traceback` shows the whole error.
     """
-
-    # Or every command on a machine without a TPU begins with jax's line that it has none.
+    # Without this, every command on a machine without a TPU starts with a warning of jax.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
 
     def start(argv: list[str]) -> None:
-        # Only here is it known which flags were given.
-        args = (argv[1:],) if verbs is None else (parse_verb(argv, verbs), argv[2:])
+        run_main = partial(main, argv[1:])
+        if verbs is not None:
+            run_main = partial(main, parse_verb(argv, verbs), argv[2:])
         if _TRACEBACK.value:
-            main(*args)
+            run_main()
             return
         try:
-            main(*args)
+            run_main()
         except (ValueError, OSError, RuntimeError) as error:
             print(f"error: {error}", file=sys.stderr)
-            distributed.fail(error)
+            distributed.abort_all(error)
             sys.exit(1)
 
     app.run(start, flags_parser=_parse_flags)

@@ -1,25 +1,25 @@
-"""Several processes as one run: they find one another, agree, and end together.
+"""Run several processes as one job: they find one another, compare settings, and end together.
 
-    detect            who this process is: variables, SLURM, or jax's own detection of a TPU slice
-    init_distributed  meeting at the coordinator, jax.distributed, the table of devices
-    agree             a value that has to be the same everywhere, or every process says what differs
-    stopper           SIGTERM on any of them stops all after the same step
-    fail              the end of one, with its reason, is the end of all
+    detect                          identify this process: variables, SLURM, or jax's TPU detection
+    init_distributed                rendezvous, jax.distributed, and the table of devices
+    assert_equal_across_processes   compare a value, or stop every process with the difference
+    preemption_handler              SIGTERM on any process stops all after the same step
+    abort_all                       end every process when one of them fails, with its reason
 
-The processes meet over plain TCP (`meeting`) before jax takes the coordinator's port: jax aborts
-with a C++ trace, and without a name, where the coordinator cannot be reached or a process does not
-come. The connections stay open. A process that is killed closes its own, so that the others know at
-once, and those that a collective would leave waiting are told why and end. Where a whole machine is
-lost, jax's heartbeat ends the others.
+The processes meet over plain TCP (`rendezvous.py`) before jax takes the coordinator's port, because
+jax aborts with an anonymous C++ trace if the coordinator is unreachable or a process is missing.
+The connections stay open. The kernel closes those of a killed process, so the remaining processes
+learn of it at once and exit with a message instead of waiting in a collective. If a whole machine
+is lost, jax's heartbeat ends the remaining processes.
 
     JAX_COORDINATOR_ADDRESS        HOST:PORT of process 0, the same for all
-    JAX_NUM_PROCESSES              how many processes there are
-    JAX_PROCESS_ID                 which one this is, from 0
-    JAX_LOCAL_DEVICE_IDS           which of the machine's accelerators it takes, all by default
-    STARFLOW2_DEVICES_PER_PROCESS  how many devices each has to see; not checked where absent
-    STARFLOW2_CLUSTER=auto         ask jax where the process runs (TPU slices)
+    JAX_NUM_PROCESSES              number of processes
+    JAX_PROCESS_ID                 index of this process, from 0
+    JAX_LOCAL_DEVICE_IDS           accelerators of this machine to use, all by default
+    STARFLOW2_DEVICES_PER_PROCESS  number of devices that each process must see; optional
+    STARFLOW2_CLUSTER=auto         ask jax for the cluster (TPU slices)
 
-The first three may be left out under SLURM. Without any of them a run is a single process.
+SLURM provides the first three. Without any of them a run is a single process.
 """
 
 import atexit
@@ -44,113 +44,112 @@ from typing import Any
 import jax
 
 from starflow2_jax.runtime import rendezvous
-from starflow2_jax.runtime.rendezvous import Place
+from starflow2_jax.runtime.rendezvous import ProcessInfo
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TIMEOUTS = {"rendezvous_timeout": 45, "initialization": 45, "heartbeat": 20, "shutdown": 30}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _PREFIX = "starflow2_jax"
-# How long a process that hears of another's end has to say the same of itself.
+# Seconds that a process gets to print its own error after another one has failed.
 _GRACE = 1.5
 
 
 @dataclass
 class _Session:
-    """This process among the others, from `init_distributed` to its end."""
+    """The state of this process in a job of several, from `init_distributed` to its exit."""
 
-    place: Place
+    info: ProcessInfo
     timeouts: Mapping[str, int]
     connections: dict[int, rendezvous.Connection]
-    done: dict[int, threading.Event]
+    finished: dict[int, threading.Event]
     ending: threading.Event = field(default_factory=threading.Event)
-    numbers: Iterator[int] = field(default_factory=itertools.count)
+    exchange_ids: Iterator[int] = field(default_factory=itertools.count)
 
 
-# Like jax's own distributed state one a process: `fail` and `agree` are called from anywhere.
+# One per process, like jax's own distributed state, because any module may call `abort_all`.
 _session: _Session | None = None
 
 
-# ------------------------------------------------------------------------------------- who we are
+# ------------------------------------------------------------------------------------- this process
 
 
-def detect(environ: Mapping[str, str]) -> Place | None:
-    """Where this process stands; None where it is alone.
+def detect(environ: Mapping[str, str]) -> ProcessInfo | None:
+    """Return the index and coordinator of this process, or None for a single process.
 
     Raises:
-        ValueError: variables that are missing, no numbers, or do not fit together.
+        ValueError: If a variable is missing, is not a number, or contradicts another one.
     """
     tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"
     slurm = {"SLURM_PROCID", "SLURM_JOB_ID"} <= set(environ) and int(tasks) > 1
-    given = {name: environ[name] for name in (ADDRESS, COUNT, INDEX) if environ.get(name)}
-    if not given and not slurm:
-        return _ask_jax() if environ.get("STARFLOW2_CLUSTER") == "auto" else None
+    variables = {name: environ[name] for name in (ADDRESS, COUNT, INDEX) if environ.get(name)}
+    if not variables and not slurm:
+        return _detect_by_jax() if environ.get("STARFLOW2_CLUSTER") == "auto" else None
     if slurm:
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
-        given.setdefault(ADDRESS, _slurm_address(nodes, environ["SLURM_JOB_ID"]))
-        given = {COUNT: tasks, INDEX: environ["SLURM_PROCID"], **given}
-    missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in given]
+        variables.setdefault(ADDRESS, _slurm_address(nodes, environ["SLURM_JOB_ID"]))
+        variables = {COUNT: tasks, INDEX: environ["SLURM_PROCID"], **variables}
+    missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in variables]
     if missing:
-        raise ValueError(f"{', '.join(given)} set, but not {', '.join(missing)}")
+        raise ValueError(f"{', '.join(variables)} set, but not {', '.join(missing)}")
     for name in (COUNT, INDEX):
-        if not given[name].isdecimal():
-            raise ValueError(f"{name}={given[name]!r} is not a whole number")
-    count, index = int(given[COUNT]), int(given[INDEX])
+        if not variables[name].isdecimal():
+            raise ValueError(f"{name}={variables[name]!r} is not a whole number")
+    count, index = int(variables[COUNT]), int(variables[INDEX])
     if index >= count:
         raise ValueError(f"{INDEX}={index} is not below {COUNT}={count}")
-    if not re.fullmatch(r".+:\d+", given[ADDRESS]):
-        raise ValueError(f"{ADDRESS}={given[ADDRESS]!r} is not HOST:PORT")
-    place = Place(given[ADDRESS], count, index, _local_devices(environ, slurm))
-    return place if count > 1 else None
+    if not re.fullmatch(r".+:\d+", variables[ADDRESS]):
+        raise ValueError(f"{ADDRESS}={variables[ADDRESS]!r} is not HOST:PORT")
+    info = ProcessInfo(variables[ADDRESS], count, index, _local_devices(environ, slurm))
+    return info if count > 1 else None
 
 
 def _slurm_address(nodes: str, job: str) -> str:
-    """The first host of `node[001-004,007],other`, and a port that follows from the job."""
-    found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
-    if found is None:
+    """Return the first host of `node[001-004,007],node9` and a port derived from the job id."""
+    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
+    if match is None:
         raise ValueError(f"SLURM_STEP_NODELIST={nodes!r} names no host; set {ADDRESS}=HOST:PORT")
-    return f"{found[1]}{found[2] or ''}:{61000 + int(job) % 4000}"
+    return f"{match[1]}{match[2] or ''}:{61000 + int(job) % 4000}"
 
 
 def _local_devices(environ: Mapping[str, str], slurm: bool) -> tuple[int, ...] | None:
-    """Which accelerators this process takes; None for all it sees.
+    """Return the ids of the accelerators that this process uses, or None for all it sees.
 
-    Under SLURM the tasks of a node share out the devices that each of them sees where those are as
-    many or more (`--gres`); a task that was given its own (`--gpus-per-task`) keeps them.
+    Under SLURM, tasks that all see the devices of their node (`--gres`) split them evenly. A task
+    with devices of its own (`--gpus-per-task`) keeps them.
 
     Raises:
-        ValueError: JAX_LOCAL_DEVICE_IDS is not a list of numbers.
+        ValueError: If JAX_LOCAL_DEVICE_IDS is not a list of numbers.
     """
-    asked = environ.get("JAX_LOCAL_DEVICE_IDS")
-    if asked:
-        if not re.fullmatch(r"\d+(,\d+)*", asked):
-            raise ValueError(f"JAX_LOCAL_DEVICE_IDS={asked!r} is not a list such as 0,1,2,3")
-        return tuple(int(n) for n in asked.split(","))
+    device_ids = environ.get("JAX_LOCAL_DEVICE_IDS")
+    if device_ids:
+        if not re.fullmatch(r"\d+(,\d+)*", device_ids):
+            raise ValueError(f"JAX_LOCAL_DEVICE_IDS={device_ids!r} is not a list such as 0,1,2,3")
+        return tuple(int(n) for n in device_ids.split(","))
     visible = [n for n in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if n]
     tasks = int(re.match(r"\d*", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))[0] or 1)
     if not slurm or tasks == 1 or len(visible) < tasks:
         return None
-    share, mine = len(visible) // tasks, int(environ.get("SLURM_LOCALID", "0"))
-    return tuple(range(mine * share, (mine + 1) * share))
+    per_task, task = len(visible) // tasks, int(environ.get("SLURM_LOCALID", "0"))
+    return tuple(range(task * per_task, (task + 1) * per_task))
 
 
-def _ask_jax() -> Place | None:
-    from jax._src import clusters  # jax.distributed.initialize does not tell what it has found
+def _detect_by_jax() -> ProcessInfo | None:
+    from jax._src import clusters  # jax.distributed.initialize does not return what it detects
 
-    none = (None,) * 5
-    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        *none, TIMEOUTS["rendezvous_timeout"]
+    detect_unset = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    address, count, index, devices = detect_unset(
+        None, None, None, None, None, TIMEOUTS["rendezvous_timeout"]
     )
-    address, count, index, devices = found
     if None in (address, count, index):
         raise ValueError(
-            f"STARFLOW2_CLUSTER=auto, but jax finds no cluster around this process: set {ADDRESS}, "
-            f"{COUNT} and {INDEX}"
+            f"STARFLOW2_CLUSTER=auto, but jax detects no cluster here: set {ADDRESS}, {COUNT} and "
+            f"{INDEX}"
         )
-    return None if count == 1 else Place(address, count, index, devices and tuple(devices))
+    return None if count == 1 else ProcessInfo(address, count, index, devices and tuple(devices))
 
 
 def code_fingerprint() -> str:
-    """sha256 of the package's sources: names and contents, in order."""
+    """Return the sha256 of the names and contents of the package's source files."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -158,7 +157,7 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _code() -> dict[str, str]:
+def _code_versions() -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"sources": code_fingerprint(), "python": platform.python_version(), **versions}
 
@@ -167,43 +166,44 @@ def _code() -> dict[str, str]:
 
 
 def init_distributed(timeouts: Mapping[str, int] | None = None) -> None:
-    """Joins this process to the others; does nothing where it is alone, or has joined already.
+    """Join this process to the other processes of its job, if there are any.
 
-    To be called before anything asks jax for a device. Process 0 prints the table of processes.
+    Call it before anything asks jax for a device; a second call does nothing. Process 0 prints the
+    table of processes.
 
     Args:
-        timeouts: seconds; `rendezvous_timeout` for meeting at the coordinator, the others as in
-            `jax.distributed.initialize`. `TIMEOUTS` by default.
+        timeouts: Seconds: `rendezvous_timeout` to meet at the coordinator, the remaining keys as in
+            `jax.distributed.initialize`. Missing keys are taken from `TIMEOUTS`.
 
     Raises:
-        ValueError: variables that do not fit together, or processes of other code or devices.
-        RuntimeError: the coordinator cannot be reached, its port is taken, or a process is missing.
+        ValueError: If variables contradict each other, or the processes differ in code or devices.
+        RuntimeError: If the coordinator is unreachable, its port is taken, or a process is missing.
     """
     global _session
-    place = detect(os.environ)
-    if place is None or _session is not None:
+    info = detect(os.environ)
+    if info is None or _session is not None:
         return
     timeouts = {**TIMEOUTS, **(timeouts or {})}
-    connections = rendezvous.meet(place, timeouts["rendezvous_timeout"])
-    done = {process: threading.Event() for process in connections}
-    _session = _Session(place, timeouts, connections, done)
+    connections = rendezvous.rendezvous(info, timeouts["rendezvous_timeout"])
+    finished = {process: threading.Event() for process in connections}
+    _session = _Session(info, timeouts, connections, finished)
     for process in connections:
-        threading.Thread(target=_listen, args=(_session, process), daemon=True).start()
-    before = sys.excepthook
-    sys.excepthook = lambda kind, error, trace: (before(kind, error, trace), fail(error))
+        threading.Thread(target=_watch, args=(_session, process), daemon=True).start()
+    default_hook = sys.excepthook
+    sys.excepthook = lambda kind, error, trace: (default_hook(kind, error, trace), abort_all(error))
     atexit.register(_finish, _session)
     logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
     jax.distributed.initialize(
-        place.coordinator,
-        place.processes,
-        place.process,
-        local_device_ids=place.local_devices,
-        cluster_detection_method="deactivate",  # all is known; under SLURM it would take one device
+        info.coordinator,
+        info.num_processes,
+        info.process,
+        local_device_ids=info.local_devices,
+        cluster_detection_method="deactivate",  # under SLURM, detection would take a single device
         initialization_timeout=timeouts["initialization"],
         heartbeat_timeout_seconds=timeouts["heartbeat"],
         shutdown_timeout_seconds=timeouts["shutdown"],
     )
-    agree("the code", _code())
+    assert_equal_across_processes("the code", _code_versions())
     _check_devices(_session, os.environ.get("STARFLOW2_DEVICES_PER_PROCESS"))
 
 
@@ -213,52 +213,52 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def _exchange(session: _Session, name: str, value: Any) -> list[Any]:
-    """Everybody's value, in order of the processes, through the coordinator; no device is used."""
-    client, place = _client(), session.place
-    folder = f"{_PREFIX}/{next(session.numbers)}_{name}/"
-    client.key_value_set(f"{folder}{place.process}", json.dumps(value))
+def _all_gather(session: _Session, name: str, value: Any) -> list[Any]:
+    """Return the values of all processes, by process index, without using a device."""
+    client, info = _client(), session.info
+    folder = f"{_PREFIX}/{next(session.exchange_ids)}_{name}/"
+    client.key_value_set(f"{folder}{info.process}", json.dumps(value))
     client.wait_at_barrier(folder, session.timeouts["initialization"] * 1000)
     rows = {int(k.rpartition("/")[2]): json.loads(v) for k, v in client.key_value_dir_get(folder)}
-    return [rows[i] for i in range(place.processes)]
+    return [rows[i] for i in range(info.num_processes)]
 
 
-def agree(what: str, value: Any) -> None:
-    """Checks that all processes hold the same value; nothing to do where there is one process.
+def assert_equal_across_processes(label: str, value: Any) -> None:
+    """Raise on every process if the processes do not all pass the same value.
 
     Args:
-        what: name for the message; value: anything JSON can hold.
+        label: Name of the value for the message.
+        value: Anything that JSON can represent.
 
     Raises:
-        ValueError: on every process alike; names the first process that differs, and in what.
+        ValueError: On every process; names the first process that differs, and the keys.
     """
     if _session is None:
         return
-    rows = [_flat(row) for row in _exchange(_session, "value", value)]
+    rows = [_flat(row) for row in _all_gather(_session, "value", value)]
     for process, row in enumerate(rows):
         keys = [key for key in sorted({*rows[0], *row}) if rows[0].get(key) != row.get(key)]
         if keys:
-            listed = "; ".join(
+            differences = "; ".join(
                 f"{k}{k and ': '}{rows[0].get(k)!r} and {row.get(k)!r}" for k in keys[:5]
             )
             more = f"; and {len(keys) - 5} more" if len(keys) > 5 else ""
             raise ValueError(
                 f"processes 0 ({_hosts(_session)[0]}) and {process} ({_hosts(_session)[process]}) "
-                f"differ in {what}: {listed}{more}"
+                f"differ in {label}: {differences}{more}"
             )
 
 
-def wait_for_all(limit: int = 3600) -> None:
-    """Returns once every process has come here; nothing to do where there is one.
+def wait_for_all(timeout: int = 3600) -> None:
+    """Return once every process has called this; at once in a single process.
 
-    To be called after compiling: how long that takes differs, and collectives wait less (30 s on
-    CPUs) for one another.
+    Call it after compiling: compile times differ, and collectives on CPUs give up after 30 s.
 
     Args:
-        limit: seconds. One that fails meanwhile ends all, whatever the limit.
+        timeout: Seconds. A process that fails in the meantime ends all of them.
     """
     if _session is not None:
-        _client().wait_at_barrier(f"{_PREFIX}/{next(_session.numbers)}", limit * 1000)
+        _client().wait_at_barrier(f"{_PREFIX}/{next(_session.exchange_ids)}", timeout * 1000)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -271,43 +271,45 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _hosts(session: _Session) -> list[str]:
-    """Of all processes; the others know only process 0 and themselves."""
-    hosts = ["?"] * session.place.processes
+    """Return host names by process index; processes above 0 know only process 0 and their own."""
+    hosts = ["?"] * session.info.num_processes
     for process, connection in session.connections.items():
         hosts[process] = connection.host
-    hosts[session.place.process] = socket.gethostname()
+    hosts[session.info.process] = socket.gethostname()
     return hosts
 
 
-def _check_devices(session: _Session, asked: str | None) -> None:
-    """Prints the table of processes; ValueError where one sees other devices than asked for."""
-    limit = session.timeouts["initialization"]
+def _check_devices(session: _Session, devices_per_process: str | None) -> None:
+    """Print the table of processes, and raise ValueError if their devices differ."""
+    timeout = session.timeouts["initialization"]
 
-    def stuck() -> None:
-        # Where one process finds no accelerator, the others wait for it inside the runtime.
+    def report_missing() -> None:
+        # If one process finds no accelerator, the runtime of the remaining ones blocks.
         rows = dict(_client().key_value_dir_get(f"{_PREFIX}/1_devices/"))
-        there = [f"process {key.rpartition('/')[2]} has {row}" for key, row in rows.items()]
-        reason = f"not all processes have their devices after {limit} s; of those that have: "
-        reason += "; ".join(sorted(there)) or "none"
+        ready = [f"process {key.rpartition('/')[2]} has {row}" for key, row in rows.items()]
+        reason = f"not all processes have their devices after {timeout} s; of those that have: "
+        reason += "; ".join(sorted(ready)) or "none"
         print(f"error: {reason}", file=sys.stderr, flush=True)
-        fail(reason)
+        abort_all(reason)
 
-    timer = threading.Timer(limit, stuck)
+    timer = threading.Timer(timeout, report_missing)
     timer.daemon = True
     timer.start()
     local = jax.local_devices()
-    mine = [len(local), local[0].device_kind, local[0].platform, socket.gethostname(), os.getpid()]
-    rows = _exchange(session, "devices", mine)
+    row = [len(local), local[0].device_kind, local[0].platform, socket.gethostname(), os.getpid()]
+    rows = _all_gather(session, "devices", row)
     timer.cancel()
-    if session.place.process == 0:
+    if session.info.process == 0:
         print(_table(rows), flush=True)
     for process, (count, kind, name, host, _) in enumerate(rows):
-        sees = f"process {process} ({host}) sees {count} x {kind} ({name})"
-        if asked and str(count) != asked:
-            raise ValueError(f"{sees}, but {asked} a process were asked for")
+        message = f"process {process} ({host}) sees {count} x {kind} ({name})"
+        if devices_per_process and str(count) != devices_per_process:
+            raise ValueError(
+                f"{message}, but STARFLOW2_DEVICES_PER_PROCESS={devices_per_process} are expected"
+            )
         if [count, kind, name] != rows[0][:3]:
             first = "({3}) sees {0} x {1} ({2})".format(*rows[0])
-            raise ValueError(f"{sees}, process 0 {first}")
+            raise ValueError(f"{message}, process 0 {first}")
 
 
 def _table(rows: list[list[Any]]) -> str:
@@ -321,77 +323,78 @@ def _table(rows: list[list[Any]]) -> str:
 # --------------------------------------------------------------------------------------------- end
 
 
-def stopper() -> Callable[[int], bool]:
-    """Catches SIGTERM; the function returned says at each step whether to stop after it.
+def preemption_handler() -> Callable[[int], bool]:
+    """Catch SIGTERM, and return a function of the step that says whether to stop after it.
 
-    With several processes all of them have to call it at every step; once any has had the signal,
-    it is true on all of them at one and the same step. Until then nothing is sent.
+    In a job of several processes all of them must call it at every step. After a signal to any
+    process it returns True on all of them at the same step. It sends nothing until then.
     """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        # jax has caught the signal since `jax.distributed.initialize`.
+        # `jax.distributed.initialize` has installed the signal handler.
         return multihost_utils.reached_preemption_sync_point
-    asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    return lambda step: asked.is_set()
+    signaled = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: signaled.set())
+    return lambda step: signaled.is_set()
 
 
-def fail(error: BaseException | str) -> None:
-    """Ends this process, which has said why, and tells the others; returns where it is alone."""
+def abort_all(error: BaseException | str) -> None:
+    """End this process and all other ones of its job; return if it is a single process.
+
+    The caller has printed the error.
+    """
     session = _session
     if session is None or session.ending.is_set():
         return
     session.ending.set()
     reason = str(error).strip() or type(error).__name__
     for connection in session.connections.values():
-        rendezvous.tell(connection, failed=reason, process=session.place.process)
-    _leave(session)
+        rendezvous.send(connection, failed=reason, process=session.info.process)
+    _exit(session)
 
 
-def _leave(session: _Session) -> None:
+def _exit(session: _Session) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    if session.place.process == 0:
-        time.sleep(_GRACE + 1)  # the others speak before the coordinator's end aborts them
+    if session.info.process == 0:
+        time.sleep(_GRACE + 1)  # the exit of the coordinator would abort the messages of the rest
     os._exit(1)
 
 
-def _listen(session: _Session, process: int) -> None:
-    """Waits for what another process has to say; its silence is an end as well."""
-    message = rendezvous.hear(session.connections[process]) or {}
+def _watch(session: _Session, process: int) -> None:
+    """Wait for a message of another process; a closed connection means that it is gone."""
+    message = rendezvous.receive(session.connections[process]) or {}
     if "done" in message:
-        session.done[process].set()
+        session.finished[process].set()
         return
     reason, origin = message.get("failed"), message.get("process", process)
-    if session.place.process == 0:
-        for other in session.connections.values():
-            rendezvous.tell(other, failed=reason, process=origin)
-    if reason is not None or session.place.process == 0:
-        time.sleep(_GRACE)  # where all have the same to say, each says it itself
+    if session.info.process == 0:
+        for connection in session.connections.values():
+            rendezvous.send(connection, failed=reason, process=origin)
+    if reason is not None or session.info.process == 0:
+        time.sleep(_GRACE)  # processes that fail for the same reason print it themselves
     if session.ending.is_set():
         return
     session.ending.set()
-    what = f"stopped: {reason}" if reason else "ended without a word: killed, or its machine lost"
-    print(
-        f"error: process {origin} ({_hosts(session)[origin]}) of {session.place.processes} {what}",
-        file=sys.stderr,
-    )
-    _leave(session)
+    end = f"stopped: {reason}" if reason else "exited without an error (killed, or its host lost)"
+    name = f"process {origin} ({_hosts(session)[origin]}) of {session.info.num_processes}"
+    print(f"error: {name} {end}", file=sys.stderr)
+    _exit(session)
 
 
 def _finish(session: _Session) -> None:
-    """At exit: process 0, which hosts the coordinator, goes last of all that are well."""
+    """Exit in order: process 0 hosts jax's coordinator, so it leaves last."""
     if session.ending.is_set():
         return
-    if session.place.process:
-        # What process 0 still writes may take longer than jax waits for it.
-        rendezvous.tell(session.connections[0], done=True)
-        session.done[0].wait()
+    if session.info.process:
+        # Process 0 may still be writing files for longer than jax waits for it.
+        rendezvous.send(session.connections[0], done=True)
+        session.finished[0].wait()
     else:
         deadline = time.monotonic() + session.timeouts["shutdown"]
         for connection in session.connections.values():
-            rendezvous.tell(connection, done=True)
-        for done in session.done.values():
-            done.wait(max(deadline - time.monotonic(), 0))
+            rendezvous.send(connection, done=True)
+        for event in session.finished.values():
+            event.wait(max(deadline - time.monotonic(), 0))
     session.ending.set()

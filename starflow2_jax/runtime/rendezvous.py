@@ -1,8 +1,8 @@
-"""Where the processes of a run first meet: plain TCP at the coordinator's address.
+"""The first meeting of a job's processes, over plain TCP at the coordinator's address.
 
-Process 0 listens; every other one connects and says who it is. Once all are there process 0 tells
-them to begin and gives the port free for jax. Messages are JSON, one a line. The connections stay
-open for what `distributed` has to tell later; they carry words, never arrays.
+Process 0 listens; each of the remaining processes connects and sends its index. Once all are
+connected, process 0 sends `begin` and releases the port for jax. Messages are JSON, one per line.
+The connections stay open for the messages of `distributed.py`, which are short texts.
 """
 
 import contextlib
@@ -13,63 +13,69 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-_LINE = 1 << 20
+_MAX_LINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a process stands among the others.
+class ProcessInfo:
+    """The identity of a process in a job.
 
     Attributes:
         coordinator: HOST:PORT of process 0.
-        local_devices: ids of the machine's accelerators that this process takes; None for all.
+        num_processes: Number of processes of the job.
+        process: Index of this process, from 0.
+        local_devices: Ids of the machine's accelerators that this process uses; None for all.
     """
 
     coordinator: str
-    processes: int
+    num_processes: int
     process: int
     local_devices: tuple[int, ...] | None = None
 
 
 @dataclass
 class Connection:
-    """The open line to another process, and the host it runs on."""
+    """An open connection to another process, and the name of its host."""
 
     host: str
     socket: socket.socket
     file: Any = field(repr=False)
 
 
-def meet(place: Place, limit: float) -> dict[int, Connection]:
-    """Waits until all processes have met.
+def rendezvous(info: ProcessInfo, timeout: float) -> dict[int, Connection]:
+    """Wait until all processes are connected.
 
     Args:
-        limit: seconds; no process waits longer than this.
+        timeout: Seconds after which every process gives up.
 
     Returns:
-        process 0: a connection to each other process, by its number; the others: one to process 0.
+        On process 0 a connection to each other process, by its index; elsewhere one to process 0.
 
     Raises:
-        RuntimeError: the coordinator cannot be reached, its port is taken, or a process is missing
-            (process 0 says which, and tells the others).
-        ValueError: two processes of the same number, or of another count of processes.
+        RuntimeError: If the coordinator is unreachable, its port is in use, or a process is missing
+            (process 0 sends the indices of the missing processes to the connected ones).
+        ValueError: If two processes have the same index, or differ in the number of processes.
     """
-    host, _, port = place.coordinator.rpartition(":")
-    if place.process == 0:
-        return _gather(place, int(port), limit)
-    return {0: _reach(place, (host.strip("[]"), int(port)), limit)}
+    host, _, port = info.coordinator.rpartition(":")
+    if info.process == 0:
+        return _accept_all(info, int(port), timeout)
+    return {0: _connect(info, (host.strip("[]"), int(port)), timeout)}
 
 
-def tell(connection: Connection, **message: Any) -> None:
-    """Sends a message; one who is gone does not hear it."""
+def send(connection: Connection, **message: Any) -> None:
+    """Send a message; a closed connection is ignored."""
     with contextlib.suppress(OSError):
         connection.socket.sendall((json.dumps(message) + "\n").encode())
 
 
-def hear(connection: Connection) -> dict[str, Any] | None:
-    """The next message; None where the other end is closed. TimeoutError after a time limit."""
+def receive(connection: Connection) -> dict[str, Any] | None:
+    """Return the next message, or None if the other end is closed.
+
+    Raises:
+        TimeoutError: If the connection has a time limit and it expires.
+    """
     try:
-        line = connection.file.readline(_LINE)
+        line = connection.file.readline(_MAX_LINE_BYTES)
         return json.loads(line) if line.endswith(b"\n") else None
     except TimeoutError:
         raise
@@ -77,9 +83,9 @@ def hear(connection: Connection) -> dict[str, Any] | None:
         return None
 
 
-def _connection(end: socket.socket, host: str, limit: float | None) -> Connection:
-    end.settimeout(limit)
-    # Or a firewall between hosts forgets a line on which nothing is said for minutes.
+def _make_connection(end: socket.socket, host: str, timeout: float | None) -> Connection:
+    end.settimeout(timeout)
+    # Firewalls drop connections that are silent for minutes.
     end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_KEEPIDLE"):
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
@@ -87,109 +93,116 @@ def _connection(end: socket.socket, host: str, limit: float | None) -> Connectio
     return Connection(host, end, end.makefile("rb"))
 
 
-def _listener(port: int, place: Place) -> socket.socket:
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
+def _listen(port: int, info: ProcessInfo) -> socket.socket:
+    dual_stack = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual_stack else socket.AF_INET
     try:
         return socket.create_server(
-            ("", port), family=family, backlog=place.processes, dualstack_ipv6=both
+            ("", port), family=family, backlog=info.num_processes, dualstack_ipv6=dual_stack
         )
     except OSError as error:
         raise RuntimeError(
-            f"port {port} of the coordinator {place.coordinator} cannot be opened on "
-            f"{socket.gethostname()}: {error.strerror}; another run uses it, or set another one"
+            f"port {port} of the coordinator {info.coordinator} cannot be opened on "
+            f"{socket.gethostname()}: {error.strerror}. Another run may be using it; stop that run "
+            f"or choose another port"
         ) from None
 
 
-def _gather(place: Place, port: int, limit: float) -> dict[int, Connection]:
-    deadline = time.monotonic() + limit
-    there: dict[int, Connection] = {}
-    with _listener(port, place) as listener:
-        while len(there) < place.processes - 1:
+def _accept_all(info: ProcessInfo, port: int, timeout: float) -> dict[int, Connection]:
+    deadline = time.monotonic() + timeout
+    connections: dict[int, Connection] = {}
+    with _listen(port, info) as listener:
+        while len(connections) < info.num_processes - 1:
             listener.settimeout(max(deadline - time.monotonic(), 1e-3))
             try:
                 end, _ = listener.accept()
             except TimeoutError:
-                missing = [str(i) for i in range(1, place.processes) if i not in there]
+                missing = [str(i) for i in range(1, info.num_processes) if i not in connections]
                 _refuse(
-                    there,
-                    f"process {', '.join(missing)} of {place.processes} did not come to "
-                    f"{place.coordinator} within {limit:g} s",
+                    connections,
+                    f"process {', '.join(missing)} of {info.num_processes} did not connect to "
+                    f"{info.coordinator} within {timeout:g} s",
                 )
-            newcomer = _connection(end, "", 5.0)
-            hello = _greeting(newcomer)
+            newcomer = _make_connection(end, "", 5.0)
+            hello = _read_hello(newcomer)
             if hello is None:  # a port scanner, or a process that gave up
                 end.close()
                 continue
             newcomer.host, process = hello["host"], hello["process"]
-            if hello["processes"] != place.processes:
-                there[-1] = newcomer
+            if hello["processes"] != info.num_processes:
+                connections[-1] = newcomer
                 _refuse(
-                    there,
+                    connections,
                     f"process {process} ({newcomer.host}) is one of {hello['processes']}, "
-                    f"process 0 one of {place.processes}",
+                    f"process 0 one of {info.num_processes}",
                     ValueError,
                 )
-            if process in there or not 0 < process < place.processes:
-                there[-1] = newcomer
-                _refuse(there, f"two processes call themselves {process}", ValueError)
-            there[process] = newcomer
-    for connection in there.values():
+            if process in connections or not 0 < process < info.num_processes:
+                connections[-1] = newcomer
+                _refuse(connections, f"two processes have the index {process}", ValueError)
+            connections[process] = newcomer
+    for connection in connections.values():
         connection.socket.settimeout(None)
-        hosts = {i: c.host for i, c in there.items()} | {0: socket.gethostname()}
-        tell(connection, begin=[hosts[i] for i in range(place.processes)])
-    return there
+        hosts = {i: c.host for i, c in connections.items()} | {0: socket.gethostname()}
+        send(connection, begin=[hosts[i] for i in range(info.num_processes)])
+    return connections
 
 
-def _greeting(newcomer: Connection) -> dict[str, Any] | None:
+def _read_hello(newcomer: Connection) -> dict[str, Any] | None:
     try:
-        hello = hear(newcomer)
+        hello = receive(newcomer)
     except TimeoutError:
         return None
-    wanted = {"process": int, "processes": int, "host": str}
-    fits = isinstance(hello, dict) and all(isinstance(hello.get(k), t) for k, t in wanted.items())
-    return hello if fits else None
+    types = {"process": int, "processes": int, "host": str}
+    valid = isinstance(hello, dict) and all(isinstance(hello.get(k), t) for k, t in types.items())
+    return hello if valid else None
 
 
-def _refuse(there: dict[int, Connection], reason: str, kind: type[Exception] = RuntimeError):
-    for connection in there.values():
-        tell(connection, refused=reason)
+def _refuse(connections: dict[int, Connection], reason: str, kind: type[Exception] = RuntimeError):
+    for connection in connections.values():
+        send(connection, refused=reason)
         connection.socket.close()
     raise kind(reason)
 
 
-def _reach(place: Place, address: tuple[str, int], limit: float) -> Connection:
-    deadline = time.monotonic() + limit
+def _connect(info: ProcessInfo, address: tuple[str, int], timeout: float) -> Connection:
+    deadline = time.monotonic() + timeout
     while True:
-        left = deadline - time.monotonic()
+        remaining = deadline - time.monotonic()
         try:
-            end = socket.create_connection(address, timeout=max(min(left, 5.0), 0.1))
+            end = socket.create_connection(address, timeout=max(min(remaining, 5.0), 0.1))
             break
         except OSError as error:
-            if left <= 1.0:
+            if remaining <= 1.0:
                 raise RuntimeError(
-                    f"the coordinator {place.coordinator} cannot be reached from "
-                    f"{socket.gethostname()} (process {place.process}) within {limit:g} s: "
-                    f"{error.strerror or error}; does process 0 run there, and is the port open?"
+                    f"the coordinator {info.coordinator} cannot be reached from "
+                    f"{socket.gethostname()} (process {info.process}) within {timeout:g} s: "
+                    f"{error.strerror or error}. Check that process 0 runs on that host and that "
+                    f"the port is open"
                 ) from None
         time.sleep(0.5)
-    # Two seconds more than process 0 waits, so that it can say who is missing.
-    connection = _connection(end, address[0], max(deadline - time.monotonic(), 1.0) + 2.0)
-    me = {"process": place.process, "processes": place.processes, "host": socket.gethostname()}
-    tell(connection, **me, pid=os.getpid())
+    # Wait two seconds longer than process 0, so that it can report the missing processes.
+    connection = _make_connection(end, address[0], max(deadline - time.monotonic(), 1.0) + 2.0)
+    send(
+        connection,
+        process=info.process,
+        processes=info.num_processes,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+    )
     try:
-        answer = hear(connection)
+        reply = receive(connection)
     except TimeoutError:
         raise RuntimeError(
-            f"{place.coordinator} answers, but not all of {place.processes} processes have come "
-            f"within {limit:g} s (this is process {place.process})"
+            f"{info.coordinator} answers, but not all of {info.num_processes} processes have "
+            f"connected within {timeout:g} s (this is process {info.process})"
         ) from None
-    if answer is None or not {"begin", "refused"} & set(answer):
+    if reply is None or not {"begin", "refused"} & set(reply):
         raise RuntimeError(
-            f"{place.coordinator} is not process 0 of this run, or it has just ended"
+            f"{info.coordinator} is not process 0 of this run, or it has just exited"
         )
-    if "refused" in answer:
-        raise RuntimeError(answer["refused"])
+    if "refused" in reply:
+        raise RuntimeError(reply["refused"])
     connection.socket.settimeout(None)
-    connection.host = answer["begin"][0]
+    connection.host = reply["begin"][0]
     return connection

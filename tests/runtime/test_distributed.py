@@ -1,4 +1,4 @@
-"""Who a process is, how processes meet, and what each is told where they cannot be one run."""
+"""Process detection, the rendezvous, and the errors of processes that cannot form one job."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from helpers.paths import ROOT
 
 from starflow2_jax import config
 from starflow2_jax.runtime import distributed, rendezvous
-from starflow2_jax.runtime.rendezvous import Place
+from starflow2_jax.runtime.rendezvous import ProcessInfo
 
 
 def free_port():
@@ -34,18 +34,18 @@ SLURM = {
 }  # fmt: skip
 
 
-def test_alone():
+def test_a_single_process_needs_no_variables():
     assert distributed.detect({}) is None
     assert distributed.detect({**EXPLICIT, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
     # An interactive step of one task in a job of four.
     assert distributed.detect({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) is None
     distributed.init_distributed()
-    distributed.agree("anything", {"a": 1})
-    distributed.fail("nothing happens")
+    distributed.assert_equal_across_processes("anything", {"a": 1})
+    distributed.abort_all("nothing happens")
 
 
-def test_variables():
-    assert distributed.detect(EXPLICIT) == Place("box:1234", 4, 3)
+def test_explicit_variables_identify_the_process():
+    assert distributed.detect(EXPLICIT) == ProcessInfo("box:1234", 4, 3)
     devices = distributed.detect({**EXPLICIT, "JAX_LOCAL_DEVICE_IDS": "4,5"}).local_devices
     assert devices == (4, 5)
 
@@ -66,14 +66,14 @@ def test_variables_that_do_not_fit(changes, message):
         distributed.detect({**EXPLICIT, **changes})
 
 
-def test_slurm():
-    assert distributed.detect(SLURM) == Place("gpu017:61005", 4, 2)
+def test_slurm_variables_identify_the_process():
+    assert distributed.detect(SLURM) == ProcessInfo("gpu017:61005", 4, 2)
     nodes = {"node7": "node7", "a-1,b[1-2]": "a-1", "n[08,10-12]": "n08", "x[1-2],y": "x1"}
     for listed, first in nodes.items():
-        found = distributed.detect({**SLURM, "SLURM_STEP_NODELIST": listed})
-        assert found.coordinator == f"{first}:61005"
-    given = distributed.detect({**SLURM, "JAX_COORDINATOR_ADDRESS": "ib0:5"})
-    assert given == Place("ib0:5", 4, 2)
+        info = distributed.detect({**SLURM, "SLURM_STEP_NODELIST": listed})
+        assert info.coordinator == f"{first}:61005"
+    info = distributed.detect({**SLURM, "JAX_COORDINATOR_ADDRESS": "ib0:5"})
+    assert info == ProcessInfo("ib0:5", 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -88,38 +88,41 @@ def test_slurm():
 )
 def test_slurm_tasks_share_the_devices_of_a_node(tasks, local, visible, devices):
     changes = {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_LOCALID": local}
-    found = distributed.detect({**SLURM, **changes, "CUDA_VISIBLE_DEVICES": visible})
-    assert found.local_devices == devices
+    info = distributed.detect({**SLURM, **changes, "CUDA_VISIBLE_DEVICES": visible})
+    assert info.local_devices == devices
 
 
 def test_code_fingerprint_follows_names_and_contents(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text("one")
     monkeypatch.setattr(distributed, "__file__", str(tmp_path / "runtime" / "distributed.py"))
-    seen = {distributed.code_fingerprint()}
+    fingerprints = {distributed.code_fingerprint()}
     (tmp_path / "a.py").write_text("two")
-    seen.add(distributed.code_fingerprint())
+    fingerprints.add(distributed.code_fingerprint())
     (tmp_path / "a.py").rename(tmp_path / "b.py")
-    seen.add(distributed.code_fingerprint())
+    fingerprints.add(distributed.code_fingerprint())
     (tmp_path / "notes.txt").write_text("no source")
-    assert len(seen) == 3 and distributed.code_fingerprint() in seen
+    assert len(fingerprints) == 3 and distributed.code_fingerprint() in fingerprints
 
 
-# ----------------------------------------------------------------------------------------- meeting
+# --------------------------------------------------------------------------------------- rendezvous
 
 
-def meet(places, limit=30.0, delays=()):
-    """What each of several processes, here threads, gets or raises, and after how long."""
-    results = [None] * len(places)
+def meet(infos, timeout=30.0, delays=()):
+    """Return the result or error of each process, run as a thread, and its seconds."""
+    results = [None] * len(infos)
 
     def run(number):
         time.sleep(delays[number] if delays else 0)
-        began = time.monotonic()
+        start_time = time.monotonic()
         try:
-            results[number] = rendezvous.meet(places[number], limit), time.monotonic() - began
+            results[number] = (
+                rendezvous.rendezvous(infos[number], timeout),
+                time.monotonic() - start_time,
+            )
         except Exception as error:
-            results[number] = error, time.monotonic() - began
+            results[number] = error, time.monotonic() - start_time
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(places))]
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(infos))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -127,67 +130,67 @@ def meet(places, limit=30.0, delays=()):
     return results
 
 
-def places(port, processes=3, there=None):
-    return [Place(f"localhost:{port}", processes, i) for i in (there or range(processes))]
+def job(port, processes=3, indices=None):
+    return [ProcessInfo(f"localhost:{port}", processes, i) for i in (indices or range(processes))]
 
 
-def test_all_meet_and_the_port_is_free_for_jax_with_the_lines_open():
+def test_after_the_rendezvous_the_port_is_free_and_the_connections_are_open():
     port = free_port()
-    (zero, _), (one, _), (two, _) = meet(places(port), delays=(1.0, 0, 0))
+    (zero, _), (one, _), (two, _) = meet(job(port), delays=(1.0, 0, 0))
     assert set(zero) == {1, 2} and set(one) == set(two) == {0}
     with socket.create_server(("", port)):
-        rendezvous.tell(zero[2], failed="x")
-        assert rendezvous.hear(two[0]) == {"failed": "x"}
-        rendezvous.tell(one[0], done=True)
-        assert rendezvous.hear(zero[1]) == {"done": True}
+        rendezvous.send(zero[2], failed="x")
+        assert rendezvous.receive(two[0]) == {"failed": "x"}
+        rendezvous.send(one[0], done=True)
+        assert rendezvous.receive(zero[1]) == {"done": True}
         two[0].file.close()
         two[0].socket.close()
-        assert rendezvous.hear(zero[2]) is None
+        assert rendezvous.receive(zero[2]) is None
 
 
-def test_a_missing_process_is_named_to_all():
-    for error, seconds in meet(places(free_port(), 4, (0, 1, 3)), limit=2.0):
+def test_a_missing_process_is_named_by_all():
+    for error, seconds in meet(job(free_port(), 4, (0, 1, 3)), timeout=2.0):
         assert isinstance(error, RuntimeError) and seconds < 6
-        assert "process 2 of 4 did not come to localhost:" in str(error)
+        assert "process 2 of 4 did not connect to localhost:" in str(error)
 
 
 def test_a_coordinator_that_cannot_be_reached():
-    ((error, seconds),) = meet(places(free_port(), 2, (1,)), limit=2.0)
+    ((error, seconds),) = meet(job(free_port(), 2, (1,)), timeout=2.0)
     assert isinstance(error, RuntimeError) and seconds < 6
     assert "cannot be reached from" in str(error) and "within 2 s: Connection refused" in str(error)
-    nowhere = Place("no-such-host.invalid:1", 2, 1)
-    ((error, _),) = meet([nowhere], limit=2.0)
+    nowhere = ProcessInfo("no-such-host.invalid:1", 2, 1)
+    ((error, _),) = meet([nowhere], timeout=2.0)
     assert "no-such-host.invalid:1 cannot be reached" in str(error)
 
 
 def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
-        ((error, seconds),) = meet(places(port, 2, (0,)), limit=2.0)
+        ((error, seconds),) = meet(job(port, 2, (0,)), timeout=2.0)
     assert f"port {port} of the coordinator" in str(error) and seconds < 2
 
 
 def test_something_else_at_the_coordinators_port():
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
-        ((error, seconds),) = meet(places(port, 2, (1,)), limit=1.0)
-    assert "not all of 2 processes have come within 1 s" in str(error) and seconds < 6
+        ((error, seconds),) = meet(job(port, 2, (1,)), timeout=1.0)
+    assert "not all of 2 processes have connected within 1 s" in str(error) and seconds < 6
 
 
-def test_two_of_the_same_number_and_another_count():
+def test_duplicate_indices_and_different_process_counts_are_refused():
     port = free_port()
-    for error, _ in meet(places(port, 3, (0, 1, 1)), limit=10.0):
-        assert "two processes call themselves 1" in str(error)
+    for error, _ in meet(job(port, 3, (0, 1, 1)), timeout=10.0):
+        assert "two processes have the index 1" in str(error)
     port = free_port()
-    odd = [Place(f"localhost:{port}", 3, 0), Place(f"localhost:{port}", 2, 1)]
-    for error, _ in meet(odd, limit=10.0):
+    odd = [ProcessInfo(f"localhost:{port}", 3, 0), ProcessInfo(f"localhost:{port}", 2, 1)]
+    for error, _ in meet(odd, timeout=10.0):
         assert "process 1" in str(error) and "is one of 2, process 0 one of 3" in str(error)
 
 
-def test_strangers_at_the_port_do_no_harm():
+def test_strangers_at_the_port_are_ignored():
     port = free_port()
     results = []
-    first = threading.Thread(target=lambda: results.append(meet(places(port, 2, (0,)))[0]))
+    first = threading.Thread(target=lambda: results.append(meet(job(port, 2, (0,)))[0]))
     first.start()
     for word in (b"GET / HTTP/1.1\r\n\r\n", b"", b'{"process": "1"}\n', b"\xff\n"):
         deadline = time.monotonic() + 10
@@ -199,7 +202,7 @@ def test_strangers_at_the_port_do_no_harm():
                 time.sleep(0.1)
         stranger.sendall(word)
         stranger.close()
-    ((one, _),) = meet(places(port, 2, (1,)))
+    ((one, _),) = meet(job(port, 2, (1,)))
     first.join()
     assert set(one) == {0} and set(results[0][0]) == {1}
 
@@ -210,6 +213,7 @@ PROGRAM = """
 import json, os, sys, time
 import jax
 from starflow2_jax.runtime import cli, distributed
+check_equal = distributed.assert_equal_across_processes
 index = int(os.environ["JAX_PROCESS_ID"])
 patient = dict.fromkeys(("initialization", "heartbeat", "shutdown"), 200)
 def main(words):
@@ -222,27 +226,27 @@ cli.run(main)
 
 
 def run(body, processes=2, **environ):
-    """(exit status, output) of each of some processes that run `body` after meeting."""
+    """Return (exit status, output) of each process that runs `body` after the rendezvous."""
     port, started = free_port(), []
     for i in range(processes):
-        own = {
+        variables = {
             name: value[i] if isinstance(value, list) else value for name, value in environ.items()
         }
         environment = {
             **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2",
             "JAX_PROCESS_ID": str(i), "JAX_NUM_PROCESSES": str(processes),
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "PYTHONPATH": str(ROOT), **own,
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "PYTHONPATH": str(ROOT), **variables,
         }  # fmt: skip
         command = [sys.executable, "-c", PROGRAM.replace("BODY", body)]
         # Not in the repository, which python -c would put before PYTHONPATH.
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": "/"}
         started.append(subprocess.Popen(command, env=environment, **pipes))
-    done = [(process.communicate(timeout=300)[0], process.returncode) for process in started]
-    return [(status, output) for output, status in done]
+    results = [(process.communicate(timeout=300)[0], process.returncode) for process in started]
+    return [(status, output) for output, status in results]
 
 
 def test_processes_agree_and_end_well():
-    body = 'distributed.agree("the data", {"a": [1, 2]}); print(jax.device_count())'
+    body = """check_equal("the data", {"a": [1, 2]}); print(jax.device_count())"""
     (first, output), (second, other) = run(body)
     assert first == second == 0, output + other
     assert "Traceback" not in output + other
@@ -254,42 +258,42 @@ def test_processes_agree_and_end_well():
     assert all(row[3:] == ["2", "x", "cpu", "(cpu)"] for row in table[1:])
 
 
-def test_other_devices_than_asked_for():
+def test_an_unexpected_number_of_devices_is_refused():
     results = run("pass", JAX_NUM_CPU_DEVICES=["2", "3"], STARFLOW2_DEVICES_PER_PROCESS="2")
     for status, output in results:
         last = output.splitlines()[-1]
         assert status == 1 and last.startswith("error: process 1 (") and "sees 3 x cpu" in last
-        assert last.endswith("but 2 a process were asked for")
+        assert last.endswith("but STARFLOW2_DEVICES_PER_PROCESS=2 are expected")
 
 
-def test_what_differs_is_said_by_each():
-    body = 'distributed.agree("the data", {"eval": 1, "data": {"sha": index, "n": 2}})'
+def test_each_process_reports_the_difference():
+    body = """check_equal("the data", {"eval": 1, "data": {"sha": index, "n": 2}})"""
     for status, output in run(body):
         last = output.splitlines()[-1]
         assert status == 1 and last.endswith("differ in the data: data.sha: 0 and 1")
 
 
 @pytest.mark.parametrize("failing", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_one_that_fails_ends_the_others(failing):
+def test_a_failing_process_ends_the_job(failing):
     """The others wait in a barrier without end, as in a collective."""
     body = (
         f'index == {failing} and (_ for _ in ()).throw(ValueError("record 7 is bad"));'
         "time.sleep(600)"
     )
-    began = time.time()
+    start_time = time.time()
     results = run(body)
-    assert time.time() - began < 200
+    assert time.time() - start_time < 200
     for process, (status, output) in enumerate(results):
-        said = output.splitlines()[-1]
+        last_line = output.splitlines()[-1]
         assert status == 1, output
         if process == failing:
-            assert said == "error: record 7 is bad"
+            assert last_line == "error: record 7 is bad"
         else:
-            assert said.startswith(f"error: process {failing} (")
-            assert said.endswith(" of 2 stopped: record 7 is bad")
+            assert last_line.startswith(f"error: process {failing} (")
+            assert last_line.endswith(" of 2 stopped: record 7 is bad")
 
 
-def test_code_that_differs(tmp_path):
+def test_processes_with_different_code_are_refused(tmp_path):
     """Process 1 has a package of its own, with one more comment."""
     copy = tmp_path / "starflow2_jax"
     shutil.copytree(ROOT / "starflow2_jax", copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -300,7 +304,7 @@ def test_code_that_differs(tmp_path):
         assert "differ in the code: sources: " in output.splitlines()[-1]
 
 
-def test_the_limits_are_those_that_are_documented():
+def test_timeouts_are_the_documented_ones():
     assert list(distributed.TIMEOUTS.values()) == [45, 45, 20, 30]
     keys = {
         f"distributed.{name}": config.KEYS[f"distributed.{name}"].default

@@ -162,7 +162,7 @@ def test_two_processes_killed_and_moved_to_one_lose_nothing(make, tmp_path):
     whole, run = tmp_path / "whole" / "run", tmp_path / "moved" / "run"
     finish(start(cfg, whole, "1x8", notes=tmp_path / "w"))
     output = finish(start(cfg, run, "2x4", "1@before:4", tmp_path / "a"), expected=137)
-    assert "process 1 (" in output and "ended without a word: killed" in output
+    assert "process 1 (" in output and "exited without an error (killed" in output
     assert output.splitlines()[-1].startswith(
         "error: the first of 2 processes to end: process 1: ended by signal 9"
     )
