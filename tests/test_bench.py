@@ -41,22 +41,22 @@ def test_timed_waits_for_the_result_and_takes_the_median():
         calls.append(1)
         return jnp.ones(3)
 
-    row = timing.timed(run, 5, warm_up=1)
+    row = timing.measure(run, 5, warm_up=1)
     assert len(calls) == 6 and row["repeats"] == 5
     assert row["ms_min"] <= row["ms"] <= row["ms_max"]
     assert row["peak_mb"] > 10
 
 
 def test_shares_are_work_over_time():
-    row = timing.shares(1000.0, RATES, work=50e9, moved=10e9)
+    row = timing.utilization(1000.0, RATES, flops=50e9, num_bytes=10e9)
     assert row["gflops"] == pytest.approx(50) and row["share_of_matmul_rate"] == pytest.approx(0.5)
     assert row["machine_gb_per_s"] == 20.0 and row["bound_ms"] == pytest.approx(500)
     assert row["share_of_bound"] == pytest.approx(0.5)
-    assert "bound_ms" not in timing.shares(1000.0, RATES, work=1e9)
+    assert "bound_ms" not in timing.utilization(1000.0, RATES, flops=1e9)
 
 
 def test_machine_gives_every_rate():
-    row = timing.machine(repeats=1, side=64, pairs=1)
+    row = timing.machine_rates(repeats=1, side=64, pairs=1)
     rates = [name for name in row if name.endswith(("gflops", "gb_per_s"))]
     assert len(rates) == 5 and all(row[name] > 0 for name in rates)
 
@@ -97,7 +97,7 @@ def values(*words):
 
 
 def test_command_prints_json_and_lines(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "machine", lambda repeats=1: RATES)
+    monkeypatch.setattr(bench, "machine_rates", lambda repeats=1: RATES)
     words = ("--preset", "peer_tarflow", "--repeats", "1")
     bench.main("sample", [], values(*words, "--json"))
     assert json.loads(capsys.readouterr().out)["row"] == "sample peer_tarflow"
@@ -116,7 +116,7 @@ def test_command_prints_json_and_lines(tiny, capsys, monkeypatch):
     ],
 )
 def test_bad_input_names_the_flag(verb, words, message, monkeypatch):
-    monkeypatch.setattr(bench, "machine", lambda repeats=1: RATES)
+    monkeypatch.setattr(bench, "machine_rates", lambda repeats=1: RATES)
     with pytest.raises(ValueError, match=message):
         bench.main(verb, [], values(*words))
 
@@ -144,7 +144,7 @@ def least():
     return starflow2.Config(vlm, starflow2.flow_config(32, **sizes))
 
 starflow2.PRESETS["tiny"] = least
-bench.machine = lambda repeats=1: timing.machine(1, 64, 1)
+bench.machine_rates = lambda repeats=1: timing.machine_rates(1, 64, 1)
 values = flags.FlagValues()
 bench.define(values)
 values("bench --preset stage3 --size tiny --batch 2 --repeats 1 --json".split())

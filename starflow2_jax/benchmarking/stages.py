@@ -1,7 +1,8 @@
-"""STARFlow2's stages at any preset's size with random weights: a training step, a decoding.
+"""A training step and a decoding of STARFlow2 at any preset's size, with random weights.
 
-What `bench` runs where nothing but jax, flax, optax and numpy is: no data, no tokenizer, no files.
-Rows are full of images with a few words between, as the experiment of the stage packs them.
+`bench` runs them on machines that have only jax, flax, optax and numpy: they need no data, no
+tokenizer and no files. Rows are full of images with a few text tokens between them, as the
+experiment of the stage packs them.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax import config
-from starflow2_jax.benchmarking.timing import Result, shares, timed
+from starflow2_jax.benchmarking.timing import Result, measure, utilization
 from starflow2_jax.inference import decode_loop, session
 from starflow2_jax.mesh import host_rows, make_mesh
 from starflow2_jax.models import starflow2 as pretzel
@@ -24,7 +25,7 @@ from starflow2_jax.training.logging import throughput
 from starflow2_jax.training.program import to_device
 from starflow2_jax.training.tasks import starflow2
 
-# What a stage trains, and its row: positions, images, learnt tokens (of experiments/stage*.py).
+# Trainable subtrees of a stage and the sizes of its rows, as in experiments/stage*.py.
 STAGES: dict[str, dict[str, Any]] = {
     "stage1": {"trainable": ("shallow", "deep"), "length": 1536, "images": 4, "max_targets": 0},
     "stage3": {
@@ -40,96 +41,99 @@ TINY: dict[str, dict[str, Any]] = {
     "stage3": {"length": 256, "images": 2, "max_targets": 0},
 }
 GIB = 2**30
-# A prompt that has been read, and tokens to draw.
-PROMPT, WORDS = 128, 64
+# Tokens of the prompt in the cache, and text tokens to sample.
+PROMPT_TOKENS, TEXT_TOKENS = 128, 64
 
 
 def experiment(stage: str, size: str, rows: int, dtype: str) -> dict[str, Any]:
-    """A configuration as `training.tasks.starflow2.build` takes it.
+    """Return the configuration of a stage.
 
     Args:
-        stage: a key of `STAGES`; size: of `starflow2.PRESETS`; dtype: of matmuls and frozen VLM.
+        stage: A key of `STAGES`.
+        size: A key of `starflow2.PRESETS`.
+        rows: Rows of the global batch.
+        dtype: Dtype of matmuls and of the frozen VLM.
     """
     cfg = config.plain()
-    own = {**STAGES[stage], **(TINY[stage] if size == "tiny" else {})}
+    settings = {**STAGES[stage], **(TINY[stage] if size == "tiny" else {})}
     cfg["task"], cfg["name"] = "starflow2", f"{stage}_{size}"
     cfg["model"] = pretzel.options(pretzel.preset(size))
     remat = "none" if size == "tiny" else "full"
     cfg["model"]["flow"]["remat"] = cfg["model"]["vlm"]["remat"] = remat
     cfg["compute_dtype"] = cfg["frozen_dtype"] = dtype
-    cfg["train"]["trainable"], cfg["train"]["batch_size"] = own["trainable"], rows
+    cfg["train"]["trainable"], cfg["train"]["batch_size"] = settings["trainable"], rows
     for key in ("length", "images", "max_targets"):
-        cfg["text"][key] = own[key]
+        cfg["text"][key] = settings[key]
     cfg["noise"]["sigma"] = 0.3
     config.check(cfg)
     return cfg
 
 
 def rows_of_images(cfg: dict[str, Any], model: Config, count: int) -> dict[str, np.ndarray]:
-    """A host batch: in each row all its images, each begun, ended and introduced by words.
+    """Return a host batch of `count` equal rows, full of images with text tokens before each.
 
-    One segment; every image and, in stages that learn text, the words are learnt.
+    A row is one segment. Every image is a target, and up to `text.max_targets` text tokens.
     """
     length, images, patches = cfg["text"]["length"], cfg["text"]["images"], model.patches
-    side, draw = model.flow.side, np.random.default_rng(0)
-    room = length // images
+    side, rng = model.flow.side, np.random.default_rng(0)
+    period = length // images
     image = np.full(length, -1, np.int32)
     flow = np.zeros((length, 3), np.int32)
     for m in range(images):
-        first = m * room + room - patches - 1
+        first = m * period + period - patches - 1
         image[first : first + patches] = m * patches + np.arange(patches)
         flow[first : first + patches, 0] = np.arange(patches) // side
         flow[first : first + patches, 1] = np.arange(patches) % side
     flow[:, 2] = np.cumsum(image < 0)
-    learnt = np.ones(length, bool)
+    is_target = np.ones(length, bool)
     limit = cfg["text"]["max_targets"]
     if limit:
-        learnt[np.flatnonzero(image < 0)[limit:]] = False
-    one = {
-        "ids": draw.integers(8, model.vlm.vocab // 2, length, np.int32),
+        is_target[np.flatnonzero(image < 0)[limit:]] = False
+    row = {
+        "ids": rng.integers(8, model.vlm.vocab // 2, length, np.int32),
         "segments": np.ones(length, np.int32),
         "image": image,
-        "target": learnt,
+        "target": is_target,
         "positions": np.repeat(np.arange(length, dtype=np.int32)[:, None], 3, 1),
         "flow_positions": flow,
     }
-    batch = {name: np.repeat(a[None], count, 0) for name, a in one.items()}
+    batch = {name: np.repeat(a[None], count, 0) for name, a in row.items()}
     shape = (count, images, patches, model.flow.channels)
-    batch["latent_mean"] = draw.standard_normal(shape, np.float32)
+    batch["latent_mean"] = rng.standard_normal(shape, np.float32)
     return batch | {"latent_logvar": np.full(shape, -5.0, np.float32)}
 
 
 def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
-    """A stage's own training step on the default devices, rows cut over them (layout `fsdp`).
+    """Time the training step of a stage on the default devices, in layout `fsdp`.
 
     Returns:
-        `ms` and the like of `timing.timed`, `tokens_per_s`, `mfu` of the devices' bfloat16 peak,
-        and `needs_gib`, what the compiled step holds on a device.
+        The entries of `timing.measure`, `tokens_per_s`, `mfu` of the devices' bfloat16 peak, and
+        `needs_gib`, the memory of the compiled step per device.
 
     Raises:
-        ValueError: a step that the device cannot hold; says by how much.
+        ValueError: If the step does not fit into the memory of the device.
     """
     peak = throughput.peak_flops()
-    mesh = make_mesh("fsdp=-1")
+    device_mesh = make_mesh("fsdp=-1")
     cfg = experiment(stage, size, rows, dtype) | {"layout": "fsdp", "mesh": "fsdp=-1"}
-    program = starflow2.build(cfg, mesh)
-    began = time.perf_counter()
-    ready = program.lower_step().compile()
-    seconds = time.perf_counter() - began
-    needs = _needs(ready)
-    _check_room(needs, rows)
-    with jax.set_mesh(mesh):
+    program = starflow2.build(cfg, device_mesh)
+    start_time = time.perf_counter()
+    executable = program.lower_step().compile()
+    seconds = time.perf_counter() - start_time
+    needs = _device_bytes(executable)
+    _check_memory(needs, rows)
+    with jax.set_mesh(device_mesh):
         state, frozen = program.init(jax.random.key(0))
-        batch = rows_of_images(cfg, program.model, len(host_rows(rows, mesh)))
-        held, batch = [state], to_device(program, batch)
+        batch = rows_of_images(cfg, program.model, len(host_rows(rows, device_mesh)))
+        current, batch = [state], to_device(program, batch)
         del state
 
         def run():
-            held[0], metrics = ready(held[0], frozen, batch)
+            current[0], metrics = executable(current[0], frozen, batch)
             return metrics
 
         row = {"row": f"train {stage} {size}", "batch": rows, "dtype": dtype}
-        row |= {"compile_s": seconds, "needs_gib": needs / GIB, **timed(run, repeats)}
+        row |= {"compile_s": seconds, "needs_gib": needs / GIB, **measure(run, repeats)}
         row["loss"] = float(run()["loss"])
     work = starflow2.work(cfg, program.model, program.declared)
     row["tokens_per_s"] = 1000 * work["tokens"] / row["ms"]
@@ -137,34 +141,35 @@ def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
     return row | {"mfu": 1000 * work["flops"] / row["ms"] / peak}
 
 
-def _needs(ready: Any) -> float:
-    """Bytes on a device: arguments, results and temporaries of a compiled program."""
-    found = ready.memory_analysis()
-    whole = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    return whole - found.alias_size_in_bytes
+def _device_bytes(executable: Any) -> float:
+    """Return the bytes per device of a compiled program's arguments, outputs and temporaries."""
+    stats = executable.memory_analysis()
+    total = stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
+    return total - stats.alias_size_in_bytes
 
 
-def _check_room(needs: float, rows: int) -> None:
+def _check_memory(needs: float, rows: int) -> None:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     if limit and needs > limit:
         raise ValueError(
-            f"bench: the step needs {needs / GIB:.1f} GiB a device, {limit / GIB:.1f} are there: "
-            f"fewer rows than --batch={rows}, more devices, --preset=stage1, or --size=small"
+            f"bench: the step needs {needs / GIB:.1f} GiB per device, which has "
+            f"{limit / GIB:.1f}; use fewer rows than --batch={rows}, more devices, "
+            f"--preset=stage1, or --size=small"
         )
 
 
 def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Result) -> Result:
-    """The decode loop after a prompt: an image's patches, then words, `rows` conversations at once.
+    """Time the decode loop after a prompt: the patches of an image, then text tokens.
 
-    Weights are held in `dtype`. Nothing is read but what the loop reads: bounds are the time that
-    the weights and the cache take at the machine's best bandwidth.
+    The weights are stored in `dtype`. The bound is the time to read the weights and the cache at
+    the machine's best bandwidth.
 
     Args:
-        rates: of `timing.machine`.
+        rates: The result of `timing.machine_rates`.
 
     Returns:
-        `image_...` and `text_...`: ms of one image and of `WORDS` tokens, tokens/s of all rows
-        together, `bound_ms` and `share_of_bound`.
+        `image_...` and `text_...`: milliseconds of one image and of `TEXT_TOKENS` tokens, tokens
+        per second of all rows together, `bound_ms` and `share_of_bound`.
     """
     cfg = pretzel.preset(size)
     own = lambda part: dataclasses.replace(part, compute_dtype=dtype)
@@ -172,13 +177,15 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
     tree = {n: t for n, t in pretzel.declare(cfg).items() if n != "shallow"}
     laid_out = lambda key: decode_loop.prepare(init_params(key, tree, dtype), cfg=cfg)
     params = jax.jit(laid_out)(jax.random.key(0))
-    slots = -(-(PROMPT + cfg.patches + WORDS) // session.CACHE_STEP) * session.CACHE_STEP
+    slots = (
+        -(-(PROMPT_TOKENS + cfg.patches + TEXT_TOKENS) // session.CACHE_STEP) * session.CACHE_STEP
+    )
     keys = jax.random.split(jax.random.key(1), rows)
     held = session.begin(params, cfg, keys, "", 1.0, slots, True)
     # Each a buffer of its own, as the loop takes all of them over.
     prepared, heat, states = held.params, held.heat, [jax.tree.map(jnp.copy, held.state)]
     del params, held
-    read = jnp.zeros((rows, slots), bool).at[:, :PROMPT].set(True)
+    read = jnp.zeros((rows, slots), bool).at[:, :PROMPT_TOKENS].set(True)
     ids = decode_loop.Ids(3, 4, (), (), cfg.vlm.vocab)
     numbers = decode_loop.Numbers(1.0, 0, 1.0, 1.0, None)
     full = lambda value: jnp.full(rows, value, jnp.int32)
@@ -186,8 +193,8 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
     def draw(mode: int, steps: int) -> Callable[[], Any]:
         def run():
             # The prompt has been read, and what was drawn since is taken back.
-            caches = tuple(c.replace(length=jnp.int32(PROMPT)) for c in states[0].caches)
-            own = {"mode": full(mode), "patch": full(0), "tokens": full(WORDS)}
+            caches = tuple(c.replace(length=jnp.int32(PROMPT_TOKENS)) for c in states[0].caches)
+            own = {"mode": full(mode), "patch": full(0), "tokens": full(TEXT_TOKENS)}
             own |= {"token": full(3), "is_image": jnp.zeros(rows, bool), "images": full(0)}
             state, drawn = states[0].replace(caches=caches, valid=jnp.copy(read), **own), []
             for first in range(0, steps, decode_loop.CHUNK):
@@ -202,36 +209,37 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
         return run
 
     row: Result = {"row": f"sample {stage} {size}", "batch": rows, "dtype": dtype}
-    row |= {"prompt": PROMPT, "slots": slots}
-    moved = step_bytes(cfg, rows, slots, jnp.dtype(dtype).itemsize)
+    row |= {"prompt": PROMPT_TOKENS, "slots": slots}
+    num_bytes = step_bytes(cfg, rows, slots, jnp.dtype(dtype).itemsize)
     for name, mode, steps in (
         ("image", decode_loop.IMAGE, cfg.patches),
-        ("text", decode_loop.TEXT, WORDS),
+        ("text", decode_loop.TEXT, TEXT_TOKENS),
     ):
         run = draw(mode, steps)
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         drawn = np.concatenate(run(), 1)[:, :steps, 0]
-        row[f"{name}_first_s"] = time.perf_counter() - began
+        row[f"{name}_first_s"] = time.perf_counter() - start_time
         if not (drawn != 0).all():
-            raise RuntimeError(f"bench: not every step of {name} drew something")
-        took = timed(run, repeats)
-        took |= {"tokens_per_s": 1000 * rows * steps / took["ms"]}
-        bound = shares(took["ms"], rates, 0.0, steps * moved[name])
-        took |= {key: bound[key] for key in ("gb_per_s", "bound_ms", "share_of_bound")}
-        row |= {f"{name}_{key}": value for key, value in took.items() if key != "repeats"}
+            raise RuntimeError(f"bench: some steps of {name} sampled nothing")
+        timing = measure(run, repeats)
+        timing |= {"tokens_per_s": 1000 * rows * steps / timing["ms"]}
+        bound = utilization(timing["ms"], rates, 0.0, steps * num_bytes[name])
+        timing |= {key: bound[key] for key in ("gb_per_s", "bound_ms", "share_of_bound")}
+        row |= {f"{name}_{key}": value for key, value in timing.items() if key != "repeats"}
     return row | {"machine_gb_per_s": bound["machine_gb_per_s"]}
 
 
 def step_bytes(cfg: Config, rows: int, slots: int, itemsize: int) -> dict[str, int]:
-    """Bytes that a decoding step has to read: every weight once, and the caches with their slots.
+    """Return the bytes that a decoding step must read: every weight once, and the caches.
 
-    A step of an image reads no head of the vocabulary; neither reads the table of embeddings.
+    A step of an image does not read the language-model head. No step reads the whole embedding
+    table.
     """
     tree = pretzel.declare(cfg)
     vlm = {n: t for n, t in tree["vlm"].items() if n not in ("embed", "head")}
-    both = count_params(vlm) + count_params({n: tree[n] for n in ("adapter", "deep", "skip")})
-    kept = 2 * rows * slots * cfg.vlm.kv_heads * cfg.vlm.layer.head_dim * cfg.vlm.layers
+    weights = count_params(vlm) + count_params({n: tree[n] for n in ("adapter", "deep", "skip")})
+    cache = 2 * rows * slots * cfg.vlm.kv_heads * cfg.vlm.layer.head_dim * cfg.vlm.layers
     deep = cfg.deep.layer
-    kept += 2 * rows * slots * deep.kv_heads * deep.head_dim * cfg.deep.depth
-    words = cfg.vlm.vocab * cfg.vlm.width
-    return {"image": itemsize * (both + kept), "text": itemsize * (both + kept + words)}
+    cache += 2 * rows * slots * deep.kv_heads * deep.head_dim * cfg.deep.depth
+    head = cfg.vlm.vocab * cfg.vlm.width
+    return {"image": itemsize * (weights + cache), "text": itemsize * (weights + cache + head)}

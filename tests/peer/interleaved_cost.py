@@ -121,7 +121,7 @@ def main() -> None:
     flags.add_argument("--images", type=int, nargs="+", default=[1, 2, 4, 8])
     flags.add_argument("--repeats", type=int, default=5)
     given = flags.parse_args()
-    print(json.dumps(timing.about()), flush=True)
+    print(json.dumps(timing.describe_machine()), flush=True)
     model = make_model()
     for k in given.images:
         print(json.dumps(compare(model, k, given.repeats)), flush=True)
