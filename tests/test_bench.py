@@ -109,7 +109,7 @@ def test_command_prints_json_and_lines(tiny, capsys, monkeypatch):
     ("verb", "words", "message"),
     [
         ("train", (), "--preset is needed"),
-        ("sample", ("--preset=stage3", "--guidance=2"), "are of the other presets"),
+        ("sample", ("--preset=stage3", "--guidance=2"), "apply to the peer presets only"),
         ("data", (), "--data is needed"),
         ("load", (), "--model is needed"),
         ("sample", ("--preset=peer_tarflow", "--jacobi=16"), "expected BLOCK,THRESHOLD"),
@@ -169,7 +169,7 @@ def timed_where_little_more_than_jax_is(verb):
 
 def test_a_stages_decoding_is_timed_where_little_more_than_jax_is():
     drawn = timed_where_little_more_than_jax_is("sample")
-    for name, items in (("image", 64), ("text", stages.WORDS)):
+    for name, items in (("image", 64), ("text", stages.TEXT_TOKENS)):
         rate, ms = drawn[f"{name}_tokens_per_s"], drawn[f"{name}_ms"]
         assert rate == pytest.approx(2 * items * 1000 / ms)
         assert drawn[f"{name}_bound_ms"] > 0 and drawn[f"{name}_share_of_bound"] > 0
