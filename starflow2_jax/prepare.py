@@ -30,10 +30,12 @@ from starflow2_jax.data import (
 )
 from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.importers import captioned
-from starflow2_jax.importers.registry import SOURCES
+from starflow2_jax.importers.registry import IMPORTERS
 from starflow2_jax.runtime import cli
 from starflow2_jax.shapes import generator, holdout, tasks
+from starflow2_jax.shapes.importer import shapes_source
 
+SOURCES = {**IMPORTERS, "shapes": shapes_source}
 VERBS = {
     "import": "source -> dataset folder (--format --source --out)",
     "validate": "schema, checks and image decoding of every record (--data)",

@@ -229,11 +229,11 @@ def probe(
     """
     given, taught = singles(codec, fit, rows, resize)
     tested, objects = singles(codec, data, rows, resize)
-    seen = np.array([not holdout.pair(item) for item in taught], bool)
+    seen = np.array([not holdout.is_withheld_pair(item) for item in taught], bool)
     for path, number in ((fit, seen.sum()), (data, len(objects))):
         if not number:
             raise ValueError(f"{path}: no image of the shapes world with one object to probe")
-    apart = np.array([holdout.pair(item) for item in objects], bool)
+    apart = np.array([holdout.is_withheld_pair(item) for item in objects], bool)
     result: dict[str, Any] = {"fit_images": int(seen.sum())}
     learn, read = views(given[seen]), views(tested)
     for view in learn:

@@ -1,7 +1,7 @@
-"""Datasets that people have -> records, streamed in a fixed order.
+"""Importers of captioned images: WebDataset tars, image folders, and random-access sources (TFDS).
 
-Each importer is a generator of text-to-image records and holds one example at a time. Nothing is
-ever extracted to disk. `dataset.json` keeps the sha256 of what was read.
+Each importer is a generator of text-to-image records in a fixed order, with one example in memory
+at a time. Nothing is extracted to disk. `dataset.json` records the sha256 of the source files.
 """
 
 import dataclasses
@@ -27,54 +27,56 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTION_SUFFIX = ".txt"
 MAX_CLASSES = 10_000
 _MAX_CAPTION_BYTES = 1 << 20
-# A gzip stream that grows more than this is a bomb; real text compresses tenfold at most.
+# A gzip stream that expands more is a decompression bomb; real text compresses tenfold at most.
 _MAX_EXPANSION = 200
 
 
 @dataclasses.dataclass
-class Missing:
-    """A counted budget of images without a caption: past it, the import stops.
+class MissingCaptions:
+    """A budget of images without a caption; the import stops when it is exceeded.
 
     Attributes:
-      allowed: how many may be left out.
-      keys: those that were.
+        allowed: number of images that may be left out.
+        keys: the images that were left out.
     """
 
     allowed: int = 0
     keys: list[str] = dataclasses.field(default_factory=list)
 
-    def skip(self, where: str) -> None:
-        """Counts one; DatasetError once more than `allowed` are missing."""
-        self.keys.append(where)
+    def skip(self, location: str) -> None:
+        """Count one image; DatasetError once more than `allowed` captions are missing."""
+        self.keys.append(location)
         if len(self.keys) > self.allowed:
             raise DatasetError(
-                f"{where}: no caption; expected it in a {CAPTION_SUFFIX} of the same name"
+                f"{location}: no caption; expected it in a {CAPTION_SUFFIX} of the same name"
                 + (f" ({len(self.keys)} missing, {self.allowed} allowed)" if self.allowed else "")
             )
-        logging.warning("%s: no caption, left out (%d so far)", where, len(self.keys))
+        logging.warning("%s: no caption, left out (%d so far)", location, len(self.keys))
 
 
-def webdataset(tars: Sequence[str | os.PathLike[str]], missing: Missing) -> Iterator[Record]:
-    """Records of WebDataset tars (`.tar`, `.tar.gz`), in the order of the archives.
+def webdataset(
+    tars: Sequence[str | os.PathLike[str]], missing: MissingCaptions
+) -> Iterator[Record]:
+    """Yield the records of WebDataset tars (`.tar`, `.tar.gz`), in the order of the archives.
 
-    The members of one example share a key, the path up to the first dot of its file name, and
-    follow one another: `000123.jpg`, `000123.txt`. Members of other kinds are ignored.
+    The members of one example are adjacent and share a key, their path up to the first dot of the
+    file name: `000123.jpg`, `000123.txt`. Members of other kinds are ignored.
 
     Raises:
-      DatasetError: a damaged or truncated archive, a path that climbs out, a link or device, a
-        member over the size limit, an image of another format, no caption, a repeated key.
+        DatasetError: a damaged or truncated archive, a path outside the archive, a link or device,
+            a member over the size limit, an image of another format, no caption, a repeated key.
     """
     for tar in tars:
         name = os.path.basename(os.fspath(tar))
-        key, parts, seen = None, {}, set()
+        key, parts, keys = None, {}, set()
         for member_key, suffix, data in _members(tar, name):
             if member_key != key:
                 if key is not None:
                     yield from _captioned(f"{name}:{key}", name, key, parts, missing)
                 key, parts = member_key, {}
-                if key in seen:
-                    raise DatasetError(f"{name}: the members of {key!r} do not follow one another")
-                seen.add(key)
+                if key in keys:
+                    raise DatasetError(f"{name}: the members of {key!r} are not adjacent")
+                keys.add(key)
             if suffix in parts:
                 raise DatasetError(f"{name}: two members are called {key + suffix!r}")
             parts[suffix] = data
@@ -82,15 +84,15 @@ def webdataset(tars: Sequence[str | os.PathLike[str]], missing: Missing) -> Iter
             yield from _captioned(f"{name}:{key}", name, key, parts, missing)
 
 
-def folder(root: str | os.PathLike[str], missing: Missing) -> Iterator[Record]:
-    """Records of a folder of images, each with its caption in a `.txt` of the same name.
+def folder(root: str | os.PathLike[str], missing: MissingCaptions) -> Iterator[Record]:
+    """Yield the records of a folder of images with captions in `.txt` files of the same names.
 
     Subfolders are read too; the order is that of the relative paths. Links are not followed out of
     the folder.
 
     Raises:
-      DatasetError: no images, two images with one name, a link that leads out, no caption, an image
-        of another format.
+        DatasetError: no images, two images with one name, a link that leads out, no caption, an
+            image of another format.
     """
     root = pathlib.Path(root).resolve()
     files = _folder_files(root)
@@ -99,7 +101,7 @@ def folder(root: str | os.PathLike[str], missing: Missing) -> Iterator[Record]:
         key = file.relative_to(root).with_suffix("").as_posix()
         if key == previous:
             raise DatasetError(
-                f"{root}: two images are called {key!r}, and one caption is for both"
+                f"{root}: two images are called {key!r}, so their caption is ambiguous"
             )
         previous = key
         parts = {file.suffix.lower(): _read_capped(file, images.MAX_BYTES)}
@@ -118,27 +120,32 @@ def examples(
     label_key: str | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Iterator[Record]:
-    """Records of a random access source of dicts, such as `tfds.data_source`.
+    """Yield the records of a random-access source of dicts, such as `tfds.data_source`.
 
-    The image is encoded bytes, kept as they are, or uint8 [H, W, 1 or 3], stored as PNG. The
-    caption is `text_key`, or "a photo of a ..." with the name of the class `label_key`; the number
-    of that class goes to `meta.label`.
+    Args:
+        source: the examples.
+        src: name of the source, for the records.
+        image_key: key of the image: encoded bytes, which are stored unchanged, or uint8
+            [H, W, 1 or 3], which is stored as PNG.
+        text_key: key of the caption; None for "a photo of a ..." with the name of the class.
+        label_key: key of the class number, which goes to `meta.label`.
+        class_names: names of the classes.
 
     Raises:
-      DatasetError: a missing key, naming those there are, or a value of another kind.
+        DatasetError: a missing key, naming the existing ones, or a value of another kind.
     """
     if text_key is None and label_key is None:
         raise DatasetError(f"{src}: no caption; name a text feature or a class feature")
     for index in range(len(source)):
-        row, where = source[index], f"{src} example {index}"
+        row, location = source[index], f"{src} example {index}"
         for key in (image_key, text_key, label_key):
             if key is not None and key not in row:
-                raise DatasetError(f"{where}: no key {key!r}; its keys are {sorted(row)}")
+                raise DatasetError(f"{location}: no key {key!r}; its keys are {sorted(row)}")
         meta: dict[str, Any] = {}
         if label_key is not None:
             label = int(row[label_key])
             if class_names is None or not 0 <= label < len(class_names):
-                raise DatasetError(f"{where}: {label_key} is {label}, not one of the classes")
+                raise DatasetError(f"{location}: {label_key} is {label}, not one of the classes")
             meta["label"] = label
         if text_key is not None:
             text = row[text_key]
@@ -146,18 +153,18 @@ def examples(
         else:
             noun = class_names[meta["label"]].replace("_", " ")
             caption = f"a photo of {'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
-        blob = records.image_blob(_encoded(row[image_key], where), where)
+        blob = records.image_blob(_encoded(row[image_key], location), location)
         yield records.text_to_image(f"{src}-{index:08d}", src, caption, blob, meta)
 
 
 def tfds(
     name: str, split: str, data_dir: str | None, label_key: str | None
 ) -> tuple[Sequence[Mapping[str, Any]], list[str] | None, str]:
-    """Opens a TensorFlow Datasets set stored as array_record, without TensorFlow.
+    """Open a TensorFlow Datasets set stored as array_record, without TensorFlow.
 
     Returns:
-      The source for `examples` (images still encoded), the class names of `label_key` or None, and
-      the full name with version.
+        The source for `examples` (images still encoded), the class names of `label_key` or None,
+        and the full name with version.
     """
     import tensorflow_datasets
 
@@ -166,8 +173,8 @@ def tfds(
             name, data_dir=data_dir, file_format="array_record", try_gcs=False
         )
     except tensorflow_datasets.core.DatasetNotFoundError as error:
-        # Its own message lists every set there is.
-        raise DatasetError(f"TFDS has no set {name!r}, and {data_dir} holds none") from error
+        # The message of the error lists every existing set.
+        raise DatasetError(f"TFDS has no set {name!r}, nor has {data_dir}") from error
     if not builder.info.splits:
         raise DatasetError(f"TFDS set {name!r}: not prepared as array_record in {builder.data_dir}")
     features = builder.info.features
@@ -188,35 +195,34 @@ def tfds(
 def label_by_caption(
     make: Callable[[], Iterator[Record]],
 ) -> tuple[list[str], Iterator[Record]]:
-    """Numbers the distinct captions, sorted, as classes. Runs `make` twice.
+    """Make a class of each distinct caption, in sorted order. Calls `make` twice.
 
     Returns:
-      The captions and the records, each with its class number in `meta.label`.
+        The captions and the records, each with its class number in `meta.label`.
 
     Raises:
-      DatasetError: more than MAX_CLASSES distinct captions.
+        DatasetError: more than MAX_CLASSES distinct captions.
     """
     captions: set[str] = set()
     for record in make():
         captions.add(records.text(record))
         if len(captions) > MAX_CLASSES:
             raise DatasetError(
-                f"--label caption: more than {MAX_CLASSES} distinct captions; these are texts, not "
-                "classes"
+                f"--label caption: more than {MAX_CLASSES} distinct captions; these are not classes"
             )
     classes = sorted(captions)
     number = {caption: k for k, caption in enumerate(classes)}
 
-    def labelled() -> Iterator[Record]:
+    def labeled() -> Iterator[Record]:
         for record in make():
             meta = {**record.meta, "label": number[records.text(record)]}
             yield Record(record.v, record.id, record.src, record.segs, record.imgs, meta)
 
-    return classes, labelled()
+    return classes, labeled()
 
 
 def folder_hashes(root: str | os.PathLike[str]) -> dict[str, str]:
-    """One sha256 for a whole folder: of the names and contents of its images and captions."""
+    """Return one sha256 of the names and contents of a folder's images and captions."""
     root, digest = pathlib.Path(root).resolve(), hashlib.sha256()
     for file in _folder_files(root):
         digest.update(f"{file.relative_to(root).as_posix()}\0{sha256_file(file)}\n".encode())
@@ -224,14 +230,14 @@ def folder_hashes(root: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _members(tar: str | os.PathLike[str], name: str) -> Iterator[tuple[str, str, bytes]]:
-    """Key, suffix and bytes of the image and caption files of a tar, checked."""
+    """Yield key, suffix and bytes of the image and caption files of a tar, checked."""
     end = 0
     try:
         with open(tar, "rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
+            is_gzip = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             limit = _MAX_EXPANSION * os.path.getsize(tar) + (1 << 20)
-            stream = _Bounded(gzip.GzipFile(fileobj=file) if packed else file, limit, name)
+            stream = _BoundedStream(gzip.GzipFile(fileobj=file) if is_gzip else file, limit, name)
             with tarfile.open(fileobj=stream, mode="r|") as archive:
                 for member in archive:
                     _check_member(member, name)
@@ -262,8 +268,8 @@ def _member(
     yield posixpath.join(directory, stem), suffix, archive.extractfile(member).read()
 
 
-class _Bounded:
-    """A readable stream that refuses to give more than `limit` bytes: no decompression bombs."""
+class _BoundedStream:
+    """A readable stream of at most `limit` bytes, which stops decompression bombs."""
 
     def __init__(self, stream: BinaryIO, limit: int, name: str):
         self._stream, self._limit, self._name, self.count = stream, limit, name, 0
@@ -281,7 +287,7 @@ class _Bounded:
 def _check_member(member: tarfile.TarInfo, name: str) -> None:
     parts = pathlib.PurePosixPath(member.name.replace("\\", "/")).parts
     if ".." in parts or member.name.startswith("/") or (parts and parts[0].endswith(":")):
-        raise DatasetError(f"{name}: the path {member.name!r} climbs out of the archive")
+        raise DatasetError(f"{name}: the path {member.name!r} leads out of the archive")
     if not (member.isfile() or member.isdir()):
         raise DatasetError(
             f"{name}: {member.name!r} is a link or a device; only files and folders are read"
@@ -289,22 +295,25 @@ def _check_member(member: tarfile.TarInfo, name: str) -> None:
 
 
 def _captioned(
-    where: str, src: str, key: str, parts: dict[str, bytes], missing: Missing
+    location: str, src: str, key: str, parts: dict[str, bytes], missing: MissingCaptions
 ) -> Iterator[Record]:
-    pictures = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
-    if len(pictures) != 1:
-        raise DatasetError(f"{where}: {len(pictures)} images, expected one ({', '.join(parts)})")
+    image_suffixes = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
+    if len(image_suffixes) != 1:
+        raise DatasetError(
+            f"{location}: {len(image_suffixes)} images, expected one ({', '.join(parts)})"
+        )
     if CAPTION_SUFFIX not in parts:
-        missing.skip(where)
+        missing.skip(location)
         return
     try:
         caption = parts[CAPTION_SUFFIX].decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{where}{CAPTION_SUFFIX}: not UTF-8: {error}") from error
+        raise DatasetError(f"{location}{CAPTION_SUFFIX}: not UTF-8: {error}") from error
     if not caption:
-        missing.skip(where)
+        missing.skip(location)
         return
-    blob = records.image_blob(parts[pictures[0]], where + pictures[0])
+    (suffix,) = image_suffixes
+    blob = records.image_blob(parts[suffix], location + suffix)
     yield records.text_to_image(f"{src}/{key}", src, caption, blob)
 
 
@@ -329,7 +338,7 @@ def _read_capped(file: pathlib.Path, cap: int) -> bytes:
     return file.read_bytes()
 
 
-def _encoded(image: Any, where: str) -> bytes:
+def _encoded(image: Any, location: str) -> bytes:
     if isinstance(image, bytes):
         return image
     pixels = np.asarray(image)
@@ -337,7 +346,7 @@ def _encoded(image: Any, where: str) -> bytes:
         pixels = np.repeat(pixels, 3, axis=2)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise DatasetError(
-            f"{where}: the image is {pixels.dtype} {pixels.shape}, expected encoded bytes or uint8 "
-            "[H, W, 1 or 3]"
+            f"{location}: the image is {pixels.dtype} {pixels.shape}, expected encoded bytes or "
+            "uint8 [H, W, 1 or 3]"
         )
     return images.encode_png(pixels)

@@ -1,8 +1,11 @@
-"""What `prepare import` reads, by --format: from flags to records and to how they are made."""
+"""The importers of `prepare import`, by --format: flags -> records and their provenance.
+
+The synthetic shapes have theirs in `shapes.importer`.
+"""
 
 import glob
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -11,13 +14,18 @@ from starflow2_jax.data import manifest
 from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.data.records import Record
 from starflow2_jax.importers import captioned, interleaved
-from starflow2_jax.shapes import generator, holdout, tasks
-
-PARQUET = ("bagel_t2i", "bagel_edit", "llava", "obelics", "omnicorpus", "huggingface")
 
 
-class Source(NamedTuple):
-    """What an import needs: records, how they are made, hashes of what from, classes, counts."""
+class ImportSource(NamedTuple):
+    """The records of an import and their provenance.
+
+    Attributes:
+        make: yields the records; may be called twice.
+        importer: importer and its options, for the manifest.
+        hashes: sha256 of each source file.
+        classes: names of the classes.
+        counts: counts of skipped data, called after the last record.
+    """
 
     make: Callable[[], Iterator[Record]]
     importer: Importer
@@ -26,30 +34,27 @@ class Source(NamedTuple):
     counts: Callable[[], dict[str, int]] = dict
 
 
-def _webdataset(values: flags.FlagValues) -> Source:
+def _webdataset(values: flags.FlagValues) -> ImportSource:
     tars = _paths(values)
-    hashes = {os.path.basename(tar): manifest.sha256_file(tar) for tar in tars}
-    if len(hashes) < len(tars):
-        raise DatasetError("--source: two tar files have the same name; ids would not be unique")
 
     def make() -> Iterator[Record]:
-        return captioned.webdataset(tars, captioned.Missing(values.missing_captions))
+        return captioned.webdataset(tars, captioned.MissingCaptions(values.missing_captions))
 
     importer = _importer(values, "webdataset", missing=values.missing_captions)
-    return Source(make, importer, hashes)
+    return ImportSource(make, importer, _file_hashes(tars))
 
 
-def _folder(values: flags.FlagValues) -> Source:
-    (root,) = _paths(values, most=1)
+def _folder(values: flags.FlagValues) -> ImportSource:
+    (root,) = _paths(values, max_count=1)
 
     def make() -> Iterator[Record]:
-        return captioned.folder(root, captioned.Missing(values.missing_captions))
+        return captioned.folder(root, captioned.MissingCaptions(values.missing_captions))
 
     importer = _importer(values, "folder", missing=values.missing_captions)
-    return Source(make, importer, captioned.folder_hashes(root))
+    return ImportSource(make, importer, captioned.folder_hashes(root))
 
 
-def _tfds(values: flags.FlagValues) -> Source:
+def _tfds(values: flags.FlagValues) -> ImportSource:
     if len(values.source) != 1:
         raise DatasetError("--source: expected the name of one TFDS set")
     label = values.label if values.label not in ("none", "caption") else None
@@ -65,89 +70,79 @@ def _tfds(values: flags.FlagValues) -> Source:
             class_names=classes,
         )
 
-    keys = {"image_key": values.image_key, "text_key": values.text_key, "set": name}
-    return Source(make, _importer(values, "tfds", **keys), {}, classes)
+    importer = _importer(
+        values, "tfds", image_key=values.image_key, text_key=values.text_key, set=name
+    )
+    return ImportSource(make, importer, {}, classes)
 
 
-def _shapes(values: flags.FlagValues) -> Source:
-    count, pixels = values.n or 10_000, values.pixels or 32
-    unknown = [tag for tag in values.tags if tag not in generator.TAGS]
-    if unknown or not values.tags:
-        raise DatasetError(
-            f"--tags: unknown {unknown}, expected some of {', '.join(generator.TAGS)}"
-        )
-    label = values.label if values.label not in ("none", "caption") else None
-
-    if values.label != "none" and values.tasks != ["t2i"]:
-        raise DatasetError(f"--label {values.label}: only --tasks t2i has classes")
-    keep = holdout.scenes(values.withheld)
+def _huggingface(values: flags.FlagValues) -> ImportSource:
+    (folder,) = _paths(values, max_count=1)
+    image_key, text_key = values.image_key, values.text_key
 
     def make() -> Iterator[Record]:
-        if values.tasks == ["t2i"]:
-            return generator.make_records(
-                values.seed, count, pixels, tags=values.tags, label=label, keep=keep
-            )
-        return tasks.make_records(
-            values.seed,
-            count,
-            pixels,
-            tasks=values.tasks,
-            tags=values.tags,
-            withheld=values.withheld,
-        )
+        return interleaved.huggingface(folder, image_key=image_key, text_key=text_key)
 
-    options = {"seed": values.seed, "n": count, "pixels": pixels, "tags": ",".join(values.tags)}
-    if values.tasks != ["t2i"]:
-        options["tasks"] = ",".join(values.tasks)
-    if values.withheld != "none":
-        options["withheld"] = values.withheld
-    classes = generator.classes(label) if label else None
-    return Source(make, _importer(values, "shapes", **options), {}, classes)
+    importer = _importer(values, "huggingface", image_key=image_key, text_key=text_key)
+    return ImportSource(make, importer, interleaved.folder_hashes(folder))
 
 
-def _interleaved(values: flags.FlagValues) -> Source:
-    kind, read = values.format, getattr(interleaved, values.format)
-    if kind == "huggingface":
-        (folder,) = _paths(values, most=1)
-        keys = {"image_key": values.image_key, "text_key": values.text_key}
-        hashes = interleaved.folder_hashes(folder)
-        return Source(lambda: read(folder, **keys), _importer(values, kind, **keys), hashes)
+def _bagel_t2i(values: flags.FlagValues) -> ImportSource:
+    paths, caption = _paths(values), values.caption
+    importer = _importer(values, "bagel_t2i", caption=caption)
+    return ImportSource(
+        lambda: interleaved.bagel_t2i(paths, caption), importer, _file_hashes(paths)
+    )
+
+
+def _bagel_edit(values: flags.FlagValues) -> ImportSource:
     paths = _paths(values)
-    hashes = {os.path.basename(path): manifest.sha256_file(path) for path in paths}
-    if len(hashes) < len(paths):
-        raise DatasetError("--source: two files have the same name; ids would not be unique")
-    if kind in ("bagel_t2i", "bagel_edit"):
-        options = {"caption": values.caption} if kind == "bagel_t2i" else {}
-        return Source(lambda: read(paths, **options), _importer(values, kind, **options), hashes)
+    importer = _importer(values, "bagel_edit")
+    return ImportSource(lambda: interleaved.bagel_edit(paths), importer, _file_hashes(paths))
+
+
+def _with_image_root(values: flags.FlagValues) -> ImportSource:
+    read, paths = getattr(interleaved, values.format), _paths(values)
     root = interleaved.ImageRoot(values.image_root, values.missing_images == "image")
-    options = {"image_root": values.image_root, "missing_images": values.missing_images}
-    importer = _importer(values, kind, **options)
-    return Source(lambda: read(paths, root), importer, hashes, None, root.counts)
+    importer = _importer(
+        values, values.format, image_root=values.image_root, missing_images=values.missing_images
+    )
+    hashes = _file_hashes(paths)
+    return ImportSource(lambda: read(paths, root), importer, hashes, counts=root.counts)
 
 
 def _importer(values: flags.FlagValues, name: str, **options: Any) -> Importer:
-    if name not in ("tfds", "shapes") and values.label not in ("none", "caption"):
-        raise DatasetError(f"--label {values.label}: a {name} import knows none and caption")
+    if name != "tfds" and values.label not in ("none", "caption"):
+        raise DatasetError(f"--label {values.label}: a {name} import has only none and caption")
     return Importer(name, captioned.VERSION, {"label": values.label, **options})
 
 
-def _paths(values: flags.FlagValues, most: int | None = None) -> list[str]:
-    """Paths of --source, wildcards expanded in sorted order."""
+def _paths(values: flags.FlagValues, max_count: int | None = None) -> list[str]:
+    """Return the paths of --source, with wildcards expanded in sorted order."""
     paths = []
     for pattern in values.source:
-        found = sorted(glob.glob(pattern))
-        if not found:
+        matches = sorted(glob.glob(pattern))
+        if not matches:
             raise DatasetError(f"--source {pattern}: no such file")
-        paths += found
-    if not paths or (most and len(paths) > most):
-        raise DatasetError(f"--source: expected {'one path' if most else 'at least one path'}")
+        paths += matches
+    if not paths or (max_count and len(paths) > max_count):
+        raise DatasetError(f"--source: expected {'one path' if max_count else 'at least one path'}")
     return paths
 
 
-SOURCES = {
+def _file_hashes(paths: Sequence[str]) -> dict[str, str]:
+    hashes = {os.path.basename(path): manifest.sha256_file(path) for path in paths}
+    if len(hashes) < len(paths):
+        raise DatasetError("--source: two files have the same name; ids would not be unique")
+    return hashes
+
+
+IMPORTERS = {
     "webdataset": _webdataset,
     "folder": _folder,
     "tfds": _tfds,
-    "shapes": _shapes,
-    **dict.fromkeys(PARQUET, _interleaved),
+    "bagel_t2i": _bagel_t2i,
+    "bagel_edit": _bagel_edit,
+    **dict.fromkeys(("llava", "obelics", "omnicorpus"), _with_image_root),
+    "huggingface": _huggingface,
 }

@@ -1,10 +1,10 @@
-"""Reads the objects of a shapes picture by rules, and holds them against GenEval metadata.
+"""Rule-based detection of the objects of a shapes image, and a check against GenEval metadata.
 
-An object is a connected region that differs from the ground, which is estimated from the border.
-Its colour is the nearest of the world's eight in CIELAB; its shape is the one whose drawing, at the
-region's centre of mass and area, differs least from the coverage of each pixel. What resembles no
-colour or no shape of the world is called `other`. Nothing here is learnt. Objects are expected not
-to touch one another, nor to fill the border.
+An object is a connected region that differs from the background, which is estimated from the
+border. Its color is the nearest of the benchmark's eight in CIELAB; its shape is the one whose
+drawing, at the region's center of mass and area, differs least from the coverage of each pixel. A
+color or shape that resembles none of the benchmark's is called `other`. Nothing here is learned.
+Objects are expected not to touch one another, nor to fill the border.
 """
 
 import functools
@@ -18,17 +18,17 @@ from starflow2_jax.shapes import generator
 
 OTHER = "other"
 
-_CONTRAST = 30.0  # least distance from the ground, in levels of 255; the world has 75 and more
-_LEAST_AREA = 0.006  # of the picture; the smallest star has 0.02
-_MOST_COLOR_DISTANCE = 30.0  # in CIELAB; the world's blue and purple are 29 apart
-_MOST_MISFIT = 0.3  # squared error of the coverage over the area of the shape
-_SHARES = (0.5, 0.7)  # of the contrast nearby: the edge of an object
-_BOX_GAP = 0.1  # of GenEval's evaluation: share of the two boxes that offsets must exceed
+_CONTRAST = 30.0  # minimum distance from the background, in levels of 255; drawings have 75
+_MIN_AREA = 0.006  # share of the image; the smallest star has 0.02
+_MAX_COLOR_DISTANCE = 30.0  # in CIELAB; blue and purple have a distance of 29
+_MAX_MISFIT = 0.3  # squared error of the coverage over the area of the shape
+_EDGE_SHARES = (0.5, 0.7)  # share of the contrast nearby that is the edge of an object
+_BOX_GAP = 0.1  # offsets must exceed this share of the two boxes, as in GenEval
 _SUPERSAMPLE = 4
 
 
-class Found(NamedTuple):
-    """An object: `x` (to the right), `y` (down) and box (x0, y0, x1, y1) in image sides."""
+class DetectedObject(NamedTuple):
+    """An object with its center (x, y) and box (x0, y0, x1, y1), in image sides."""
 
     shape: str
     color: str
@@ -38,65 +38,65 @@ class Found(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """`reason` is empty where `correct`, and otherwise names the first fact that does not hold."""
+    """The result of a check; `reason` names the first fact that does not hold, if any."""
 
     correct: bool
     reason: str
 
 
 def judge(pixels: np.ndarray, facts: Mapping[str, Any]) -> Verdict:
-    """Whether a picture shows what GenEval metadata asks for.
+    """Check an image against GenEval metadata.
 
     Args:
-      pixels: [H, W, 3], uint8 or floats in [-1, 1]; sides of 32 to 128.
-      facts: `include` and `exclude` as `verdict` takes them.
+        pixels: [H, W, 3], uint8 or floats in [-1, 1]; sides of 32 to 128.
+        facts: `include` and `exclude` as in `check_facts`.
     """
-    return verdict(find(pixels), facts)
+    return check_facts(detect(pixels), facts)
 
 
-def verdict(found: Sequence[Found], facts: Mapping[str, Any]) -> Verdict:
-    """Holds found objects against GenEval metadata.
+def check_facts(objects: Sequence[DetectedObject], facts: Mapping[str, Any]) -> Verdict:
+    """Check detected objects against GenEval metadata.
 
     Every entry of `include` needs `count` objects (1 if absent) or more of its `class`, and of its
-    `color` where one is given; with `position` [relation, index] one of them stands so to one of
-    entry `index`. No entry of `exclude` may have `count` objects or more. Other objects are no
-    fault, as in GenEval; unlike there, `exclude` may have a colour too.
+    `color` if it has one; with `position` [relation, index], one of them must have that relation to
+    one of entry `index`. No entry of `exclude` may have `count` objects or more. Other objects are
+    allowed, as in GenEval; unlike there, `exclude` may have a color too.
 
     Raises:
-      ValueError: metadata of another form, or with a class or colour that the world lacks.
+        ValueError: metadata of another form, or with an unknown class or color.
     """
     include, exclude = list(facts.get("include", [])), list(facts.get("exclude", []))
     if not include and not exclude:
         raise ValueError("facts: expected include or exclude, found neither")
-    groups = [[item for item in found if _is(item, entry)] for entry in include]
+    groups = [[item for item in objects if _matches(item, entry)] for entry in include]
     for entry, group in zip(include, groups):
         if len(group) < entry.get("count", 1):
             return Verdict(
                 False, f"expected {_name(entry)} >= {entry.get('count', 1)}, found {len(group)}"
             )
     for entry in exclude:
-        count = sum(_is(item, entry) for item in found)
+        count = sum(_matches(item, entry) for item in objects)
         if count >= entry["count"]:
             return Verdict(False, f"expected {_name(entry)} < {entry['count']}, found {count}")
     for entry, group in zip(include, groups):
         if "position" not in entry:
             continue
-        wanted, index = entry["position"]
-        if wanted not in generator.RELATIONS or not 0 <= index < len(include):
+        relation, index = entry["position"]
+        if relation not in generator.RELATIONS or not 0 <= index < len(include):
             raise ValueError(f"facts: position {entry['position']}, expected [relation, index]")
         pairs = [(a, b) for a in group for b in groups[index] if a is not b]
-        if not any(wanted in relations(a, b) for a, b in pairs):
-            seen = sorted({r for a, b in pairs for r in relations(a, b)})
+        if not any(relation in box_relations(a, b) for a, b in pairs):
+            detected = sorted({r for a, b in pairs for r in box_relations(a, b)})
             return Verdict(
                 False,
-                f"expected {_name(entry)} {wanted} {_name(include[index])}, "
-                f"found {' and '.join(seen) or 'neither beside nor above'}",
+                f"expected {_name(entry)} {relation} {_name(include[index])}, "
+                f"found {' and '.join(detected) or 'no relation'}",
             )
     return Verdict(True, "")
 
 
-def relations(first: Found, second: Found) -> set[str]:
-    """Where the first object is from the second, by GenEval's rule on boxes; one, two or none."""
+def box_relations(first: DetectedObject, second: DetectedObject) -> set[str]:
+    """Return the relations (up to two) of the first object to the second, as GenEval does."""
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = first.box, second.box
     offset = np.array([ax0 + ax1 - bx0 - bx1, ay0 + ay1 - by0 - by1]) / 2
     extent = np.array([ax1 - ax0 + bx1 - bx0, ay1 - ay0 + by1 - by0])
@@ -104,64 +104,76 @@ def relations(first: Found, second: Found) -> set[str]:
     if not offset.any():
         return set()
     dx, dy = offset / np.linalg.norm(offset)
-    holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
-    return {name for name, true in holds.items() if true}
+    conditions = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, holds in conditions.items() if holds}
 
 
-def find(pixels: np.ndarray) -> list[Found]:
-    """The objects of a picture [H, W, 3] (uint8, or floats in [-1, 1]), from top to bottom.
+def detect(pixels: np.ndarray) -> list[DetectedObject]:
+    """Detect the objects of an image [H, W, 3] (uint8, or floats in [-1, 1]), from top to bottom.
 
     Raises:
-      ValueError: another shape or dtype, or a side under 16.
+        ValueError: another shape or dtype, or a side under 16.
     """
-    image = _levels(pixels)
+    image = _to_levels(pixels)
     height, width = image.shape[:2]
-    away, noise = _from_ground(image)
-    size = np.linalg.norm(_blur(away), axis=-1)
-    # Half of the contrast nearby is the edge of an antialiased object, whatever its colour. Small
-    # pictures of close objects need more to tell them apart.
-    nearby = _grow(size, max(1, round(min(height, width) / 32)))
-    readings = []
-    for share in _SHARES:
-        inked = size > np.maximum(_CONTRAST, share * nearby)
-        readings.append(_objects(image, away, size, noise, inked))
-        unknown = [sum(item.shape == OTHER for item in reading) for reading in readings]
+    difference, noise = _subtract_background(image)
+    distance = np.linalg.norm(_blur(difference), axis=-1)
+    # Half of the contrast nearby is the edge of an antialiased object, whatever its color. Small
+    # images of close objects need more to separate them.
+    nearby = _dilate(distance, max(1, round(min(height, width) / 32)))
+    candidates, unknown = [], []
+    for share in _EDGE_SHARES:
+        foreground = distance > np.maximum(_CONTRAST, share * nearby)
+        candidates.append(_foreground_objects(image, difference, distance, noise, foreground))
+        unknown.append(sum(item.shape == OTHER for item in candidates[-1]))
         if not unknown[-1]:
             break
-    found = readings[int(np.argmin(unknown))]
-    return sorted(found, key=lambda item: (item.y, item.x))
+    objects = candidates[int(np.argmin(unknown))]
+    return sorted(objects, key=lambda item: (item.y, item.x))
 
 
-def _objects(
-    image: np.ndarray, away: np.ndarray, size: np.ndarray, noise: float, inked: np.ndarray
-) -> list[Found]:
-    """The objects that connected pixels show; arguments as `find` has them, flags [H, W] last."""
-    height, width = inked.shape
-    labels, count = _components(inked)
-    found = []
+def _foreground_objects(
+    image: np.ndarray,
+    difference: np.ndarray,
+    distance: np.ndarray,
+    noise: float,
+    foreground: np.ndarray,
+) -> list[DetectedObject]:
+    """Return the object of each connected region of `foreground` bool [H, W].
+
+    Args:
+        image: levels [H, W, 3].
+        difference: difference to the background [H, W, 3]; distance: its blurred norm [H, W].
+        noise: standard deviation of the noise, in levels.
+        foreground: true for the pixels of objects.
+    """
+    height, width = foreground.shape
+    labels, count = _connected_components(foreground)
+    objects = []
     for number in range(1, count + 1):
-        own = labels == number
-        if own.sum() < _LEAST_AREA * height * width:
+        region = labels == number
+        if region.sum() < _MIN_AREA * height * width:
             continue
-        core = _core(own, size)
-        contrast = away[core].mean(0)
-        near = _grow(own, 1) & ~_grow((labels > 0) & ~own, 1)
-        cover = np.where(near, away @ contrast / (contrast @ contrast), 0.0)
-        spread = near.sum() * noise**2 / (contrast @ contrast)
-        shape, (x, y) = _shape(cover, own, spread)
-        rows, columns = np.nonzero(own.any(1))[0], np.nonzero(own.any(0))[0]
+        core = _core(region, distance)
+        contrast = difference[core].mean(0)
+        near = _dilate(region, 1) & ~_dilate((labels > 0) & ~region, 1)
+        coverage = np.where(near, difference @ contrast / (contrast @ contrast), 0.0)
+        noise_error = near.sum() * noise**2 / (contrast @ contrast)
+        shape, (x, y) = _fit_shape(coverage, region, noise_error)
+        rows, columns = np.nonzero(region.any(1))[0], np.nonzero(region.any(0))[0]
         box = (
             columns[0] / width,
             rows[0] / height,
             (columns[-1] + 1) / width,
             (rows[-1] + 1) / height,
         )
-        found.append(Found(shape, _color(image[core].mean(0)), x / width, y / height, box))
-    return found
+        color = _nearest_color(image[core].mean(0))
+        objects.append(DetectedObject(shape, color, x / width, y / height, box))
+    return objects
 
 
-def _levels(pixels: np.ndarray) -> np.ndarray:
-    """Levels 0 to 255 as float64 [H, W, 3]."""
+def _to_levels(pixels: np.ndarray) -> np.ndarray:
+    """Return levels 0 to 255 as float64 [H, W, 3]."""
     pixels = np.asarray(pixels)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or min(pixels.shape[:2]) < 16:
         raise ValueError(f"expected pixels [H, W, 3] with sides of 16 or more, got {pixels.shape}")
@@ -174,10 +186,10 @@ def _levels(pixels: np.ndarray) -> np.ndarray:
     return ((pixels.astype(np.float64) + 1) * 127.5).clip(0, 255)
 
 
-def _from_ground(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """Difference to the ground, and the standard deviation of the noise, both in levels.
+def _subtract_background(image: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the difference to the background, and the standard deviation of the noise, in levels.
 
-    The ground is a plane fitted to the border; what lies far from it there is left out of the fit.
+    The background is a plane fitted to the border, without the border's outliers.
     """
     height, width = image.shape[:2]
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
@@ -185,40 +197,41 @@ def _from_ground(image: np.ndarray) -> tuple[np.ndarray, float]:
     ring = max(1, min(height, width) // 32)
     border = np.ones((height, width), bool)
     border[ring:-ring, ring:-ring] = False
-    known, values = terms[border], image[border]
+    inputs, values = terms[border], image[border]
     plane = np.zeros((3, 3))
     plane[0] = np.median(values, 0)
     for _ in range(3):
-        distance = np.abs(values - known @ plane).max(-1)
-        near = distance <= max(20.0, 4 * np.median(distance))
-        plane = np.linalg.lstsq(known[near], values[near], rcond=None)[0]
-    rest = np.abs(values - known @ plane)
-    return image - terms @ plane, float(1.4826 * np.median(rest))
+        residual = np.abs(values - inputs @ plane).max(-1)
+        inliers = residual <= max(20.0, 4 * np.median(residual))
+        plane = np.linalg.lstsq(inputs[inliers], values[inliers], rcond=None)[0]
+    residuals = np.abs(values - inputs @ plane)
+    return image - terms @ plane, float(1.4826 * np.median(residuals))
 
 
 def _blur(image: np.ndarray) -> np.ndarray:
-    """Binomial 3 x 3; leaves 0.375 of the deviation of independent noise."""
+    """Blur with a binomial 3 x 3 kernel; it scales the deviation of independent noise by 0.375."""
     for axis in (0, 1):
-        wide = np.pad(image, [(1, 1) if a == axis else (0, 0) for a in range(3)], mode="edge")
+        padded = np.pad(image, [(1, 1) if a == axis else (0, 0) for a in range(3)], mode="edge")
         n = image.shape[axis]
-        parts = [wide.take(range(k, k + n), axis) for k in range(3)]
-        image = (parts[0] + 2 * parts[1] + parts[2]) / 4
+        shifted = [padded.take(range(k, k + n), axis) for k in range(3)]
+        image = (shifted[0] + 2 * shifted[1] + shifted[2]) / 4
     return image
 
 
-def _grow(image: np.ndarray, reach: int) -> np.ndarray:
-    """Maximum (of flags: any) over the square of `reach` pixels around each."""
+def _dilate(image: np.ndarray, reach: int) -> np.ndarray:
+    """Return the maximum (of flags: any) over the square of `reach` pixels around each pixel."""
     for axis in (0, 1):
-        wide = np.pad(image, [(reach, reach) if a == axis else (0, 0) for a in (0, 1)])
+        padded = np.pad(image, [(reach, reach) if a == axis else (0, 0) for a in (0, 1)])
         n = image.shape[axis]
-        image = np.max([wide.take(range(k, k + n), axis) for k in range(2 * reach + 1)], 0)
+        image = np.max([padded.take(range(k, k + n), axis) for k in range(2 * reach + 1)], 0)
     return image
 
 
-def _components(flags: np.ndarray) -> tuple[np.ndarray, int]:
-    """Regions connected by sides, numbered from 1 in int32 [H, W] where flags hold; their number.
+def _connected_components(flags: np.ndarray) -> tuple[np.ndarray, int]:
+    """Number the regions of flags that are connected by sides, and count them.
 
-    The runs of each row are joined to those they touch in the row above.
+    The result is int32 [H, W], from 1, with 0 where no flag is set. The runs of each row are joined
+    to those that they touch in the row above.
     """
     parents = [0]
 
@@ -245,25 +258,25 @@ def _components(flags: np.ndarray) -> tuple[np.ndarray, int]:
     return numbers.astype(np.int32)[labels], len(names) - 1
 
 
-def _core(own: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """The inner pixels of a region or, where it is thin, the quarter that differs most."""
-    inner = own & ~_grow(~own, 1)
+def _core(region: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """Return the inner pixels of a region or, if it is thin, the quarter with most contrast."""
+    inner = region & ~_dilate(~region, 1)
     if inner.sum() >= 4:
         return inner
-    return own & (size >= np.quantile(size[own], 0.75))
+    return region & (distance >= np.quantile(distance[region], 0.75))
 
 
-def _color(level: np.ndarray) -> str:
-    """Name of the nearest colour of the world to levels [3]."""
+def _nearest_color(level: np.ndarray) -> str:
+    """Return the name of the benchmark's color that is nearest to levels [3], or `OTHER`."""
     distances = np.linalg.norm(
         _lab(np.array(list(generator.COLORS.values()))) - _lab(level), axis=-1
     )
     nearest = int(distances.argmin())
-    return list(generator.COLORS)[nearest] if distances[nearest] <= _MOST_COLOR_DISTANCE else OTHER
+    return list(generator.COLORS)[nearest] if distances[nearest] <= _MAX_COLOR_DISTANCE else OTHER
 
 
 def _lab(levels: np.ndarray) -> np.ndarray:
-    """CIELAB (D65) of sRGB levels of 255, [..., 3]: distances are about as the eye sees them."""
+    """Convert sRGB levels of 255 [..., 3] to CIELAB (D65), whose distances match perception."""
     linear = levels / 255
     linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
     to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
@@ -272,14 +285,16 @@ def _lab(levels: np.ndarray) -> np.ndarray:
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
 
-def _shape(cover: np.ndarray, own: np.ndarray, spread: float) -> tuple[str, tuple[float, float]]:
-    """The shape that fits the coverage [H, W] best, and its centre (x, y) in pixels.
+def _fit_shape(
+    coverage: np.ndarray, region: np.ndarray, noise_error: float
+) -> tuple[str, tuple[float, float]]:
+    """Return the shape that fits the coverage [H, W] best, and its center (x, y) in pixels.
 
-    `spread` is the squared error that noise alone brings; it is not held against a fit.
+    `noise_error` is the squared error that noise alone causes; it is subtracted from that of a fit.
     """
-    rows, columns = np.nonzero(own.any(1))[0], np.nonzero(own.any(0))[0]
+    rows, columns = np.nonzero(region.any(1))[0], np.nonzero(region.any(0))[0]
     top, left = max(rows[0] - 2, 0), max(columns[0] - 2, 0)
-    crop = cover[top : rows[-1] + 3, left : columns[-1] + 3]
+    crop = coverage[top : rows[-1] + 3, left : columns[-1] + 3]
     height, width = crop.shape
     area = max(crop.sum(), 1.0)
     y = (crop.sum(1) @ (np.arange(height) + 0.5)) / area
@@ -288,30 +303,30 @@ def _shape(cover: np.ndarray, own: np.ndarray, spread: float) -> tuple[str, tupl
     for shape in generator.SHAPES:
         unit_area, dx, dy = _moments(shape)
         radius = np.sqrt(area / unit_area)
-        centre = (x - dx * radius, y - dy * radius)
+        center = (x - dx * radius, y - dy * radius)
         fine = generator.mask(
             shape,
             (width * _SUPERSAMPLE, height * _SUPERSAMPLE),
-            (centre[0] * _SUPERSAMPLE, centre[1] * _SUPERSAMPLE),
+            (center[0] * _SUPERSAMPLE, center[1] * _SUPERSAMPLE),
             radius * _SUPERSAMPLE,
         )
-        drawn = np.asarray(fine.resize((width, height), Image.Resampling.BOX)) / 255
-        misfit = (((crop - drawn) ** 2).sum() - spread) / area
-        fits.append((misfit, shape, (centre[0] + left, centre[1] + top)))
-    misfit, shape, centre = min(fits)
-    return (shape if misfit <= _MOST_MISFIT else OTHER), centre
+        drawing = np.asarray(fine.resize((width, height), Image.Resampling.BOX)) / 255
+        misfit = (((crop - drawing) ** 2).sum() - noise_error) / area
+        fits.append((misfit, shape, (center[0] + left, center[1] + top)))
+    misfit, shape, center = min(fits)
+    return (shape if misfit <= _MAX_MISFIT else OTHER), center
 
 
 @functools.cache
 def _moments(shape: str) -> tuple[float, float, float]:
-    """Area and centre of mass of a shape, in units of its radius, from its centre."""
-    drawn = np.asarray(generator.mask(shape, (512, 512), (256, 256), 200)) / 255
+    """Return the area and center of mass of a shape, in units of its radius, from its center."""
+    drawing = np.asarray(generator.mask(shape, (512, 512), (256, 256), 200)) / 255
     offsets = (np.arange(512) + 0.5 - 256) / 200
-    area = drawn.sum()
-    return area / 200**2, drawn.sum(0) @ offsets / area, drawn.sum(1) @ offsets / area
+    area = drawing.sum()
+    return area / 200**2, drawing.sum(0) @ offsets / area, drawing.sum(1) @ offsets / area
 
 
-def _is(item: Found, entry: Mapping[str, Any]) -> bool:
+def _matches(item: DetectedObject, entry: Mapping[str, Any]) -> bool:
     for key, names in (("class", generator.SHAPES), ("color", generator.COLORS)):
         if (key == "class" or key in entry) and entry.get(key) not in names:
             raise ValueError(f"facts: {key} {entry.get(key)!r}, expected one of {', '.join(names)}")

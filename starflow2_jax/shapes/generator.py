@@ -1,8 +1,9 @@
-"""The embedded world: coloured shapes on plain grounds, with exact captions, from a seed.
+"""The synthetic shapes benchmark: colored shapes on plain backgrounds, with exact captions.
 
-Everything about a picture is known (its `Scene`), so generation can be judged without another
-model. Captions come in three wordings; the facts behind them are in the metadata format of GenEval
-(https://github.com/djghosh13/geneval): `tag`, `include`, `exclude`, `prompt`.
+Images and captions follow from a seed. The `Scene` describes an image completely, so generation can
+be judged without another model. Captions come in three wordings; the facts behind them have
+GenEval's metadata format (https://github.com/djghosh13/geneval): `tag`, `include`, `exclude`,
+`prompt`.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ COLORS = {
     "pink": (250, 140, 195),
     "brown": (140, 82, 35),
 }
-# Radius of the circle around the shape, in image sides: 8, 11 and 15 pixels across at 32.
+# Radius of the circle around the shape, in image sides: diameters of 8, 11 and 15 pixels at 32.
 SIZES = {"small": 0.13, "medium": 0.175, "large": 0.23}
 BACKGROUNDS = {
     "white": (248, 248, 248),
@@ -42,13 +43,13 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 WORDINGS = 3
 LABELS = ("shape", "color", "pair", "tag")
 
-_MARGIN = 0.03  # least gap between two objects, and between an object and the border
+_MARGIN = 0.03  # minimum gap between two objects, and between an object and the border
 _SUPERSAMPLE = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """`x` (to the right) and `y` (down): centre, in image sides from the top left corner."""
+    """A colored shape; its center is (x, y), in image sides from the top left, y pointing down."""
 
     shape: str
     color: str
@@ -59,7 +60,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """`ramp` brightens the ground towards the bottom, in levels of 255 at the border."""
+    """An image's content; `ramp` brightens the background downwards, in levels at the border."""
 
     background: str
     ramp: float
@@ -67,40 +68,43 @@ class Scene:
 
 
 def draw(scene: Scene, pixels: int) -> np.ndarray:
-    """Paints a scene, antialiased: uint8 [pixels, pixels, 3]."""
-    fine = pixels * _SUPERSAMPLE
-    rows = np.linspace(-scene.ramp, scene.ramp, fine)[:, None, None]
-    ground = np.asarray(BACKGROUNDS[scene.background], np.float64) + rows
-    canvas = np.broadcast_to(ground.clip(0, 255).round().astype(np.uint8), (fine, fine, 3))
+    """Draw a scene, antialiased: uint8 [pixels, pixels, 3]."""
+    side = pixels * _SUPERSAMPLE
+    ramp = np.linspace(-scene.ramp, scene.ramp, side)[:, None, None]
+    background = np.asarray(BACKGROUNDS[scene.background], np.float64) + ramp
+    canvas = np.broadcast_to(background.clip(0, 255).round().astype(np.uint8), (side, side, 3))
     image = Image.fromarray(np.ascontiguousarray(canvas))
     for item in scene.objects:
-        centre, radius = (item.x * fine, item.y * fine), SIZES[item.size] * fine
-        image.paste(COLORS[item.color], mask=mask(item.shape, image.size, centre, radius))
+        center, radius = (item.x * side, item.y * side), SIZES[item.size] * side
+        image.paste(COLORS[item.color], mask=mask(item.shape, image.size, center, radius))
     return np.asarray(image.resize((pixels, pixels), Image.Resampling.BOX))
 
 
 def mask(
-    shape: str, size: tuple[int, int], centre: tuple[float, float], radius: float
+    shape: str, size: tuple[int, int], center: tuple[float, float], radius: float
 ) -> Image.Image:
-    """A shape as 255 on 0, not antialiased; `size` is (width, height), all lengths in pixels."""
+    """Draw a shape as 255 on 0, not antialiased.
+
+    `size` is (width, height); all lengths are in pixels.
+    """
     image = Image.new("L", size, 0)
     pen = ImageDraw.Draw(image)
     if shape in ("circle", "ring"):
-        _disc(pen, centre, 0.9 * radius, 255)
+        _disc(pen, center, 0.9 * radius, 255)
         if shape == "ring":
-            _disc(pen, centre, 0.45 * radius, 0)
+            _disc(pen, center, 0.45 * radius, 0)
     else:
-        x, y = centre
+        x, y = center
         pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _OUTLINES[shape]], fill=255)
     return image
 
 
-def scene(rng: np.random.Generator, tag: str) -> Scene:
-    """A random scene that shows what `tag` asks for.
+def random_scene(rng: np.random.Generator, tag: str) -> Scene:
+    """Sample a scene that fits a GenEval `tag`.
 
-    single_object, colors: one object. counting: two to four of one shape and colour. two_object,
-    position, color_attr: two objects of different shapes; for color_attr of different colours, for
-    position clearly beside or above one another.
+    single_object, colors: one object. counting: two to four of one shape and color. two_object,
+    position, color_attr: two objects of different shapes; for color_attr also of different colors,
+    for position in a clear relation.
     """
     if tag not in TAGS:
         raise ValueError(f"unknown tag {tag!r}, expected one of {', '.join(TAGS)}")
@@ -116,11 +120,11 @@ def scene(rng: np.random.Generator, tag: str) -> Scene:
             kinds = [(shapes[first], colors[hues[0]]), (shapes[second], colors[hues[1]])]
         # Four large objects hardly fit.
         sizes = list(SIZES) if len(kinds) < 3 else ["small", "medium"]
-        same = pick(rng, sizes)
+        common_size = pick(rng, sizes)
         objects: list[Object] = []
         for shape, color in kinds:
-            size = same if tag == "counting" else pick(rng, sizes)
-            placed = place(rng, objects, shape, color, size)
+            size = common_size if tag == "counting" else pick(rng, sizes)
+            placed = place_object(rng, objects, shape, color, size)
             if placed is None:
                 break
             objects.append(placed)
@@ -131,10 +135,10 @@ def scene(rng: np.random.Generator, tag: str) -> Scene:
         return result
 
 
-def place(
+def place_object(
     rng: np.random.Generator, objects: Sequence[Object], shape: str, color: str, size: str
 ) -> Object | None:
-    """A new object clear of the others and of the border, or None where 50 tries found no room."""
+    """Return an object clear of the others and of the border, or None if 50 tries find no room."""
     radius = SIZES[size]
     for _ in range(50):
         x, y = np.round(rng.uniform(radius + _MARGIN, 1 - radius - _MARGIN, 2), 4).tolist()
@@ -147,10 +151,10 @@ def place(
 
 
 def relation(first: Object, second: Object) -> str | None:
-    """Where the first object is from the second, or None where the answer could be disputed."""
+    """Return the relation of the first object to the second, or None if it could be disputed."""
     dx, dy = first.x - second.x, first.y - second.y
-    apart = SIZES[first.size] + SIZES[second.size]
-    if max(abs(dx), abs(dy)) < apart or min(abs(dx), abs(dy)) > 0.5 * max(abs(dx), abs(dy)):
+    min_distance = SIZES[first.size] + SIZES[second.size]
+    if max(abs(dx), abs(dy)) < min_distance or min(abs(dx), abs(dy)) > 0.5 * max(abs(dx), abs(dy)):
         return None
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -158,34 +162,36 @@ def relation(first: Object, second: Object) -> str | None:
 
 
 def caption(scene: Scene, tag: str, wording: int = 0) -> str:
-    """Says about the scene what `tag` is about, in one of `WORDINGS` wordings; 0 is GenEval's."""
+    """Describe what `tag` is about, in one of `WORDINGS` wordings; 0 is GenEval's."""
     a, b = scene.objects[0], scene.objects[-1]
     if tag == "single_object":
-        said = with_article(a.shape)
+        phrase = with_article(a.shape)
     elif tag == "colors":
-        said = with_article(f"{a.color} {a.shape}")
+        phrase = with_article(f"{a.color} {a.shape}")
     elif tag == "counting":
-        said = f"{NUMBERS[len(scene.objects)]} {plural(a.shape)}"
+        phrase = f"{NUMBERS[len(scene.objects)]} {plural(a.shape)}"
     elif tag == "two_object":
-        said = f"{with_article(a.shape)} and {with_article(b.shape)}"
+        phrase = f"{with_article(a.shape)} and {with_article(b.shape)}"
     elif tag == "position":
-        said = f"{with_article(a.shape)} {relation(a, b)} {with_article(b.shape)}"
+        phrase = f"{with_article(a.shape)} {relation(a, b)} {with_article(b.shape)}"
     elif tag == "color_attr":
-        said = f"{with_article(f'{a.color} {a.shape}')} and {with_article(f'{b.color} {b.shape}')}"
+        phrase = (
+            f"{with_article(f'{a.color} {a.shape}')} and {with_article(f'{b.color} {b.shape}')}"
+        )
     else:
         raise ValueError(f"unknown tag {tag!r}, expected one of {', '.join(TAGS)}")
     if wording == 0:
-        return f"a photo of {said}"
+        return f"a photo of {phrase}"
     if wording == 1:
-        return f"{said} on a {scene.background} background"
+        return f"{phrase} on a {scene.background} background"
     if wording == 2:
         verb = "are" if tag == "counting" else "is"
-        return f"there {verb} {said} in the picture"
+        return f"there {verb} {phrase} in the picture"
     raise ValueError(f"wording {wording}, expected 0 to {WORDINGS - 1}")
 
 
-def geneval(scene: Scene, tag: str) -> dict[str, object]:
-    """GenEval metadata of a scene: what a picture for its prompt must and must not show."""
+def geneval_facts(scene: Scene, tag: str) -> dict[str, object]:
+    """Return the GenEval metadata of a scene: what an image must and must not show."""
     a, b = scene.objects[0], scene.objects[-1]
     include: list[dict[str, object]] = [{"class": a.shape, "count": 1}]
     meta: dict[str, object] = {"tag": tag, "include": include}
@@ -214,17 +220,20 @@ def example(
     tags: Sequence[str] = TAGS,
     keep: Callable[[Scene], bool] = lambda scene: True,
 ) -> tuple[Scene, str, int]:
-    """Scene to keep, its tag and wording, number `index` of `seed`; tags take turns."""
+    """Return the scene, tag and wording of example `index` of `seed`.
+
+    Tags take turns; scenes are sampled until `keep` accepts one.
+    """
     tag = tags[index % len(tags)]
     rng = np.random.default_rng(np.random.SeedSequence((seed, index)))
-    picture = scene(rng, tag)
-    while not keep(picture):
-        picture = scene(rng, tag)
-    return picture, tag, int(rng.integers(WORDINGS))
+    scene = random_scene(rng, tag)
+    while not keep(scene):
+        scene = random_scene(rng, tag)
+    return scene, tag, int(rng.integers(WORDINGS))
 
 
 def classes(label: str) -> list[str]:
-    """Names of the classes of `--label shape|color|pair|tag`."""
+    """Return the names of the classes of `--label shape|color|pair|tag`."""
     if label == "shape":
         return list(SHAPES)
     if label == "color":
@@ -236,14 +245,18 @@ def classes(label: str) -> list[str]:
     raise ValueError(f"unknown label {label!r}, expected one of {', '.join(LABELS)}")
 
 
-def label_of(scene: Scene, tag: str, label: str) -> int:
-    """Class number of a scene; all but `tag` need objects of one shape and colour."""
+def class_number(scene: Scene, tag: str, label: str) -> int:
+    """Return the class number of a scene.
+
+    Raises:
+        ValueError: objects of several kinds, unless `label` is "tag".
+    """
     if label == "tag":
         return TAGS.index(tag)
     kinds = {(item.color, item.shape) for item in scene.objects}
     if len(kinds) != 1:
         raise ValueError(
-            f"--label {label} needs pictures of one kind of object, but {tag} shows two; "
+            f"--label {label} needs images of one kind of object, but {tag} shows two; "
             "use --tags single_object,colors,counting"
         )
     color, shape = kinds.pop()
@@ -260,49 +273,51 @@ def make_records(
     label: str | None = None,
     keep: Callable[[Scene], bool] = lambda scene: True,
 ) -> Iterator[records.Record]:
-    """Text-to-image records 0 to count - 1 of `seed`; record i does not depend on `count`.
+    """Yield text-to-image records 0 to count - 1 of `seed`; record i does not depend on `count`.
 
-    `meta` holds `tag`, the GenEval metadata and the scene (both JSON) and, with `label`, the class
-    number.
+    `meta` contains `tag`, the GenEval metadata and the scene (both as JSON) and, with `label`, the
+    class number.
     """
     for index in range(count):
-        picture, tag, wording = example(seed, index, tags, keep)
+        scene, tag, wording = example(seed, index, tags, keep)
         meta = {
             "tag": tag,
-            "geneval": json.dumps(geneval(picture, tag)),
-            "scene": json.dumps(dataclasses.asdict(picture)),
+            "geneval": json.dumps(geneval_facts(scene, tag)),
+            "scene": json.dumps(dataclasses.asdict(scene)),
         }
         if label is not None:
-            meta["label"] = label_of(picture, tag, label)
+            meta["label"] = class_number(scene, tag, label)
         name = f"shapes-{seed}-{index:08d}"
-        blob = records.image_blob(images.encode_png(draw(picture, pixels)), name)
-        yield records.text_to_image(
-            name, f"shapes:{seed}", caption(picture, tag, wording), blob, meta
-        )
+        blob = records.image_blob(images.encode_png(draw(scene, pixels)), name)
+        prompt = caption(scene, tag, wording)
+        yield records.text_to_image(name, f"shapes:{seed}", prompt, blob, meta)
 
 
 def pick(rng: np.random.Generator, items: Sequence[str]) -> str:
-    """One of some words."""
+    """Choose one of `items` at random."""
     return items[int(rng.integers(len(items)))]
 
 
 def with_article(noun: str) -> str:
-    """ "a red circle", "an orange star" """
+    """Return the noun with its indefinite article: "a red circle", "an orange star"."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def plural(noun: str) -> str:
-    """ "circles", "crosses" """
+    """Return the plural: "circles", "crosses"."""
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-def _disc(pen: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float, fill: int) -> None:
-    x, y = centre
+def _disc(pen: ImageDraw.ImageDraw, center: tuple[float, float], radius: float, fill: int) -> None:
+    x, y = center
     pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
 
 
-def _turns(count: int, start: float, radii: Sequence[float]) -> list[tuple[float, float]]:
-    """Corners around the centre, `start` in turns clockwise from the top, radii taken in turn."""
+def _star_corners(count: int, start: float, radii: Sequence[float]) -> list[tuple[float, float]]:
+    """Return corners around the center with alternating radii.
+
+    `start` is the angle of the first one, in turns clockwise from the top.
+    """
     corners = []
     for k in range(count):
         angle = 2 * math.pi * (start + k / count)
@@ -311,7 +326,7 @@ def _turns(count: int, start: float, radii: Sequence[float]) -> list[tuple[float
     return corners
 
 
-def _heart() -> list[tuple[float, float]]:
+def _heart_outline() -> list[tuple[float, float]]:
     points = []
     for t in np.linspace(0, 2 * math.pi, 60, endpoint=False):
         x = 16 * math.sin(t) ** 3
@@ -325,7 +340,7 @@ _OUTLINES = {
     "square": [(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)],
     "triangle": [(0.0, -0.9), (0.95, 0.75), (-0.95, 0.75)],
     "diamond": [(0.0, -1.0), (0.7, 0.0), (0.0, 1.0), (-0.7, 0.0)],
-    "star": _turns(10, 0.0, (1.0, 0.42)),
+    "star": _star_corners(10, 0.0, (1.0, 0.42)),
     "cross": [
         (sign_x * x, sign_y * y)
         for sign_x, sign_y, corner in (
@@ -336,5 +351,5 @@ _OUTLINES = {
         )
         for x, y in corner
     ],
-    "heart": _heart(),
+    "heart": _heart_outline(),
 }

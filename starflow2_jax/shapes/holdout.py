@@ -1,7 +1,8 @@
-"""What of the shapes world training never shows, so that evaluation can tell seen from unseen.
+"""Attribute pairs and combinations that are withheld from training, to measure generalization.
 
-One eighth of the (colour, shape) pairs, and one eighth of the combinations of two pairs and the
-relation between them. Every colour and every shape is still seen, in seven of eight pairs.
+These are one eighth of the (color, shape) pairs, and one eighth of the combinations of two pairs
+and the relation between them. Training still shows every color and every shape, in seven of eight
+pairs.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,58 +26,65 @@ _INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 Combination = tuple[Object, str, Object]
 
 
-def pair(item: Object) -> bool:
-    """Whether the (colour, shape) of an object is withheld."""
+def is_withheld_pair(item: Object) -> bool:
+    """Return whether the (color, shape) of an object is withheld."""
     return (item.color, item.shape) in PAIRS
 
 
-def combination(first: Object, relation: str, second: Object) -> bool:
-    """Whether two pairs are withheld in this relation; the same seen from either object.
+def is_withheld_combination(first: Object, relation: str, second: Object) -> bool:
+    """Return whether two pairs are withheld in this relation.
 
-    Every two shapes, and every two colours, occur in every relation.
+    The result is the same from either object's side. Training shows every two shapes, and every two
+    colors, in every relation.
     """
     if relation in ("right of", "below"):
         first, relation, second = second, _INVERSE[relation], first
-    colors, kinds = list(generator.COLORS), list(generator.SHAPES)
-    number = colors.index(first.color) + 3 * kinds.index(first.shape)
-    number += 5 * colors.index(second.color) + 7 * kinds.index(second.shape)
+    colors, shapes = list(generator.COLORS), list(generator.SHAPES)
+    number = colors.index(first.color) + 3 * shapes.index(first.shape)
+    number += 5 * colors.index(second.color) + 7 * shapes.index(second.shape)
     return (number + 4 * (relation == "above")) % 8 == 0
 
 
-def found(scenes: Iterable[Scene], said: Iterable[Object | Combination] = ()) -> str:
-    """What is withheld of scenes, and of objects and combinations that are only spoken of.
+def withheld_kind(scenes: Iterable[Scene], mentioned: Iterable[Object | Combination] = ()) -> str:
+    """Return "pair" if a withheld pair occurs, else "combination" or "none" accordingly.
 
-    Returns "pair", "combination", or "none"; a pair comes first.
+    Args:
+        scenes: scenes whose objects and relations count.
+        mentioned: objects and combinations that occur only in the text.
     """
-    scenes, said = list(scenes), list(said)
+    scenes = list(scenes)
     objects = [item for scene in scenes for item in scene.objects]
-    together = [
+    combinations = [
         (a, generator.relation(a, b), b)
         for scene in scenes
         for k, b in enumerate(scene.objects)
         for a in scene.objects[:k]
     ]
-    for thing in said:
-        if isinstance(thing, Object):
-            objects.append(thing)
+    for mention in mentioned:
+        if isinstance(mention, Object):
+            objects.append(mention)
         else:
-            objects += [thing[0], thing[2]]
-            together.append(thing)
-    if any(pair(item) for item in objects):
+            objects += [mention[0], mention[2]]
+            combinations.append(mention)
+    if any(is_withheld_pair(item) for item in objects):
         return "pair"
-    if any(relation and combination(a, relation, b) for a, relation, b in together):
+    if any(rel and is_withheld_combination(a, rel, b) for a, rel, b in combinations):
         return "combination"
     return "none"
 
 
-def keep(choice: str, what: str) -> bool:
-    """Whether `--withheld choice` takes something in which `found` saw `what`."""
+def is_included(choice: str, kind: str) -> bool:
+    """Return whether `--withheld choice` includes a record whose `withheld_kind` is `kind`.
+
+    Raises:
+        ValueError: an unknown choice.
+    """
     if choice not in CHOICES:
         raise ValueError(f"--withheld {choice}: expected one of {', '.join(CHOICES)}")
-    return choice == "none" or (choice == "only") == (what != "none")
+    return choice == "none" or (choice == "only") == (kind != "none")
 
 
-def scenes(choice: str) -> Callable[[Scene], bool]:
-    """Whether `--withheld choice` takes a scene; ValueError for an unknown choice."""
-    keep(choice, "none")
-    return lambda scene: keep(choice, found([scene]))
+def scene_filter(choice: str) -> Callable[[Scene], bool]:
+    """Return the predicate of scenes that `--withheld choice` includes; ValueError if unknown."""
+    is_included(choice, "none")
+    return lambda scene: is_included(choice, withheld_kind([scene]))

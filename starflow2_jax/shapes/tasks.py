@@ -1,19 +1,19 @@
-"""Records of every kind from the shapes world: captions, questions, edits, reasoning in pictures.
+"""Records of all tasks of the shapes benchmark: captions, questions, edits, visual reasoning.
 
     task      user                        assistant
-    caption   picture, request            description
-    question  picture, question           one or two words
-    dialog    picture, several questions  one or two words to each
-    quiz      picture, request            questions, which are given, and one or two words to each
-    edit      picture, instruction        picture
-    reason    picture, request            picture (zoomed or edited), one or two words
-    multi     two or three pictures, ...  one word
+    caption   image, request              description
+    question  image, question             one or two words
+    dialog    image, several questions    one or two words to each
+    quiz      image, request              questions (no targets), and one or two words to each
+    edit      image, instruction          image
+    reason    image, request              image (zoomed or edited), one or two words
+    multi     two or three images, ...    one word
     text      statement and question      a few words
-    t2i       caption                     picture (`shapes.make_records`)
+    t2i       caption                     image (`generator.make_records`)
 
-What the user says and shows is context, what the assistant does is learnt (of a quiz, answers).
-Every request comes in three wordings. A record is drawn again until it fits what is withheld
-(`shapes_withheld`).
+The user's turns are context, and the assistant's turns are targets (of a quiz, only the answers).
+Every request comes in three wordings. A record is sampled again until the choice of `withheld`
+(`holdout`) includes it.
 """
 
 import dataclasses
@@ -25,9 +25,18 @@ import numpy as np
 
 from starflow2_jax.data import images, records
 from starflow2_jax.data.records import Img, Record, Text
-from starflow2_jax.shapes import generator, holdout, scenes as shapes_scenes
+from starflow2_jax.shapes import generator, holdout
 from starflow2_jax.shapes.generator import NUMBERS, Object, Scene, pick, plural
-from starflow2_jax.shapes.scenes import Zoom, facts, name, the
+from starflow2_jax.shapes.scenes import (
+    Zoom,
+    definite,
+    describe,
+    distinct_scene,
+    grouped_scene,
+    indefinite,
+    place_in_relation,
+    scene_facts,
+)
 from starflow2_jax.shapes.wordings import TERSE, request
 
 EDITS = ("recolor", "add", "remove", "move", "replace")
@@ -36,270 +45,292 @@ REASONS = ("zoom", "count_after_removal", "count_after_edit")
 MULTI = ("same_shape", "which_shows", "which_has_most", "total")
 TEXTS = ("turn_around", "count_left", "color_of")
 DIALOGS = ("distinct", "groups")
-_HARD = ("exists", "relation", "is_relation")  # asked three times as often
-_DIALOG, _QUIZ = 8, 13  # questions, fewer where one comes twice
+_HARD = ("exists", "relation", "is_relation")  # three times as frequent
+_DIALOG_QUESTIONS, _QUIZ_QUESTIONS = 8, 13  # fewer if a question is repeated
 _ORDINALS = ("first", "second", "third")
+
+Mentions = tuple[Object | holdout.Combination, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
-    """Words in the assistant's turn that are not learnt."""
+class UntrainedText:
+    """A text in the assistant's turn that is not a target."""
 
-    words: str
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A record before it is drawn. `said`: what is spoken of beside the `scenes`; `more`: further
-    words of user and assistant in turn."""
+    """A record before its images are drawn.
+
+    Attributes:
+        tag: variant of the task.
+        user, assistant: content of the first two turns.
+        scenes: scenes of the images, in order.
+        mentioned: objects and combinations that only the text mentions.
+        geneval: what the last image must and must not show.
+        more: further texts of user and assistant.
+    """
 
     tag: str
     user: tuple[str | Scene, ...]
-    assistant: tuple[str | Given | Scene | Zoom, ...]
+    assistant: tuple[str | UntrainedText | Scene | Zoom, ...]
     scenes: tuple[Scene, ...]
-    said: tuple[Object | holdout.Combination, ...] = ()
+    mentioned: Mentions = ()
     geneval: dict[str, object] | None = None
     more: tuple[tuple[str, str], ...] = ()
 
 
 def caption(rng: np.random.Generator, wording: int, tag: str) -> Draft:
-    """Any scene -> its description."""
-    scene = generator.scene(rng, tag)
-    said, absent = _told(rng, scene, int(rng.integers(generator.WORDINGS)))
-    linked = None
+    """Draft a scene of any kind -> its description."""
+    scene = generator.random_scene(rng, tag)
+    description, absent = _describe(rng, scene, int(rng.integers(generator.WORDINGS)))
+    relation = None
     if len({item.shape for item in scene.objects}) == 2 and generator.relation(*scene.objects):
-        linked = (scene.objects[0], generator.relation(*scene.objects), scene.objects[1])
-    told = facts(scene, said, linked=linked)
-    asks = request("caption", wording)
-    return Draft(tag, (scene, asks), (said,), (scene,), absent, told)
+        relation = (scene.objects[0], generator.relation(*scene.objects), scene.objects[1])
+    facts = scene_facts(scene, description, relation=relation)
+    prompt = request("caption", wording)
+    return Draft(tag, (scene, prompt), (description,), (scene,), absent, facts)
 
 
-def _told(rng: np.random.Generator, scene: Scene, wording: int) -> tuple[str, tuple[Object, ...]]:
-    """A description, and what it names that is not there.
+def _describe(
+    rng: np.random.Generator, scene: Scene, wording: int
+) -> tuple[str, tuple[Object, ...]]:
+    """Return a description, and the objects in it that the scene does not show.
 
     The last wording is a list of tags, each with the shape first and the number last. One of them
-    has the colour of one object and the shape of another, and the number zero.
+    has the color of one object and the shape of another, and the number zero.
 
-    Who writes a word right after what it hangs on learns to look it up there: a shape by its
-    colour in the first wordings, in the tags a colour by its shape, and whether there is any.
+    The order matters: a model that predicts a word right after the word it depends on learns that
+    dependency. In the first wordings it predicts a shape after its color, in the tags a color after
+    its shape and a number after both.
     """
-    said = shapes_scenes.describe(scene, wording, back=bool(rng.integers(2)))
+    description = describe(scene, wording, reverse=bool(rng.integers(2)))
     pairs = {(item.shape, item.color) for item in scene.objects}
     absent = sorted({(a, b) for a, _ in pairs for _, b in pairs} - pairs)
     if wording != 2 or not absent:
-        return said, ()
-    parts = said.split(", ")
+        return description, ()
+    parts = description.split(", ")
     shape, color = absent[int(rng.integers(len(absent)))]
     parts.insert(int(rng.integers(1, len(parts) + 1)), f"{shape} {color} zero")
     return ", ".join(parts), (dataclasses.replace(scene.objects[0], shape=shape, color=color),)
 
 
 def question(rng: np.random.Generator, wording: int, tag: str) -> Draft:
-    """Picture and question -> one or two words."""
+    """Draft image and question -> one or two words."""
     if tag == "count":
-        scene = shapes_scenes.groups(rng)
+        scene = grouped_scene(rng)
     else:
-        scene = shapes_scenes.distinct(rng, 2 if "relation" in tag else int(rng.integers(1, 5)))
-    asks, answer, said = _ask(rng, scene, wording, tag)
-    return Draft(tag, (scene, asks), (answer,), (scene,), said, facts(scene, asks))
+        scene = distinct_scene(rng, 2 if "relation" in tag else int(rng.integers(1, 5)))
+    prompt, answer, mentioned = _ask(rng, scene, wording, tag)
+    return Draft(tag, (scene, prompt), (answer,), (scene,), mentioned, scene_facts(scene, prompt))
 
 
 def dialog(rng: np.random.Generator, wording: int, tag: str) -> Draft:
-    """Picture and several questions, each with its answer; the second scene kind has groups."""
-    scene, asked, said = _several(rng, tag, _DIALOG, terse=0.0)
-    (asks, answer), *more = asked.items()
-    return Draft(tag, (scene, asks), (answer,), (scene,), said, facts(scene, asks), tuple(more))
+    """Draft image and several questions, each with its answer in a turn of its own."""
+    scene, answers, mentioned = _ask_several(rng, tag, _DIALOG_QUESTIONS, terse=0.0)
+    (prompt, answer), *more = answers.items()
+    facts = scene_facts(scene, prompt)
+    return Draft(tag, (scene, prompt), (answer,), (scene,), mentioned, facts, tuple(more))
 
 
 def quiz(rng: np.random.Generator, wording: int, tag: str) -> Draft:
-    """The same, all in one turn, half of it in as few words as it takes: a row teaches more."""
-    scene, asked, said = _several(rng, tag, _QUIZ, terse=0.5)
-    turn: list[str | Given] = []
-    for line, (asks, answer) in enumerate(asked.items()):
-        turn += [Given(f"{chr(10) if line else ''}{asks}"), f" {answer}"]
-    asks = request("quiz", wording)
-    return Draft(tag, (scene, asks), tuple(turn), (scene,), said, facts(scene, asks))
+    """Draft image -> questions and answers in one turn, half of them terse, to train more a row."""
+    scene, answers, mentioned = _ask_several(rng, tag, _QUIZ_QUESTIONS, terse=0.5)
+    turn: list[str | UntrainedText] = []
+    for line, (prompt, answer) in enumerate(answers.items()):
+        turn += [UntrainedText(f"{chr(10) if line else ''}{prompt}"), f" {answer}"]
+    prompt = request("quiz", wording)
+    facts = scene_facts(scene, prompt)
+    return Draft(tag, (scene, prompt), tuple(turn), (scene,), mentioned, facts)
 
 
-def _several(
+def _ask_several(
     rng: np.random.Generator, tag: str, number: int, *, terse: float
-) -> tuple[Scene, dict[str, str], tuple[Object | holdout.Combination, ...]]:
-    """A scene, up to `number` questions with their answers, a share of them `terse`, and what is
-    spoken of."""
+) -> tuple[Scene, dict[str, str], Mentions]:
+    """Return a scene, the answers to up to `number` questions, and the objects they mention.
+
+    A share `terse` of the questions has the terse form. With the tag "groups", the scene has
+    several objects of one kind.
+    """
     if tag == "distinct":
-        # Most of them show two objects: of more it is not asked how two lie to one another.
+        # Most scenes have two objects, since only those have questions about their relation.
         count = int(rng.choice([1, 2, 2, 2, 2, 3, 4]))
-        scene = shapes_scenes.distinct(rng, count)
+        scene = distinct_scene(rng, count)
         tags = [t for t in (*QUESTIONS, *_HARD, *_HARD) if count == 2 or "relation" not in t]
     else:
-        scene, tags, number = shapes_scenes.groups(rng), ["count", "background"], number // 2
-    asked: dict[str, str] = {}
-    said: list[Object | holdout.Combination] = []
+        scene, tags, number = grouped_scene(rng), ["count", "background"], number // 2
+    answers: dict[str, str] = {}
+    all_mentioned: list[Object | holdout.Combination] = []
     for _ in range(number):
-        mixed = [scene.objects[k] for k in rng.permutation(len(scene.objects))]
-        turned = dataclasses.replace(scene, objects=tuple(mixed))
+        shuffled = [scene.objects[k] for k in rng.permutation(len(scene.objects))]
+        shuffled_scene = dataclasses.replace(scene, objects=tuple(shuffled))
         wording = int(rng.integers(generator.WORDINGS))
-        short = bool(rng.random() < terse)
-        asks, answer, spoken = _ask(rng, turned, wording, pick(rng, tags), terse=short)
-        asked[asks] = answer
-        said += spoken
-    return scene, asked, tuple(said)
+        is_terse = bool(rng.random() < terse)
+        prompt, answer, mentioned = _ask(
+            rng, shuffled_scene, wording, pick(rng, tags), terse=is_terse
+        )
+        answers[prompt] = answer
+        all_mentioned += mentioned
+    return scene, answers, tuple(all_mentioned)
 
 
 def _ask(
     rng: np.random.Generator, scene: Scene, wording: int, tag: str, *, terse: bool = False
-) -> tuple[str, str, tuple[Object | holdout.Combination, ...]]:
-    """Question, answer, and what is spoken of; the objects differ, but for a count."""
-    said: tuple[Object | holdout.Combination, ...] = ()
+) -> tuple[str, str, Mentions]:
+    """Return a question, its answer, and the objects that it mentions.
+
+    All objects of the scene differ from one another, except for the tag "count".
+    """
+    mentioned: Mentions = ()
     if tag == "count":
-        a = scene.objects[0]
         key = pick(rng, ("shape", "color"))
-        value = getattr(a, key)
-        if rng.random() < 0.15:  # sometimes of something that is not there
-            value = pick(rng, _others(scene, key))
+        value = getattr(scene.objects[0], key)
+        if rng.random() < 0.15:  # sometimes ask for absent objects
+            value = pick(rng, _absent(scene, key))
         count = sum(getattr(item, key) == value for item in scene.objects)
         things = plural(value) if key == "shape" else f"{value} objects"
         words, answer = {"things": things}, NUMBERS[count]
     else:
         a, b = scene.objects[0], scene.objects[-1]
-        words = {"shape": a.shape, "color": a.color, "a": the(a), "b": the(b)}
+        words = {"shape": a.shape, "color": a.color, "a": definite(a), "b": definite(b)}
         if tag == "exists":
-            # What is not there has the colour of one object and the shape of another, if it can.
-            yes = bool(rng.integers(2))
-            shape = b.shape if a != b else pick(rng, _others(scene, "shape"))
-            asked = a if yes else dataclasses.replace(a, shape=shape)
-            words, answer, said = {"new": name(asked)}, "yes" if yes else "no", (asked,)
+            # An absent object has the color of one object and the shape of another, if possible.
+            exists = bool(rng.integers(2))
+            shape = b.shape if a != b else pick(rng, _absent(scene, "shape"))
+            item = a if exists else dataclasses.replace(a, shape=shape)
+            words, answer = {"new": indefinite(item)}, "yes" if exists else "no"
+            mentioned = (item,)
         elif "relation" in tag:
-            true = generator.relation(a, b)
-            answer, asked = true, true
+            answer = relation = generator.relation(a, b)
             if tag == "is_relation":
                 if rng.integers(2):
-                    asked = pick(rng, [r for r in generator.RELATIONS if r != true])
-                words, answer = words | {"relation": asked}, "yes" if asked == true else "no"
-            said = ((a, asked, b),)
+                    relation = pick(rng, [r for r in generator.RELATIONS if r != answer])
+                words["relation"] = relation
+                answer = "yes" if relation == answer else "no"
+            mentioned = ((a, relation, b),)
         else:
             answer = scene.background if tag == "background" else getattr(a, tag)
     if not terse:
-        return request(tag, wording, **words), answer, said
+        return request(tag, wording, **words), answer, mentioned
     short = {key: re.sub("^(an?|the) ", "", word) for key, word in words.items()}
-    return TERSE[tag].format(**short), answer, said
+    return TERSE[tag].format(**short), answer, mentioned
 
 
 def edit(rng: np.random.Generator, wording: int, tag: str) -> Draft:
-    """Picture and instruction -> the picture changed, all else as it was."""
-    least = 2 if tag in ("remove", "move") else 1
-    scene = shapes_scenes.distinct(rng, int(rng.integers(least, 4)), apart=False)
+    """Draft image and instruction -> the edited image, with everything else unchanged."""
+    min_count = 2 if tag in ("remove", "move") else 1
+    scene = distinct_scene(rng, int(rng.integers(min_count, 4)), clear_relation=False)
     a, b = scene.objects[0], scene.objects[-1]
-    words = {"a": the(a), "b": the(b)}
-    linked = None
+    words = {"a": definite(a), "b": definite(b)}
+    required_relation = None
     if tag == "recolor":
-        new = dataclasses.replace(a, color=pick(rng, _others(scene, "color")))
-        words["color"], target = new.color, _swap(scene, a, new)
+        new = dataclasses.replace(a, color=pick(rng, _absent(scene, "color")))
+        words["color"], target = new.color, _replace(scene, a, new)
     elif tag == "remove":
-        target = _swap(scene, a, None)
+        target = _replace(scene, a, None)
     elif tag == "replace":
-        kind = {key: pick(rng, _others(scene, key)) for key in ("shape", "color")}
+        kind = {key: pick(rng, _absent(scene, key)) for key in ("shape", "color")}
         new = dataclasses.replace(a, **kind)
-        words["new"], target = name(new), _swap(scene, a, new)
+        words["new"], target = indefinite(new), _replace(scene, a, new)
     else:
         relation = pick(rng, generator.RELATIONS)
         if tag == "move":
             kind, rest = (a.shape, a.color, a.size), scene.objects[1:]
         else:
-            kind = tuple(pick(rng, _others(scene, key)) for key in ("shape", "color"))
+            kind = tuple(pick(rng, _absent(scene, key)) for key in ("shape", "color"))
             kind, rest = (*kind, pick(rng, ("small", "medium"))), scene.objects
-        new = shapes_scenes.place_so(rng, rest, kind, relation, b)
-        # Before a move the two stand clearly otherwise, so that leaving them there is an error.
+        new = place_in_relation(rng, rest, kind, relation, b)
+        # Before a move, the two have another clear relation, so that an unchanged image is wrong.
         if new is None or (tag == "move" and generator.relation(a, b) in (relation, None)):
             return edit(rng, wording, tag)
-        words |= {"new": f"a {new.size} {new.color} {new.shape}",
-                  "relation": relation}  # fmt: skip
+        words |= {"new": f"a {new.size} {new.color} {new.shape}", "relation": relation}
         target = dataclasses.replace(scene, objects=(new, *rest))
-        linked = (new, relation, b)
-    asks = request(tag, wording, **words)
-    told = facts(target, asks, gone=scene.objects, linked=linked)
-    return Draft(tag, (scene, asks), (target,), (scene, target), geneval=told)
+        required_relation = (new, relation, b)
+    prompt = request(tag, wording, **words)
+    facts = scene_facts(target, prompt, removed=scene.objects, relation=required_relation)
+    return Draft(tag, (scene, prompt), (target,), (scene, target), geneval=facts)
 
 
 def reason(rng: np.random.Generator, wording: int, tag: str) -> Draft:
-    """Picture and request -> a picture that helps, then the answer."""
-    scene = shapes_scenes.distinct(rng, int(rng.integers(2, 5)), apart=False)
+    """Draft image and request -> an intermediate image, then the answer."""
+    scene = distinct_scene(rng, int(rng.integers(2, 5)), clear_relation=False)
     a = scene.objects[0]
     if tag == "zoom":
-        asks = request(tag, wording, color=a.color)
+        prompt = request(tag, wording, color=a.color)
         steps = (Zoom(scene, a), a.shape)
-        return Draft(tag, (scene, asks), steps, (scene,), geneval=facts(scene, asks))
+        return Draft(tag, (scene, prompt), steps, (scene,), geneval=scene_facts(scene, prompt))
     if tag == "count_after_removal":
-        asks, target = request(tag, wording, a=the(a)), _swap(scene, a, None)
+        prompt, target = request(tag, wording, a=definite(a)), _replace(scene, a, None)
         count = len(target.objects)
     else:
-        color = scene.objects[-1].color if rng.integers(4) else pick(rng, _others(scene, "color"))
+        color = scene.objects[-1].color if rng.integers(4) else pick(rng, _absent(scene, "color"))
         for item in scene.objects[1:-1]:
             if rng.integers(2):
-                scene = _swap(scene, item, dataclasses.replace(item, color=color))
-        asks = request(tag, wording, a=the(a), color=color)
-        target = _swap(scene, a, dataclasses.replace(a, color=color))
+                scene = _replace(scene, item, dataclasses.replace(item, color=color))
+        prompt = request(tag, wording, a=definite(a), color=color)
+        target = _replace(scene, a, dataclasses.replace(a, color=color))
         count = sum(item.color == color for item in target.objects)
-    told = facts(target, asks, gone=scene.objects)
-    return Draft(tag, (scene, asks), (target, NUMBERS[count]), (scene, target), geneval=told)
+    facts = scene_facts(target, prompt, removed=scene.objects)
+    return Draft(tag, (scene, prompt), (target, NUMBERS[count]), (scene, target), geneval=facts)
 
 
 def multi(rng: np.random.Generator, wording: int, tag: str) -> Draft:
-    """Two or three pictures and a question across them -> one word."""
+    """Draft two or three images and a question about all of them -> one word."""
     number = int(rng.integers(2, 4))
     if tag == "same_shape":
-        scenes = [shapes_scenes.distinct(rng, 1) for _ in range(number)]
+        scenes = [distinct_scene(rng, 1) for _ in range(number)]
         if rng.integers(2):
             shape = scenes[0].objects[0].shape
-            scenes = [_swap(s, s.objects[0], dataclasses.replace(s.objects[0], shape=shape))
-                      for s in scenes]  # fmt: skip
-        same = len({scene.objects[0].shape for scene in scenes}) == 1
-        asks, answer = request(tag, wording), "yes" if same else "no"
+            scenes = [
+                _replace(scene, item, dataclasses.replace(item, shape=shape))
+                for scene in scenes
+                for item in scene.objects
+            ]
+        is_same = len({scene.objects[0].shape for scene in scenes}) == 1
+        prompt, answer = request(tag, wording), "yes" if is_same else "no"
     elif tag == "which_shows":
-        scenes = [shapes_scenes.distinct(rng, int(rng.integers(1, 4))) for _ in range(number)]
+        scenes = [distinct_scene(rng, int(rng.integers(1, 4))) for _ in range(number)]
         which = int(rng.integers(number))
         a = scenes[which].objects[0]
         kind = (a.shape, a.color)
         if any(kind == (o.shape, o.color) for s in scenes if s != scenes[which] for o in s.objects):
             return multi(rng, wording, tag)
-        asks, answer = request(tag, wording, a=name(a)), _ORDINALS[which]
+        prompt, answer = request(tag, wording, a=indefinite(a)), _ORDINALS[which]
     else:
         counts = rng.integers(1, 5 if tag == "which_has_most" else 4, number).tolist()
-        tied = counts.count(max(counts)) > 1
-        if tied if tag == "which_has_most" else sum(counts) >= len(NUMBERS):
+        is_tied = counts.count(max(counts)) > 1
+        if is_tied if tag == "which_has_most" else sum(counts) >= len(NUMBERS):
             return multi(rng, wording, tag)
-        scenes = [shapes_scenes.distinct(rng, count) for count in counts]
-        asks, answer = request(tag, wording), NUMBERS[min(sum(counts), len(NUMBERS) - 1)]
+        scenes = [distinct_scene(rng, count) for count in counts]
+        prompt, answer = request(tag, wording), NUMBERS[min(sum(counts), len(NUMBERS) - 1)]
         if tag == "which_has_most":
             answer = _ORDINALS[int(np.argmax(counts))]
-    return Draft(tag, (*scenes, asks), (answer,), tuple(scenes))
+    return Draft(tag, (*scenes, prompt), (answer,), tuple(scenes))
 
 
 def text(rng: np.random.Generator, wording: int, tag: str) -> Draft:
-    """A statement and a question -> a few words; the scene stays undrawn."""
+    """Draft a statement and a question -> a few words, without an image."""
     if tag == "count_left":
         n = int(rng.integers(2, 6))
         m = int(rng.integers(1, n + 1))
         things = plural(pick(rng, generator.SHAPES))
         words = {"n": NUMBERS[n], "N": NUMBERS[n].capitalize(), "m": NUMBERS[m], "things": things}
-        asks = request(tag, wording, **words, vanish="vanishes" if m == 1 else "vanish")
-        return Draft(tag, (asks,), (NUMBERS[n - m],), ())
-    scene = shapes_scenes.distinct(rng, 2)
+        prompt = request(tag, wording, **words, vanish="vanishes" if m == 1 else "vanish")
+        return Draft(tag, (prompt,), (NUMBERS[n - m],), ())
+    scene = distinct_scene(rng, 2)
     a, b = scene.objects
-    relation = generator.relation(a, b)
-    fact = f"{name(a)} is {relation} {name(b)}".capitalize()
+    fact = f"{indefinite(a)} is {generator.relation(a, b)} {indefinite(b)}".capitalize()
     if tag == "turn_around":
-        asks, answer = (
-            request(tag, wording, Fact=fact, b=the(b)),
-            f"{generator.relation(b, a)} {the(a)}",
-        )
+        prompt = request(tag, wording, Fact=fact, b=definite(b))
+        answer = f"{generator.relation(b, a)} {definite(a)}"
     else:
-        asked = (a, b)[int(rng.integers(2))]
-        asks, answer = request(tag, wording, Fact=fact, shape=asked.shape), asked.color
-    return Draft(tag, (asks,), (answer,), (scene,))
+        item = (a, b)[int(rng.integers(2))]
+        prompt, answer = request(tag, wording, Fact=fact, shape=item.shape), item.color
+    return Draft(tag, (prompt,), (answer,), (scene,))
 
 
-_MAKE: dict[str, tuple[Callable[[np.random.Generator, int, str], Draft], Sequence[str]]] = {
+_MAKERS: dict[str, tuple[Callable[[np.random.Generator, int, str], Draft], Sequence[str]]] = {
     "caption": (caption, generator.TAGS),
     "question": (question, QUESTIONS),
     "edit": (edit, EDITS),
@@ -309,31 +340,37 @@ _MAKE: dict[str, tuple[Callable[[np.random.Generator, int, str], Draft], Sequenc
     "dialog": (dialog, DIALOGS),
     "quiz": (quiz, ("distinct", *DIALOGS)),
 }
-# In this order: the number of a task is part of its seed.
+# Do not reorder: the number of a task is part of its seed.
 TASKS = ("caption", "question", "edit", "reason", "multi", "text", "t2i", "dialog", "quiz")
 
 
-def draft(
+def make_draft(
     seed: int,
     index: int,
     task: str,
     withheld: str = "none",
     tags: Sequence[str] = generator.TAGS,
 ) -> Draft:
-    """Number `index` of a task, `withheld` being left out, alone wanted, or neither.
+    """Return draft `index` of a task.
 
-    `tags` are those of captions.
+    Args:
+        seed: seed of the benchmark.
+        index: number of the draft.
+        task: one of `TASKS` except "t2i".
+        withheld: choice of `holdout.CHOICES`.
+        tags: tags of captions; the other tasks have their own.
     """
-    make, own = _MAKE[task]
-    tags = tags if task == "caption" else own
+    make, task_tags = _MAKERS[task]
+    tags = tags if task == "caption" else task_tags
     rng = np.random.default_rng(np.random.SeedSequence((seed, index, 1 + TASKS.index(task))))
-    # A text that no scene stands behind names no pair, so that it cannot show an unseen one.
+    # A count has no scene and names no pair, so it can never contain a withheld one.
     tags = [tag for tag in tags if withheld != "only" or tag != "count_left"]
     tag, wording = tags[index % len(tags)], int(rng.integers(generator.WORDINGS))
     while True:
-        made = make(rng, wording, tag)
-        if holdout.keep(withheld, holdout.found(made.scenes, made.said)):
-            return made
+        candidate = make(rng, wording, tag)
+        kind = holdout.withheld_kind(candidate.scenes, candidate.mentioned)
+        if holdout.is_included(withheld, kind):
+            return candidate
 
 
 def make_records(
@@ -345,66 +382,72 @@ def make_records(
     tags: Sequence[str] = generator.TAGS,
     withheld: str = "none",
 ) -> Iterator[Record]:
-    """Records 0 to count - 1 of `seed`, tasks in turn; record i does not depend on `count`.
+    """Yield records 0 to count - 1 of `seed`, tasks in turn; record i does not depend on `count`.
 
-    `meta` holds `task`, `tag` (which of the task), `withheld` (what unseen it holds: pair,
-    combination or none), and as JSON `scenes`, in the order of the pictures (a zoomed one has
-    none), and `geneval`, what the last scene must and must not show; multi and text have no
-    `geneval`. `tags` are those of t2i, whose `meta` is that of `shapes.make_records`.
+    `meta` contains `task`, `tag` (variant of the task), `withheld` (`holdout.withheld_kind`), and
+    as JSON `scenes`, in the order of the images (a zoomed one has none), and `geneval`, what the
+    last scene must and must not show, except for multi and text. `tags` are those of caption and
+    t2i; the `meta` of t2i is that of `generator.make_records`.
 
     Raises:
-      ValueError: an unknown task or choice.
+        ValueError: an unknown task or choice.
     """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
         raise ValueError(f"--tasks: unknown {unknown}, expected some of {', '.join(TASKS)}")
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"--tasks {','.join(tasks)}: a task is named twice")
-    # Ids of t2i count on its own, as they do without the other tasks.
-    pictures = generator.make_records(seed, count, pixels, tags=tags, keep=holdout.scenes(withheld))
+    # t2i records are numbered separately, so that they are the same without other tasks.
+    keep = holdout.scene_filter(withheld)
+    t2i_records = generator.make_records(seed, count, pixels, tags=tags, keep=keep)
     for index in range(count):
         task = tasks[index % len(tasks)]
         if task == "t2i":
-            yield next(pictures)
+            yield next(t2i_records)
         else:
             number = index // len(tasks)
-            made = draft(seed, number, task, withheld, tags)
-            yield _record(made, task, f"shapes-{task}-{seed}-{number:08d}", seed, pixels)
+            id = f"shapes-{task}-{seed}-{number:08d}"
+            draft = make_draft(seed, number, task, withheld, tags)
+            yield _draw_record(draft, task, id, seed, pixels)
 
 
-def _record(made: Draft, task: str, id: str, seed: int, pixels: int) -> Record:
+def _draw_record(draft: Draft, task: str, id: str, seed: int, pixels: int) -> Record:
     segments: list[Text | Img] = []
     blobs = []
-    turns = [("user", made.user), ("assistant", made.assistant)]
-    for asks, answer in made.more:
-        turns += [("user", (asks,)), ("assistant", (answer,))]
+    turns = [("user", draft.user), ("assistant", draft.assistant)]
+    for prompt, answer in draft.more:
+        turns += [("user", (prompt,)), ("assistant", (answer,))]
     for role, parts in turns:
         for part in parts:
-            loss = role == "assistant" and not isinstance(part, Given)
-            if isinstance(part, str | Given):
-                words = part.words if isinstance(part, Given) else part
-                segments.append(Text(words, loss, role))
-                continue
-            drawn = part.draw(pixels) if isinstance(part, Zoom) else generator.draw(part, pixels)
-            segments.append(Img(len(blobs), loss, role))
-            blobs.append(records.image_blob(images.encode_png(drawn), id))
+            loss = role == "assistant"
+            if isinstance(part, UntrainedText):
+                segments.append(Text(part.text, False, role))
+            elif isinstance(part, str):
+                segments.append(Text(part, loss, role))
+            else:
+                image = (
+                    part.draw(pixels) if isinstance(part, Zoom) else generator.draw(part, pixels)
+                )
+                segments.append(Img(len(blobs), loss, role))
+                blobs.append(records.image_blob(images.encode_png(image), id))
     meta = {
         "task": task,
-        "tag": made.tag,
-        "withheld": holdout.found(made.scenes, made.said),
-        "scenes": json.dumps([dataclasses.asdict(scene) for scene in made.scenes]),
+        "tag": draft.tag,
+        "withheld": holdout.withheld_kind(draft.scenes, draft.mentioned),
+        "scenes": json.dumps([dataclasses.asdict(scene) for scene in draft.scenes]),
     }
-    if made.geneval is not None:
-        meta["geneval"] = json.dumps(made.geneval)
+    if draft.geneval is not None:
+        meta["geneval"] = json.dumps(draft.geneval)
     return Record(1, id, f"shapes:{seed}", segments, blobs, meta)
 
 
-def _others(scene: Scene, key: str) -> list[str]:
-    """Shapes or colours that no object of the scene has."""
+def _absent(scene: Scene, key: str) -> list[str]:
+    """Return the shapes or colors that no object of the scene has."""
     taken = {getattr(item, key) for item in scene.objects}
     return [x for x in (generator.SHAPES if key == "shape" else generator.COLORS) if x not in taken]
 
 
-def _swap(scene: Scene, old: Object, new: Object | None) -> Scene:
+def _replace(scene: Scene, old: Object, new: Object | None) -> Scene:
+    """Return the scene with `new` in place of `old`, or without it."""
     objects = [new if item is old else item for item in scene.objects]
     return dataclasses.replace(scene, objects=tuple(item for item in objects if item is not None))

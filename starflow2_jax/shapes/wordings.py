@@ -1,4 +1,4 @@
-"""How the shapes world is asked: three wordings of a request, and a terse one of questions."""
+"""Request templates of the shapes benchmark: three wordings each, and a terse one of questions."""
 
 WORDINGS = {
     "caption": ("Describe the picture.", "What does the picture show?", "Say what you see."),
@@ -54,7 +54,7 @@ WORDINGS = {
                  "{Fact}. Name the color of the {shape}."),
 }  # fmt: skip
 
-# The answer stands right behind the words that it hangs on: to look up there is soon learnt.
+# The answer comes right after the words that it depends on, so that looking there is soon learned.
 TERSE = {
     "color": "color {shape}",
     "shape": "shape {color}",
@@ -68,5 +68,5 @@ TERSE = {
 
 
 def request(key: str, wording: int, **words: str) -> str:
-    """One wording of a request, its braces filled; KeyError for a word that is not given."""
+    """Return one wording of a request with its braces filled; KeyError for a missing word."""
     return WORDINGS[key][wording].format(**words)

@@ -142,13 +142,15 @@ def test_withheld_pairs_are_not_learnt_from_and_are_told_apart(codec, tmp_path, 
 
     monkeypatch.setattr(codec_eval, "singles", told)
     found = codec_eval.probe(codec, fit, data)
-    assert found["fit_images"] == sum(not holdout.pair(item) for item in taught[0]) < 160
+    assert (
+        found["fit_images"] == sum(not holdout.is_withheld_pair(item) for item in taught[0]) < 160
+    )
     for view in ("pooled", "flattened"):
         for name in ("color", "shape"):
             row = found[view][name]
             assert row["seen"]["accuracy"] == row["withheld"]["accuracy"] == 1
             assert row["seen"]["images"] + row["withheld"]["images"] == len(taught[1]) == 40
-            assert row["withheld"]["images"] == sum(map(holdout.pair, taught[1]))
+            assert row["withheld"]["images"] == sum(map(holdout.is_withheld_pair, taught[1]))
 
 
 def run_command(capsys, **given):

@@ -117,8 +117,11 @@ def test_llava(tmp_path, capsys, kind):
     [
         ({"text": "x"}, r"t.jsonl:0: no conversations; its keys are \['text'\]"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "turn 0: speaker 'bot'"),
-        ({"conversations": [{"from": "gpt", "value": "<image>"}]}, "0 images for 1 places <image>"),
-        ([1], r"t.jsonl:0: \[1\] is no JSON object"),
+        (
+            {"conversations": [{"from": "gpt", "value": "<image>"}]},
+            "0 images for 1 placeholders <image>",
+        ),
+        ([1], r"t.jsonl:0: \[1\] is not a JSON object"),
     ],
 )
 def test_llava_says_what_is_wrong(tmp_path, capsys, row, message):
@@ -221,19 +224,19 @@ def test_huggingface_says_what_is_wrong(tmp_path, capsys):
     )
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(DatasetError, match=r"holds the splits \['train', 'test'\]; name one"):
+    with pytest.raises(DatasetError, match=r"has the splits \['train', 'test'\]; name one"):
         read(tmp_path / "splits")
     with pytest.raises(DatasetError, match=r"no state.json"):
         read(tmp_path)
     paths = disk(tmp_path / "paths", image=[{"bytes": None, "path": "/x.png"}], text=["a"])
-    with pytest.raises(DatasetError, match=r"holds a path, not the image"):
+    with pytest.raises(DatasetError, match=r"has a path instead of the image"):
         read(paths)
     other = disk(tmp_path / "other", image=[{"bytes": picture(1), "path": None}], words=["a"])
     with pytest.raises(DatasetError, match=r"its columns are \['image', 'words'\]"):
         read(other)
     data = other / "data-00000-of-00001.arrow"
     data.write_bytes(data.read_bytes()[:100])
-    with pytest.raises(DatasetError, match=r"not a whole Arrow file"):
+    with pytest.raises(DatasetError, match=r"not a complete Arrow file"):
         read(other)
     assert not (tmp_path / "out").exists()
 
@@ -241,11 +244,11 @@ def test_huggingface_says_what_is_wrong(tmp_path, capsys):
 def test_a_parquet_of_another_layout_or_cut_short(tmp_path, capsys):
     file = table(tmp_path / "a.parquet", image=[picture(1)], caption=["x"])
     words = ("--format", "bagel_t2i", "--source", file, "--out", tmp_path / "out")
-    message = r"a.parquet: another layout: no column 'captions'; .* found image, caption"
+    message = r"a.parquet: another schema: no column 'captions'; .* found image, caption"
     with pytest.raises(DatasetError, match=message):
         run(capsys, *words)
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(DatasetError, match=r"a.parquet: not a whole parquet file"):
+    with pytest.raises(DatasetError, match=r"a.parquet: not a complete parquet file"):
         run(capsys, *words)
     table(file, image=[b"GIF89a"], captions=['{"a": "b"}'])
     with pytest.raises(DatasetError, match=r"a.parquet:0: image: "):
@@ -261,6 +264,6 @@ def test_every_parquet_format_names_the_column_that_it_misses(tmp_path, capsys, 
     file = table(tmp_path / "a.parquet", url=["x"], score=[1.0])
     words = ("--format", kind, "--source", file, "--out", tmp_path / "out")
     words += () if kind.startswith("bagel") else ("--image_root", tmp_path)
-    with pytest.raises(DatasetError, match=r"a.parquet: another layout: no column '.*found .*url"):
+    with pytest.raises(DatasetError, match=r"a.parquet: another schema: no column '.*found .*url"):
         run(capsys, *words)
     assert not (tmp_path / "out").exists()

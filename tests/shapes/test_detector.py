@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from starflow2_jax.shapes import detector, generator, scenes
-from starflow2_jax.shapes.detector import Found
+from starflow2_jax.shapes.detector import DetectedObject
 
 # What GenEval's metadata of a tag can tell; the rest is held against the facts of all objects.
 TOLD = {tag: {"shape"} for tag in generator.TAGS}
@@ -37,11 +37,11 @@ def near_misses(scene, tag, rng):
             rng, [r for r in generator.RELATIONS if r != generator.relation(*scene.objects)]
         )
         kind = (first.shape, first.color, first.size)
-        moved = scenes.place_so(rng, rest, kind, wanted, rest[0])
+        moved = scenes.place_in_relation(rng, rest, kind, wanted, rest[0])
         if moved is not None:
             yield "relation", dataclasses.replace(scene, objects=(moved, *rest))
     else:
-        more = generator.place(rng, scene.objects, first.shape, first.color, "small")
+        more = generator.place_object(rng, scene.objects, first.shape, first.color, "small")
         if more is not None:
             yield "count", dataclasses.replace(scene, objects=(*scene.objects, more))
         if rest:
@@ -52,7 +52,7 @@ def cases(count, seed):
     """(what, scene to draw, facts, whether they hold)."""
     for index in range(count):
         scene, tag, _ = generator.example(seed, index)
-        plain, whole = generator.geneval(scene, tag), scenes.facts(scene, "")
+        plain, whole = generator.geneval_facts(scene, tag), scenes.scene_facts(scene, "")
         yield f"match {tag}", scene, plain, True
         yield "match of all objects", scene, whole, True
         for what, other in near_misses(scene, tag, np.random.default_rng((seed, index))):
@@ -100,39 +100,39 @@ def test_finds_what_is_there(pixels):
         generator.Object("star", "pink", "large", 0.35, 0.7),
     )
     picture = generator.draw(generator.Scene("light gray", 8.0, objects), pixels)
-    found = detector.find(picture)
+    found = detector.detect(picture)
     assert [(f.shape, f.color) for f in found] == [(o.shape, o.color) for o in objects]
     for f, o in zip(found, objects):
         assert abs(f.x - o.x) < 0.02 and abs(f.y - o.y) < 0.02
         assert f.box[0] < f.x < f.box[2] <= o.x + generator.SIZES[o.size] + 1 / pixels
-    assert detector.find(picture / 127.5 - 1) == found
+    assert detector.detect(picture / 127.5 - 1) == found
 
 
 def test_nothing_but_the_world_has_a_name():
     rng = np.random.default_rng(0)
     for level in (0, 128, 255):
         blank = np.full((64, 64, 3), level, np.uint8)
-        assert detector.find(blank) == []
+        assert detector.detect(blank) == []
         noisy = blank / 127.5 - 1 + 0.1 * rng.standard_normal(blank.shape)
-        assert detector.find(noisy) == []
+        assert detector.detect(noisy) == []
     picture = np.full((64, 64, 3), 250, np.uint8)
     picture[20:30, 4:60] = generator.COLORS["red"]  # a bar
     picture[40:56, 20:36] = 90  # a gray square
-    bar, square = detector.find(picture)
+    bar, square = detector.detect(picture)
     assert (bar.shape, bar.color) == ("other", "red")
     assert (square.shape, square.color) == ("square", "other")
 
 
 def test_components_follow_bends():
     flags = np.array([[1, 0, 1, 0, 1], [1, 0, 1, 0, 0], [1, 1, 1, 0, 1], [0, 0, 0, 1, 0]], bool)
-    labels, count = detector._components(flags)
+    labels, count = detector._connected_components(flags)
     assert count == 4 and (labels > 0).tolist() == flags.tolist()
     assert labels[0, 0] == labels[0, 2] == labels[2, 1]
     assert len({labels[0, 0], labels[0, 4], labels[2, 4], labels[3, 3]}) == 4
 
 
 def at(shape, color, x, y):
-    return Found(shape, color, x, y, (x - 0.1, y - 0.1, x + 0.1, y + 0.1))
+    return DetectedObject(shape, color, x, y, (x - 0.1, y - 0.1, x + 0.1, y + 0.1))
 
 
 CIRCLE, STAR = at("circle", "red", 0.2, 0.5), at("star", "blue", 0.8, 0.55)
@@ -150,7 +150,7 @@ CIRCLE, STAR = at("circle", "red", 0.2, 0.5), at("star", "blue", 0.8, 0.55)
     ],
 )
 def test_verdict(found, facts, reason):
-    verdict = detector.verdict(found, facts)
+    verdict = detector.check_facts(found, facts)
     assert verdict.correct == (reason == "") and reason in verdict.reason
 
 
@@ -158,22 +158,22 @@ def test_positions():
     def include(relation, index=0):
         return {"include": [{"class": "star"}, {"class": "circle", "position": [relation, index]}]}
 
-    assert detector.verdict([CIRCLE, STAR], include("left of")).correct
-    told = detector.verdict([CIRCLE, STAR], include("above"))
+    assert detector.check_facts([CIRCLE, STAR], include("left of")).correct
+    told = detector.check_facts([CIRCLE, STAR], include("above"))
     assert told == (False, "expected circle above star, found left of")
     with pytest.raises(ValueError, match="position"):
-        detector.verdict([CIRCLE, STAR], include("near"))
+        detector.check_facts([CIRCLE, STAR], include("near"))
     with pytest.raises(ValueError, match="position"):
-        detector.verdict([CIRCLE, STAR], include("above", 2))
+        detector.check_facts([CIRCLE, STAR], include("above", 2))
 
 
 def test_bad_input():
     with pytest.raises(ValueError, match="class 'knife'"):
-        detector.verdict([CIRCLE], {"include": [{"class": "knife", "count": 1}]})
+        detector.check_facts([CIRCLE], {"include": [{"class": "knife", "count": 1}]})
     with pytest.raises(ValueError, match="neither"):
-        detector.verdict([CIRCLE], {"prompt": "a circle"})
+        detector.check_facts([CIRCLE], {"prompt": "a circle"})
     for pixels in (np.zeros((64, 64), np.uint8), np.zeros((8, 64, 3)), np.zeros((64, 64, 3), int)):
         with pytest.raises(ValueError, match="expected pixels"):
-            detector.find(pixels)
+            detector.detect(pixels)
     with pytest.raises(ValueError, match="finite"):
-        detector.find(np.full((64, 64, 3), np.nan))
+        detector.detect(np.full((64, 64, 3), np.nan))

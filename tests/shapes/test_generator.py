@@ -130,7 +130,7 @@ def test_captions_and_metadata_of_every_tag():
     )
     assert generator.caption(crosses, "counting") == "a photo of two crosses"
 
-    assert generator.geneval(two, "position") == {
+    assert generator.geneval_facts(two, "position") == {
         "tag": "position",
         "include": [
             {"class": "star", "count": 1},
@@ -138,13 +138,17 @@ def test_captions_and_metadata_of_every_tag():
         ],
         "prompt": "a photo of a circle left of a star",
     }
-    assert generator.geneval(three, "counting")["include"] == [{"class": "circle", "count": 3}]
-    assert generator.geneval(three, "counting")["exclude"] == [{"class": "circle", "count": 4}]
-    assert generator.geneval(two, "color_attr")["include"] == [
+    assert generator.geneval_facts(three, "counting")["include"] == [
+        {"class": "circle", "count": 3}
+    ]
+    assert generator.geneval_facts(three, "counting")["exclude"] == [
+        {"class": "circle", "count": 4}
+    ]
+    assert generator.geneval_facts(two, "color_attr")["include"] == [
         {"class": "circle", "count": 1, "color": "red"},
         {"class": "star", "count": 1, "color": "orange"},
     ]
-    assert "color" not in generator.geneval(one, "single_object")["include"][0]
+    assert "color" not in generator.geneval_facts(one, "single_object")["include"][0]
     with pytest.raises(ValueError, match="unknown tag"):
         generator.caption(one, "texture")
 
@@ -156,7 +160,7 @@ def test_record_holds_the_scene_that_was_drawn():
         scene = generator.Scene(**raw)
         assert (generator.draw(scene, 32) == images.decode(record.imgs[0].data, "x")).all()
         meta = json.loads(record.meta["geneval"])
-        assert meta == generator.geneval(scene, record.meta["tag"])
+        assert meta == generator.geneval_facts(scene, record.meta["tag"])
 
 
 def test_labels():

@@ -262,20 +262,20 @@ def test_reasoning_goes_through_a_picture():
         request, (answer,) = said(record)
         tag, (source, helpful) = record.meta["tag"], pictures(record)
         answers[tag][answer] += 1
-        found = detector.find(helpful)
+        found = detector.detect(helpful)
         color = re.findall(rf"({COLOR}) objects?", request)
         if tag == "zoom":
             assert (answer, color[0]) in [(item.shape, item.color) for item in found]
             (item,) = [o for o in scenes(record)[0].objects if o.color == color[0]]
             (near,) = [f for f in found if (f.shape, f.color) == (item.shape, item.color)]
-            (far,) = [f for f in detector.find(source) if f.color == item.color]
+            (far,) = [f for f in detector.detect(source) if f.color == item.color]
             assert near.box[3] - near.box[1] == pytest.approx(
                 2 * (far.box[3] - far.box[1]), abs=0.1
             )
             continue
         assert detector.judge(helpful, json.loads(record.meta["geneval"])).correct
         if tag == "count_after_removal":
-            assert len(found) == len(detector.find(source)) - 1
+            assert len(found) == len(detector.detect(source)) - 1
         else:
             color = color or re.findall(rf"be ({COLOR})\?", request)
             found = [item for item in found if item.color == color[0]]
@@ -336,8 +336,8 @@ def test_list_of_what_is_withheld():
     out, seen = 0, set()
     for a, b in itertools.product(things, repeat=2):
         for relation in generator.RELATIONS:
-            withheld = holdout.combination(a, relation, b)
-            assert withheld == holdout.combination(b, back[relation], a)
+            withheld = holdout.is_withheld_combination(a, relation, b)
+            assert withheld == holdout.is_withheld_combination(b, back[relation], a)
             out += withheld
             if not withheld:
                 seen |= {(a.shape, relation, b.shape), (a.color, relation, b.color)}
@@ -357,7 +357,9 @@ def test_withheld(task):
         if pairs & set(holdout.PAIRS):
             return True
         for a, b in (pair for scene in objects for pair in itertools.permutations(scene, 2)):
-            if generator.relation(a, b) and holdout.combination(a, generator.relation(a, b), b):
+            if generator.relation(a, b) and holdout.is_withheld_combination(
+                a, generator.relation(a, b), b
+            ):
                 return True
         of = "|".join(generator.RELATIONS)
         asked = rf"the ({COLOR}) ({SHAPE}) (?:lie |is )?({of}) the ({COLOR}) ({SHAPE})"
@@ -371,7 +373,7 @@ def test_withheld(task):
                 generator.Object(shape, color, "small", 0.5, 0.5)
                 for shape, color in ((n, c), (m, d))
             )
-            if holdout.combination(a, relation, b):
+            if holdout.is_withheld_combination(a, relation, b):
                 return True
         return False
 

@@ -114,7 +114,7 @@ def from_record(record: Record, where: str, mark: str = "") -> Case | None:
 
 def _named(scene: Scene, tag: str) -> str:
     """What is withheld of the pairs that a caption of this tag names."""
-    return holdout.found((), scene.objects if tag in NAMED else ())
+    return holdout.withheld_kind((), scene.objects if tag in NAMED else ())
 
 
 def read(folders: Iterable[str], *, n: int | None = None) -> list[Case]:
@@ -161,7 +161,7 @@ def _made(task: str, seed: int, count: int, pixels: int, part: str) -> Iterator[
         keep = lambda scene: _named(scene, NAMED[0]) == "pair"
         return generator.make_records(seed, count * len(NAMED), pixels, tags=NAMED, keep=keep)
     if task == "t2i":
-        keep = holdout.scenes(part)
+        keep = holdout.scene_filter(part)
         return generator.make_records(seed, count * len(tags), pixels, keep=keep)
     if task == "text" and part == "only":
         tags = [tag for tag in tags if tag != "count_left"]  # it names no pair

@@ -17,7 +17,7 @@ from starflow2_jax.evaluation.shapes.ask import Ask
 from starflow2_jax.evaluation.shapes.cases import Case, Sample
 from starflow2_jax.evaluation.shapes.text_to_image import Through
 from starflow2_jax.shapes import detector
-from starflow2_jax.shapes.detector import Found
+from starflow2_jax.shapes.detector import DetectedObject
 from starflow2_jax.shapes.generator import Object
 
 NEAR = 0.08
@@ -84,8 +84,8 @@ def measure(
 
 def judge(image: np.ndarray, case: Case) -> dict[str, Any]:
     """`changed`, `kept` (None where nothing is left alone) and `both`, and `why` not."""
-    found = detector.find(image)
-    verdict = detector.verdict(found, case.facts)
+    found = detector.detect(image)
+    verdict = detector.check_facts(found, case.facts)
     source, target = case.scenes[0], case.scenes[-1]
     stay = [item for item in source.objects if item in target.objects]
     gone = [item for item in stay if not any(_is_at(seen, item) for seen in found)]
@@ -100,7 +100,7 @@ def judge(image: np.ndarray, case: Case) -> dict[str, Any]:
     return {"changed": verdict.correct, "kept": kept, "both": both, "why": why}
 
 
-def _is_at(seen: Found, item: Object) -> bool:
+def _is_at(seen: DetectedObject, item: Object) -> bool:
     same = (seen.shape, seen.color) == (item.shape, item.color)
     return same and float(np.hypot(seen.x - item.x, seen.y - item.y)) <= NEAR
 

@@ -37,13 +37,15 @@ def measure(
     """
     answers = ask([case.given for case in cases], "picture")
     parts = [asking.drawn(row, case) for row, case in zip(answers, cases)]
-    found = [detector.find(part.image) for part in parts]
-    verdicts = [detector.verdict(seen, case.facts) for seen, case in zip(found, cases)]
-    truths = [detector.find(case.picture) for case in cases]
-    grounds = [detector.find(codec.blank(Picture(case.picture, case.scenes[0]))) for case in cases]
-    right = lambda seen: [detector.verdict(s, c.facts).correct for s, c in zip(seen, cases)]
-    of_truth = lambda j, i: detector.verdict(truths[j], cases[i].facts).correct
-    of_drawn = lambda j, i: detector.verdict(found[j], cases[i].facts).correct
+    found = [detector.detect(part.image) for part in parts]
+    verdicts = [detector.check_facts(seen, case.facts) for seen, case in zip(found, cases)]
+    truths = [detector.detect(case.picture) for case in cases]
+    grounds = [
+        detector.detect(codec.blank(Picture(case.picture, case.scenes[0]))) for case in cases
+    ]
+    right = lambda seen: [detector.check_facts(s, c.facts).correct for s, c in zip(seen, cases)]
+    of_truth = lambda j, i: detector.check_facts(truths[j], cases[i].facts).correct
+    of_drawn = lambda j, i: detector.check_facts(found[j], cases[i].facts).correct
     figures = {
         "score": accuracy.apart(cases, [verdict.correct for verdict in verdicts]),
         "baselines": {
@@ -56,7 +58,7 @@ def measure(
     }
     if through is not None:
         kept = through(np.stack([case.picture for case in cases]))
-        seen = [detector.find(image) for image in kept]
+        seen = [detector.detect(image) for image in kept]
         figures["ceilings"]["through_codec"] = accuracy.apart(cases, right(seen))
     samples = [
         Sample(case, (part.image,), "", verdict.correct, verdict.reason, part.log_likelihood)

@@ -118,7 +118,9 @@ def test_edits_are_judged_by_what_changes_and_what_stays(given):
     assert not gone["changed"] and not gone["kept"]
     taken = {o.shape for o in (*source.objects, *target.objects)}
     rng = np.random.default_rng(0)
-    new = generator.place(rng, target.objects, min(set(generator.SHAPES) - taken), "pink", "small")
+    new = generator.place_object(
+        rng, target.objects, min(set(generator.SHAPES) - taken), "pink", "small"
+    )
     more = judged(dataclasses.replace(target, objects=(*target.objects, new)))
     assert more["changed"] and more["kept"] and not more["both"]
     assert more["why"] == "4 objects, expected 3"
@@ -128,7 +130,7 @@ def test_cases_say_what_is_withheld(given):
     for case in given:
         if case.task == "t2i":
             named = case.scenes[0].objects if case.tag in cases.NAMED else ()
-            assert case.seen == (not any(map(holdout.pair, named)))
+            assert case.seen == (not any(map(holdout.is_withheld_pair, named)))
         else:
             assert case.withheld == case.record.meta["withheld"]
     count = lambda task, seen: sum(c.task == task and c.seen == seen for c in given)
