@@ -1,9 +1,9 @@
-"""sha256 digests of a directory, kept in it as `SHA256SUMS`.
+"""The sha256 digests of the files in a directory, stored there as `SHA256SUMS`.
 
-Orbax restores a flipped bit without a word, so every committed checkpoint step gets a list of the
+Orbax restores a flipped bit without an error, so every committed checkpoint step gets a list of the
 digests of its files. The format is that of coreutils (`sha256sum -c SHA256SUMS` works inside the
-directory); a comment in the last line carries the digest of the lines above it, so that damage to
-the list is not mistaken for damage to a file.
+directory). A comment in the last line holds the digest of the lines above it, so that damage to the
+list is not mistaken for damage to a file.
 """
 
 import concurrent.futures
@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator
 from etils import epath
 
 SIDECAR = "SHA256SUMS"
-_SELF = "# sha256 of the lines above: "
+_SELF_DIGEST_PREFIX = "# sha256 of the lines above: "
 
 
 def files(directory: epath.Path) -> list[str]:
-    """Relative names of all files under `directory`, sorted, without the sidecar itself."""
+    """Return the relative names of all files under `directory`, sorted, without the sidecar."""
 
     def walk(path: epath.Path) -> Iterator[epath.Path]:
         for entry in path.iterdir():
@@ -40,21 +40,22 @@ def _sha256(path: epath.Path) -> str:
 
 
 def compute(directory: epath.Path, names: Iterable[str]) -> dict[str, str]:
-    """Hex sha256 by relative file name. hashlib releases the GIL, so a few threads read at once."""
+    """Return the hex sha256 of each file by its name relative to `directory`."""
     names = list(names)
+    # hashlib releases the GIL, so a few threads read at once.
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         return dict(zip(names, pool.map(lambda name: _sha256(directory / name), names)))
 
 
 def write(directory: epath.Path) -> None:
-    """Digests every file of `directory` and writes the sidecar in one step.
+    """Digest every file of `directory` and write the sidecar atomically.
 
-    On a local disk: a file beside it, flushed, then renamed. In an object store a written object
-    appears as a whole, so that a plain write does.
+    A local sidecar is written under a temporary name, flushed and renamed. An object store shows a
+    written object only when it is complete, so a plain write suffices there.
     """
     lines = [f"{value}  {name}\n" for name, value in compute(directory, files(directory)).items()]
     text = "".join(lines)
-    text += f"{_SELF}{hashlib.sha256(text.encode()).hexdigest()}\n"
+    text += f"{_SELF_DIGEST_PREFIX}{hashlib.sha256(text.encode()).hexdigest()}\n"
     target = directory / SIDECAR
     if "://" in os.fspath(directory):
         target.write_text(text)
@@ -71,27 +72,31 @@ def write(directory: epath.Path) -> None:
 
 
 def read(directory: epath.Path) -> dict[str, str] | None:
-    """The digests by file name, or None where there is no sidecar.
+    """Return the stored digests by file name, or None if there is no sidecar.
 
     Raises:
-      ValueError: the sidecar itself is damaged.
+        ValueError: The sidecar itself is damaged.
     """
     path = directory / SIDECAR
     if not path.exists():
         return None
     text = path.read_bytes().decode("utf-8", errors="replace")
-    body, found, own = text.rpartition(_SELF)
-    if not found or own != hashlib.sha256(body.encode()).hexdigest() + "\n":
+    body, prefix, self_digest = text.rpartition(_SELF_DIGEST_PREFIX)
+    if not prefix or self_digest != hashlib.sha256(body.encode()).hexdigest() + "\n":
         raise ValueError(f"{path} is damaged: it does not match the digest in its own last line")
     return {name: value for value, name in (line.split("  ", 1) for line in body.splitlines())}
 
 
 def mismatches(directory: epath.Path, expected: dict[str, str]) -> dict[str, str]:
-    """What is wrong, by relative file name: `missing` or the two digests; empty if all is well."""
+    """Compare files with their expected digests.
+
+    Returns:
+        A problem for each damaged file, by name: `missing`, or both digests. Empty if all match.
+    """
     present = [name for name in expected if (directory / name).exists()]
     actual = compute(directory, present)
-    wrong = {name: "missing" for name in expected if name not in actual}
+    problems = {name: "missing" for name in expected if name not in actual}
     for name, value in actual.items():
         if value != expected[name]:
-            wrong[name] = f"sha256 {value}, expected {expected[name]}"
-    return dict(sorted(wrong.items()))
+            problems[name] = f"sha256 {value}, expected {expected[name]}"
+    return dict(sorted(problems.items()))

@@ -1,7 +1,7 @@
-"""The step folders of a run: which there are, which are whole, which go.
+"""The step folders of a run: list them, find the one to restore, check and remove them.
 
-A folder is a checkpoint once Orbax has written `commit_success.txt` into it, and sealed once the
-digests are there too. Nothing here opens an array.
+A folder is a committed checkpoint once Orbax has written `commit_success.txt` into it, and sealed
+once its digests exist as well. Nothing here opens an array.
 """
 
 import os
@@ -19,11 +19,15 @@ COMMIT_FILE = "commit_success.txt"
 FOLDER = "checkpoints"
 
 
-class Step(NamedTuple):
+class StepFolder(NamedTuple):
     """One folder under `WORKDIR/checkpoints`.
 
-    status: `sealed` (committed, digests written), `unsealed` (committed, no digests: killed in
-    between) or `leftover` (never committed, or its commit file was lost; never restored).
+    Attributes:
+        step: number of the step.
+        status: `sealed` (committed, with digests), `unsealed` (committed, but the process was
+            killed before it wrote digests) or `leftover` (never committed, or its commit file was
+            lost; never restored).
+        path: the folder.
     """
 
     step: int
@@ -32,68 +36,79 @@ class Step(NamedTuple):
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """A path that Orbax takes: not relative. One of an object store, `gs://`, is whole as it is."""
+    """Return an absolute path, as Orbax requires. Object store paths (`gs://`) are unchanged."""
     path = epath.Path(path)
     return path if "://" in os.fspath(path) else path.resolve()
 
 
 def folder(workdir: epath.PathLike) -> epath.Path:
-    """`WORKDIR/checkpoints`, absolute."""
+    """Return `WORKDIR/checkpoints` as an absolute path."""
     return absolute(workdir) / FOLDER
 
 
-def steps(workdir: epath.PathLike) -> list[Step]:
-    """Every step folder, in order of step, whatever its status."""
+def steps(workdir: epath.PathLike) -> list[StepFolder]:
+    """Return every step folder in order of step, whatever its status."""
     directory = folder(workdir)
     if not directory.exists():
         return []
-    found = []
+    entries = []
     for path in directory.iterdir():
         if path.name.isdecimal():
-            committed, sealed = (path / COMMIT_FILE).exists(), (path / digest.SIDECAR).exists()
-            status = "leftover" if not committed else "sealed" if sealed else "unsealed"
-            found.append(Step(int(path.name), status, path))
-    return sorted(found)
+            is_committed = (path / COMMIT_FILE).exists()
+            is_sealed = (path / digest.SIDECAR).exists()
+            status = "leftover" if not is_committed else "sealed" if is_sealed else "unsealed"
+            entries.append(StepFolder(int(path.name), status, path))
+    return sorted(entries)
 
 
-def committed(workdir: epath.PathLike) -> list[Step]:
-    """The steps that can be restored, in order."""
+def committed(workdir: epath.PathLike) -> list[StepFolder]:
+    """Return the steps that can be restored, in order."""
     return [entry for entry in steps(workdir) if entry.status != "leftover"]
 
 
 def latest(workdir: epath.PathLike) -> int | None:
-    """Number of the newest committed step; None where there is none."""
+    """Return the number of the newest committed step, or None if there is none."""
     entries = committed(workdir)
     return entries[-1].step if entries else None
 
 
 def check_copied(workdir: epath.PathLike) -> None:
-    """ValueError where the newest step has digests, which come last, and no commit file.
+    """Refuse a run whose newest step has digests (written last) but no commit file.
 
-    No save leaves that behind, and no removal of an old step; a copy cut short does. To take the
-    step before it, or to begin anew, is not what is wanted then.
+    Neither a save nor the removal of an old step leaves that state; an interrupted copy does.
+    Silently taking the step before it, or starting from scratch, would lose training.
+
+    Raises:
+        ValueError: The newest step was copied in part.
     """
     entries = steps(workdir)
-    if entries and entries[-1].status == "leftover":
-        newest, before = entries[-1], latest(workdir)
-        if (newest.path / digest.SIDECAR).exists():
-            rest = "the run would begin anew" if before is None else f"step {before} is whole"
-            raise ValueError(
-                f"the checkpoint of step {newest.step} is copied in part: {newest.path} has "
-                f"{digest.SIDECAR} and no {COMMIT_FILE}; copy it again, or move it away ({rest})"
-            )
+    if not entries or entries[-1].status != "leftover":
+        return
+    newest, previous = entries[-1], latest(workdir)
+    if (newest.path / digest.SIDECAR).exists():
+        alternative = (
+            "the run would begin anew" if previous is None else f"step {previous} is whole"
+        )
+        raise ValueError(
+            f"the checkpoint of step {newest.step} is copied in part: {newest.path} has "
+            f"{digest.SIDECAR} and no {COMMIT_FILE}; copy it again, or move it away ({alternative})"
+        )
 
 
 def locate(path: epath.PathLike) -> tuple[epath.Path, int | None]:
-    """(workdir, step) of the path of a run (step None) or of one step, `RUN/checkpoints/120`."""
+    """Split the path of a run (step None) or of one step, `RUN/checkpoints/120`.
+
+    Returns:
+        (workdir, step)
+    """
     path = epath.Path(path)
     if path.name.isdecimal() and path.parent.name == FOLDER:
         return path.parent.parent, int(path.name)
     return path, None
 
 
-def _on_all(value: int) -> int:
-    """Process 0's value: a shared file system need not look the same to every host at once."""
+def _broadcast(value: int) -> int:
+    """Return process 0's value: hosts may see a shared file system at different times."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -101,42 +116,55 @@ def _on_all(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def find(workdir: epath.PathLike, step: int | None) -> Step:
-    """The committed step asked for, or the newest; FileNotFoundError says what there is instead."""
+def find(workdir: epath.PathLike, step: int | None) -> StepFolder:
+    """Return the committed folder of `step`, or the newest one if `step` is None.
+
+    Raises:
+        FileNotFoundError: There is no such committed step; the message lists those that exist.
+    """
     directory = folder(workdir)
     entries = {entry.step: entry for entry in steps(workdir)}
     good = [entry.step for entry in entries.values() if entry.status != "leftover"]
     if step is None:
-        newest = _on_all(good[-1] if good else -1)
-        passed_over = [s for s in entries if s > newest and entries[s].status == "leftover"]
-        if newest < 0:
-            note = f"; {passed_over} have no {COMMIT_FILE}" if passed_over else ""
-            raise FileNotFoundError(f"no committed checkpoint in {directory}{note}")
-        if passed_over:
-            logging.warning(
-                "%s: passing over %s, which have no %s (cut off while saving, or a partial copy); "
-                "taking step %d",
-                *(directory, passed_over, COMMIT_FILE, newest),
-            )
-        if newest not in entries:
-            raise FileNotFoundError(
-                f"process {jax.process_index()} does not see step {newest} in {directory}, which "
-                "process 0 sees: the directory has to be shared by all hosts"
-            )
-        return entries[newest]
-    there = f"committed steps in {directory}: {good or 'none'}"
+        return _find_newest(directory, entries, good)
+    listed = f"committed steps in {directory}: {good or 'none'}"
     if step not in entries:
-        raise FileNotFoundError(f"there is no checkpoint of step {step}; {there}")
+        raise FileNotFoundError(f"there is no checkpoint of step {step}; {listed}")
     if entries[step].status == "leftover":
         raise FileNotFoundError(
             f"the checkpoint of step {step} has no {COMMIT_FILE}: it was cut off while saving, "
-            f"or copied or deleted in part; {there}"
+            f"or copied or deleted in part; {listed}"
         )
     return entries[step]
 
 
+def _find_newest(
+    directory: epath.Path, entries: dict[int, StepFolder], good: list[int]
+) -> StepFolder:
+    newest = _broadcast(good[-1] if good else -1)
+    skipped = [s for s in entries if s > newest and entries[s].status == "leftover"]
+    if newest < 0:
+        note = f"; {skipped} have no {COMMIT_FILE}" if skipped else ""
+        raise FileNotFoundError(f"no committed checkpoint in {directory}{note}")
+    if skipped:
+        logging.warning(
+            "%s: skipping %s, which have no %s (cut off while saving, or a partial copy); "
+            "taking step %d",
+            directory,
+            skipped,
+            COMMIT_FILE,
+            newest,
+        )
+    if newest not in entries:
+        raise FileNotFoundError(
+            f"process {jax.process_index()} does not see step {newest} in {directory}, which "
+            "process 0 sees: the directory has to be shared by all hosts"
+        )
+    return entries[newest]
+
+
 def newest_good(workdir: epath.PathLike, other_than: int) -> str:
-    """For an error message: the newest other step whose digests are all right."""
+    """Return a phrase for an error message: the newest other step whose digests all match."""
     for entry in reversed(committed(workdir)):
         if entry.step != other_than and entry.status == "sealed":
             try:
@@ -147,10 +175,16 @@ def newest_good(workdir: epath.PathLike, other_than: int) -> str:
     return "no other step with good digests"
 
 
-def wrong_files(path: epath.Path, parts: Sequence[str] | None) -> dict[str, str] | None:
-    """What `digest` finds wrong with a step's files (of `parts`, and those that belong to no part).
+def damaged_files(path: epath.Path, parts: Sequence[str] | None) -> dict[str, str] | None:
+    """Compare the files of a step with their digests. The hosts share the files among them.
 
-    None where the step has no sidecar. The hosts share the files among them.
+    Args:
+        path: the step's folder.
+        parts: names of the Orbax parts to check, besides the files that belong to no part; all if
+            None.
+
+    Returns:
+        A problem for each damaged file, by name; None if the step has no sidecar.
     """
     expected = digest.read(path)
     if expected is None:
@@ -159,30 +193,35 @@ def wrong_files(path: epath.Path, parts: Sequence[str] | None) -> dict[str, str]
         expected = {n: v for n, v in expected.items() if "/" not in n or n.split("/")[0] in parts}
     names = sorted(expected)
     share = names[jax.process_index() :: jax.process_count()]
-    wrong = digest.mismatches(path, {name: expected[name] for name in share})
+    problems = digest.mismatches(path, {name: expected[name] for name in share})
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        flags = np.array([name in wrong for name in names], np.int32)
+        flags = np.array([name in problems for name in names], np.int32)
         flags = np.atleast_2d(multihost_utils.process_allgather(flags)).any(axis=0)
-        wrong = {name: wrong.get(name, "damaged") for name, bad in zip(names, flags) if bad}
-    return wrong
+        problems = {name: problems.get(name, "damaged") for name, bad in zip(names, flags) if bad}
+    return problems
 
 
-def check_files(workdir: epath.PathLike, entry: Step, parts: Sequence[str] | None) -> None:
-    """ValueError where a file of a sealed step differs from its digest; a warning if unsealed."""
+def check_files(workdir: epath.PathLike, entry: StepFolder, parts: Sequence[str] | None) -> None:
+    """Check a step's files against their digests; log a warning if the step is unsealed.
+
+    Raises:
+        ValueError: A file or the sidecar is damaged. The message names the newest good step.
+    """
     try:
-        wrong = wrong_files(entry.path, parts)
+        problems = damaged_files(entry.path, parts)
     except ValueError as error:
         raise ValueError(f"{error}; {newest_good(workdir, entry.step)}") from None
-    if wrong is None:
+    if problems is None:
         logging.warning(
             "%s has no %s (stopped between commit and digests): restoring it unchecked; "
             "`convert verify --seal` reads it through and writes them",
-            *(entry.path, digest.SIDECAR),
+            entry.path,
+            digest.SIDECAR,
         )
-    elif wrong:
-        listed = "; ".join(f"{entry.path / name}: {what}" for name, what in wrong.items())
+    elif problems:
+        listed = "; ".join(f"{entry.path / name}: {text}" for name, text in problems.items())
         raise ValueError(
             f"checkpoint of step {entry.step} is damaged: {listed}; "
             f"{newest_good(workdir, entry.step)}"
@@ -190,7 +229,7 @@ def check_files(workdir: epath.PathLike, entry: Step, parts: Sequence[str] | Non
 
 
 def remove(path: epath.Path) -> None:
-    """Removes a step, its commit file first: a removal cut short leaves no step that is listed."""
+    """Remove a step, its commit file first, so that an interrupted removal leaves no valid step."""
     try:
         (path / COMMIT_FILE).unlink(missing_ok=True)
         path.rmtree()
@@ -199,7 +238,14 @@ def remove(path: epath.Path) -> None:
 
 
 def retain(workdir: epath.PathLike, saved: int, keep: int | None, keep_every: int | None) -> None:
-    """Removes steps beyond `keep`, and leftovers older than the step that was just committed."""
+    """Remove old steps, and leftovers older than the step that was just committed.
+
+    Args:
+        workdir: the run's directory.
+        saved: number of the step that was just committed.
+        keep: how many of the newest steps to keep; None keeps all.
+        keep_every: steps divisible by this are never removed.
+    """
     for entry in steps(workdir):
         if entry.status == "leftover" and entry.step < saved:
             remove(entry.path)

@@ -103,7 +103,7 @@ def load(
     from starflow2_jax.params import abstract as abstract_params, split as split_params
 
     if (epath.Path(path) / "config.json").exists() and not (
-        epath.Path(path) / orbax.FOLDER
+        epath.Path(path) / steps.FOLDER
     ).exists():
         cfg = model_folder.read_config(path)
         model = flow_config(cfg)

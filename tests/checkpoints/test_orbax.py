@@ -144,7 +144,10 @@ def test_save_refuses_what_it_cannot_give_back(tmp_path, saved):
     with pytest.raises(ValueError, match="committed checkpoint already"):
         orbax.save(writer, 1, make_state(2), META)
     orbax.close(writer)
-    assert orbax.steps(tmp_path)[0].status == "sealed" and len(orbax.steps(tmp_path)) == 1
+    assert (
+        step_folders.steps(tmp_path)[0].status == "sealed"
+        and len(step_folders.steps(tmp_path)) == 1
+    )
     with pytest.raises(ValueError, match="keep=0"):
         orbax.open(tmp_path, keep=0)
 
@@ -205,7 +208,7 @@ def test_truncated_and_missing_files(workdir):
 
 def test_missing_commit_file(workdir, caplog):
     (workdir / "checkpoints" / "3" / "commit_success.txt").unlink()
-    assert orbax.latest(workdir) == 2
+    assert step_folders.latest(workdir) == 2
     assert statuses(workdir) == {1: "sealed", 2: "sealed", 3: "leftover"}
     target = abstract(make_state(3))
     with caplog.at_level(logging.WARNING):
@@ -234,7 +237,7 @@ def test_a_step_that_is_copied_in_part_is_not_passed_over_by_training(workdir):
 
 
 def test_nothing_there(tmp_path):
-    assert orbax.steps(tmp_path) == [] and orbax.latest(tmp_path) is None
+    assert step_folders.steps(tmp_path) == [] and step_folders.latest(tmp_path) is None
     with pytest.raises(FileNotFoundError, match="no committed checkpoint"):
         orbax.restore(tmp_path, None, {})
 
@@ -368,5 +371,5 @@ def test_flipped_bit_in_meta_is_noticed(workdir):
 
 
 def test_locate(workdir):
-    assert orbax.locate(workdir) == (workdir, None)
-    assert orbax.locate(str(workdir / "checkpoints" / "2") + "/") == (workdir, 2)
+    assert step_folders.locate(workdir) == (workdir, None)
+    assert step_folders.locate(str(workdir / "checkpoints" / "2") + "/") == (workdir, 2)

@@ -20,7 +20,7 @@ from helpers.checkpoint_states import (
 )
 from helpers.paths import PYTHONPATH
 
-from starflow2_jax.checkpoints import orbax
+from starflow2_jax.checkpoints import orbax, steps
 
 
 def start(call, prefix=()):
@@ -44,17 +44,17 @@ def child(call, prefix=()):
 
 def check_every_listed_step(workdir, at_least, width):
     """Whatever is listed is whole; no step that was finished is lost; the run can go on."""
-    entries = [entry for entry in orbax.steps(workdir) if entry.status != "leftover"]
+    entries = [entry for entry in steps.steps(workdir) if entry.status != "leftover"]
     assert entries and entries[-1].step >= at_least
     assert all(path.name.isdecimal() for path in (workdir / "checkpoints").iterdir())
     for entry in entries:
         state = make_state(entry.step, width=width(entry.step))
         restored, meta = orbax.restore(workdir, entry.step, abstract(state))
         assert bits(restored) == bits(state) and meta == META
-    newest = orbax.latest(workdir)
+    newest = steps.latest(workdir)
     run(workdir, [newest + 1], keep=1)
     assert statuses(workdir)[newest + 1] == "sealed"
-    assert orbax.latest(workdir) == newest + 1
+    assert steps.latest(workdir) == newest + 1
 
 
 FIRST_WORDS = ["2/ema/_sharding", "2/commit_success.txt", "2/SHA256SUMS.tmp"]

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from starflow2_jax.checkpoints import orbax
+from starflow2_jax.checkpoints import orbax, steps
 
 META = {"config": {"width": 8, "rates": [1e-4, None]}, "jax": jax.__version__}
 
@@ -82,7 +82,7 @@ def run(workdir, steps, keep=None, **options):
 
 
 def statuses(workdir):
-    return {entry.step: entry.status for entry in orbax.steps(workdir)}
+    return {entry.step: entry.status for entry in steps.steps(workdir)}
 
 
 def flip(path, position):

@@ -25,7 +25,7 @@ from starflow2_jax.mesh import make_mesh
 from starflow2_jax.checkpoints import orbax
 
 what, path, rows = sys.argv[1], sys.argv[2], int(sys.argv[3])
-orbax.READ_AT_ONCE = int(sys.argv[4])
+orbax.MAX_READ_BYTES = int(sys.argv[4])
 where = jax.NamedSharding(make_mesh("fsdp=8"), jax.P("fsdp"))
 array = jax.ShapeDtypeStruct((rows, 4096), np.float32, sharding=where)
 wanted = {part: {str(i): array for i in range(12)} for part in ("params", "ema")}
@@ -82,7 +82,7 @@ def measure(what, path, rows, at_once):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(path, rows, beside, at_once=orbax.READ_AT_ONCE):
+def check(path, rows, beside, at_once=orbax.MAX_READ_BYTES):
     try:
         saved = measure("save", path, rows, at_once)
         restored = measure("restore", path, rows, at_once)
