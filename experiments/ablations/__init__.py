@@ -1,0 +1,1 @@
+"""The ablation table: stage 3 with one thing changed per row."""
