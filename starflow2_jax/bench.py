@@ -43,7 +43,7 @@ from starflow2_jax.benchmarking.timing import (
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import Jacobi, inverse, is_guided
 from starflow2_jax.models import flops, flow, starflow2
-from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models.flow import Conditioning, FlowConfig
 from starflow2_jax.params import init as init_params
 from starflow2_jax.runtime import allocator, cli
 from starflow2_jax.training.losses.flow import flow_loss
@@ -113,16 +113,17 @@ def preset(name: str, dtype: str = "float32", classes: int = 0) -> tuple[FlowCon
     return cfg, params
 
 
-def preset_inputs(cfg: FlowConfig, rows: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+def preset_inputs(cfg: FlowConfig, rows: int) -> tuple[jax.Array, Conditioning]:
     """Return Gaussian tokens [B, T, D] and the conditioning of the flow."""
     keys = jax.random.split(jax.random.key(2), 3)
-    x, conditioning = jax.random.normal(keys[0], (rows, cfg.tokens, cfg.channels)), {}
+    x = jax.random.normal(keys[0], (rows, cfg.tokens, cfg.channels))
+    text = labels = None
     if cfg.text_channels:
         shape = (rows, cfg.text_length, cfg.text_channels)
-        conditioning["text"] = jax.random.normal(keys[1], shape)
+        text = jax.random.normal(keys[1], shape)
     if cfg.classes:
-        conditioning["labels"] = jax.random.randint(keys[2], (rows,), 0, cfg.classes)
-    return x, conditioning
+        labels = jax.random.randint(keys[2], (rows,), 0, cfg.classes)
+    return x, Conditioning(text=text, labels=labels)
 
 
 def train_preset(name: str, rows: int | None, dtype: str, repeats: int, rates: Result) -> Result:
@@ -133,7 +134,7 @@ def train_preset(name: str, rows: int | None, dtype: str, repeats: int, rates: R
     adamw = optax.adamw(1e-4, b1=0.9, b2=0.95, weight_decay=1e-4)
 
     def step(params, moments, x, conditioning):
-        loss = lambda params: flow_loss(params, x, cfg, **conditioning)[0].sum() / x.size
+        loss = lambda params: flow_loss(params, x, cfg, conditioning)[0].sum() / x.size
         value, grads = jax.value_and_grad(loss)(params)
         updates, moments = adamw.update(grads, moments, params)
         return optax.apply_updates(params, updates), moments, value
@@ -167,18 +168,25 @@ def sample_preset(
     tarflow = name == "peer_tarflow"
     cfg, params = preset(name, dtype, 10 if guidance and tarflow else 0)
     z, conditioning = preset_inputs(cfg, rows)
+    guided = None
     if guidance:
         rule, on = ("linear_log_scale", "unconditional") if tarflow else ("product", "all")
-        conditioning["guidance"] = Guidance(guidance, rule=rule, temperature_on=on)
-    draw = lambda params, z, conditioning: inverse(params, z, cfg, jacobi=jacobi, **conditioning)
-    executable, seconds = compile_timed(jax.jit(draw), params, z, conditioning)
+        guided = Guidance(guidance, rule=rule, temperature_on=on)
+
+    def draw(params, z, conditioning, guided):
+        return inverse(params, z, cfg, conditioning, jacobi=jacobi, guidance=guided)
+
+    executable, seconds = compile_timed(jax.jit(draw), params, z, conditioning, guided)
     row = {"row": f"sample {name}", "batch": rows, "dtype": dtype, "guidance": guidance}
     row |= {"jacobi": f"{jacobi.block},{jacobi.threshold:g}" if jacobi else None}
-    row |= {"compile_s": seconds, **measure(lambda: executable(params, z, conditioning), repeats)}
-    passes = np.asarray(executable(params, z, conditioning)[1]["passes"])
+    row |= {
+        "compile_s": seconds,
+        **measure(lambda: executable(params, z, conditioning, guided), repeats),
+    }
+    passes = np.asarray(executable(params, z, conditioning, guided)[1]["passes"])
     num_flops = num_bytes = 0
     for i, count in enumerate(passes.tolist()):
-        branch_rows = rows * (2 if is_guided(conditioning.get("guidance"), cfg.block(i)) else 1)
+        branch_rows = rows * (2 if is_guided(guided, cfg.block(i)) else 1)
         share = count * (jacobi.block if jacobi else 1) / cfg.tokens
         num_flops += (
             share * branch_rows * flops.block_forward(cfg, i, cfg.tokens, cfg.text_length, True)

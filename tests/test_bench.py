@@ -141,7 +141,7 @@ def least():
     few = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "mlp_width": 48}
     vlm = dataclasses.replace(starflow2.tiny().vlm, **few, sections=(1, 3, 4))
     sizes = {"side": 8, "channels": 4, "width": 40, "head_dim": 20, "layers": (1, 1)}
-    return starflow2.Config(vlm, starflow2.flow_config(32, **sizes))
+    return starflow2.PretzelConfig(vlm, starflow2.flow_config(32, **sizes))
 
 starflow2.PRESETS["tiny"] = least
 bench.machine_rates = lambda repeats=1: timing.machine_rates(1, 64, 1)

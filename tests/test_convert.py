@@ -76,7 +76,9 @@ def test_tarflow_to_a_model_folder(public, capsys):
     }
     assert cfg["noise"] == {"kind": "gaussian", "sigma": 0.07} and cfg["data"]["labels"]
     _, given, z = golden("tarflow")
-    mine, _ = flow.forward(params["flow"], given["tokens"], model, labels=given["y"])
+    mine, _ = flow.forward(
+        params["flow"], given["tokens"], model, flow.Conditioning(labels=given["y"])
+    )
     np.testing.assert_allclose(mine, z, atol=1e-5)
 
 
@@ -89,7 +91,9 @@ def test_starflow_to_a_model_folder_and_back(public, capsys):
     cfg, model, params = opened(out)
     assert cfg["image"]["pixels"] == 0 and cfg["data"]["text"] == "features"
     _, given, z = golden("starflow")
-    mine, _ = flow.forward(params["flow"], given["tokens"], model, text=given["y"])
+    mine, _ = flow.forward(
+        params["flow"], given["tokens"], model, flow.Conditioning(text=given["y"])
+    )
     np.testing.assert_allclose(mine, z.transpose(0, 2, 3, 1).reshape(mine.shape), atol=1e-5)
 
     run("export", "--model", out, "--public", "--out", back)

@@ -12,7 +12,6 @@ from etils import epath
 
 from starflow2_jax import params, train
 from starflow2_jax.checkpoints import steps
-from starflow2_jax.models import backbone
 from starflow2_jax.runtime import allocator, cli
 from starflow2_jax.training.logging import run_log
 from starflow2_jax.training.tasks import starflow2
@@ -43,7 +42,7 @@ def run(
     if reached < wanted:
         raise RuntimeError(f"{workdir}: training was stopped at step {reached} of {wanted}; "
                            "the same command goes on")  # fmt: skip
-    trained = params.split(backbone.declare(model), tuple(cfg["train"]["trainable"]))[0]
+    trained = params.split(model.declare(), tuple(cfg["train"]["trainable"]))[0]
     scoring = time.time()
     result = {
         "config": cfg,

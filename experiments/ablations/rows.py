@@ -29,6 +29,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from starflow2_jax import config
+from starflow2_jax.models import starflow2
 from starflow2_jax.models.ablations import mot
 
 STAGE3 = Path(__file__).parents[1] / "stage3_joint.py"
@@ -86,7 +87,7 @@ def _nothing(cfg, variant):
 
 
 def _mot(cfg, variant, *, trains):
-    group = mot.options(mot.preset(variant))
+    group = starflow2.options(mot.preset(variant))
     for name in ("flow", "vlm"):
         group[name]["remat"] = cfg.model[name].remat
     cfg.model = ConfigDict(group)

@@ -20,11 +20,10 @@ from starflow2_jax.evaluation import vqa
 from starflow2_jax.inference import load
 from starflow2_jax.inference.model import Model
 from starflow2_jax.mesh import make_mesh
-from starflow2_jax.models import backbone
 from starflow2_jax.params import init as init_params
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses import interleaved, text
-from starflow2_jax.training.losses.interleaved import Stage, Terms
+from starflow2_jax.training.losses.interleaved import LossTerms, Stage
 from starflow2_jax.training.tasks import registry, starflow2
 
 _STAGE = Stage(True, True)
@@ -67,7 +66,7 @@ def figures(told: list, images: Mapping[str, float], alone: list, born: list) ->
     asked = [answer for answer in said if answer.task == "question"]
     found: dict[str, Any] = {}
     if images.get("count"):
-        found["image_nats"] = float(interleaved.means(dict(images))["nats_per_dim"])
+        found["image_nats"] = float(interleaved.finalize_metrics(dict(images))["nats_per_dim"])
     for name, group in (("text_nats", said), ("text_alone", alone), ("text_alone_before", born)):
         if group:
             found[name] = sum(a.nats for a in group) / sum(a.tokens for a in group)
@@ -82,7 +81,7 @@ def figures(told: list, images: Mapping[str, float], alone: list, born: list) ->
 
 def scorer(model: Model):
     """A function of params and a batch of `data.packed_batches`: of every record [B, S] `tokens`,
-    `wrong` and `nll`, and of every row [B] the sums of `starflow2_loss.sums`."""
+    `wrong` and `nll`, and of every row [B] the sums of `interleaved.row_metrics`."""
     cfg = model.cfg
     options = {"text_targets": cfg["text"]["max_targets"], "text_chunk": cfg["text"]["logit_chunk"]}
 
@@ -90,9 +89,9 @@ def scorer(model: Model):
     def run(params, batch, rows):
         # Of the row alone, so that no seed or model has other noise.
         keys = preprocess.row_keys(1, 0, rows)
-        x = interleaved.latents(batch, keys, cfg)
-        found = interleaved.terms(params, batch, x, model.model_config, _STAGE, **options)
-        return by_record(found, batch["segments"]), interleaved.sums(found, batch, _STAGE)
+        x = interleaved.sample_latents(batch, keys, cfg)
+        found = interleaved.loss_terms(params, batch, x, model.model_config, _STAGE, **options)
+        return by_record(found, batch["segments"]), interleaved.row_metrics(found, batch, _STAGE)
 
     def score(params, batch):
         arrays = {name: batch[name] for name in (*_READ, *_LATENTS)}
@@ -101,10 +100,10 @@ def scorer(model: Model):
     return score
 
 
-def by_record(found: Terms, segments: jax.Array) -> dict[str, jax.Array]:
+def by_record(found: LossTerms, segments: jax.Array) -> dict[str, jax.Array]:
     """`tokens`, `wrong` (not the likeliest) and `nll` of every record, float32 [B, S]."""
     number = jnp.arange(1, segments.shape[1] // text.LEAST_RECORD + 2)
-    own = jnp.take_along_axis(segments, found.at, 1)
+    own = jnp.take_along_axis(segments, found.target_index, 1)
     member = (own[..., None] == number) & found.token[..., None]
     add = lambda each: jnp.where(member, each.astype(jnp.float32)[..., None], 0).sum(1)
     tokens = jnp.ones_like(own)
@@ -115,7 +114,7 @@ def newborn(model: Model, mesh: Any) -> dict[str, Any]:
     """Weights as the run began: beside the VLM as it came, which is all that a text without images
     depends on, since whatever crosses is zero."""
     cfg, shape = model.cfg, model.model_config
-    tree = {name: part for name, part in backbone.declare(shape).items() if name != "vlm"}
+    tree = {name: part for name, part in shape.declare().items() if name != "vlm"}
     born = init_params(jax.random.key(0), tree)
     vlm = starflow2.frozen_vlm(cfg, shape, mesh, jnp.dtype(cfg["frozen_dtype"]))
     return {**born, **vlm}

@@ -19,7 +19,7 @@ from starflow2_jax.benchmarking.timing import Result, measure, utilization
 from starflow2_jax.inference import decode_loop, session
 from starflow2_jax.mesh import host_rows, make_mesh
 from starflow2_jax.models import starflow2 as pretzel
-from starflow2_jax.models.starflow2 import Config
+from starflow2_jax.models.starflow2 import PretzelConfig
 from starflow2_jax.params import count as count_params, init as init_params
 from starflow2_jax.training.logging import throughput
 from starflow2_jax.training.program import to_device
@@ -69,7 +69,7 @@ def experiment(stage: str, size: str, rows: int, dtype: str) -> dict[str, Any]:
     return cfg
 
 
-def rows_of_images(cfg: dict[str, Any], model: Config, count: int) -> dict[str, np.ndarray]:
+def rows_of_images(cfg: dict[str, Any], model: PretzelConfig, count: int) -> dict[str, np.ndarray]:
     """Return a host batch of `count` equal rows, full of images with text tokens before each.
 
     A row is one segment. Every image is a target, and up to `text.max_targets` text tokens.
@@ -229,7 +229,7 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
     return row | {"machine_gb_per_s": bound["machine_gb_per_s"]}
 
 
-def step_bytes(cfg: Config, rows: int, slots: int, itemsize: int) -> dict[str, int]:
+def step_bytes(cfg: PretzelConfig, rows: int, slots: int, itemsize: int) -> dict[str, int]:
     """Return the bytes that a decoding step must read: every weight once, and the caches.
 
     A step of an image does not read the language-model head. No step reads the whole embedding

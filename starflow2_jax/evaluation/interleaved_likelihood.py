@@ -89,7 +89,7 @@ def skill(model: Model, cases: Sequence[Case], *, size: int = 32) -> dict[str, A
 
 
 def _vlm_sums(model: Model, given: Sequence[Record], size: int) -> dict[str, np.ndarray]:
-    """Text entries of `starflow2_loss.sums` of records without images, by the VLM alone."""
+    """Text entries of `interleaved.row_metrics` of records without images, by the VLM alone."""
     mesh = make_mesh("data=1", jax.local_devices()[:1])
     args = (model.cfg, model.model_config, mesh, jnp.dtype(model.cfg["frozen_dtype"]))
     params, found = starflow2.frozen_vlm(*args)["vlm"], []
@@ -105,7 +105,7 @@ def _vlm_sums(model: Model, given: Sequence[Record], size: int) -> dict[str, np.
 @partial(jax.jit, static_argnames="cfg")
 def _read(params, batch, *, cfg):
     h = qwen.embed(params, batch["ids"], cfg)
-    h = qwen.run(params, h, batch["positions"], None, cfg, segments=batch["segments"])
+    h, _ = qwen.apply_layers(params, h, cfg, batch["positions"], segments=batch["segments"])
     return text.by_record_score(qwen.logits(params, h[:, :-1], cfg), batch)
 
 
@@ -118,8 +118,8 @@ def sums(
     null: str = "none",
     blank: bool = False,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """`starflow2_loss.sums` of every record, float64 [records], and the latents [I, N, D] of the
-    images that are learnt.
+    """`interleaved.row_metrics` of every record, float64 [records], and the latents [I, N, D] of
+    the images that are learnt.
 
     Args:
         null, blank: as in `record_rows.batches`.
@@ -155,14 +155,14 @@ def _latents(model: Model, batch: Mapping[str, np.ndarray], keys: jax.Array):
     both = codecs.encode(model.codec, batch["images"].reshape(-1, *batch["images"].shape[2:]))
     mean, log_variance = (a.reshape(*places, *shape) for a in both)
     own |= {"latent_mean": mean, "latent_logvar": log_variance}
-    return own, interleaved.latents(own, keys, model.cfg)
+    return own, interleaved.sample_latents(own, keys, model.cfg)
 
 
 @partial(jax.jit, static_argnames="cfg")
 def _sums(params, batch, x, *, cfg):
     stage = Stage(True, True)
-    found = interleaved.terms(params, batch, x, cfg, stage)
-    return interleaved.sums(found, batch, stage), found.image
+    found = interleaved.loss_terms(params, batch, x, cfg, stage)
+    return interleaved.row_metrics(found, batch, stage), found.image
 
 
 def ratio(nats: np.ndarray, counts: np.ndarray) -> dict[str, Any]:

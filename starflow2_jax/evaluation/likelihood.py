@@ -102,8 +102,8 @@ def per_image(
     def measure(params, batch, ids, mask):
         keys = preprocess.row_keys(cfg["seed"] + 1, 0, ids)
         x = preprocess.tokens(batch, keys, cfg, False)
-        given = preprocess.conditions(params, batch, keys, 0.0)
-        return ids, mask, flow_loss(params["flow"], x, flow, **given)[1]
+        conditioning = preprocess.conditions(params, batch, keys, 0.0)
+        return ids, mask, flow_loss(params["flow"], x, flow, conditioning)[1]
 
     wanted = preprocess.abstract_batch(cfg, flow, 1)
     found, totals = [], {}

@@ -28,7 +28,7 @@ from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.mesh import make_mesh, replicated
-from starflow2_jax.models.backbone import Config
+from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.params import Tree
 from starflow2_jax.training.losses import interleaved as starflow2_loss
 from starflow2_jax.training.tasks import starflow2
@@ -158,7 +158,7 @@ class Grids:
     """
 
     cfg: Mapping[str, Any]
-    shape: Config
+    shape: BackboneConfig
     tokenizer: chat_layout.Tokenizer
     codec: Codec
     given: Mapping[str, Sequence[Prompt]]
@@ -167,7 +167,7 @@ class Grids:
 
 def prepare(
     cfg: Mapping[str, Any],
-    shape: Config,
+    shape: BackboneConfig,
     opts: packed_batches.PackedBatchOptions,
     codec: Codec | None,
     mesh: Mesh,

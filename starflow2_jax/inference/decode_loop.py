@@ -19,7 +19,7 @@ from flax import struct
 from starflow2_jax.inference import guidance as guiding
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.models import backbone, flow, qwen, starflow2 as pretzel
-from starflow2_jax.models.backbone import Config
+from starflow2_jax.models.backbone import BackboneConfig, BackboneInputs
 from starflow2_jax.models.layers import KVCache
 from starflow2_jax.params import Tree
 from starflow2_jax.training.losses.flow import HALF_LOG_2_PI
@@ -120,12 +120,13 @@ class Record:
 
 
 @partial(jax.jit, static_argnames="cfg")
-def prepare(params: Tree, *, cfg: Config) -> dict[str, Any]:
+def prepare(params: Tree, *, cfg: BackboneConfig) -> dict[str, Any]:
     """What the steps read of all parameters, laid out for them (`layers.unstack`)."""
-    return backbone.unstack({n: t for n, t in params.items() if n != "shallow"}, cfg)
+    del cfg
+    return backbone.unstack({n: t for n, t in params.items() if n != "shallow"})
 
 
-def empty(params: Tree, cfg: Config, rows: int, size: int) -> tuple[Any, jax.Array]:
+def empty(params: Tree, cfg: BackboneConfig, rows: int, size: int) -> tuple[Any, jax.Array]:
     """Caches of `size` slots for R rows, and `valid`."""
     vlm = qwen.compute_dtype(params["vlm"], cfg.vlm)
     dtypes = (vlm, flow.compute_dtype(params["deep"], cfg.flow))
@@ -134,7 +135,7 @@ def empty(params: Tree, cfg: Config, rows: int, size: int) -> tuple[Any, jax.Arr
 
 @partial(jax.jit, static_argnames="cfg")
 def prefill(
-    params: Tree, caches: Any, valid: jax.Array, items: Items, heat: Any, *, cfg: Config
+    params: Tree, caches: Any, valid: jax.Array, items: Items, heat: Any, *, cfg: BackboneConfig
 ) -> tuple[Any, jax.Array]:
     """Reads items [R, T] into the caches; the T slots must be there. Returns caches and valid.
 
@@ -146,16 +147,24 @@ def prefill(
 
 
 def read(
-    params: Tree, caches: Any, valid: jax.Array, items: Items, heat: Any, cfg: Config
+    params: Tree, caches: Any, valid: jax.Array, items: Items, heat: Any, cfg: BackboneConfig
 ) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
     """All streams over new items: y [R, T, V], h [R, T, C], caches, valid."""
     first, count = caches[0].length, items.ids.shape[1]
     valid = jax.lax.dynamic_update_slice_in_dim(valid, items.real, first, 1)
     slots = jnp.arange(valid.shape[1])
     mask = valid[:, None, :] & (slots <= first + jnp.arange(count)[:, None])
-    args = (items.ids, items.u, items.u, items.is_image, items.positions, items.following, mask)
-    y, h, caches = backbone.states(params, *args, cfg, caches=caches, heat=heat)
-    return y, h, caches, valid
+    inputs = BackboneInputs(
+        ids=items.ids,
+        latents=items.u,
+        adapter_input=items.u,
+        is_image=items.is_image,
+        positions=items.positions,
+        next_positions=items.following,
+        mask=mask,
+    )
+    states = cfg.forward(params, inputs, caches=caches, attention_temperature=heat)
+    return states.vlm_states, states.flow_states, states.caches, valid
 
 
 @partial(jax.jit, static_argnames=("cfg", "ids"), donate_argnames="state")
@@ -167,7 +176,7 @@ def run(
     heat: Any,
     steps: Any,
     *,
-    cfg: Config,
+    cfg: BackboneConfig,
     ids: Ids,
 ) -> tuple[State, Record]:
     """At most `steps` steps, and `CHUNK`, fewer where all rows are done.

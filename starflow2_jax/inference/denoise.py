@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from starflow2_jax.inference import decode_loop
 from starflow2_jax.inference.decode_loop import State
 from starflow2_jax.models import flow, starflow2 as pretzel
-from starflow2_jax.models.backbone import Config
-from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models.backbone import BackboneConfig
+from starflow2_jax.models.flow import Conditioning, FlowConfig
 from starflow2_jax.params import Tree
 
 
@@ -19,10 +19,7 @@ def score_step(
     x: jax.Array,
     cfg: FlowConfig,
     sigma: float,
-    *,
-    text: jax.Array | None = None,
-    labels: jax.Array | None = None,
-    grid: tuple[int, int] | None = None,
+    conditioning: Conditioning | None = None,
 ) -> jax.Array:
     """Tweedie's estimate x + sigma^2 d log p(x) / dx of the data without noise (paper.md 3.8).
 
@@ -31,7 +28,7 @@ def score_step(
     """
 
     def log_density(x: jax.Array) -> Any:
-        z, log_det = flow.forward(params, x, cfg, text=text, labels=labels, grid=grid)
+        z, log_det = flow.forward(params, x, cfg, conditioning)
         return (log_det - 0.5 * jnp.square(z).sum((1, 2))).sum()
 
     return x + sigma**2 * jax.grad(log_density)(x)
@@ -47,7 +44,7 @@ def image_score_step(
     x: jax.Array,
     sigma: Any,
     *,
-    cfg: Config,
+    cfg: BackboneConfig,
 ) -> jax.Array:
     """The same of an image x [N, D] in a conversation, given all that comes before it.
 
@@ -81,7 +78,7 @@ def image_score_step(
     )
 
     def log_density(x: jax.Array) -> Any:
-        outputs, log_dets = pretzel.shallow(params, x[None], cfg)
+        outputs, log_dets = pretzel.shallow_forward(params, x[None], cfg)
         u = outputs[-1]
         given = items.replace(u=jnp.pad(u[:, :-1], ((0, 0), (1, 0), (0, 0))))
         heat = jnp.ones(1)

@@ -180,19 +180,19 @@ def _draw(model, part, rows, sampling, guided):
     cfg, shape = model.model_config, (model.model_config.tokens, model.model_config.channels)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(sampling.seed)))(rows)
     z = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-    given = preprocess.conditions(model.params, part, keys, 0.0)
+    conditioning = preprocess.conditions(model.params, part, keys, 0.0)
     x, _ = inverse(
         model.params["flow"],
         z,
         cfg,
-        **given,
+        conditioning,
         guidance=guided,
         jacobi=sampling.jacobi,
         temperature=sampling.temperature,
     )
     noise, image = model.cfg["noise"], model.cfg["image"]
     if sampling.denoise and noise["kind"] == "gaussian" and noise["sigma"]:
-        x = _score_step(model.params["flow"], x, noise["sigma"], given, cfg=cfg)
+        x = _score_step(model.params["flow"], x, noise["sigma"], conditioning, cfg=cfg)
     if not image["pixels"]:
         return to_host(x)
     pixels = unpatchify(x, (cfg.side, cfg.side), image["patch"], image["channel_order"])
@@ -200,8 +200,8 @@ def _draw(model, part, rows, sampling, guided):
 
 
 @partial(jax.jit, static_argnames="cfg")
-def _score_step(params, x, sigma, given, *, cfg):
-    return denoise.score_step(params, x, cfg, sigma, **given)
+def _score_step(params, x, sigma, conditioning, *, cfg):
+    return denoise.score_step(params, x, cfg, sigma, conditioning)
 
 
 def likelihood(
@@ -215,13 +215,15 @@ def likelihood(
     """log p [B] in nats of tokens x [B, T, D] as they are (no noise is added)."""
     batch = _conditions(model, len(x), prompts, labels, text)
     keys = jax.random.split(jax.random.key(0), len(x))
-    given = preprocess.conditions(model.params, batch, keys, 0.0)
-    return np.asarray(_log_likelihood(model.params["flow"], x, given, cfg=model.model_config))
+    conditioning = preprocess.conditions(model.params, batch, keys, 0.0)
+    return np.asarray(
+        _log_likelihood(model.params["flow"], x, conditioning, cfg=model.model_config)
+    )
 
 
 @partial(jax.jit, static_argnames="cfg")
-def _log_likelihood(params, x, given, *, cfg):
-    return log_likelihood(params, x, cfg, **given)
+def _log_likelihood(params, x, conditioning, *, cfg):
+    return log_likelihood(params, x, cfg, conditioning)
 
 
 def _conditions(model, count, prompts, labels, text) -> dict[str, Any]:

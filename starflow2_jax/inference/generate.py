@@ -21,7 +21,7 @@ from starflow2_jax.inference.prompts import Part
 from starflow2_jax.inference.results import Results
 from starflow2_jax.inference.session import Conversation
 from starflow2_jax.latents import codec
-from starflow2_jax.models.backbone import Config
+from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.training import preprocess
 
 # ------------------------------------------------------------------------------------- generation
@@ -105,7 +105,7 @@ def _begin(model: Model, rows: int, options: GenerateOptions) -> Conversation:
     return session.begin(model.decode_params, model.model_config, keys, *args)
 
 
-def _room(options: GenerateOptions, cfg: Config) -> int:
+def _room(options: GenerateOptions, cfg: BackboneConfig) -> int:
     """Steps that drawing takes at most."""
     return options.max_tokens + options.most_images * (cfg.patches + 2) + 1
 

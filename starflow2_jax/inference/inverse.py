@@ -19,7 +19,7 @@ from flax import struct
 from starflow2_jax.inference import guidance as guiding
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.models import flow, layers, rope
-from starflow2_jax.models.flow import BlockConfig, FlowConfig
+from starflow2_jax.models.flow import BlockConfig, Conditioning, FlowConfig
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.params import Tree
 
@@ -55,19 +55,16 @@ def inverse(
     params: Tree,
     z: jax.Array,
     cfg: FlowConfig,
+    conditioning: Conditioning | None = None,
     *,
-    text: jax.Array | None = None,
-    labels: jax.Array | None = None,
-    grid: tuple[int, int] | None = None,
     guidance: Guidance | None = None,
     jacobi: Jacobi | None = None,
     temperature: Any = 1.0,
-    positions: Any = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Invert `flow.forward`: noise z [B, T, D] to data x [B, T, D], raster order.
 
     Args:
-        text, labels, grid, positions: as in `flow.forward`.
+        conditioning: as in `flow.forward`.
         guidance: a `Guidance`, or None.
         jacobi: a `Jacobi`, or None for sequential sampling.
         temperature: of the attention logits in every block, without guidance (else
@@ -81,32 +78,39 @@ def inverse(
     Raises:
         ValueError: inputs that the model does not take, or unknown guidance words.
     """
-    flow.check_inputs(cfg, z.shape, text, labels)
+    conditioning = flow.check_inputs(cfg, z.shape, conditioning)
     if guidance is not None:
         guiding.check(guidance)
     if jacobi is not None and (jacobi.block < 1 or jacobi.max_iterations < 1):
         raise ValueError(f"jacobi: block and max_iterations must be at least 1, got {jacobi}")
-    grid = flow.check_grid(z.shape[1], grid)
     block_size = jacobi.block if jacobi else None
     limits = (jacobi.threshold, jacobi.max_iterations) if jacobi else None
-    args = (params, z, text, labels, guidance, limits, temperature, positions)
-    x, passes, residual, tokens = _inverse(*args, cfg=cfg, grid=grid, jacobi_block=block_size)
+    x, passes, residual, tokens = _inverse(
+        params,
+        z,
+        conditioning,
+        guidance,
+        limits,
+        temperature,
+        cfg=cfg,
+        jacobi_block=block_size,
+    )
     return x, {"passes": passes, "residual": residual, "tokens": tokens}
 
 
-@partial(jax.jit, static_argnames=("cfg", "grid", "jacobi_block"))
-def _inverse(
-    params, z, text, labels, guidance, limits, temperature, positions, *, cfg, grid, jacobi_block
-):
+@partial(jax.jit, static_argnames=("cfg", "jacobi_block"))
+def _inverse(params, z, conditioning, guidance, limits, temperature, *, cfg, jacobi_block):
     tokens, passes, residuals = [at_least_float32(z)], [], []
     for i in reversed(range(len(cfg.layers))):
         x, count, residual = tokens[-1], 0, 0.0
         if cfg.layers[i]:
             block = cfg.block(i)
-            at = positions if i == len(cfg.layers) - 1 else None
+            is_deep = i == len(cfg.layers) - 1
+            block_conditioning = conditioning if is_deep else conditioning.replace(positions=None)
             zeta = x[:, ::-1] if block.reverse else x
-            args = (block, text, labels, grid, guidance, temperature, at)
-            chain, first, cache = _begin(params["blocks"][str(i)], zeta, *args)
+            chain, first, cache = _begin(
+                params["blocks"][str(i)], zeta, block, block_conditioning, guidance, temperature
+            )
             if jacobi_block is None:
                 x, count = _sequential(chain, first, cache, zeta)
             else:
@@ -127,9 +131,10 @@ def is_guided(guidance: Guidance | None, block: BlockConfig) -> bool:
     return block.text or bool(block.flow.classes)
 
 
-def _begin(params, zeta, block, text, labels, grid, guidance, temperature, at):
+def _begin(params, zeta, block, conditioning, guidance, temperature):
     """Conditions, cache and y_0 of a block: (chain, y_0 [R, 1, D], cache)."""
     cfg, (batch, tokens, _) = block.flow, zeta.shape
+    text, labels, positions = conditioning.text, conditioning.labels, conditioning.positions
     rows, temperature = batch, jnp.asarray(temperature)
     guided = guidance if is_guided(guidance, block) else None
     if guidance is not None:
@@ -143,7 +148,8 @@ def _begin(params, zeta, block, text, labels, grid, guidance, temperature, at):
             null = jnp.broadcast_to(jnp.asarray(guided.temperature, zeta.dtype), (batch,))
             temperature = jnp.concatenate([jnp.ones_like(null), null])
     length = text.shape[1] if block.text else 0
-    at = flow.block_positions(block, grid, length) if at is None else at
+    if positions is None:
+        positions = flow.block_positions(block, conditioning.grid, length)
     dtype = flow.compute_dtype(params, cfg)
     size = length + tokens - (block.start != "token")
     cache = layers.empty_cache(block.layer, block.depth, rows, size, dtype)
@@ -151,8 +157,8 @@ def _begin(params, zeta, block, text, labels, grid, guidance, temperature, at):
     tables = None
     if cfg.positions == "rope":
         wide = jnp.promote_types(dtype, jnp.float32)
-        tables = rope.tables(rope.angles(at, cfg.head_dim), wide)
-    params = {**params, "layers": layers.unstack(params["layers"], block.depth)}
+        tables = rope.tables(rope.angles(positions, cfg.head_dim), wide)
+    params = {**params, "layers": layers.unstack(params["layers"])}
     chain = _Chain(
         params=params,
         offset=length,
@@ -195,8 +201,15 @@ def _layers(chain, h, cache, start):
         tables = tuple(jax.lax.dynamic_slice_in_dim(t, start, count, -2) for t in tables)
     size = cache.keys[0].shape[-2]
     mask = (start + jnp.arange(count))[:, None] >= jnp.arange(size)[None, :]
-    args = (chain.params["layers"], h, block.layer, tables, mask, cache, chain.temperature)
-    return layers.run_layers_cached(*args)
+    return layers.apply_layers(
+        chain.params["layers"],
+        h,
+        block.layer,
+        tables,
+        mask,
+        cache=cache,
+        temperature=chain.temperature,
+    )
 
 
 def _gaussian(chain, h, fraction):

@@ -19,7 +19,6 @@ from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.inference.api import STARFlow2
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.mesh import make_mesh
-from starflow2_jax.models import backbone
 from starflow2_jax.params import abstract as abstract_params
 from starflow2_jax.training.tasks import starflow2
 
@@ -58,7 +57,7 @@ def load(
             f"{frozen['vlm']} then, {identity} now"
         )
     shape = starflow2.model_config(cfg)
-    declared = backbone.declare(shape)
+    declared = shape.declare()
     codec = codecs.load(fae) if fae else None
     if codec is not None:
         _check_codec(codec, shape, frozen.get("fae"), path, fae)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from starflow2_jax.inference import decode_loop
 from starflow2_jax.latents.codec import Codec
-from starflow2_jax.models.backbone import Config
+from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.params import Tree
 
 if TYPE_CHECKING:  # heavy
@@ -31,7 +31,7 @@ class Model:
     """
 
     cfg: Mapping[str, Any]
-    model_config: Config
+    model_config: BackboneConfig
     params: Mapping[str, Any]
     tokenizer: "Tokenizer"
     codec: Codec | None = None

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.models import layers, qwen, qwen_vision
-from starflow2_jax.models.qwen import Config
+from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.params import Tree
 
 # Prompts are padded to a multiple of this, so that similar ones share a compiled program.
@@ -91,7 +91,7 @@ def open_processor(folder: str | Path) -> Processor:
 
 
 def prepare(
-    processor: Processor, conversations: Sequence[Sequence[Message]], cfg: Config
+    processor: Processor, conversations: Sequence[Sequence[Message]], cfg: QwenConfig
 ) -> Prompt:
     """Tokens, patches and positions of conversations that the assistant is to continue.
 
@@ -184,7 +184,7 @@ def read_pixels(image: Any, where: str) -> np.ndarray:
 
 
 def _render(
-    processor: Processor, messages: list[Message], images: int, row: int, cfg: Config
+    processor: Processor, messages: list[Message], images: int, row: int, cfg: QwenConfig
 ) -> str:
     text = processor.tokenizer.apply_chat_template(
         messages, chat_template=processor.template, tokenize=False, add_generation_prompt=True
@@ -198,7 +198,7 @@ def _render(
 
 
 def _patches(
-    processor: Processor, images: list[np.ndarray], cfg: Config
+    processor: Processor, images: list[np.ndarray], cfg: QwenConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     if cfg.vision is None:
         raise ValueError("images were given to a model that has no vision tower")
@@ -218,7 +218,7 @@ def _patches(
 
 def generate(
     params: Tree,
-    cfg: Config,
+    cfg: QwenConfig,
     prompt: Prompt,
     *,
     max_tokens: int = 256,
@@ -258,12 +258,12 @@ def _generate(
 ):
     batch, length = ids.shape
     h = qwen.embed_all(params, ids, cfg, patches, at)
-    params = {**params, "layers": layers.unstack(params["layers"], cfg.layers)}
+    params = {**params, "layers": layers.unstack(params["layers"])}
     cache = qwen.empty_cache(cfg, batch, length + max_tokens, h.dtype)
     seen = jnp.pad(valid, ((0, 0), (0, max_tokens)), constant_values=True)
     slots = jnp.arange(length + max_tokens)
     mask = seen[:, None, :] & (slots <= jnp.arange(length)[:, None])
-    states, cache = qwen.run(params, h, positions, mask, cfg, cache)
+    states, cache = qwen.apply_layers(params, h, cfg, positions, mask, cache=cache)
     last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
     state = states[jnp.arange(batch), last]
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
@@ -287,7 +287,7 @@ def _generate(
         where = jnp.broadcast_to((following + index)[:, None, None], (batch, 1, 3))
         mask = seen[:, None, :] & (slots <= length + index)
         h = qwen.embed(params, token[:, None], cfg)
-        states, cache = qwen.run(params, h, where, mask, cfg, cache)
+        states, cache = qwen.apply_layers(params, h, cfg, where, mask, cache=cache)
         return index + 1, states[:, 0], out, counts + alive, cache
 
     start = (jnp.int32(0), state, jnp.zeros((batch, max_tokens), jnp.int32))
@@ -298,7 +298,7 @@ def _generate(
 
 def chat(
     params: Tree,
-    cfg: Config,
+    cfg: QwenConfig,
     processor: Processor,
     conversations: Sequence[Sequence[Message]],
     **options: Any,

@@ -40,7 +40,7 @@ def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float
     found = _terms(dict(model.params), batch, cfg=model.model_config)
     dims = model.model_config.patches * model.model_config.flow.channels
     image = np.asarray(sum(found.log_dets) - found.half_square - dims * HALF_LOG_2_PI)
-    at, token, nll = (np.asarray(a) for a in (found.at, found.token, found.nll))
+    at, token, nll = (np.asarray(a) for a in (found.target_index, found.token, found.nll))
     result = []
     for b, row in enumerate(parts):
         of_image = iter(image[b].tolist())
@@ -53,7 +53,7 @@ def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float
 
 @partial(jax.jit, static_argnames="cfg")
 def _terms(params, batch, *, cfg):
-    return starflow2_loss.terms(params, batch, batch["latent_mean"], cfg, Stage(True, True))
+    return starflow2_loss.loss_terms(params, batch, batch["latent_mean"], cfg, Stage(True, True))
 
 
 def lay_out(

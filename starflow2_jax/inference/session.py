@@ -19,7 +19,8 @@ from starflow2_jax.inference import decode_loop
 from starflow2_jax.inference.decode_loop import State
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.models import starflow2 as pretzel
-from starflow2_jax.models.backbone import Config
+from starflow2_jax.models.backbone import BackboneConfig
+from starflow2_jax.models.flow import Conditioning
 from starflow2_jax.models.layers import at_least_float32
 
 if TYPE_CHECKING:  # heavy
@@ -67,7 +68,7 @@ class Conversation:
         return int(self.state.caches[0].length)
 
 
-def delimiters(held: "Tokenizer", cfg: Config) -> decode_loop.Ids:
+def delimiters(held: "Tokenizer", cfg: BackboneConfig) -> decode_loop.Ids:
     """What the loop has to know of the tokenizer."""
     banned = (held.vision_end, held.image, held.turn_start, cfg.vlm.video_token)
     ends = (held.turn_end, held.pad)
@@ -76,7 +77,7 @@ def delimiters(held: "Tokenizer", cfg: Config) -> decode_loop.Ids:
 
 
 def begin(
-    params: Any, cfg: Config, keys: jax.Array, null: str, heat: Any, size: int, fixed: bool
+    params: Any, cfg: BackboneConfig, keys: jax.Array, null: str, heat: Any, size: int, fixed: bool
 ) -> Conversation:
     """Rows that have read nothing, with caches of `size` slots.
 
@@ -142,7 +143,7 @@ def extend(
     held: Conversation,
     given: Sequence[Sequence[Part]],
     latents: Sequence[np.ndarray],
-    cfg: Config,
+    cfg: BackboneConfig,
     tokenizer: "Tokenizer",
     room: int,
 ) -> Conversation:
@@ -318,7 +319,7 @@ def take(held: Conversation, rows: Sequence[int]) -> Conversation:
 
 
 def moved(
-    picks: Sequence[int], start: Any, b: int, cfg: Config, ids: decode_loop.Ids
+    picks: Sequence[int], start: Any, b: int, cfg: BackboneConfig, ids: decode_loop.Ids
 ) -> dict[str, Any]:
     """How far a row's counters are after `picks` tokens and patches (`decode.Record`).
 
@@ -351,7 +352,7 @@ def cut(
     start: Any,
     first: int,
     kept: dict[int, Sequence[int]],
-    cfg: Config,
+    cfg: BackboneConfig,
     ids: decode_loop.Ids,
 ) -> State:
     """Takes items back: of each row in `kept` only these picks stay, and the row is done.
@@ -384,11 +385,11 @@ def cut(
 
 @partial(jax.jit, static_argnames="cfg")
 def _shallow(params, x, *, cfg):
-    outputs, log_dets = pretzel.shallow(params, x, cfg)
+    outputs, log_dets = pretzel.shallow_forward(params, x, cfg)
     return outputs[-1], sum(log_dets)
 
 
-def shallow(params: Any, x: np.ndarray, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
+def shallow(params: Any, x: np.ndarray, cfg: BackboneConfig) -> tuple[np.ndarray, np.ndarray]:
     """u [I, N, D] of latents x, and the log_det [I] of the shallow flow."""
     if not len(x):
         return x, np.zeros(0, x.dtype)
@@ -403,7 +404,9 @@ def _filled(x):
     return x[np.arange(count) % len(x)], len(x)
 
 
-def shallow_inverse(params: Any, u: np.ndarray, cfg: Config, jacobi: Any = None) -> np.ndarray:
+def shallow_inverse(
+    params: Any, u: np.ndarray, cfg: BackboneConfig, jacobi: Any = None
+) -> np.ndarray:
     """Latents x [I, N, D] of u."""
     from starflow2_jax.inference.inverse import inverse
 
@@ -413,5 +416,6 @@ def shallow_inverse(params: Any, u: np.ndarray, cfg: Config, jacobi: Any = None)
     blocks = dataclasses.replace(cfg.flow, layers=(*cfg.flow.layers[:-1], 0))
     filled, count = _filled(u)
     args = ({"blocks": params["shallow"]}, jnp.asarray(filled), blocks)
-    x, _ = inverse(*args, text=jnp.zeros((1, 1, blocks.text_channels)), jacobi=jacobi)
+    conditioning = Conditioning(text=jnp.zeros((1, 1, blocks.text_channels)))
+    x, _ = inverse(*args, conditioning, jacobi=jacobi)
     return np.asarray(x)[:count]

@@ -17,7 +17,7 @@ import numpy as np
 from starflow2_jax import config
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import qwen as qwen_weights
-from starflow2_jax.models.qwen import Config
+from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.params import abstract as abstract_params
 from starflow2_jax.training.losses import text
 from starflow2_jax.training.tasks import vlm
@@ -28,7 +28,7 @@ class VLM:
     """An experiment's resolved configuration, its model and weights, its tokenizer's folder."""
 
     cfg: Mapping[str, Any]
-    model_config: Config
+    model_config: QwenConfig
     params: Mapping[str, Any]
     tokenizer_folder: str
 

@@ -1,59 +1,148 @@
-"""Causal attention by the kernels of accelerators: splash attention on TPUs, cuDNN on GPUs.
+"""Causal grouped-query attention: a plain XLA implementation and the kernels of accelerators.
 
-Axes: B batch, H query heads, K key/value heads, T positions, D head channels.
+The kernels are splash attention on TPUs and cuDNN on GPUs. Both are causal within segments and
+neither stores the [T, S] scores. `grouped_query_attention` selects one; its plain path is their
+reference.
 
-Both attend causally inside segments and neither holds the [T, T] scores. `choose` says which one a
-program gets; `layers.attention` is the plain path, their reference.
+Shapes: B batch, H query heads, K key/value heads, T query positions, S key positions, D channels of
+a head.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from starflow2_jax.mesh import ACTIVATIONS, activation_ways, platform
+from starflow2_jax.mesh import ACTIVATIONS, activation_ways, constrain, platform
 
 KERNELS = ("auto", "plain", "splash", "cudnn")
+# The plain path processes queries in this many chunks, each against the keys up to its end. With
+# a causal mask that skips (chunks - 1) / (2 chunks) of the scores.
+CAUSAL_CHUNKS = 4
 # The TPU kernel reads keys in blocks of whole lanes.
 LANES = 128
 LARGEST_BLOCK = 512
 
 
-def choose(kernel: str, q: jax.Array, k: jax.Array) -> str:
-    """`plain`, `splash` or `cudnn`, for the platform that the program is traced for.
+def segment_mask(segments: jax.Array) -> jax.Array:
+    """Return the mask bool [B, T, T] of packed rows: causal, and within a segment of [B, T]."""
+    length = segments.shape[1]
+    return (segments[:, :, None] == segments[:, None, :]) & np.tri(length, dtype=bool)
 
-    `auto` takes the platform's kernel where it serves these arrays, else `plain`. Any other name is
-    taken at its word: `splash` runs in an interpreter where there is no TPU.
+
+def grouped_query_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    temperature: Any = 1.0,
+    segments: jax.Array | None = None,
+    kernel: str = "plain",
+) -> jax.Array:
+    """Compute grouped-query attention, softmax(q k / (sqrt(D) temperature)) v, softmax in float32.
 
     Args:
-        kernel: one of `KERNELS`; q: [B, H, T, D]; k: [B, K, S, D].
+        q: [B, H, T, D].
+        k, v: [B, K, S, D], or [K, S, D] for a single row.
+        mask: bool, broadcastable to [B, T, S], True where a query may attend. None is causal; the
+            queries are then the last T of the S positions.
+        temperature: a number or [B].
+        segments: int32 [B, S] of packed rows: a query attends to its own segment only, up to
+            itself. Padding is segment 0 and attends to padding. Requires `mask=None`.
+        kernel: a name in `KERNELS`; used only with `mask=None`.
+
+    Returns:
+        [B, H, T, D].
 
     Raises:
-        ValueError: a kernel that was asked for and cannot serve; says why.
+        ValueError: segments together with a mask, or a kernel that does not support these arrays.
+    """
+    if segments is not None and mask is not None:
+        raise ValueError("attention: segments require mask=None; include them in the mask")
+    batch_size, heads, length, channels = q.shape
+    kv_heads, num_keys = k.shape[-3:-1]
+    scale = channels**-0.5 / jnp.reshape(jnp.asarray(temperature, q.dtype), (-1, 1, 1, 1, 1))
+    kernel = "plain" if mask is not None else select_kernel(kernel, q, k)
+    if kernel != "plain":
+        return kernel_attention(kernel, q * scale[..., 0], k, v, segments)
+    q = q.reshape(batch_size, kv_heads, heads // kv_heads, length, channels) * scale
+    if mask is not None:
+        mask = mask[..., None, None, :, :]
+        if k.ndim == 3:
+            q, mask = q[0], mask.reshape(mask.shape[-4:])
+        out = _softmax_attention(q, k, v, mask)
+        return out.reshape(batch_size, heads, length, channels)
+    chunks = CAUSAL_CHUNKS if length % CAUSAL_CHUNKS == 0 and length >= 16 * CAUSAL_CHUNKS else 1
+    if activation_ways()["length"] > 1:
+        # The queries are sharded by position already: a chunk of them would lie on few devices.
+        k, v, chunks = constrain(k, "batch", "heads"), constrain(v, "batch", "heads"), 1
+    first_query, chunk_len, outputs = num_keys - length, length // chunks, []
+    for start in range(0, length, chunk_len):
+        begin, end = first_query + start, first_query + start + chunk_len
+        causal = np.arange(begin, end)[:, None] >= np.arange(end)[None, :]
+        if segments is not None:
+            same_segment = segments[:, begin:end, None] == segments[:, None, :end]
+            causal = (causal & same_segment)[:, None, None]
+        q_chunk = q[:, :, :, start : start + chunk_len]
+        outputs.append(_softmax_attention(q_chunk, k[..., :end, :], v[..., :end, :], causal))
+    return jnp.concatenate(outputs, 3).reshape(batch_size, heads, length, channels)
+
+
+def _softmax_attention(q, k, v, mask):
+    """Return softmax(q k) v for scaled q [B, K, G, T, D]; mask broadcasts to [B, 1, 1, T, S].
+
+    The axis B may be absent from all of them.
+    """
+    scores = jnp.einsum("...kgtd,...ksd->...kgts", q, k)
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    # An added, finite mask: the backward pass of a sum is free, and a query that may attend to
+    # nothing yields numbers rather than NaN.
+    masked_score = 0.5 * float(jnp.finfo(scores.dtype).min)
+    xp = np if isinstance(mask, np.ndarray) else jnp
+    weights = jax.nn.softmax(scores + xp.where(mask, 0.0, masked_score).astype(scores.dtype))
+    return jnp.einsum("...kgts,...ksd->...kgtd", weights.astype(v.dtype), v)
+
+
+def select_kernel(kernel: str, q: jax.Array, k: jax.Array) -> str:
+    """Return `plain`, `splash` or `cudnn` for the platform that the program is traced for.
+
+    `auto` selects the platform's kernel if it supports these arrays, else `plain`. Any other name
+    is final: `splash` runs in an interpreter where there is no TPU.
+
+    Args:
+        kernel: one of `KERNELS`.
+        q: [B, H, T, D].
+        k: [B, K, S, D].
+
+    Raises:
+        ValueError: a kernel that is named explicitly and does not support these arrays.
     """
     if kernel == "plain":
         return "plain"
     if kernel == "auto":
         kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "plain")
-        return "plain" if kernel == "plain" or _hindrance(kernel, q, k) else kernel
-    hindrance = _hindrance(kernel, q, k)
-    if hindrance:
-        raise ValueError(f"attention={kernel!r}: {hindrance}")
+        return "plain" if kernel == "plain" or _unsupported_reason(kernel, q, k) else kernel
+    reason = _unsupported_reason(kernel, q, k)
+    if reason:
+        raise ValueError(f"attention={kernel!r}: {reason}")
     return kernel
 
 
-def _hindrance(kernel, q, k):
-    """Why a kernel does not serve, empty where it does."""
-    shape, heads, length = activation_ways(), k.shape[-3], q.shape[-2]
+def _unsupported_reason(kernel, q, k):
+    """Return why a kernel does not support these arrays, empty if it does."""
+    shards, heads, length = activation_ways(), k.shape[-3], q.shape[-2]
     if k.ndim != 4 or length != k.shape[-2]:
         return "keys and queries must be of the same positions"
-    if q.shape[0] % shape["batch"] or heads % shape["heads"]:
+    if q.shape[0] % shards["batch"] or heads % shards["heads"]:
         return (
             f"batch {q.shape[0]} and {heads} key heads are not divisible by the mesh's "
-            f"{shape['batch']} x {shape['heads']}"
+            f"{shards['batch']} x {shards['heads']}"
         )
     if kernel == "splash":
-        if length % (LANES * shape["length"]):
-            return f"{length} positions are not a multiple of {LANES} x context {shape['length']}"
+        if length % (LANES * shards["length"]):
+            return f"{length} positions are not a multiple of {LANES} x context {shards['length']}"
         if q.dtype not in (jnp.bfloat16, jnp.float32):
             return f"dtype {q.dtype} is neither bfloat16 nor float32"
     if kernel == "cudnn":
@@ -61,86 +150,101 @@ def _hindrance(kernel, q, k):
             return f"dtype {q.dtype} is not of 16 bits"
         if q.shape[-1] % 8 or q.shape[-1] > 128:
             return f"{q.shape[-1]} head channels are not a multiple of 8 up to 128"
-        if shape["length"] > 1:
-            return "positions cut over `context` are not supported"
+        if shards["length"] > 1:
+            return "positions sharded over `context` are not supported"
     return ""
 
 
-def attend(
+def kernel_attention(
     kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
 ) -> jax.Array:
-    """softmax(q k) v, causal inside segments, by `splash` or `cudnn`; [B, H, T, D].
+    """Compute softmax(q k) v, causal within segments, by `splash` or `cudnn`.
 
     Args:
-        q: [B, H, T, D], scaled; k, v: [B, K, T, D]; segments: int32 [B, T] or None.
+        q: [B, H, T, D], scaled.
+        k, v: [B, K, T, D].
+        segments: int32 [B, T] or None.
+
+    Returns:
+        [B, H, T, D].
     """
     if kernel == "splash":
         return _splash(q, k, v, segments, interpret=platform() != "tpu")
-    return library(q, k, v, segments, "cudnn")
+    return dot_product_attention(q, k, v, segments, "cudnn")
 
 
-def library(
+def dot_product_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, implementation: str
 ) -> jax.Array:
-    """`attend` by jax.nn.dot_product_attention, which has `cudnn` and, everywhere, `xla`."""
-    inside = None
+    """Compute `kernel_attention` by jax.nn.dot_product_attention: `cudnn`, or `xla` anywhere."""
+    mask = None
     if segments is not None:
-        inside = segments[:, None, :, None] == segments[:, None, None, :]
+        mask = segments[:, None, :, None] == segments[:, None, None, :]
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    mixed = jax.nn.dot_product_attention(
-        q, k, v, mask=inside, scale=1.0, is_causal=True, implementation=implementation
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=1.0, is_causal=True, implementation=implementation
     )
-    return mixed.swapaxes(1, 2)
+    return out.swapaxes(1, 2)
 
 
 def _splash(q, k, v, segments, interpret):
-    # Heavy and only for this path: pallas takes a second to import.
+    # Imported here: pallas takes a second to import, and only this path needs it.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as splash,
-        splash_attention_mask as masks,
+        splash_attention_kernel,
+        splash_attention_mask,
     )
 
     mesh = jax.sharding.get_abstract_mesh()
-    alone = mesh.empty or mesh.size == 1
-    ways = activation_ways()
-    heads, length = q.shape[1] // ways["heads"], q.shape[2]
+    shards = activation_ways()
+    heads, length = q.shape[1] // shards["heads"], q.shape[2]
     block = next(
-        size for size in range(LARGEST_BLOCK, 0, -LANES) if (length // ways["length"]) % size == 0
+        size for size in range(LARGEST_BLOCK, 0, -LANES) if (length // shards["length"]) % size == 0
     )
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
-    causal = masks.CausalMask((length, length), shard_count=ways["length"])
-    kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([causal] * heads),
-        block_sizes=sizes,
+    causal = splash_attention_mask.CausalMask((length, length), shard_count=shards["length"])
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([causal] * heads),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
         head_shards=1,
-        q_seq_shards=ways["length"],
+        q_seq_shards=shards["length"],
         interpret=interpret,
     )
 
-    def local(kernel, q, k, v, of_queries, of_keys):
-        if of_queries is None:
+    def apply_kernel(kernel, q, k, v, q_segments, kv_segments):
+        if q_segments is None:
             return jax.vmap(kernel)(q, k, v)
-        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(of_queries, of_keys))
+        segment_ids = splash_attention_kernel.SegmentIds(q_segments, kv_segments)
+        return jax.vmap(kernel)(q, k, v, segment_ids)
 
-    if alone:
-        return local(kernel, q, k, v, segments, segments)
-    # A kernel is opaque to the partitioner. Every device takes its own queries, with all the keys.
-    spec = lambda *names: PartitionSpec(*(n and ACTIVATIONS[n] for n in names))
-    queries, keys = spec("batch", "heads", "length"), spec("batch", "heads", None)
-    marks = (None, None) if segments is None else (spec("batch", "length"), spec("batch"))
-    of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, spec(None, "length")))
-    mapped = jax.shard_map(
-        local,
+    if mesh.empty or mesh.size == 1:
+        return apply_kernel(kernel, q, k, v, segments, segments)
+
+    # A kernel is opaque to the partitioner, so it runs under shard_map: every device takes its own
+    # queries, with all the keys.
+    def spec(*names):
+        return PartitionSpec(*(name and ACTIVATIONS[name] for name in names))
+
+    q_spec, kv_spec = spec("batch", "heads", "length"), spec("batch", "heads", None)
+    kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, spec(None, "length")))
+    has_segments = segments is not None
+    sharded = jax.shard_map(
+        apply_kernel,
         mesh=mesh,
-        in_specs=(of_kernel, queries, keys, keys, *marks),
-        out_specs=queries,
+        in_specs=(
+            kernel_spec,
+            q_spec,
+            kv_spec,
+            kv_spec,
+            spec("batch", "length") if has_segments else None,
+            spec("batch") if has_segments else None,
+        ),
+        out_specs=q_spec,
         check_vma=False,
     )
-    return mapped(kernel, q, k, v, segments, segments)
+    return sharded(kernel, q, k, v, segments, segments)

@@ -1,92 +1,149 @@
-"""What runs over an interleaved row: the Pretzel, with one crossing or several, or its rival.
+"""The interface of models that read and write rows of interleaved text and images.
 
-Training and decoding call these, whatever the model is. Heads, shallow flow and text states are
-those of `models.starflow2` for all of them.
+A model is a config dataclass that implements `BackboneConfig`: `starflow2.PretzelConfig`, and its
+rivals in `models.ablations`. Training, scoring and decoding call `cfg.forward` with
+`BackboneInputs`. The shallow flow and the heads are those of `models.starflow2` for every model.
 
-Axes: B rows, T positions, D latent channels, V width of the VLM, C of the flow.
+Shapes: B rows, T positions, S slots of a cache, D latent channels, V width of the VLM, C width of
+the flow. A position is that of an item, a text token or an image patch; heads predict the next.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+from flax import struct
 
-from starflow2_jax.models import layers, qwen, starflow2 as pretzel
-from starflow2_jax.models.ablations import crossings, mot
-from starflow2_jax.models.layers import KVCache
+from starflow2_jax.models import layers, qwen
+from starflow2_jax.models.flow import BlockConfig, FlowConfig
+from starflow2_jax.models.layers import KVCache, LayerConfig
+from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.params import Tree
 
-Config = pretzel.Config | mot.Config
 
+@struct.dataclass
+class BackboneInputs:
+    """The items of interleaved rows.
 
-def declare(cfg: Config) -> dict[str, Any]:
-    """Every weight, in subtrees: `vlm`, and some of `starflow2.SUBTREES`."""
-    return mot.declare(cfg) if isinstance(cfg, mot.Config) else pretzel.declare(cfg)
-
-
-def states(
-    params: Tree,
-    ids: jax.Array,
-    u: jax.Array,
-    eyes: jax.Array | None,
-    is_image: jax.Array,
-    positions: Any,
-    following: Any,
-    mask: jax.Array | None,
-    cfg: Config,
-    *,
-    segments: jax.Array | None = None,
-    images: bool = True,
-    skips: bool = True,
-    caches: tuple[KVCache, ...] | None = None,
-    heat: Any = 1.0,
-) -> tuple[jax.Array, jax.Array | None, tuple[KVCache, ...] | None]:
-    """y [B, T, V], which the VLM's head reads but for W_D h; h [B, T, C], which the image head
-    reads; and the caches where some were given.
-
-    Args:
-        params: with caches as `unstack` lays them out.
-        ids: int [B, T]; u: [B, T, D] as `starflow2.place` gives it; eyes: the same for the adapter,
-            None where it is off; is_image: bool [B, T].
-        positions: int [B, T, 3] of the VLM; following: (row, column, k) [B, T, 3] of the items to
-            predict; mask, segments: as in `layers.attention`.
-        images: False leaves the deep flow out, and h is None; skips: False leaves the crossings
-            out, which is exact while they are zero. A mixture of transformers heeds neither.
-        heat: temperature of the deep flow's attention, of a mixture's one attention.
+    Attributes:
+        ids: int [B, T], token ids; any value at patches.
+        latents: [B, T, D], u of the patch at each position, zeros at text.
+        adapter_input: [B, T, D], the latents as the adapter reads them, detached in training; None
+            leaves the adapter out, and the VLM reads zeros at patches.
+        is_image: bool [B, T], True at patches.
+        positions: int [B, T, 3], M-RoPE positions of the VLM.
+        next_positions: int [B, T, 3], (row, column, k) in the deep flow of the items to predict.
+        mask, segments: as in `attention.grouped_query_attention`; both None is causal.
+        text_embeddings: [B, T, V] in place of the VLM's embeddings of `ids`.
     """
-    text = qwen.embed(params["vlm"], ids, cfg.vlm)
-    if isinstance(cfg, mot.Config):
-        begins = (ids == cfg.vlm.vision_start_token) & ~is_image
-        args = (params, text, u, begins, is_image, positions, following, mask, cfg)
-        options = {"segments": segments, "heat": heat}
-        y, h, cache = mot.states(*args, cache=caches and caches[0], **options)
-        return y, h, caches and (cache,)
-    if cfg.crossings > 1 and images:
-        args = (params, text, u, eyes, is_image, positions, following, mask, cfg)
-        options = {"segments": segments, "skips": skips, "caches": caches}
-        return crossings.states(*args, heat=heat, **options)
-    vlm, deep = caches or (None, None)
-    h = pretzel.vlm_input(params, text, eyes, is_image, cfg)
-    y = pretzel.vlm_states(params, h, positions, mask, cfg, vlm, segments)
-    if caches:
-        y, vlm = y
-    if not images:
-        return y, None, caches and (vlm, deep)
-    h = pretzel.deep_input(params, y, u, is_image, cfg, skips=skips)
-    at = pretzel.deep_positions(following, cfg)
-    h = pretzel.deep_states(params, h, at, mask, cfg, deep, segments, heat)
-    if caches:
-        h, deep = h
-    return y, h, caches and (vlm, deep)
+
+    ids: Any
+    latents: Any
+    adapter_input: Any
+    is_image: Any
+    positions: Any
+    next_positions: Any
+    mask: Any = None
+    segments: Any = None
+    text_embeddings: Any = None
 
 
-def empty_caches(cfg: Config, rows: int, size: int, dtypes: tuple[Any, Any]) -> tuple[KVCache, ...]:
-    """Caches of `size` positions for the VLM and the deep flow, of these dtypes; or a mixture's."""
-    vlm = qwen.empty_cache(cfg.vlm, rows, size, dtypes[0])
-    if isinstance(cfg, mot.Config):
-        return (vlm,)
-    return vlm, layers.empty_cache(cfg.deep.layer, cfg.deep.depth, rows, size, dtypes[1])
+@struct.dataclass
+class BackboneOutputs:
+    """The states at every position, from which the heads predict the next item.
+
+    Attributes:
+        vlm_states: y [B, T, V], after the VLM's final norm.
+        flow_states: h [B, T, C], before the flow's final norm; None if the flow was left out.
+        vlm_skip_ratio: float [B, T], share of the VLM's skip in the flow's input at patches; None
+            without that skip.
+        caches: the extended caches, None without.
+    """
+
+    vlm_states: jax.Array
+    flow_states: jax.Array | None
+    vlm_skip_ratio: jax.Array | None = None
+    caches: tuple[KVCache, ...] | None = None
 
 
-def unstack(params: Tree, cfg: Config) -> dict[str, Any]:
-    """params as cached steps take them."""
-    return mot.unstack(params, cfg) if isinstance(cfg, mot.Config) else pretzel.unstack(params, cfg)
+class BackboneConfig(Protocol):
+    """The config of a model, with the functions by which models differ.
+
+    Attributes:
+        kind: value of `model.kind` in an experiment.
+        deep: options of the block that predicts images; its head is that of `flow.head`.
+        patches: N, patches of an image.
+        skips: names of the skip connections, of `vlm` and `deep`.
+        stacks: (layer config, number of layers) of every stack that has a KV cache.
+        image_subtrees, text_subtrees: subtrees whose training needs the loss of images, of text.
+    """
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def vlm(self) -> QwenConfig: ...
+    @property
+    def flow(self) -> FlowConfig: ...
+    @property
+    def deep(self) -> BlockConfig: ...
+    @property
+    def patches(self) -> int: ...
+    @property
+    def skips(self) -> tuple[str, ...]: ...
+    @property
+    def stacks(self) -> tuple[tuple[LayerConfig, int], ...]: ...
+    @property
+    def image_subtrees(self) -> frozenset[str]: ...
+    @property
+    def text_subtrees(self) -> frozenset[str]: ...
+
+    def declare(self) -> dict[str, Any]:
+        """Declare every parameter, in subtrees: `vlm`, and some of `starflow2.SUBTREES`."""
+        ...
+
+    def forward(
+        self,
+        params: Tree,
+        inputs: BackboneInputs,
+        *,
+        caches: tuple[KVCache, ...] | None = None,
+        with_flow: bool = True,
+        with_skips: bool = True,
+        attention_temperature: Any = 1.0,
+    ) -> BackboneOutputs:
+        """Apply both streams to interleaved rows.
+
+        Args:
+            params: with caches, as `unstack` lays them out.
+            caches: of earlier positions, as `empty_caches` makes them; `inputs.mask` is then
+                required.
+            with_flow: False leaves the deep flow out.
+            with_skips: False leaves the skips out, which is exact while they are zero.
+            attention_temperature: of the deep flow, a number or [B].
+        """
+        ...
+
+
+def text_embeddings(params: Tree, inputs: BackboneInputs, cfg: QwenConfig) -> jax.Array:
+    """Return the VLM's token embeddings [B, T, V] of the inputs."""
+    if inputs.text_embeddings is not None:
+        return inputs.text_embeddings
+    return qwen.embed(params["vlm"], inputs.ids, cfg)
+
+
+def empty_caches(
+    cfg: BackboneConfig, batch_size: int, size: int, dtypes: tuple[Any, ...]
+) -> tuple[KVCache, ...]:
+    """Return empty caches of `size` slots, of the VLM and the deep flow in these dtypes."""
+    return tuple(
+        layers.empty_cache(layer, num_layers, batch_size, size, dtype)
+        for (layer, num_layers), dtype in zip(cfg.stacks, dtypes)
+    )
+
+
+def unstack(params: Tree) -> dict[str, Any]:
+    """Return params with the layers of both streams unstacked, as a forward with caches needs."""
+    streams = {
+        name: {**params[name], "layers": layers.unstack(params[name]["layers"])}
+        for name in ("vlm", "deep")
+    }
+    return {**params, **streams}

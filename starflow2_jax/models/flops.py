@@ -3,8 +3,12 @@
 A multiply-add counts 2. Norms, activations and the softmax are left out.
 """
 
+from collections.abc import Iterable
+
+from starflow2_jax.models.attention import CAUSAL_CHUNKS
+from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.models.layers import CAUSAL_PARTS
+from starflow2_jax.params import Tree, count
 
 
 def matrix_parameters(cfg: FlowConfig, index: int) -> tuple[int, int]:
@@ -52,10 +56,10 @@ def train_step(cfg: FlowConfig, batch: int, tokens: int, text_length: int = 0) -
 def executed_step(cfg: FlowConfig, batch: int, tokens: int, text_length: int = 0) -> int:
     """FLOPs that a training step really computes by the plain attention path.
 
-    Of the scores those in `CAUSAL_PARTS`, and again what the model's `remat` does not keep: with
+    Of the scores those in `CAUSAL_CHUNKS`, and again what the model's `remat` does not keep: with
     `full` all but each layer's last product, with `dots` the attention.
     """
-    share = (CAUSAL_PARTS + 1) / (2 * CAUSAL_PARTS)
+    share = (CAUSAL_CHUNKS + 1) / (2 * CAUSAL_CHUNKS)
     total = 0.0
     for i, depth in enumerate(cfg.layers):
         block = cfg.block(i)
@@ -80,3 +84,53 @@ def pass_bytes(
     seen = tokens // 2 + (text_length if block.text else 0)
     cached = 2 * rows * seen * block.layer.kv_heads * block.layer.head_dim * block.depth
     return itemsize * (sum(matrix_parameters(cfg, index)) + cached)
+
+
+def interleaved_step(
+    cfg: BackboneConfig,
+    declared: Tree,
+    trainable: Iterable[str],
+    *,
+    length: int,
+    num_images: int,
+    num_targets: int,
+) -> int:
+    """Return the FLOPs of a training step of one interleaved row.
+
+    A parameter costs 2 FLOPs per position forward, 2 for the gradient of its input and 2 for its
+    own; attention counts the full square.
+
+    Args:
+        declared: of `cfg.declare()`.
+        trainable: names of the subtrees that are trained.
+        length: positions of the row.
+        num_images: images of the row at most.
+        num_targets: target tokens of the row at most, the positions of the vocabulary's head.
+    """
+    names = set(trainable)
+    images, text = bool(names & cfg.image_subtrees), bool(names & cfg.text_subtrees)
+
+    def attention_flops(layer, num_layers):
+        return 4 * length**2 * layer.heads * layer.head_dim * num_layers
+
+    def passes(has_backward):
+        return 3 if has_backward else 1
+
+    language = count({**declared["vlm"], "embed": {}, "head": {}})
+    total = language * length * (2 + 2 * text + 2 * ("vlm" in names))
+    total += attention_flops(cfg.vlm.layer, cfg.vlm.layers) * passes(text)
+    # The logits are recomputed in the backward pass.
+    total += 6 * text * cfg.vlm.vocab * cfg.vlm.width * num_targets
+    shallow = range(len(cfg.flow.layers) - 1)
+    shallow_flops = sum(block_forward(cfg.flow, i, cfg.patches) for i in shallow)
+    total += num_images * passes("shallow" in names) * shallow_flops
+    if images:
+        total += 6 * count(declared["deep"]) * length
+        total += 3 * attention_flops(cfg.deep.layer, cfg.deep.depth)
+    if text:
+        total += 6 * count(declared.get("adapter", {})) * length
+    if text and images:
+        # The flow's skip is applied at target tokens alone, every other one at all positions.
+        for name, tree in declared.get("skip", {}).items():
+            total += 6 * count(tree) * (num_targets if name == "deep" else length)
+    return total

@@ -1,10 +1,13 @@
-"""TarFlow and STARFlow: stacks of autoregressive affine blocks with an exact log-determinant.
+"""TarFlow (arXiv 2412.06329) and STARFlow (arXiv 2506.06276): autoregressive affine flows.
 
-Axes: B batch, T tokens of an image in raster order, D token channels, C width, L text tokens,
+A block predicts the scale and mean of every token from the tokens before it:
+
+    z_t = (x_t - mean(x_<t)) / scale(x_<t),    log_det = -sum_t log scale(x_<t)
+
+Blocks are numbered from the data; the last one is the deep block, next to the noise.
+
+Shapes: B batch, T tokens of an image in raster order, D token channels, C width, L text tokens,
 E text channels, N positions of a block's input sequence (L + T, or T), A position coordinates.
-
-A block predicts (scale, mean) of every token from the tokens before it and maps z = (x - mean) /
-scale. Blocks are numbered from the data; the last one is the deep block, next to the noise.
 """
 
 import dataclasses
@@ -13,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from starflow2_jax.models import layers, rope
 from starflow2_jax.models.layers import KVCache, LayerConfig, at_least_float32, linear
@@ -23,25 +27,27 @@ INVERSE_SOFTPLUS_OF_1 = 0.541324854612918
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Every option of the two published families (paper.md 3.2-3.3).
+    """Every option of the two published families.
 
     Attributes:
         side: rows (= columns) of the training grid; RoPE and learned positions refer to it.
         channels: D, channels of one token.
-        width, deep_width: C of the blocks and, where it differs, of the deep block.
-        layers: layers of each block from the data to the noise; 0 is an identity block.
-        start: what stands before the first token. `token`: a trained vector. `shift`: nothing, the
-            first token passes unchanged. `prefix`: the last text position predicts the first token,
-            in every block with text (the others have a start token).
+        width, deep_width: C of the blocks and, if it differs, of the deep block.
+        layers: number of layers of each block from the data to the noise; 0 is an identity block.
+        start: what the first token is predicted from. `token`: a trained start vector. `shift`: the
+            first token passes unchanged. `prefix`: the last text position, in every block with
+            text (blocks without text have a start vector).
         order: `R2L` or `L2R`, the parity of the blocks that read the tokens in reverse.
         positions: `rope` or `learned`.
-        scale: `softplus` or `exp` of the first half of the head.
-        soft_clip: c of c tanh(v / c) on the head; 0 is none.
-        classes: number of classes, 0 for none; text_channels, text_length: E and L, 0 for none.
-        text_blocks: `deep` or `all`.
-        bias: whether attention and MLP linears have one.
+        scale: `softplus` or `exp` of the first half of the head's output.
+        soft_clip: c of c tanh(v / c) on the head's output; 0 disables it.
+        classes: number of classes, 0 for none.
+        text_channels, text_length: E and L, 0 for none.
+        text_blocks: blocks that read the text, `deep` or `all`.
+        bias: whether the linears of attention and MLP have a bias.
         compute_dtype: dtype of matmuls; None is that of the parameters.
-        remat: a name in `layers.REMAT`; attention: one in `attention.KERNELS`.
+        remat: a name in `layers.REMAT`.
+        attention: a name in `attention.KERNELS`.
     """
 
     side: int
@@ -99,18 +105,16 @@ class FlowConfig:
 
     @property
     def tokens(self) -> int:
-        """T of the training grid."""
+        """Number of tokens T of the training grid."""
         return self.side**2
 
     def block(self, index: int) -> "BlockConfig":
-        """What block `index` is; negative numbers count from the deep block."""
+        """Return the config of block `index`; negative numbers count from the deep block."""
         index %= len(self.layers)
         deep = index == len(self.layers) - 1
         text = bool(self.text_channels) and (deep or self.text_blocks == "all")
         width = self.deep_width or self.width if deep else self.width
-        # An explicit head count holds for every block but a deep one of another width.
-        own = deep and width != self.width and self.heads is None
-        heads = width // self.head_dim if own or self.heads is None else self.heads
+        heads = width // self.head_dim if self.heads is None else self.heads
         norm_kind = "layer_norm" if self.norm == "layer_norm" else "rms_norm_offset"
         return BlockConfig(
             flow=self,
@@ -142,7 +146,7 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One block of a flow: the flow's options and what is this block's own."""
+    """One block: the options of its flow, and those that differ between blocks."""
 
     flow: FlowConfig
     depth: int
@@ -152,8 +156,26 @@ class BlockConfig:
     layer: LayerConfig
 
 
+@struct.dataclass
+class Conditioning:
+    """The inputs of a flow besides its tokens.
+
+    Attributes:
+        text: features [B or 1, L, E], zeros at padding.
+        labels: int32 [B]; -1 and None are the null class.
+        grid: (rows, columns) of the image, square by default.
+        positions: RoPE coordinates [N, A] of the deep block's inputs, by default those of
+            `block_positions`.
+    """
+
+    text: Any = None
+    labels: Any = None
+    grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
+    positions: Any = None
+
+
 def starflow_3b(**changes: Any) -> FlowConfig:
-    """The released text-to-image model: 3,858,281,544 parameters."""
+    """Return the released text-to-image STARFlow: 3,858,281,544 parameters."""
     return dataclasses.replace(
         FlowConfig(
             side=32,
@@ -171,14 +193,14 @@ def starflow_3b(**changes: Any) -> FlowConfig:
 
 
 def tarflow(side: int, channels: int, width: int, layers: tuple[int, ...], **changes: Any):
-    """A flow with the options of TarFlow: no start token, learned positions, exponential scale."""
+    """Return TarFlow's options: no start token, learned positions, exponential scale."""
     return FlowConfig(
         side, channels, width, layers, start="shift", positions="learned", scale="exp", **changes
     )
 
 
 def declare(cfg: FlowConfig) -> dict[str, Any]:
-    """Every weight of the flow. Identity blocks have none, as in the published files."""
+    """Declare every parameter. Identity blocks have none, as in the published files."""
     blocks = {
         str(i): _declare_block(cfg.block(i)) for i, depth in enumerate(cfg.layers) if depth > 0
     }
@@ -215,11 +237,11 @@ def _declare_block(block: BlockConfig) -> dict[str, Any]:
     return tree
 
 
-def check_grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """(rows, columns) of T tokens, square by default.
+def resolve_grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """Return (rows, columns) of T tokens, square by default.
 
     Raises:
-        ValueError: the grid does not hold T tokens.
+        ValueError: a grid of another number of tokens.
     """
     side = round(tokens**0.5)
     rows, columns = grid or (side, side)
@@ -228,74 +250,82 @@ def check_grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     return rows, columns
 
 
-def block_positions(block: BlockConfig, grid: tuple[int, int], length: int) -> Any:
-    """RoPE coordinates float64 [N, A] of a block's input sequence with `length` text tokens."""
+def block_positions(block: BlockConfig, grid: tuple[int, int], text_length: int) -> Any:
+    """Return RoPE coordinates float64 [N, A] of a block's inputs behind `text_length` tokens."""
     plane = rope.plane(grid, block.flow.side)
     if not block.flow.text_length:
         return plane
     if block.start == "prefix":
-        return rope.next_item(plane, length)
-    return rope.after_text(plane, length if block.text else 0, block.flow.side)
+        return rope.next_item(plane, text_length)
+    return rope.after_text(plane, text_length if block.text else 0, block.flow.side)
 
 
-def stack(
+def apply_layers(
     params: Tree,
     h: jax.Array,
-    positions: Any,
-    mask: jax.Array | None,
     block: BlockConfig,
+    positions: Any,
+    mask: jax.Array | None = None,
+    *,
+    segments: jax.Array | None = None,
     cache: KVCache | None = None,
     temperature: Any = 1.0,
-    segments: jax.Array | None = None,
-) -> Any:
-    """A block's causal layers over h [B, N, C].
+) -> tuple[jax.Array, KVCache | None]:
+    """Apply a block's causal layers to h [B, N, C].
 
     Args:
-        params: one block's weights; with a cache its `layers` must be unstacked (layers.unstack).
+        params: one block's parameters; with a cache, its `layers` unstacked (`layers.unstack`).
         positions: RoPE coordinates [N, A] or [B, N, A] of the new inputs, ignored without RoPE.
-        mask, segments: as in `layers.attention`; None is causal. Segments without a cache.
+        mask, segments: as in `attention.grouped_query_attention`; None is causal.
+        temperature: of the attention.
 
     Returns:
-        h [B, N, C], or (h, cache) where a cache was given.
+        h [B, N, C], and the extended cache, None without one.
     """
     cfg = block.flow
     tables = None
     if cfg.positions == "rope":
-        wide = jnp.promote_types(h.dtype, jnp.float32)
-        tables = rope.tables(rope.angles(positions, cfg.head_dim), wide)
-    if cache is None:
-        args = (block.layer, tables, mask, temperature, cfg.remat)
-        return layers.run_layers(params["layers"], h, *args, segments)
-    args = (block.layer, tables, mask, cache, temperature)
-    return layers.run_layers_cached(params["layers"], h, *args)
+        dtype = jnp.promote_types(h.dtype, jnp.float32)
+        tables = rope.tables(rope.angles(positions, cfg.head_dim), dtype)
+    return layers.apply_layers(
+        params["layers"],
+        h,
+        block.layer,
+        tables,
+        mask,
+        temperature=temperature,
+        remat=cfg.remat,
+        segments=segments,
+        cache=cache,
+    )
 
 
 def head(params: Tree, h: jax.Array, block: BlockConfig) -> tuple[jax.Array, jax.Array]:
-    """(scale, mean), each [..., D] in at least float32, from the layers' output h [..., C]."""
+    """Return (scale, mean) [..., D] in at least float32 from the layers' output h [..., C]."""
     cfg = block.flow
     if cfg.final_norm:
         h = layers.rms_norm(params["final_norm"], h)
     out = at_least_float32(linear(params["proj_out"], h))
     if cfg.soft_clip:
         out = cfg.soft_clip * jnp.tanh(out / cfg.soft_clip)
-    raw, mean = jnp.split(out, 2, -1)
+    raw_scale, mean = jnp.split(out, 2, -1)
     if cfg.scale == "exp":
-        return jnp.exp(raw), mean
-    return jax.nn.softplus(raw + INVERSE_SOFTPLUS_OF_1), mean
+        return jnp.exp(raw_scale), mean
+    return jax.nn.softplus(raw_scale + INVERSE_SOFTPLUS_OF_1), mean
 
 
 def compute_dtype(params: Tree, cfg: FlowConfig) -> Any:
-    """The dtype in which the layers run."""
+    """Return the dtype in which the layers run."""
     return jnp.dtype(cfg.compute_dtype or params["proj_in"]["weight"].dtype)
 
 
 def embed_tokens(params: Tree, x: jax.Array, block: BlockConfig) -> jax.Array:
-    """Tokens [B, n, D] to the layers' width, in the compute dtype."""
+    """Project tokens [B, n, D] to the layers' width C, in the compute dtype."""
     return linear(params["proj_in"], x.astype(compute_dtype(params, block.flow)))
 
 
 def embed_class(params: Tree, labels: jax.Array | None, block: BlockConfig) -> jax.Array | float:
-    """[B, 1, C] of labels int32 [B]; -1 and None are the null class, the mean of all classes."""
+    """Embed labels int32 [B] as [B, 1, C]; -1 and None are the null class, the mean of all."""
     if not block.flow.classes:
         return 0.0
     table = params["class_embed"]
@@ -303,56 +333,53 @@ def embed_class(params: Tree, labels: jax.Array | None, block: BlockConfig) -> j
     null = table.mean(0)
     if labels is None:
         return null.astype(dtype)[None, None]
-    chosen = jnp.where(labels[:, None] < 0, null, table[jnp.maximum(labels, 0)])
-    return chosen.astype(dtype)[:, None]
+    embedding = jnp.where(labels[:, None] < 0, null, table[jnp.maximum(labels, 0)])
+    return embedding.astype(dtype)[:, None]
 
 
 def embed_positions(params: Tree, block: BlockConfig) -> jax.Array | float:
-    """Learned positions [T, C] in the block's own order, 0.0 with RoPE."""
+    """Return the learned positions [T, C] in the order of the block, 0.0 with RoPE."""
     if block.flow.positions == "rope":
         return 0.0
     table = params["position"].astype(compute_dtype(params, block.flow))
     return table[::-1] if block.reverse else table
 
 
-def embed_text(params: Tree, text: jax.Array, batch: int, block: BlockConfig) -> jax.Array:
-    """Text features [B or 1, L, E] to [B, L, C]."""
+def embed_text(params: Tree, text: jax.Array, batch_size: int, block: BlockConfig) -> jax.Array:
+    """Project text features [B or 1, L, E] to [B, L, C]."""
     h = linear(params["proj_text"], text.astype(compute_dtype(params, block.flow)))
-    return jnp.broadcast_to(h, (batch, *h.shape[1:]))
+    return jnp.broadcast_to(h, (batch_size, *h.shape[1:]))
 
 
-def predict(
-    params: Tree,
-    x: jax.Array,
-    block: BlockConfig,
-    text: jax.Array | None,
-    labels: jax.Array | None,
-    grid: tuple[int, int],
-    at: Any = None,
+def predict_gaussian(
+    params: Tree, x: jax.Array, block: BlockConfig, conditioning: Conditioning
 ) -> tuple[jax.Array, jax.Array]:
-    """(scale, mean) [B, T, D] of every token given those before it.
+    """Return (scale, mean) [B, T, D] of every token, predicted from the tokens before it.
 
     Args:
-        x: tokens [B, T, D] in the block's own order; at: RoPE coordinates of its inputs, by default
-            `block_positions`.
+        params: one block's parameters.
+        x: tokens [B, T, D] in the order of the block.
+        conditioning: with a grid; its `positions` are those of this block.
     """
-    cfg, batch = block.flow, x.shape[0]
+    cfg, batch_size = block.flow, x.shape[0]
     inputs = x
     if block.start == "token":
-        start = jnp.broadcast_to(params["start"].astype(x.dtype), (batch, 1, cfg.channels))
+        start = jnp.broadcast_to(params["start"].astype(x.dtype), (batch_size, 1, cfg.channels))
         inputs = jnp.concatenate([start, x[:, :-1]], 1)
     elif block.start == "prefix":
         inputs = x[:, :-1]
-    h = embed_tokens(params, inputs, block) + embed_class(params, labels, block)
+    h = embed_tokens(params, inputs, block) + embed_class(params, conditioning.labels, block)
     learned = embed_positions(params, block)
     h = h + (learned if isinstance(learned, float) else learned[: inputs.shape[1]])
-    length = 0
+    text_length = 0
     if block.text:
-        length = text.shape[1]
-        h = jnp.concatenate([embed_text(params, text, batch, block), h], 1)
-    at = block_positions(block, grid, length) if at is None else at
-    h = stack(params, h, at, None, block)
-    first = length - 1 if block.start == "prefix" else length
+        text_length = conditioning.text.shape[1]
+        h = jnp.concatenate([embed_text(params, conditioning.text, batch_size, block), h], 1)
+    positions = conditioning.positions
+    if positions is None:
+        positions = block_positions(block, conditioning.grid, text_length)
+    h, _ = apply_layers(params, h, block, positions)
+    first = text_length - 1 if block.start == "prefix" else text_length
     scale, mean = head(params, h[:, first:], block)
     if block.start == "shift":
         mean = jnp.pad(mean[:, :-1], ((0, 0), (1, 0), (0, 0)))
@@ -361,82 +388,76 @@ def predict(
 
 
 def block_forward(
-    params: Tree, x: jax.Array, block: BlockConfig, *given: Any
+    params: Tree, x: jax.Array, block: BlockConfig, conditioning: Conditioning
 ) -> tuple[jax.Array, jax.Array]:
-    """One block in the normalising direction: x [B, T, D] to z [B, T, D] and its log_det [B].
+    """Apply one block in the normalizing direction.
 
-    Tokens are in raster order; `given` are the conditions of `predict`.
+    Args:
+        x: tokens [B, T, D] in raster order; the other arguments are those of `predict_gaussian`.
+
+    Returns:
+        z [B, T, D] in raster order, and its log_det [B].
     """
     x = x[:, ::-1] if block.reverse else x
-    scale, mean = predict(params, x, block, *given)
+    scale, mean = predict_gaussian(params, x, block, conditioning)
     z = (at_least_float32(x) - mean) / scale
     log_det = -jnp.log(scale).sum((1, 2))
     return (z[:, ::-1] if block.reverse else z), log_det
 
 
 def forward_blocks(
-    params: Tree,
-    x: jax.Array,
-    cfg: FlowConfig,
-    *,
-    text: jax.Array | None = None,
-    labels: jax.Array | None = None,
-    grid: tuple[int, int] | None = None,
-    positions: Any = None,
+    params: Tree, x: jax.Array, cfg: FlowConfig, conditioning: Conditioning | None = None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """`forward`, with what every block gives.
+    """Compute `forward` and return the result of every block.
 
     Returns:
-        tokens [B, T, D] before each block and after the last (raster order), log_det [B] of each.
+        The tokens [B, T, D] before each block and after the last (raster order), and the log_det
+        [B] of each block.
     """
-    check_inputs(cfg, x.shape, text, labels)
-    grid = check_grid(x.shape[1], grid)
+    conditioning = check_inputs(cfg, x.shape, conditioning)
     outputs, log_dets = [at_least_float32(x)], []
     for i, depth in enumerate(cfg.layers):
         if depth == 0:
             outputs.append(outputs[-1])
             log_dets.append(jnp.zeros(x.shape[0], outputs[-1].dtype))
             continue
-        at = positions if i == len(cfg.layers) - 1 else None
-        args = (outputs[-1], cfg.block(i), text, labels, grid, at)
-        z, log_det = block_forward(params["blocks"][str(i)], *args)
+        is_deep = i == len(cfg.layers) - 1
+        block_conditioning = conditioning if is_deep else conditioning.replace(positions=None)
+        block_params = params["blocks"][str(i)]
+        z, log_det = block_forward(block_params, outputs[-1], cfg.block(i), block_conditioning)
         outputs.append(z)
         log_dets.append(log_det)
     return outputs, log_dets
 
 
 def forward(
-    params: Tree,
-    x: jax.Array,
-    cfg: FlowConfig,
-    *,
-    text: jax.Array | None = None,
-    labels: jax.Array | None = None,
-    grid: tuple[int, int] | None = None,
-    positions: Any = None,
+    params: Tree, x: jax.Array, cfg: FlowConfig, conditioning: Conditioning | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Data to noise.
+    """Map data to noise.
 
     Args:
-        x: tokens [B, T, D] in raster order; text: features [B or 1, L, E], padding zeroed;
-        labels: int32 [B], -1 the null class; grid: (rows, columns), square by default;
-        positions: RoPE coordinates [N, A] of the deep block's inputs, by default those of
-            `block_positions`.
+        x: tokens [B, T, D] in raster order.
 
     Returns:
         z [B, T, D] and log_det [B], a sum over tokens and channels in nats; at least float32.
 
     Raises:
-        ValueError: text or labels where the model has none, text missing, or shapes that differ.
+        ValueError: text or labels that the model has no use for, missing text, or a wrong shape.
     """
-    outputs, log_dets = forward_blocks(
-        params, x, cfg, text=text, labels=labels, grid=grid, positions=positions
-    )
+    outputs, log_dets = forward_blocks(params, x, cfg, conditioning)
     return outputs[-1], sum(log_dets)
 
 
-def check_inputs(cfg: FlowConfig, shape: tuple, text: Any, labels: Any) -> None:
-    """Raises ValueError where tokens, text or labels are not what the model takes."""
+def check_inputs(
+    cfg: FlowConfig, shape: tuple[int, ...], conditioning: Conditioning | None
+) -> Conditioning:
+    """Check tokens of `shape` and their conditioning; return the latter with its grid filled in.
+
+    Raises:
+        ValueError: as `forward`.
+    """
+    conditioning = conditioning or Conditioning()
+    text = conditioning.text
     if len(shape) != 3 or shape[-1] != cfg.channels:
         raise ValueError(f"tokens: expected [B, T, {cfg.channels}], got {list(shape)}")
     if cfg.positions == "learned" and shape[1] != cfg.tokens:
@@ -445,5 +466,6 @@ def check_inputs(cfg: FlowConfig, shape: tuple, text: Any, labels: Any) -> None:
         raise ValueError("text: " + ("is missing" if cfg.text_channels else "the model has none"))
     if text is not None and text.shape[-1] != cfg.text_channels:
         raise ValueError(f"text: expected [B, L, {cfg.text_channels}], got {list(text.shape)}")
-    if labels is not None and not cfg.classes:
+    if conditioning.labels is not None and not cfg.classes:
         raise ValueError("labels: the model has no classes")
+    return conditioning.replace(grid=resolve_grid(shape[1], conditioning.grid))

@@ -1,9 +1,10 @@
-"""One pre-norm decoder layer that serves every causal transformer of the project.
+"""The pre-norm decoder layer that every transformer of the project shares.
 
-Axes: B batch, T query positions, S key positions, C width, H query heads, K key/value heads,
+Shapes: B batch, T query positions, S key positions, C width, H query heads, K key/value heads,
 G = H / K query heads per key head, D head channels, L layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,23 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from starflow2_jax.mesh import activation_ways, constrain, platform
-from starflow2_jax.models import attention as kernels
+from starflow2_jax.mesh import constrain, platform
+from starflow2_jax.models.attention import KERNELS, grouped_query_attention
 from starflow2_jax.params import ParamSpec, Tree, ones, zeros
 
-# Queries are attended in this many parts, each to the keys before its end: with a causal mask that
-# leaves out (parts - 1) / (2 parts) of the scores.
-CAUSAL_PARTS = 4
-# Layers that a CPU runs without a loop between them.
+# Number of layers that the scan over layers unrolls on a CPU.
 CPU_UNROLL = 8
-# Columns of a tall weight that a CPU's decode step reads side by side (see `unstack`).
+# Number of columns in one panel of a tall weight in a CPU's decode step (see `unstack`).
 PANEL = 64
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Shape and options of a layer. `rms_norm_offset` scales by 1 + weight, not weight; `attention`
-    is a name in `attention.KERNELS`.
+    """Shape and options of one layer.
+
+    Attributes:
+        norm: `layer_norm`, `rms_norm` (scales by weight) or `rms_norm_offset` (by 1 + weight).
+        gated: whether the MLP is down(act(gate x) * up x) rather than down(act(up x)).
+        rope_pairs: channel pairs that RoPE rotates, `interleaved` or `half` (see `rotate`).
+        attention: a name in `attention.KERNELS`.
     """
 
     width: int
@@ -50,7 +53,7 @@ class LayerConfig:
 
     def __post_init__(self):
         for field, allowed in (
-            ("attention", kernels.KERNELS),
+            ("attention", KERNELS),
             ("norm", ("layer_norm", "rms_norm", "rms_norm_offset")),
             ("activation", tuple(_ACTIVATIONS)),
             ("rope_pairs", ("interleaved", "half")),
@@ -63,10 +66,14 @@ class LayerConfig:
 
 @struct.dataclass
 class KVCache:
-    """Rotated keys and values, a pair of [B, K, S, D] arrays a layer, and how many are filled.
+    """Rotated keys and values of the positions read so far.
 
-    A single row's have no batch axis: with an axis of one, XLA's fusions on a CPU copy the whole
+    A single row has no batch axis: with an axis of size one, XLA's fusions on a CPU copy the whole
     cache at every step.
+
+    Attributes:
+        keys, values: one [B, K, S, D] array per layer.
+        length: int32 [], number of positions that are filled.
     """
 
     keys: tuple[jax.Array, ...]
@@ -74,39 +81,41 @@ class KVCache:
     length: jax.Array
 
 
-def empty_cache(cfg: LayerConfig, layers: int, batch: int, size: int, dtype: Any) -> KVCache:
-    """A cache of `size` positions with none filled."""
-    rows = (batch,) if batch > 1 else ()
-    shape = (*rows, cfg.kv_heads, size, cfg.head_dim)
-    blank = tuple(jnp.zeros(shape, dtype) for _ in range(layers))
-    return KVCache(keys=blank, values=blank, length=jnp.zeros((), jnp.int32))
+def empty_cache(
+    cfg: LayerConfig, num_layers: int, batch_size: int, size: int, dtype: Any
+) -> KVCache:
+    """Return a cache of `size` positions, none of them filled."""
+    batch_axis = (batch_size,) if batch_size > 1 else ()
+    shape = (*batch_axis, cfg.kv_heads, size, cfg.head_dim)
+    zero_layers = tuple(jnp.zeros(shape, dtype) for _ in range(num_layers))
+    return KVCache(keys=zero_layers, values=zero_layers, length=jnp.zeros((), jnp.int32))
 
 
-def _norm_weights(kind: str, shape: tuple[int, ...], axes: tuple) -> dict[str, ParamSpec]:
+def _declare_norm(kind: str, shape: tuple[int, ...], axes: tuple) -> dict[str, ParamSpec]:
     if kind == "layer_norm":
         return {"weight": ParamSpec(shape, axes, ones), "bias": ParamSpec(shape, axes, zeros)}
     return {"weight": ParamSpec(shape, axes, zeros if kind == "rms_norm_offset" else ones)}
 
 
-def declare(cfg: LayerConfig, layers: int) -> dict[str, Any]:
-    """Weights of `layers` layers, stacked on a leading `layers` axis; linears are [in, out]."""
+def declare(cfg: LayerConfig, num_layers: int) -> dict[str, Any]:
+    """Declare `num_layers` layers, stacked on a leading `layers` axis; linears are [in, out]."""
 
     def linear(inputs, outputs, axes, bias):
-        weights = {"weight": ParamSpec((layers, inputs, outputs), ("layers", *axes))}
+        specs = {"weight": ParamSpec((num_layers, inputs, outputs), ("layers", *axes))}
         if bias:
-            weights["bias"] = ParamSpec((layers, outputs), ("layers", axes[1]), zeros)
-        return weights
+            specs["bias"] = ParamSpec((num_layers, outputs), ("layers", axes[1]), zeros)
+        return specs
 
     def norm(kind, size, axis):
-        return _norm_weights(kind, (layers, size), ("layers", axis))
+        return _declare_norm(kind, (num_layers, size), ("layers", axis))
 
-    queries, keys = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    q_width, kv_width = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     tree = {
         "attention_norm": norm(cfg.norm, cfg.width, "embed"),
-        "query": linear(cfg.width, queries, ("embed", "heads"), cfg.qkv_bias),
-        "key": linear(cfg.width, keys, ("embed", "kv_heads"), cfg.qkv_bias),
-        "value": linear(cfg.width, keys, ("embed", "kv_heads"), cfg.qkv_bias),
-        "out": linear(queries, cfg.width, ("heads", "embed"), cfg.out_bias),
+        "query": linear(cfg.width, q_width, ("embed", "heads"), cfg.qkv_bias),
+        "key": linear(cfg.width, kv_width, ("embed", "kv_heads"), cfg.qkv_bias),
+        "value": linear(cfg.width, kv_width, ("embed", "kv_heads"), cfg.qkv_bias),
+        "out": linear(q_width, cfg.width, ("heads", "embed"), cfg.out_bias),
         "mlp_norm": norm(cfg.norm, cfg.width, "embed"),
         "mlp_up": linear(cfg.width, cfg.mlp_width, ("embed", "mlp"), cfg.mlp_bias),
         "mlp_down": linear(cfg.mlp_width, cfg.width, ("mlp", "embed"), cfg.mlp_bias),
@@ -128,40 +137,44 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 def linear(params: Tree, x: jax.Array) -> jax.Array:
-    """x @ weight (+ bias) in x's dtype, [..., in] to [..., out].
+    """Return x @ weight (+ bias) in x's dtype, [..., in] to [..., out].
 
-    Rows are flattened first: on a CPU the backward pass of [B, T, in] takes up to twice as long.
+    Leading axes are flattened first: on a CPU the backward pass of [B, T, in] takes up to twice as
+    long.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
     if "panels" in params:
         panels = params["panels"].astype(x.dtype)
-        each = jnp.broadcast_to(rows, (len(panels), *rows.shape))
-        y = jnp.einsum("pri,pio->pro", each, panels).swapaxes(0, 1).reshape(len(rows), -1)
+        inputs = jnp.broadcast_to(flat, (len(panels), *flat.shape))
+        y = jnp.einsum("pri,pio->pro", inputs, panels).swapaxes(0, 1).reshape(len(flat), -1)
     else:
-        y = rows @ params["weight"].astype(x.dtype)
+        y = flat @ params["weight"].astype(x.dtype)
     if "bias" in params:
         y = y + params["bias"].astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def layer_norm(params: Tree, x: jax.Array, eps: float = 1e-5) -> jax.Array:
-    """Zero mean, unit variance over the last dimension; statistics in at least float32."""
-    wide = at_least_float32(x)
-    wide = wide - wide.mean(-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
-    return (wide * params["weight"] + params["bias"]).astype(x.dtype)
+    """Normalize the last axis to zero mean and unit variance; statistics in at least float32."""
+    y = at_least_float32(x)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+    return (y * params["weight"] + params["bias"]).astype(x.dtype)
 
 
 def rms_norm(params: Tree, x: jax.Array, eps: float = 1e-6, offset: bool = True) -> jax.Array:
-    """Unit mean square over the last dimension, times 1 + weight (or weight: `offset=False`)."""
-    wide = at_least_float32(x)
-    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    """Normalize the last axis to unit mean square and scale it by 1 + weight.
+
+    `offset=False` scales by weight alone. Statistics are in at least float32.
+    """
+    y = at_least_float32(x)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
     scale = at_least_float32(params["weight"])
-    return (wide * (1 + scale if offset else scale)).astype(x.dtype)
+    return (y * (1 + scale if offset else scale)).astype(x.dtype)
 
 
 def norm(params: Tree, x: jax.Array, kind: str, eps: float) -> jax.Array:
-    """`layer_norm`, `rms_norm` or `rms_norm_offset` by name."""
+    """Apply `layer_norm`, `rms_norm` or `rms_norm_offset` by name."""
     if kind == "layer_norm":
         return layer_norm(params, x, eps)
     return rms_norm(params, x, eps, offset=kind == "rms_norm_offset")
@@ -181,91 +194,14 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array], pairs: str) -> jax
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def _attend(q, k, v, mask):
-    """softmax(q k) v for scaled q [B, K, G, T, D]; mask broadcasts to [B, 1, 1, T, S].
-
-    All of them may lack the axis B.
-    """
-    scores = at_least_float32(jnp.einsum("...kgtd,...ksd->...kgts", q, k))
-    # Added and finite: a sum has no work to do in the backward pass, and a row which may attend to
-    # nothing gives numbers, not NaN.
-    closed = 0.5 * float(jnp.finfo(scores.dtype).min)
-    xp = np if isinstance(mask, np.ndarray) else jnp
-    weights = jax.nn.softmax(scores + xp.where(mask, 0.0, closed).astype(scores.dtype))
-    return jnp.einsum("...kgts,...ksd->...kgtd", weights.astype(v.dtype), v)
-
-
-def segment_mask(segments: jax.Array) -> jax.Array:
-    """Bool [B, T, T] of packed rows: causal, and within one of the segments int [B, T]."""
-    length = segments.shape[1]
-    return (segments[:, :, None] == segments[:, None, :]) & np.tri(length, dtype=bool)
-
-
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None,
-    temperature: Any = 1.0,
-    segments: jax.Array | None = None,
-    kernel: str = "plain",
-) -> jax.Array:
-    """Grouped-query attention with scale 1 / (sqrt(D) temperature) and softmax in float32.
-
-    Args:
-        q: [B, H, T, D]; k, v: [B, K, S, D], or [K, S, D] of a single row.
-        mask: boolean, broadcastable to [B, T, S], True where a query may look; None is causal,
-            the queries being the last T of the S positions.
-        temperature: a number or [B].
-        segments: int32 [B, S], for packed rows: a query looks only at positions of its own segment,
-            up to itself. Padding has segment 0, and looks at padding. With `mask=None` only.
-        kernel: a name in `attention.KERNELS`, heeded where `mask` is None.
-
-    Returns:
-        [B, H, T, D].
-
-    Raises:
-        ValueError: segments beside a mask, or a kernel that cannot serve (see `attention.choose`).
-    """
-    if segments is not None and mask is not None:
-        raise ValueError("attention: segments are for mask=None; put them into the mask")
-    batch, heads, length, channels = q.shape
-    kv_heads, keys = k.shape[-3:-1]
-    scale = channels**-0.5 / jnp.reshape(jnp.asarray(temperature, q.dtype), (-1, 1, 1, 1, 1))
-    chosen = "plain" if mask is not None else kernels.choose(kernel, q, k)
-    if chosen != "plain":
-        return kernels.attend(chosen, q * scale[..., 0], k, v, segments)
-    q = q.reshape(batch, kv_heads, heads // kv_heads, length, channels) * scale
-    if mask is not None:
-        mask = mask[..., None, None, :, :]
-        if k.ndim == 3:
-            q, mask = q[0], mask.reshape(mask.shape[-4:])
-        return _attend(q, k, v, mask).reshape(batch, heads, length, channels)
-    before = keys - length
-    parts = CAUSAL_PARTS if length % CAUSAL_PARTS == 0 and length >= 16 * CAUSAL_PARTS else 1
-    if activation_ways()["length"] > 1:
-        # Each device has a part of the queries already: a part of those would be on few devices.
-        k, v, parts = constrain(k, "batch", "heads"), constrain(v, "batch", "heads"), 1
-    step, mixed = length // parts, []
-    for start in range(0, length, step):
-        end = before + start + step
-        causal = np.arange(before + start, end)[:, None] >= np.arange(end)[None, :]
-        if segments is not None:
-            own, seen = segments[:, before + start : end], segments[:, :end]
-            causal = (causal & (own[:, :, None] == seen[:, None, :]))[:, None, None]
-        now = q[:, :, :, start : start + step]
-        mixed.append(_attend(now, k[..., :end, :], v[..., :end, :], causal))
-    return jnp.concatenate(mixed, 3).reshape(batch, heads, length, channels)
-
-
 def _gelu(x):
-    # By erf, not jax.nn.gelu's erfc, which takes twice as long on a CPU.
-    wide = at_least_float32(x)
-    return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+    # With erf rather than jax.nn.gelu's erfc, which takes twice as long on a CPU.
+    y = at_least_float32(x)
+    return (y * (0.5 + 0.5 * jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
 _ACTIVATIONS = {
-    # Recomputed in the backward pass: a third of what it would keep.
+    # Recomputed in the backward pass, which saves two thirds of its residuals.
     "gelu": jax.checkpoint(_gelu),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
@@ -273,29 +209,29 @@ _ACTIVATIONS = {
 
 
 def mlp(params: Tree, x: jax.Array, cfg: LayerConfig) -> jax.Array:
-    """down(act(up x)), or down(act(gate x) * up x) where gated."""
+    """Return down(act(up x)), or down(act(gate x) * up x) for a gated layer."""
     act = _ACTIVATIONS[cfg.activation]
     up = constrain(linear(params["mlp_up"], x), "batch", "length", "mlp")
     hidden = act(linear(params["mlp_gate"], x)) * up if cfg.gated else act(up)
     return linear(params["mlp_down"], hidden)
 
 
-def queries_keys_values(
+def project_qkv(
     params: Tree, h: jax.Array, cfg: LayerConfig, tables: tuple[jax.Array, jax.Array] | None
-) -> tuple[jax.Array, ...]:
-    """q [B, H, T, D], k and v [B, K, T, D] of a layer that reads h [B, T, C]."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return q [B, H, T, D], k and v [B, K, T, D] of a layer with input h [B, T, C]."""
 
-    def by_head(y):
+    def split_heads(y):
         y = y.reshape(*x.shape[:2], -1, cfg.head_dim)
         return constrain(y.swapaxes(1, 2), "batch", "heads", "length")
 
     x = norm(params["attention_norm"], h, cfg.norm, cfg.norm_eps)
     if "query_key_value" in params:
-        ends = np.cumsum([cfg.heads, cfg.kv_heads]) * cfg.head_dim
-        parts = jnp.split(linear(params["query_key_value"], x), ends, -1)
+        bounds = np.cumsum([cfg.heads, cfg.kv_heads]) * cfg.head_dim
+        projections = jnp.split(linear(params["query_key_value"], x), bounds, -1)
     else:
-        parts = (linear(params[name], x) for name in ("query", "key", "value"))
-    q, k, v = map(by_head, parts)
+        projections = [linear(params[name], x) for name in ("query", "key", "value")]
+    q, k, v = map(split_heads, projections)
     if cfg.qk_norm:
         q, k = rms_norm(params["query_norm"], q), rms_norm(params["key_norm"], k)
     if tables is not None:
@@ -303,36 +239,48 @@ def queries_keys_values(
     return q, k, v
 
 
-def mix(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+def self_attention(
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
     cfg: LayerConfig,
     mask: jax.Array | None,
     temperature: Any = 1.0,
-    cached: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    layer_cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     segments: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """What queries attend to [B, T, H D], and keys and values; arguments as in `decoder_layer`."""
+    """Attend with `project_qkv`'s output; the other arguments are those of `decoder_layer`.
 
-    def write(array, new, offset):
-        new = new.astype(array.dtype).reshape(*array.shape[:-2], *new.shape[-2:])
-        return jax.lax.dynamic_update_slice_in_dim(array, new, offset, array.ndim - 2)
+    Returns:
+        The attended values [B, T, H D], and the keys and values with the new ones in place.
+    """
+    q, k, v = qkv
 
-    if cached is not None:
-        k, v = write(cached[0], k, cached[2]), write(cached[1], v, cached[2])
-    kernel = "plain" if cached is not None else cfg.attention
-    now = (q, k.astype(q.dtype), v.astype(q.dtype))
-    mixed = attention(*now, mask, temperature, segments, kernel)
-    return mixed.swapaxes(1, 2).reshape(q.shape[0], q.shape[2], -1), (k, v)
+    def write(cached, new, offset):
+        new = new.astype(cached.dtype).reshape(*cached.shape[:-2], *new.shape[-2:])
+        return jax.lax.dynamic_update_slice_in_dim(cached, new, offset, cached.ndim - 2)
+
+    if layer_cache is not None:
+        cached_k, cached_v, offset = layer_cache
+        k, v = write(cached_k, k, offset), write(cached_v, v, offset)
+    out = grouped_query_attention(
+        q,
+        k.astype(q.dtype),
+        v.astype(q.dtype),
+        mask,
+        temperature,
+        segments,
+        kernel="plain" if layer_cache is not None else cfg.attention,
+    )
+    return out.swapaxes(1, 2).reshape(q.shape[0], q.shape[2], -1), (k, v)
 
 
-def after_attention(params: Tree, h: jax.Array, mixed: jax.Array, cfg: LayerConfig) -> jax.Array:
-    """The rest of a layer: h [B, T, C] with `mix`'s output and the MLP's added."""
-    mixed = linear(params["out"], mixed)
+def add_attention_and_mlp(
+    params: Tree, h: jax.Array, attended: jax.Array, cfg: LayerConfig
+) -> jax.Array:
+    """Return h [B, T, C] plus the projected attention output, plus the MLP of that sum."""
+    attended = linear(params["out"], attended)
     if cfg.post_norm:
-        mixed = rms_norm(params["attention_post_norm"], mixed)
-    h = h + mixed
+        attended = rms_norm(params["attention_post_norm"], attended)
+    h = h + attended
     y = mlp(params, norm(params["mlp_norm"], h, cfg.norm, cfg.norm_eps), cfg)
     if cfg.post_norm:
         y = rms_norm(params["mlp_post_norm"], y)
@@ -346,26 +294,28 @@ def decoder_layer(
     tables: tuple[jax.Array, jax.Array] | None,
     mask: jax.Array | None,
     temperature: Any = 1.0,
-    cached: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    layer_cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     segments: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """h + attention(norm h), then h + mlp(norm h) (paper.md 3.2).
+    """Apply one layer: h + attention(norm h), then h + mlp(norm h).
 
     Args:
-        params: one layer's weights, without the leading layers axis; h: [B, T, C].
-        tables: cos and sin of the T new positions, None without RoPE.
-        mask: as in `attention`, over the S positions of the cache where there is one.
-        cached: keys and values of earlier positions, as in `KVCache`, and the offset at which the
-            new ones are written.
-        segments: int32 [B, T] as in `attention`, without a cache.
+        params: one layer's parameters, without the leading layers axis.
+        h: [B, T, C].
+        tables: RoPE cos and sin of the T new positions, None without RoPE.
+        mask: as in `grouped_query_attention`, over the S positions of the cache if there is one.
+        temperature: of the attention, a number or [B].
+        layer_cache: keys and values of earlier positions, as in `KVCache`, and the offset at which
+            the new ones are written.
+        segments: int32 [B, T] as in `grouped_query_attention`, without a cache.
 
     Returns:
-        h [B, T, C] and the layer's keys and values, with the new ones in place.
+        h [B, T, C], and the layer's keys and values with the new ones in place.
     """
     h = constrain(h, "batch", "length")
-    q, k, v = queries_keys_values(params, h, cfg, tables)
-    mixed, held = mix(q, k, v, cfg, mask, temperature, cached, segments)
-    return after_attention(params, h, mixed, cfg), held
+    qkv = project_qkv(params, h, cfg, tables)
+    attended, keys_values = self_attention(qkv, cfg, mask, temperature, layer_cache, segments)
+    return add_attention_and_mlp(params, h, attended, cfg), keys_values
 
 
 REMAT = {
@@ -375,76 +325,87 @@ REMAT = {
 }
 
 
-def run_layers(
-    params: Tree,
+def scan_layers(body: Callable[..., Any], carry: Any, params: Any, remat: str) -> Any:
+    """Return the carry after `body(carry, layer_params)` for each stacked layer of `params`.
+
+    Args:
+        remat: name in `REMAT` of the policy by which a layer is rematerialized.
+    """
+
+    def step(carry, layer_params):
+        return body(carry, layer_params), None
+
+    if REMAT[remat] is not None:
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+    # A loop copies the residuals of the backward pass in and out of stacked arrays: on a CPU that
+    # is an eighth of the step's time.
+    return jax.lax.scan(step, carry, params, unroll=CPU_UNROLL if platform() == "cpu" else 1)[0]
+
+
+def apply_layers(
+    params: Any,
     h: jax.Array,
     cfg: LayerConfig,
     tables: tuple[jax.Array, jax.Array] | None,
     mask: jax.Array | None = None,
+    *,
     temperature: Any = 1.0,
     remat: str = "none",
     segments: jax.Array | None = None,
-) -> jax.Array:
-    """All stacked layers over h [B, T, C] by a scan, rematerialised by the policy named `remat`.
+    cache: KVCache | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Apply all layers to h [B, T, C].
 
-    `segments` int32 [B, T]: as in `attention`.
+    Args:
+        params: the stacked layers; with a cache one tree per layer (see `unstack`), since a scan
+            would copy the stacked cache at every step.
+        remat: a name in `REMAT`, without a cache.
+        tables, mask, temperature, segments: as in `decoder_layer`.
+
+    Returns:
+        h [B, T, C], and the cache extended by the T positions, None without one.
     """
+    if cache is None:
 
-    def body(h, layer):
-        return decoder_layer(layer, h, cfg, tables, mask, temperature, None, segments)[0], None
+        def layer(h, layer_params):
+            return decoder_layer(
+                layer_params, h, cfg, tables, mask, temperature, segments=segments
+            )[0]
 
-    if REMAT[remat] is not None:
-        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-    # A loop keeps what the backward pass needs by copying it in and out of stacked arrays: on a CPU
-    # an eighth of the step's time.
-    return jax.lax.scan(body, h, params, unroll=CPU_UNROLL if platform() == "cpu" else 1)[0]
+        return scan_layers(layer, h, params, remat), None
+    keys, values = [], []
+    for layer_params, k, v in zip(params, cache.keys, cache.values):
+        layer_cache = (k, v, cache.length)
+        h, (k, v) = decoder_layer(layer_params, h, cfg, tables, mask, temperature, layer_cache)
+        keys.append(k)
+        values.append(v)
+    return h, KVCache(tuple(keys), tuple(values), cache.length + h.shape[1])
 
 
-def unstack(params: Tree, layers: int) -> tuple[Tree, ...]:
-    """One tree a layer from the stacked one. Done before a decode loop, so that the loop reads the
-    weights where they are.
+def unstack(params: Tree) -> tuple[Tree, ...]:
+    """Return one tree per layer of stacked layers.
 
-    On a CPU they are laid out for a few rows at a time: query, key and value are one linear, and
-    linears with more inputs than outputs are `panels`, blocks of PANEL columns one after the other.
+    It is done before a decode loop, so that the loop reads the weights in place. On a CPU they are
+    laid out for a few rows at a time: query, key and value are one linear, and linears with more
+    inputs than outputs become `panels`, consecutive blocks of PANEL columns.
     """
-    each = (jax.tree.map(lambda w, i=i: w[i], params) for i in range(layers))
-    return tuple(_for_few_rows(layer) for layer in each) if platform() == "cpu" else tuple(each)
+    num_layers = len(jax.tree.leaves(params)[0])
+    layers = tuple(jax.tree.map(lambda w, i=i: w[i], params) for i in range(num_layers))
+    return tuple(map(_cpu_decode_layout, layers)) if platform() == "cpu" else layers
 
 
-def _for_few_rows(layer):
-    def panels(tree):
+def _cpu_decode_layout(layer):
+    def as_panels(tree):
         inputs, outputs = tree["weight"].shape
         if inputs <= outputs or outputs % PANEL:
             return tree
         rest = {name: leaf for name, leaf in tree.items() if name != "weight"}
-        weight = tree["weight"].reshape(inputs, -1, PANEL).swapaxes(0, 1)
-        return {"panels": weight, **rest}
+        return {"panels": tree["weight"].reshape(inputs, -1, PANEL).swapaxes(0, 1), **rest}
 
-    joined = [layer[name] for name in ("query", "key", "value")]
-    rest = {name: tree for name, tree in layer.items() if name not in ("query", "key", "value")}
-    whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, -1), *joined)
-    rest["mlp_down"] = panels(rest["mlp_down"])
-    return {"query_key_value": whole, **rest}
-
-
-def run_layers_cached(
-    layers: tuple[Tree, ...],
-    h: jax.Array,
-    cfg: LayerConfig,
-    tables: tuple[jax.Array, jax.Array] | None,
-    mask: jax.Array,
-    cache: KVCache,
-    temperature: Any = 1.0,
-) -> tuple[jax.Array, KVCache]:
-    """The same over new positions h [B, T, C], reading and extending a cache.
-
-    Layers are unrolled (see `unstack`), each with arrays of its own in the cache: a scan would copy
-    the stacked cache at every step.
-    """
-    keys, values = [], []
-    for layer, k, v in zip(layers, cache.keys, cache.values):
-        cached = (k, v, cache.length)
-        h, (k, v) = decoder_layer(layer, h, cfg, tables, mask, temperature, cached)
-        keys.append(k)
-        values.append(v)
-    return h, KVCache(tuple(keys), tuple(values), cache.length + h.shape[1])
+    qkv_names = ("query", "key", "value")
+    qkv = jax.tree.map(
+        lambda *leaves: jnp.concatenate(leaves, -1), *(layer[name] for name in qkv_names)
+    )
+    rest = {name: tree for name, tree in layer.items() if name not in qkv_names}
+    rest["mlp_down"] = as_panels(rest["mlp_down"])
+    return {"query_key_value": qkv, **rest}

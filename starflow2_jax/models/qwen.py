@@ -22,7 +22,7 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Config:
+class QwenConfig:
     """Shape and options, as a checkpoint's config.json tells them.
 
     Attributes:
@@ -93,7 +93,7 @@ class Config:
         )
 
 
-def _published(vision_mlp: int, sizes: dict[str, Any], changes: dict[str, Any]) -> Config:
+def _published(vision_mlp: int, sizes: dict[str, Any], changes: dict[str, Any]) -> QwenConfig:
     vision = VisionConfig(
         depth=32,
         width=1280,
@@ -102,34 +102,34 @@ def _published(vision_mlp: int, sizes: dict[str, Any], changes: dict[str, Any]) 
         out_width=sizes["width"],
         full_layers=(7, 15, 23, 31),
     )
-    return dataclasses.replace(Config(vision=vision, **sizes), **changes)
+    return dataclasses.replace(QwenConfig(vision=vision, **sizes), **changes)
 
 
-def qwen2_5_vl_3b(**changes: Any) -> Config:
+def qwen2_5_vl_3b(**changes: Any) -> QwenConfig:
     """The published 3B model: 3,754,622,976 parameters, head and embedding one."""
     sizes = {"vocab": 151936, "width": 2048, "layers": 36, "heads": 16, "kv_heads": 2}
     return _published(3420, {**sizes, "mlp_width": 11008, "tied": True}, changes)
 
 
-def qwen2_5_vl_7b(**changes: Any) -> Config:
+def qwen2_5_vl_7b(**changes: Any) -> QwenConfig:
     """The published 7B model: 8,292,166,656 parameters, 676,550,144 of them the tower's."""
     sizes = {"vocab": 152064, "width": 3584, "layers": 28, "heads": 28, "kv_heads": 4}
     return _published(3420, {**sizes, "mlp_width": 18944}, changes)
 
 
-def qwen2_5_vl_32b(**changes: Any) -> Config:
+def qwen2_5_vl_32b(**changes: Any) -> QwenConfig:
     """The published 32B model."""
     sizes = {"vocab": 152064, "width": 5120, "layers": 64, "heads": 40, "kv_heads": 8}
     return _published(3456, {**sizes, "mlp_width": 27648}, changes)
 
 
-def qwen2_5_vl_72b(**changes: Any) -> Config:
+def qwen2_5_vl_72b(**changes: Any) -> QwenConfig:
     """The published 72B model."""
     sizes = {"vocab": 152064, "width": 8192, "layers": 80, "heads": 64, "kv_heads": 8}
     return _published(3456, {**sizes, "mlp_width": 29568}, changes)
 
 
-def declare(cfg: Config) -> dict[str, Any]:
+def declare(cfg: QwenConfig) -> dict[str, Any]:
     """Every weight: `embed`, `layers`, `final_norm`, `head` unless tied, `vision` with a tower."""
     tree = {
         "embed": {"weight": ParamSpec((cfg.vocab, cfg.width), ("vocab", "embed"), normal(0.02))},
@@ -169,7 +169,7 @@ def part_positions(
 
 
 def rope_indices(
-    ids: Any, cfg: Config, grids: Any = (), valid: Any = None
+    ids: Any, cfg: QwenConfig, grids: Any = (), valid: Any = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions int32 [B, T, 3] of token rows, and the position [B] of the token after each row.
 
@@ -223,7 +223,7 @@ def causal_mask(valid: jax.Array) -> jax.Array:
     return jnp.asarray(valid)[:, None, :] & np.tri(length, dtype=bool)
 
 
-def tables(positions: Any, cfg: Config, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def rope_tables(positions: Any, cfg: QwenConfig, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """cos and sin [..., T, D / 2] of positions [..., T, 3]."""
     # Frequencies rounded to float32 as the published models were trained with them.
     exponent = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
@@ -236,17 +236,17 @@ def tables(positions: Any, cfg: Config, dtype: Any) -> tuple[jax.Array, jax.Arra
 # --------------------------------------------------------------------------------------- functions
 
 
-def compute_dtype(params: Tree, cfg: Config) -> Any:
+def compute_dtype(params: Tree, cfg: QwenConfig) -> Any:
     """The dtype in which the layers run."""
     return jnp.dtype(cfg.compute_dtype or params["embed"]["weight"].dtype)
 
 
-def embed(params: Tree, ids: jax.Array, cfg: Config) -> jax.Array:
+def embed(params: Tree, ids: jax.Array, cfg: QwenConfig) -> jax.Array:
     """Token embeddings [B, T, C] of ids int [B, T], in the compute dtype."""
     return params["embed"]["weight"][ids].astype(compute_dtype(params, cfg))
 
 
-def merge_images(h: jax.Array, ids: jax.Array, features: jax.Array, cfg: Config) -> jax.Array:
+def merge_images(h: jax.Array, ids: jax.Array, features: jax.Array, cfg: QwenConfig) -> jax.Array:
     """h [B, T, C] with features [M, C] in place of the image tokens, in their order.
 
     `rope_indices` checks on the host that there are as many of one as of the other.
@@ -264,7 +264,7 @@ def place_images(h: jax.Array, image: jax.Array, features: jax.Array) -> jax.Arr
 
 
 def embed_all(
-    params: Tree, ids: jax.Array, cfg: Config, patches: jax.Array | None, at: Plan | None
+    params: Tree, ids: jax.Array, cfg: QwenConfig, patches: jax.Array | None, at: Plan | None
 ) -> jax.Array:
     """`embed` of ids [B, T] with the images of patches [N, P] merged in; None without images."""
     h = embed(params, ids, cfg)
@@ -274,47 +274,51 @@ def embed_all(
     return merge_images(h, ids, features, cfg)
 
 
-def _tables(h: jax.Array, positions: Any, cfg: Config) -> tuple[jax.Array, jax.Array]:
-    if positions is None:
-        positions = np.repeat(np.arange(h.shape[1])[:, None], 3, 1)
-    return tables(positions, cfg, jnp.promote_types(h.dtype, jnp.float32))
-
-
-def run(
+def apply_layers(
     params: Tree,
     h: jax.Array,
-    positions: Any,
-    mask: jax.Array | None,
-    cfg: Config,
-    cache: KVCache | None = None,
+    cfg: QwenConfig,
+    positions: Any = None,
+    mask: jax.Array | None = None,
+    *,
     segments: jax.Array | None = None,
-) -> Any:
-    """The layers and the final norm over embeddings h [B, T, C], whatever made them.
+    cache: KVCache | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Apply the layers and the final norm to embeddings h [B, T, C].
 
     Args:
-        params: with a cache its `layers` must be unstacked (layers.unstack).
+        params: with a cache, its `layers` unstacked (`layers.unstack`).
         positions: int [B, T, 3] or [T, 3]; None counts from 0.
-        mask: as in `layers.attention`, over the S positions of a cache where there is one; None is
-            causal, without a cache only.
-        segments: int32 [B, T] of packed rows, as in `layers.attention`, without mask and cache.
+        mask, segments: as in `attention.grouped_query_attention`, the mask over the S positions of
+            a cache if there is one. Both None is causal, without a cache only.
 
     Returns:
-        states [B, T, C], or (states, cache) where a cache was given.
+        states [B, T, C], and the extended cache, None without one.
     """
-    at = _tables(h, positions, cfg)
-    if cache is None:
-        args = (params["layers"], h, cfg.layer, at, mask)
-        h = layers.run_layers(*args, remat=cfg.remat, segments=segments)
-        return final_norm(params, h, cfg)
-    h, cache = layers.run_layers_cached(params["layers"], h, cfg.layer, at, mask, cache)
+    h, cache = layers.apply_layers(
+        params["layers"],
+        h,
+        cfg.layer,
+        _input_tables(h, positions, cfg),
+        mask,
+        remat=cfg.remat,
+        segments=segments,
+        cache=cache,
+    )
     return final_norm(params, h, cfg), cache
 
 
+def _input_tables(h: jax.Array, positions: Any, cfg: QwenConfig) -> tuple[jax.Array, jax.Array]:
+    if positions is None:
+        positions = np.repeat(np.arange(h.shape[1])[:, None], 3, 1)
+    return rope_tables(positions, cfg, jnp.promote_types(h.dtype, jnp.float32))
+
+
 def hidden_states(
-    params: Tree, h: jax.Array, positions: Any, mask: jax.Array | None, cfg: Config
+    params: Tree, h: jax.Array, positions: Any, mask: jax.Array | None, cfg: QwenConfig
 ) -> jax.Array:
     """[layers + 1, B, T, C]: h, the states after each layer but the last, and the normed last."""
-    at = _tables(h, positions, cfg)
+    at = _input_tables(h, positions, cfg)
 
     def body(h, layer):
         after = layers.decoder_layer(layer, h, cfg.layer, at, mask)[0]
@@ -324,18 +328,18 @@ def hidden_states(
     return jnp.concatenate([before, final_norm(params, last, cfg)[None]])
 
 
-def empty_cache(cfg: Config, batch: int, size: int, dtype: Any) -> KVCache:
+def empty_cache(cfg: QwenConfig, batch: int, size: int, dtype: Any) -> KVCache:
     """A cache of `size` positions with none filled."""
     return layers.empty_cache(cfg.layer, cfg.layers, batch, size, dtype)
 
 
-def final_norm(params: Tree, h: jax.Array, cfg: Config) -> jax.Array:
+def final_norm(params: Tree, h: jax.Array, cfg: QwenConfig) -> jax.Array:
     """The norm before the head."""
     return layers.rms_norm(params["final_norm"], h, cfg.norm_eps, offset=False)
 
 
-def logits(params: Tree, states: jax.Array, cfg: Config) -> jax.Array:
-    """[..., V] in at least float32, of states [..., C] that `run` gave."""
+def logits(params: Tree, states: jax.Array, cfg: QwenConfig) -> jax.Array:
+    """[..., V] in at least float32, of states [..., C] that `apply_layers` returns."""
     if cfg.tied:
         return at_least_float32(states @ params["embed"]["weight"].astype(states.dtype).T)
     return at_least_float32(layers.linear(params["head"], states))
@@ -344,7 +348,7 @@ def logits(params: Tree, states: jax.Array, cfg: Config) -> jax.Array:
 def forward(
     params: Tree,
     ids: jax.Array,
-    cfg: Config,
+    cfg: QwenConfig,
     *,
     patches: jax.Array | None = None,
     at: Plan | None = None,
@@ -358,4 +362,5 @@ def forward(
             their grids; positions: `rope_indices`, None for text alone; mask: None is causal.
     """
     h = embed_all(params, ids, cfg, patches, at)
-    return logits(params, run(params, h, positions, mask, cfg), cfg)
+    states, _ = apply_layers(params, h, cfg, positions, mask)
+    return logits(params, states, cfg)

@@ -1,15 +1,17 @@
-"""STARFlow2, the Pretzel: a frozen VLM and a deep flow over one causal sequence of text and images.
+"""The Pretzel of STARFlow2 (arXiv 2605.08029, section 3.1): a frozen VLM, a flow, and two skips.
 
-Axes: B rows, T positions, M image places of a row, N patches of an image, D latent channels,
-V width of the VLM, C width of the flow, I = B M images. A position holds an item: a text token or
-a patch. Everything predicts the *next* item.
+Both run over one causal sequence of text tokens and image patches, and everything predicts the
+*next* item:
 
-    x --shallow flow, each image alone--> u                                       (paper.md 1.3)
-    token embedding, or adapter(u)  --VLM-->  y
-    W_txt y, or W_in (u + W_vlm y)  --deep flow-->  h
-    h --> next patch: Gaussian(mean, scale)        y + W_D h --> next token: the VLM's head
+    u = shallow flow(x), each image by itself
+    y = VLM(text: token embedding; patch: adapter(u))
+    h = deep flow(text: W_txt y; patch: W_in (u + W_vlm y))
+    next patch: Gaussian(mean(h), scale(h));   next token: softmax(VLM's head(y + W_D h))
 
-The same functions serve whole rows and, with caches, one item at a time.
+`forward` serves whole rows and, with caches, one item at a time.
+
+Shapes: B rows, T positions, M images of a row at most, N patches of an image, D latent channels, V
+width of the VLM, C width of the flow, I images.
 """
 
 import dataclasses
@@ -20,41 +22,46 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.models import flow, layers, qwen
-from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.models.layers import KVCache, at_least_float32, linear
+from starflow2_jax.models import backbone, flow, layers, qwen
+from starflow2_jax.models.backbone import BackboneConfig, BackboneInputs, BackboneOutputs
+from starflow2_jax.models.flow import BlockConfig, Conditioning, FlowConfig
+from starflow2_jax.models.layers import KVCache, LayerConfig, at_least_float32, linear
+from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.params import ParamSpec, Tree, normal, zeros
 
-# What every checkpoint holds, trained in its stage or not (design.md 7).
+# The subtrees that every checkpoint contains, whether or not the stage trains them.
 SUBTREES = ("adapter", "shallow", "deep", "skip")
 
 
 @dataclass(frozen=True)
-class Config:
-    """The two streams and what joins them.
+class PretzelConfig:
+    """The two streams and the connections between them.
 
     Attributes:
-        vlm: the language model; its tower is not used.
-        flow: the shallow blocks and, last, the deep block, which is of start `prefix` and in raster
-            order as the VLM is (see `flow_config`).
-        adapter: `mlp` (two linears with a GELU between) or `linear`, from D to V.
+        vlm: the language model, without its vision tower.
+        flow: the shallow blocks and, last, the deep block, which has `start="prefix"` and reads in
+            raster order as the VLM does (see `flow_config`).
+        adapter: `mlp` (two linears with a GELU between them) or `linear`, from D to V.
         adapter_width: hidden channels of the MLP, 0 for V.
-        adapter_std: of the last layer's first weights; 0 makes the adapter zero at birth.
-        skips: which of `vlm` (W_vlm) and `deep` (W_D) there are.
-        skip_into: where W_vlm y is added: to `latent` channels before W_in, or to the `width` after
-            it (paper.md 10).
-        crossings: into how many groups both stacks are cut (see
-            `models.ablations.crossings`); 1 is the paper's Pretzel.
+        adapter_std: standard deviation of the last layer's initial weights; 0 starts the adapter at
+            zero.
+        skips: names of the skip connections, of `vlm` (W_vlm) and `deep` (W_D).
+        skip_into: where W_vlm y is added, to the `latent` channels before W_in or to the `width`
+            after it; the paper adds it to the latents.
     """
 
-    vlm: qwen.Config
+    vlm: QwenConfig
     flow: FlowConfig
     adapter: str = "mlp"
     adapter_width: int = 0
     adapter_std: float = 0.0
     skips: tuple[str, ...] = ("vlm", "deep")
     skip_into: str = "latent"
-    crossings: int = 1
+
+    kind = "pretzel"
+    # The adapter and the VLM serve the text, the flows serve the images, the skips serve both.
+    image_subtrees = frozenset({"shallow", "deep", "skip"})
+    text_subtrees = frozenset({"adapter", "skip", "vlm"})
 
     def __post_init__(self):
         object.__setattr__(self, "skips", tuple(self.skips))
@@ -76,61 +83,69 @@ class Config:
                 f"{self.flow.start!r}, {self.flow.text_blocks!r}, {self.flow.classes}"
             )
         if self.flow.positions != "rope":
-            raise ValueError("model.flow.positions must be 'rope': a row holds several images")
+            raise ValueError("model.flow.positions must be 'rope': a row contains several images")
         if self.deep.reverse:
             raise ValueError(
                 f"model.flow.order={self.flow.order!r} with {len(self.flow.layers)} blocks reads "
-                "the deep block backwards; the VLM reads forwards"
+                "the deep block backwards, but the VLM reads forwards"
             )
         if self.deep.depth == 0:
             raise ValueError("model.flow.layers: the deep block has no layers")
-        most = min(self.vlm.layers, self.deep.depth)
-        if not 1 <= self.crossings <= most:
-            raise ValueError(f"model.crossings={self.crossings} must be from 1 to {most} groups")
-        if self.crossings > 1 and set(self.skips) != {"vlm", "deep"}:
-            raise ValueError(f"model.crossings={self.crossings} needs both skips: {self.skips}")
 
     @property
-    def deep(self) -> flow.BlockConfig:
+    def deep(self) -> BlockConfig:
         """The deep block."""
         return self.flow.block(-1)
 
     @property
     def patches(self) -> int:
-        """N."""
+        """Number of patches N of an image."""
         return self.flow.tokens
 
+    @property
+    def stacks(self) -> tuple[tuple[LayerConfig, int], ...]:
+        """(layer config, number of layers) of the VLM and of the deep flow."""
+        return (self.vlm.layer, self.vlm.layers), (self.deep.layer, self.deep.depth)
 
-def flow_defaults(vlm_width: int, blocks: int) -> dict[str, Any]:
-    """Fields of a `FlowConfig` behind a VLM but for its sizes: STARFlow's released options."""
+    def declare(self) -> dict[str, Any]:
+        """Declare every parameter (see `declare`)."""
+        return declare(self)
+
+    def forward(self, params: Tree, inputs: BackboneInputs, **options: Any) -> BackboneOutputs:
+        """Apply both streams (see `forward`)."""
+        return forward(params, inputs, self, **options)
+
+
+def flow_defaults(vlm_width: int, num_blocks: int) -> dict[str, Any]:
+    """Return a flow's options behind a VLM, except its sizes: those of the released STARFlow."""
     return {
         "start": "prefix",
-        # By either parity, the deep block of this many reads in raster order (paper.md 3.1).
-        "order": "R2L" if blocks % 2 else "L2R",
+        # With either parity, the deep block of this many reads in raster order.
+        "order": "R2L" if num_blocks % 2 else "L2R",
         "soft_clip": 4.0,
         "final_norm": True,
         "text_channels": vlm_width,
-        # Rows are of any length; what matters is that positions have a third coordinate.
+        # Rows are of any length; any value but 0 gives positions a third coordinate.
         "text_length": 1,
     }
 
 
 def flow_config(vlm_width: int, **sizes: Any) -> FlowConfig:
-    """A flow behind a VLM: `flow_defaults` and its side, channels, width and layers at least."""
+    """Return a flow behind a VLM; `sizes` has side, channels, width and layers at least."""
     return FlowConfig(**{**flow_defaults(vlm_width, len(sizes["layers"])), **sizes})
 
 
-def tiny(**changes: Any) -> Config:
-    """For a CPU: 64-pixel images as 8x8x16 latents; 2.2 M parameters beside a VLM of 0.9 M."""
-    vlm = qwen.Config(
+def tiny(**changes: Any) -> PretzelConfig:
+    """Return a model for a CPU: 64-pixel images as 8x8x16 latents; 2.2 M + 0.9 M parameters."""
+    vlm = QwenConfig(
         vocab=640,
         width=128,
         layers=4,
         heads=4,
         kv_heads=2,
         mlp_width=384,
-        # Columns turn slowest: so many pairs that their first still tells eight columns apart, and
-        # the last ones, which hardly turn, match words with what is seen.
+        # Columns rotate slowest. They have so many pairs that the first still separates eight
+        # columns, while the last ones, which hardly rotate, match text with image content.
         sections=(1, 3, 12),
         rope_base=1e4,
         tied=True,
@@ -139,33 +154,34 @@ def tiny(**changes: Any) -> Config:
         vision_start_token=3,
         vision_end_token=4,
     )
-    sizes = {"side": 8, "channels": 16, "width": 160, "head_dim": 32, "layers": (1, 1, 5)}
-    return dataclasses.replace(Config(vlm, flow_config(vlm.width, **sizes)), **changes)
+    flow_cfg = flow_config(vlm.width, side=8, channels=16, width=160, head_dim=32, layers=(1, 1, 5))
+    return dataclasses.replace(PretzelConfig(vlm, flow_cfg), **changes)
 
 
-def small(**changes: Any) -> Config:
-    """For a few accelerators: Qwen2.5-VL-3B and a flow of 0.2 B on the paper's latents."""
+def small(**changes: Any) -> PretzelConfig:
+    """Return a model for a few accelerators: Qwen2.5-VL-3B and a flow of 0.2 B parameters."""
     vlm = qwen.qwen2_5_vl_3b(vision=None)
-    sizes = {"side": 16, "channels": 32, "width": 1024, "layers": (2, 2, 12)}
-    return dataclasses.replace(Config(vlm, flow_config(vlm.width, **sizes)), **changes)
+    flow_cfg = flow_config(vlm.width, side=16, channels=32, width=1024, layers=(2, 2, 12))
+    return dataclasses.replace(PretzelConfig(vlm, flow_cfg), **changes)
 
 
-def paper(**changes: Any) -> Config:
-    """Qwen2.5-VL-7B; 2 shallow blocks of 4 layers, 24 deep ones, width 3072, 48 heads of 64.
+def paper(**changes: Any) -> PretzelConfig:
+    """Return the paper's model (arXiv 2605.08029, section 4).
 
-    The flow's 32 layers hold 3,625,156,608 parameters; stage 1 trains 3,637,073,152, stage 3
-    3,661,164,800 (paper.md 1.2).
+    Qwen2.5-VL-7B; 2 shallow blocks of 4 layers, 24 deep layers, width 3072, 48 heads of 64. The
+    flow's 32 layers have 3,625,156,608 parameters; stage 1 trains 3,637,073,152, stage 3
+    3,661,164,800.
     """
     vlm = qwen.qwen2_5_vl_7b(vision=None)
-    sizes = {"side": 16, "channels": 32, "width": 3072, "layers": (4, 4, 24)}
-    return dataclasses.replace(Config(vlm, flow_config(vlm.width, **sizes)), **changes)
+    flow_cfg = flow_config(vlm.width, side=16, channels=32, width=3072, layers=(4, 4, 24))
+    return dataclasses.replace(PretzelConfig(vlm, flow_cfg), **changes)
 
 
-PRESETS: dict[str, Callable[..., Config]] = {"tiny": tiny, "small": small, "paper": paper}
+PRESETS: dict[str, Callable[..., PretzelConfig]] = {"tiny": tiny, "small": small, "paper": paper}
 
 
-def preset(name: str, **changes: Any) -> Config:
-    """A preset by its name, with changes.
+def preset(name: str, **changes: Any) -> PretzelConfig:
+    """Return a preset by its name, with changes.
 
     Raises:
         ValueError: an unknown name.
@@ -175,68 +191,71 @@ def preset(name: str, **changes: Any) -> Config:
     return PRESETS[name](**changes)
 
 
-def options(cfg: Config) -> dict[str, Any]:
-    """An experiment's `model` group; what follows from the VLM and the number of blocks is left
-    out, so that either can be changed alone."""
-    group = dataclasses.asdict(cfg)
+def options(cfg: BackboneConfig) -> dict[str, Any]:
+    """Return a model's config as the `model` group of an experiment.
+
+    Fields that follow from the VLM and the number of blocks are left out, so that either can be
+    changed alone.
+    """
+    group = dataclasses.asdict(cfg)  # type: ignore[call-overload]
     for name in ("order", "text_channels", "text_length", "compute_dtype"):
         del group["flow"][name]
     del group["vlm"]["vision"], group["vlm"]["compute_dtype"]
-    # What the paper does not have is not among the settings of its stages.
-    if cfg.crossings == 1:
-        del group["crossings"]
-    return group
+    return group if cfg.kind == "pretzel" else {"kind": cfg.kind, **group}
 
 
-def declare(cfg: Config) -> dict[str, Any]:
-    """Every weight, in the subtrees `vlm`, `adapter`, `shallow`, `deep`, `skip`."""
+def declare(cfg: PretzelConfig) -> dict[str, Any]:
+    """Declare every parameter, in the subtrees `vlm`, `adapter`, `shallow`, `deep`, `skip`."""
     blocks = flow.declare(cfg.flow)["blocks"]
     deep = blocks.pop(str(len(cfg.flow.layers) - 1))
-    vlm, latent, width = cfg.vlm.width, cfg.flow.channels, cfg.deep.layer.width
-    last = normal(cfg.adapter_std) if cfg.adapter_std else zeros
-    hidden = cfg.adapter_width or vlm
-    adapter: dict[str, Any] = {}
-    if cfg.adapter == "mlp":
-        adapter["up"] = {
-            "weight": ParamSpec((latent, hidden), (None, "mlp")),
-            "bias": ParamSpec((hidden,), ("mlp",), zeros),
-        }
-    inputs, axis = (hidden, "mlp") if adapter else (latent, None)
-    adapter["down"] = {
-        "weight": ParamSpec((inputs, vlm), (axis, "embed"), last),
-        "bias": ParamSpec((vlm,), ("embed",), zeros),
-    }
-    into, axis = (latent, None) if cfg.skip_into == "latent" else (width, "text")
-    skip = {
-        "vlm": {"weight": ParamSpec((vlm, into), ("embed", axis), zeros)},
-        "deep": {"weight": ParamSpec((width, vlm), ("embed", "text"), zeros)},
-    }
-    tree = {"vlm": qwen.declare(cfg.vlm), "adapter": adapter, "shallow": blocks, "deep": deep}
-    kept: dict[str, Any] = {name: skip[name] for name in cfg.skips}
-    if cfg.crossings > 1:
-        more, axes = cfg.crossings - 1, ("layers", "embed", "text")
-        kept["into_deep"] = {"weight": ParamSpec((more, vlm, width), axes, zeros)}
-        kept["into_vlm"] = {"weight": ParamSpec((more, width, vlm), axes, zeros)}
-    return {**tree, "skip": kept} if kept else tree
+    tree = {"vlm": qwen.declare(cfg.vlm), "adapter": _declare_adapter(cfg)}
+    tree |= {"shallow": blocks, "deep": deep}
+    skip = _declare_skips(cfg)
+    return {**tree, "skip": skip} if skip else tree
 
 
-def flow_params(params: Tree) -> dict[str, Any]:
-    """`shallow` and `deep` as the one flow that `models/flow.py` runs."""
-    blocks = dict(params["shallow"])
-    return {"blocks": {**blocks, str(len(blocks)): params["deep"]}}
+def _declare_adapter(cfg: PretzelConfig) -> dict[str, Any]:
+    vlm_width, channels = cfg.vlm.width, cfg.flow.channels
+    hidden = cfg.adapter_width or vlm_width
+    is_mlp = cfg.adapter == "mlp"
+    inputs, axis = (hidden, "mlp") if is_mlp else (channels, None)
+    init = normal(cfg.adapter_std) if cfg.adapter_std else zeros
+    down = {
+        "weight": ParamSpec((inputs, vlm_width), (axis, "embed"), init),
+        "bias": ParamSpec((vlm_width,), ("embed",), zeros),
+    }
+    if not is_mlp:
+        return {"down": down}
+    up = {
+        "weight": ParamSpec((channels, hidden), (None, "mlp")),
+        "bias": ParamSpec((hidden,), ("mlp",), zeros),
+    }
+    return {"up": up, "down": down}
+
+
+def _declare_skips(cfg: PretzelConfig) -> dict[str, Any]:
+    vlm_width, width = cfg.vlm.width, cfg.deep.layer.width
+    into, axis = (cfg.flow.channels, None) if cfg.skip_into == "latent" else (width, "text")
+    skips = {
+        "vlm": {"weight": ParamSpec((vlm_width, into), ("embed", axis), zeros)},
+        "deep": {"weight": ParamSpec((width, vlm_width), ("embed", "text"), zeros)},
+    }
+    return {name: skips[name] for name in cfg.skips}
 
 
 # ---------------------------------------------------------------------------------- shallow flow
 
 
-def shallow(params: Tree, x: jax.Array, cfg: Config) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The shallow blocks over images x [I, N, D], each alone.
+def shallow_forward(
+    params: Tree, x: jax.Array, cfg: BackboneConfig
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Apply the shallow blocks to images x [I, N, D], each by itself.
 
     Returns:
-        tokens [I, N, D] before each block and after the last, which is u, in raster order; the
+        The tokens [I, N, D] before each block and after the last, which is u, in raster order; the
         log_det [I] of each block in nats; both in at least float32.
     """
-    grid = flow.check_grid(x.shape[1], None)
+    conditioning = Conditioning(grid=flow.resolve_grid(x.shape[1], None))
     outputs, log_dets = [at_least_float32(x)], []
     for i in range(len(cfg.flow.layers) - 1):
         block = cfg.flow.block(i)
@@ -244,172 +263,165 @@ def shallow(params: Tree, x: jax.Array, cfg: Config) -> tuple[list[jax.Array], l
             outputs.append(outputs[-1])
             log_dets.append(jnp.zeros(x.shape[0], outputs[-1].dtype))
             continue
-        args = (outputs[-1], block, None, None, grid)
-        u, log_det = flow.block_forward(params["shallow"][str(i)], *args)
+        block_params = params["shallow"][str(i)]
+        u, log_det = flow.block_forward(block_params, outputs[-1], block, conditioning)
         outputs.append(u)
         log_dets.append(log_det)
     return outputs, log_dets
 
 
-def place(u: jax.Array, image: jax.Array) -> jax.Array:
-    """u [B, M, N, D] at the positions of its patches: [B, T, D], zeros at text.
+def latents_at_positions(u: jax.Array, image: jax.Array) -> jax.Array:
+    """Return the latents [B, T, D] of the patch at every position, zeros at text.
 
     Args:
-        image: int [B, T], m N + n of the patch that stands there, -1 for text.
+        u: [B, M, N, D].
+        image: int [B, T], m N + n for patch n of image m, -1 for text.
     """
-    flat = u.reshape(u.shape[0], -1, u.shape[-1])
-    picked = jnp.take_along_axis(flat, jnp.maximum(image, 0)[..., None], 1)
-    return jnp.where(image[..., None] >= 0, picked, 0)
+    patches = u.reshape(u.shape[0], -1, u.shape[-1])
+    latents = jnp.take_along_axis(patches, jnp.maximum(image, 0)[..., None], 1)
+    return jnp.where(image[..., None] >= 0, latents, 0)
 
 
 # ------------------------------------------------------------------------------------ two streams
 
 
-def deep_positions(positions: jax.Array, cfg: Config, grid: tuple[int, int] | None = None) -> Any:
-    """(row, column, k) of items to predict, with rows and columns in units of the training grid.
+def forward(
+    params: Tree,
+    inputs: BackboneInputs,
+    cfg: PretzelConfig,
+    *,
+    caches: tuple[KVCache, ...] | None = None,
+    with_flow: bool = True,
+    with_skips: bool = True,
+    attention_temperature: Any = 1.0,
+) -> BackboneOutputs:
+    """Apply the VLM and then the deep flow to interleaved rows.
 
-    Args:
-        positions: int [B, T, 3]; grid: (rows, columns) of the images, by default the training
-            grid's, on which they are left as they are.
+    The heads on the returned states are `image_head` and `text_states` with `text_logits`. The
+    arguments are those of `BackboneConfig.forward`.
     """
-    side = cfg.flow.side
-    rows, columns = grid or (side, side)
-    if rows * columns == side * side:
-        return positions
-    unit = side / (rows * columns) ** 0.5
-    return positions * jnp.asarray([unit, unit, 1.0])
+    vlm_cache, flow_cache = caches or (None, None)
+    y, vlm_cache = qwen.apply_layers(
+        params["vlm"],
+        vlm_inputs(params, inputs, cfg),
+        cfg.vlm,
+        inputs.positions,
+        inputs.mask,
+        segments=inputs.segments,
+        cache=vlm_cache,
+    )
+    h = ratio = None
+    if with_flow:
+        h, ratio = flow_inputs(params, y, inputs, cfg, with_skips=with_skips)
+        h, flow_cache = flow.apply_layers(
+            params["deep"],
+            h,
+            cfg.deep,
+            inputs.next_positions,
+            inputs.mask,
+            segments=inputs.segments,
+            cache=flow_cache,
+            temperature=attention_temperature,
+        )
+    caches = (vlm_cache, flow_cache) if caches else None
+    return BackboneOutputs(y, h, vlm_skip_ratio=ratio, caches=caches)
 
 
-def adapt(params: Tree, u: jax.Array, cfg: Config) -> jax.Array:
-    """The adapter: u [..., D] to the VLM's input [..., V], in the VLM's compute dtype."""
+def vlm_inputs(params: Tree, inputs: BackboneInputs, cfg: PretzelConfig) -> jax.Array:
+    """Return the VLM's input [B, T, V]: token embeddings at text, adapter(u) at patches."""
+    text = backbone.text_embeddings(params, inputs, cfg.vlm)
+    patches = 0 if inputs.adapter_input is None else adapt(params, inputs.adapter_input, cfg)
+    return jnp.where(inputs.is_image[..., None], patches, text).astype(text.dtype)
+
+
+def adapt(params: Tree, u: jax.Array, cfg: PretzelConfig) -> jax.Array:
+    """Map latents u [..., D] to the VLM's input [..., V], in the VLM's compute dtype."""
     h = u.astype(qwen.compute_dtype(params["vlm"], cfg.vlm))
     if cfg.adapter == "mlp":
         h = jax.nn.gelu(linear(params["adapter"]["up"], h), approximate=False)
     return linear(params["adapter"]["down"], h)
 
 
-def vlm_input(
-    params: Tree, text: jax.Array, u: jax.Array | None, is_image: jax.Array, cfg: Config
-) -> jax.Array:
-    """What the VLM reads [B, T, V].
+def flow_inputs(
+    params: Tree, y: jax.Array, inputs: BackboneInputs, cfg: PretzelConfig, *, with_skips: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the deep flow's input [B, T, C]: W_txt y at text, W_in (u + W_vlm y) at patches.
 
     Args:
-        text: token embeddings [B, T, V] (`qwen.embed`); u: [B, T, D] as `place` gives it, or None
-            while there is no adapter, when patches are zeros; is_image: bool [B, T].
+        y: [B, T, V].
+
+    Returns:
+        The input, and the share of W_vlm y in it [B, T], None without the skip.
     """
-    seen = 0 if u is None else adapt(params, u, cfg)
-    return jnp.where(is_image[..., None], seen, text).astype(text.dtype)
+    deep, u, ratio = params["deep"], inputs.latents, None
+    skip = linear(params["skip"]["vlm"], y) if with_skips and "vlm" in cfg.skips else None
+    if skip is not None and cfg.skip_into == "latent":
+        ratio = skip_ratio(u, skip)
+        u = u + skip.astype(u.dtype)
+    patches = flow.embed_tokens(deep, u, cfg.deep)
+    if skip is not None and cfg.skip_into == "width":
+        ratio = skip_ratio(patches, skip)
+        patches = patches + skip.astype(patches.dtype)
+    text = flow.embed_text(deep, y, len(y), cfg.deep)
+    return jnp.where(inputs.is_image[..., None], patches, text), ratio
 
 
-def vlm_states(
-    params: Tree,
-    h: jax.Array,
-    positions: Any,
-    mask: jax.Array | None,
-    cfg: Config,
-    cache: KVCache | None = None,
-    segments: jax.Array | None = None,
-) -> Any:
-    """y [B, T, V] after the VLM's final norm, or (y, cache); as `qwen.run`."""
-    return qwen.run(params["vlm"], h, positions, mask, cfg.vlm, cache, segments)
+def skip_ratio(base: jax.Array, skip: jax.Array) -> jax.Array:
+    """Return |skip| / (|base| + |skip|) over the last axis, without a gradient."""
 
+    def norm(a):
+        return jnp.linalg.norm(at_least_float32(jax.lax.stop_gradient(a)), axis=-1)
 
-def seen_skip(params: Tree, y: jax.Array, cfg: Config) -> jax.Array:
-    """W_vlm y [B, T, D or C], what the VLM adds to the flow's patches."""
-    return linear(params["skip"]["vlm"], y)
-
-
-def deep_input(
-    params: Tree,
-    y: jax.Array,
-    u: jax.Array,
-    is_image: jax.Array,
-    cfg: Config,
-    *,
-    skips: bool = True,
-) -> jax.Array:
-    """What the deep flow reads [B, T, C]: W_txt y at text, W_in (u + W_vlm y) at patches.
-
-    Args:
-        y: [B, T, V]; u: [B, T, D] as `place` gives it; is_image: bool [B, T].
-        skips: False leaves W_vlm out, which is exact while it is zero.
-    """
-    deep, block = params["deep"], cfg.deep
-    added = seen_skip(params, y, cfg) if skips and "vlm" in cfg.skips else None
-    if added is not None and cfg.skip_into == "latent":
-        u = u + added.astype(u.dtype)
-    patches = flow.embed_tokens(deep, u, block)
-    if added is not None and cfg.skip_into == "width":
-        patches = patches + added.astype(patches.dtype)
-    return jnp.where(is_image[..., None], patches, flow.embed_text(deep, y, len(y), block))
-
-
-def deep_states(
-    params: Tree,
-    h: jax.Array,
-    positions: Any,
-    mask: jax.Array | None,
-    cfg: Config,
-    cache: KVCache | None = None,
-    segments: jax.Array | None = None,
-    heat: Any = 1.0,
-) -> Any:
-    """h [B, T, C] after the deep flow's layers, or (h, cache); as `flow.stack`.
-
-    Args:
-        h: `deep_input`; positions: `deep_positions` of the items to predict; heat: temperature of
-            attention.
-    """
-    deep = params["deep"]
-    return flow.stack(deep, h, positions, mask, cfg.deep, cache, heat, segments)
+    skip_norm, base_norm = norm(skip), norm(base)
+    return skip_norm / jnp.maximum(skip_norm + base_norm, 1e-30)
 
 
 # ------------------------------------------------------------------------------------------ heads
 
 
-def image_head(params: Tree, h: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
-    """(scale, mean) [..., D] of the next patch's u, in at least float32, from h [..., C]."""
+def image_head(params: Tree, h: jax.Array, cfg: BackboneConfig) -> tuple[jax.Array, jax.Array]:
+    """Return (scale, mean) [..., D] of the next patch's u in at least float32, from h [..., C]."""
     return flow.head(params["deep"], h, cfg.deep)
 
 
-def flow_skip(params: Tree, h: jax.Array, cfg: Config, *, into_flow: bool = True) -> jax.Array:
-    """W_D h [..., V], what the flow adds to the VLM's states; its final norm comes first.
+def flow_skip(
+    params: Tree, h: jax.Array, cfg: BackboneConfig, *, into_flow: bool = True
+) -> jax.Array:
+    """Return W_D h [..., V], which is added to the VLM's states, after the flow's final norm.
 
     Args:
-        h: [..., C] of `deep_states`; into_flow: False lets no gradient past W_D.
+        h: flow states [..., C].
+        into_flow: False stops the gradient at W_D.
     """
     if cfg.flow.final_norm:
         h = layers.rms_norm(params["deep"]["final_norm"], h)
     return linear(params["skip"]["deep"], h if into_flow else jax.lax.stop_gradient(h))
 
 
+def flow_skip_ratio(
+    params: Tree, y: jax.Array, h: jax.Array | None, cfg: BackboneConfig
+) -> jax.Array | None:
+    """Return the share [...] of W_D h in the text states, None without that skip."""
+    if h is None or "deep" not in cfg.skips:
+        return None
+    return skip_ratio(y, flow_skip(params, h, cfg))
+
+
 def text_states(
-    params: Tree, y: jax.Array, h: jax.Array | None, cfg: Config, *, into_flow: bool = True
+    params: Tree, y: jax.Array, h: jax.Array | None, cfg: BackboneConfig, *, into_flow: bool = True
 ) -> jax.Array:
-    """y + W_D h [..., V], which the VLM's head reads.
+    """Return y + W_D h [..., V], the input of the VLM's head.
 
     Args:
-        y: [..., V]; h: [..., C] of `deep_states`, or None where no flow is run, which is exact
-            while W_D is zero; into_flow: as in `flow_skip`.
+        y: VLM states [..., V].
+        h: flow states [..., C]; None if the flow was left out, which is exact while W_D is zero.
+        into_flow: as in `flow_skip`.
     """
     if h is None or "deep" not in cfg.skips:
         return y
     return y + flow_skip(params, h, cfg, into_flow=into_flow).astype(y.dtype)
 
 
-def text_logits(params: Tree, states: jax.Array, cfg: Config) -> jax.Array:
-    """Logits [..., vocabulary] of the next token in at least float32, from `text_states`."""
+def text_logits(params: Tree, states: jax.Array, cfg: BackboneConfig) -> jax.Array:
+    """Return logits [..., vocabulary] of the next token in at least float32, of `text_states`."""
     return qwen.logits(params["vlm"], states, cfg.vlm)
-
-
-# ---------------------------------------------------------------------------------------- caches
-
-
-def unstack(params: Tree, cfg: Config) -> dict[str, Any]:
-    """params with the layers of both streams unstacked, as their cached steps take them."""
-    vlm, deep = params["vlm"], params["deep"]
-    return {
-        **params,
-        "vlm": {**vlm, "layers": layers.unstack(vlm["layers"], cfg.vlm.layers)},
-        "deep": {**deep, "layers": layers.unstack(deep["layers"], cfg.deep.depth)},
-    }

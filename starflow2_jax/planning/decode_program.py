@@ -16,7 +16,8 @@ from starflow2_jax.inference import decode_loop, session
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import inverse
 from starflow2_jax.mesh import ACTIVATIONS, batch_sharding, check_batch
-from starflow2_jax.models import flow, starflow2 as pretzel
+from starflow2_jax.models import flow
+from starflow2_jax.models.flow import Conditioning
 from starflow2_jax.params import abstract as abstract_params
 from starflow2_jax.planning.memory import per_device
 from starflow2_jax.training.program import model_config
@@ -75,7 +76,8 @@ def _flow(cfg, mesh, rows):
             rule = cfg["sample"]["guidance_rule"]
             guided = Guidance(weight_of_guidance, rule=rule, temperature_on=on)
         given = dict(given)
-        return inverse(params, given.pop("z"), model, guidance=guided, **given)[0]
+        z = given.pop("z")
+        return inverse(params, z, model, Conditioning(**given), guidance=guided)[0]
 
     with jax.set_mesh(mesh):
         lowered = jax.jit(draw, out_shardings=over).lower(params, given, number)
@@ -86,9 +88,9 @@ def _flow(cfg, mesh, rows):
 def _starflow2(cfg, mesh, rows):
     """The patches of one image a row; of the loop's two heads both count."""
     model, layout = starflow2.model_config(cfg), cfg["layout"]
-    if not isinstance(model, pretzel.Config):
+    if model.kind == "mot":
         raise ValueError("plan --what generate: model.kind='mot' is not planned, only 'pretzel'")
-    tree = {n: t for n, t in pretzel.declare(model).items() if n != "shallow"}
+    tree = {n: t for n, t in model.declare().items() if n != "shallow"}
     frozen = {"vlm": tree.pop("vlm")}
     params = abstract_params(tree, mesh, layout)
     params |= abstract_params(frozen, mesh, layout, jnp.dtype(cfg["frozen_dtype"]))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models.flow import Conditioning, FlowConfig
 from starflow2_jax.models.patches import patchify, scale_pixels
 from starflow2_jax.params import Tree
 
@@ -86,8 +86,8 @@ def tokens(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any], train: bool) -
 
 def conditions(
     params: Tree, batch: Batch, keys: jax.Array, drop: float, null_text: Any = 0.0
-) -> dict[str, jax.Array | None]:
-    """`text` [B, L, E] and `labels` [B], each None where the experiment has none.
+) -> Conditioning:
+    """Return `text` [B, L, E] and `labels` [B], each None where the experiment has none.
 
     A share `drop` of the rows loses both: label -1, and text replaced by that of an empty prompt,
     `null_text` [L, E].
@@ -100,7 +100,7 @@ def conditions(
         text = embed_tokens(params, batch["tokens"])
     if text is not None:
         text = jnp.where(dropped[:, None, None], null_text, text)
-    return {"text": text, "labels": labels}
+    return Conditioning(text=text, labels=labels)
 
 
 def pad_text(features: Any, model: FlowConfig) -> jax.Array:

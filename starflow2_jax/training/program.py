@@ -166,9 +166,9 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Progr
     def loss(params, frozen, batch, keys, train, drop):
         params = {**params, **frozen}
         x = preprocess.tokens(batch, keys, cfg, train)
-        given = preprocess.conditions(params, batch, keys, drop, null_text)
+        conditioning = preprocess.conditions(params, batch, keys, drop, null_text)
         penalty = cfg["loss"]["latent_penalty"] if train else 0.0
-        return flow_loss(params["flow"], x, model, latent_penalty=penalty, **given)
+        return flow_loss(params["flow"], x, model, conditioning, latent_penalty=penalty)
 
     def gradients(params, frozen, batch, keys):
         def mean(params, batch, keys):

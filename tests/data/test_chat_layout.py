@@ -95,7 +95,7 @@ def test_text_without_a_role_stands_as_it_is(held):
 
 def test_positions_are_qwens(held):
     items = chat_layout.apply_chat_template(EDIT, held, 9)
-    cfg = qwen.Config(
+    cfg = qwen.QwenConfig(
         held.vocab_size, 32, 1, 2, 1, 32, sections=(2, 3, 3), image_token=held.image,
         video_token=held.vocab_size,
     )  # fmt: skip

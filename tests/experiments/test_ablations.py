@@ -15,10 +15,10 @@ from helpers.paths import ROOT
 from experiments.ablations import latents, one, rows, run, scores, table
 from starflow2_jax import config, params
 from starflow2_jax.data import array_store, records
-from starflow2_jax.models import backbone, starflow2
+from starflow2_jax.models import starflow2
 from starflow2_jax.models.ablations import mot
 from starflow2_jax.shapes import tasks
-from starflow2_jax.training.losses.interleaved import Terms
+from starflow2_jax.training.losses.interleaved import LossTerms
 from starflow2_jax.training.tasks import starflow2 as starflow2_step
 
 CORE = ("pretzel", "mot_frozen", "mot_joint", "no_skips", "skip_vlm", "skip_deep")
@@ -33,7 +33,7 @@ def trained(variant, name):
     plain = config.to_dict(cfg)
     plain["vlm"]["path"] = ""
     model = starflow2_step.model_config(plain)
-    own = params.split(backbone.declare(model), tuple(cfg.train.trainable))[0]
+    own = params.split(model.declare(), tuple(cfg.train.trainable))[0]
     return plain, model, params.count(own)
 
 
@@ -194,8 +194,8 @@ def test_pixels_are_latents_of_unit_variance(data, tmp_path):
 
 def test_a_record_is_right_where_each_of_its_tokens_is():
     segments = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 3, 0] + [0] * 6])
-    found = Terms(
-        at=np.array([[1, 3, 4, 5, 7, 9]]),
+    found = LossTerms(
+        target_index=np.array([[1, 3, 4, 5, 7, 9]]),
         token=np.array([[True, True, True, False, True, False]]),
         nll=np.array([[1.0, 0.5, 0.25, 0.0, 2.0, 0.0]]),
         correct=np.array([[True, True, False, False, True, False]]),
@@ -214,10 +214,10 @@ def small_run(data):
         sections=(2, 3, 3),
     )  # fmt: skip
     sizes = {"side": 2, "channels": 48, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
-    pretzel = starflow2.Config(vlm, starflow2.flow_config(vlm.width, **sizes))
+    pretzel = starflow2.PretzelConfig(vlm, starflow2.flow_config(vlm.width, **sizes))
     cfg = config.default()
     cfg.task, cfg.train.trainable = "starflow2", ("shallow", "deep")
-    cfg.model.update(mot.options(mot.beside(pretzel, 24)))
+    cfg.model.update(starflow2.options(mot.matching(pretzel, 24)))
     cfg.data.mixture = ({"path": path, "weight": 1.0, "latents": f"{path}_pixels"},)
     cfg.text.tokenizer, cfg.text.length, cfg.text.images = tokenizer, 128, 2
     cfg.train.batch_size, cfg.train.steps, cfg.checkpoint.every, cfg.optim.warmup = 4, 2, 2, 1

@@ -1,4 +1,4 @@
-"""Checks for every backbone: an exact likelihood, and cached steps that equal the forward pass."""
+"""Checks that every interleaved model has to pass, whatever its backbone."""
 
 from functools import partial
 
@@ -7,79 +7,102 @@ import jax.numpy as jnp
 import numpy as np
 
 from helpers import pretzel_batch
-from helpers.tiny_mot import terms
 from starflow2_jax.inference import decode_loop
-from starflow2_jax.models import backbone, layers, starflow2
+from starflow2_jax.models import starflow2
+from starflow2_jax.models.attention import segment_mask
+from starflow2_jax.models.backbone import BackboneInputs
+from starflow2_jax.training.losses import interleaved
+from starflow2_jax.training.losses.interleaved import Stage
 
 
-def check_exact(cfg, params):
-    """z of an image, given another before it: its log-determinant by autodiff."""
+def backbone_inputs(batch, u, text_embeddings=None):
+    """The inputs of a batch of rows with latents u [B, T, D] at its patches."""
+    return BackboneInputs(
+        ids=batch["ids"],
+        latents=u,
+        adapter_input=u,
+        is_image=batch["image"] >= 0,
+        positions=batch["positions"],
+        next_positions=batch["flow_positions"],
+        mask=segment_mask(jnp.asarray(batch["segments"])),
+        text_embeddings=text_embeddings,
+    )
+
+
+def random_latents(batch, channels, seed=0):
+    """Gaussian u [B, T, D], zeros at text."""
+    is_image = batch["image"] >= 0
+    noise = np.random.default_rng(seed).standard_normal((*is_image.shape, channels))
+    return noise * is_image[..., None]
+
+
+def heads(params, states, cfg):
+    """(scale, mean, logits) of the next item at every position."""
+    text = starflow2.text_states(params, states.vlm_states, states.flow_states, cfg)
+    scale, mean = starflow2.image_head(params, states.flow_states, cfg)
+    return scale, mean, starflow2.text_logits(params, text, cfg)
+
+
+def check_log_det(cfg, params):
+    """The log-determinant of an image behind another one is that of the Jacobian by autodiff."""
     batch = pretzel_batch.batch([[pretzel_batch.EDIT]], length=40, dtype=np.float64)
     x = jnp.asarray(batch["latent_mean"])
-    is_image = batch["image"] >= 0
-    mask = layers.segment_mask(jnp.asarray(batch["segments"]))
     first = int(np.argmax(batch["image"][0] == cfg.patches))
 
     @jax.jit
-    def z_of(second):
-        now = x.at[0, 1].set(second.reshape(x.shape[2:]))
-        u = starflow2.shallow(params, now.reshape(-1, *x.shape[2:]), cfg)[0][-1]
-        u = starflow2.place(u.reshape(x.shape), batch["image"])
-        at = (batch["positions"], batch["flow_positions"], mask)
-        _, h, _ = backbone.states(params, batch["ids"], u, u, is_image, *at, cfg)
-        scale, mean = starflow2.image_head(params, h, cfg)
-        here = slice(first, first + cfg.patches)
-        before = slice(first - 1, first + cfg.patches - 1)
-        return ((u[0, here] - mean[0, before]) / scale[0, before]).ravel()
+    def normalize(second_image):
+        latents = x.at[0, 1].set(second_image.reshape(x.shape[2:]))
+        u = starflow2.shallow_forward(params, latents.reshape(-1, *x.shape[2:]), cfg)[0][-1]
+        u = starflow2.latents_at_positions(u.reshape(x.shape), batch["image"])
+        states = cfg.forward(params, backbone_inputs(batch, u))
+        scale, mean = starflow2.image_head(params, states.flow_states, cfg)
+        predictors = slice(first - 1, first + cfg.patches - 1)
+        patches = u[0, first : first + cfg.patches]
+        return ((patches - mean[0, predictors]) / scale[0, predictors]).ravel()
 
-    jacobian = jax.jit(jax.jacfwd(z_of))(x[0, 1].ravel())
-    found = jax.jit(lambda p: terms(p, batch, cfg))(params)
-    log_det = float(sum(found.log_dets)[0, 1])
-    np.testing.assert_allclose(log_det, np.linalg.slogdet(jacobian)[1], rtol=1e-10, atol=1e-10)
-    half = 0.5 * float(np.square(z_of(x[0, 1].ravel())).sum())
-    np.testing.assert_allclose(float(found.half_square[0, 1]), half, rtol=1e-10)
+    second_image = x[0, 1].ravel()
+    sign, expected = np.linalg.slogdet(np.asarray(jax.jit(jax.jacfwd(normalize))(second_image)))
+    assert sign == 1 and abs(expected) > 0.01
+    terms = jax.jit(lambda p: interleaved.loss_terms(p, batch, x, cfg, Stage(True, True)))(params)
+    log_det = float(sum(terms.log_dets)[0, 1])
+    np.testing.assert_allclose(log_det, expected, rtol=1e-10, atol=1e-10)
+    half_square = 0.5 * float(np.square(np.asarray(normalize(second_image))).sum())
+    np.testing.assert_allclose(float(terms.half_square[0, 1]), half_square, rtol=1e-10)
 
 
-def check_cached(cfg, params, batch, tolerance=1e-4):
-    """Cached steps give what the parallel forward gives: scale, mean and logits."""
-    is_image = batch["image"] >= 0
-    rng = np.random.default_rng(1)
-    u = rng.standard_normal((*is_image.shape, cfg.flow.channels)) * is_image[..., None]
+def check_cached_steps(cfg, params, batch, tolerance=1e-4):
+    """Cached steps give the scales, means and logits of the parallel forward."""
+    u = jnp.asarray(random_latents(batch, cfg.flow.channels, seed=1), jnp.float32)
     items = decode_loop.Items(
         ids=jnp.asarray(batch["ids"]),
-        u=jnp.asarray(u, jnp.float32),
-        is_image=jnp.asarray(is_image),
+        u=u,
+        is_image=jnp.asarray(batch["image"] >= 0),
         real=jnp.asarray(batch["segments"] > 0),
         positions=jnp.asarray(batch["positions"]),
         following=jnp.asarray(batch["flow_positions"]),
     )
-
-    def heads(params, y, h):
-        texts = starflow2.text_states(params, y, h, cfg)
-        image = starflow2.image_head(params, h, cfg)
-        return *image, starflow2.text_logits(params, texts, cfg)
+    row_batch = {**batch, "segments": np.where(batch["segments"] > 0, 1, 0)}
 
     @jax.jit
-    def whole(params):
-        mask = layers.segment_mask(jnp.where(items.real, 1, 0))
-        args = (items.ids, items.u, items.u, items.is_image, items.positions, items.following)
-        y, h, _ = backbone.states(params, *args, mask, cfg)
-        return heads(params, y, h)
+    def parallel(params):
+        return heads(params, cfg.forward(params, backbone_inputs(row_batch, u)), cfg)
 
     @jax.jit
     def step(prepared, caches, valid, item):
         y, h, caches, valid = decode_loop.read(prepared, caches, valid, item, 1.0, cfg)
-        return heads(prepared, y, h), caches, valid
+        text = starflow2.text_states(prepared, y, h, cfg)
+        logits = starflow2.text_logits(prepared, text, cfg)
+        return (*starflow2.image_head(prepared, h, cfg), logits), caches, valid
 
-    expected = [np.asarray(each) for each in whole(params)]
+    expected = [np.asarray(output) for output in parallel(params)]
     prepared = decode_loop.prepare(params, cfg=cfg)
     caches, valid = decode_loop.empty(prepared, cfg, *items.ids.shape)
     cut = lambda i, n: jax.tree.map(lambda leaf: leaf[:, i : i + n], items)
     caches, valid = decode_loop.prefill(prepared, caches, valid, cut(0, 3), 1.0, cfg=cfg)
+    close = partial(np.testing.assert_allclose, atol=tolerance, rtol=tolerance)
     for t in range(3, items.ids.shape[1]):
-        found, caches, valid = step(prepared, caches, valid, cut(t, 1))
-        there = np.asarray(items.real[:, t])
-        close = partial(np.testing.assert_allclose, atol=tolerance, rtol=tolerance)
-        for ours, theirs in zip(found, expected):
-            close(np.asarray(ours)[there, 0], theirs[there, t])
-    assert all(each.std() > 0.05 for each in expected)
+        outputs, caches, valid = step(prepared, caches, valid, cut(t, 1))
+        rows = np.asarray(items.real[:, t])
+        for output, reference in zip(outputs, expected):
+            close(np.asarray(output)[rows, 0], reference[rows, t])
+    assert all(reference.std() > 0.05 for reference in expected)

@@ -7,6 +7,7 @@ from starflow2_jax import params
 from starflow2_jax.data import chat_layout, packed_batches, packing
 from starflow2_jax.data.chat_layout import MessagePart
 from starflow2_jax.models import qwen, starflow2
+from starflow2_jax.models.ablations.crossings import CrossingsConfig
 
 SIDE, CHANNELS, VOCAB = 2, 3, 64
 PATCHES = SIDE * SIDE
@@ -16,7 +17,7 @@ FLOW = {"side": SIDE, "channels": CHANNELS, "width": 40, "head_dim": 20, "layers
 def model(**changes):
     """Two streams of two layers; float64 with compute_dtype in `changes`."""
     dtype = {"compute_dtype": changes.pop("compute_dtype", None)}
-    vlm = qwen.Config(
+    vlm = qwen.QwenConfig(
         vocab=VOCAB,
         width=32,
         layers=2,
@@ -28,12 +29,13 @@ def model(**changes):
         **dtype,
     )
     sizes = {**FLOW, **changes.pop("flow", {}), **dtype}
-    return starflow2.Config(vlm, starflow2.flow_config(vlm.width, **sizes), **changes)
+    kind = CrossingsConfig if "crossings" in changes else starflow2.PretzelConfig
+    return kind(vlm, starflow2.flow_config(vlm.width, **sizes), **changes)
 
 
 def drawn(cfg, seed=0, shake=0.3, zero=()):
     """Weights with nothing at zero but the subtrees in `zero`; float32, or float64 under x64."""
-    tree = params.init(jax.random.key(seed), starflow2.declare(cfg))
+    tree = params.init(jax.random.key(seed), cfg.declare())
     dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
     rng = np.random.default_rng(seed)
 

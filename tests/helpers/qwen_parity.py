@@ -61,7 +61,9 @@ def compute(params, ids, valid, positions, patches, at, cfg):
 def step(params, unstacked, ids, patches, at, positions, mask, cache, cfg):
     """Logits of new tokens against a cache."""
     h = qwen.embed_all(params, ids, cfg, patches, at)
-    states, cache = qwen.run({**params, "layers": unstacked}, h, positions, mask, cfg, cache)
+    states, cache = qwen.apply_layers(
+        {**params, "layers": unstacked}, h, cfg, positions, mask, cache=cache
+    )
     return qwen.logits(params, states, cfg), cache
 
 

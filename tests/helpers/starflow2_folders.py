@@ -32,7 +32,7 @@ def make_parts(root):
         depth=1, width=16, heads=2, mlp_width=24, out_width=32, full_layers=(0,), patch=4,
         window=16, merge=1,
     )  # fmt: skip
-    shape = qwen.Config(
+    shape = qwen.QwenConfig(
         vocab=400, width=32, layers=2, heads=2, kv_heads=1, mlp_width=48, sections=(2, 3, 3),
         tied=True, image_token=5, video_token=6, vision_start_token=3, vision_end_token=4,
         vision=tower,

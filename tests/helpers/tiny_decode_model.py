@@ -29,7 +29,7 @@ TOKENIZER = Tokenizer(
 
 def model(seed=0, shake=0.4, fae=None, **changes):
     """Two streams of two layers; weights float32, or float64 under x64."""
-    vlm = qwen.Config(
+    vlm = qwen.QwenConfig(
         vocab=VOCAB,
         width=32,
         layers=2,
@@ -43,7 +43,7 @@ def model(seed=0, shake=0.4, fae=None, **changes):
         vision_end_token=4,
     )
     sizes = {"side": SIDE, "channels": CHANNELS, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
-    shape = starflow2.Config(vlm, starflow2.flow_config(vlm.width, **sizes), **changes)
+    shape = starflow2.PretzelConfig(vlm, starflow2.flow_config(vlm.width, **sizes), **changes)
     tree = params.init(jax.random.key(seed), starflow2.declare(shape))
     dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
     rng = np.random.default_rng(seed)

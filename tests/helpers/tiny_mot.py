@@ -19,10 +19,10 @@ def model(width=24, **changes):
     """Beside the small Pretzel of the tests, whose tokenizer begins an image with token 3."""
     pretzel = pretzel_batch.model(**changes)
     vlm = dataclasses.replace(pretzel.vlm, vision_start_token=pretzel_batch.TOKENIZER.vision_start)
-    return mot.beside(dataclasses.replace(pretzel, vlm=vlm), width)
+    return mot.matching(dataclasses.replace(pretzel, vlm=vlm), width)
 
 
-def drawn(cfg, seed=0, shake=0.3):
+def random_params(cfg, seed=0, shake=0.3):
     """Weights with nothing at zero; float32, or float64 under x64."""
     tree = init_params(jax.random.key(seed), mot.declare(cfg))
     dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
@@ -37,4 +37,4 @@ def drawn(cfg, seed=0, shake=0.3):
 
 def terms(params, batch, cfg, x=None):
     x = jnp.asarray(batch["latent_mean"]) if x is None else x
-    return interleaved.terms(params, batch, x, cfg, BOTH, text_targets=12)
+    return interleaved.loss_terms(params, batch, x, cfg, BOTH, text_targets=12)

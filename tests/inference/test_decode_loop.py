@@ -15,7 +15,9 @@ from starflow2_jax.inference import decode_loop, session
 from starflow2_jax.inference.inverse import Jacobi
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents import codec
-from starflow2_jax.models import layers, qwen, starflow2 as pretzel
+from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models.attention import segment_mask
+from starflow2_jax.models.backbone import BackboneInputs
 
 MIXED = [
     "hello",
@@ -98,13 +100,17 @@ def parallel(model, items):
 
     @jax.jit
     def whole(params):
-        mask = layers.segment_mask(jnp.asarray(items.real, jnp.int32))
-        text = qwen.embed(params["vlm"], items.ids, cfg.vlm)
-        h = pretzel.vlm_input(params, text, items.u, items.is_image, cfg)
-        y = pretzel.vlm_states(params, h, items.positions, mask, cfg)
-        h = pretzel.deep_input(params, y, items.u, items.is_image, cfg)
-        h = pretzel.deep_states(params, h, items.following, mask, cfg)
-        return heads(params, y, h, cfg)
+        inputs = BackboneInputs(
+            ids=items.ids,
+            latents=items.u,
+            adapter_input=items.u,
+            is_image=items.is_image,
+            positions=items.positions,
+            next_positions=items.following,
+            mask=segment_mask(jnp.asarray(items.real, jnp.int32)),
+        )
+        states = pretzel.forward(params, inputs, cfg)
+        return heads(params, states.vlm_states, states.flow_states, cfg)
 
     return [np.asarray(each) for each in whole(model.params)]
 

@@ -116,7 +116,9 @@ def test_samples_have_the_models_likelihood():
     model = featured()
     text = np.random.default_rng(0).standard_normal((3, 6, 5)).astype(np.float32)
     x = generate(model, 3, text=text, sampling=FlowSampling(denoise=False, seed=1))
-    z, log_det = flow.forward(model.params["flow"], x, model.model_config, text=text)
+    z, log_det = flow.forward(
+        model.params["flow"], x, model.model_config, flow.Conditioning(text=text)
+    )
     close(z, noise_of(1, 3))
     gaussian = (-0.5 * noise_of(1, 3) ** 2 - 0.5 * np.log(2 * np.pi)).sum((1, 2))
     close(likelihood(model, x, text=text), gaussian + np.asarray(log_det))

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
-    cfg = qwen.Config(
+    cfg = qwen.QwenConfig(
         vocab=len(vocabulary),
         width=32,
         layers=2,

@@ -15,6 +15,7 @@ from starflow2_jax.checkpoints.convert import starflow as public
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import Jacobi, inverse
 from starflow2_jax.models import flow, layers, rope
+from starflow2_jax.models.flow import Conditioning
 from starflow2_jax.models.patches import patchify, unpatchify
 from starflow2_jax.training.losses.flow import flow_loss
 
@@ -45,9 +46,9 @@ def weights_of(golden, options, dtype, without=()):
     return cfg, jax.tree.map(jnp.asarray, params)
 
 
-@partial(jax.jit, static_argnames=("cfg", "grid"))
-def losses(params, x, cfg, penalty, given, grid=None):
-    each, sums = flow_loss(params, x, cfg, latent_penalty=penalty, grid=grid, **given)
+@partial(jax.jit, static_argnames="cfg")
+def losses(params, x, cfg, penalty, conditioning):
+    each, sums = flow_loss(params, x, cfg, conditioning, latent_penalty=penalty)
     return each.sum() / x.size, sums
 
 
@@ -56,14 +57,14 @@ def grad_norms(grads, cfg, names):
     return np.stack([np.linalg.norm(np.asarray(arrays[str(n)], np.float64)) for n in names])
 
 
-def adamw_losses(params, x, cfg, given, penalty):
+def adamw_losses(params, x, cfg, conditioning, penalty):
     """(plain, with penalty) before each of six updates on one batch."""
 
     @jax.jit
     def update(params, state):
-        mean = lambda p: losses(p, x, cfg, penalty, given)[0]
+        mean = lambda p: losses(p, x, cfg, penalty, conditioning)[0]
         total, grads = jax.value_and_grad(mean)(params)
-        plain = losses(params, x, cfg, 0.0, given)[0]
+        plain = losses(params, x, cfg, 0.0, conditioning)[0]
         updates, state = ADAMW.update(grads, state, params)
         return optax.apply_updates(params, updates), state, plain, total
 
@@ -88,11 +89,11 @@ def tarflow_values(golden, dtype, conditional, head_dim):
     cases = {"y": y, "ydrop": drop, "ynone": None} if conditional else {"ynone": None}
     names = golden["param_names/cond" if conditional else "param_names/uncond"]
     for case, labels in cases.items():
-        given = {"labels": labels}
+        conditioning = Conditioning(labels=labels)
         outputs, log_dets = jax.jit(flow.forward_blocks, static_argnames="cfg")(
-            params, x, cfg=cfg, **given
+            params, x, cfg=cfg, conditioning=conditioning
         )
-        mean = lambda p, x: losses(p, x, cfg, 0.0, given)[0]  # noqa: B023
+        mean = lambda p, x: losses(p, x, cfg, 0.0, conditioning)[0]  # noqa: B023
         loss, grads = jax.value_and_grad(mean, argnums=(0, 1))(params, x)
         values |= {
             f"{case}/z": outputs[-1],
@@ -104,7 +105,7 @@ def tarflow_values(golden, dtype, conditional, head_dim):
         }
     labels = y if conditional else None
     sample = lambda guidance=None, labels=labels: inverse(
-        params, noise, cfg, labels=labels, guidance=guidance
+        params, noise, cfg, Conditioning(labels=labels), guidance=guidance
     )
     guide = partial(Guidance, rule="linear_log_scale", temperature_on="unconditional", blocks="all")
     plain, info = sample()
@@ -122,7 +123,7 @@ def tarflow_values(golden, dtype, conditional, head_dim):
     else:
         values["sample/g1_ab_temp0.5"] = picture(sample(guide(1.0, temperature=0.5))[0])
     if head_dim == 64:
-        values["adamw_losses"] = adamw_losses(params, x, cfg, {"labels": labels}, 0.0)[0]
+        values["adamw_losses"] = adamw_losses(params, x, cfg, Conditioning(labels=labels), 0.0)[0]
     return values
 
 
@@ -156,15 +157,15 @@ def deep_text_states(params, x, cfg, text):
     start = jnp.broadcast_to(weights["start"], (x.shape[0], 1, cfg.channels))
     h = flow.embed_tokens(weights, jnp.concatenate([start, x[:, :-1]], 1), block)
     h = jnp.concatenate([flow.embed_text(weights, text, x.shape[0], block), h], 1)
-    h = flow.stack(weights, h, flow.block_positions(block, (8, 8), 8), None, block)
+    h, _ = flow.apply_layers(weights, h, block, flow.block_positions(block, (8, 8), 8))
     return layers.rms_norm(weights["final_norm"], h)[:, :8]
 
 
 def forward_values(params, cfg, x, grid, text, names=None):
-    given = {"text": text}
-    loss, sums = losses(params, x, cfg, 0.0, given, grid)
+    conditioning = Conditioning(text=text, grid=grid)
+    loss, sums = losses(params, x, cfg, 0.0, conditioning)
     log_det = sum(sums[f"log_det/{i}"] for i in range(4))
-    z, _ = flow.forward(params, x, cfg, grid=grid, **given)
+    z, _ = flow.forward(params, x, cfg, conditioning)
     picture = lambda t: unpatchify(t, grid, 1, "channel_last").transpose(0, 3, 1, 2)
     values = {
         "z": picture(z),
@@ -175,7 +176,7 @@ def forward_values(params, cfg, x, grid, text, names=None):
         "logdet_sum_per_example": log_det,
     }
     if names is not None:
-        mean = lambda p, x: losses(p, x, cfg, 0.0, given, grid)[0]
+        mean = lambda p, x: losses(p, x, cfg, 0.0, conditioning)[0]
         grads = jax.grad(mean, argnums=(0, 1))(params, x)
         values["grad_x"] = picture(grads[1])
         values["grad_norms"] = grad_norms(grads[0], cfg, names)
@@ -194,23 +195,23 @@ def starflow_values(golden, dtype):
     ):  # fmt: skip
         other = forward_values(params, cfg, *channels_last(golden, name, dtype), given)
         values |= {f"{case}/{k}": v for k, v in other.items()}
-    outputs, _ = flow.forward_blocks(params, x, cfg, text=text)
+    outputs, _ = flow.forward_blocks(params, x, cfg, Conditioning(text=text))
     for i, tokens in enumerate(outputs):
         values[f"fwd/block_out_{i}"] = tokens.reshape(2, 8, 8, 4)
     for i in range(4):
         block, tokens = cfg.block(i), outputs[i]
         tokens = tokens[:, ::-1] if block.reverse else tokens
-        given = (text if block.text else None, None, grid)
-        scale, _ = flow.predict(params["blocks"][str(i)], tokens, block, *given)
+        conditioning = Conditioning(text=text if block.text else None, grid=grid)
+        scale, _ = flow.predict_gaussian(params["blocks"][str(i)], tokens, block, conditioning)
         values[f"fwd/block_logdet_{i}"] = -jnp.log(scale)
     values["fwd/y_out"] = deep_text_states(params, outputs[3], cfg, text)
-    plain, with_penalty = adamw_losses(params, x, cfg, {"text": text}, 1e-4)
+    plain, with_penalty = adamw_losses(params, x, cfg, Conditioning(text=text), 1e-4)
     values |= {"adamw_losses": plain, "adamw_losses_with_latent_reg": with_penalty}
 
     noise, _ = channels_last(golden, "z_noise", dtype)
     rect, rect_grid = channels_last(golden, "z_noise_rect", dtype)
     picture = lambda t, g=grid: unpatchify(t, g, 1, "channel_last").transpose(0, 3, 1, 2)
-    sample = partial(inverse, params, noise, cfg, text=text)
+    sample = partial(inverse, params, noise, cfg, Conditioning(text=text))
     guide = partial(Guidance, 2.5, text=null)
     guided, info = sample(guidance=guide())
     values |= {f"sample/g2.5_seq_{i}": picture(t) for i, t in enumerate(info["tokens"])}
@@ -218,7 +219,7 @@ def starflow_values(golden, dtype):
         "sample/g0": picture(sample()[0]),
         "sample/g0_temp0.8": picture(sample(temperature=0.8)[0]),
         "sample/g0_rect": picture(
-            inverse(params, rect, cfg, text=text, grid=rect_grid)[0], rect_grid
+            inverse(params, rect, cfg, Conditioning(text=text, grid=rect_grid))[0], rect_grid
         ),
         "sample/g2.5": picture(guided),
         "sample/g2.5_temp0.8": picture(sample(guidance=guide(temperature=0.8))[0]),
@@ -260,7 +261,9 @@ def test_starflow_float64(x64):
         x, grid = channels_last(golden, "x", np.float64)
         noise, _ = channels_last(golden, "z_noise", np.float64)
         values = forward_values(params, cfg, x, grid, text)
-        drawn = unpatchify(inverse(params, noise, cfg, text=text)[0], grid, 1, "channel_last")
+        drawn = unpatchify(
+            inverse(params, noise, cfg, Conditioning(text=text))[0], grid, 1, "channel_last"
+        )
         values["sample_g0"] = drawn.transpose(0, 3, 1, 2)
         ours |= {f"variant_{option}/{k}": v for k, v in values.items()}
     check_all(ours, golden, "f64/", tolerance_iterations(lambda key: 1e-8))

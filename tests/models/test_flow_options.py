@@ -15,8 +15,8 @@ from helpers.paths import GOLDEN
 from starflow2_jax.checkpoints.convert import starflow as public
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import Jacobi, inverse
-from starflow2_jax.models import flow, layers, patches
-from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models import attention, flow, patches
+from starflow2_jax.models.flow import Conditioning, FlowConfig
 from starflow2_jax.params import flatten, ones, unflatten
 
 # Rows such that every two values of different options meet in one of them, where they can.
@@ -68,7 +68,7 @@ ROWS = [
 CASES = [dict(zip(OPTIONS, row)) for row in ROWS]
 NAMES = [f"{i}-{row[0]}-{row[1]}-text_{row[6]}" for i, row in enumerate(ROWS)]
 TEXT_LENGTH = 3
-forward = jax.jit(flow.forward, static_argnames=("cfg", "grid"))
+forward = jax.jit(flow.forward, static_argnames="cfg")
 
 
 def config_of(case):
@@ -93,17 +93,18 @@ def random_params(cfg, seed=0, dtype=np.float64):
 
 
 def inputs_of(cfg, grid, seed=0, dtype=np.float64, rows=2):
-    """x, and what `forward` and `inverse` take beside it."""
+    """Random tokens x and their conditioning."""
     rng = np.random.default_rng(seed)
     tokens = grid[0] * grid[1] if grid else cfg.tokens
     x = jnp.asarray(rng.standard_normal((rows, tokens, cfg.channels)).astype(dtype))
-    given = {}
+    conditioning = Conditioning(grid=grid)
     if cfg.text_channels:
         text = rng.standard_normal((rows, cfg.text_length, cfg.text_channels))
-        given["text"] = jnp.asarray(text.astype(dtype))
+        conditioning = conditioning.replace(text=jnp.asarray(text.astype(dtype)))
     if cfg.classes:
-        given["labels"] = jnp.asarray([1, -1] * (rows // 2), jnp.int32)
-    return x, given
+        labels = jnp.asarray([1, -1] * (rows // 2), jnp.int32)
+        conditioning = conditioning.replace(labels=labels)
+    return x, conditioning
 
 
 def test_every_pair_of_options_is_covered():
@@ -118,17 +119,17 @@ def test_every_pair_of_options_is_covered():
 def test_log_det_is_that_of_the_jacobian_and_the_inverse_inverts(x64, case):
     cfg, grid = config_of(case)
     params = random_params(cfg)
-    x, given = inputs_of(cfg, grid)
+    x, conditioning = inputs_of(cfg, grid)
 
     @jax.jit
-    def both(params, x, given):
+    def both(params, x, conditioning):
         def run(x):
-            z, log_det = flow.forward(params, x, cfg, grid=grid, **given)
+            z, log_det = flow.forward(params, x, cfg, conditioning)
             return z, (z, log_det)
 
         return jax.jacfwd(run, has_aux=True)(x)
 
-    jacobian, (z, log_det) = both(params, x, given)
+    jacobian, (z, log_det) = both(params, x, conditioning)
     size = x.shape[1] * x.shape[2]
     whole = np.asarray(jacobian).reshape(2, size, 2, size)
     assert not whole[0, :, 1].any() and not whole[1, :, 0].any()  # rows do not mix
@@ -136,7 +137,7 @@ def test_log_det_is_that_of_the_jacobian_and_the_inverse_inverts(x64, case):
         sign, expected = np.linalg.slogdet(whole[row, :, row])
         assert sign == 1 and abs(expected - log_det[row]) < 1e-9
     assert abs(float(log_det[0])) > 0.01
-    call = partial(inverse, cfg=cfg, grid=grid, **given)
+    call = partial(inverse, cfg=cfg, conditioning=conditioning)
     back, info = call(params, z)
     assert error(back, x) < 1e-9
     assert not info["residual"].any()
@@ -150,10 +151,10 @@ def test_log_det_is_that_of_the_jacobian_and_the_inverse_inverts(x64, case):
 def test_round_trip_in_float32(case):
     cfg, grid = config_of(case)
     params = random_params(cfg, 1, np.float32)
-    x, given = inputs_of(cfg, grid, 1, np.float32)
-    z, log_det = forward(params, x, cfg, grid=grid, **given)
+    x, conditioning = inputs_of(cfg, grid, 1, np.float32)
+    z, log_det = forward(params, x, cfg, conditioning)
     assert z.dtype == log_det.dtype == jnp.float32
-    back, _ = inverse(params, z, cfg, grid=grid, **given)
+    back, _ = inverse(params, z, cfg, conditioning)
     assert error(back, x) < 1e-5
     assert error(z, x) > 0.1
 
@@ -162,9 +163,9 @@ def test_round_trip_in_float32(case):
 def test_a_token_is_predicted_from_those_before_it_alone(x64, row):
     cfg, grid = config_of(CASES[row])
     block, params = cfg.block(-1), random_params(cfg)["blocks"][str(len(cfg.layers) - 1)]
-    x, given = inputs_of(cfg, grid, rows=2)
-    text, labels, size = given.get("text"), given.get("labels"), flow.check_grid(x.shape[1], grid)
-    predict = lambda x: flow.predict(params, x, block, text, labels, size)
+    x, conditioning = inputs_of(cfg, grid, rows=2)
+    conditioning = flow.check_inputs(cfg, x.shape, conditioning)
+    predict = lambda x: flow.predict_gaussian(params, x, block, conditioning)
     slopes = jax.jit(jax.jacfwd(predict))(x)
     # The first token depends on none, so every one does on all those before it, and no other.
     expected = np.tri(x.shape[1], k=-1, dtype=bool)
@@ -187,22 +188,23 @@ def test_stored_option_cases(x64, name):
     params = jax.tree.map(jnp.asarray, params)
     grid = tuple(int(n) for n in golden["grid"])
     x, noise = jnp.asarray(golden["x"]), jnp.asarray(golden["noise"])
-    given = {k: jnp.asarray(golden[k]) for k in ("text", "labels") if k in golden}
+    conditions = {k: jnp.asarray(golden[k]) for k in ("text", "labels") if k in golden}
+    conditioning = Conditioning(**conditions, grid=grid)
 
     @jax.jit
-    def run(params, x, given):
+    def run(params, x, conditioning):
         def mean(x):
-            z, log_det = flow.forward(params, x, cfg, grid=grid, **given)
+            z, log_det = flow.forward(params, x, cfg, conditioning)
             return (0.5 * jnp.square(z).sum() - log_det.sum()) / x.size, (z, log_det)
 
         (loss, (z, log_det)), grad = jax.value_and_grad(mean, has_aux=True)(x)
         return {"z": z, "log_det": log_det, "loss": loss, "grad_x": grad}
 
-    ours = run(params, x, given)
-    ours["sample"], _ = inverse(params, noise, cfg, grid=grid, **given)
+    ours = run(params, x, conditioning)
+    ours["sample"], _ = inverse(params, noise, cfg, conditioning)
     if "sample_guided" in golden:
         guidance = Guidance(float(golden["guidance"]), text=jnp.asarray(golden["null_text"]))
-        drawn = inverse(params, noise, cfg, grid=grid, guidance=guidance, **given)
+        drawn = inverse(params, noise, cfg, conditioning, guidance=guidance)
         ours["sample_guided"] = drawn[0]
     patch = options["patch_size"]
     picture = lambda t: patches.unpatchify(t, grid, patch, "channel_last").transpose(0, 3, 1, 2)
@@ -229,30 +231,31 @@ def conditioned():
 def test_guidance_weights_of_zero_and_minus_one(x64, conditioned):
     cfg, grid = conditioned
     params = random_params(cfg)
-    z, given = inputs_of(cfg, grid)
-    draw = partial(inverse, params, z, cfg, grid=grid)
-    plain = draw(**given)[0]
-    null = draw(text=jnp.zeros_like(given["text"]), labels=None)[0]
+    z, conditioning = inputs_of(cfg, grid)
+    draw = partial(inverse, params, z, cfg, conditioning)
+    plain = draw()[0]
+    zeros = jnp.zeros_like(conditioning.text)
+    null = inverse(params, z, cfg, conditioning.replace(text=zeros, labels=None))[0]
     assert error(null, plain) > 0.01
     for rule, annealed in (("product", True), ("linear_log_scale", False), ("linear_scale", True)):
         guide = partial(Guidance, rule=rule, annealed=annealed, temperature_on="unconditional")
-        assert error(draw(guidance=guide(0.0, temperature=0.5), **given)[0], plain) < 1e-12
-        assert error(draw(guidance=guide(1.0), **given)[0], plain) > 0.01
+        assert error(draw(guidance=guide(0.0, temperature=0.5))[0], plain) < 1e-12
+        assert error(draw(guidance=guide(1.0))[0], plain) > 0.01
         if not annealed:
             # (mean, scale) = null's own where the extrapolation goes all the way back.
-            assert error(draw(guidance=guide(-1.0), **given)[0], null) < 1e-10
+            assert error(draw(guidance=guide(-1.0))[0], null) < 1e-10
     # With every pass at a temperature, weight 0 is sampling at that temperature.
-    guided = draw(guidance=Guidance(0.0, temperature=0.7), **given)[0]
-    assert error(guided, draw(temperature=0.7, **given)[0]) < 1e-12
+    guided = draw(guidance=Guidance(0.0, temperature=0.7))[0]
+    assert error(guided, draw(temperature=0.7)[0]) < 1e-12
     with pytest.raises(ValueError, match=r"guidance.rule='cfg' is not of \('product'"):
-        draw(guidance=Guidance(1.0, rule="cfg"), **given)
+        draw(guidance=Guidance(1.0, rule="cfg"))
 
 
 def test_guided_jacobi_equals_guided_sequential(x64, conditioned):
     cfg, grid = conditioned
     params = random_params(cfg)
-    z, given = inputs_of(cfg, grid)
-    draw = partial(inverse, params, z, cfg, grid=grid, guidance=Guidance(1.5), **given)
+    z, conditioning = inputs_of(cfg, grid)
+    draw = partial(inverse, params, z, cfg, conditioning, guidance=Guidance(1.5))
     drawn, info = draw(jacobi=Jacobi(4, 0.0, 4))
     assert error(drawn, draw()[0]) < 1e-12
     assert info["passes"].tolist() == [8, 8]
@@ -267,8 +270,8 @@ def test_guided_jacobi_equals_guided_sequential(x64, conditioned):
 def test_temperature_divides_the_attention_logits(x64, conditioned):
     cfg, grid = conditioned
     params = random_params(cfg)
-    z, given = inputs_of(cfg, grid)
-    draw = partial(inverse, z=z, cfg=cfg, grid=grid, **given)
+    z, conditioning = inputs_of(cfg, grid)
+    draw = partial(inverse, z=z, cfg=cfg, conditioning=conditioning)
     # Logits are linear in the queries, rotation included.
     cooler = flatten(params)
     for name in cooler:
@@ -282,34 +285,37 @@ def test_temperature_divides_the_attention_logits(x64, conditioned):
 def test_the_null_class_is_the_mean_in_both_directions(x64, conditioned):
     cfg, grid = conditioned
     params = random_params(cfg)
-    x, given = inputs_of(cfg, grid)
-    text = given["text"]
-    labels = lambda n: jnp.full(len(x), n, jnp.int32)
+    x, conditioning = inputs_of(cfg, grid)
+
+    def labels(n):
+        labels = None if n is None else jnp.full(len(x), n, jnp.int32)
+        return conditioning.replace(labels=labels)
+
     averaged = flatten(params)
     for name in averaged:
         if name.endswith("class_embed"):
             table = averaged[name]
             averaged[name] = jnp.broadcast_to(table.mean(0), table.shape)
-    for run in (partial(forward, cfg=cfg, grid=grid), partial(inverse, cfg=cfg, grid=grid)):
-        null = run(params, x, text=text, labels=labels(-1))[0]
-        assert error(run(params, x, text=text, labels=None)[0], null) < 1e-12
-        assert error(run(unflatten(averaged), x, text=text, labels=labels(2))[0], null) < 1e-12
-        assert error(run(params, x, text=text, labels=labels(2))[0], null) > 1e-3
+    for run in (partial(forward, cfg=cfg), partial(inverse, cfg=cfg)):
+        null = run(params, x, conditioning=labels(-1))[0]
+        assert error(run(params, x, conditioning=labels(None))[0], null) < 1e-12
+        assert error(run(unflatten(averaged), x, conditioning=labels(2))[0], null) < 1e-12
+        assert error(run(params, x, conditioning=labels(2))[0], null) > 1e-3
 
 
 def test_explicit_positions_of_the_deep_block(x64):
     cfg, grid = config_of(CASES[2])
     params = random_params(cfg)
-    x, given = inputs_of(cfg, grid)
+    x, conditioning = inputs_of(cfg, grid)
     own = flow.block_positions(cfg.block(-1), grid, TEXT_LENGTH)
     assert own.shape == (TEXT_LENGTH + 5, 3)
-    run = partial(forward, params, x, cfg, grid=grid, **given)
-    plain = run()[0]
-    assert error(run(positions=jnp.asarray(own))[0], plain) < 1e-12
-    moved = jnp.asarray(own) * 3
-    z = run(positions=moved)[0]
+    plain = forward(params, x, cfg, conditioning)[0]
+    explicit = conditioning.replace(positions=jnp.asarray(own))
+    assert error(forward(params, x, cfg, explicit)[0], plain) < 1e-12
+    moved = conditioning.replace(positions=jnp.asarray(own) * 3)
+    z = forward(params, x, cfg, moved)[0]
     assert error(z, plain) > 1e-4
-    back = inverse(params, z, cfg, grid=grid, positions=moved, **given)[0]
+    back = inverse(params, z, cfg, moved)[0]
     assert error(back, x) < 1e-9
 
 
@@ -323,8 +329,10 @@ def test_causal_attention_in_parts_is_causal_attention(x64):
         weights = np.exp(np.where(mask, scores, -np.inf))
         weights /= weights.sum(-1, keepdims=True)
         expected = np.einsum("bkgts,bksd->bkgtd", weights, v).reshape(q.shape)
-        assert error(layers.attention(q, k, v, None), expected) < 1e-12
-        assert error(layers.attention(q, k, v, jnp.asarray(mask)), expected) < 1e-12
+        assert error(attention.grouped_query_attention(q, k, v, None), expected) < 1e-12
+        assert (
+            error(attention.grouped_query_attention(q, k, v, jnp.asarray(mask)), expected) < 1e-12
+        )
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -333,22 +341,21 @@ def test_causal_attention_in_parts_is_causal_attention(x64):
 def test_inputs_that_do_not_fit_are_named(conditioned):
     cfg, grid = conditioned
     params = random_params(cfg, dtype=np.float32)
-    x, given = inputs_of(cfg, grid, dtype=np.float32)
+    x, conditioning = inputs_of(cfg, grid, dtype=np.float32)
     bare = dataclasses.replace(cfg, text_channels=0, text_length=0, classes=0)
     learned = dataclasses.replace(bare, positions="learned")
     for other, changes, words in (
         (cfg, {"x": x[..., :1]}, r"tokens: expected \[B, T, 2\], got \[2, 6, 1\]"),
         (cfg, {"text": None}, "text: is missing"),
-        (cfg, {"text": given["text"][..., :2]}, r"text: expected \[B, L, 3\], got \[2, 3, 2\]"),
+        (cfg, {"text": conditioning.text[..., :2]}, r"text: expected \[B, L, 3\], got \[2, 3, 2\]"),
         (cfg, {"grid": (2, 2)}, "grid: 2 x 2 does not hold 6 tokens"),
         (cfg, {"grid": None}, "grid: 2 x 2 does not hold 6 tokens"),
         (bare, {"labels": None}, "text: the model has none"),
         (bare, {"text": None}, "labels: the model has no classes"),
         (learned, {"text": None, "labels": None}, "learned positions need T=4, got 6"),
     ):
-        call = {"grid": grid, **given, **changes}
-        tokens = call.pop("x", x)
+        tokens = changes.pop("x", x)
         with pytest.raises(ValueError, match=words):
-            flow.forward(params, tokens, other, **call)
+            flow.forward(params, tokens, other, conditioning.replace(**changes))
         with pytest.raises(ValueError, match=words):
-            inverse(params, tokens, other, **call)
+            inverse(params, tokens, other, conditioning.replace(**changes))

@@ -79,7 +79,7 @@ def test_cached_steps_are_the_whole(golden):
     given = case(arrays, "text")
     ids, valid = given["ids"], given["valid"]
     positions, length = qwen.rope_indices(ids, cfg, (), valid)[0], ids.shape[1]
-    unstacked = layers.unstack(params["layers"], cfg.layers)
+    unstacked = layers.unstack(params["layers"])
     cache = qwen.empty_cache(cfg, len(ids), length + 2, jnp.float32)
     slots = np.arange(length + 2)
     seen = np.pad(valid, ((0, 0), (0, 2)))
@@ -208,11 +208,11 @@ def test_embeddings_of_any_origin_and_gradients(golden):
     cfg, params, arrays = golden
     ids = case(arrays, "text")["ids"]
     h = qwen.embed(params, ids, cfg)
-    states = qwen.run(params, h, None, None, cfg)
+    states, _ = qwen.apply_layers(params, h, cfg)
     np.testing.assert_allclose(
         qwen.logits(params, states, cfg), qwen.forward(params, ids, cfg), atol=1e-6
     )
-    loss = lambda h, cfg: jnp.square(qwen.run(params, h, None, None, cfg)).mean()
+    loss = lambda h, cfg: jnp.square(qwen.apply_layers(params, h, cfg)[0]).mean()
     plain = jax.grad(loss)(h, cfg)
     kept = jax.grad(loss)(h, dataclasses.replace(cfg, remat="full"))
     assert float(jnp.abs(plain).max()) > 0 and error(kept, plain) <= TOLERANCE

@@ -78,7 +78,7 @@ def test_cached_decode_step_bystep(torch, name):
         )
         theirs.append(out.logits[:, 0].numpy())
 
-    unstacked = layers.unstack(params["layers"], cfg.layers)
+    unstacked = layers.unstack(params["layers"])
     cache = qwen.empty_cache(cfg, rows, length + steps, jnp.float32)
     slots = np.arange(length + steps)
     plan = qwen_vision.plan(grids, cfg.vision)

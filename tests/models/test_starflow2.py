@@ -5,23 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import pretzel_batch
+from helpers.backbone_checks import backbone_inputs, check_log_det, heads, random_latents
+from helpers.pretzel_batch import EDIT, I2T, REASON, T2I, TEXT
 
-from starflow2_jax.models import flow, layers, qwen, starflow2
+from starflow2_jax.data.chat_layout import MessagePart
+from starflow2_jax.models import attention, flow, qwen, starflow2
+from starflow2_jax.models.flow import Conditioning
 from starflow2_jax.params import count as count_params
 from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.losses.interleaved import Stage
 
 STAGE1, STAGE2, STAGE3 = Stage(True, False), Stage(False, True), Stage(True, True)
 PACKED = [
-    [pretzel_batch.T2I, pretzel_batch.I2T],
-    [pretzel_batch.EDIT, pretzel_batch.TEXT],
-    [pretzel_batch.REASON, pretzel_batch.TEXT],
+    [T2I, I2T],
+    [EDIT, TEXT],
+    [REASON, TEXT],
 ]
 
 
 def terms(params, batch, cfg, stage, **options):
     x = jnp.asarray(batch["latent_mean"])
-    return interleaved.terms(params, batch, x, cfg, stage, **options)
+    return interleaved.loss_terms(params, batch, x, cfg, stage, **options)
 
 
 # ----------------------------------------------------------------------- nothing crosses at first
@@ -33,33 +37,27 @@ def test_text_without_crossings_is_the_vlm_bit_for_bit(dtype):
     params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
     batch = pretzel_batch.batch(PACKED)
     is_image = batch["image"] >= 0
-    mask = layers.segment_mask(jnp.asarray(batch["segments"]))
+    mask = attention.segment_mask(jnp.asarray(batch["segments"]))
 
     @jax.jit
-    def theirs(params):
+    def vlm_logits(params):
         h = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
         h = jnp.where(is_image[..., None], 0, h)
-        return qwen.logits(
-            params["vlm"], qwen.run(params["vlm"], h, batch["positions"], mask, cfg.vlm), cfg.vlm
-        )
+        states, _ = qwen.apply_layers(params["vlm"], h, cfg.vlm, batch["positions"], mask)
+        return qwen.logits(params["vlm"], states, cfg.vlm)
 
     @jax.jit
-    def ours(params):
+    def pretzel_logits(params):
         x = batch["latent_mean"]
-        u = starflow2.shallow(params, x.reshape(-1, *x.shape[2:]), cfg)[0][-1]
-        u = starflow2.place(u.reshape(x.shape), batch["image"])
-        text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
-        h = starflow2.vlm_input(params, text, u, is_image, cfg)
-        y = starflow2.vlm_states(params, h, batch["positions"], mask, cfg)
-        h = starflow2.deep_input(params, y, u, is_image, cfg)
-        h = starflow2.deep_states(params, h, batch["flow_positions"], mask, cfg)
-        return starflow2.text_logits(params, starflow2.text_states(params, y, h, cfg), cfg)
+        u = starflow2.shallow_forward(params, x.reshape(-1, *x.shape[2:]), cfg)[0][-1]
+        u = starflow2.latents_at_positions(u.reshape(x.shape), batch["image"])
+        return heads(params, starflow2.forward(params, backbone_inputs(batch, u), cfg), cfg)[2]
 
-    expected = np.asarray(theirs(params))
-    np.testing.assert_array_equal(np.asarray(ours(params)), expected)
+    expected = np.asarray(vlm_logits(params))
+    np.testing.assert_array_equal(np.asarray(pretzel_logits(params)), expected)
     assert expected.std() > 0.1
-    crossed = {**params, "skip": pretzel_batch.drawn(cfg, 1)["skip"]}
-    assert not np.array_equal(np.asarray(ours(crossed)), expected)
+    with_skips = {**params, "skip": pretzel_batch.drawn(cfg, 1)["skip"]}
+    assert not np.array_equal(np.asarray(pretzel_logits(with_skips)), expected)
 
 
 @pytest.mark.parametrize("length", [44, 64])
@@ -69,8 +67,8 @@ def test_text_is_the_vlms_across_row_lengths(length):
     nll = lambda batch: np.asarray(
         jax.jit(lambda p: terms(p, batch, cfg, STAGE3, text_targets=12).nll)(params)
     )
-    alone = nll(pretzel_batch.batch([[pretzel_batch.T2I], [pretzel_batch.I2T]], length=26))
-    together = nll(pretzel_batch.batch([[pretzel_batch.T2I, pretzel_batch.I2T]], length=length))
+    alone = nll(pretzel_batch.batch([[T2I], [I2T]], length=26))
+    together = nll(pretzel_batch.batch([[T2I, I2T]], length=length))
     both = np.concatenate([row[row != 0] for row in alone])
     np.testing.assert_allclose(together[together != 0], both, rtol=1e-5, atol=1e-5)
 
@@ -78,23 +76,25 @@ def test_text_is_the_vlms_across_row_lengths(length):
 def prefix_nats(params, batch, cfg):
     """Nats of the first image of each row as `flow.forward` says, without its constant."""
     x = jnp.asarray(batch["latent_mean"])
-    mask = layers.segment_mask(jnp.asarray(batch["segments"]))
+    mask = attention.segment_mask(jnp.asarray(batch["segments"]))
     is_image = batch["image"] >= 0
     text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
     h = jnp.where(is_image[..., None], 0, text)
-    run = jax.jit(lambda h: qwen.run(params["vlm"], h, batch["positions"], mask, cfg.vlm))
-    y, found = run(h), []
+    run = jax.jit(
+        lambda h: qwen.apply_layers(params["vlm"], h, cfg.vlm, batch["positions"], mask)[0]
+    )
+    y, nats = run(h), []
+    blocks = {**params["shallow"], str(len(params["shallow"])): params["deep"]}
     forward = jax.jit(
-        lambda x, text, at: flow.forward(
-            starflow2.flow_params(params), x, cfg.flow, text=text, positions=at
-        )
+        lambda x, conditioning: flow.forward({"blocks": blocks}, x, cfg.flow, conditioning)
     )
     for b in range(len(x)):
         first = int(np.argmax(batch["image"][b] == 0))
-        at = batch["flow_positions"][b, : first + cfg.patches - 1]
-        z, log_det = forward(x[b, :1], y[b : b + 1, :first], jnp.asarray(at))
-        found.append(0.5 * np.square(z).sum() - log_det[0])
-    return np.array(found) / (cfg.patches * cfg.flow.channels)
+        positions = jnp.asarray(batch["flow_positions"][b, : first + cfg.patches - 1])
+        conditioning = Conditioning(text=y[b : b + 1, :first], positions=positions)
+        z, log_det = forward(x[b, :1], conditioning)
+        nats.append(0.5 * np.square(z).sum() - log_det[0])
+    return np.array(nats) / (cfg.patches * cfg.flow.channels)
 
 
 def first_image_nats(params, batch, cfg, stage):
@@ -107,9 +107,7 @@ def first_image_nats(params, batch, cfg, stage):
 def test_images_without_crossings_are_starflows(stage):
     cfg = pretzel_batch.model()
     params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
-    batch = pretzel_batch.batch(
-        [[pretzel_batch.T2I, pretzel_batch.I2T], [pretzel_batch.T2I], [pretzel_batch.EDIT]]
-    )
+    batch = pretzel_batch.batch([[T2I, I2T], [T2I], [EDIT]])
     expected = prefix_nats(params, batch, cfg)
     np.testing.assert_allclose(
         first_image_nats(params, batch, cfg, stage), expected, rtol=1e-6, atol=1e-6
@@ -120,9 +118,7 @@ def test_images_without_crossings_are_starflows(stage):
 def test_images_without_crossings_are_starflows_in_float64(x64):
     cfg = pretzel_batch.model(compute_dtype="float64")
     params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
-    batch = pretzel_batch.batch(
-        [[pretzel_batch.T2I, pretzel_batch.I2T], [pretzel_batch.EDIT]], dtype=np.float64
-    )
+    batch = pretzel_batch.batch([[T2I, I2T], [EDIT]], dtype=np.float64)
     expected = prefix_nats(params, batch, cfg)
     assert expected.dtype == np.float64
     got = first_image_nats(params, batch, cfg, STAGE3)
@@ -138,24 +134,18 @@ def test_every_pair_of_positions_is_causal(into, x64):
     cfg = pretzel_batch.model(skip_into=into, compute_dtype="float64")
     params = pretzel_batch.drawn(cfg)
     record = (
-        *(pretzel_batch.Part("none", "ab"), pretzel_batch.Part("none", 0, True)),
-        *(pretzel_batch.Part("none", "c"), pretzel_batch.Part("none", 1, True)),
+        *(MessagePart("none", "ab"), MessagePart("none", 0, True)),
+        *(MessagePart("none", "c"), MessagePart("none", 1, True)),
     )
-    batch = pretzel_batch.batch([[record, pretzel_batch.T2I]], length=32, dtype=np.float64)
+    batch = pretzel_batch.batch([[record, T2I]], length=32, dtype=np.float64)
     segments, is_image = batch["segments"], batch["image"] >= 0
-    mask = layers.segment_mask(jnp.asarray(segments))
-    rng = np.random.default_rng(0)
-    u = rng.standard_normal((1, 32, cfg.flow.channels)) * is_image[..., None]
+    mask = attention.segment_mask(jnp.asarray(segments))
+    u = random_latents(batch, cfg.flow.channels)
     text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
 
     def outputs(text, u):
-        h = starflow2.vlm_input(params, text, u, is_image, cfg)
-        y = starflow2.vlm_states(params, h, batch["positions"], mask, cfg)
-        h = starflow2.deep_input(params, y, u, is_image, cfg)
-        h = starflow2.deep_states(params, h, batch["flow_positions"], mask, cfg)
-        scale, mean = starflow2.image_head(params, h, cfg)
-        logits = starflow2.text_logits(params, starflow2.text_states(params, y, h, cfg), cfg)
-        return scale[0], mean[0], logits[0]
+        states = starflow2.forward(params, backbone_inputs(batch, u, text), cfg)
+        return [output[0] for output in heads(params, states, cfg)]
 
     by_text, by_u = zip(*jax.jit(jax.jacrev(outputs, (0, 1)))(text, jnp.asarray(u)))
     allowed = np.asarray(mask[0])
@@ -171,12 +161,10 @@ def test_every_pair_of_positions_is_causal(into, x64):
 def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     cfg = pretzel_batch.model(compute_dtype="float64")
     params = pretzel_batch.drawn(cfg)
-    batch = pretzel_batch.batch(
-        [[pretzel_batch.EDIT, pretzel_batch.T2I]], length=48, dtype=np.float64
-    )
+    batch = pretzel_batch.batch([[EDIT, T2I]], length=48, dtype=np.float64)
 
     def nats(x):
-        found = interleaved.terms(params, batch, x, cfg, STAGE3, text_targets=8)
+        found = interleaved.loss_terms(params, batch, x, cfg, STAGE3, text_targets=8)
         return (found.half_square - sum(found.log_dets))[0], found.nll[0]
 
     images, tokens = jax.jit(jax.jacrev(nats))(jnp.asarray(batch["latent_mean"]))
@@ -186,7 +174,7 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     np.testing.assert_array_equal(by_image, expected)
     assert (np.abs(np.asarray(images))[[0, 1, 2], 0, [0, 1, 2]] > 0).all()
     found = jax.jit(lambda p: terms(p, batch, cfg, STAGE3, text_targets=8))(params)
-    at, held = np.asarray(found.at)[0], np.asarray(found.token)[0]
+    at, held = np.asarray(found.target_index)[0], np.asarray(found.token)[0]
     before = np.abs(np.asarray(tokens))[held, 0, :3].max((2, 3)) > 0
     first = [int(np.argmax(batch["image"][0] == m * cfg.patches)) for m in range(3)]
     last = [f + cfg.patches - 1 for f in first]
@@ -202,55 +190,28 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
 def test_log_det_is_the_jacobians(x64):
     """An image of a row behind another one, through the shallow and the deep flow."""
     cfg = pretzel_batch.model(compute_dtype="float64")
-    params = pretzel_batch.drawn(cfg)
-    batch = pretzel_batch.batch([[pretzel_batch.EDIT]], length=40, dtype=np.float64)
-    x = jnp.asarray(batch["latent_mean"])
-    mask = layers.segment_mask(jnp.asarray(batch["segments"]))
-    is_image = batch["image"] >= 0
-    first = int(np.argmax(batch["image"][0] == cfg.patches))
-
-    def z_of(second):
-        given = x.at[0, 1].set(second.reshape(x.shape[2:]))
-        u = starflow2.shallow(params, given[0], cfg)[0][-1][None]
-        u = starflow2.place(u, batch["image"])
-        text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
-        h = starflow2.vlm_input(params, text, u, is_image, cfg)
-        y = starflow2.vlm_states(params, h, batch["positions"], mask, cfg)
-        h = starflow2.deep_input(params, y, u, is_image, cfg)
-        h = starflow2.deep_states(params, h, batch["flow_positions"], mask, cfg)
-        scale, mean = starflow2.image_head(params, h, cfg)
-        own = slice(first - 1, first + cfg.patches - 1)
-        return ((u[0, first : first + cfg.patches] - mean[0, own]) / scale[0, own]).ravel()
-
-    second = x[0, 1].ravel()
-    sign, expected = np.linalg.slogdet(np.asarray(jax.jit(jax.jacfwd(z_of))(second)))
-    found = jax.jit(lambda p: terms(p, batch, cfg, STAGE3))(params)
-    got = float(sum(found.log_dets)[0, 1])
-    assert sign == 1 and abs(expected) > 0.01
-    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
-    half = 0.5 * np.square(np.asarray(jax.jit(z_of)(second))).sum()
-    np.testing.assert_allclose(float(found.half_square[0, 1]), half, rtol=1e-10)
+    check_log_det(cfg, pretzel_batch.drawn(cfg))
 
 
 def test_packed_rows_equal_rows_of_one_record(x64):
     cfg = pretzel_batch.model(compute_dtype="float64")
     params = pretzel_batch.drawn(cfg)
     records = [
-        pretzel_batch.T2I,
-        pretzel_batch.I2T,
-        pretzel_batch.EDIT,
-        pretzel_batch.TEXT,
-        pretzel_batch.REASON,
+        T2I,
+        I2T,
+        EDIT,
+        TEXT,
+        REASON,
     ]
     packed = pretzel_batch.batch([records[:3], records[3:]], length=64, dtype=np.float64)
     apart = pretzel_batch.batch([[record] for record in records], length=36, dtype=np.float64)
 
     @jax.jit
     def loss(params, batch):
-        found = interleaved.terms(params, batch, batch["latent_mean"], cfg, STAGE3)
-        made = interleaved.sums(found, batch, STAGE3)
-        totals = jax.tree.map(jnp.sum, interleaved.counts(batch, STAGE3))
-        each = interleaved.row_loss(made, totals, text_weight=0.7, latent_penalty=1e-2)
+        found = interleaved.loss_terms(params, batch, batch["latent_mean"], cfg, STAGE3)
+        made = interleaved.row_metrics(found, batch, STAGE3)
+        totals = jax.tree.map(jnp.sum, interleaved.target_counts(batch, STAGE3))
+        each = interleaved.per_example_loss(made, totals, text_weight=0.7, latent_penalty=1e-2)
         return each.sum(), found
 
     (a, one), (b, many) = (
@@ -274,7 +235,7 @@ def test_without_an_image_before_it_the_adapter_changes_no_image():
     cfg = pretzel_batch.model()
     before = pretzel_batch.drawn(cfg, zero=("skip",))
     after = {**before, "adapter": pretzel_batch.drawn(cfg, 5)["adapter"]}
-    batch = pretzel_batch.batch([[pretzel_batch.T2I], [pretzel_batch.EDIT]], length=40)
+    batch = pretzel_batch.batch([[T2I], [EDIT]], length=40)
     read = jax.jit(lambda p: terms(p, batch, cfg, STAGE3))
     nats = [np.asarray(f.half_square - sum(f.log_dets)) for f in map(read, (before, after))]
     np.testing.assert_array_equal(nats[0][0], nats[1][0])
@@ -283,7 +244,7 @@ def test_without_an_image_before_it_the_adapter_changes_no_image():
 
 def test_text_loss_stops_where_it_is_told_to():
     cfg = pretzel_batch.model()
-    params, batch = pretzel_batch.drawn(cfg), pretzel_batch.batch([[pretzel_batch.I2T]], length=40)
+    params, batch = pretzel_batch.drawn(cfg), pretzel_batch.batch([[I2T]], length=40)
     for into in (True, False):
         read = lambda p: terms(p, batch, cfg, STAGE3, text_into_flow=into).nll.sum()  # noqa: B023
         grads = jax.jit(jax.grad(read))(params)

@@ -318,7 +318,11 @@ def test_two_processes_train_the_joint_stage_as_one_does(joint, tmp_path):
     sizes = {"width": 64, "layers": 1, "heads": 2, "kv_heads": 2, "mlp_width": 96}
     vlm = dataclasses.replace(starflow2.tiny().vlm, **sizes)
     flow = starflow2.flow_config(64, side=8, channels=16, width=64, head_dim=32, layers=(1, 1))
-    shown = {"evaluate__every": 3, "checkpoint__every": 3, "model": starflow2.Config(vlm, flow)}
+    shown = {
+        "evaluate__every": 3,
+        "checkpoint__every": 3,
+        "model": starflow2.PretzelConfig(vlm, flow),
+    }
     compare_processes(joint, tmp_path, "fsdp_tp", 3, ("2x4",), shown)
 
 

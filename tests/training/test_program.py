@@ -103,10 +103,10 @@ def test_trained_weights_invert_in_float32(kind):
     keys = preprocess.row_keys(0, 0, jnp.arange(ROWS))
     image = {"image": batch["image"]}
     x = preprocess.tokens(image, keys, cfg, False)
-    labels = jnp.asarray(batch["label"])
-    z, log_det = flow.forward(state.params["flow"], x, model, labels=labels)
+    conditioning = flow.Conditioning(labels=jnp.asarray(batch["label"]))
+    z, log_det = flow.forward(state.params["flow"], x, model, conditioning)
     assert float(jnp.abs(z - x).max()) > 0.5 and float(jnp.abs(log_det).min()) > 0.1
-    back, _ = inverse(state.params["flow"], z, model, labels=labels)
+    back, _ = inverse(state.params["flow"], z, model, conditioning)
     np.testing.assert_allclose(np.asarray(back), np.asarray(x), rtol=1e-5, atol=1e-5)
 
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from starflow2_jax.checkpoints.convert.qwen_options import public_options, read_options
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config, write_tensors
 from starflow2_jax.checkpoints.tensor_files import Stored, open_source
-from starflow2_jax.models.qwen import Config, declare
+from starflow2_jax.models.qwen import QwenConfig, declare
 from starflow2_jax.params import (
     ParamSpec,
     Tree,
@@ -98,7 +98,7 @@ class Piece:
     transposed: bool
 
 
-def table(cfg: Config) -> list[Piece]:
+def table(cfg: QwenConfig) -> list[Piece]:
     """Every piece of every public tensor of `cfg`; pieces of a leaf are neighbours."""
     pieces = []
     for leaf, weight in flatten(declare(cfg)).items():
@@ -129,7 +129,7 @@ def _transposed(leaf: str) -> bool:
     return leaf.endswith("/weight") and not leaf.startswith("embed/") and "norm" not in leaf
 
 
-def _public_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+def _public_shapes(cfg: QwenConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for piece in table(cfg):
         rows = shapes.get(piece.name, (0,))[0] + piece.shape[0]
@@ -147,7 +147,7 @@ def load(
     dtype: Any = None,
     *,
     only: str | tuple[str, ...] = "",
-) -> tuple[Config, dict[str, Any]]:
+) -> tuple[QwenConfig, dict[str, Any]]:
     """A published Qwen2.5-VL, tensor by tensor straight into arrays where they are to lie.
 
     On the host there is never more than one tensor beside the finished arrays.
@@ -192,7 +192,7 @@ def load(
     return cfg, unflatten(leaves)
 
 
-def _open(folder: str | Path, cfg: Config) -> dict[str, Stored]:
+def _open(folder: str | Path, cfg: QwenConfig) -> dict[str, Stored]:
     """Their tensors under the names that are written, checked against the table."""
     source: dict[str, Stored] = {}
     for name, stored in open_source(folder).items():
@@ -294,7 +294,7 @@ def _put(array: np.ndarray, sharding: Any) -> jax.Array:
 
 def export(
     params: Tree,
-    cfg: Config,
+    cfg: QwenConfig,
     folder: str | Path,
     *,
     processor: str | Path | None = None,
@@ -327,7 +327,7 @@ def export(
     write_tensors(folder, tensors, texts, overwrite=overwrite)
 
 
-def public_view(params: Tree, cfg: Config) -> dict[str, Stored]:
+def public_view(params: Tree, cfg: QwenConfig) -> dict[str, Stored]:
     """The public tensors of a tree, made when they are read.
 
     Raises:

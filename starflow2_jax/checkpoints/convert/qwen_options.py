@@ -7,7 +7,7 @@ them under `text_config`. A field that is not there has the default of transform
 from collections.abc import Mapping
 from typing import Any
 
-from starflow2_jax.models.qwen import Config
+from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.models.qwen_vision import VisionConfig
 
 _MODEL_TYPE = "qwen2_5_vl"
@@ -42,7 +42,7 @@ _TOKENS = (
 )
 
 
-def read_options(options: Mapping[str, Any], where: str = "config.json") -> Config:
+def read_options(options: Mapping[str, Any], where: str = "config.json") -> QwenConfig:
     """Our configuration of a `config.json`.
 
     Args:
@@ -92,7 +92,7 @@ def read_options(options: Mapping[str, Any], where: str = "config.json") -> Conf
     if turn.get("rope_type", "axial") != "axial" or turn.get("rope_theta", 10000.0) != 10000.0:
         raise ValueError(f"{where}: vision_config.rope_parameters={turn} is not supported")
     try:
-        return Config(
+        return QwenConfig(
             **sizes,
             vision=VisionConfig(
                 **{o: whole(vision, "vision_config.", key, d) for o, key, d in _VISION},
@@ -124,7 +124,7 @@ def _rope(text: Mapping[str, Any], where: str, prefix: str) -> tuple[float, tupl
     return float(rope.get("rope_theta", text.get("rope_theta", 1e6))), sections
 
 
-def public_options(cfg: Config) -> dict[str, Any]:
+def public_options(cfg: QwenConfig) -> dict[str, Any]:
     """The `config.json` of `cfg`, laid out as the published ones.
 
     Raises:

@@ -17,7 +17,6 @@ from etils import epath
 
 from starflow2_jax import config, params
 from starflow2_jax.evaluation.report import html as page, plots
-from starflow2_jax.models import backbone
 from starflow2_jax.models.fae import codec
 from starflow2_jax.training import program
 from starflow2_jax.training.logging import run_log
@@ -87,7 +86,7 @@ def _declared(cfg: Mapping[str, Any]) -> Any:
     if task == "vlm":
         return vlm.declare(cfg, vlm.model_config(cfg))
     if task == "starflow2":
-        return backbone.declare(starflow2.model_config(cfg))
+        return starflow2.model_config(cfg).declare()
     return codec.declare(fae.model_config(cfg))
 
 

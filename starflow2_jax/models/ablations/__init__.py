@@ -1,1 +1,1 @@
-"""Rivals of the Pretzel, which only models/backbone.py imports."""
+"""Rivals of the Pretzel, which its main path never imports."""

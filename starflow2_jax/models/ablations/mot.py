@@ -1,47 +1,58 @@
-"""A mixture of transformers with a flow as its generation expert: the Pretzel's rival (ablation).
+"""A mixture of transformers (ablation): the Pretzel's rival, with a flow as its generation expert.
 
-As in BAGEL (paper.md 7), every layer has two sets of weights and one attention over the whole row:
-the VLM's own for text, the expert's for images. The expert predicts u, patch by patch, from shallow
-blocks like the Pretzel's; the text reads images through the expert's keys and values, and there is
-no adapter and no skip. Frozen, the VLM is read and not changed; trained jointly, all weights are.
+As in BAGEL (arXiv 2505.14683, section 2), every layer has two sets of parameters and one attention
+over the whole row: the VLM's parameters for text, the expert's for images. The expert predicts u,
+patch by patch, behind shallow blocks like the Pretzel's. The text reads images through the expert's
+keys and values; there is no adapter and no skip. The VLM's parameters are frozen, or trained with
+the expert's.
 
-What the rival is given so that it is not weaker by its set-up: the expert may have another width
-than the VLM (attention needs equal heads only), so that both models train equally many weights; it
-reads `<|vision_start|>`, too, which predicts the first patch, as a vector of its own (BAGEL's
-expert predicts a patch where it stands, so its delimiters can be text); and each of its inputs is
-told the place of the patch it predicts.
+Three choices keep the baseline from being handicapped by its set-up. The expert may have another
+width than the VLM (attention only needs equal heads), so that both models train equally many
+parameters. The expert also reads `<|vision_start|>`, which predicts the first patch, as a vector of
+its own (BAGEL's expert predicts a patch at that patch, so its delimiters can be text). Each input
+of the expert carries the position of the patch it predicts.
 
-Axes: B rows, T positions, D latent channels, N patches, V width of the VLM, C of the expert.
+Shapes: B rows, T positions, D latent channels, N patches, V width of the VLM, C of the expert.
 """
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from starflow2_jax.models import flow, layers, qwen, starflow2 as pretzel
-from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models import backbone, flow, layers, qwen, starflow2
+from starflow2_jax.models.backbone import BackboneInputs, BackboneOutputs
+from starflow2_jax.models.flow import BlockConfig, FlowConfig
 from starflow2_jax.models.layers import KVCache, LayerConfig, linear
+from starflow2_jax.models.qwen import QwenConfig
+from starflow2_jax.models.starflow2 import PretzelConfig
 from starflow2_jax.params import ParamSpec, Tree, normal, zeros
+
+# Widths of the expert at which as many parameters are trained as in the Pretzel of that name.
+WIDTHS = {"tiny": 192, "small": 400, "paper": 2240}
 
 
 @dataclass(frozen=True)
-class Config:
-    """The VLM, the shallow flow, and the expert's sizes.
+class MoTConfig:
+    """The VLM, the shallow flow, and the sizes of the expert.
 
     Attributes:
-        flow: the shallow blocks as the Pretzel has them, and a deep block of no layers in whose
-            place the expert stands (see `starflow2.flow_config`).
-        width, mlp_width: C, and hidden channels of the expert's MLPs; its heads and the number of
-            its layers are the VLM's.
+        flow: the Pretzel's shallow blocks and, in place of its deep block, a block of no layers,
+            whose place the expert takes (see `starflow2.flow_config`).
+        width, mlp_width: C, and hidden channels of the expert's MLPs; the expert has the VLM's
+            heads and number of layers.
     """
 
-    vlm: qwen.Config
+    vlm: QwenConfig
     flow: FlowConfig
     width: int
     mlp_width: int
+
+    kind = "mot"
+    # The text reads images through the expert, so every subtree serves both.
+    image_subtrees = text_subtrees = frozenset({"vlm", "shallow", "deep"})
+    skips = ()
 
     def __post_init__(self):
         object.__setattr__(self, "vlm", dataclasses.replace(self.vlm, vision=None))
@@ -56,69 +67,66 @@ class Config:
     @property
     def layer(self) -> LayerConfig:
         """One layer of the expert."""
-        sizes = {"width": self.width, "mlp_width": self.mlp_width}
-        return dataclasses.replace(self.vlm.layer, **sizes)
+        return dataclasses.replace(self.vlm.layer, width=self.width, mlp_width=self.mlp_width)
 
     @property
-    def deep(self) -> flow.BlockConfig:
+    def deep(self) -> BlockConfig:
         """Options of the expert's head."""
         return self.flow.block(-1)
 
     @property
     def patches(self) -> int:
-        """N."""
+        """Number of patches N of an image."""
         return self.flow.tokens
 
     @property
-    def skips(self) -> tuple[str, ...]:
-        """None; as the Pretzel's."""
-        return ()
+    def stacks(self) -> tuple[tuple[LayerConfig, int], ...]:
+        """The one stack: keys and values of both sets of parameters share a cache."""
+        return ((self.vlm.layer, self.vlm.layers),)
+
+    def declare(self) -> dict[str, Any]:
+        """Declare every parameter (see `declare`)."""
+        return declare(self)
+
+    def forward(self, params: Tree, inputs: BackboneInputs, **options: Any) -> BackboneOutputs:
+        """Apply the mixture (see `forward`); the flow and the skips cannot be left out."""
+        options = {n: v for n, v in options.items() if n not in ("with_flow", "with_skips")}
+        return forward(params, inputs, self, **options)
 
 
-def beside(cfg: pretzel.Config, width: int) -> Config:
-    """The mixture that stands beside a Pretzel: its VLM and shallow blocks, an expert of `width`
-    whose MLPs are as many times wider as the VLM's, in steps of eight."""
+def matching(cfg: PretzelConfig, width: int) -> MoTConfig:
+    """Return the mixture with a Pretzel's VLM and shallow blocks, and an expert of `width`.
+
+    The expert's MLPs are wider than `width` by the VLM's factor, in steps of eight.
+    """
     shallow = dataclasses.replace(cfg.flow, layers=(*cfg.flow.layers[:-1], 0))
-    mlp = 8 * round(width * cfg.vlm.mlp_width / cfg.vlm.width / 8)
-    return Config(cfg.vlm, shallow, width, mlp)
+    mlp_width = 8 * round(width * cfg.vlm.mlp_width / cfg.vlm.width / 8)
+    return MoTConfig(cfg.vlm, shallow, width, mlp_width)
 
 
-# The experts' widths at which as many weights are trained as by the Pretzel of that name.
-WIDTHS = {"tiny": 192, "small": 400, "paper": 2240}
-
-
-def preset(name: str) -> Config:
-    """What stands beside the Pretzel of that name (`beside`).
+def preset(name: str) -> MoTConfig:
+    """Return the mixture that matches the Pretzel of that name.
 
     Raises:
         ValueError: an unknown name.
     """
-    return beside(pretzel.preset(name), WIDTHS[name])
+    return matching(starflow2.preset(name), WIDTHS[name])
 
 
-def options(cfg: Config) -> dict[str, Any]:
-    """An experiment's `model` group (see `starflow2.options`), marked as a mixture's."""
-    group: dict[str, Any] = {"kind": "mot", **dataclasses.asdict(cfg)}
-    for name in ("order", "text_channels", "text_length", "compute_dtype"):
-        del group["flow"][name]
-    del group["vlm"]["vision"], group["vlm"]["compute_dtype"]
-    return group
-
-
-def declare(cfg: Config) -> dict[str, Any]:
-    """Every weight, in the subtrees `vlm`, `shallow`, and `deep`, which is the expert."""
-    latent, width = cfg.flow.channels, cfg.width
+def declare(cfg: MoTConfig) -> dict[str, Any]:
+    """Declare every parameter, in the subtrees `vlm`, `shallow`, and `deep`, the expert."""
+    channels, width = cfg.flow.channels, cfg.width
     expert: dict[str, Any] = {
         "proj_in": {
-            "weight": ParamSpec((latent, width), (None, "embed")),
+            "weight": ParamSpec((channels, width), (None, "embed")),
             "bias": ParamSpec((width,), ("embed",), zeros),
         },
         "start": ParamSpec((width,), ("embed",), normal(1.0)),
         "place": ParamSpec((cfg.patches, width), (None, "embed"), normal(1e-2)),
         "layers": layers.declare(cfg.layer, cfg.vlm.layers),
         "proj_out": {
-            "weight": ParamSpec((width, 2 * latent), ("embed", None), zeros),
-            "bias": ParamSpec((2 * latent,), (None,), zeros),
+            "weight": ParamSpec((width, 2 * channels), ("embed", None), zeros),
+            "bias": ParamSpec((2 * channels,), (None,), zeros),
         },
     }
     if cfg.flow.final_norm:
@@ -127,71 +135,60 @@ def declare(cfg: Config) -> dict[str, Any]:
     return {"vlm": qwen.declare(cfg.vlm), "shallow": shallow, "deep": expert}
 
 
-def states(
+def forward(
     params: Tree,
-    text: jax.Array,
-    u: jax.Array,
-    begins: jax.Array,
-    is_image: jax.Array,
-    positions: Any,
-    following: jax.Array,
-    mask: jax.Array | None,
-    cfg: Config,
+    inputs: BackboneInputs,
+    cfg: MoTConfig,
     *,
-    segments: jax.Array | None = None,
-    cache: KVCache | None = None,
-    heat: Any = 1.0,
-) -> tuple[jax.Array, jax.Array, KVCache | None]:
-    """The VLM's states y [B, T, V], of text, after its final norm; the expert's h [B, T, C], of
-    begins and patches, before its own; and the cache where one was given.
+    caches: tuple[KVCache, ...] | None = None,
+    attention_temperature: Any = 1.0,
+) -> BackboneOutputs:
+    """Apply the mixture to interleaved rows; arguments as in `BackboneConfig.forward`.
 
-    Args:
-        params: with a cache the layers of both must be unstacked (`unstack`).
-        text: token embeddings [B, T, V]; u: [B, T, D] as `starflow2.place` gives it.
-        begins, is_image: bool [B, T], where `<|vision_start|>` and patches stand.
-        positions: the VLM's [B, T, 3], for both; following: int [B, T, 3] (row, column, k) of the
-            items to predict; mask, segments, heat: as in `layers.attention`, heat its temperature.
+    Its VLM states are those of text, its flow states those of `<|vision_start|>` and patches. The
+    temperature is that of the one attention.
     """
-    deep = params["deep"]
-    drawn = begins | is_image
-    h = linear(deep["proj_in"], u.astype(text.dtype))
-    h = jnp.where(is_image[..., None], h, deep["start"].astype(h.dtype))
-    number = following[..., 0] * cfg.flow.side + following[..., 1]
-    h = h + deep["place"].astype(h.dtype)[number]
-    tables = qwen.tables(positions, cfg.vlm, jnp.promote_types(text.dtype, jnp.float32))
-    own, g = params["vlm"]["layers"], text
+    expert, is_image = params["deep"], inputs.is_image
+    g = backbone.text_embeddings(params, inputs, cfg.vlm)
+    by_expert = ((inputs.ids == cfg.vlm.vision_start_token) & ~is_image) | is_image
+    h = linear(expert["proj_in"], inputs.latents.astype(g.dtype))
+    h = jnp.where(is_image[..., None], h, expert["start"].astype(h.dtype))
+    next_patch = inputs.next_positions[..., 0] * cfg.flow.side + inputs.next_positions[..., 1]
+    h = h + expert["place"].astype(h.dtype)[next_patch]
+    dtype = jnp.promote_types(g.dtype, jnp.float32)
+    tables = qwen.rope_tables(inputs.positions, cfg.vlm, dtype)
 
-    def layer(g, h, weights, cached=None):
-        mine, theirs = weights
-        ours = layers.queries_keys_values(mine, g, cfg.vlm.layer, tables)
-        others = layers.queries_keys_values(theirs, h, cfg.layer, tables)
-        at = drawn[:, None, :, None]
-        each = (jnp.where(at, b, a) for a, b in zip(ours, others))
-        mixed, held = layers.mix(*each, cfg.vlm.layer, mask, heat, cached, segments)
-        g = layers.after_attention(mine, g, mixed, cfg.vlm.layer)
-        return g, layers.after_attention(theirs, h, mixed, cfg.layer), held
+    def layer(states, layer_params, layer_cache=None):
+        (g, h), (vlm_params, expert_params) = states, layer_params
+        vlm_qkv = layers.project_qkv(vlm_params, g, cfg.vlm.layer, tables)
+        expert_qkv = layers.project_qkv(expert_params, h, cfg.layer, tables)
+        select = by_expert[:, None, :, None]
+        q, k, v = (jnp.where(select, e, t) for t, e in zip(vlm_qkv, expert_qkv))
+        attended, keys_values = layers.self_attention(
+            (q, k, v),
+            cfg.vlm.layer,
+            inputs.mask,
+            attention_temperature,
+            layer_cache,
+            inputs.segments,
+        )
+        g = layers.add_attention_and_mlp(vlm_params, g, attended, cfg.vlm.layer)
+        h = layers.add_attention_and_mlp(expert_params, h, attended, cfg.layer)
+        return (g, h), keys_values
 
-    if cache is None:
-
-        def body(carry, weights):
-            return layer(*carry, weights)[:2], None
-
-        policy = layers.REMAT[cfg.vlm.remat]
-        if policy is not None:
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        unroll = layers.CPU_UNROLL if layers.platform() == "cpu" else 1
-        g, h = jax.lax.scan(body, (g, h), (own, deep["layers"]), unroll=unroll)[0]
-        return qwen.final_norm(params["vlm"], g, cfg.vlm), h, None
+    stacks = (params["vlm"]["layers"], expert["layers"])
+    if caches is None:
+        g, h = layers.scan_layers(
+            lambda states, layer_params: layer(states, layer_params)[0],
+            (g, h),
+            stacks,
+            cfg.vlm.remat,
+        )
+        return BackboneOutputs(qwen.final_norm(params["vlm"], g, cfg.vlm), h)
     keys, values = [], []
-    for weights, k, v in zip(zip(own, deep["layers"]), cache.keys, cache.values):
-        g, h, (k, v) = layer(g, h, weights, (k, v, cache.length))
+    for layer_params, k, v in zip(zip(*stacks), caches[0].keys, caches[0].values):
+        (g, h), (k, v) = layer((g, h), layer_params, (k, v, caches[0].length))
         keys.append(k)
         values.append(v)
-    cache = KVCache(tuple(keys), tuple(values), cache.length + g.shape[1])
-    return qwen.final_norm(params["vlm"], g, cfg.vlm), h, cache
-
-
-def unstack(params: Tree, cfg: Config) -> dict[str, Any]:
-    """params with the layers of the VLM and the expert unstacked, as cached steps take them."""
-    cut = lambda tree: {**tree, "layers": layers.unstack(tree["layers"], cfg.vlm.layers)}
-    return {**params, "vlm": cut(params["vlm"]), "deep": cut(params["deep"])}
+    cache = KVCache(tuple(keys), tuple(values), caches[0].length + g.shape[1])
+    return BackboneOutputs(qwen.final_norm(params["vlm"], g, cfg.vlm), h, caches=(cache,))

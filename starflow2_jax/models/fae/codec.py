@@ -18,6 +18,7 @@ import numpy as np
 
 from starflow2_jax.mesh import constrain
 from starflow2_jax.models import layers, rope
+from starflow2_jax.models.attention import grouped_query_attention
 from starflow2_jax.models.layers import LayerConfig, at_least_float32, linear
 from starflow2_jax.models.patches import unpatchify
 from starflow2_jax.params import ParamSpec, Tree, normal, ones, zeros
@@ -243,7 +244,7 @@ def posterior(params: Tree, features: jax.Array, cfg: Config) -> tuple[jax.Array
         y = linear(own[name], x).reshape(*x.shape[:2], cfg.encoder_heads, cfg.encoder_head_dim)
         return constrain(y.swapaxes(1, 2), "batch", "heads", "length")
 
-    mixed = layers.attention(project("query"), project("key"), project("value"), _EVERYTHING)
+    mixed = grouped_query_attention(project("query"), project("key"), project("value"), _EVERYTHING)
     mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)
     h = _ACTIVATIONS[cfg.activation](mixed + linear(own["parallel"], x))
     mean, log_variance = jnp.split(at_least_float32(linear(own["head"], h)), 2, -1)
@@ -325,7 +326,9 @@ def decode_features(params: Tree, latents: jax.Array, cfg: Config) -> jax.Array:
     plane = rope.plane((cfg.side, cfg.side), cfg.side)
     angles = rope.angles(plane, cfg.decoder_head_dim)
     tables = rope.tables(angles, jnp.promote_types(h.dtype, jnp.float32))
-    h = layers.run_layers(own["layers"], h, cfg.decoder_layer, tables, _EVERYTHING, remat=cfg.remat)
+    h, _ = layers.apply_layers(
+        own["layers"], h, cfg.decoder_layer, tables, _EVERYTHING, remat=cfg.remat
+    )
     return at_least_float32(layers.rms_norm(own["final_norm"], h, offset=False))
 
 
@@ -337,7 +340,9 @@ def decode_pixels(params: Tree, features: jax.Array, cfg: Config) -> jax.Array:
     """
     own = params["pixel_decoder"]
     h = _start(own, features, cfg)
-    h = layers.run_layers(own["layers"], h, cfg.pixel_layer, None, _EVERYTHING, remat=cfg.remat)
+    h, _ = layers.apply_layers(
+        own["layers"], h, cfg.pixel_layer, None, _EVERYTHING, remat=cfg.remat
+    )
     h = layers.layer_norm(own["final_norm"], h, cfg.pixel_layer.norm_eps)
     out = at_least_float32(linear(own["proj_out"], h))
     return unpatchify(out, (cfg.side, cfg.side), cfg.patch, "channel_last")

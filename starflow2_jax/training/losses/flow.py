@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from starflow2_jax.models import flow
-from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models.flow import Conditioning, FlowConfig
 from starflow2_jax.params import Tree
 
 HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
@@ -21,11 +21,9 @@ def flow_loss(
     params: Tree,
     x: jax.Array,
     cfg: FlowConfig,
+    conditioning: Conditioning | None = None,
     *,
     latent_penalty: float = 0.0,
-    text: jax.Array | None = None,
-    labels: jax.Array | None = None,
-    grid: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """-log p(x) without its constant, plus the latent-norm penalty (paper.md 3.4).
 
@@ -38,7 +36,7 @@ def flow_loss(
         `count` dimensions, `half_square` of z, `log_det/i` of every block and `latent/i`, the
         square before it. Likelihoods leave out the penalty.
     """
-    outputs, log_dets = flow.forward_blocks(params, x, cfg, text=text, labels=labels, grid=grid)
+    outputs, log_dets = flow.forward_blocks(params, x, cfg, conditioning)
     half_square = 0.5 * jnp.square(outputs[-1]).sum((1, 2))
     squares = [jnp.square(u).sum((1, 2)) for u in outputs[:-1]]
     loss = half_square - sum(log_dets) + latent_penalty * sum(squares)
@@ -53,13 +51,10 @@ def log_likelihood(
     params: Tree,
     x: jax.Array,
     cfg: FlowConfig,
-    *,
-    text: jax.Array | None = None,
-    labels: jax.Array | None = None,
-    grid: tuple[int, int] | None = None,
+    conditioning: Conditioning | None = None,
 ) -> jax.Array:
     """log p(x) [B] in nats, the Gaussian's constant included."""
-    z, log_det = flow.forward(params, x, cfg, text=text, labels=labels, grid=grid)
+    z, log_det = flow.forward(params, x, cfg, conditioning)
     dims = x.shape[1] * x.shape[2]
     return log_det - 0.5 * jnp.square(z).sum((1, 2)) - dims * HALF_LOG_2_PI
 

@@ -23,14 +23,16 @@ from starflow2_jax.checkpoints.convert import (
 )
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config
 from starflow2_jax.mesh import batch_sharding, check_batch, replicated
-from starflow2_jax.models import backbone, flops, qwen, starflow2 as pretzel
-from starflow2_jax.models.ablations import mot
-from starflow2_jax.models.backbone import Config
+from starflow2_jax.models import flops, qwen, starflow2 as pretzel
+from starflow2_jax.models.ablations.crossings import CrossingsConfig
+from starflow2_jax.models.ablations.mot import MoTConfig
+from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models.qwen import QwenConfig
+from starflow2_jax.models.starflow2 import PretzelConfig
 from starflow2_jax.params import (
     Tree,
     abstract as abstract_params,
-    count as count_params,
     init as init_params,
     shardings as param_shardings,
     split as split_params,
@@ -39,22 +41,23 @@ from starflow2_jax.training import optimizer, preprocess
 from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.program import Program, TrainState, accumulate, update
 
-KINDS = {"pretzel": pretzel.Config, "mot": mot.Config}
+KINDS = {kind.kind: kind for kind in (PretzelConfig, CrossingsConfig, MoTConfig)}
 
 
-def model_config(cfg: Mapping[str, Any]) -> Config:
+def model_config(cfg: Mapping[str, Any]) -> BackboneConfig:
     """The model of an experiment.
 
     `model.vlm` may be empty where `vlm.path` is given, whose configuration then holds; what it
     names must be as there. `model.flow` needs sizes only (see `starflow2.flow_defaults`).
-    `model.kind` is `pretzel` unless given; of a `mot` the fields are those of `mot.Config`.
+    `model.kind` is `pretzel` by default, or `crossings` if the group has that key; its config class
+    (`KINDS`) says which fields there are.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: an unknown or missing key, one that does not fit, or a VLM of other sizes.
     """
     group, own = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
-    kind = group.pop("kind", "pretzel")
+    kind = group.pop("kind", "crossings" if "crossings" in group else "pretzel")
     if kind not in KINDS:
         raise ValueError(f"config: model.kind={kind!r} is not one of {', '.join(KINDS)}")
     if cfg.get("attention", "auto") != "auto":
@@ -62,7 +65,7 @@ def model_config(cfg: Mapping[str, Any]) -> Config:
     given = dict(group.pop("vlm", None) or {})
     if cfg["vlm"]["path"]:
         given = _as_stored(given, str(model_folder.locate(cfg["vlm"]["path"])))
-    vlm = config.build(qwen.Config, {**given, "vision": None, **own}, "model.vlm")
+    vlm = config.build(QwenConfig, {**given, "vision": None, **own}, "model.vlm")
     sizes = dict(group.pop("flow", None) or {})
     defaults = pretzel.flow_defaults(vlm.width, len(sizes.get("layers", ())))
     flow = config.build(FlowConfig, {**defaults, **sizes, **own}, "model.flow")
@@ -70,7 +73,7 @@ def model_config(cfg: Mapping[str, Any]) -> Config:
 
 
 def _as_stored(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The fields of a folder's `qwen.Config`; `remat` and `attention` are ours to choose."""
+    """The fields of a folder's `QwenConfig`; `remat` and `attention` are ours to choose."""
     found = vars(qwen_options.read_options(read_config(folder), str(Path(folder) / CONFIG_FILE)))
     for name, value in given.items():
         value = tuple(value) if isinstance(value, list) else value
@@ -84,7 +87,7 @@ def _as_stored(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
     return {**given, **found, **ours}
 
 
-def places(cfg: Mapping[str, Any], model: Config) -> int:
+def places(cfg: Mapping[str, Any], model: BackboneConfig) -> int:
     """M, images of a row at most.
 
     Raises:
@@ -100,8 +103,8 @@ def places(cfg: Mapping[str, Any], model: Config) -> int:
     return found
 
 
-def abstract_batch(cfg: Mapping[str, Any], model: Config, rows: int) -> dict[str, Any]:
-    """Shapes and dtypes of a batch of `rows` rows (see `starflow2_loss`)."""
+def abstract_batch(cfg: Mapping[str, Any], model: BackboneConfig, rows: int) -> dict[str, Any]:
+    """Shapes and dtypes of a batch of `rows` rows (see `losses.interleaved`)."""
     length = (rows, cfg["text"]["length"])
     latent = (rows, places(cfg, model), model.patches, model.flow.channels)
     shapes = {
@@ -117,38 +120,21 @@ def abstract_batch(cfg: Mapping[str, Any], model: Config, rows: int) -> dict[str
     return {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
 
 
-def work(cfg: Mapping[str, Any], model: Config, declared: Tree) -> dict[str, float]:
-    """Tokens and FLOPs of a step: two FLOPs a weight and position forward, two for gradients of
-    what a weight reads, two for its own; attention over the full square.
-    """
-    trains, length = cfg["train"]["trainable"], cfg["text"]["length"]
-    stage = interleaved.stage_of(trains, model)
-    targets, held = cfg["text"]["max_targets"] or length, model.deep.layer
-    # One pass forward; two back, where what is trained lies before.
-    back = lambda goes_back: 3 if goes_back else 1
-    language = count_params({**declared["vlm"], "embed": {}, "head": {}})
-    done = language * length * (2 + 2 * stage.text + 2 * ("vlm" in trains))
-    seen = model.vlm.layer
-    scores = 4 * length**2 * seen.heads * seen.head_dim * model.vlm.layers
-    done += scores * back(stage.text)
-    # Computed again in the backward pass.
-    done += 6 * stage.text * model.vlm.vocab * model.vlm.width * targets
-    images = places(cfg, model) * back("shallow" in trains)
-    shallow = range(len(model.flow.layers) - 1)
-    done += images * sum(flops.block_forward(model.flow, b, model.patches) for b in shallow)
-    if stage.images:
-        done += 6 * count_params(declared["deep"]) * length
-        done += 3 * 4 * length**2 * held.heads * held.head_dim * model.deep.depth
-    if stage.text:
-        done += 6 * count_params(declared.get("adapter", {})) * length
-    if stage.text and stage.images:
-        skip = {name: count_params(tree) for name, tree in declared.get("skip", {}).items()}
-        done += 6 * (skip.get("vlm", 0) * length + skip.get("deep", 0) * targets)
-    count = cfg["train"]["batch_size"]
+def work(cfg: Mapping[str, Any], model: BackboneConfig, declared: Tree) -> dict[str, float]:
+    """Return the tokens and FLOPs of a training step (see `flops.interleaved_step`)."""
+    length, count = cfg["text"]["length"], cfg["train"]["batch_size"]
+    done = flops.interleaved_step(
+        model,
+        declared,
+        cfg["train"]["trainable"],
+        length=length,
+        num_images=places(cfg, model),
+        num_targets=cfg["text"]["max_targets"] or length,
+    )
     return {"tokens": count * length, "flops": count * done}
 
 
-def frozen_vlm(cfg: Mapping[str, Any], model: Config, mesh: Mesh, dtype: Any) -> Tree:
+def frozen_vlm(cfg: Mapping[str, Any], model: BackboneConfig, mesh: Mesh, dtype: Any) -> Tree:
     """The VLM's weights without its tower, sharded: of `vlm.path`, or else drawn from the seed.
 
     Raises:
@@ -180,7 +166,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
     train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
     check_batch(rows, mesh)
     check_batch(rows // parts, mesh, "rows of a microbatch")
-    declared = backbone.declare(model)
+    declared = model.declare()
     trained = split_params(declared, tuple(train["trainable"]))[0]
     stage = interleaved.stage_of(trained, model)
     if not (stage.images or stage.text):
@@ -214,8 +200,8 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
         return (begin(key, read), {}) if "vlm" in trained else (begin(key, {}), read)
 
     def sums(params, batch, keys):
-        x = interleaved.latents(batch, keys, cfg)
-        found = interleaved.terms(
+        x = interleaved.sample_latents(batch, keys, cfg)
+        found = interleaved.loss_terms(
             params,
             batch,
             x,
@@ -225,18 +211,20 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
             text_targets=cfg["text"]["max_targets"],
             text_chunk=cfg["text"]["logit_chunk"],
         )
-        return interleaved.sums(found, batch, stage)
+        return interleaved.row_metrics(found, batch, stage)
 
     def step(state, frozen, batch):
         keys = preprocess.row_keys(cfg["seed"], state.step, jnp.arange(rows))
         # Of the global batch, so that microbatches, devices and hosts add up to the same loss.
-        totals = jax.tree.map(jnp.sum, interleaved.counts(batch, stage))
+        totals = jax.tree.map(jnp.sum, interleaved.target_counts(batch, stage))
         others = {**frozen, **{n: tree for n, tree in state.params.items() if n not in trained}}
 
         def mean(params, batch, keys):
             made = sums({**others, **params}, batch, keys)
             weight, penalty = cfg["loss"]["text_weight"], cfg["loss"]["latent_penalty"]
-            each = interleaved.row_loss(made, totals, text_weight=weight, latent_penalty=penalty)
+            each = interleaved.per_example_loss(
+                made, totals, text_weight=weight, latent_penalty=penalty
+            )
             loss = each.sum()
             return loss, {"loss": loss, **jax.tree.map(jnp.sum, made)}
 
@@ -269,5 +257,5 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Progra
         abstract_frozen=abstract_params(frozen_tree, mesh, cfg["layout"], held_dtype),
         abstract_batch=batch,
         identity={"vlm": teacher_weights.identity(path)} if path else {},
-        means=interleaved.means,
+        means=interleaved.finalize_metrics,
     )

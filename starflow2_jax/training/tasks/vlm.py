@@ -22,7 +22,7 @@ from starflow2_jax import config
 from starflow2_jax.mesh import batch_sharding, check_batch, replicated
 from starflow2_jax.models import layers, qwen, qwen_vision
 from starflow2_jax.models.patches import patchify, scale_pixels
-from starflow2_jax.models.qwen import Config
+from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.params import (
     ParamSpec,
@@ -40,7 +40,7 @@ from starflow2_jax.training.program import Program, TrainState, accumulate
 REGIONS = (5, 8)
 
 
-def model_config(cfg: Mapping[str, Any]) -> Config:
+def model_config(cfg: Mapping[str, Any]) -> QwenConfig:
     """The model of an experiment.
 
     Raises:
@@ -50,17 +50,17 @@ def model_config(cfg: Mapping[str, Any]) -> Config:
     if not group.get("vision"):
         raise ValueError("config: model.vision is missing: a model that sees needs a tower")
     vision = config.build(VisionConfig, group["vision"], "model.vision")
-    model = config.build(Config, {**group, "vision": vision}, "model")
+    model = config.build(QwenConfig, {**group, "vision": vision}, "model")
     qwen_vision.check_size(cfg["image"]["pixels"], cfg["image"]["pixels"], vision)
     return model
 
 
-def side(cfg: Mapping[str, Any], model: Config) -> int:
+def side(cfg: Mapping[str, Any], model: QwenConfig) -> int:
     """Rows (= columns) of an image's features."""
     return cfg["image"]["pixels"] // (model.vision.patch * model.vision.merge)
 
 
-def declare(cfg: Mapping[str, Any], model: Config) -> dict[str, Any]:
+def declare(cfg: Mapping[str, Any], model: QwenConfig) -> dict[str, Any]:
     """Weights of an experiment: the model, and the layer that reads pixels back."""
     values = 3 * (model.vision.patch * model.vision.merge) ** 2
     return {
@@ -184,23 +184,25 @@ def batch_shapes(cfg: Mapping[str, Any], side: int, rows: int) -> dict[str, tupl
     }
 
 
-def see(params: Tree, images: jax.Array, model: Config) -> jax.Array:
+def see(params: Tree, images: jax.Array, model: QwenConfig) -> jax.Array:
     """The tower's features [B, M, N, C] of images uint8 [B, M, H, W, 3]."""
     given = qwen_vision.normalise(images.reshape(-1, *images.shape[2:]))
     seen = qwen_vision.encode_images(params["vision"], given, model.vision)
     return seen.reshape(*images.shape[:2], -1, model.width)
 
 
-def read(params: Tree, batch: Mapping[str, jax.Array], seen: jax.Array, model: Config) -> jax.Array:
+def read(
+    params: Tree, batch: Mapping[str, jax.Array], seen: jax.Array, model: QwenConfig
+) -> jax.Array:
     """Logits [B, T - 1, V] of what follows each position, of rows whose images look like `seen`."""
     h = qwen.embed(params, batch["ids"], model)
     h = qwen.place_images(h, batch["image"], seen.reshape(len(seen), -1, model.width))
-    h = qwen.run(params, h, batch["positions"], None, model, segments=batch["segments"])
+    h, _ = qwen.apply_layers(params, h, model, batch["positions"], segments=batch["segments"])
     return qwen.logits(params, h[:, :-1], model)
 
 
 def row_sums(
-    params: Tree, batch: Mapping[str, jax.Array], cfg: Mapping[str, Any], model: Config
+    params: Tree, batch: Mapping[str, jax.Array], cfg: Mapping[str, Any], model: QwenConfig
 ) -> dict[str, jax.Array]:
     """Sums of each row [B]: those of `text_loss.sums` (zeros where `vlm.text_loss_weight` is 0) and
     over its `images` `pixel_square` and `word_nats`."""
@@ -225,7 +227,7 @@ def row_sums(
 
 
 def word_nats(
-    params: Tree, batch: Mapping[str, jax.Array], seen: jax.Array, model: Config
+    params: Tree, batch: Mapping[str, jax.Array], seen: jax.Array, model: QwenConfig
 ) -> jax.Array:
     """Nats of the words of each image's regions under what the model's head reads from its
     features, a sum over images [B].

@@ -164,9 +164,8 @@ def test_other_options_are_the_published_names_and_shapes():
     assert all(np.array_equal(back[name], state[name]) for name in state)
     shapes = {"pixels": 8, "patch": 2, "layout": "channel_last"}
     assert starflow.load(state, starflow.options(cfg, shapes))[0] == cfg
-    z, log_det = flow.forward(
-        params, np.zeros((1, 16, 12), np.float32), cfg, text=np.ones((1, 6, 20))
-    )
+    conditioning = flow.Conditioning(text=np.ones((1, 6, 20)))
+    z, log_det = flow.forward(params, np.zeros((1, 16, 12), np.float32), cfg, conditioning)
     assert np.isfinite(z).all() and np.isfinite(log_det).all()
 
 

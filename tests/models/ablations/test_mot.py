@@ -5,31 +5,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import pretzel_batch
-from helpers.backbone_checks import check_cached, check_exact
-from helpers.tiny_mot import drawn, model, terms
+from helpers.backbone_checks import (
+    backbone_inputs,
+    check_cached_steps,
+    check_log_det,
+    heads,
+    random_latents,
+)
+from helpers.pretzel_batch import EDIT, REASON, T2I, TEXT, TOKENIZER
+from helpers.tiny_mot import model, random_params, terms
 
-from starflow2_jax.models import layers, qwen, starflow2
+from starflow2_jax.data.chat_layout import MessagePart
+from starflow2_jax.models import attention, qwen, starflow2
 from starflow2_jax.models.ablations import mot
 from starflow2_jax.params import count as count_params
 
 
 def test_text_beside_no_image_is_the_vlms():
     cfg = model()
-    params = drawn(cfg)
-    batch = pretzel_batch.batch(
-        [[pretzel_batch.TEXT], [pretzel_batch.TEXT, pretzel_batch.TEXT]], length=24, places=1
-    )
+    params = random_params(cfg)
+    batch = pretzel_batch.batch([[TEXT], [TEXT, TEXT]], length=24, places=1)
     found = jax.jit(lambda p: terms(p, batch, cfg))(params)
 
     @jax.jit
     def theirs(params):
         h = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
-        mask = layers.segment_mask(jnp.asarray(batch["segments"]))
-        h = qwen.run(params["vlm"], h, batch["positions"], mask, cfg.vlm)
+        mask = attention.segment_mask(jnp.asarray(batch["segments"]))
+        h, _ = qwen.apply_layers(params["vlm"], h, cfg.vlm, batch["positions"], mask)
         return jax.nn.log_softmax(qwen.logits(params["vlm"], h, cfg.vlm))
 
     logs = np.asarray(theirs(params))
-    at, held = np.asarray(found.at), np.asarray(found.token)
+    at, held = np.asarray(found.target_index), np.asarray(found.token)
     for b in range(2):
         where = at[b][held[b]]
         expected = -logs[b, where, batch["ids"][b, where + 1]]
@@ -40,23 +46,21 @@ def test_text_beside_no_image_is_the_vlms():
 def test_every_pair_of_positions_is_causal(x64):
     """Row of text, image, text, image, and one more record: what each output depends on."""
     cfg = model(compute_dtype="float64")
-    params = drawn(cfg)
+    params = random_params(cfg)
     record = (
-        *(pretzel_batch.Part("none", "ab"), pretzel_batch.Part("none", 0, True)),
-        *(pretzel_batch.Part("none", "c"), pretzel_batch.Part("none", 1, True)),
+        *(MessagePart("none", "ab"), MessagePart("none", 0, True)),
+        *(MessagePart("none", "c"), MessagePart("none", 1, True)),
     )
-    batch = pretzel_batch.batch([[record, pretzel_batch.T2I]], length=32, dtype=np.float64)
+    batch = pretzel_batch.batch([[record, T2I]], length=32, dtype=np.float64)
     segments, is_image = batch["segments"], batch["image"] >= 0
-    begins = batch["ids"] == pretzel_batch.TOKENIZER.vision_start
-    mask = layers.segment_mask(jnp.asarray(segments))
-    u = np.random.default_rng(0).standard_normal((1, 32, cfg.flow.channels)) * is_image[..., None]
+    begins = batch["ids"] == TOKENIZER.vision_start
+    mask = attention.segment_mask(jnp.asarray(segments))
+    u = random_latents(batch, cfg.flow.channels)
     text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
 
     def outputs(text, u):
-        args = (params, text, u, begins, is_image, batch["positions"], batch["flow_positions"])
-        y, h, _ = mot.states(*args, mask, cfg)
-        scale, mean = starflow2.image_head(params, h, cfg)
-        return scale[0], mean[0], starflow2.text_logits(params, y, cfg)[0]
+        states = mot.forward(params, backbone_inputs(batch, u, text), cfg)
+        return [output[0] for output in heads(params, states, cfg)]
 
     by_text, by_u = zip(*jax.jit(jax.jacrev(outputs, (0, 1)))(text, jnp.asarray(u)))
     drawn_at = (begins | is_image)[0]
@@ -72,10 +76,8 @@ def test_every_pair_of_positions_is_causal(x64):
 
 def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     cfg = model(compute_dtype="float64")
-    params = drawn(cfg)
-    batch = pretzel_batch.batch(
-        [[pretzel_batch.EDIT, pretzel_batch.T2I]], length=48, dtype=np.float64
-    )
+    params = random_params(cfg)
+    batch = pretzel_batch.batch([[EDIT, T2I]], length=48, dtype=np.float64)
 
     def nats(x):
         found = terms(params, batch, cfg, x)
@@ -89,21 +91,19 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     assert np.abs(np.asarray(tokens))[:, 0].max() > 0
 
 
-def test_each_input_of_the_expert_is_told_the_place_of_what_it_predicts():
+def test_each_input_of_the_expert_carries_the_position_of_the_patch_it_predicts():
     cfg = model()
-    params = drawn(cfg)
-    batch = pretzel_batch.batch([[pretzel_batch.T2I]], length=24, places=1)
-    is_image, begins = batch["image"] >= 0, batch["ids"] == pretzel_batch.TOKENIZER.vision_start
-    u = starflow2.place(jnp.asarray(batch["latent_mean"]), batch["image"])
+    params = random_params(cfg)
+    batch = pretzel_batch.batch([[T2I]], length=24, places=1)
+    is_image = batch["image"] >= 0
+    u = starflow2.latents_at_positions(jnp.asarray(batch["latent_mean"]), batch["image"])
     first = int(np.argmax(is_image[0])) - 1
 
     @jax.jit
     def expert(place):
-        now = {**params, "deep": {**params["deep"], "place": place}}
-        text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
-        mask = layers.segment_mask(jnp.asarray(batch["segments"]))
-        args = (now, text, u, begins, is_image, batch["positions"], batch["flow_positions"])
-        return mot.states(*args, mask, cfg)[1][0, first : first + cfg.patches]
+        moved = {**params, "deep": {**params["deep"], "place": place}}
+        states = mot.forward(moved, backbone_inputs(batch, u), cfg)
+        return states.flow_states[0, first : first + cfg.patches]
 
     place = jnp.asarray(params["deep"]["place"])
     plain = np.asarray(expert(place))
@@ -114,13 +114,13 @@ def test_each_input_of_the_expert_is_told_the_place_of_what_it_predicts():
 
 def test_log_likelihood_is_that_of_the_jacobian(x64):
     cfg = model(compute_dtype="float64")
-    check_exact(cfg, drawn(cfg))
+    check_log_det(cfg, random_params(cfg))
 
 
 def test_cached_steps_equal_the_parallel_forward():
     cfg = model()
-    batch = pretzel_batch.batch([[pretzel_batch.REASON], [pretzel_batch.T2I]], length=48)
-    check_cached(cfg, drawn(cfg), batch)
+    batch = pretzel_batch.batch([[REASON], [T2I]], length=48)
+    check_cached_steps(cfg, random_params(cfg), batch)
 
 
 # ------------------------------------------------------------------------------------------- sizes
@@ -137,4 +137,4 @@ def test_trained_parameters_are_the_pretzels_within_five_percent(name):
 def test_a_deep_block_is_refused():
     cfg = pretzel_batch.model()
     with pytest.raises(ValueError, match="the last number must be 0"):
-        mot.Config(cfg.vlm, cfg.flow, 24, 48)
+        mot.MoTConfig(cfg.vlm, cfg.flow, 24, 48)

@@ -72,7 +72,7 @@ def test_a_stage_changes_its_subtrees_alone(stage):
     jax.tree.map(np.testing.assert_array_equal, before, after)
     moments = flatten({"mu": state.opt_state[1][0].mu})
     assert {name.split("/")[1] for name in moments} == set(STAGES[stage])
-    figures = interleaved.means({n: float(v) for n, v in metrics.items()})
+    figures = interleaved.finalize_metrics({n: float(v) for n, v in metrics.items()})
     assert ("nats_per_dim" in figures) == (stage == 1)
     assert ("text_nats" in figures) == (stage == 2)
 
@@ -81,7 +81,7 @@ def test_the_joint_stage_changes_everything_but_the_vlm(stage3):
     _, state, metrics, first, (before, after) = stage3
     check_moved(first, state, STAGES[3])
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    figures = interleaved.means({n: float(v) for n, v in metrics.items()})
+    figures = interleaved.finalize_metrics({n: float(v) for n, v in metrics.items()})
     wanted = {"nats_per_dim", "log_det/0", "log_det/1", "log_det/2", "text_nats", "text_accuracy"}
     assert wanted <= set(figures) and 0 < figures["skip_vlm"] < 1 and 0 < figures["skip_deep"] < 1
     # The whole of the loss, from what is logged of it.
@@ -98,7 +98,7 @@ def test_a_mixture_of_transformers_changes_what_it_trains_alone(trains):
         pretzel_batch.model().vlm, vision_start_token=pretzel_batch.TOKENIZER.vision_start
     )
     pretzel = dataclasses.replace(pretzel_batch.model(), vlm=vlm)
-    cfg["model"] = mot.options(mot.beside(pretzel, 24))
+    cfg["model"] = starflow2.options(mot.matching(pretzel, 24))
     cfg["train"]["trainable"] = list(trains)
     losses, state, metrics, first, (before, after) = run(cfg)
     assert np.isfinite(losses).all() and sorted(state.params) == sorted(trains)
@@ -107,7 +107,7 @@ def test_a_mixture_of_transformers_changes_what_it_trains_alone(trains):
         assert not all(np.array_equal(a, b) for a, b in pairs), name
     assert bool(before) == ("vlm" not in trains)
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    figures = interleaved.means({n: float(v) for n, v in metrics.items()})
+    figures = interleaved.finalize_metrics({n: float(v) for n, v in metrics.items()})
     assert {"nats_per_dim", "text_nats"} <= set(figures) and "skip_vlm" not in figures
 
 
@@ -147,16 +147,16 @@ def test_a_part_that_is_empty_contributes_nothing():
 
     @jax.jit
     def loss(params, batch):
-        found = interleaved.terms(params, batch, batch["latent_mean"], cfg, stage)
-        made = interleaved.sums(found, batch, stage)
-        totals = jax.tree.map(jnp.sum, interleaved.counts(batch, stage))
-        each = interleaved.row_loss(made, totals, text_weight=1.0, latent_penalty=0.0)
+        found = interleaved.loss_terms(params, batch, batch["latent_mean"], cfg, stage)
+        made = interleaved.row_metrics(found, batch, stage)
+        totals = jax.tree.map(jnp.sum, interleaved.target_counts(batch, stage))
+        each = interleaved.per_example_loss(made, totals, text_weight=1.0, latent_penalty=0.0)
         return each.sum(), jax.tree.map(jnp.sum, made)
 
     grads = {}
     for name, batch in (("text", text), ("images", images)):
         (value, made), grads[name] = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        figures = interleaved.means({n: float(v) for n, v in made.items()})
+        figures = interleaved.finalize_metrics({n: float(v) for n, v in made.items()})
         assert ("nats_per_dim" in figures) == (name == "images")
         assert ("text_nats" in figures) == (name == "text") and np.isfinite(float(value))
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads[name]))
@@ -167,12 +167,12 @@ def test_a_part_that_is_empty_contributes_nothing():
 def test_noise_belongs_to_row_step_and_place():
     cfg, batch = experiment(), batch_of()
     keys = preprocess.row_keys(0, 3, jnp.arange(ROWS))
-    whole = interleaved.latents(batch, keys, cfg)
+    whole = interleaved.sample_latents(batch, keys, cfg)
     one = {name: a[2:3] for name, a in batch.items()}
-    np.testing.assert_array_equal(interleaved.latents(one, keys[2:3], cfg)[0], whole[2])
+    np.testing.assert_array_equal(interleaved.sample_latents(one, keys[2:3], cfg)[0], whole[2])
     noise = np.asarray(whole) - batch["latent_mean"]
     assert np.unique(noise).size == noise.size and 0.25 < noise.std() < 0.35
-    later = interleaved.latents(batch, preprocess.row_keys(0, 4, jnp.arange(ROWS)), cfg)
+    later = interleaved.sample_latents(batch, preprocess.row_keys(0, 4, jnp.arange(ROWS)), cfg)
     assert not np.any(np.asarray(later) == np.asarray(whole))
 
 

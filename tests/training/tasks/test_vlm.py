@@ -12,14 +12,14 @@ from starflow2_jax import config, mesh
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.evaluation import vqa
 from starflow2_jax.inference import vlm as readers
-from starflow2_jax.models import layers, qwen, qwen_vision
+from starflow2_jax.models import attention, qwen, qwen_vision
 from starflow2_jax.params import init as init_params
 from starflow2_jax.training import program as step
 from starflow2_jax.training.losses import text
 from starflow2_jax.training.tasks import registry, vlm
 
 ROWS, SOME = 8, 4
-MODEL = qwen.Config(
+MODEL = qwen.QwenConfig(
     vocab=400, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, sections=(1, 1, 2), tied=True,
     rope_base=50.0, vision_start_token=3, vision_end_token=4, image_token=5, video_token=6,
     vision=qwen_vision.VisionConfig(
@@ -159,8 +159,8 @@ def test_segments_and_the_mask_are_one(folders):
     params = init_params(jax.random.key(0), qwen.declare(MODEL))
     h = jax.random.normal(jax.random.key(1), (ROWS, 224, 32))
     given = jnp.asarray(batch["segments"])
-    a = qwen.run(params, h, batch["positions"], None, MODEL, segments=given)
-    b = qwen.run(params, h, batch["positions"], layers.segment_mask(given), MODEL)
+    a, _ = qwen.apply_layers(params, h, MODEL, batch["positions"], segments=given)
+    b, _ = qwen.apply_layers(params, h, MODEL, batch["positions"], attention.segment_mask(given))
     np.testing.assert_allclose(a[given > 0], b[given > 0], atol=1e-5)
 
 
