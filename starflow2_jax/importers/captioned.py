@@ -122,14 +122,9 @@ def examples(
 ) -> Iterator[Record]:
     """Yield the records of a random-access source of dicts, such as `tfds.data_source`.
 
-    Args:
-        source: the examples.
-        src: name of the source, for the records.
-        image_key: key of the image: encoded bytes, which are stored unchanged, or uint8
-            [H, W, 1 or 3], which is stored as PNG.
-        text_key: key of the caption; None for "a photo of a ..." with the name of the class.
-        label_key: key of the class number, which goes to `meta.label`.
-        class_names: names of the classes.
+    Encoded images are stored unchanged, and uint8 [H, W, 1 or 3] as PNG. The caption is `text_key`
+    or, without it, "a photo of a ..." with the name of the class `label_key`. The number of that
+    class goes to `meta.label`.
 
     Raises:
         DatasetError: a missing key, naming the existing ones, or a value of another kind.
