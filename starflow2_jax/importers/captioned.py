@@ -168,8 +168,8 @@ def tfds(
             name, data_dir=data_dir, file_format="array_record", try_gcs=False
         )
     except tensorflow_datasets.core.DatasetNotFoundError as error:
-        # The message of the error lists every existing set.
-        raise DatasetError(f"TFDS has no set {name!r}, nor has {data_dir}") from error
+        # Do not repeat the error's own message, which lists every existing set.
+        raise DatasetError(f"TFDS has no set {name!r}, and there is none in {data_dir}") from error
     if not builder.info.splits:
         raise DatasetError(f"TFDS set {name!r}: not prepared as array_record in {builder.data_dir}")
     features = builder.info.features
