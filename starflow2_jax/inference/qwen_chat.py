@@ -257,7 +257,7 @@ def _generate(
     params, ids, valid, positions, following, patches, at, stop, temperature, key, cfg, max_tokens
 ):
     batch, length = ids.shape
-    h = qwen.embed_all(params, ids, cfg, patches, at)
+    h = qwen.embed_multimodal(params, ids, cfg, patches, at)
     params = {**params, "layers": layers.unstack(params["layers"])}
     cache = qwen.empty_cache(cfg, batch, length + max_tokens, h.dtype)
     seen = jnp.pad(valid, ((0, 0), (0, max_tokens)), constant_values=True)

@@ -94,4 +94,4 @@ def _arrays(batch):
 @partial(jax.jit, static_argnames="model")
 def _score(params, batch, *, model):
     seen = vlm.see(params, batch["images"], model)
-    return text.by_record_score(vlm.read(params, batch, seen, model), batch)
+    return text.record_sums(vlm.read(params, batch, seen, model), batch)

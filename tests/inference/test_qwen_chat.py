@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from helpers.qwen_parity import causal_mask
 from PIL import Image
 
 from starflow2_jax.checkpoints.convert import qwen as table
@@ -123,13 +124,13 @@ def test_a_conversation_with_images(opened, tmp_path):
     two = "".join(f"<|vision_start|>{pad * n}<|vision_end|>" for n in (4, 24))
     assert texts[1] == f"{start}system\nshort{end}{start}user\n{two}é{end}{start}assistant\n"
     assert not prompt.valid[0, 0] and prompt.valid[:, -1].all()
-    mine = qwen_vision.patchify(qwen_vision.normalise(picture(24, 40)), cfg.vision)
+    mine = qwen_vision.patchify(qwen_vision.normalize(picture(24, 40)), cfg.vision)
     np.testing.assert_allclose(prompt.patches[:60], mine, atol=2e-6)
     # The first token is that of the uncached model.
     at = qwen_vision.plan(prompt.grids, cfg.vision)
     logits = qwen.forward(
-        params, prompt.ids, cfg, patches=prompt.patches, at=at, positions=prompt.positions,
-        mask=qwen.causal_mask(prompt.valid),
+        params, prompt.ids, cfg, patches=prompt.patches, plan=at, positions=prompt.positions,
+        mask=causal_mask(prompt.valid),
     )  # fmt: skip
     rows_of = qwen_chat.generate(params, cfg, prompt, max_tokens=4)
     assert [row[0] for row in rows_of] == np.argmax(logits[:, -1], -1).tolist()
