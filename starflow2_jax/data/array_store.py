@@ -129,7 +129,7 @@ def write(
     return shards.write(path, payloads(), make_manifest, counts=counts, overwrite=overwrite)
 
 
-class Features:
+class StoredArrays:
     """The rows of a folder of arrays: `len`, `[i]` -> (id, arrays); safe in threads.
 
     Raises:
@@ -156,6 +156,6 @@ class Features:
         return decode(self._payloads[index], self._payloads.location(index))
 
 
-def read(path: str | os.PathLike[str], parent: Manifest) -> Features:
+def read(path: str | os.PathLike[str], parent: Manifest) -> StoredArrays:
     """Open a folder of arrays, which must belong to the dataset with the manifest `parent`."""
-    return Features(path, parent)
+    return StoredArrays(path, parent)

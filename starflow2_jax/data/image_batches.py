@@ -127,7 +127,7 @@ def _open_sources(options: ImageBatchOptions) -> list[Source]:
 
 def _open_arrays(
     folder: str, dataset: records.Dataset, name: str, flag: str
-) -> array_store.Features:
+) -> array_store.StoredArrays:
     features = array_store.read(folder, dataset.manifest)
     if name not in features.spec:
         raise DatasetError(

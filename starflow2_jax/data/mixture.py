@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from starflow2_jax.data.array_store import Features
+from starflow2_jax.data.array_store import StoredArrays
 from starflow2_jax.data.manifest import fingerprint
 from starflow2_jax.data.packing import PackingPlan
 from starflow2_jax.data.records import Dataset
@@ -53,8 +53,8 @@ class Source:
 
     records: Dataset
     weight: float
-    latents: Features | None = None
-    text_features: Features | None = None
+    latents: StoredArrays | None = None
+    text_features: StoredArrays | None = None
     plan: PackingPlan | None = None
 
     def __len__(self) -> int:

@@ -258,7 +258,7 @@ def _read_images(options: PackedBatchOptions, row_images: Sequence[_RowImage]) -
 
 
 def _read_latents(
-    options: PackedBatchOptions, latents: array_store.Features, row_images: Sequence[_RowImage]
+    options: PackedBatchOptions, latents: array_store.StoredArrays, row_images: Sequence[_RowImage]
 ) -> dict[str, np.ndarray]:
     slots = options.packing.image_slots
     arrays = {

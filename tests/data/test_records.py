@@ -15,14 +15,14 @@ from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.data.records import ImageBlob, Img, Record, Text
 
 
-def picture(number: int, side: int = 8) -> bytes:
+def encoded(number: int, side: int = 8) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)
     return images.encode_png(pixels)
 
 
 def make_records(count: int, side: int = 8):
     for k in range(count):
-        blob = records.image_blob(picture(k, side), f"picture {k}")
+        blob = records.image_blob(encoded(k, side), f"picture {k}")
         yield records.text_to_image(f"r{k}", "test", f"picture {k}", blob, {"label": k % 3})
 
 
@@ -276,7 +276,7 @@ def test_a_missing_dataset_is_named(tmp_path):
 
 
 def test_validate_decodes_every_image(tmp_path):
-    data = picture(0, 40)
+    data = encoded(0, 40)
     broken = data[:300] + bytes(len(data) - 300)
     blob = ImageBlob("png", 40, 40, broken, hashlib.sha256(broken).hexdigest())
     record = Record(1, "bad", "t", [Img(0, True)], [blob])

@@ -19,7 +19,7 @@ from starflow2_jax.importers.captioned import MissingCaptions
 SHARED = pathlib.Path(os.environ.get("STARFLOW2_SHARED", ROOT / "../shared"))
 
 
-def picture(number: int) -> bytes:
+def encoded(number: int) -> bytes:
     return images.encode_png(np.full((4, 5, 3), number, np.uint8))
 
 
@@ -39,7 +39,7 @@ def write_tar(path, members, mode="w"):
 def pairs(*captions, folder=""):
     out = []
     for k, caption in enumerate(captions):
-        out += [(f"{folder}{k:03d}.png", picture(k)), (f"{folder}{k:03d}.txt", caption.encode())]
+        out += [(f"{folder}{k:03d}.png", encoded(k)), (f"{folder}{k:03d}.txt", caption.encode())]
     return out
 
 
@@ -51,12 +51,12 @@ def read(*tars, allowed=0):
 def test_webdataset_tars_give_records_in_order(tmp_path, is_gzip):
     name = "set.tar.gz" if is_gzip else "set.tar"
     extra = [("sub/dir.name/9.cls", b"3"), ("sub/dir.name/9.txt", b" a cat\n")]
-    members = [*pairs("a dog", "ein B\u00e4r"), *extra, ("sub/dir.name/9.PNG", picture(9))]
+    members = [*pairs("a dog", "ein B\u00e4r"), *extra, ("sub/dir.name/9.PNG", encoded(9))]
     tar = write_tar(tmp_path / name, members, "w:gz" if is_gzip else "w")
     imported = read(tar)
     assert [r.id for r in imported] == [f"{name}/000", f"{name}/001", f"{name}/sub/dir.name/9"]
     assert [records.text(r) for r in imported] == ["a dog", "ein B\u00e4r", "a cat"]
-    assert imported[2].imgs[0].data == picture(9)  # the original bytes
+    assert imported[2].imgs[0].data == encoded(9)  # the original bytes
     assert imported[0].segs[1].loss and not imported[0].segs[0].loss
     assert list(tmp_path.iterdir()) == [tar]
 
@@ -69,7 +69,7 @@ def test_webdataset_is_streamed(tmp_path):
 
 @pytest.mark.parametrize("name", ["../evil.png", "a/../../evil.png", "/etc/evil.png", "..\\e.png"])
 def test_a_path_that_leads_out_of_the_archive_is_refused(tmp_path, name):
-    tar = write_tar(tmp_path / "a.tar", [*pairs("one"), (name, picture(1))])
+    tar = write_tar(tmp_path / "a.tar", [*pairs("one"), (name, encoded(1))])
     with pytest.raises(DatasetError, match=r"a\.tar.*leads out of the archive"):
         read(tar)
     assert list(tmp_path.iterdir()) == [tar]
@@ -85,7 +85,7 @@ def test_links_and_devices_are_refused(tmp_path, kind):
 
 
 def test_missing_captions_have_a_budget(tmp_path):
-    members = [*pairs("one"), ("lost.png", picture(7)), ("zz.png", picture(8)), ("zz.txt", b" \n")]
+    members = [*pairs("one"), ("lost.png", encoded(7)), ("zz.png", encoded(8)), ("zz.txt", b" \n")]
     tar = write_tar(tmp_path / "a.tar", members)
     with pytest.raises(DatasetError, match=r"a\.tar:lost: no caption"):
         read(tar)
@@ -100,11 +100,11 @@ def test_missing_captions_have_a_budget(tmp_path):
     ("members", "message"),
     [
         ([("0.png", b"GIF89a"), ("0.txt", b"x")], r"a\.tar:0\.png: not a JPEG, PNG or WebP"),
-        ([("0.png", picture(0)), ("0.txt", b"\xff\xfe")], r"a\.tar:0\.txt: not UTF-8"),
+        ([("0.png", encoded(0)), ("0.txt", b"\xff\xfe")], r"a\.tar:0\.txt: not UTF-8"),
         ([("0.txt", b"alone")], "0 images, expected one"),
-        ([("0.png", picture(0)), ("0.jpg", picture(0)), ("0.txt", b"x")], "2 images"),
-        ([("0.png", picture(0)), ("0.png", picture(0))], "two members are called '0.png'"),
-        ([*pairs("a", "b"), ("000.jpg", picture(1))], "'000' are not adjacent"),
+        ([("0.png", encoded(0)), ("0.jpg", encoded(0)), ("0.txt", b"x")], "2 images"),
+        ([("0.png", encoded(0)), ("0.png", encoded(0))], "two members are called '0.png'"),
+        ([*pairs("a", "b"), ("000.jpg", encoded(1))], "'000' are not adjacent"),
     ],
 )
 def test_errors_in_a_tar_are_named(tmp_path, members, message):
@@ -154,7 +154,7 @@ def make_folder(root, *names):
     for k, name in enumerate(names):
         file = root / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(picture(k))
+        file.write_bytes(encoded(k))
         file.with_suffix(".txt").write_text(f"caption of {name}")
     return root
 
@@ -173,11 +173,11 @@ def test_a_folder_gives_records_in_order(tmp_path):
 
 def test_errors_in_a_folder_are_named(tmp_path):
     root = make_folder(tmp_path / "pets", "a.png")
-    (root / "b.png").write_bytes(picture(1))
+    (root / "b.png").write_bytes(encoded(1))
     with pytest.raises(DatasetError, match=r"b\.png: no caption"):
         list(captioned.folder(root, MissingCaptions()))
     assert len(list(captioned.folder(root, MissingCaptions(1)))) == 1
-    (root / "b.webp").write_bytes(picture(1))
+    (root / "b.webp").write_bytes(encoded(1))
     with pytest.raises(DatasetError, match="two images are called 'b'"):
         list(captioned.folder(root, MissingCaptions(2)))
     with pytest.raises(DatasetError, match="no images"):
@@ -209,7 +209,7 @@ def test_captions_become_classes(tmp_path, monkeypatch):
 
 def test_a_random_access_source_gives_records():
     source = [
-        {"image": picture(0), "label": 1, "text": b"one"},
+        {"image": encoded(0), "label": 1, "text": b"one"},
         {"image": np.full((4, 5, 1), 7, np.uint8), "label": np.int64(0), "text": "two"},
     ]
     names = ["sea_lion", "apple"]
@@ -218,7 +218,7 @@ def test_a_random_access_source_gives_records():
     )
     assert [records.text(r) for r in imported] == ["a photo of an apple", "a photo of a sea lion"]
     assert [r.meta["label"] for r in imported] == [1, 0]
-    assert imported[0].imgs[0].data == picture(0)
+    assert imported[0].imgs[0].data == encoded(0)
     assert (images.decode(imported[1].imgs[0].data, "x") == 7).all()
     texts = captioned.examples(source, "s", image_key="image", text_key="text")
     assert [records.text(r) for r in texts] == ["one", "two"]
@@ -253,7 +253,7 @@ def test_tfds_is_read_without_tensorflow(tmp_path):
 
         def _generate_examples(self):
             for k in range(4):
-                yield k, {"image": io.BytesIO(picture(k)), "label": k % 2}
+                yield k, {"image": io.BytesIO(encoded(k)), "label": k % 2}
 
     TinyPets(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     source, classes, name = captioned.tfds("tiny_pets", "train", str(tmp_path), "label")
@@ -261,7 +261,7 @@ def test_tfds_is_read_without_tensorflow(tmp_path):
     imported = list(
         captioned.examples(source, name, image_key="image", label_key="label", class_names=classes)
     )
-    assert sorted(r.imgs[0].data for r in imported) == sorted(picture(k) for k in range(4))
+    assert sorted(r.imgs[0].data for r in imported) == sorted(encoded(k) for k in range(4))
     assert {records.text(r) for r in imported} == {"a photo of a cat", "a photo of an eel"}
     with pytest.raises(DatasetError, match="'image' is not a class label"):
         captioned.tfds("tiny_pets", "train", str(tmp_path), "image")

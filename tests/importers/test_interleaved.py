@@ -16,7 +16,7 @@ from starflow2_jax.data import records
 from starflow2_jax.data.manifest import DatasetError
 
 
-def picture(value, fmt="PNG"):
+def encoded(value, fmt="PNG"):
     out = io.BytesIO()
     Image.fromarray(np.full((8, 12, 3), value, np.uint8)).save(out, format=fmt)
     return out.getvalue()
@@ -52,7 +52,7 @@ def jsonl(path, *rows):
 
 def test_bagel_t2i_gives_a_record_for_each_caption(tmp_path, capsys):
     captions = [json.dumps({"short": f"s{i}", "long": f"l{i}"}) for i in range(3)]
-    file = table(tmp_path / "a.parquet", image=[picture(i) for i in range(3)], captions=captions)
+    file = table(tmp_path / "a.parquet", image=[encoded(i) for i in range(3)], captions=captions)
     argv = ("--format", "bagel_t2i", "--source", file)
     assert run(capsys, *argv, "--out", tmp_path / "all")["records"] == 6
     imported = list(records.read(tmp_path / "all"))
@@ -67,7 +67,7 @@ def test_bagel_t2i_gives_a_record_for_each_caption(tmp_path, capsys):
 
 
 def test_bagel_edit_gives_editing_records(tmp_path, capsys):
-    pictures = [[picture(1), picture(2)], [picture(3), picture(4, "JPEG"), picture(5)]]
+    pictures = [[encoded(1), encoded(2)], [encoded(3), encoded(4, "JPEG"), encoded(5)]]
     instructions = [[["make it red", "redden"]], [["one"], ["two"]]]
     file = table(tmp_path / "e.parquet", image_list=pictures, instruction_list=instructions)
     run(capsys, "--format", "bagel_edit", "--source", file, "--out", tmp_path / "out")
@@ -76,7 +76,7 @@ def test_bagel_edit_gives_editing_records(tmp_path, capsys):
         ("user", 1, False), ("user", "make it red", False), ("assistant", 2, True),
     ]  # fmt: skip
     assert [s[2] for s in segments_of(second)] == [False, False, True, False, True]
-    bad = table(tmp_path / "bad.parquet", image_list=[[picture(1)] * 3], instruction_list=[[["x"]]])
+    bad = table(tmp_path / "bad.parquet", image_list=[[encoded(1)] * 3], instruction_list=[[["x"]]])
     with pytest.raises(DatasetError, match=r"bad.parquet:0: 3 images and 1 instructions"):
         run(capsys, "--format", "bagel_edit", "--source", bad, "--out", tmp_path / "bad")
 
@@ -85,8 +85,8 @@ def test_bagel_edit_gives_editing_records(tmp_path, capsys):
 def test_llava_gives_conversations(tmp_path, capsys, kind):
     root = tmp_path / "images"
     (root / "coco").mkdir(parents=True)
-    (root / "coco/1.png").write_bytes(picture(1))
-    (root / "2.png").write_bytes(picture(2))
+    (root / "coco/1.png").write_bytes(encoded(1))
+    (root / "2.png").write_bytes(encoded(2))
     human, gpt = (lambda v: {"from": "human", "value": v}), (lambda v: {"from": "gpt", "value": v})
     rows = [
         {"id": 7, "image": "coco/1.png", "conversations": [human("<image>\nWhat?"), gpt("A dot.")]},
@@ -144,9 +144,9 @@ def test_errors_in_llava_are_named(tmp_path, capsys, row, message):
 def test_obelics_finds_images_by_name_hash_and_img2dataset_key(tmp_path, capsys):
     root, urls = tmp_path / "root", [f"https://a.org/x/{n}.jpg?s=1" for n in "pqrs"]
     (root / "00000").mkdir(parents=True)
-    (root / "given.png").write_bytes(picture(1))
-    (root / f"{hashlib.sha256(urls[1].encode()).hexdigest()}.png").write_bytes(picture(2))
-    (root / "00000" / "000000012.png").write_bytes(picture(3))
+    (root / "given.png").write_bytes(encoded(1))
+    (root / f"{hashlib.sha256(urls[1].encode()).hexdigest()}.png").write_bytes(encoded(2))
+    (root / "00000" / "000000012.png").write_bytes(encoded(3))
     table(root / "00000.parquet", url=[urls[2]], key=["000000012"], status=["success"])
     metadata = [{"formatted_filename": "given"}, None, {}, {}, None, {}]
     file = table(
@@ -170,7 +170,7 @@ def test_obelics_finds_images_by_name_hash_and_img2dataset_key(tmp_path, capsys)
 def test_omnicorpus_finds_images_by_their_sha(tmp_path, capsys):
     root = tmp_path / "root"
     root.mkdir()
-    (root / "abc.png").write_bytes(picture(9))
+    (root / "abc.png").write_bytes(encoded(9))
     sha = lambda value: {"img_url_sha": value, "width": 12, "height": 8}
     file = table(
         tmp_path / "c.parquet",
@@ -192,7 +192,7 @@ def test_omnicorpus_finds_images_by_their_sha(tmp_path, capsys):
 def test_a_stem_of_two_files_finds_neither(tmp_path, capsys):
     for name in "ab":
         (tmp_path / "root" / name).mkdir(parents=True)
-        (tmp_path / "root" / name / "1.png").write_bytes(picture(5))
+        (tmp_path / "root" / name / "1.png").write_bytes(encoded(5))
     columns = dict(images=[["https://x/1.png", None]], texts=[[None, "t"]], metadata=["[{}, null]"])
     file = table(tmp_path / "o.parquet", **columns)
     argv = ("--format", "obelics", "--source", file, "--image_root", tmp_path / "root")
@@ -212,7 +212,7 @@ def save_to_disk(folder, **columns):
 
 
 def test_huggingface_pairs_and_conversations(tmp_path, capsys):
-    image_column = [{"bytes": picture(i), "path": None} for i in range(3)]
+    image_column = [{"bytes": encoded(i), "path": None} for i in range(3)]
     pairs = save_to_disk(tmp_path / "pairs", image=image_column, text=["a", "b", "c"])
     run(capsys, "--format", "huggingface", "--source", pairs, "--out", tmp_path / "out")
     imported = records.read(tmp_path / "out")
@@ -241,7 +241,7 @@ def test_errors_in_a_huggingface_folder_are_named(tmp_path, capsys):
     with pytest.raises(DatasetError, match=r"has a path instead of the image"):
         read(paths)
     other = save_to_disk(
-        tmp_path / "other", image=[{"bytes": picture(1), "path": None}], words=["a"]
+        tmp_path / "other", image=[{"bytes": encoded(1), "path": None}], words=["a"]
     )
     with pytest.raises(DatasetError, match=r"its columns are \['image', 'words'\]"):
         read(other)
@@ -253,7 +253,7 @@ def test_errors_in_a_huggingface_folder_are_named(tmp_path, capsys):
 
 
 def test_another_schema_and_a_truncated_parquet_are_named(tmp_path, capsys):
-    file = table(tmp_path / "a.parquet", image=[picture(1)], caption=["x"])
+    file = table(tmp_path / "a.parquet", image=[encoded(1)], caption=["x"])
     argv = ("--format", "bagel_t2i", "--source", file, "--out", tmp_path / "out")
     message = r"a.parquet: another schema: no column 'captions'; .* found image, caption"
     with pytest.raises(DatasetError, match=message):
@@ -264,7 +264,7 @@ def test_another_schema_and_a_truncated_parquet_are_named(tmp_path, capsys):
     table(file, image=[b"GIF89a"], captions=['{"a": "b"}'])
     with pytest.raises(DatasetError, match=r"a.parquet:0: image: "):
         run(capsys, *argv)
-    table(file, image=[picture(1)], captions=["plain words"])
+    table(file, image=[encoded(1)], captions=["plain words"])
     with pytest.raises(DatasetError, match=r"a.parquet:0: captions: not JSON"):
         run(capsys, *argv)
     assert not (tmp_path / "out").exists()
