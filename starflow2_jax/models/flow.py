@@ -11,7 +11,6 @@ E text channels, N positions of a block's input sequence (L + T, or T), A positi
 """
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,141 +18,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from starflow2_jax.models import layers, rope
-from starflow2_jax.models.layers import KVCache, LayerConfig, at_least_float32, linear
+from starflow2_jax.models.flow_config import BlockConfig, FlowConfig
+from starflow2_jax.models.layers import KVCache, at_least_float32, linear
 from starflow2_jax.params import ParamSpec, Tree, normal, zeros
 
 INVERSE_SOFTPLUS_OF_1 = 0.541324854612918
-
-
-@dataclass(frozen=True)
-class FlowConfig:
-    """Every option of the two published families.
-
-    Attributes:
-        side: rows (= columns) of the training grid; RoPE and learned positions refer to it.
-        channels: D, channels of one token.
-        width, deep_width: C of the blocks and, if it differs, of the deep block.
-        layers: number of layers of each block from the data to the noise; 0 is an identity block.
-        start: what the first token is predicted from. `token`: a trained start vector. `shift`: the
-            first token passes unchanged. `prefix`: the last text position, in every block with
-            text (blocks without text have a start vector).
-        order: `R2L` or `L2R`, the parity of the blocks that read the tokens in reverse.
-        positions: `rope` or `learned`.
-        scale: `softplus` or `exp` of the first half of the head's output.
-        soft_clip: c of c tanh(v / c) on the head's output; 0 disables it.
-        classes: number of classes, 0 for none.
-        text_channels, text_length: E and L, 0 for none.
-        text_blocks: blocks that read the text, `deep` or `all`.
-        bias: whether the linears of attention and MLP have a bias.
-        compute_dtype: dtype of matmuls; None is that of the parameters.
-        remat: a name in `layers.REMAT`.
-        attention: a name in `attention.KERNELS`.
-    """
-
-    side: int
-    channels: int
-    width: int
-    layers: tuple[int, ...]
-    deep_width: int | None = None
-    head_dim: int = 64
-    heads: int | None = None
-    kv_heads: int | None = None
-    start: str = "token"
-    order: str = "R2L"
-    positions: str = "rope"
-    rope_pairs: str = "interleaved"
-    scale: str = "softplus"
-    soft_clip: float = 0.0
-    final_norm: bool = False
-    classes: int = 0
-    text_channels: int = 0
-    text_length: int = 0
-    text_blocks: str = "deep"
-    norm: str = "layer_norm"
-    bias: bool = True
-    qk_norm: bool = False
-    post_norm: bool = False
-    gated_mlp: bool = False
-    mlp_ratio: int = 4
-    compute_dtype: str | None = None
-    remat: str = "none"
-    attention: str = "auto"
-
-    def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
-        for field, allowed in (
-            ("start", ("token", "shift", "prefix")),
-            ("order", ("R2L", "L2R")),
-            ("positions", ("rope", "learned")),
-            ("scale", ("softplus", "exp")),
-            ("text_blocks", ("deep", "all")),
-            ("norm", ("layer_norm", "rms_norm")),
-            ("remat", tuple(layers.REMAT)),
-        ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"model.{field}={getattr(self, field)!r} is not one of {allowed}")
-        if self.start == "prefix" and not self.text_channels:
-            raise ValueError("model.start='prefix' needs text: model.text_channels is 0")
-        if bool(self.text_channels) != bool(self.text_length):
-            raise ValueError("model.text_channels and model.text_length are both 0 or both set")
-        pairs = (rope.THIRD_AXIS_PAIRS if self.text_length else 0) + 2
-        if self.positions == "rope" and self.head_dim // 2 < pairs:
-            raise ValueError(
-                f"model.head_dim={self.head_dim} leaves no RoPE pairs for rows and columns; "
-                f"at least {2 * pairs} is needed"
-            )
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens T of the training grid."""
-        return self.side**2
-
-    def block(self, index: int) -> "BlockConfig":
-        """Return the config of block `index`; negative numbers count from the deep block."""
-        index %= len(self.layers)
-        deep = index == len(self.layers) - 1
-        text = bool(self.text_channels) and (deep or self.text_blocks == "all")
-        width = self.deep_width or self.width if deep else self.width
-        heads = width // self.head_dim if self.heads is None else self.heads
-        norm_kind = "layer_norm" if self.norm == "layer_norm" else "rms_norm_offset"
-        return BlockConfig(
-            flow=self,
-            depth=self.layers[index],
-            # The deep block of L2R reads in raster order if the number of blocks is even.
-            reverse=bool(index % 2) if self.order == "R2L" else index % 2 == 0,
-            text=text,
-            start="token" if self.start == "prefix" and not text else self.start,
-            layer=LayerConfig(
-                width=width,
-                heads=heads,
-                kv_heads=self.kv_heads or heads,
-                head_dim=self.head_dim,
-                mlp_width=self.mlp_ratio * width,
-                norm=norm_kind,
-                norm_eps=1e-5 if self.norm == "layer_norm" else 1e-6,
-                activation="gelu_tanh" if self.gated_mlp else "gelu",
-                gated=self.gated_mlp,
-                qkv_bias=self.bias,
-                out_bias=self.bias,
-                mlp_bias=self.bias,
-                qk_norm=self.qk_norm,
-                post_norm=self.post_norm,
-                rope_pairs=self.rope_pairs,
-                attention=self.attention,
-            ),
-        )
-
-
-@dataclass(frozen=True)
-class BlockConfig:
-    """One block: the options of its flow, and those that differ between blocks."""
-
-    flow: FlowConfig
-    depth: int
-    reverse: bool
-    text: bool
-    start: str
-    layer: LayerConfig
 
 
 @struct.dataclass
@@ -209,20 +78,10 @@ def declare(cfg: FlowConfig) -> dict[str, Any]:
 
 def _declare_block(block: BlockConfig) -> dict[str, Any]:
     cfg, width = block.flow, block.layer.width
-
-    def project(inputs, axis):
-        return {
-            "weight": ParamSpec((inputs, width), (axis, "embed")),
-            "bias": ParamSpec((width,), ("embed",), zeros),
-        }
-
-    tree = {
-        "proj_in": project(cfg.channels, None),
+    tree: dict[str, Any] = {
+        "proj_in": layers.declare_linear(cfg.channels, width, (None, "embed")),
         "layers": layers.declare(block.layer, block.depth),
-        "proj_out": {
-            "weight": ParamSpec((width, 2 * cfg.channels), ("embed", None), zeros),
-            "bias": ParamSpec((2 * cfg.channels,), (None,), zeros),
-        },
+        "proj_out": layers.declare_linear(width, 2 * cfg.channels, ("embed", None), zeros),
     }
     if block.start == "token":
         tree["start"] = ParamSpec((cfg.channels,), (None,), normal(1.0))
@@ -231,7 +90,7 @@ def _declare_block(block: BlockConfig) -> dict[str, Any]:
     if cfg.classes:
         tree["class_embed"] = ParamSpec((cfg.classes, width), (None, "embed"), normal(1e-2))
     if block.text:
-        tree["proj_text"] = project(cfg.text_channels, "text")
+        tree["proj_text"] = layers.declare_linear(cfg.text_channels, width, ("text", "embed"))
     if cfg.final_norm:
         tree["final_norm"] = {"weight": ParamSpec((width,), ("embed",), zeros)}
     return tree
@@ -405,29 +264,39 @@ def block_forward(
     return (z[:, ::-1] if block.reverse else z), log_det
 
 
-def forward_blocks(
-    params: Tree, x: jax.Array, cfg: FlowConfig, conditioning: Conditioning | None = None
+def apply_blocks(
+    params: Tree, x: jax.Array, cfg: FlowConfig, num_blocks: int, conditioning: Conditioning
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Compute `forward` and return the result of every block.
+    """Apply the first `num_blocks` blocks.
+
+    Args:
+        params: parameters of each block, by its number.
+        x: tokens [B, T, D] in raster order.
+        conditioning: of `check_inputs`.
 
     Returns:
         The tokens [B, T, D] before each block and after the last (raster order), and the log_det
-        [B] of each block.
+        [B] of each block; in at least float32.
     """
-    conditioning = check_inputs(cfg, x.shape, conditioning)
     outputs, log_dets = [at_least_float32(x)], []
-    for i, depth in enumerate(cfg.layers):
-        if depth == 0:
-            outputs.append(outputs[-1])
-            log_dets.append(jnp.zeros(x.shape[0], outputs[-1].dtype))
-            continue
-        is_deep = i == len(cfg.layers) - 1
-        block_conditioning = conditioning if is_deep else conditioning.replace(positions=None)
-        block_params = params["blocks"][str(i)]
-        z, log_det = block_forward(block_params, outputs[-1], cfg.block(i), block_conditioning)
+    for i in range(num_blocks):
+        z, block = outputs[-1], cfg.block(i)
+        log_det = jnp.zeros(x.shape[0], z.dtype)
+        if block.depth:
+            is_deep = i == len(cfg.layers) - 1
+            block_conditioning = conditioning if is_deep else conditioning.replace(positions=None)
+            z, log_det = block_forward(params[str(i)], z, block, block_conditioning)
         outputs.append(z)
         log_dets.append(log_det)
     return outputs, log_dets
+
+
+def forward_blocks(
+    params: Tree, x: jax.Array, cfg: FlowConfig, conditioning: Conditioning | None = None
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Compute `forward` and return the results of every block, as `apply_blocks` does."""
+    conditioning = check_inputs(cfg, x.shape, conditioning)
+    return apply_blocks(params["blocks"], x, cfg, len(cfg.layers), conditioning)
 
 
 def forward(

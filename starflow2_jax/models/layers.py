@@ -15,7 +15,7 @@ from flax import struct
 
 from starflow2_jax.mesh import constrain, platform
 from starflow2_jax.models.attention import KERNELS, grouped_query_attention
-from starflow2_jax.params import ParamSpec, Tree, ones, zeros
+from starflow2_jax.params import Init, ParamSpec, Tree, fan_in, ones, zeros
 
 # Number of layers that the scan over layers unrolls on a CPU.
 CPU_UNROLL = 8
@@ -89,6 +89,16 @@ def empty_cache(
     shape = (*batch_axis, cfg.kv_heads, size, cfg.head_dim)
     zero_layers = tuple(jnp.zeros(shape, dtype) for _ in range(num_layers))
     return KVCache(keys=zero_layers, values=zero_layers, length=jnp.zeros((), jnp.int32))
+
+
+def declare_linear(
+    inputs: int, outputs: int, axes: tuple[str | None, str | None], init: Init = fan_in
+) -> dict[str, ParamSpec]:
+    """Declare a linear with a bias, its weight [inputs, outputs] over these logical axes."""
+    return {
+        "weight": ParamSpec((inputs, outputs), axes, init),
+        "bias": ParamSpec((outputs,), axes[1:], zeros),
+    }
 
 
 def _declare_norm(kind: str, shape: tuple[int, ...], axes: tuple) -> dict[str, ParamSpec]:

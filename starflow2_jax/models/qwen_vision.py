@@ -18,7 +18,7 @@ from flax import struct
 
 from starflow2_jax.models import layers, rope
 from starflow2_jax.models.layers import LayerConfig, linear
-from starflow2_jax.params import ParamSpec, Tree, flatten, ones, unflatten, zeros
+from starflow2_jax.params import ParamSpec, Tree, flatten, ones, unflatten
 
 # Limit of the published image processor: an image of 16,384 features.
 MAX_PIXELS = 16384 * 28 * 28
@@ -99,14 +99,8 @@ def declare(cfg: VisionConfig) -> dict[str, Any]:
         "layers": unflatten(stack),
         "merger": {
             "norm": {"weight": ParamSpec((cfg.width,), ("embed",), ones)},
-            "up": {
-                "weight": ParamSpec((merged, merged), ("embed", "mlp")),
-                "bias": ParamSpec((merged,), ("mlp",), zeros),
-            },
-            "down": {
-                "weight": ParamSpec((merged, cfg.out_width), ("mlp", "embed")),
-                "bias": ParamSpec((cfg.out_width,), ("embed",), zeros),
-            },
+            "up": layers.declare_linear(merged, merged, ("embed", "mlp")),
+            "down": layers.declare_linear(merged, cfg.out_width, ("mlp", "embed")),
         },
     }
 

@@ -216,21 +216,14 @@ def declare(cfg: PretzelConfig) -> dict[str, Any]:
 
 def _declare_adapter(cfg: PretzelConfig) -> dict[str, Any]:
     vlm_width, channels = cfg.vlm.width, cfg.flow.channels
-    hidden = cfg.adapter_width or vlm_width
-    is_mlp = cfg.adapter == "mlp"
-    inputs, axis = (hidden, "mlp") if is_mlp else (channels, None)
     init = normal(cfg.adapter_std) if cfg.adapter_std else zeros
-    down = {
-        "weight": ParamSpec((inputs, vlm_width), (axis, "embed"), init),
-        "bias": ParamSpec((vlm_width,), ("embed",), zeros),
+    if cfg.adapter == "linear":
+        return {"down": layers.declare_linear(channels, vlm_width, (None, "embed"), init)}
+    hidden = cfg.adapter_width or vlm_width
+    return {
+        "up": layers.declare_linear(channels, hidden, (None, "mlp")),
+        "down": layers.declare_linear(hidden, vlm_width, ("mlp", "embed"), init),
     }
-    if not is_mlp:
-        return {"down": down}
-    up = {
-        "weight": ParamSpec((channels, hidden), (None, "mlp")),
-        "bias": ParamSpec((hidden,), ("mlp",), zeros),
-    }
-    return {"up": up, "down": down}
 
 
 def _declare_skips(cfg: PretzelConfig) -> dict[str, Any]:
@@ -256,18 +249,7 @@ def shallow_forward(
         log_det [I] of each block in nats; both in at least float32.
     """
     conditioning = Conditioning(grid=flow.resolve_grid(x.shape[1], None))
-    outputs, log_dets = [at_least_float32(x)], []
-    for i in range(len(cfg.flow.layers) - 1):
-        block = cfg.flow.block(i)
-        if block.depth == 0:
-            outputs.append(outputs[-1])
-            log_dets.append(jnp.zeros(x.shape[0], outputs[-1].dtype))
-            continue
-        block_params = params["shallow"][str(i)]
-        u, log_det = flow.block_forward(block_params, outputs[-1], block, conditioning)
-        outputs.append(u)
-        log_dets.append(log_det)
-    return outputs, log_dets
+    return flow.apply_blocks(params["shallow"], x, cfg.flow, len(cfg.flow.layers) - 1, conditioning)
 
 
 def latents_at_positions(u: jax.Array, image: jax.Array) -> jax.Array:

@@ -117,17 +117,11 @@ def declare(cfg: MoTConfig) -> dict[str, Any]:
     """Declare every parameter, in the subtrees `vlm`, `shallow`, and `deep`, the expert."""
     channels, width = cfg.flow.channels, cfg.width
     expert: dict[str, Any] = {
-        "proj_in": {
-            "weight": ParamSpec((channels, width), (None, "embed")),
-            "bias": ParamSpec((width,), ("embed",), zeros),
-        },
+        "proj_in": layers.declare_linear(channels, width, (None, "embed")),
         "start": ParamSpec((width,), ("embed",), normal(1.0)),
         "place": ParamSpec((cfg.patches, width), (None, "embed"), normal(1e-2)),
         "layers": layers.declare(cfg.layer, cfg.vlm.layers),
-        "proj_out": {
-            "weight": ParamSpec((width, 2 * channels), ("embed", None), zeros),
-            "bias": ParamSpec((2 * channels,), (None,), zeros),
-        },
+        "proj_out": layers.declare_linear(width, 2 * channels, ("embed", None), zeros),
     }
     if cfg.flow.final_norm:
         expert["final_norm"] = {"weight": ParamSpec((width,), ("embed",), zeros)}

@@ -181,36 +181,29 @@ def declare(cfg: FAEConfig) -> dict[str, Any]:
 
     At paper size the first three have 38,166,592, 170,428,416 and 305,360,896 parameters.
     """
-
-    def project(inputs, outputs, axes):
-        return {
-            "weight": ParamSpec((inputs, outputs), axes),
-            "bias": ParamSpec((outputs,), axes[1:], zeros),
-        }
-
     inner = cfg.encoder_heads * cfg.encoder_head_dim
     width, pixel = cfg.feature_width, cfg.pixel_width
     names = ("query", "key", "value", "parallel")
     return {
         "encoder": {
-            **{name: project(width, inner, ("embed", "heads")) for name in names},
-            "head": project(inner, 2 * cfg.latent, ("heads", None)),
+            **{name: layers.declare_linear(width, inner, ("embed", "heads")) for name in names},
+            "head": layers.declare_linear(inner, 2 * cfg.latent, ("heads", None)),
         },
         "feature_decoder": {
-            "proj_in": project(cfg.latent, width, (None, "embed")),
+            "proj_in": layers.declare_linear(cfg.latent, width, (None, "embed")),
             "position": ParamSpec((cfg.tokens, width), (None, "embed"), normal(1e-2)),
             "layers": layers.declare(cfg.decoder_layer, cfg.decoder_layers),
             "final_norm": {"weight": ParamSpec((width,), ("embed",), ones)},
         },
         "pixel_decoder": {
-            "proj_in": project(width, pixel, (None, "embed")),
+            "proj_in": layers.declare_linear(width, pixel, (None, "embed")),
             "position": ParamSpec((cfg.tokens, pixel), (None, "embed"), normal(1e-2)),
             "layers": layers.declare(cfg.pixel_layer, cfg.pixel_layers),
             "final_norm": {
                 "weight": ParamSpec((pixel,), ("embed",), ones),
                 "bias": ParamSpec((pixel,), ("embed",), zeros),
             },
-            "proj_out": project(pixel, 3 * cfg.patch**2, ("embed", None)),
+            "proj_out": layers.declare_linear(pixel, 3 * cfg.patch**2, ("embed", None)),
         },
         "latent": {
             "mean": ParamSpec((cfg.latent,), (None,), zeros),

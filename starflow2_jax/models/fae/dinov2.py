@@ -129,10 +129,7 @@ def declare(cfg: DinoConfig) -> dict[str, Any]:
     """Declare every parameter except the mask token, which only DINOv2's own training needs."""
     width, inputs = cfg.width, 3 * cfg.patch**2
     tree = {
-        "patch": {
-            "weight": ParamSpec((inputs, width), (None, "embed")),
-            "bias": ParamSpec((width,), ("embed",), zeros),
-        },
+        "patch": layers.declare_linear(inputs, width, (None, "embed")),
         "class_token": ParamSpec((width,), ("embed",), normal(0.02)),
         "class_position": ParamSpec((width,), ("embed",), normal(0.02)),
         "position": ParamSpec((cfg.side**2, width), (None, "embed"), normal(0.02)),

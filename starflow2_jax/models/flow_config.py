@@ -1,0 +1,137 @@
+"""The options of a flow, TarFlow's (arXiv 2412.06329) or STARFlow's (arXiv 2506.06276)."""
+
+from dataclasses import dataclass
+
+from starflow2_jax.models import layers, rope
+from starflow2_jax.models.layers import LayerConfig
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Every option of the two published families.
+
+    Attributes:
+        side: rows (= columns) of the training grid; RoPE and learned positions refer to it.
+        channels: D, channels of one token.
+        width, deep_width: C of the blocks and, if it differs, of the deep block.
+        layers: number of layers of each block from the data to the noise; 0 is an identity block.
+        start: what the first token is predicted from. `token`: a trained start vector. `shift`: the
+            first token passes unchanged. `prefix`: the last text position, in every block with
+            text (blocks without text have a start vector).
+        order: `R2L` or `L2R`, the parity of the blocks that read the tokens in reverse.
+        positions: `rope` or `learned`.
+        scale: `softplus` or `exp` of the first half of the head's output.
+        soft_clip: c of c tanh(v / c) on the head's output; 0 disables it.
+        classes: number of classes, 0 for none.
+        text_channels, text_length: E and L, 0 for none.
+        text_blocks: blocks that read the text, `deep` or `all`.
+        bias: whether the linears of attention and MLP have a bias.
+        compute_dtype: dtype of matmuls; None is that of the parameters.
+        remat: a name in `layers.REMAT`.
+        attention: a name in `attention.KERNELS`.
+    """
+
+    side: int
+    channels: int
+    width: int
+    layers: tuple[int, ...]
+    deep_width: int | None = None
+    head_dim: int = 64
+    heads: int | None = None
+    kv_heads: int | None = None
+    start: str = "token"
+    order: str = "R2L"
+    positions: str = "rope"
+    rope_pairs: str = "interleaved"
+    scale: str = "softplus"
+    soft_clip: float = 0.0
+    final_norm: bool = False
+    classes: int = 0
+    text_channels: int = 0
+    text_length: int = 0
+    text_blocks: str = "deep"
+    norm: str = "layer_norm"
+    bias: bool = True
+    qk_norm: bool = False
+    post_norm: bool = False
+    gated_mlp: bool = False
+    mlp_ratio: int = 4
+    compute_dtype: str | None = None
+    remat: str = "none"
+    attention: str = "auto"
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for field, allowed in (
+            ("start", ("token", "shift", "prefix")),
+            ("order", ("R2L", "L2R")),
+            ("positions", ("rope", "learned")),
+            ("scale", ("softplus", "exp")),
+            ("text_blocks", ("deep", "all")),
+            ("norm", ("layer_norm", "rms_norm")),
+            ("remat", tuple(layers.REMAT)),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"model.{field}={getattr(self, field)!r} is not one of {allowed}")
+        if self.start == "prefix" and not self.text_channels:
+            raise ValueError("model.start='prefix' needs text: model.text_channels is 0")
+        if bool(self.text_channels) != bool(self.text_length):
+            raise ValueError("model.text_channels and model.text_length are both 0 or both set")
+        pairs = (rope.THIRD_AXIS_PAIRS if self.text_length else 0) + 2
+        if self.positions == "rope" and self.head_dim // 2 < pairs:
+            raise ValueError(
+                f"model.head_dim={self.head_dim} leaves no RoPE pairs for rows and columns; "
+                f"at least {2 * pairs} is needed"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens T of the training grid."""
+        return self.side**2
+
+    def block(self, index: int) -> "BlockConfig":
+        """Return the config of block `index`; negative numbers count from the deep block."""
+        index %= len(self.layers)
+        deep = index == len(self.layers) - 1
+        text = bool(self.text_channels) and (deep or self.text_blocks == "all")
+        width = self.deep_width or self.width if deep else self.width
+        heads = width // self.head_dim if self.heads is None else self.heads
+        norm_kind = "layer_norm" if self.norm == "layer_norm" else "rms_norm_offset"
+        return BlockConfig(
+            flow=self,
+            depth=self.layers[index],
+            # The deep block of L2R reads in raster order if the number of blocks is even.
+            reverse=bool(index % 2) if self.order == "R2L" else index % 2 == 0,
+            text=text,
+            start="token" if self.start == "prefix" and not text else self.start,
+            layer=LayerConfig(
+                width=width,
+                heads=heads,
+                kv_heads=self.kv_heads or heads,
+                head_dim=self.head_dim,
+                mlp_width=self.mlp_ratio * width,
+                norm=norm_kind,
+                norm_eps=1e-5 if self.norm == "layer_norm" else 1e-6,
+                activation="gelu_tanh" if self.gated_mlp else "gelu",
+                gated=self.gated_mlp,
+                qkv_bias=self.bias,
+                out_bias=self.bias,
+                mlp_bias=self.bias,
+                qk_norm=self.qk_norm,
+                post_norm=self.post_norm,
+                rope_pairs=self.rope_pairs,
+                attention=self.attention,
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One block: the options of its flow, and those that differ between blocks."""
+
+    flow: FlowConfig
+    depth: int
+    reverse: bool
+    text: bool
+    start: str
+    layer: LayerConfig
