@@ -18,7 +18,7 @@ SHIPPED = "pretrained/starflow2_tiny"
 
 def get_config(source: str = SHIPPED):
     """The resolved configuration of a training that starts from the model `source`."""
-    found = load.settings(source)["config"]
+    found = load.read_config(source)
     cfg = config.default()
     cfg.name, cfg.task = "finetune", "starflow2"
     cfg.model.update(found["model"])

@@ -279,8 +279,8 @@ def read_model(path: str, repeats: int) -> Result:
     from starflow2_jax.inference import flow_sampler
 
     before = status_mb("VmRSS")
-    timing = measure(lambda: flow_sampler.load(path).params, repeats, warm_up=1)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(flow_sampler.load(path).params))
+    timing = measure(lambda: flow_sampler.load_flow(path).params, repeats, warm_up=1)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(flow_sampler.load_flow(path).params))
     row = {"row": f"load {path}", "model_mb": size / 2**20, "before_mb": before, **timing}
     return row | {"mb_per_s": size / 2**20 / timing["ms"] * 1000}
 

@@ -20,6 +20,7 @@ from absl import flags, logging
 from etils import epath
 
 from starflow2_jax.checkpoints import digest, model_folder, steps
+from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.config import nearest
 from starflow2_jax.data import image_batches, manifest, records
 from starflow2_jax.evaluation import (
@@ -120,7 +121,7 @@ def _report(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
 def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
     if not values.model:
         raise ValueError("likelihood: --model is needed")
-    task = load.task(values.model)
+    task = open_model(values.model).task
     if task == load.TASK:
         return _rows_likelihood(values)
     if task != "flow":
@@ -129,7 +130,7 @@ def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
         )
     mesh = make_mesh(values.mesh)
     source = _source(values.model)
-    model = models.load(values.model, mesh, values.layout)
+    model = models.load_flow(values.model, mesh, values.layout)
     options, codec = _options(model, values)
     about = batch_encoder.describe(image_batches.describe(options), codec, "--data")
     _check_encoder(model, about)
@@ -171,7 +172,7 @@ def _starflow2(values: flags.FlagValues) -> Any:
     """The STARFlow2 of --model, on one device unless a mesh is given."""
     mesh = make_mesh(values.mesh) if values["mesh"].present else None
     where = {"vlm": values.vlm or "", "fae": values.fae or ""}
-    return load.load(values.model, mesh, values.layout, **where)
+    return load.load_starflow2(values.model, mesh, values.layout, **where)
 
 
 def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:

@@ -1,4 +1,4 @@
-"""Draw images and write text with a trained model; a flow of images alone draws.
+"""Generate images and text with a trained model; a flow of images alone generates images.
 
 python -m starflow2_jax.generate --prompt 'a red circle above a blue square' --out pictures/
 python -m starflow2_jax.generate --model runs/stage3 --prompt 'a red circle' --n 4 --guidance 3 --out pictures/
@@ -7,17 +7,20 @@ python -m starflow2_jax.generate --model runs/stage3 --chat chat.json --temperat
 python -m starflow2_jax.generate --model runs/stage3 --geneval evaluation_metadata.jsonl --out geneval/
 python -m starflow2_jax.generate --model runs/tiny --label 'red circle' --n 8 --guidance 1 --out pictures/
 
-Without --model it is the small STARFlow2 that comes with the package, which knows coloured shapes.
-A STARFlow2 answers in free form: text, pictures, or both; where only prompts are given, it draws one
-picture. Without --out it only writes text. A chat file is a JSON list of {role, content: [{type:
-text, text} or {type: image, image: path}]}, a batch file has one such list a line.
+Without --model, the small STARFlow2 that ships with the package is used; it knows colored shapes.
+A STARFlow2 answers in free form with text, images, or both; for prompts without images it generates
+one image each. Without --out it writes text only. A chat file is a JSON list of {role, content:
+[{type: text, text} or {type: image, image: path}]}; a batch file has one such list per line.
 
-In python: load(path).generate([[Path("photo.png"), "what is it?"]], images=0, max_tokens=32).
+In Python: inference.load.load(path).generate([[Path("photo.png"), "what is it?"]], images=0).
 """  # noqa: E501
 
+import functools
+import io
 import json
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
@@ -26,280 +29,299 @@ from starflow2_jax import config
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.runtime import allocator, cli
 
+if TYPE_CHECKING:
+    from starflow2_jax.inference.api import STARFlow2
+    from starflow2_jax.inference.flow_sampler import FlowModel
+    from starflow2_jax.inference.options import GenerateOptions
+
 SHIPPED = "pretrained/starflow2_tiny"
 
 # Flags that only one of the two kinds of model has.
 _FLOW_ONLY = ("label",)
-_INTERLEAVED_ONLY = (
+_STARFLOW2_ONLY = (
     *("image", "chat", "batch", "geneval", "images", "max_tokens", "top_k", "top_p", "stop"),
     *("best_of", "best_of_gain", "null", "image_temperature", "cache", "vlm", "fae"),
 )
-
-
-def load(path: str, **where: Any) -> Any:
-    """A trained model from a workdir, a step in it, or a model folder.
-
-    Args:
-        where: `mesh`, `layout`; of a STARFlow2 `vlm` and `fae`, see `generation.model.load`.
-
-    Returns:
-        of a STARFlow2 a model with `generate(prompts, ...)` and `log_likelihood(rows)`; else what
-        `inference.flow_sampler` draws from.
-
-    Raises:
-        FileNotFoundError, ValueError: as `generation.model.load`.
-    """
-    from starflow2_jax.inference import flow_sampler
-
-    return flow_sampler.load(path, **where)
+_PROMPT_FLAGS = ("prompt", "chat", "batch", "geneval")
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the flags of this command."""
-    own = {"flag_values": values}
-    flags.DEFINE_string("model", SHIPPED, "workdir, step in it, or model folder", **own)
-    flags.DEFINE_string("vlm", None, "folder of the VLM, where the run's is elsewhere", **own)
-    flags.DEFINE_string("fae", None, "folder of the codec, where the run's is elsewhere", **own)
-    flags.DEFINE_string("out", None, "folder for the pictures, not written over", **own)
-    flags.DEFINE_bool("overwrite", False, "replace what --out names", **own)
-    flags.DEFINE_multi_string("prompt", [], "what the user says; may be repeated", **own)
-    flags.DEFINE_multi_string("image", [], "shown before every prompt; may be repeated", **own)
-    flags.DEFINE_string("chat", None, "JSON file of a chat to continue", **own)
-    flags.DEFINE_string("batch", None, "file with one chat a line", **own)
-    flags.DEFINE_string("geneval", None, "GenEval's metadata; --out becomes its tree", **own)
-    flags.DEFINE_multi_string("label", [], "class name or number; may be repeated", **own)
-    flags.DEFINE_integer("n", None, "samples of each; 4 of pictures, 1 of answers", 1, **own)
-    flags.DEFINE_integer("seed", 0, "of the noise", 0, **own)
-    flags.DEFINE_float("guidance", None, "weight; the run's own by default", **own)
-    flags.DEFINE_string("rule", None, "guidance rule; the run's own by default", **own)
-    flags.DEFINE_enum("null", "text", ("text", "all"), "guidance against no words, or no words and "
-                      "pictures of the user", **own)  # fmt: skip
-    flags.DEFINE_float("temperature", None, "of tokens, 0 for the likeliest (default); of a flow's "
-                       "attention, 1 by default", **own)  # fmt: skip
-    flags.DEFINE_integer("top_k", 0, "draw from so many tokens, 0 for all", **own)
-    flags.DEFINE_float("top_p", 1.0, "draw from tokens that hold this share", **own)
-    flags.DEFINE_multi_string("stop", [], "text at which an answer ends; may be repeated", **own)
-    flags.DEFINE_integer("max_tokens", 256, "text tokens of an answer at most", **own)
-    flags.DEFINE_integer("images", None, "exactly so many pictures in an answer", **own)
-    flags.DEFINE_float("image_temperature", None, "factor on the noise of pictures; the run's own "
-                       "by default", **own)  # fmt: skip
-    flags.DEFINE_integer("best_of", 1, "of so many samples keep the likeliest", **own)
-    flags.DEFINE_bool("best_of_gain", False, "likeliest against what it is without the prompt",
-                      **own)  # fmt: skip
-    flags.DEFINE_integer("cache", None, "positions; as many as needed by default", **own)
-    flags.DEFINE_integer("jacobi", 0, "tokens of a Jacobi chunk; 0 samples in sequence", **own)
-    flags.DEFINE_float("threshold", 1e-3, "where a Jacobi chunk has settled", **own)
-    flags.DEFINE_bool(
-        "denoise", None, "a score step after sampling; the run's own by default", **own
+    """Define the flags of this command."""
+    text = functools.partial(flags.DEFINE_string, flag_values=values)
+    texts = functools.partial(flags.DEFINE_multi_string, flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    number = functools.partial(flags.DEFINE_float, flag_values=values)
+    switch = functools.partial(flags.DEFINE_bool, flag_values=values)
+    text("model", SHIPPED, "a workdir, a step folder of it, or a model folder")
+    text("vlm", None, "folder of the VLM, if it has moved since training")
+    text("fae", None, "folder of the codec, if it has moved since training")
+    text("out", None, "folder for the images; must be empty")
+    switch("overwrite", False, "replace files in --out")
+    texts("prompt", [], "text of the user; may be repeated")
+    texts("image", [], "image file shown before every prompt; may be repeated")
+    text("chat", None, "JSON file of a chat to continue")
+    text("batch", None, "file with one chat per line")
+    text("geneval", None, "GenEval's metadata file; --out becomes its folder tree")
+    texts("label", [], "class name or number; may be repeated")
+    integer("n", None, "samples per prompt (default: 4 for images, 1 for answers)", 1)
+    integer("seed", 0, "seed of the noise", 0)
+    number("guidance", None, "guidance weight (default: the run's)")
+    text("rule", None, "guidance rule (default: the run's)")
+    flags.DEFINE_enum(
+        "null",
+        "text",
+        ("text", "all"),
+        "unconditional input of guidance: without the user's text, or without images too",
+        flag_values=values,
     )
-    flags.DEFINE_string("layout", "dp", "where weights live", **own)
-    flags.DEFINE_string("mesh", None, "such as fsdp=8; one device by default", **own)
-    flags.DEFINE_bool("json", False, "print the result as JSON", **own)
+    number(
+        "temperature",
+        None,
+        "temperature of text tokens (default: 0, greedy), or of a flow's attention (default: 1)",
+    )
+    integer("top_k", 0, "sample from the k most likely tokens; 0 for all")
+    number("top_p", 1.0, "sample from the most likely tokens with this probability mass")
+    texts("stop", [], "text that ends an answer; may be repeated")
+    integer("max_tokens", 256, "maximum number of text tokens of an answer")
+    integer("images", None, "exact number of images in an answer")
+    number("image_temperature", None, "factor on the noise of images (default: the run's)")
+    integer("best_of", 1, "candidates per sample, of which the most likely is returned")
+    switch("best_of_gain", False, "rank candidates by what the prompt adds to the likelihood")
+    integer("cache", None, "positions of the cache (default: as many as needed)")
+    integer("jacobi", 0, "tokens of a Jacobi chunk; 0 samples sequentially")
+    number("threshold", 1e-3, "residual at which a Jacobi chunk has converged")
+    switch("denoise", None, "apply a score step after sampling (default: the run's)")
+    text("layout", "dp", "name of the sharding layout of the weights")
+    text("mesh", None, "device mesh such as fsdp=8 (default: one device)")
+    switch("json", False, "print the result as JSON")
 
 
-def main(words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    """See the module's docstring."""
+def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Generate with the model and the prompts of the flags, and print what was written.
+
+    Raises:
+        ValueError: If a flag is invalid, or does not fit the model.
+    """
     from starflow2_jax.inference.api import STARFlow2
+    from starflow2_jax.inference.load import load
 
-    if words:
-        raise ValueError(f"unexpected argument {words[0]!r}")
+    if argv:
+        raise ValueError(f"unexpected argument {argv[0]!r}")
     out = epath.Path(values.out) if values.out else None
     if out is not None and out.exists() and any(out.iterdir()) and not values.overwrite:
-        raise ValueError(f"--out: {out} is not empty; --overwrite replaces pictures in it")
-    mesh = make_mesh(values.mesh) if values.mesh else None
-    where = {"vlm": values.vlm or "", "fae": values.fae or ""}
-    model = load(values.model, mesh=mesh, layout=values.layout, **where)
-    ours = isinstance(model, STARFlow2)
-    for name in _FLOW_ONLY if ours else _INTERLEAVED_ONLY:
+        raise ValueError(f"--out: {out} is not empty; --overwrite replaces the files in it")
+    device_mesh = make_mesh(values.mesh) if values.mesh else None
+    model = load(
+        values.model, device_mesh, values.layout, vlm=values.vlm or "", fae=values.fae or ""
+    )
+    is_starflow2 = isinstance(model, STARFlow2)
+    for name in _FLOW_ONLY if is_starflow2 else _STARFLOW2_ONLY:
         if values[name].present and values[name].value != values[name].default:
-            raise ValueError(f"--{name}: {values.model} is a model that does not take it")
-    if ours:
-        _answer(model, out, values)
+            raise ValueError(f"--{name}: the model {values.model} does not take this flag")
+    if is_starflow2:
+        _generate_answers(model, out, values)
     else:
-        _draw(model, out, values)
+        _generate_images(model, out, values)
 
 
-# -------------------------------------------------------------------------- interleaved answers
+# ------------------------------------------------------------------------------------- STARFlow2
 
 
-def _answer(model: Any, out: epath.Path | None, values: flags.FlagValues) -> None:
-    from starflow2_jax.inference import generate, options as options_lib, output, prompts
+def _generate_answers(model: "STARFlow2", out: epath.Path | None, values: flags.FlagValues) -> None:
+    from starflow2_jax.inference import output
+    from starflow2_jax.inference.generate import generate_many
 
-    given = [name for name in ("prompt", "chat", "batch", "geneval") if values[name].value]
-    if len(given) > 1 or not (given or values.image):
+    if values.geneval and out is None:
+        raise ValueError("--geneval needs --out")
+    metadata = output.read_geneval(values.geneval) if values.geneval else []
+    prompts = _read_prompts(metadata, values)
+    options = _answer_options(model, out is not None, values)
+    start_time = time.perf_counter()
+    answers = generate_many(model, prompts, options)
+    settings = {"model": values.model, "source": model.source, **output.options_dict(options)}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    if values.geneval:
+        count = output.save_geneval(out, metadata, answers, settings)
+        seconds = time.perf_counter() - start_time
+        result = {"written": count, "out": str(out), "seconds": seconds}
+        print(json.dumps(result) if values.json else f"{count} images in {seconds:.1f} s: {out}")
+        return
+    rows = []
+    for i, samples in enumerate(answers):
+        prompt = {"prompt": values.prompt[i]} if values.prompt else {}
+        for k, parts in enumerate(samples):
+            rows.append(output.save_row(out, f"{i:05}_{k:02}", parts, {**settings, **prompt}))
+            if not values.json:
+                has_many = len(prompts) * len(samples) > 1
+                _print_row(rows[-1], f"--- prompt {i}, sample {k}" if has_many else "")
+    if out is not None:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (out / "results.jsonl").write_text(lines)
+    seconds = time.perf_counter() - start_time
+    if values.json:
+        print(json.dumps({"rows": rows, "seconds": seconds}))
+    else:
+        count = sum(part["type"] == "image" for row in rows for part in row)
+        print(f"{len(rows)} answers with {count} images in {seconds:.1f} s")
+
+
+def _read_prompts(metadata: Sequence[dict[str, Any]], values: flags.FlagValues) -> list[Any]:
+    """Return the prompts of the one prompt flag that was set."""
+    from starflow2_jax.inference import prompts
+
+    sources = [name for name in _PROMPT_FLAGS if values[name].value]
+    if len(sources) > 1 or not (sources or values.image):
         raise ValueError(
             "give one of --prompt (with or without --image), --chat, --batch, --geneval"
         )
-    kind = given[0] if given else "prompt"
-    draws = kind == "geneval" or (kind == "prompt" and not values.image and values.images is None)
-    if values.geneval and out is None:
-        raise ValueError("--geneval: --out is needed")
-    metadata = []
-    if kind == "geneval":
-        metadata = output.read_geneval(values.geneval)
-        rows: list[Any] = [row["prompt"] for row in metadata]
-    elif kind == "chat":
-        rows = [prompts.read_chat(values.chat)]
-    elif kind == "batch":
-        rows = prompts.read_batch(values.batch)
-    else:
-        shown = [epath.Path(path).read_bytes() for path in values.image]
-        rows = [[*shown, text] for text in values.prompt] or [shown]
-    draws = draws and out is not None
-    options = options_lib.make_options(_options(model, values, draws, out is not None))
-    began = time.perf_counter()
-    answers = generate.generate_many(model, rows, options)
-    note = {"model": values.model, "source": model.source, **output.settings(options)}
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    if kind == "geneval":
-        count = output.save_geneval(out, metadata, answers, note)
-        seconds = time.perf_counter() - began
-        result = {"written": count, "out": str(out), "seconds": seconds}
-        print(json.dumps(result) if values.json else f"{count} pictures in {seconds:.1f} s: {out}")
-        return
-    found = []
-    for i, samples in enumerate(answers):
-        said = {"prompt": values.prompt[i]} if values.prompt else {}
-        for k, row in enumerate(samples):
-            found.append(output.save_row(out, f"{i:05}_{k:02}", row, {**note, **said}))
-            if not values.json:
-                _print_row(found[-1], len(rows) * len(samples) > 1, i, k)
-    if out is not None:
-        lines = "".join(json.dumps(row) + "\n" for row in found)
-        (out / "results.jsonl").write_text(lines)
-    seconds = time.perf_counter() - began
-    if values.json:
-        print(json.dumps({"rows": found, "seconds": seconds}))
-    else:
-        pictures = sum(part["type"] == "image" for row in found for part in row)
-        print(f"{len(found)} answers with {pictures} pictures in {seconds:.1f} s")
+    if values.geneval:
+        return [row["prompt"] for row in metadata]
+    if values.chat:
+        return [prompts.read_chat(values.chat)]
+    if values.batch:
+        return list(prompts.read_batch(values.batch))
+    images = [epath.Path(path).read_bytes() for path in values.image]
+    return [[*images, text] for text in values.prompt] or [images]
 
 
-def _options(model: Any, values: flags.FlagValues, draws: bool, pictures: bool) -> dict[str, Any]:
-    from starflow2_jax.inference import options as options_lib
+def _answer_options(
+    model: "STARFlow2", has_out: bool, values: flags.FlagValues
+) -> "GenerateOptions":
+    from starflow2_jax.inference.options import GenerateOptions, sampling_defaults
+
+    if values.images and not has_out:
+        raise ValueError("--images: --out is needed to save them")
+    is_text_prompt = bool(values.prompt) and not values.image and values.images is None
+    only_image = has_out and (bool(values.geneval) or is_text_prompt)
+    images = 1 if only_image else values.images if has_out else 0
+    image_options = sampling_defaults(
+        model.cfg["sample"],
+        guidance=values.guidance,
+        rule=values.rule or None,
+        denoise=values.denoise,
+        image_temperature=values.image_temperature,
+    )
+    if images == 0:
+        # Text is sampled without guidance, so it needs no unconditional branch.
+        image_options["guidance"] = min(image_options["guidance"], 0.0)
+    return GenerateOptions(
+        **image_options,
+        n=values.n or (4 if only_image else 1),
+        seed=values.seed,
+        null=values.null,
+        temperature=values.temperature or 0.0,
+        top_k=values.top_k,
+        top_p=values.top_p,
+        stop=tuple(values.stop),
+        max_tokens=0 if only_image else values.max_tokens,
+        images=images,
+        best_of=values.best_of,
+        best_of_gain=values.best_of_gain,
+        cache=values.cache,
+        jacobi=_jacobi(values),
+    )
+
+
+def _jacobi(values: flags.FlagValues) -> Any:
     from starflow2_jax.inference.inverse import Jacobi
 
-    images = 1 if draws else values.images if pictures else 0
-    names = ("guidance", "denoise", "image_temperature")
-    given_by_flag = {name: values[name].value for name in names} | {"rule": values.rule or None}
-    drawing = options_lib.sampling_defaults(model.cfg["sample"], **given_by_flag)
-    # Words are drawn without guidance: for them alone, no second branch.
-    if images == 0 and drawing["guidance"] > 0:
-        drawing["guidance"] = 0.0
-    found = {
-        **drawing,
-        "n": values.n or (4 if draws else 1),
-        "seed": values.seed,
-        "null": values.null,
-        "temperature": values.temperature or 0.0,
-        "top_k": values.top_k,
-        "top_p": values.top_p,
-        "stop": tuple(values.stop),
-        "max_tokens": 0 if draws else values.max_tokens,
-        "images": images,
-        "best_of": values.best_of,
-        "best_of_gain": values.best_of_gain,
-        "cache": values.cache,
-        "jacobi": Jacobi(values.jacobi, values.threshold) if values.jacobi else None,
-    }
-    if values.images and not pictures:
-        raise ValueError("--images: --out is needed to keep them")
-    return found
+    return Jacobi(values.jacobi, values.threshold) if values.jacobi else None
 
 
-def _print_row(row: list[dict[str, Any]], numbered: bool, i: int, k: int) -> None:
-    if numbered:
-        print(f"--- prompt {i}, sample {k}")
+def _print_row(row: list[dict[str, Any]], title: str) -> None:
+    if title:
+        print(title)
     for part in row:
-        cut = " [cut off: --max_tokens]" if part["truncated"] else ""
-        print((part["text"] if part["type"] == "text" else f"[{part['image']}]") + cut)
+        suffix = " [cut off: --max_tokens]" if part["truncated"] else ""
+        print((part["text"] if part["type"] == "text" else f"[{part['image']}]") + suffix)
 
 
-# ------------------------------------------------------------------------------------------ flows
+# ------------------------------------------------------------------------------- flows of images
 
 
-def _draw(model: Any, out: epath.Path | None, values: flags.FlagValues) -> None:
+def _generate_images(model: "FlowModel", out: epath.Path | None, values: flags.FlagValues) -> None:
     import numpy as np
 
-    from starflow2_jax.inference import flow_sampler as generation, output
-    from starflow2_jax.inference.inverse import Jacobi
+    from starflow2_jax.inference import flow_sampler, output
     from starflow2_jax.training.logging import image_grid
 
     if out is None:
         raise ValueError("--out is needed")
     if values.prompt and values.label:
         raise ValueError("--prompt and --label: give one of them")
-    sample, n = model.cfg["sample"], values.n or 4
+    n, conditions = values.n or 4, values.prompt or values.label or [""]
+    captions = [caption for caption in conditions for _ in range(n)]
+    labels = [_class_number(label, model.classes) for label in captions] if values.label else None
+    sampling = _flow_sampling(model, len(captions), values)
+    start_time = time.perf_counter()
+    images = flow_sampler.generate(
+        model,
+        len(captions),
+        prompts=captions if values.prompt else None,
+        labels=labels,
+        sampling=sampling,
+    )
+    seconds = time.perf_counter() - start_time
+    out.mkdir(parents=True, exist_ok=True)
+    if images.dtype != np.uint8:
+        buffer = io.BytesIO()
+        np.save(buffer, images)
+        paths = [out / "latents.npy"]
+        paths[0].write_bytes(buffer.getvalue())
+    else:
+        settings = {
+            "model": str(values.model),
+            "source": model.source,
+            "seed": values.seed,
+            "guidance": sampling.guidance,
+            "rule": sampling.rule,
+            "temperature": sampling.temperature,
+            "jacobi": values.jacobi,
+            "threshold": values.threshold,
+            "denoise": sampling.denoise,
+        }
+        paths = [out / f"{i:05d}.png" for i in range(len(images))]
+        for i, path in enumerate(paths):
+            metadata = {**settings, "caption": captions[i], "index": i}
+            output.save_png(path, images[i], metadata)
+        paths.append(out / "grid.png")
+        image_grid.save_grid(paths[-1], images, captions if any(captions) else None)
+    if values.json:
+        print(json.dumps({"written": [str(path) for path in paths], "seconds": seconds}))
+    else:
+        print(f"{len(paths)} files in {seconds:.1f} s: {paths[-1]}")
+
+
+def _flow_sampling(model: "FlowModel", count: int, values: flags.FlagValues) -> Any:
+    """Return the sampling options of the flags, with the run's own as defaults."""
+    from starflow2_jax.inference.flow_sampler import FlowSampling
+
+    sample = model.cfg["sample"]
     guidance = sample["guidance"] if values.guidance is None else values.guidance
-    heat = 1.0 if values.temperature is None else values.temperature
-    for name, value, low in (("guidance", guidance, 0.0), ("temperature", heat, 1e-3)):
-        if not value >= low:
-            raise ValueError(f"--{name}={value}: expected at least {low:g}")
-    sampling = generation.FlowSampling(
+    temperature = 1.0 if values.temperature is None else values.temperature
+    for name, value, minimum in (("guidance", guidance, 0.0), ("temperature", temperature, 1e-3)):
+        if not value >= minimum:
+            raise ValueError(f"--{name}={value}: expected at least {minimum:g}")
+    return FlowSampling(
         guidance=guidance,
         rule=values.rule or sample["guidance_rule"],
-        temperature=heat,
-        jacobi=Jacobi(values.jacobi, values.threshold) if values.jacobi else None,
+        temperature=temperature,
+        jacobi=_jacobi(values),
         denoise=sample["denoise"] if values.denoise is None else values.denoise,
         seed=values.seed,
-        batch=min(16, n * max(len(values.prompt) + len(values.label), 1)),
+        batch=min(16, count),
     )
-    wanted = values.prompt or values.label or [""]
-    captions = [caption for caption in wanted for _ in range(n)]
-    given: dict[str, Any] = {}
-    if values.prompt:
-        given["prompts"] = captions
-    if values.label:
-        given["labels"] = [_class_number(label, model.classes) for label in captions]
-    began = time.perf_counter()
-    drawn = generation.generate(model, len(captions), **given, sampling=sampling)
-    seconds = time.perf_counter() - began
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "model": str(values.model), "source": model.source, "seed": values.seed,
-        "guidance": guidance, "rule": sampling.rule, "temperature": heat,
-        "jacobi": values.jacobi, "threshold": values.threshold, "denoise": sampling.denoise,
-    }  # fmt: skip
-    if drawn.dtype != np.uint8:
-        path = out / "latents.npy"
-        path.write_bytes(_npy(drawn))
-        _say({"written": [str(path)], "seconds": seconds}, values)
-        return
-    written = []
-    for i, (pixels, caption) in enumerate(zip(drawn, captions)):
-        path = out / f"{i:05d}.png"
-        output.save_png(path, pixels, {**settings, "caption": caption, "index": i})
-        written.append(str(path))
-    image_grid.save_grid(out / "grid.png", drawn, captions if any(captions) else None)
-    _say({"written": [*written, str(out / "grid.png")], "seconds": seconds}, values)
 
 
 def _class_number(label: str, classes: tuple[str, ...]) -> int:
     if label.lstrip("-").isdigit():
         return int(label)
     if label not in classes:
-        known = ", ".join(classes[:12]) or "none are known by name"
-        near = config.nearest(label, classes)
-        raise ValueError(f"--label: unknown class {label!r}{near}; classes: {known}")
+        known = ", ".join(classes[:12]) or "the model has no class names"
+        suggestion = config.nearest(label, classes)
+        raise ValueError(f"--label: unknown class {label!r}{suggestion}; classes: {known}")
     return classes.index(label)
-
-
-def _npy(array: Any) -> bytes:
-    import io
-
-    import numpy as np
-
-    data = io.BytesIO()
-    np.save(data, array)
-    return data.getvalue()
-
-
-def _say(result: dict[str, Any], values: flags.FlagValues) -> None:
-    if values.json:
-        print(json.dumps(result))
-        return
-    print(f"{len(result['written'])} files in {result['seconds']:.1f} s: {result['written'][-1]}")
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ def measure(
             images, which may be absent.
 
     Raises:
-        FileNotFoundError, ValueError: as `loading.load`; a likelihood that is not finite.
+        FileNotFoundError, ValueError: as `inference.load.load`; a likelihood that is not finite.
     """
     cfg = _settings(workdir)
     mesh = make_mesh(cfg["mesh"])
-    model = load.load(str(workdir), mesh, cfg["layout"])
+    model = load.load_starflow2(str(workdir), mesh, cfg["layout"])
     with jax.set_mesh(mesh):
         score = scorer(model)
         told, alone, born = [], [], []
@@ -102,7 +102,7 @@ def scorer(model: Model):
 
 def by_record(found: LossTerms, segments: jax.Array) -> dict[str, jax.Array]:
     """`tokens`, `wrong` (not the likeliest) and `nll` of every record, float32 [B, S]."""
-    number = jnp.arange(1, segments.shape[1] // text.MIN_RECORD_LENGTH + 2)
+    number = jnp.arange(1, segments.shape[1] // text.LEAST_RECORD + 2)
     own = jnp.take_along_axis(segments, found.target_index, 1)
     member = (own[..., None] == number) & found.token[..., None]
     add = lambda each: jnp.where(member, each.astype(jnp.float32)[..., None], 0).sum(1)

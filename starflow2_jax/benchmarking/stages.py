@@ -17,6 +17,7 @@ import numpy as np
 from starflow2_jax import config
 from starflow2_jax.benchmarking.timing import Result, measure, utilization
 from starflow2_jax.inference import decode_loop, session
+from starflow2_jax.inference.sampling import SamplingParams, SpecialTokens
 from starflow2_jax.mesh import host_rows, make_mesh
 from starflow2_jax.models import starflow2 as pretzel
 from starflow2_jax.models.starflow2 import PretzelConfig
@@ -175,36 +176,44 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
     own = lambda part: dataclasses.replace(part, compute_dtype=dtype)
     cfg = dataclasses.replace(cfg, vlm=own(cfg.vlm), flow=own(cfg.flow))
     tree = {n: t for n, t in pretzel.declare(cfg).items() if n != "shallow"}
-    laid_out = lambda key: decode_loop.prepare(init_params(key, tree, dtype), cfg=cfg)
+    laid_out = lambda key: decode_loop.prepare_params(init_params(key, tree, dtype))
     params = jax.jit(laid_out)(jax.random.key(0))
     slots = (
         -(-(PROMPT_TOKENS + cfg.patches + TEXT_TOKENS) // session.CACHE_STEP) * session.CACHE_STEP
     )
     keys = jax.random.split(jax.random.key(1), rows)
-    held = session.begin(params, cfg, keys, "", 1.0, slots, True)
-    # Each a buffer of its own, as the loop takes all of them over.
-    prepared, heat, states = held.params, held.heat, [jax.tree.map(jnp.copy, held.state)]
-    del params, held
-    read = jnp.zeros((rows, slots), bool).at[:, :PROMPT_TOKENS].set(True)
-    ids = decode_loop.Ids(3, 4, (), (), cfg.vlm.vocab)
-    numbers = decode_loop.Numbers(1.0, 0, 1.0, 1.0, None)
+    state = decode_loop.empty_state(params, cfg, rows, slots, has_null_branch=False)
+    # The loop takes the arrays over, so each needs a buffer of its own.
+    states = [jax.tree.map(jnp.copy, state)]
+    del state
+    valid = jnp.zeros((rows, slots), bool).at[:, :PROMPT_TOKENS].set(True)
+    special = SpecialTokens(3, 4, (), (), cfg.vlm.vocab)
+    sampling = SamplingParams(1.0, 0, 1.0, 1.0, None)
     full = lambda value: jnp.full(rows, value, jnp.int32)
 
     def draw(mode: int, steps: int) -> Callable[[], Any]:
         def run():
-            # The prompt has been read, and what was drawn since is taken back.
+            # Start again after the prompt: what was sampled since is removed.
             caches = tuple(c.replace(length=jnp.int32(PROMPT_TOKENS)) for c in states[0].caches)
-            own = {"mode": full(mode), "patch": full(0), "tokens": full(TEXT_TOKENS)}
-            own |= {"token": full(3), "is_image": jnp.zeros(rows, bool), "images": full(0)}
-            state, drawn = states[0].replace(caches=caches, valid=jnp.copy(read), **own), []
+            state, log_probs = states[0], []
+            state = state.replace(
+                caches=caches,
+                valid=jnp.copy(valid),
+                mode=full(mode),
+                patch=full(0),
+                tokens_left=full(TEXT_TOKENS),
+                images_left=full(0),
+                token=full(3),
+                is_image=jnp.zeros(rows, bool),
+            )
             for first in range(0, steps, decode_loop.CHUNK):
-                some = jnp.int32(min(decode_loop.CHUNK, steps - first))
-                state, record = decode_loop.run(
-                    prepared, state, keys, numbers, heat, some, cfg=cfg, ids=ids
+                chunk_steps = jnp.int32(min(decode_loop.CHUNK, steps - first))
+                state, output = decode_loop.decode_chunk(
+                    params, state, keys, sampling, chunk_steps, cfg=cfg, special=special
                 )
-                drawn.append(record.nats)
+                log_probs.append(output.log_probs)
             states[0] = state
-            return drawn
+            return log_probs
 
         return run
 
@@ -217,9 +226,9 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
     ):
         run = draw(mode, steps)
         start_time = time.perf_counter()
-        drawn = np.concatenate(run(), 1)[:, :steps, 0]
+        log_probs = np.concatenate(run(), 1)[:, :steps, 0]
         row[f"{name}_first_s"] = time.perf_counter() - start_time
-        if not (drawn != 0).all():
+        if not (log_probs != 0).all():
             raise RuntimeError(f"bench: some steps of {name} sampled nothing")
         timing = measure(run, repeats)
         timing |= {"tokens_per_s": 1000 * rows * steps / timing["ms"]}

@@ -1,1 +1,1 @@
-"""Dataset folders on disk, the chat layout, packing, and host batches of images and of rows."""
+"""Datasets: schema, shards, manifests, importers, the shapes world, the input pipeline."""

@@ -1,1 +1,1 @@
-"""Importers of published dataset formats."""
+"""Converters from other people's dataset formats to ours."""

@@ -1,82 +1,65 @@
-"""The interleaved decode loop: text and patches enter the caches of both streams as they are drawn.
+"""The interleaved decode loop: sampled text and patches enter the caches of both streams.
 
-Axes: B rows, R = B or 2B rows (behind them those of the unconditional branch), T new positions, S
+Axes: B rows, R = B or 2B rows (followed by those of the unconditional branch), T new positions, S
 slots of a cache, D latent channels, N patches of an image, V vocabulary.
 
-A row's last item is *pending*: chosen, but not read yet. A step reads the pending items of all
-rows into the caches of the VLM and of the deep flow and chooses the next ones, a token or a patch
-by each row's mode. All rows write to one slot at a time, and `valid` says which slots are a row's
-own: rows may be of any lengths, and to take items back is to unmark them.
+A row's last item is *pending*: it was chosen, but not read yet. A step reads the pending items of
+all rows into the caches of the VLM and of the deep flow and chooses the next ones, a token or a
+patch by each row's mode. All rows write to one slot at a time, and `valid` marks the slots that
+belong to a row: rows may have any lengths, and unmarking slots removes items again.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from starflow2_jax.inference import guidance as guiding
-from starflow2_jax.inference.guidance import Guidance
-from starflow2_jax.models import backbone, flow, qwen, starflow2 as pretzel
+from starflow2_jax.inference.sampling import (
+    SamplingParams,
+    SpecialTokens,
+    sample_patch,
+    sample_token,
+)
+from starflow2_jax.models import backbone, flow, qwen, starflow2
 from starflow2_jax.models.backbone import BackboneConfig, BackboneInputs
-from starflow2_jax.models.layers import KVCache
+from starflow2_jax.models.layers import KVCache, at_least_float32
 from starflow2_jax.params import Tree
-from starflow2_jax.training.losses.flow import HALF_LOG_2_PI
 
-# Modes of a row: it draws tokens; patches; it must begin an image; it is done, and why.
-TEXT, IMAGE, BEGIN, ENDED, OUT_OF_TOKENS = range(5)
-# What a record holds in place of a token.
-PATCH, NOTHING = -1, -2
-# Steps of a chunk at most: what a record holds.
+# Modes of a row: it samples tokens; it samples patches; it has to begin an image; it is done.
+TEXT, IMAGE, BEGIN_IMAGE, ENDED, OUT_OF_TOKENS = range(5)
+# Values in place of a token id: a patch was sampled; nothing was, since the row is done.
+PATCH, EMPTY = -1, -2
+# The maximum number of steps of a chunk, which is the size of its output.
 CHUNK = 64
 
 
-class Ids(NamedTuple):
-    """Token ids of the delimiters.
-
-    Attributes:
-        ends: those that end a turn; banned: those that are never drawn; size: number of ids that
-            the tokenizer has.
-    """
-
-    vision_start: int
-    vision_end: int
-    ends: tuple[int, ...]
-    banned: tuple[int, ...]
-    size: int
+# Fields of `DecodeState` with R rows; the others have B.
+BRANCH_FIELDS = ("valid", "vlm_position", "next_vlm_position", "flow_index")
 
 
 @struct.dataclass
-class Numbers:
-    """How items are drawn; other numbers do not recompile.
+class DecodeState:
+    """The state of every row.
 
     Attributes:
-        temperature: of tokens, 0 takes the likeliest; top_k: 0 is all; top_p: 1 is all.
-        image_temperature: of the noise of patches, a factor on its standard deviation.
-        guidance: of patches, None without an unconditional branch.
-    """
-
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    image_temperature: Any
-    guidance: Guidance | None
-
-
-@struct.dataclass
-class State:
-    """Where every row is.
-
-    Attributes:
-        caches: of the VLM and of the deep flow; valid: bool [R, S], the slots that are a row's own.
-        token [B], u [B, D], is_image [B]: the pending item; at: int32 [R, 3], its VLM position.
-        position: int32 [R], the VLM's of the item after an image or text; index: int32 [R], how
-            many tokens and whole images there are, the pending one too.
-        mode: int32 [B]; patch: int32 [B], number of the next patch.
-        tokens, images, due: int32 [B], tokens and images that may still be drawn, and images that
-            must be.
-        part, item: int32 [B], numbers of what is drawn next: its noise depends on them.
+        caches: key-value caches of the VLM and of the deep flow.
+        valid: bool [R, S], the slots that belong to each row.
+        token: int32 [B], the pending item's id; -1 before a row's first item.
+        u: [B, D], the pending item's patch.
+        is_image: bool [B], whether the pending item is a patch.
+        vlm_position: int32 [R, 3], the pending item's VLM position.
+        next_vlm_position: int32 [R], VLM position of the text or image after the pending one.
+        flow_index: int32 [R], number of tokens and whole images, the pending one included: the
+            third coordinate of the deep flow's next position.
+        mode: int32 [B], `TEXT`, `IMAGE`, ...
+        patch: int32 [B], number of the next patch.
+        tokens_left: int32 [B], tokens that may still be sampled.
+        images_left: int32 [B], images that may still be begun.
+        images_required: int32 [B], images that must still be begun.
+        part_index: int32 [B], number of the next item's part, which determines its noise.
+        index_in_part: int32 [B], number of the next token within that part, likewise.
     """
 
     caches: tuple[KVCache, ...]
@@ -84,279 +67,288 @@ class State:
     token: Any
     u: Any
     is_image: Any
-    at: Any
-    position: Any
-    index: Any
+    vlm_position: Any
+    next_vlm_position: Any
+    flow_index: Any
     mode: Any
     patch: Any
-    tokens: Any
-    images: Any
-    due: Any
-    part: Any
-    item: Any
+    tokens_left: Any
+    images_left: Any
+    images_required: Any
+    part_index: Any
+    index_in_part: Any
 
 
 @struct.dataclass
-class Items:
-    """Items to read: ids, is_image, real (no padding) [R, T], u [R, T, D], positions [R, T, 3] of
-    the VLM, and following int32 [R, T, 3], the deep flow's of the items that they predict."""
+class DecodeInputs:
+    """New items to read.
+
+    Attributes:
+        ids: int32 [R, T].
+        u: [R, T, D].
+        is_image: bool [R, T].
+        is_real: bool [R, T], False for padding.
+        vlm_positions: int32 [R, T, 3].
+        next_flow_positions: int32 [R, T, 3], the deep flow's positions of the items to predict.
+    """
 
     ids: Any
     u: Any
     is_image: Any
-    real: Any
-    positions: Any
-    following: Any
+    is_real: Any
+    vlm_positions: Any
+    next_flow_positions: Any
 
 
 @struct.dataclass
-class Record:
-    """What was drawn in each step: tokens (or PATCH, NOTHING) [B, CHUNK], u [B, CHUNK, D], and nats
-    [B, CHUNK, 3]: of the plain model, of the density drawn from, of the unconditional branch."""
+class StepOutput:
+    """Items that were sampled in every step of a chunk.
+
+    Attributes:
+        token: int32 [B, CHUNK], token ids, `PATCH` or `EMPTY`.
+        u: [B, CHUNK, D], patches, zeros for tokens.
+        log_probs: [B, CHUNK, 3], nats under the plain model, under the density that was sampled
+            from, and under the unconditional branch.
+    """
 
     token: jax.Array
     u: jax.Array
-    nats: jax.Array
+    log_probs: jax.Array
 
 
-@partial(jax.jit, static_argnames="cfg")
-def prepare(params: Tree, *, cfg: BackboneConfig) -> dict[str, Any]:
-    """What the steps read of all parameters, laid out for them (`layers.unstack`)."""
-    del cfg
+@jax.jit
+def prepare_params(params: Tree) -> dict[str, Any]:
+    """Return what the steps read of all parameters, with layers unstacked."""
     return backbone.unstack({n: t for n, t in params.items() if n != "shallow"})
 
 
-def empty(params: Tree, cfg: BackboneConfig, rows: int, size: int) -> tuple[Any, jax.Array]:
-    """Caches of `size` slots for R rows, and `valid`."""
-    vlm = qwen.compute_dtype(params["vlm"], cfg.vlm)
-    dtypes = (vlm, flow.compute_dtype(params["deep"], cfg.flow))
-    return backbone.empty_caches(cfg, rows, size, dtypes), jnp.zeros((rows, size), bool)
+def empty_state(
+    params: Tree, cfg: BackboneConfig, batch_size: int, cache_size: int, *, has_null_branch: bool
+) -> DecodeState:
+    """Return the state of B rows that have read nothing.
+
+    Args:
+        params: from `prepare_params`.
+        cfg: the model's configuration.
+        batch_size: B.
+        cache_size: S.
+        has_null_branch: add the rows of the unconditional branch.
+    """
+    rows = batch_size * (2 if has_null_branch else 1)
+    vlm_dtype = qwen.compute_dtype(params["vlm"], cfg.vlm)
+    dtypes = (vlm_dtype, flow.compute_dtype(params["deep"], cfg.flow))
+    zeros, branch_zeros = jnp.zeros(batch_size, jnp.int32), jnp.zeros(rows, jnp.int32)
+    u_dtype = at_least_float32(params["deep"]["proj_in"]["weight"][:0]).dtype
+    return DecodeState(
+        caches=backbone.empty_caches(cfg, rows, cache_size, dtypes),
+        valid=jnp.zeros((rows, cache_size), bool),
+        token=zeros - 1,
+        u=jnp.zeros((batch_size, cfg.flow.channels), u_dtype),
+        is_image=jnp.zeros(batch_size, bool),
+        vlm_position=jnp.zeros((rows, 3), jnp.int32),
+        next_vlm_position=branch_zeros,
+        flow_index=branch_zeros,
+        mode=zeros,
+        patch=zeros,
+        tokens_left=zeros,
+        images_left=zeros,
+        images_required=zeros,
+        part_index=zeros,
+        index_in_part=zeros,
+    )
 
 
 @partial(jax.jit, static_argnames="cfg")
 def prefill(
-    params: Tree, caches: Any, valid: jax.Array, items: Items, heat: Any, *, cfg: BackboneConfig
+    params: Tree, caches: Any, valid: jax.Array, inputs: DecodeInputs, *, cfg: BackboneConfig
 ) -> tuple[Any, jax.Array]:
-    """Reads items [R, T] into the caches; the T slots must be there. Returns caches and valid.
-
-    Args:
-        params: of `prepare`; heat: temperature [R] of the deep flow's attention.
-    """
-    _, _, caches, valid = read(params, caches, valid, items, heat, cfg)
+    """Read items [R, T] into T free slots of the caches; return the caches and `valid`."""
+    _, _, caches, valid = forward_cached(params, caches, valid, inputs, cfg)
     return caches, valid
 
 
-def read(
-    params: Tree, caches: Any, valid: jax.Array, items: Items, heat: Any, cfg: BackboneConfig
+def forward_cached(
+    params: Tree, caches: Any, valid: jax.Array, inputs: DecodeInputs, cfg: BackboneConfig
 ) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
-    """All streams over new items: y [R, T, V], h [R, T, C], caches, valid."""
-    first, count = caches[0].length, items.ids.shape[1]
-    valid = jax.lax.dynamic_update_slice_in_dim(valid, items.real, first, 1)
+    """Run both streams over new items.
+
+    Args:
+        params: from `prepare_params`.
+        caches: key-value caches with at least T free slots.
+        valid: bool [R, S].
+        inputs: the new items [R, T].
+        cfg: the model's configuration.
+
+    Returns:
+        VLM states y [R, T, V], flow states h [R, T, C], caches, valid.
+    """
+    first, count = caches[0].length, inputs.ids.shape[1]
+    valid = jax.lax.dynamic_update_slice_in_dim(valid, inputs.is_real, first, 1)
     slots = jnp.arange(valid.shape[1])
     mask = valid[:, None, :] & (slots <= first + jnp.arange(count)[:, None])
-    inputs = BackboneInputs(
-        ids=items.ids,
-        latents=items.u,
-        adapter_input=items.u,
-        is_image=items.is_image,
-        positions=items.positions,
-        next_positions=items.following,
+    backbone_inputs = BackboneInputs(
+        ids=inputs.ids,
+        latents=inputs.u,
+        adapter_input=inputs.u,
+        is_image=inputs.is_image,
+        positions=inputs.vlm_positions,
+        next_positions=inputs.next_flow_positions,
         mask=mask,
     )
-    states = cfg.forward(params, inputs, caches=caches, attention_temperature=heat)
+    states = cfg.forward(params, backbone_inputs, caches=caches)
     return states.vlm_states, states.flow_states, states.caches, valid
 
 
-@partial(jax.jit, static_argnames=("cfg", "ids"), donate_argnames="state")
-def run(
+@partial(jax.jit, static_argnames=("cfg", "special"), donate_argnames="state")
+def decode_chunk(
     params: Tree,
-    state: State,
+    state: DecodeState,
     keys: jax.Array,
-    numbers: Numbers,
-    heat: Any,
-    steps: Any,
+    sampling: SamplingParams,
+    max_steps: Any,
     *,
     cfg: BackboneConfig,
-    ids: Ids,
-) -> tuple[State, Record]:
-    """At most `steps` steps, and `CHUNK`, fewer where all rows are done.
+    special: SpecialTokens,
+) -> tuple[DecodeState, StepOutput]:
+    """Run at most `max_steps` steps, and at most `CHUNK`; fewer if all rows are done before.
 
     Args:
-        params: of `prepare`; keys: of each row [B]; heat: as in `prefill`.
+        params: from `prepare_params`.
+        state: the state; its arrays are donated.
+        keys: random keys of the rows [B].
+        sampling: sampling parameters.
+        max_steps: traced int32.
+        cfg: the model's configuration.
+        special: the special tokens.
     """
     rows = state.token.shape[0]
-    wide = jnp.promote_types(state.u.dtype, jnp.float32)
-    record = Record(
-        token=jnp.full((rows, CHUNK), NOTHING, jnp.int32),
+    dtype = jnp.promote_types(state.u.dtype, jnp.float32)
+    output = StepOutput(
+        token=jnp.full((rows, CHUNK), EMPTY, jnp.int32),
         u=jnp.zeros((rows, CHUNK, state.u.shape[-1]), state.u.dtype),
-        nats=jnp.zeros((rows, CHUNK, 3), wide),
+        log_probs=jnp.zeros((rows, CHUNK, 3), dtype),
     )
 
-    def going(carry):
+    def not_done(carry):
         i, state, _ = carry
-        return (i < jnp.minimum(steps, CHUNK)) & (state.mode < ENDED).any()
+        return (i < jnp.minimum(max_steps, CHUNK)) & (state.mode < ENDED).any()
 
     def step(carry):
-        i, state, record = carry
-        state, token, u, nats = _step(params, state, keys, numbers, heat, cfg, ids)
-        record = Record(
-            token=record.token.at[:, i].set(token),
-            u=record.u.at[:, i].set(u.astype(record.u.dtype)),
-            nats=record.nats.at[:, i].set(nats.astype(wide)),
+        i, state, output = carry
+        state, token, u, log_probs = _decode_step(params, state, keys, sampling, cfg, special)
+        output = StepOutput(
+            token=output.token.at[:, i].set(token),
+            u=output.u.at[:, i].set(u.astype(output.u.dtype)),
+            log_probs=output.log_probs.at[:, i].set(log_probs.astype(dtype)),
         )
-        return i + 1, state, record
+        return i + 1, state, output
 
-    _, state, record = jax.lax.while_loop(going, step, (jnp.int32(0), state, record))
-    return state, record
+    _, state, output = jax.lax.while_loop(not_done, step, (jnp.int32(0), state, output))
+    return state, output
 
 
-def _step(params, state, keys, numbers, heat, cfg, ids):
-    """(state, token, u, nats [B, 3]) after one step."""
+def _decode_step(params, state, keys, sampling, cfg, special):
+    """Return (state, token [B], u [B, D], log_probs [B, 3]) after one step."""
     rows = state.token.shape[0]
-    branches = lambda a: jnp.tile(a, (len(state.position) // rows, *(1,) * (a.ndim - 1)))
-    alive = state.mode < ENDED
-    drawing = (state.mode == IMAGE) & (state.patch < cfg.patches)
-    row, column = jnp.divmod(jnp.where(drawing, state.patch, 0), cfg.flow.side)
-    following = jnp.stack([branches(row), branches(column), state.index], -1)
-    item = Items(
-        ids=branches(state.token)[:, None],
-        u=branches(state.u)[:, None],
-        is_image=branches(state.is_image)[:, None],
-        real=branches(alive)[:, None],
-        positions=state.at[:, None],
-        following=following[:, None],
+
+    def tile(a):  # The rows of all branches read the same items.
+        return jnp.tile(a, (len(state.next_vlm_position) // rows, *(1,) * (a.ndim - 1)))
+
+    is_active = state.mode < ENDED
+    is_patch = (state.mode == IMAGE) & (state.patch < cfg.patches)
+    row, column = jnp.divmod(jnp.where(is_patch, state.patch, 0), cfg.flow.side)
+    next_flow_position = jnp.stack([tile(row), tile(column), state.flow_index], -1)
+    inputs = DecodeInputs(
+        ids=tile(state.token)[:, None],
+        u=tile(state.u)[:, None],
+        is_image=tile(state.is_image)[:, None],
+        is_real=tile(is_active)[:, None],
+        vlm_positions=state.vlm_position[:, None],
+        next_flow_positions=next_flow_position[:, None],
     )
-    y, h, caches, valid = read(params, state.caches, state.valid, item, heat, cfg)
+    y, h, caches, valid = forward_cached(params, state.caches, state.valid, inputs, cfg)
     y, h = y[:, 0], h[:, 0]
-    own = item_keys(keys, state, drawing)
-    u, patch_nats = _draw_patch(params, h, own, state, numbers, cfg)
-    may_begin = state.images > 0
-    dtype = patch_nats.dtype
-    nothing = lambda: (jnp.zeros(rows, jnp.int32), jnp.zeros((rows, 3), dtype))
-    words = lambda: _draw_token(params, y, h, own, may_begin, numbers, cfg, ids, dtype)
-    speaking = alive & (state.mode == TEXT) & (state.tokens > 0)
-    token, token_nats = jax.lax.cond(speaking.any(), words, nothing)
+    step_keys = item_keys(keys, state, is_patch)
+    scale, mean = starflow2.image_head(params, h, cfg)
+    fraction = (state.patch + 1) / cfg.patches
+    u, patch_log_probs = sample_patch(scale, mean, step_keys, fraction, sampling)
+    dtype = patch_log_probs.dtype
 
-    # A turn does not end, and words do not run out, before the images that are due.
-    last = jnp.isin(token, jnp.asarray(ids.ends))
-    begun = (state.mode == BEGIN) | ((state.due > 0) & (last | (state.tokens <= 0)))
-    closes = (state.mode == IMAGE) & ~drawing
-    forced = closes | ((state.mode != IMAGE) & begun)
-    token = jnp.where(forced, jnp.where(closes, ids.vision_end, ids.vision_start), token)
-    nats = jnp.where(drawing[:, None], patch_nats, token_nats)
-    nats = jnp.where((forced | ~alive)[:, None], 0, nats)
-    state = _move(state.replace(caches=caches, valid=valid), token, u, drawing, forced, cfg, ids)
-    shown = jnp.where(drawing, PATCH, token)
-    return state, jnp.where(alive, shown, NOTHING), jnp.where(drawing[:, None], u, 0), nats
+    def sample():
+        may_begin_image = state.images_left > 0
+        logits = starflow2.text_logits(params, starflow2.text_states(params, y, h, cfg), cfg)
+        return sample_token(logits, step_keys, may_begin_image, sampling, special, dtype)
+
+    def no_token():
+        return jnp.zeros(rows, jnp.int32), jnp.zeros((rows, 3), dtype)
+
+    is_token = is_active & (state.mode == TEXT) & (state.tokens_left > 0)
+    token, token_log_probs = jax.lax.cond(is_token.any(), sample, no_token)
+
+    # Required images come before the end of a turn, and before running out of tokens.
+    is_turn_end = jnp.isin(token, jnp.asarray(special.turn_ends))
+    is_last_chance = is_turn_end | (state.tokens_left <= 0)
+    begins = (state.mode == BEGIN_IMAGE) | ((state.images_required > 0) & is_last_chance)
+    closes = (state.mode == IMAGE) & ~is_patch
+    is_forced = closes | ((state.mode != IMAGE) & begins)
+    token = jnp.where(is_forced, jnp.where(closes, special.vision_end, special.vision_start), token)
+    log_probs = jnp.where(is_patch[:, None], patch_log_probs, token_log_probs)
+    log_probs = jnp.where((is_forced | ~is_active)[:, None], 0, log_probs)
+    state = state.replace(caches=caches, valid=valid)
+    state = _advance(state, token, u, is_patch, is_forced, cfg, special)
+    token = jnp.where(is_active, jnp.where(is_patch, PATCH, token), EMPTY)
+    return state, token, jnp.where(is_patch[:, None], u, 0), log_probs
 
 
-def item_keys(keys: jax.Array, state: State, drawing: jax.Array) -> jax.Array:
-    """The key [B] of what each row draws next, by the numbers of its part and of the item in it.
+def item_keys(keys: jax.Array, state: DecodeState, is_patch: jax.Array) -> jax.Array:
+    """Return the random key [B] of each row's next item.
 
     Args:
-        drawing: bool [B], whether that is a patch.
+        keys: random keys of the rows [B].
+        state: the state; part and item numbers are folded into the keys.
+        is_patch: bool [B], whether the next item is a patch.
     """
-    of_part = jax.vmap(jax.random.fold_in)(keys, state.part)
+    part_keys = jax.vmap(jax.random.fold_in)(keys, state.part_index)
     # An image that begins its part shares the part's number with the token that began it.
-    number = jnp.where(drawing, state.patch + 1, state.item)
-    return jax.vmap(jax.random.fold_in)(of_part, number)
+    number = jnp.where(is_patch, state.patch + 1, state.index_in_part)
+    return jax.vmap(jax.random.fold_in)(part_keys, number)
 
 
-def _draw_patch(params, h, keys, state, numbers, cfg):
-    """u [B, D] of the next patch and its nats [B, 3]."""
-    rows = len(keys)
-    scale, mean = pretzel.image_head(params, h, cfg)
-    plain, drawn = (scale[:rows], mean[:rows]), (scale, mean)
-    if numbers.guidance is not None:
-        fraction = ((state.patch + 1) / cfg.patches)[:, None, None]
-        both = guiding.combine(numbers.guidance, scale[:, None], mean[:, None], fraction)
-        drawn = tuple(a[:, 0] for a in both)
-    heat = jnp.asarray(numbers.image_temperature, scale.dtype)
-    drawn = (drawn[0] * heat, drawn[1])
-    draw = lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype)
-    u = drawn[1] + drawn[0] * jax.vmap(draw)(keys)
-
-    def nats(scale, mean):
-        z = (u - mean) / scale
-        return -(0.5 * jnp.square(z) + jnp.log(scale) + HALF_LOG_2_PI).sum(-1)
-
-    null = nats(scale[-rows:], mean[-rows:])
-    return u, jnp.stack([nats(*plain), nats(*drawn), null], -1)
-
-
-def _draw_token(params, y, h, keys, may_begin, numbers, cfg, ids, dtype):
-    """The next token int32 [B] and its nats [B, 3]."""
-    rows = len(keys)
-    logits = pretzel.text_logits(params, pretzel.text_states(params, y, h, cfg), cfg)
-    plain = jax.nn.log_softmax(logits.astype(dtype))
-    number = jnp.arange(logits.shape[-1])
-    open_ = (number < ids.size) & ~jnp.isin(number, jnp.asarray(ids.banned))
-    open_ = open_ & (may_begin[:, None] | (number != ids.vision_start))
-    scores = jnp.where(open_, logits[:rows], -jnp.inf)
-    greedy = jnp.asarray(numbers.temperature) <= 0
-    warm = scores / jnp.where(greedy, 1.0, numbers.temperature)
-    cuts = (jnp.asarray(numbers.top_k) > 0) | (jnp.asarray(numbers.top_p) < 1)
-    warm = jax.lax.cond(
-        cuts, lambda s: truncate(s, numbers.top_k, numbers.top_p), lambda s: s, warm
-    )
-    drawn = jax.vmap(jax.random.categorical)(keys, warm)
-    token = jnp.where(greedy, jnp.argmax(scores, -1), drawn).astype(jnp.int32)
-    pick = lambda logs: jnp.take_along_axis(logs, token[:, None], -1)[:, 0]
-    density = jnp.where(greedy, 0.0, pick(jax.nn.log_softmax(warm.astype(dtype))))
-    return token, jnp.stack([pick(plain[:rows]), density, pick(plain[-rows:])], -1)
-
-
-def truncate(logits: jax.Array, top_k: Any, top_p: Any) -> jax.Array:
-    """Logits [..., V] with -inf where a token is neither one of the `top_k` likeliest (0 for all)
-    nor of the fewest that hold the share `top_p` of the probability."""
-    ordered = -jnp.sort(-logits, axis=-1)
-    size = logits.shape[-1]
-    wanted = jnp.where(jnp.asarray(top_k) > 0, jnp.clip(top_k, 1, size), size)
-    ordered = jnp.where(jnp.arange(size) < wanted, ordered, -jnp.inf)
-    share = jax.nn.softmax(ordered)
-    # A token stays where those before it do not hold the share yet; the likeliest always does.
-    before = jnp.cumsum(share, -1) - share
-    kept = (before < top_p) & (ordered > -jnp.inf)
-    least = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
-    return jnp.where(logits >= jnp.minimum(least, ordered[..., :1]), logits, -jnp.inf)
-
-
-def _move(state, token, u, drawing, forced, cfg, ids):
-    """The state with what was drawn as pending items."""
+def _advance(state, token, u, is_patch, is_forced, cfg, special) -> DecodeState:
+    """Return the state with the sampled items as pending ones."""
     rows = len(token)
-    alive = state.mode < ENDED
-    patch, word = alive & drawing, alive & ~drawing
-    complete = patch & (state.patch + 1 == cfg.patches)
-    begins = word & (token == ids.vision_start)
-    closes = word & (token == ids.vision_end)
-    tokens = state.tokens - (word & ~forced)
-    images, due = state.images - begins, jnp.maximum(state.due - begins, 0)
+    is_active = state.mode < ENDED
+    patch, text = is_active & is_patch, is_active & ~is_patch
+    completes = patch & (state.patch + 1 == cfg.patches)
+    begins = text & (token == special.vision_start)
+    closes = text & (token == special.vision_end)
+    tokens_left = state.tokens_left - (text & ~is_forced)
+    images_left = state.images_left - begins
+    images_required = jnp.maximum(state.images_required - begins, 0)
     mode = jnp.where(begins, IMAGE, jnp.where(closes, TEXT, state.mode))
-    ends = word & jnp.isin(token, jnp.asarray(ids.ends))
-    mode = jnp.where(ends, ENDED, mode)
-    spent = word & (mode == TEXT) & (tokens <= 0) & (due <= 0)
-    mode = jnp.where(spent, OUT_OF_TOKENS, mode)
-    part = state.part + ((begins & (state.item > 0)) | closes)
-    item = jnp.where(begins | closes, 0, state.item + word)
+    mode = jnp.where(text & jnp.isin(token, jnp.asarray(special.turn_ends)), ENDED, mode)
+    is_spent = text & (mode == TEXT) & (tokens_left <= 0) & (images_required <= 0)
+    mode = jnp.where(is_spent, OUT_OF_TOKENS, mode)
 
-    branches = lambda a: jnp.tile(a, len(state.position) // rows)
-    row, column = (branches(a) for a in jnp.divmod(state.patch, cfg.flow.side))
-    start = state.position
-    of_patch = jnp.stack([start, start + row, start + column], -1)
-    at = jnp.where(branches(drawing)[:, None], of_patch, start[:, None])
-    step = branches(word + cfg.flow.side * complete)
+    def tile(a):
+        return jnp.tile(a, len(state.next_vlm_position) // rows)
+
+    row, column = (tile(a) for a in jnp.divmod(state.patch, cfg.flow.side))
+    start = state.next_vlm_position
+    patch_position = jnp.stack([start, start + row, start + column], -1)
+    vlm_position = jnp.where(tile(is_patch)[:, None], patch_position, start[:, None])
     return state.replace(
-        token=jnp.where(word, token, state.token),
+        token=jnp.where(text, token, state.token),
         u=jnp.where(patch[:, None], u.astype(state.u.dtype), state.u),
-        is_image=jnp.where(alive, drawing, state.is_image),
-        at=jnp.where(branches(alive)[:, None], at, state.at),
-        position=start + step,
-        index=state.index + branches((word | complete).astype(jnp.int32)),
+        is_image=jnp.where(is_active, is_patch, state.is_image),
+        vlm_position=jnp.where(tile(is_active)[:, None], vlm_position, state.vlm_position),
+        next_vlm_position=start + tile(text + cfg.flow.side * completes),
+        flow_index=state.flow_index + tile((text | completes).astype(jnp.int32)),
         mode=mode,
         patch=jnp.where(begins, 0, state.patch + patch),
-        tokens=tokens,
-        images=images,
-        due=due,
-        part=part,
-        item=item,
+        tokens_left=tokens_left,
+        images_left=images_left,
+        images_required=images_required,
+        part_index=state.part_index + ((begins & (state.index_in_part > 0)) | closes),
+        index_in_part=jnp.where(begins | closes, 0, state.index_in_part + text),
     )

@@ -1,14 +1,14 @@
-"""Clean-up of sampled tokens: the model's density is that of noisy data, so samples are noisy."""
+"""Denoise samples: the flow models data with noise added, so its samples are noisy."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from starflow2_jax.inference import decode_loop
-from starflow2_jax.inference.decode_loop import State
-from starflow2_jax.models import flow, starflow2 as pretzel
+from starflow2_jax.inference.decode_loop import DecodeState
+from starflow2_jax.models import flow, starflow2
 from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.models.flow import Conditioning, FlowConfig
 from starflow2_jax.params import Tree
@@ -21,10 +21,14 @@ def score_step(
     sigma: float,
     conditioning: Conditioning | None = None,
 ) -> jax.Array:
-    """Tweedie's estimate x + sigma^2 d log p(x) / dx of the data without noise (paper.md 3.8).
+    """Return Tweedie's estimate of the clean data, x + sigma^2 d log p(x) / dx.
 
     Args:
-        x: sampled tokens [B, T, D]; sigma: standard deviation of the noise in training.
+        params: parameters of the flow.
+        x: sampled tokens [B, T, D].
+        cfg: configuration of the flow.
+        sigma: standard deviation of the noise in training.
+        conditioning: as in `flow.forward`.
     """
 
     def log_density(x: jax.Array) -> Any:
@@ -34,56 +38,86 @@ def score_step(
     return x + sigma**2 * jax.grad(log_density)(x)
 
 
+class ImageStart(NamedTuple):
+    """The begin of an image within a decoded row.
+
+    Attributes:
+        token: id of the `<|vision_start|>` before the image.
+        slot: the slot of that token in the caches.
+        vlm_position: VLM position of the image.
+        flow_index: number of tokens and images before the image.
+    """
+
+    token: Any
+    slot: Any
+    vlm_position: Any
+    flow_index: Any
+
+
 @partial(jax.jit, static_argnames="cfg")
 def image_score_step(
-    params: Tree,
-    prepared: Tree,
-    state: State,
+    shallow_params: Tree,
+    decode_params: Tree,
+    state: DecodeState,
     row: Any,
-    begin: tuple[Any, Any, Any, Any],
+    start: ImageStart,
     x: jax.Array,
     sigma: Any,
     *,
     cfg: BackboneConfig,
 ) -> jax.Array:
-    """The same of an image x [N, D] in a conversation, given all that comes before it.
+    """Return `score_step` of an image in a session, conditioned on everything before it.
 
-    What comes before is read from the caches, and nothing but the image is computed again.
+    The condition is read from the caches; only the image is computed again.
 
     Args:
-        params: with `shallow`; prepared: of `decode.prepare`; row: of the conversation.
-        begin: of the image's `<|vision_start|>` its id, its slot, the VLM's position after it and
-            how many tokens and images stand before the image.
+        shallow_params: a tree with the subtree `shallow`.
+        decode_params: from `decode_loop.prepare_params`.
+        state: the state of the session after the image.
+        row: row of the session.
+        start: where the image begins, traced.
+        x: latents of the image [N, D].
+        sigma: standard deviation of the noise in training.
+        cfg: the model's configuration.
     """
-    token, slot, position, index = begin
-    single = state.valid.shape[0] == 1
-    of_row = lambda a: a if single else jax.lax.dynamic_index_in_dim(a, row, 0, False)
+    single_row = state.valid.shape[0] == 1
+
+    def select_row(a):  # A cache of one row has no batch axis.
+        return a if single_row else jax.lax.dynamic_index_in_dim(a, row, 0, False)
+
     caches = tuple(
-        c.replace(keys=tuple(map(of_row, c.keys)), values=tuple(map(of_row, c.values)), length=slot)
+        c.replace(
+            keys=tuple(map(select_row, c.keys)),
+            values=tuple(map(select_row, c.values)),
+            length=start.slot,
+        )
         for c in state.caches
     )
-    before = jax.lax.dynamic_index_in_dim(state.valid, row, 0) & (
-        jnp.arange(state.valid.shape[1]) < slot
+    valid = jax.lax.dynamic_index_in_dim(state.valid, row, 0) & (
+        jnp.arange(state.valid.shape[1]) < start.slot
     )
     patch = jnp.arange(cfg.patches)
     rows, columns = jnp.divmod(patch, cfg.flow.side)
-    inside = position + jnp.stack([0 * patch, rows, columns], -1)
-    items = decode_loop.Items(
-        ids=jnp.full((1, cfg.patches), token),
+    positions = start.vlm_position + jnp.stack([0 * patch, rows, columns], -1)
+    token_position = jnp.full((1, 3), start.vlm_position - 1)
+    # Item n predicts patch n: the inputs are the begin token and all patches but the last.
+    inputs = decode_loop.DecodeInputs(
+        ids=jnp.full((1, cfg.patches), start.token),
         u=None,
         is_image=(patch > 0)[None],
-        real=jnp.ones((1, cfg.patches), bool),
-        positions=jnp.concatenate([jnp.full((1, 3), position - 1), inside[:-1]])[None],
-        following=jnp.stack([rows, columns, jnp.full_like(patch, index)], -1)[None],
+        is_real=jnp.ones((1, cfg.patches), bool),
+        vlm_positions=jnp.concatenate([token_position, positions[:-1]])[None],
+        next_flow_positions=jnp.stack([rows, columns, jnp.full_like(patch, start.flow_index)], -1)[
+            None
+        ],
     )
 
     def log_density(x: jax.Array) -> Any:
-        outputs, log_dets = pretzel.shallow_forward(params, x[None], cfg)
+        outputs, log_dets = starflow2.shallow_forward(shallow_params, x[None], cfg)
         u = outputs[-1]
-        given = items.replace(u=jnp.pad(u[:, :-1], ((0, 0), (1, 0), (0, 0))))
-        heat = jnp.ones(1)
-        _, h, _, _ = decode_loop.read(prepared, caches, before, given, heat, cfg)
-        scale, mean = pretzel.image_head(prepared, h, cfg)
+        shifted = inputs.replace(u=jnp.pad(u[:, :-1], ((0, 0), (1, 0), (0, 0))))
+        _, h, _, _ = decode_loop.forward_cached(decode_params, caches, valid, shifted, cfg)
+        scale, mean = starflow2.image_head(decode_params, h, cfg)
         z = (u - mean) / scale
         return sum(log_dets).sum() - (0.5 * jnp.square(z) + jnp.log(scale)).sum()
 

@@ -1,6 +1,6 @@
-"""A trained flow, ready to draw images and to tell likelihoods.
+"""Draw images from a trained flow of images alone, and compute their likelihoods.
 
-`load(path)` takes a workdir, a step in it, or a model folder. Axes: B images, T tokens, D channels.
+Axes: B images, T tokens, D channels.
 """
 
 import dataclasses
@@ -12,26 +12,31 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.inference import denoise
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import Jacobi, inverse
 from starflow2_jax.mesh import to_host
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import to_pixels, unpatchify
-from starflow2_jax.training import preprocess
+from starflow2_jax.training import preprocess, program
 from starflow2_jax.training.losses.flow import log_likelihood
-from starflow2_jax.training.program import declare, frozen_weights, model_config as flow_config
 
 
 @dataclass(frozen=True)
 class FlowModel:
-    """An experiment's resolved configuration, its flow, and all of its weights.
+    """A trained flow of images (TarFlow, STARFlow).
 
     Attributes:
-        classes: their names, where known; null_text: features [n, E] of the empty prompt, for a
-            model that reads features; zeros where None.
-        frozen: sha256 of what stood beside it in training, by name (`fae`).
+        cfg: the resolved configuration of the training run.
+        model_config: sizes and options of the flow.
+        params: every parameter subtree.
+        source: the path, or the run and its step, that the model was loaded from.
+        classes: names of the classes, if they are known.
+        null_text: text features [n, E] of the empty prompt; zeros if None.
+        frozen: sha256 of every frozen model that the flow was trained with, by name (`fae`).
     """
 
     cfg: Mapping[str, Any]
@@ -45,21 +50,21 @@ class FlowModel:
 
 @dataclass(frozen=True)
 class FlowSampling:
-    """How images are drawn.
+    """Options of `generate`.
 
     Attributes:
-        guidance, rule, what, annealed, guidance_temperature: see `guidance.Guidance`; 0 is none.
-        temperature: of the attention logits, without guidance.
-        jacobi: block-wise Jacobi instead of sequential sampling.
-        denoise: a score step after sampling, where the model was trained with gaussian noise.
+        guidance: guidance weight; 0 is none.
+        rule: guidance rule, see `guidance.Guidance`.
+        guidance_temperature: attention temperature with guidance.
+        temperature: attention temperature without guidance.
+        jacobi: settings of Jacobi iteration; None samples sequentially.
+        denoise: apply a score step, if the flow was trained with Gaussian noise.
         seed: image i of a call is drawn from fold_in(key(seed), i).
-        batch: images drawn at a time.
+        batch: number of images drawn at a time.
     """
 
     guidance: float = 0.0
     rule: str = "product"
-    what: str = "ab"
-    annealed: bool = False
     guidance_temperature: float = 1.0
     temperature: float = 1.0
     jacobi: Jacobi | None = None
@@ -68,60 +73,37 @@ class FlowSampling:
     batch: int = 16
 
 
-def load(
-    path: str,
-    mesh: jax.sharding.Mesh | None = None,
-    layout: str = "dp",
-    *,
-    vlm: str = "",
-    fae: str = "",
-) -> Any:
-    """A model from a workdir (newest checkpoint), a step folder in it, or a model folder.
+def load_flow(path: str, device_mesh: Mesh | None = None, layout: str = "dp") -> FlowModel:
+    """Load a flow from a run (its newest checkpoint), a step of a run, or a model folder.
 
-    The averaged weights of a checkpoint are taken, and no others are read.
-
-    Args:
-        vlm, fae: of a STARFlow2, see `loading.load`.
-
-    Returns:
-        a `FlowModel`, or of a STARFlow2 an `api.STARFlow2`.
+    Of a checkpoint the averaged weights are read, and no others.
 
     Raises:
-        FileNotFoundError: nothing of the kind is there. ValueError: it is damaged or of another
-            model than its own configuration says.
+        FileNotFoundError: If there is no such run or folder.
+        ValueError: If the files are damaged, or the model is not a flow.
     """
-    from starflow2_jax.inference import load as loading
-
-    if loading.task(path) == loading.TASK:
-        return loading.load(path, mesh, layout, vlm=vlm, fae=fae)
-    if vlm or fae:
-        raise ValueError(f"{path}: it has neither a VLM nor a codec; --vlm, --fae are not for it")
-
-    from etils import epath
-
-    from starflow2_jax.checkpoints import model_folder, orbax, steps
-    from starflow2_jax.params import abstract as abstract_params, split as split_params
-
-    if (epath.Path(path) / "config.json").exists() and not (
-        epath.Path(path) / steps.FOLDER
-    ).exists():
-        cfg = model_folder.read_config(path)
-        model = flow_config(cfg)
-        params = model_folder.read_folder(path, declare(cfg, model), mesh, layout)
-        about = (tuple(cfg.get("classes") or ()), cfg.get("null_text"), cfg.get("frozen") or {})
-        return FlowModel(cfg, model, params, str(path), *about)
-    workdir, step = steps.locate(path)
-    meta = orbax.read_meta(workdir, step)
-    cfg = meta["config"]
-    model = flow_config(cfg)
-    declared = declare(cfg, model)
-    trained, _ = split_params(declared, tuple(cfg["train"]["trainable"]))
-    wanted = {"ema": abstract_params(trained, mesh, layout)}
-    found, _ = orbax.restore(workdir, step, wanted, only=("ema",))
-    params = {**found["ema"], **frozen_weights({**cfg, "layout": layout}, declared, mesh)}
-    source = json.dumps({"workdir": str(workdir), "step": meta["step"]})
-    about = (tuple(meta["classes"] or ()), meta["null_text"], meta.get("frozen") or {})
-    return FlowModel(cfg, model, params, source, *about)
+    saved = open_model(path)
+    if saved.task != "flow":
+        raise ValueError(f"{path}: task={saved.task!r}, expected a flow or a STARFlow2")
+    cfg = saved.config
+    model_config = program.model_config(cfg)
+    declared = program.declare(cfg, model_config)
+    if saved.is_folder:
+        params, source = saved.read_params(declared, device_mesh, layout), str(path)
+    else:
+        trainable = tuple(cfg["train"]["trainable"])
+        params = saved.read_params(declared, device_mesh, layout, subtrees=trainable)
+        params |= program.frozen_weights({**cfg, "layout": layout}, declared, device_mesh)
+        source = json.dumps({"workdir": saved.path, "step": saved.step})
+    return FlowModel(
+        cfg=cfg,
+        model_config=model_config,
+        params=params,
+        source=source,
+        classes=saved.class_names,
+        null_text=saved.metadata.get("null_text"),
+        frozen=saved.frozen,
+    )
 
 
 def generate(
@@ -136,61 +118,60 @@ def generate(
     """Draw images.
 
     Args:
-        prompts: `count` captions, for a model with a token embedding; labels: `count` classes, -1
-            for none in particular; text: features [count, L, E], for a model that reads them.
+        model: the flow.
+        count: number of images.
+        prompts: `count` captions, for a model with a token embedding.
+        labels: `count` class numbers, -1 for no class.
+        text: features [count, L, E], for a model that reads features.
+        sampling: options.
 
     Returns:
-        uint8 [count, H, W, 3]; for a model of latents, float32 tokens [count, T, D].
+        uint8 [count, H, W, 3]; for a flow of latents float32 tokens [count, T, D].
 
     Raises:
-        ValueError: conditions that the model does not take or needs, or a wrong number of them.
+        ValueError: If the model does not take a condition, or their number is wrong.
     """
     sampling = sampling or FlowSampling()
-    batch = _conditions(model, count, prompts, labels, text)
-    drawn = []
+    conditions = _conditions(model, count, prompts, labels, text)
+    guidance = None
+    if sampling.guidance:
+        guidance = Guidance(
+            weight=sampling.guidance,
+            temperature=sampling.guidance_temperature,
+            rule=sampling.rule,
+            temperature_on="all" if model.model_config.text_channels else "unconditional",
+            text=_null_text(model),
+        )
+    images = []
     for start in range(0, count, sampling.batch):
         rows = np.arange(start, start + sampling.batch)
-        # The last batch is filled up with repeated conditions, so that one program serves all.
-        part = {name: values[np.minimum(rows, count - 1)] for name, values in batch.items()}
-        guided = None
-        if sampling.guidance:
-            guided = Guidance(
-                weight=sampling.guidance,
-                temperature=sampling.guidance_temperature,
-                rule=sampling.rule,
-                what=sampling.what,
-                annealed=sampling.annealed,
-                temperature_on="all" if model.model_config.text_channels else "unconditional",
-                text=_null_text(model),
-            )
-        drawn.append(_draw(model, part, rows, sampling, guided))
-    return np.concatenate(drawn)[:count]
+        # The last batch is padded with repeated conditions, so that one program serves all.
+        batch = {name: values[np.minimum(rows, count - 1)] for name, values in conditions.items()}
+        images.append(_generate_batch(model, batch, rows, sampling, guidance))
+    return np.concatenate(images)[:count]
 
 
-def _null_text(model):
-    """[1, L, E], None for a model without text."""
-    return (
-        preprocess.pad_text(model.null_text, model.model_config)[None]
-        if model.model_config.text_channels
-        else None
-    )
+def _null_text(model: FlowModel) -> jax.Array | None:
+    """Return the features [1, L, E] of the empty prompt; None for a model without text."""
+    if not model.model_config.text_channels:
+        return None
+    return preprocess.pad_text(model.null_text, model.model_config)[None]
 
 
-def _draw(model, part, rows, sampling, guided):
-    cfg, shape = model.model_config, (model.model_config.tokens, model.model_config.channels)
+def _generate_batch(model, batch, rows, sampling, guidance) -> np.ndarray:
+    cfg, noise, image = model.model_config, model.cfg["noise"], model.cfg["image"]
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(sampling.seed)))(rows)
-    z = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-    conditioning = preprocess.conditions(model.params, part, keys, 0.0)
+    z = jax.vmap(lambda key: jax.random.normal(key, (cfg.tokens, cfg.channels)))(keys)
+    conditioning = preprocess.conditions(model.params, batch, keys, 0.0)
     x, _ = inverse(
         model.params["flow"],
         z,
         cfg,
         conditioning,
-        guidance=guided,
+        guidance=guidance,
         jacobi=sampling.jacobi,
         temperature=sampling.temperature,
     )
-    noise, image = model.cfg["noise"], model.cfg["image"]
     if sampling.denoise and noise["kind"] == "gaussian" and noise["sigma"]:
         x = _score_step(model.params["flow"], x, noise["sigma"], conditioning, cfg=cfg)
     if not image["pixels"]:
@@ -212,7 +193,7 @@ def likelihood(
     labels: Sequence[int] | None = None,
     text: np.ndarray | None = None,
 ) -> np.ndarray:
-    """log p [B] in nats of tokens x [B, T, D] as they are (no noise is added)."""
+    """Return log p [B] in nats of tokens x [B, T, D], to which no noise is added."""
     batch = _conditions(model, len(x), prompts, labels, text)
     keys = jax.random.split(jax.random.key(0), len(x))
     conditioning = preprocess.conditions(model.params, batch, keys, 0.0)
@@ -226,33 +207,33 @@ def _log_likelihood(params, x, conditioning, *, cfg):
     return log_likelihood(params, x, cfg, conditioning)
 
 
-def _conditions(model, count, prompts, labels, text) -> dict[str, Any]:
-    """Conditions as the data pipeline gives them, checked."""
+def _conditions(model, count, prompts, labels, text) -> dict[str, np.ndarray]:
+    """Return checked conditions in the format of the data pipeline's batches."""
     cfg, batch = model.model_config, {}
-    embeds = bool(model.cfg["text"]["vocabulary"])
-    for name, values, takes in (
-        ("prompts", prompts, embeds),
+    embeds_tokens = bool(model.cfg["text"]["vocabulary"])
+    for name, values, is_supported in (
+        ("prompts", prompts, embeds_tokens),
         ("labels", labels, bool(cfg.classes)),
-        ("text", text, bool(cfg.text_channels) and not embeds),
+        ("text", text, bool(cfg.text_channels) and not embeds_tokens),
     ):
-        if values is not None and not takes:
+        if values is not None and not is_supported:
             raise ValueError(f"{name}: this model does not take them")
         if values is not None and len(values) != count:
             raise ValueError(f"{name}: expected {count}, got {len(values)}")
-    if embeds:
+    if embeds_tokens:
         from starflow2_jax.data.chat_layout import byte_tokens
 
-        given = [""] * count if prompts is None else prompts
+        captions = [""] * count if prompts is None else prompts
         batch["tokens"] = np.stack(
-            [byte_tokens(p, cfg.text_length, f"prompt {i}") for i, p in enumerate(given)]
+            [byte_tokens(p, cfg.text_length, f"prompt {i}") for i, p in enumerate(captions)]
         )
     elif cfg.text_channels:
         shape = (count, cfg.text_length, cfg.text_channels)
         empty = np.broadcast_to(_null_text(model), shape)
         batch["text"] = empty if text is None else np.asarray(text, np.float32)
     if cfg.classes:
-        given = np.full(count, -1) if labels is None else np.asarray(labels)
-        if given.max() >= cfg.classes:
-            raise ValueError(f"labels: {given.max()} is not below the {cfg.classes} classes")
-        batch["label"] = given.astype(np.int32)
+        classes = np.full(count, -1) if labels is None else np.asarray(labels)
+        if classes.max() >= cfg.classes:
+            raise ValueError(f"labels: {classes.max()} is not below the {cfg.classes} classes")
+        batch["label"] = classes.astype(np.int32)
     return batch

@@ -1,6 +1,7 @@
-"""STARFlow2's generation: interleaved parts in, interleaved parts out, one pass over one cache.
+"""STARFlow2's generation: interleaved parts in, interleaved parts out, in one pass over one cache.
 
-Axes: B rows, N patches, D latent channels.
+A call extends the session by the prompts, runs the decode loop in chunks until every row is done,
+and turns the sampled items into parts.
 """
 
 import dataclasses
@@ -12,249 +13,262 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from starflow2_jax import mesh
-from starflow2_jax.inference import decode_loop, prompts, results as answers, session
+from starflow2_jax.inference import decode_loop
+from starflow2_jax.inference.decode_loop import DecodeState
 from starflow2_jax.inference.guidance import Guidance
+from starflow2_jax.inference.image_latents import encode_images, shallow_forward
 from starflow2_jax.inference.model import Model, adapter_is_trained, flow_is_trained
 from starflow2_jax.inference.options import GenerateOptions
-from starflow2_jax.inference.prompts import Part
-from starflow2_jax.inference.results import Results
-from starflow2_jax.inference.session import Conversation
-from starflow2_jax.latents import codec
-from starflow2_jax.models.backbone import BackboneConfig
-from starflow2_jax.training import preprocess
+from starflow2_jax.inference.prompts import Part, check_image_size, parse_prompt
+from starflow2_jax.inference.results import (
+    Results,
+    SampledItem,
+    collect_results,
+    find_stop,
+    select_best,
+)
+from starflow2_jax.inference.sampling import SamplingParams
+from starflow2_jax.inference.session import (
+    Session,
+    TurnStart,
+    extend,
+    new_session,
+    special_tokens,
+    truncate_rows,
+    turn_start,
+)
+from starflow2_jax.mesh import replicated
 
-# ------------------------------------------------------------------------------------- generation
+# Steps between two searches for stop texts. A row may run past one to the end of its chunk.
+_STOP_CHUNK = 16
 
 
 def generate(
-    model: Model, given: Any, *, continue_from: Results | None = None, options: GenerateOptions
+    model: Model, prompts: Any, *, continue_from: Results | None = None, options: GenerateOptions
 ) -> Results:
-    """Generate what follows prompts; see `api.STARFlow2.generate`."""
-    if isinstance(given, str | bytes) or not isinstance(given, Sequence) or not len(given):
-        raise ValueError("prompts: expected a list with one prompt a row")
-    parts = [prompts.read(prompt, f"prompt {i}") for i, prompt in enumerate(given)]
-    _check_images(model, parts)
-    _check_trained(model, parts, options)
-    copies = options.n * options.best_of
-    if continue_from is not None:
-        if len(parts) != len(continue_from):
-            raise ValueError(f"prompts: {len(parts)} for the {len(continue_from)} rows to continue")
-        if copies > 1:
-            raise ValueError("n and best_of belong to the first call; a row continues as one")
-        held = continue_from.session
-        if bool(held.null) != _branches(options) and options.guidance:
-            raise ValueError("guidance: the conversation was begun without it, and has no branch")
-        held = session.heated(held, options.null_temperature)
+    """Generate what follows the prompts; see `api.STARFlow2.generate`."""
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence) or not len(prompts):
+        raise ValueError("prompts: expected a non-empty list with one prompt per row")
+    rows = [parse_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+    _check_images(model, rows)
+    _check_trained(model, rows, options)
+    if continue_from is None:
+        rows = [row for row in rows for _ in range(options.copies)]
+        session = _start_session(model, len(rows), options)
     else:
-        parts = [row for row in parts for _ in range(copies)]
-        held = _begin(model, len(parts), options)
-    keys, cfg = held.keys, model.model_config
-    x = latents(model, parts, keys, held.parts)
-    u = session.shallow(model.params, np.concatenate(x), cfg)[0]
-    u = np.split(u, np.cumsum([len(images) for images in x])[:-1])
-    held = session.extend(held, parts, u, cfg, model.tokenizer, _room(options, cfg))
-    state = _ready(held.state, options, model, bool(continue_from is not None))
-    held = dataclasses.replace(held, state=state)
-    # Copies: the loop takes the arrays over.
-    start, first = jax.tree.map(np.array, held.state.replace(caches=None)), held.read
-    held, records, reasons = _loop(model, held, options, start, first)
-    results = answers.finished(model, held, records, reasons, options, start, first)
-    return answers.best(results, options) if options.best_of > 1 else results
+        _check_continuation(continue_from, len(rows), options)
+        session = continue_from.session
+    cfg = model.model_config
+    latents = encode_images(model, rows, session.keys, session.part_counts)
+    u, _ = shallow_forward(model.params, np.concatenate(latents), cfg)
+    row_u = np.split(u, np.cumsum([len(x) for x in latents])[:-1])
+    reserved = options.max_tokens + options.image_limit * (cfg.patches + 2) + 1
+    session = extend(session, rows, row_u, cfg, model.tokenizer, reserved)
+    state = _reset_counters(model, session.state, options, continues=continue_from is not None)
+    session = dataclasses.replace(session, state=state)
+    start = turn_start(session)
+    session, items, finish = _decode_turn(model, session, options, start)
+    results = collect_results(model, session, items, finish, options, start)
+    return select_best(results, options.best_of) if options.best_of > 1 else results
 
 
 def generate_many(
     model: Model,
-    given: Sequence[Any],
+    prompts: Sequence[Any],
     options: GenerateOptions,
-    rows: int = 16,
+    max_rows: int = 16,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[list[list[Part]]]:
-    """The samples of each prompt in turn, drawn some `rows` at a time by one program.
+    """Yield the samples of every prompt, generated in batches by one program.
 
-    Sample k of prompt number i is row i n best_of + k of the seed, whatever `rows` is.
+    Sample k of the prompt with number i draws its noise as row i * n * best_of + k, whatever
+    `max_rows` is.
 
     Args:
-        numbers: of the prompts, where they do not stand in their order.
+        model: the model.
+        prompts: the prompts.
+        options: options of every prompt.
+        max_rows: rows of a batch; at least the samples of one prompt.
+        numbers: numbers of the prompts; 0, 1, ... if None.
     """
-    copies = options.n * options.best_of
-    own = np.arange(len(given)) if numbers is None else np.asarray(numbers)
-    together = min(max(rows // copies, 1), len(given))
-    for first in range(0, len(given), together):
-        # The last ones are filled up, so that no other program is needed.
-        at = np.minimum(np.arange(first, first + together), len(given) - 1)
-        samples = (own[at][:, None] * copies + np.arange(copies)).ravel()
-        now = dataclasses.replace(options, samples=tuple(samples.tolist()))
-        found = generate(model, [given[i] for i in at], options=now)
-        for i in range(min(together, len(given) - first)):
-            yield found.rows[i * options.n : (i + 1) * options.n]
+    copies = options.copies
+    prompt_numbers = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
+    batch_size = min(max(max_rows // copies, 1), len(prompts))
+    for first in range(0, len(prompts), batch_size):
+        # The last batch is padded with repeated prompts, so that one program serves all.
+        batch = np.minimum(np.arange(first, first + batch_size), len(prompts) - 1)
+        samples = (prompt_numbers[batch][:, None] * copies + np.arange(copies)).ravel()
+        batch_options = dataclasses.replace(options, samples=tuple(samples.tolist()))
+        results = generate(model, [prompts[i] for i in batch], options=batch_options)
+        for i in range(min(batch_size, len(prompts) - first)):
+            yield results.rows[i * options.n : (i + 1) * options.n]
 
 
-def _branches(options: GenerateOptions) -> bool:
-    return bool(options.guidance) or options.best_of_gain
+# ---------------------------------------------------------------------------------------- checks
 
 
-def _begin(model: Model, rows: int, options: GenerateOptions) -> Conversation:
-    samples = options.samples or tuple(range(rows))
-    if len(samples) != rows:
-        raise ValueError(f"samples: {len(samples)} numbers for {rows} rows")
-    key = jax.random.key(options.seed)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(samples))
-    null = options.null if _branches(options) else ""
-    args = (null, options.null_temperature, options.cache or 0, options.cache is not None)
-    return session.begin(model.decode_params, model.model_config, keys, *args)
-
-
-def _room(options: GenerateOptions, cfg: BackboneConfig) -> int:
-    """Steps that drawing takes at most."""
-    return options.max_tokens + options.most_images * (cfg.patches + 2) + 1
-
-
-def _check_images(model: Model, parts: Sequence[Sequence[Part]]) -> None:
-    for i, row in enumerate(parts):
+def _check_images(model: Model, rows: Sequence[Sequence[Part]]) -> None:
+    """Raise ValueError unless the model can read every image."""
+    expected = (model.model_config.patches, model.model_config.flow.channels)
+    for i, row in enumerate(rows):
         for j, part in enumerate(row):
-            where = f"prompt {i}, part {j}"
+            location = f"prompt {i}, part {j}"
             if part.kind != "image":
                 continue
             if part.latent is not None:
-                shape = (model.model_config.patches, model.model_config.flow.channels)
-                if part.latent.shape != shape:
-                    raise ValueError(f"{where}: latent {part.latent.shape}, expected {shape}")
+                if part.latent.shape != expected:
+                    raise ValueError(f"{location}: latent {part.latent.shape}, expected {expected}")
             elif model.codec is None:
-                raise ValueError(f"{where}: the model has no codec (--fae) to read an image with")
+                raise ValueError(
+                    f"{location}: the model has no codec to read an image with; give one with fae="
+                )
             else:
-                prompts.check_pixels(part.image, model.codec.model.pixels, where)
+                check_image_size(part.image, model.codec.model.pixels, location)
 
 
-def _check_trained(model: Model, parts: Sequence[Sequence[Part]], options: GenerateOptions) -> None:
-    """Refuses what the checkpoint's stage has not learnt."""
-    if options.most_images and not flow_is_trained(model):
+def _check_trained(model: Model, rows: Sequence[Sequence[Part]], options: GenerateOptions) -> None:
+    """Raise ValueError if a part that the call needs has not been trained."""
+    name = model.source or "model"
+    if options.image_limit and not flow_is_trained(model):
         raise ValueError(
-            f"{model.source or 'model'}: its flow is as it was born (a checkpoint of stage 2 that "
-            "began from nothing?), it draws no images; images=0 gives text alone"
+            f"{name}: the flow is untrained (output layer is still zero), so this checkpoint "
+            "cannot generate images. Pass images=0 for text only."
         )
-    shown = any(part.kind == "image" for row in parts for part in row)
-    if shown and not adapter_is_trained(model):
+    has_images = any(part.kind == "image" for row in rows for part in row)
+    if has_images and not adapter_is_trained(model):
         raise ValueError(
-            f"{model.source or 'model'}: its adapter is zero (a checkpoint of stage 1?), so that "
-            "its VLM sees no images; give text alone, or a checkpoint of stage 2 or 3"
+            f"{name}: the adapter is untrained (last layer is still zero, as after stage 1), so "
+            "the VLM cannot see images. Pass text only, or use a checkpoint of stage 2 or 3."
         )
 
 
-def latents(
-    model: Model, parts: Sequence[Sequence[Part]], keys: jax.Array, before: Sequence[int]
-) -> list[np.ndarray]:
-    """Noisy latents [I, N, D] of every row's images, as the model is trained to read them.
-
-    Args:
-        keys: of the rows [B]; before: how many parts each row has already. An image's noise depends
-            on its row's key and the number of its part.
-    """
-    dtype = np.asarray(model.params["deep"]["proj_in"]["weight"][:0]).dtype
-    wide = np.promote_types(dtype, np.float32)
-    given = lambda part: part.kind == "image" and part.latent is None
-    distinct = {id(part.image): part.image for row in parts for part in row if given(part)}
-    moments = {}
-    if distinct:
-        mean, log_variance = codec.encode(model.codec, np.stack(list(distinct.values())))
-        moments = {name: pair for name, *pair in zip(distinct, mean, log_variance)}
-    found = []
-    for b, row in enumerate(parts):
-        number, x = before[b], []
-        for part in row:
-            if part.kind == "image" and part.latent is not None:
-                x.append(np.asarray(part.latent, wide))
-            elif part.kind == "image":
-                mean, log_variance = moments[id(part.image)]
-                batch = {"latent_mean": mean[None], "latent_logvar": log_variance[None]}
-                key = jax.random.fold_in(keys[b], number)
-                x.append(np.asarray(preprocess.tokens(batch, key[None], model.cfg, False))[0])
-            number += part.counts
-        shape = (len(x), model.model_config.patches, model.model_config.flow.channels)
-        found.append(np.asarray(x, wide).reshape(shape))
-    return found
+def _check_continuation(results: Results, row_count: int, options: GenerateOptions) -> None:
+    if row_count != len(results):
+        raise ValueError(f"prompts: {row_count} for the {len(results)} rows to continue")
+    if options.copies > 1:
+        raise ValueError("n and best_of belong to the first call: a row continues as one row")
+    if options.guidance and not results.session.null:
+        raise ValueError(
+            "guidance: the session was started without guidance and has no unconditional branch; "
+            "pass guidance in the first call"
+        )
 
 
-def _ready(
-    state: decode_loop.State, options: GenerateOptions, model: Model, going_on: bool
-) -> decode_loop.State:
-    """The counters of a turn. A row whose turn has ended stays so unless it was told more."""
-    token, is_image = np.asarray(state.token), np.asarray(state.is_image)
-    due = options.images or 0
-    mode = decode_loop.BEGIN if options.image_start or not options.max_tokens else decode_loop.TEXT
-    full = lambda value: jnp.full(len(token), value, jnp.int32)
-    modes = np.full(len(token), mode, np.int32)
-    if going_on:
-        ends = session.delimiters(model.tokenizer, model.model_config).ends
-        modes[np.isin(token, ends) & ~is_image] = decode_loop.ENDED
-    return state.replace(
-        mode=jnp.asarray(modes),
-        patch=full(0),
-        tokens=full(options.max_tokens),
-        images=full(options.most_images),
-        due=full(due),
+# --------------------------------------------------------------------------------------- decoding
+
+
+def _start_session(model: Model, batch_size: int, options: GenerateOptions) -> Session:
+    samples = options.samples or tuple(range(batch_size))
+    if len(samples) != batch_size:
+        raise ValueError(f"samples: {len(samples)} numbers for {batch_size} rows")
+    key = jax.random.key(options.seed)
+    return new_session(
+        model.decode_params,
+        model.model_config,
+        keys=jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(samples)),
+        null=options.null if options.needs_null_branch else "",
+        cache_size=options.cache or 0,
+        has_fixed_cache=options.cache is not None,
     )
 
 
-def _loop(model: Model, held: Conversation, options: GenerateOptions, start: Any, first: int):
-    """Chunks of steps until every row is done; the host looks for stop texts between them.
+def _reset_counters(
+    model: Model, state: DecodeState, options: GenerateOptions, continues: bool
+) -> DecodeState:
+    """Return the state with the counters of a new turn.
 
-    Args:
-        start, first: as in `answers.finished`.
+    A continued row whose turn has ended stays ended unless its prompt opened a new turn.
+    """
+    token, is_image = np.asarray(state.token), np.asarray(state.is_image)
+    begins_image = options.image_start or not options.max_tokens
+    mode = np.full(
+        len(token), decode_loop.BEGIN_IMAGE if begins_image else decode_loop.TEXT, np.int32
+    )
+    if continues:
+        turn_ends = special_tokens(model.tokenizer, model.model_config).turn_ends
+        mode[np.isin(token, turn_ends) & ~is_image] = decode_loop.ENDED
+
+    def full(value: int) -> jax.Array:
+        return jnp.full(len(token), value, jnp.int32)
+
+    return state.replace(
+        mode=jnp.asarray(mode),
+        patch=full(0),
+        tokens_left=full(options.max_tokens),
+        images_left=full(options.image_limit),
+        images_required=full(options.images or 0),
+    )
+
+
+def _decode_turn(
+    model: Model, session: Session, options: GenerateOptions, start: TurnStart
+) -> tuple[Session, list[list[SampledItem]], list[str]]:
+    """Run chunks of steps until every row is done; stop texts are searched between them.
 
     Returns:
-        the conversation, every row's (tokens, u, nats) of what was drawn and kept, and why each
-        ended.
+        the session, the sampled items of every row, and why each row ended.
     """
-    cfg, ids = model.model_config, session.delimiters(model.tokenizer, model.model_config)
-    # With stop texts a row may run on past one to the end of its chunk.
-    steps = jnp.int32(16 if options.stop else decode_loop.CHUNK)
-    wide = jnp.promote_types(held.state.u.dtype, jnp.float32)
-    guided = None
-    if held.null:
-        guided = Guidance(
-            jnp.asarray(options.guidance, wide), rule=options.rule, what=options.what,
-            annealed=options.annealed, temperature_on="unconditional",
-        )  # fmt: skip
-    numbers = decode_loop.Numbers(
-        temperature=jnp.asarray(options.temperature, wide),
-        top_k=jnp.int32(options.top_k),
-        top_p=jnp.asarray(options.top_p, wide),
-        image_temperature=jnp.asarray(options.image_temperature, wide),
-        guidance=guided,
-    )
-    state = held.state
-    rows: list[list[Any]] = [[] for _ in range(held.rows)]
+    cfg, special = model.model_config, special_tokens(model.tokenizer, model.model_config)
+    max_steps = jnp.int32(_STOP_CHUNK if options.stop else decode_loop.CHUNK)
+    sampling = _sampling_params(session, options)
+    state = session.state
+    items: list[list[SampledItem]] = [[] for _ in range(session.batch_size)]
     stopped: set[int] = set()
     while (np.asarray(state.mode) < decode_loop.ENDED).any():
-        args = (held.params, _placed(state), held.keys, numbers, held.heat, steps)
-        state, record = decode_loop.run(*args, cfg=cfg, ids=ids)
-        token, u, nats = (np.asarray(a) for a in (record.token, record.u, record.nats))
-        for b, row in enumerate(rows):
-            count = int((token[b] != decode_loop.NOTHING).sum())
-            row += zip(token[b, :count].tolist(), u[b, :count], nats[b, :count])
-        cuts = {}
-        for b in set(range(len(rows))) - stopped if options.stop else ():
-            keep = answers.stop_at(model.tokenizer, rows[b], options.stop, ids)
-            if keep is not None:
-                rows[b] = rows[b][:keep]
-                cuts[b] = [pick for pick, _, _ in rows[b]]
-        if cuts:
-            stopped |= cuts.keys()
-            state = session.cut(state, start, first, cuts, cfg, ids)
-    modes = np.asarray(state.mode)
-    reasons = ["stop" if b in stopped else "end" for b in range(len(rows))]
+        state, output = decode_loop.decode_chunk(
+            session.params,
+            _replicate(state),
+            session.keys,
+            sampling,
+            max_steps,
+            cfg=cfg,
+            special=special,
+        )
+        token, u, log_probs = map(np.asarray, (output.token, output.u, output.log_probs))
+        for b, row in enumerate(items):
+            count = int((token[b] != decode_loop.EMPTY).sum())
+            row += map(SampledItem, token[b, :count].tolist(), u[b, :count], log_probs[b, :count])
+        kept_ids = {}
+        for b in set(range(len(items))) - stopped if options.stop else ():
+            size = find_stop(model.tokenizer, items[b], options.stop, special)
+            if size is not None:
+                items[b] = items[b][:size]
+                kept_ids[b] = [item.token for item in items[b]]
+        if kept_ids:
+            stopped |= kept_ids.keys()
+            state = truncate_rows(state, start, kept_ids, cfg, special)
+    finish = ["stop" if b in stopped else "end" for b in range(len(items))]
     if options.max_tokens:
-        for b in np.flatnonzero(modes == decode_loop.OUT_OF_TOKENS):
-            reasons[b] = "length"
-    return dataclasses.replace(held, state=state), rows, reasons
+        for b in np.flatnonzero(np.asarray(state.mode) == decode_loop.OUT_OF_TOKENS):
+            finish[b] = "length"
+    return dataclasses.replace(session, state=state), items, finish
 
 
-def _placed(state: decode_loop.State) -> decode_loop.State:
-    """Its arrays on the mesh of the caches, as a chunk leaves them: what comes from the host is of
-    another type, and would need another program."""
-    where = state.caches[0].keys[0].sharding
-    if not isinstance(where, NamedSharding):
+def _sampling_params(session: Session, options: GenerateOptions) -> SamplingParams:
+    dtype = jnp.promote_types(session.state.u.dtype, jnp.float32)
+    guidance = None
+    if session.null:
+        guidance = Guidance(
+            jnp.asarray(options.guidance, dtype),
+            rule=options.rule,
+            temperature_on="unconditional",
+        )
+    return SamplingParams(
+        temperature=jnp.asarray(options.temperature, dtype),
+        top_k=jnp.int32(options.top_k),
+        top_p=jnp.asarray(options.top_p, dtype),
+        image_temperature=jnp.asarray(options.image_temperature, dtype),
+        guidance=guidance,
+    )
+
+
+def _replicate(state: DecodeState) -> DecodeState:
+    """Put arrays that come from the host on the caches' mesh, where a chunk leaves them.
+
+    Arrays without that sharding have another type, and would need another program.
+    """
+    sharding = state.caches[0].keys[0].sharding
+    if not isinstance(sharding, NamedSharding):
         return state
-    rest = jax.device_put(state.replace(caches=None), mesh.replicated(where.mesh))
+    rest = jax.device_put(state.replace(caches=None), replicated(sharding.mesh))
     return rest.replace(caches=state.caches)

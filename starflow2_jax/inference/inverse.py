@@ -1,11 +1,11 @@
-"""Noise to data: sequential with a key-value cache, or block-wise Jacobi iteration.
+"""Invert a flow, noise to data: sequentially with a key-value cache, or by block-wise Jacobi.
 
 Axes: B rows, R = B or 2B rows of a block (doubled under guidance), T tokens, D token channels,
-C width, P predictions of a block, N positions of its input sequence.
+C width, P predictions of a block.
 
-Both ways see a block as one chain y_0, y_1, ..., y_P: prediction p reads y_0 ... y_p and gives the
-(scale, mean) of y_{p+1}. y_0 is the start token, or the first data token where the block passes it
-unchanged or predicts it from the text.
+Both methods treat a block as one chain y_0, y_1, ..., y_P: prediction p reads y_0 ... y_p and
+returns the (scale, mean) of y_{p+1}, and y_{p+1} = mean + scale * noise. y_0 is the start token, or
+the first data token if the block passes it unchanged or predicts it from the text.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from starflow2_jax.inference import guidance as guiding
-from starflow2_jax.inference.guidance import Guidance
+from starflow2_jax.inference.guidance import Guidance, check, combine
 from starflow2_jax.models import flow, layers, rope
 from starflow2_jax.models.flow import BlockConfig, Conditioning, FlowConfig
 from starflow2_jax.models.layers import at_least_float32
@@ -26,11 +25,12 @@ from starflow2_jax.params import Tree
 
 @dataclass(frozen=True)
 class Jacobi:
-    """Block-wise Jacobi iteration (paper.md 3.7).
+    """Settings of block-wise Jacobi iteration (STARFlow-V, arXiv 2511.20462).
 
-    A chunk of `block` tokens starts from the noise and is predicted anew, in parallel, until
-    mean((new - old)^2) / mean(new^2) < threshold over the whole batch, or `max_iterations`. It is
-    exact after `block` iterations; threshold 0 with enough of them equals sequential sampling.
+    A chunk of `block` tokens starts from the noise and is predicted again, in parallel, until
+    mean((new - old)^2) / mean(new^2) < threshold over the whole batch, or for `max_iterations`. It
+    is exact after `block` iterations, so threshold 0 with enough of them equals sequential
+    sampling.
     """
 
     block: int = 16
@@ -40,15 +40,25 @@ class Jacobi:
 
 @struct.dataclass
 class _Chain:
-    """What the steps of one block share."""
+    """Inputs that every prediction of one block shares.
+
+    Attributes:
+        params: the block's parameters, its layers unstacked.
+        block: the block's configuration.
+        prefix_len: number of text positions before y_0.
+        embedding_offset: sum of class and position embeddings, added to every token embedding.
+        rope_tables: cosines and sines of all positions, or None.
+        temperature: temperature of the attention logits, a number or [R].
+        guidance: the guidance of this block, or None.
+    """
 
     params: Tree
-    offset: int = struct.field(pytree_node=False)
-    add: Any
-    tables: Any
-    temperature: Any
-    guided: Guidance | None
     block: BlockConfig = struct.field(pytree_node=False)
+    prefix_len: int = struct.field(pytree_node=False)
+    embedding_offset: Any
+    rope_tables: Any
+    temperature: Any
+    guidance: Guidance | None
 
 
 def inverse(
@@ -61,60 +71,66 @@ def inverse(
     jacobi: Jacobi | None = None,
     temperature: Any = 1.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Invert `flow.forward`: noise z [B, T, D] to data x [B, T, D], raster order.
+    """Invert `flow.forward`: noise z [B, T, D] to data x [B, T, D] in raster order.
 
     Args:
+        params: parameters of the flow.
+        z: noise [B, T, D].
+        cfg: configuration of the flow.
         conditioning: as in `flow.forward`.
-        guidance: a `Guidance`, or None.
-        jacobi: a `Jacobi`, or None for sequential sampling.
-        temperature: of the attention logits in every block, without guidance (else
-            `guidance.temperature` holds).
+        guidance: classifier-free guidance, or None.
+        jacobi: settings of Jacobi iteration, or None for sequential sampling.
+        temperature: temperature of the attention logits in every block. With guidance,
+            `guidance.temperature` replaces it.
 
     Returns:
-        x, and info: `passes` int32 [blocks], forward passes of each block's layers (prefix not
-        counted), `residual` float [blocks], each block's last Jacobi residual, 0 if sequential;
-        `tokens`: [B, T, D] after each block from the noise to the data, z first.
+        x [B, T, D], and a dictionary: `passes` int32 [blocks], forward passes through each block's
+        layers, without the prefix; `residual` [blocks], each block's last Jacobi residual, 0 if
+        sequential; `tokens`, arrays [B, T, D] after each block, from z to x.
 
     Raises:
-        ValueError: inputs that the model does not take, or unknown guidance words.
+        ValueError: If an input does not fit the model, or a word of the guidance is unknown.
     """
     conditioning = flow.check_inputs(cfg, z.shape, conditioning)
     if guidance is not None:
-        guiding.check(guidance)
+        check(guidance)
     if jacobi is not None and (jacobi.block < 1 or jacobi.max_iterations < 1):
         raise ValueError(f"jacobi: block and max_iterations must be at least 1, got {jacobi}")
-    block_size = jacobi.block if jacobi else None
-    limits = (jacobi.threshold, jacobi.max_iterations) if jacobi else None
     x, passes, residual, tokens = _inverse(
         params,
         z,
         conditioning,
         guidance,
-        limits,
+        (jacobi.threshold, jacobi.max_iterations) if jacobi else None,
         temperature,
         cfg=cfg,
-        jacobi_block=block_size,
+        jacobi_block=jacobi.block if jacobi else None,
     )
     return x, {"passes": passes, "residual": residual, "tokens": tokens}
 
 
 @partial(jax.jit, static_argnames=("cfg", "jacobi_block"))
-def _inverse(params, z, conditioning, guidance, limits, temperature, *, cfg, jacobi_block):
+def _inverse(params, z, conditioning, guidance, jacobi_limits, temperature, *, cfg, jacobi_block):
     tokens, passes, residuals = [at_least_float32(z)], [], []
     for i in reversed(range(len(cfg.layers))):
         x, count, residual = tokens[-1], 0, 0.0
         if cfg.layers[i]:
-            block = cfg.block(i)
-            is_deep = i == len(cfg.layers) - 1
-            block_conditioning = conditioning if is_deep else conditioning.replace(positions=None)
-            zeta = x[:, ::-1] if block.reverse else x
-            chain, first, cache = _begin(
-                params["blocks"][str(i)], zeta, block, block_conditioning, guidance, temperature
+            block, is_deep = cfg.block(i), i == len(cfg.layers) - 1
+            noise = x[:, ::-1] if block.reverse else x
+            chain, first, cache = _start_chain(
+                params["blocks"][str(i)],
+                noise,
+                block,
+                conditioning if is_deep else conditioning.replace(positions=None),
+                guidance,
+                temperature,
             )
             if jacobi_block is None:
-                x, count = _sequential(chain, first, cache, zeta)
+                x, count = _sequential(chain, first, cache, noise)
             else:
-                x, count, residual = _jacobi(chain, first, cache, zeta, jacobi_block, *limits)
+                x, count, residual = _jacobi(
+                    chain, first, cache, noise, jacobi_block, *jacobi_limits
+                )
             x = x[:, ::-1] if block.reverse else x
         tokens.append(x)
         passes.insert(0, jnp.asarray(count, jnp.int32))
@@ -123,80 +139,79 @@ def _inverse(params, z, conditioning, guidance, limits, temperature, *, cfg, jac
 
 
 def is_guided(guidance: Guidance | None, block: BlockConfig) -> bool:
-    """Whether a block runs twice as many rows under `guidance`."""
-    if guidance is None or guidance.blocks == "all":
-        return guidance is not None
-    if guidance.blocks == "top":
-        return block == block.flow.block(-1)
-    return block.text or bool(block.flow.classes)
+    """Return whether a block runs twice as many rows: if it reads a condition, as a rule."""
+    if guidance is None:
+        return False
+    return guidance.all_blocks or block.text or bool(block.flow.classes)
 
 
-def _begin(params, zeta, block, conditioning, guidance, temperature):
-    """Conditions, cache and y_0 of a block: (chain, y_0 [R, 1, D], cache)."""
-    cfg, (batch, tokens, _) = block.flow, zeta.shape
+def _start_chain(
+    params, noise, block, conditioning, guidance, temperature
+) -> tuple[_Chain, jax.Array, Any]:
+    """Return the chain of a block, y_0 [R, 1, D], and a cache that holds the text."""
+    cfg, (batch, tokens, _) = block.flow, noise.shape
     text, labels, positions = conditioning.text, conditioning.labels, conditioning.positions
     rows, temperature = batch, jnp.asarray(temperature)
-    guided = guidance if is_guided(guidance, block) else None
+    block_guidance = guidance if is_guided(guidance, block) else None
     if guidance is not None:
         temperature = jnp.ones(())
         if guidance.temperature_on == "all":
             temperature = jnp.asarray(guidance.temperature)
-    if guided is not None:
+    if block_guidance is not None:
         rows = 2 * batch
-        labels, text = _with_null(guided, block, batch, labels, text)
-        if guided.temperature_on == "unconditional":
-            null = jnp.broadcast_to(jnp.asarray(guided.temperature, zeta.dtype), (batch,))
+        labels, text = _append_null(block_guidance, block, batch, labels, text)
+        if block_guidance.temperature_on == "unconditional":
+            null = jnp.asarray(block_guidance.temperature, noise.dtype)
+            null = jnp.broadcast_to(null, (batch,))
             temperature = jnp.concatenate([jnp.ones_like(null), null])
-    length = text.shape[1] if block.text else 0
+    prefix_len = text.shape[1] if block.text else 0
     if positions is None:
-        positions = flow.block_positions(block, conditioning.grid, length)
+        positions = flow.block_positions(block, conditioning.grid, prefix_len)
     dtype = flow.compute_dtype(params, cfg)
-    size = length + tokens - (block.start != "token")
-    cache = layers.empty_cache(block.layer, block.depth, rows, size, dtype)
-    add = flow.embed_class(params, labels, block) + flow.embed_positions(params, block)
-    tables = None
+    cache_size = prefix_len + tokens - (block.start != "token")
+    cache = layers.empty_cache(block.layer, block.depth, rows, cache_size, dtype)
+    rope_tables = None
     if cfg.positions == "rope":
-        wide = jnp.promote_types(dtype, jnp.float32)
-        tables = rope.tables(rope.angles(positions, cfg.head_dim), wide)
-    params = {**params, "layers": layers.unstack(params["layers"])}
+        angle_dtype = jnp.promote_types(dtype, jnp.float32)
+        rope_tables = rope.tables(rope.angles(positions, cfg.head_dim), angle_dtype)
     chain = _Chain(
-        params=params,
-        offset=length,
-        add=add,
-        tables=tables,
-        temperature=temperature,
-        guided=guided,
+        params={**params, "layers": layers.unstack(params["layers"])},
         block=block,
+        prefix_len=prefix_len,
+        embedding_offset=flow.embed_class(params, labels, block)
+        + flow.embed_positions(params, block),
+        rope_tables=rope_tables,
+        temperature=temperature,
+        guidance=block_guidance,
     )
     if block.text:
         h, cache = _layers(chain, flow.embed_text(params, text, rows, block), cache, 0)
     if block.start == "token":
-        first = jnp.broadcast_to(params["start"].astype(zeta.dtype), (batch, 1, cfg.channels))
+        first = jnp.broadcast_to(params["start"].astype(noise.dtype), (batch, 1, cfg.channels))
     elif block.start == "shift":
-        first = zeta[:, :1]
+        first = noise[:, :1]
     else:
         scale, mean = _gaussian(chain, h[:, -1:], 1 / tokens)
-        first = mean + scale * zeta[:, :1]
+        first = mean + scale * noise[:, :1]
     return chain, first, cache
 
 
-def _with_null(guided, block, batch, labels, text):
-    """Labels and text of [conditional; null] rows."""
+def _append_null(guidance, block, batch, labels, text):
+    """Return the labels and the text of [conditional; null] rows."""
     if block.flow.classes:
-        null = jnp.full((batch,), -1) if guided.labels is None else guided.labels
-        given = jnp.full((batch,), -1) if labels is None else labels
-        labels = jnp.concatenate([given, null])
+        null = jnp.full((batch,), -1)
+        labels = jnp.concatenate([null if labels is None else labels, null])
     if block.text:
-        null = jnp.zeros_like(text[:1]) if guided.text is None else guided.text
-        wide = [jnp.broadcast_to(t, (batch, *text.shape[1:])) for t in (text, null)]
-        text = jnp.concatenate([t.astype(text.dtype) for t in wide])
+        null = jnp.zeros_like(text[:1]) if guidance.text is None else guidance.text
+        halves = [jnp.broadcast_to(t, (batch, *text.shape[1:])) for t in (text, null)]
+        text = jnp.concatenate([t.astype(text.dtype) for t in halves])
     return labels, text
 
 
 def _layers(chain, h, cache, start):
-    """The block's layers over new positions h [R, n, C] that begin at position `start`."""
-    block, count = chain.block, h.shape[1]
-    tables = chain.tables
+    """Apply the block's layers to new positions h [R, n, C], which begin at position `start`."""
+    count = h.shape[1]
+    tables = chain.rope_tables
     if tables is not None:
         tables = tuple(jax.lax.dynamic_slice_in_dim(t, start, count, -2) for t in tables)
     size = cache.keys[0].shape[-2]
@@ -204,7 +219,7 @@ def _layers(chain, h, cache, start):
     return layers.apply_layers(
         chain.params["layers"],
         h,
-        block.layer,
+        chain.block.layer,
         tables,
         mask,
         cache=cache,
@@ -213,86 +228,88 @@ def _layers(chain, h, cache, start):
 
 
 def _gaussian(chain, h, fraction):
-    """(scale, mean) [B, n, D], guided where the block is."""
+    """Return (scale, mean) [B, n, D], guided if the block is."""
     scale, mean = flow.head(chain.params, h, chain.block)
-    if chain.guided is None:
+    if chain.guidance is None:
         return scale, mean
-    return guiding.combine(chain.guided, scale, mean, fraction)
+    return combine(chain.guidance, scale, mean, fraction)
 
 
 def _predict(chain, y, cache, p, predictions):
-    """(scale, mean) [B, n, D] of the items after y [B, n, D], the inputs p ... p + n - 1."""
-    if chain.guided is not None:
+    """Return (scale, mean) [B, n, D] of the items after the inputs p ... p + n - 1, y [B, n, D]."""
+    if chain.guidance is not None:
         y = jnp.concatenate([y, y])
-    add = chain.add
-    if not isinstance(add, float) and add.shape[-2] > 1:
-        add = jax.lax.dynamic_slice_in_dim(add, p, y.shape[1], add.ndim - 2)
-    h = flow.embed_tokens(chain.params, y, chain.block) + add
-    h, cache = _layers(chain, h, cache, chain.offset + p)
+    offset = chain.embedding_offset
+    if not isinstance(offset, float) and offset.shape[-2] > 1:
+        offset = jax.lax.dynamic_slice_in_dim(offset, p, y.shape[1], offset.ndim - 2)
+    h = flow.embed_tokens(chain.params, y, chain.block) + offset
+    h, cache = _layers(chain, h, cache, chain.prefix_len + p)
     fraction = (p + 1 + jnp.arange(y.shape[1])[None, :, None]) / predictions
     return *_gaussian(chain, h, fraction), cache
 
 
-def _noise_to_predict(chain, zeta):
-    """The noise of y_1 ... y_P."""
-    return zeta if chain.block.start == "token" else zeta[:, 1:]
+def _predicted_noise(chain, noise):
+    """Return the noise of y_1 ... y_P."""
+    return noise if chain.block.start == "token" else noise[:, 1:]
 
 
-def _tokens_of(chain, first, rest):
-    """Data tokens of y_0 and y_1 ... y_P."""
+def _data_tokens(chain, first, rest):
+    """Return the data tokens of y_0 and y_1 ... y_P."""
     return rest if chain.block.start == "token" else jnp.concatenate([first, rest], 1)
 
 
-def _sequential(chain, first, cache, zeta):
-    noise = _noise_to_predict(chain, zeta)
+def _sequential(chain, first, cache, noise):
+    noise = _predicted_noise(chain, noise)
     count = noise.shape[1]
 
-    def step(carry, now):
+    def step(carry, inputs):
         y, cache = carry
-        p, noise_p = now
+        p, noise_p = inputs
         scale, mean, cache = _predict(chain, y, cache, p, count)
         y = mean + scale * noise_p[:, None]
         return (y, cache), y[:, 0]
 
-    now = (jnp.arange(count), noise.swapaxes(0, 1))
-    _, rest = jax.lax.scan(step, (first, cache), now)
-    return _tokens_of(chain, first, rest.swapaxes(0, 1)), count
+    inputs = (jnp.arange(count), noise.swapaxes(0, 1))
+    _, rest = jax.lax.scan(step, (first, cache), inputs)
+    return _data_tokens(chain, first, rest.swapaxes(0, 1)), count
 
 
-def _jacobi(chain, first, cache, zeta, block_size, threshold, max_iterations):
-    noise = _noise_to_predict(chain, zeta)
+def _jacobi(chain, first, cache, noise, block_size, threshold, max_iterations):
+    noise = _predicted_noise(chain, noise)
     count = noise.shape[1]
     y = jnp.concatenate([first, noise], 1)
 
-    def chunk(start, carry, size):
+    def solve_chunk(start, carry, size):
         y, cache, passes, _ = carry
-        noise_now = jax.lax.dynamic_slice_in_dim(noise, start, size, 1)
+        chunk_noise = jax.lax.dynamic_slice_in_dim(noise, start, size, 1)
 
-        def unsettled(state):
+        def not_converged(state):
             i, _, _, residual = state
             return ~(residual < threshold) & (i < max_iterations)
 
-        def again(state):
+        def iterate(state):
             i, y, cache, _ = state
             # Writing at the same offset replaces the last iteration's keys and values.
-            cache = cache.replace(length=jnp.asarray(chain.offset + start, jnp.int32))
-            now = jax.lax.dynamic_slice_in_dim(y, start, size, 1)
+            cache = cache.replace(length=jnp.asarray(chain.prefix_len + start, jnp.int32))
+            inputs = jax.lax.dynamic_slice_in_dim(y, start, size, 1)
             old = jax.lax.dynamic_slice_in_dim(y, start + 1, size, 1)
-            scale, mean, cache = _predict(chain, now, cache, start, count)
-            new = mean + scale * noise_now
+            scale, mean, cache = _predict(chain, inputs, cache, start, count)
+            new = mean + scale * chunk_noise
             residual = jnp.square(new - old).mean() / jnp.square(new).mean()
             return i + 1, jax.lax.dynamic_update_slice_in_dim(y, new, start + 1, 1), cache, residual
 
         state = (jnp.zeros((), jnp.int32), y, cache, jnp.full((), jnp.inf, y.dtype))
-        i, y, cache, residual = jax.lax.while_loop(unsettled, again, state)
+        i, y, cache, residual = jax.lax.while_loop(not_converged, iterate, state)
         return y, cache, passes + i, residual
 
+    def body(c, carry):
+        return solve_chunk(c * block_size, carry, block_size)
+
     carry = (y, cache, jnp.zeros((), jnp.int32), jnp.zeros((), y.dtype))
-    whole, rest = divmod(count, block_size)
-    if whole:  # a loop of no turns is traced all the same, and the chunk does not fit
-        body = lambda c, state: chunk(c * block_size, state, block_size)
-        carry = jax.lax.fori_loop(0, whole, body, carry)
+    full_chunks, rest = divmod(count, block_size)
+    if full_chunks:  # An empty loop is traced as well, and the chunk does not fit.
+        carry = jax.lax.fori_loop(0, full_chunks, body, carry)
     if rest:
-        carry = chunk(whole * block_size, carry, rest)
+        carry = solve_chunk(full_chunks * block_size, carry, rest)
     y, _, passes, residual = carry
-    return _tokens_of(chain, y[:, :1], y[:, 1:]), passes, residual
+    return _data_tokens(chain, y[:, :1], y[:, 1:]), passes, residual

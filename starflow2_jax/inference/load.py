@@ -1,8 +1,9 @@
-"""STARFlow2 from a run, a step of it, or a model folder, with its VLM, tokenizer and codec.
+"""Load a trained model from a run, a step of a run, or a model folder.
 
-A model folder holds `config.json`, the tensors of adapter, shallow and deep flow and skips, and the
-digests of both; `vlm/`, `fae/` and `tokenizer/` in it, or the paths in its configuration, which are
-read from the folder they stand in. What is frozen is compared with what the model was trained with.
+The model folder of a STARFlow2 contains `config.json`, the tensors of adapter, shallow flow, deep
+flow and skips, and the digests of both. The VLM, the codec and the tokenizer are in its folders
+`vlm/`, `fae/` and `tokenizer/`, or at the paths in its configuration, relative to the folder.
+Frozen models are compared with the sha256 that was recorded in training.
 """
 
 import os
@@ -13,13 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from starflow2_jax import mesh
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import teacher as teacher_weights
+from starflow2_jax.checkpoints.open_model import SavedModel, open_model
+from starflow2_jax.inference import flow_sampler
 from starflow2_jax.inference.api import STARFlow2
+from starflow2_jax.inference.flow_sampler import FlowModel
 from starflow2_jax.latents import codec as codecs
-from starflow2_jax.mesh import make_mesh
-from starflow2_jax.params import abstract as abstract_params
+from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.training.tasks import starflow2
 
 TASK = "starflow2"
@@ -27,127 +32,141 @@ TASK = "starflow2"
 
 def load(
     path: str,
-    mesh: Any = None,
+    device_mesh: Mesh | None = None,
+    layout: str = "dp",
+    *,
+    vlm: str = "",
+    fae: str = "",
+) -> STARFlow2 | FlowModel:
+    """Load a trained model with the averaged weights of its checkpoint.
+
+    Args:
+        path: a workdir (its newest checkpoint), a step folder of it, or a model folder.
+        device_mesh: where the weights go; the default device if None.
+        layout: name of the sharding layout.
+        vlm: folder of a STARFlow2's VLM, if it is no longer where the training found it.
+        fae: folder of a STARFlow2's codec, likewise.
+
+    Returns:
+        a `STARFlow2` with `generate(prompts, ...)` and `log_likelihood(rows)`, or a `FlowModel`
+        for the functions of `inference.flow_sampler`.
+
+    Raises:
+        FileNotFoundError: If there is no such run or folder, or its VLM or codec is missing.
+        ValueError: If the files are damaged, the model is of another kind, or the VLM or codec is
+            not the one that it was trained with.
+    """
+    if open_model(path).task == TASK:
+        return load_starflow2(path, device_mesh, layout, vlm=vlm, fae=fae)
+    if vlm or fae:
+        raise ValueError(f"{path}: this model has neither a VLM nor a codec; drop --vlm and --fae")
+    return flow_sampler.load_flow(path, device_mesh, layout)
+
+
+def load_starflow2(
+    path: str,
+    device_mesh: Mesh | None = None,
     layout: str = "dp",
     *,
     vlm: str = "",
     fae: str = "",
 ) -> STARFlow2:
-    """A model with the averaged weights of a checkpoint.
-
-    Args:
-        vlm, fae: folders of the VLM and the codec, where they are not where the run found them.
-
-    Raises:
-        FileNotFoundError: no such run or folder, or none of its VLM.
-        ValueError: another kind of model, damaged files, or another VLM or codec than the model was
-            trained with.
-    """
-    meta = settings(path)
-    cfg, frozen = meta["config"], meta["frozen"]
-    path = str(model_folder.locate(path))
+    """Load a STARFlow2; arguments and errors are those of `load`."""
+    saved, cfg = _open_starflow2(path)
     vlm, fae = vlm or cfg["vlm"]["path"], fae or cfg["fae"]["path"]
     cfg["vlm"]["path"], cfg["fae"]["path"], cfg["layout"] = vlm, fae, layout
-    for what, at in (("VLM", vlm), ("codec", fae)):
-        if at and not model_folder.locate(at).is_dir():
-            raise FileNotFoundError(f"{path}: no folder {at}, where its {what} should be")
-    if vlm and frozen.get("vlm") not in (None, identity := teacher_weights.identity(vlm)):
-        raise ValueError(
-            f"{path} was trained beside another VLM than the one in {vlm}: sha256 "
-            f"{frozen['vlm']} then, {identity} now"
-        )
-    shape = starflow2.model_config(cfg)
-    declared = shape.declare()
+    for name, folder in (("VLM", vlm), ("codec", fae)):
+        if folder and not model_folder.locate(folder).is_dir():
+            raise FileNotFoundError(f"{path}: its {name} is missing: there is no folder {folder}")
+    if vlm:
+        _check_digest(path, "VLM", vlm, teacher_weights.identity(vlm), saved.frozen.get("vlm"))
+    model_config = starflow2.model_config(cfg)
     codec = codecs.load(fae) if fae else None
     if codec is not None:
-        _check_codec(codec, shape, frozen.get("fae"), path, fae)
-    mesh = mesh or make_mesh("data=1", jax.local_devices()[:1])
-    own = {name: tree for name, tree in declared.items() if name != "vlm"}
-    if model_folder.is_folder(path):
-        params = model_folder.read_folder(path, own, mesh, layout)
-    else:
-        params = _averaged(path, own, declared, cfg, mesh, layout)
-    if "vlm" not in params:
-        dtype = jnp.dtype(cfg["frozen_dtype"])
-        params |= starflow2.frozen_vlm(cfg, shape, mesh, dtype)
+        _check_latent_shape(path, fae, codec, model_config)
+        _check_digest(path, "codec", fae, codec.sha256, saved.frozen.get("fae"))
     from starflow2_jax.data.chat_layout import open_tokenizer  # heavy
 
-    words = model_folder.locate(cfg["text"]["tokenizer"] or vlm)
-    return STARFlow2(cfg, shape, params, open_tokenizer(words), codec, path)
+    device_mesh = device_mesh or mesh.make_mesh("data=1", jax.local_devices()[:1])
+    return STARFlow2(
+        cfg=cfg,
+        model_config=model_config,
+        params=_read_params(saved, cfg, model_config, device_mesh, layout),
+        tokenizer=open_tokenizer(model_folder.locate(cfg["text"]["tokenizer"] or vlm)),
+        codec=codec,
+        source=str(model_folder.locate(path)),
+    )
 
 
-def task(path: str) -> str:
-    """What a run, a step or a model folder is a training of."""
-    path = str(model_folder.locate(path))
-    cfg = _meta(path, model_folder.is_folder(path))["config"]
-    return cfg.get("starflow2_jax", cfg).get("task", "flow")
-
-
-def settings(path: str) -> dict[str, Any]:
-    """What a training, or a use, of a model has to know: `config`, whose paths of VLM, codec and
-    tokenizer are those from here, and `frozen`, the sha256 of what it was trained with.
+def read_config(path: str) -> dict[str, Any]:
+    """Return the configuration of a STARFlow2, with paths of VLM, codec and tokenizer resolved.
 
     Raises:
-        FileNotFoundError: no such run or folder. ValueError: another kind of model.
+        FileNotFoundError: If there is no such run or folder.
+        ValueError: If the model is of another kind.
     """
-    found = str(model_folder.locate(path))
-    meta = _meta(found, model_folder.is_folder(found))
-    cfg = meta["config"]
-    if cfg.get("task") != TASK:
-        raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a model of interleaved parts")
-    base = path if model_folder.is_folder(found) else ""
-    at = {
-        "vlm": {**cfg["vlm"], "path": _found(base, "vlm", cfg["vlm"]["path"])},
-        "fae": {**cfg["fae"], "path": _found(base, "fae", cfg["fae"].get("path") or "")},
-        "text": {**cfg["text"], "tokenizer": _found(base, "tokenizer", cfg["text"]["tokenizer"])},
-        # Models of before this key drew with all the noise.
+    return _open_starflow2(path)[1]
+
+
+def _open_starflow2(path: str) -> tuple[SavedModel, dict[str, Any]]:
+    saved = open_model(path)
+    if saved.task != TASK:
+        raise ValueError(
+            f"{path}: task={saved.task!r}, expected a model of interleaved text and images "
+            f"(task={TASK!r})"
+        )
+    cfg, folder = saved.config, path if saved.is_folder else ""
+    return saved, {
+        **cfg,
+        "vlm": {**cfg["vlm"], "path": _resolve(folder, "vlm", cfg["vlm"]["path"])},
+        "fae": {**cfg["fae"], "path": _resolve(folder, "fae", cfg["fae"].get("path") or "")},
+        "text": {
+            **cfg["text"],
+            "tokenizer": _resolve(folder, "tokenizer", cfg["text"]["tokenizer"]),
+        },
+        # Checkpoints saved before this key existed used temperature 1.
         "sample": {"image_temperature": 1.0, **cfg["sample"]},
     }
-    return {"config": {**cfg, **at}, "frozen": meta.get("frozen") or {}}
 
 
-def _meta(path: str, folder: bool) -> dict[str, Any]:
-    if not folder:
-        from starflow2_jax.checkpoints import orbax, steps  # heavy
-
-        return orbax.read_meta(*steps.locate(path))
-    cfg = model_folder.read_config(path)
-    return {"config": cfg, "frozen": cfg.get("frozen")}
-
-
-def _found(base: str, name: str, path: str) -> str:
-    """A folder inside of a model folder, or a path, which may be seen from there."""
-    for inner in (name, path) if base else ():
-        if (
-            inner
-            and not Path(inner).is_absolute()
-            and model_folder.locate(Path(base, inner)).is_dir()
-        ):
-            return str(Path(base, inner))
+def _resolve(folder: str, name: str, path: str) -> str:
+    """Return `name` or the relative `path` inside a model folder if it exists, else `path`."""
+    for relative in (name, path) if folder else ():
+        inside = Path(folder, relative)
+        if relative and not Path(relative).is_absolute() and model_folder.locate(inside).is_dir():
+            return str(inside)
     return path
 
 
-def _check_codec(codec: codecs.Codec, shape: Any, expected: str | None, path: str, fae: str):
-    given = (codec.model.tokens, codec.model.latent)
-    if given != (shape.patches, shape.flow.channels):
+def _check_digest(path: str, name: str, folder: str, actual: str, expected: str | None) -> None:
+    if expected and actual != expected:
         raise ValueError(
-            f"{path} draws {shape.patches} x {shape.flow.channels} latents, the codec in {fae} has "
-            f"{given[0]} x {given[1]} (tokens x channels)"
-        )
-    if expected and codec.sha256 != expected:
-        raise ValueError(
-            f"{path} was trained on latents of another codec than the one in {fae}: sha256 "
-            f"{expected} then, {codec.sha256} now"
+            f"{path} was trained with another {name} than the one in {folder}: expected sha256 "
+            f"{expected}, got {actual}"
         )
 
 
-def _averaged(path, own, declared, cfg, mesh, layout):
-    from starflow2_jax.checkpoints import orbax, steps
+def _check_latent_shape(
+    path: str, fae: str, codec: codecs.Codec, model_config: BackboneConfig
+) -> None:
+    actual = (codec.model.tokens, codec.model.latent)
+    expected = (model_config.patches, model_config.flow.channels)
+    if actual != expected:
+        raise ValueError(
+            f"{path} generates {expected[0]} x {expected[1]} latents (tokens x channels), but the "
+            f"codec in {fae} has {actual[0]} x {actual[1]}"
+        )
 
-    workdir, step = steps.locate(path)
-    held = {**own, **({"vlm": declared["vlm"]} if "vlm" in cfg["train"]["trainable"] else {})}
-    wanted = {"ema": abstract_params(held, mesh, layout)}
-    return orbax.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
+
+def _read_params(saved, cfg, model_config, device_mesh, layout) -> dict[str, Any]:
+    declared = model_config.declare()
+    if saved.is_folder or "vlm" not in cfg["train"]["trainable"]:
+        del declared["vlm"]
+    params = saved.read_params(declared, device_mesh, layout)
+    if "vlm" not in params:
+        dtype = jnp.dtype(cfg["frozen_dtype"])
+        params |= starflow2.frozen_vlm(cfg, model_config, device_mesh, dtype)
+    return params
 
 
 def export(
@@ -159,36 +178,46 @@ def export(
     fae: str = "",
     overwrite: bool = False,
 ) -> STARFlow2:
-    """Writes a model folder from a run, a step of it, or another model folder.
+    """Write a model folder from a run, a step of a run, or another model folder.
 
     Args:
-        embed: copy VLM, tokenizer and codec into it; otherwise it holds paths to them as seen from
-            the folder.
-        vlm, fae, overwrite: as in `load` and `files.write_folder`.
+        path: as in `load`, like `vlm` and `fae`.
+        out: folder to write.
+        embed: copy VLM, tokenizer and codec into the folder; otherwise its configuration holds
+            their paths, relative to the folder.
+        overwrite: replace a model folder at `out`.
 
     Raises:
-        FileNotFoundError, ValueError: as `load`. FileExistsError, OSError: as `files.write_folder`.
+        FileNotFoundError, ValueError: as in `load`.
+        FileExistsError, OSError: as in `model_folder.write_folder`.
     """
-    before = settings(path)["frozen"]
-    model = load(path, vlm=vlm, fae=fae)
+    model = load_starflow2(path, vlm=vlm, fae=fae)
     vlm, fae = model.cfg["vlm"]["path"], model.cfg["fae"]["path"]
-    words = model.cfg["text"]["tokenizer"] or vlm
-    frozen = before | ({"vlm": teacher_weights.identity(vlm)} if vlm else {})
-    frozen |= {"fae": model.codec.sha256} if model.codec else {}
-    shipped = lambda p: model_folder.locate(p) != Path(p)
-    near = lambda p: p if shipped(p) else os.path.relpath(Path(p).resolve(), Path(out).resolve())
-    seen = lambda p: "" if embed or not p else near(p)
+    tokenizer = model.cfg["text"]["tokenizer"] or vlm
+    frozen = open_model(path).frozen
+    if vlm:
+        frozen["vlm"] = teacher_weights.identity(vlm)
+    if model.codec is not None:
+        frozen["fae"] = model.codec.sha256
+
+    def stored_path(source: str) -> str:
+        if embed or not source:
+            return ""
+        if model_folder.locate(source) != Path(source):  # A model that ships with the package.
+            return source
+        return os.path.relpath(Path(source).resolve(), Path(out).resolve())
+
     cfg = {
         **model.cfg,
-        "vlm": {**model.cfg["vlm"], "path": seen(vlm)},
-        "fae": {**model.cfg["fae"], "path": seen(fae)},
-        "text": {**model.cfg["text"], "tokenizer": seen(words)},
+        "vlm": {**model.cfg["vlm"], "path": stored_path(vlm)},
+        "fae": {**model.cfg["fae"], "path": stored_path(fae)},
+        "text": {**model.cfg["text"], "tokenizer": stored_path(tokenizer)},
         "frozen": frozen,
     }
-    trained = {name: tree for name, tree in model.params.items() if name != "vlm"}
-    model_folder.write_folder(out, jax.tree.map(np.asarray, trained), cfg, overwrite=overwrite)
+    params = {name: tree for name, tree in model.params.items() if name != "vlm"}
+    model_folder.write_folder(out, jax.tree.map(np.asarray, params), cfg, overwrite=overwrite)
     if embed:
-        for name, source in (("vlm", vlm), ("fae", fae), ("tokenizer", words)):
+        for name, source in (("vlm", vlm), ("fae", fae), ("tokenizer", tokenizer)):
             if source and not (name == "tokenizer" and source == vlm):
                 shutil.copytree(model_folder.locate(source), Path(out) / name)
     return model

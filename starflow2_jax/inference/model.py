@@ -40,7 +40,7 @@ class Model:
     @functools.cached_property
     def decode_params(self) -> Tree:
         """A copy of the parameters, laid out for the decode loop, made on first use."""
-        return decode_loop.prepare(self.params, cfg=self.model_config)
+        return decode_loop.prepare_params(self.params)
 
 
 def flow_is_trained(model: Model) -> bool:

@@ -1,41 +1,47 @@
-"""How the parts of an interleaved answer are drawn, checked."""
+"""Validated options of interleaved generation."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from starflow2_jax.config import nearest
-from starflow2_jax.inference import guidance as guiding
+from starflow2_jax.inference import guidance
 from starflow2_jax.inference.guidance import Guidance
+from starflow2_jax.inference.inverse import Jacobi
+
+_NULL_PROMPTS = ("text", "all")
+_MAX_NUMBER = 1e6
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How parts are drawn.
+    """Options of `STARFlow2.generate`.
 
-    A conversation that goes on keeps the `seed`, `samples`, `null` and `cache` it was begun with.
+    A continued session keeps the `seed`, `samples`, `null` and `cache` of its first call.
 
     Attributes:
-        n: samples of each prompt; best_of: so many are drawn for each and the likeliest is kept,
-            with `best_of_gain` the one that the prompt makes likelier most (the log likelihood
-            minus the unconditional one).
-        seed: row i is drawn from fold_in(key(seed), i), or the number in `samples` at its place.
-        max_tokens: text tokens, ends of turns among them, at most.
-        images: exactly so many; None leaves it to the model, up to `max_images`.
-        image_start: whether the first item is the beginning of an image.
-        stop: texts at which a row ends; they are cut off, with the token they begin in.
-        temperature: of tokens, 0 takes the likeliest; top_k: of so many, 0 all; top_p: of the
-            fewest that hold this share of the probability.
-        guidance: weight w of patches, 0 is none; rule, what, annealed: as in `guidance.Guidance`.
-        null: the condition of guidance: `text` without what the user says, `all` without what the
-            user shows, too.
-        image_temperature: a factor on the noise of patches.
-        null_temperature: of the deep flow's attention in the unconditional branch.
-        jacobi: a `Jacobi` for the inverse of the shallow flow, None for sequential.
-        denoise: a score step on images before they are decoded.
-        cache: positions; None takes as many as are needed, and more when the conversation goes on.
+        n: samples per prompt.
+        best_of: candidates per sample; the one with the largest log-likelihood is returned.
+        best_of_gain: rank candidates by the log-likelihood minus the unconditional one.
+        seed: row i draws its noise from fold_in(key(seed), i).
+        samples: numbers to use in place of i, one per row.
+        max_tokens: maximum number of text tokens, end-of-turn tokens included.
+        images: exact number of images; None lets the model decide, up to `max_images`.
+        max_images: maximum number of images if `images` is None.
+        image_start: begin the answer with an image.
+        stop: texts that end a row. They are cut off, together with the token they begin in.
+        temperature: temperature of text tokens; 0 is greedy.
+        top_k: sample from the k most likely tokens; 0 is all of them.
+        top_p: sample from the most likely tokens that hold this probability mass.
+        guidance: guidance weight of patches; 0 is none.
+        rule: guidance rule, see `guidance.Guidance`.
+        null: condition of the unconditional branch: `text` omits the user's text, `all` the user's
+            images too.
+        image_temperature: factor on the standard deviation of patches.
+        jacobi: settings of the shallow flow's Jacobi inversion; None inverts it sequentially.
+        denoise: apply a score step to images before they are decoded.
+        cache: positions of the key-value cache; None allocates what is needed, and more on demand.
     """
 
     n: int = 1
@@ -53,66 +59,79 @@ class GenerateOptions:
     top_p: float = 1.0
     guidance: float = 0.0
     rule: str = "product"
-    what: str = "ab"
-    annealed: bool = False
     null: str = "text"
     image_temperature: float = 1.0
-    null_temperature: float = 1.0
-    jacobi: Any = None
+    jacobi: Jacobi | None = None
     denoise: bool = False
     cache: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "stop", tuple(s for s in self.stop if s))
-        wide = (0.0, math.inf)
-        for name, low, high, open_ in (
-            ("guidance", *wide, False),
-            ("temperature", *wide, False),
-            ("top_p", 0.0, 1.0, True),
-            ("image_temperature", *wide, True),
-            ("null_temperature", *wide, True),
-        ):
-            value = getattr(self, name)
-            if not (low < value if open_ else low <= value) or not value <= min(high, 1e6):
-                bound = f"{'above' if open_ else 'at least'} {low:g}"
-                limit = f" and at most {high:g}" if high < math.inf else ""
-                raise ValueError(f"{name}={value!r}: expected a number {bound}{limit}")
-        for name, low in (("n", 1), ("best_of", 1), ("top_k", 0), ("max_tokens", 0),
-                          ("max_images", 0)):  # fmt: skip
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected at least {low}")
+        _check_number("guidance", self.guidance, minimum=0.0)
+        _check_number("temperature", self.temperature, minimum=0.0)
+        _check_number("top_p", self.top_p, above=0.0, maximum=1.0)
+        _check_number("image_temperature", self.image_temperature, above=0.0)
+        minimums = {"n": 1, "best_of": 1, "top_k": 0, "max_tokens": 0, "max_images": 0}
+        for name, minimum in minimums.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected at least {minimum}")
         if self.images is not None and self.images < 0:
             raise ValueError(f"images={self.images!r}: expected at least 0, or None")
-        if not self.max_tokens and not self.most_images:
-            raise ValueError("max_tokens=0 and no images: there is nothing to draw")
-        if self.image_start and not self.most_images:
-            raise ValueError("image_start: no image may be drawn")
-        if self.null not in ("text", "all"):
-            raise ValueError(f"null={self.null!r} is not one of ('text', 'all')")
-        guiding.check(Guidance(0.0, rule=self.rule, what=self.what))
+        if not self.max_tokens and not self.image_limit:
+            raise ValueError("max_tokens=0 and no images: there is nothing to generate")
+        if self.image_start and not self.image_limit:
+            raise ValueError("image_start=True needs images: images or max_images is 0")
+        if self.null not in _NULL_PROMPTS:
+            raise ValueError(f"null={self.null!r} is not one of {_NULL_PROMPTS}")
+        guidance.check(Guidance(0.0, rule=self.rule))
 
     @property
-    def most_images(self) -> int:
-        """Images of a row at most."""
+    def image_limit(self) -> int:
+        """The maximum number of images in a row."""
         return self.max_images if self.images is None else self.images
 
+    @property
+    def copies(self) -> int:
+        """The number of rows that are drawn for each prompt."""
+        return self.n * self.best_of
 
-def sampling_defaults(sample: Mapping[str, Any], **other: Any) -> dict[str, Any]:
-    """The options of pictures that a run's own `sample` keys name, but for what is not None of
-    those given."""
-    own = {
+    @property
+    def needs_null_branch(self) -> bool:
+        """True if the unconditional branch has to run."""
+        return bool(self.guidance) or self.best_of_gain
+
+
+def _check_number(
+    name: str,
+    value: float,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> None:
+    """Raise ValueError unless value >= minimum or value > above, and value <= maximum."""
+    bound = f"at least {minimum:g}" if above is None else f"above {above:g}"
+    is_low = not value >= minimum if above is None else not value > above
+    limit = "" if maximum is None else f" and at most {maximum:g}"
+    if is_low or not value <= (_MAX_NUMBER if maximum is None else maximum):
+        raise ValueError(f"{name}={value!r}: expected a number {bound}{limit}")
+
+
+def sampling_defaults(sample: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
+    """Return the image options of a run's `sample` group, with overrides that are not None."""
+    defaults = {
         "guidance": sample["guidance"],
         "rule": sample["guidance_rule"],
         "denoise": sample["denoise"],
         "image_temperature": sample["image_temperature"],
     }
-    return own | {name: value for name, value in other.items() if value is not None}
+    return defaults | {name: value for name, value in overrides.items() if value is not None}
 
 
-def make_options(given: Mapping[str, Any]) -> GenerateOptions:
-    """Options by name; ValueError names an unknown one and the nearest there is."""
+def make_options(values: Mapping[str, Any]) -> GenerateOptions:
+    """Return the options of a mapping; ValueError names an unknown key and the nearest known."""
     known = [field.name for field in dataclasses.fields(GenerateOptions)]
-    for name in given:
+    for name in values:
         if name not in known:
             raise ValueError(f"generate: unknown option {name!r}{nearest(name, known)}")
-    return GenerateOptions(**given)
+    return GenerateOptions(**values)

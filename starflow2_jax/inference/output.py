@@ -1,4 +1,4 @@
-"""Generated parts as files: pictures that say how they were made, GenEval's tree, lines of JSON."""
+"""Write generated parts to disk: PNG files with metadata, JSON lines, and GenEval's folder tree."""
 
 import dataclasses
 import json
@@ -10,73 +10,67 @@ from etils import epath
 
 from starflow2_jax.inference.prompts import Part
 
-# The name of the entry in a PNG's text.
-NOTE = "starflow2_jax"
+# Key of the metadata in a PNG's text chunk.
+PNG_KEY = "starflow2_jax"
+_SCORES = (
+    "log_likelihood",
+    "sampling_log_likelihood",
+    "unconditional_log_likelihood",
+    "delimiters",
+    "truncated",
+)
 
 
 def save_png(path: epath.PathLike, pixels: np.ndarray, settings: Mapping[str, Any]) -> None:
-    """Writes uint8 [H, W, 3] with `settings` as JSON in its metadata."""
+    """Write uint8 [H, W, 3] with `settings` as JSON in the metadata."""
     from PIL import Image, PngImagePlugin
 
-    note = PngImagePlugin.PngInfo()
-    note.add_text(NOTE, json.dumps(settings))
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_text(PNG_KEY, json.dumps(settings))
     with epath.Path(path).open("wb") as file:
-        Image.fromarray(pixels).save(file, "PNG", pnginfo=note)
+        Image.fromarray(pixels).save(file, "PNG", pnginfo=metadata)
 
 
-def read_settings(path: epath.PathLike) -> dict[str, Any]:
-    """What `save_png` wrote beside the pixels; ValueError where there is nothing."""
-    from PIL import Image
-
-    with Image.open(epath.Path(path).open("rb"), formats=("PNG",)) as image:
-        text = getattr(image, "text", {}).get(NOTE)
-    if text is None:
-        raise ValueError(f"{path}: its metadata hold no {NOTE}")
-    return json.loads(text)
-
-
-def nats(part: Part) -> dict[str, Any]:
-    """A part's figures for JSON."""
-    names = (
-        "log_likelihood",
-        "sampling_log_likelihood",
-        "unconditional_log_likelihood",
-        "delimiters",
-        "truncated",
-    )
-    return {name: value for name in names if (value := getattr(part, name)) is not None}
+def part_scores(part: Part) -> dict[str, Any]:
+    """Return the likelihoods of a part, without those that are None, for JSON."""
+    return {name: value for name in _SCORES if (value := getattr(part, name)) is not None}
 
 
 def save_row(
     out: epath.Path | None, name: str, row: Sequence[Part], settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """A row's parts for JSON; images as `NAME_0.png`, `NAME_1.png`, ... in `out`.
+    """Write the images of a row as `NAME_0.png`, `NAME_1.png`, ... and return its parts for JSON.
 
     Raises:
-        ValueError: an image without pixels, as the model has no codec.
+        ValueError: If an image has no pixels, since the model has no codec, or there is no `out`.
     """
-    found, number = [], 0
+    entries, image_count = [], 0
     for part in row:
-        entry: dict[str, Any] = {"type": part.kind, **nats(part)}
+        entry: dict[str, Any] = {"type": part.kind, **part_scores(part)}
         if part.kind == "text":
             entry["text"] = part.text
         else:
             if part.image is None or out is None:
-                raise ValueError("an image was drawn, but there is no codec (--fae) or no --out")
-            path = out / f"{name}_{number}.png"
-            save_png(path, part.image, {**settings, **nats(part), "row": name, "number": number})
-            entry["image"], number = str(path), number + 1
-        found.append(entry)
-    return found
+                raise ValueError(
+                    "an image was generated, but it cannot be saved: give --out, and --fae if the "
+                    "model has no codec"
+                )
+            path = out / f"{name}_{image_count}.png"
+            metadata = {**settings, **part_scores(part), "row": name, "number": image_count}
+            save_png(path, part.image, metadata)
+            entry["image"] = str(path)
+            image_count += 1
+        entries.append(entry)
+    return entries
 
 
 def read_geneval(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The prompts of GenEval's `evaluation_metadata.jsonl`, a JSON object with `prompt` a line.
+    """Read GenEval's `evaluation_metadata.jsonl`, one JSON object with a `prompt` per line.
 
     Raises:
-        ValueError: another kind of line, named by its number.
+        ValueError: If a line is something else; the message names its number.
     """
-    found = []
+    rows = []
     for number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
         if not line.strip():
             continue
@@ -86,10 +80,10 @@ def read_geneval(path: epath.PathLike) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(f"{path}, line {number}: expected an object with a text `prompt`")
-        found.append(row)
-    if not found:
-        raise ValueError(f"{path}: no prompt in it")
-    return found
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: the file contains no prompt")
+    return rows
 
 
 def save_geneval(
@@ -98,27 +92,27 @@ def save_geneval(
     samples: Iterable[Sequence[Sequence[Part]]],
     settings: Mapping[str, Any],
 ) -> int:
-    """GenEval's tree: `00000/metadata.jsonl` and `00000/samples/00000.png` of every prompt.
+    """Write GenEval's tree: `00000/metadata.jsonl` and `00000/samples/00000.png` of every prompt.
 
-    `settings.json` beside them says how they were made, and that no prompt was rewritten.
+    `settings.json` records the options, and that no prompt was rewritten.
 
     Returns:
-        the number of pictures.
+        the number of images.
     """
     count = 0
     (out / "settings.json").write_text(json.dumps({**settings, "rewrite": False}, indent=2) + "\n")
-    for index, (row, drawn) in enumerate(zip(metadata, samples)):
+    for index, (row, prompt_samples) in enumerate(zip(metadata, samples)):
         folder = out / f"{index:05}"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
-        for k, parts in enumerate(drawn):
-            image = next(part for part in parts if part.kind == "image")
-            note = {**settings, **nats(image), "prompt": row["prompt"], "sample": k}
-            save_png(folder / "samples" / f"{k:05}.png", image.image, note)
+        for k, parts in enumerate(prompt_samples):
+            part = next(part for part in parts if part.kind == "image")
+            note = {**settings, **part_scores(part), "prompt": row["prompt"], "sample": k}
+            save_png(folder / "samples" / f"{k:05}.png", part.image, note)
             count += 1
     return count
 
 
-def settings(options: Any) -> dict[str, Any]:
-    """Options as JSON holds them."""
+def options_dict(options: Any) -> dict[str, Any]:
+    """Return generation options for JSON, without the sample numbers."""
     return {name: value for name, value in dataclasses.asdict(options).items() if name != "samples"}

@@ -1,9 +1,9 @@
-"""What is given to an interleaved model and what it gives back: conversations as lists of parts.
+"""Prompts and answers of an interleaved model: conversations as lists of parts.
 
 A prompt is a text, or a list whose entries are texts, images (uint8 [H, W, 3], the path or the
-bytes of a file), `Part`s, or messages of a chat, `{"role", "content"}` with content that is a text
-or a list of `{"type": "text", "text"}` and `{"type": "image", "image"}`. What has no role is the
-user's.
+bytes of a file), `Part`s, or chat messages, `{"role", "content"}`, whose content is a text or a
+list of `{"type": "text", "text"}` and `{"type": "image", "image"}`. Entries without a role belong
+to the user.
 """
 
 import json
@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.inference.qwen_chat import read_pixels
-
 ROLES = ("none", "system", "user", "assistant")
 
 
@@ -24,18 +22,21 @@ class Part:
     """A text or an image of a conversation.
 
     Attributes:
-        kind: `text` or `image`; role: of whose turn it is.
-        text: of a text; tokens: its ids, where it was generated.
-        image: uint8 [H, W, 3], None without a codec; latent: the noisy latents [N, D] that the
-            model reads and whose likelihood is told, where it was generated.
-        log_likelihood: nats under the plain model (no guidance, temperature 1, nothing cut off)
-            given all before; of an image of its noisy latents, before anything is cleaned up.
-        sampling_log_likelihood: nats of the density that was drawn from, 0 for likeliest tokens.
-        unconditional_log_likelihood: nats under the plain model given the null prompt, where that
+        kind: `text` or `image`.
+        role: the speaker of the turn that the part belongs to.
+        text: the text of a text part.
+        tokens: the token ids of a generated text.
+        image: uint8 [H, W, 3]; None without a codec.
+        latent: the noisy latents [N, D] of a generated image, which the model reads and scores.
+        log_likelihood: nats under the plain model (no guidance, temperature 1, no truncation),
+            conditioned on all earlier parts. For an image it is that of the noisy latents, before
+            any denoising.
+        sampling_log_likelihood: nats under the density that was sampled from; 0 for greedy tokens.
+        unconditional_log_likelihood: nats under the plain model given the null prompt, if that
             branch was run.
-        delimiters: nats of the drawn delimiters that belong to the part (an image's
-            `<|vision_start|>`, the end of the turn behind the last part), in none of the others.
-        truncated: whether it was cut off by the number of tokens.
+        delimiters: nats of the sampled delimiters of the part (an image's `<|vision_start|>`, the
+            end of the turn after the last part). No other field includes them.
+        truncated: True if the token limit cut the part off.
     """
 
     kind: str
@@ -51,51 +52,58 @@ class Part:
     truncated: bool = False
 
     @property
-    def counts(self) -> bool:
-        """Whether it has a number among the parts of its row: it is not an empty text."""
+    def is_counted(self) -> bool:
+        """True unless the part is an empty text, which gets no number within its row."""
         return self.kind == "image" or bool(self.text or self.tokens)
 
 
-def read(prompt: Any, where: str, role: str = "user") -> list[Part]:
-    """A prompt's parts.
+def parse_prompt(prompt: Any, location: str, role: str = "user") -> list[Part]:
+    """Return the parts of a prompt.
+
+    Args:
+        prompt: see the module's docstring.
+        location: the prompt's name in error messages, such as `prompt 3`.
+        role: the role of entries that name none.
 
     Raises:
-        ValueError: an unknown role or kind of content, or an image that cannot be read; names the
-            place, which begins with `where`.
+        ValueError: If a role or a kind of content is unknown, or an image cannot be read.
     """
     entries = [prompt] if isinstance(prompt, str | bytes | Path | Part | Mapping) else prompt
     if isinstance(entries, np.ndarray):
         entries = [entries]
     if not isinstance(entries, Sequence):
         raise ValueError(
-            f"{where}: expected a text or a list of parts, got {type(prompt).__name__}"
+            f"{location}: expected a text or a list of parts, got {type(prompt).__name__}"
         )
-    found: list[Part] = []
+    parts: list[Part] = []
     for i, entry in enumerate(entries):
-        at = f"{where}, part {i}"
         if isinstance(entry, Part):
             if entry.kind not in ("text", "image") or entry.role not in ROLES:
-                raise ValueError(f"{at}: kind {entry.kind!r} of role {entry.role!r}")
-            found.append(entry)
+                raise ValueError(
+                    f"{location}, part {i}: unknown kind {entry.kind!r} or role {entry.role!r}"
+                )
+            parts.append(entry)
         elif isinstance(entry, Mapping) and "role" in entry:
-            found += _message(entry, f"{where}, message {i}")
+            parts += _parse_message(entry, f"{location}, message {i}")
         else:
-            found.append(_part(entry, role, at))
-    return found
+            parts.append(_parse_part(entry, role, f"{location}, part {i}"))
+    return parts
 
 
-def _message(message: Mapping[str, Any], where: str) -> list[Part]:
+def _parse_message(message: Mapping[str, Any], location: str) -> list[Part]:
     role, content = message["role"], message.get("content")
     if role not in ROLES:
-        raise ValueError(f"{where}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
+        raise ValueError(f"{location}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
     if isinstance(content, str):
         return [Part("text", role, content)]
     if not isinstance(content, Sequence):
-        raise ValueError(f"{where}: content is {type(content).__name__}, expected a text or a list")
-    return [_part(entry, role, f"{where}, part {i}") for i, entry in enumerate(content)]
+        raise ValueError(
+            f"{location}: content is {type(content).__name__}, expected a text or a list"
+        )
+    return [_parse_part(entry, role, f"{location}, part {i}") for i, entry in enumerate(content)]
 
 
-def _part(entry: Any, role: str, where: str) -> Part:
+def _parse_part(entry: Any, role: str, location: str) -> Part:
     if isinstance(entry, str):
         return Part("text", role, entry)
     if isinstance(entry, Mapping):
@@ -103,57 +111,85 @@ def _part(entry: Any, role: str, where: str) -> Part:
         if kind == "text" and isinstance(entry.get("text"), str):
             return Part("text", role, entry["text"])
         if kind != "image" or "image" not in entry:
-            raise ValueError(f"{where}: expected text or an image, got type {kind!r}")
+            raise ValueError(f"{location}: expected text or an image, got type {kind!r}")
         entry = entry["image"]
         if isinstance(entry, str):
             entry = Path(entry)
-    return Part("image", role, image=read_pixels(entry, where))
+    return Part("image", role, image=read_pixels(entry, location))
 
 
 def read_chat(path: str | Path) -> list[Any]:
-    """The messages of a chat file: a JSON list. Paths of images are beside the file.
+    """Read the messages of a chat file, a JSON list with image paths relative to the file.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it is no such list.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not such a list.
     """
-    return _messages(Path(path).read_text("utf-8"), str(path), Path(path).parent)
+    return _read_messages(Path(path).read_text("utf-8"), str(path), Path(path).parent)
 
 
 def read_batch(path: str | Path) -> list[list[Any]]:
-    """The chats of a batch file, a JSON list a line."""
+    """Read the chats of a batch file, one JSON list per line."""
     path = Path(path)
     lines = path.read_text("utf-8").splitlines()
-    filled = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-    if not filled:
-        raise ValueError(f"{path}: no chat in it")
-    return [_messages(line, f"{path}, line {i}", path.parent) for i, line in filled]
+    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise ValueError(f"{path}: the file contains no chat; expected one JSON list per line")
+    return [_read_messages(line, f"{path}, line {i}", path.parent) for i, line in numbered]
 
 
-def _messages(text: str, where: str, folder: Path) -> list[Any]:
+def _read_messages(text: str, location: str, folder: Path) -> list[Any]:
     try:
-        found = json.loads(text)
+        messages = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    wrong = not isinstance(found, list) or not found
-    if wrong or not all(isinstance(m, dict) and "role" in m for m in found):
-        raise ValueError(f"{where}: expected a list of messages with role and content")
-    for message in found:
+        raise ValueError(f"{location} is not JSON: {error}") from error
+    valid = isinstance(messages, list) and bool(messages)
+    if not valid or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise ValueError(f"{location}: expected a list of messages with role and content")
+    for message in messages:
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
             if isinstance(part, dict) and isinstance(part.get("image"), str):
                 part["image"] = str(folder / part["image"])
-    return found
+    return messages
 
 
-def check_pixels(image: np.ndarray, side: int, where: str) -> np.ndarray:
-    """The image, of the one size that the model takes.
+def read_pixels(image: Any, location: str) -> np.ndarray:
+    """Return uint8 [H, W, 3] of an array, of the path of an image file, or of its bytes.
 
     Raises:
-        ValueError: it is of another size, which is named.
+        ValueError: If the image has another type or shape, is too large or cannot be decoded.
     """
-    if image.shape[:2] != (side, side):
+    from starflow2_jax.data import images
+    from starflow2_jax.data.manifest import DatasetError
+
+    if isinstance(image, str | Path):
+        path = Path(image)
+        if not path.is_file():
+            raise ValueError(f"{location}: {image}: no such file (URLs are not fetched)")
+        image, location = path.read_bytes(), f"{location}, {path}"
+    if isinstance(image, bytes):
+        try:
+            return images.decode(image, location)
+        except DatasetError as error:
+            raise ValueError(str(error)) from error
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(
-            f"{where}: the image is {image.shape[0]} x {image.shape[1]} (h x w), this model takes "
-            f"{side} x {side} only; images are not resized"
+            f"{location}: expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}"
+        )
+    if image.shape[0] * image.shape[1] > images.MAX_PIXELS:
+        raise ValueError(
+            f"{location}: {image.shape[0]} x {image.shape[1]} pixels are more than the "
+            f"{images.MAX_PIXELS} allowed"
         )
     return image
+
+
+def check_image_size(image: np.ndarray, side: int, location: str) -> None:
+    """Raise ValueError unless the image is `side` pixels high and wide."""
+    if image.shape[:2] != (side, side):
+        raise ValueError(
+            f"{location}: the image is {image.shape[0]} x {image.shape[1]} (height x width), but "
+            f"this model takes {side} x {side} only; resize the image first"
+        )

@@ -1,4 +1,4 @@
-"""What a decode loop drew, as parts with their likelihoods.
+"""Results of generation: sampled items as parts with their likelihoods.
 
 Axes: N patches, D latent channels.
 """
@@ -6,37 +6,62 @@ Axes: N patches, D latent channels.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.inference import decode_loop, denoise, session
+from starflow2_jax.inference import decode_loop, denoise
+from starflow2_jax.inference.denoise import ImageStart
+from starflow2_jax.inference.image_latents import shallow_forward, shallow_inverse
+from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.options import GenerateOptions
 from starflow2_jax.inference.prompts import Part
-from starflow2_jax.inference.session import Conversation
+from starflow2_jax.inference.sampling import SpecialTokens
+from starflow2_jax.inference.session import (
+    Session,
+    TurnStart,
+    advance_counters,
+    select_rows,
+    special_tokens,
+)
 from starflow2_jax.latents import codec
 
-if TYPE_CHECKING:
-    from starflow2_jax.data.chat_layout import Tokenizer  # heavy
-    from starflow2_jax.inference.model import Model
+if TYPE_CHECKING:  # heavy
+    from starflow2_jax.data.chat_layout import Tokenizer
+
+
+class SampledItem(NamedTuple):
+    """A sampled token or patch.
+
+    Attributes:
+        token: the token id, or `decode_loop.PATCH`.
+        u: the patch [D]; zeros for a token.
+        log_probs: nats [3] as in `decode_loop.StepOutput`.
+    """
+
+    token: int
+    u: np.ndarray
+    log_probs: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """Parts of every row, and what it takes to go on.
+    """Generated parts of every row, and the session to continue from.
 
     Attributes:
-        rows: lists of parts. finish: of each row why it ended: `end` (the model or the number of
-            images), `stop` (one of the stop texts), `length` (the number of tokens; the last part
-            is marked truncated). total: nats of all that was drawn, delimiters too.
-        conversation: give the results as `after` to continue.
+        rows: lists of parts.
+        finish: why each row ended: `end` (the model ended its turn, or all images are there),
+            `stop` (one of the stop texts) or `length` (the token limit; the last part is marked as
+            truncated).
+        total: log-likelihood in nats of everything that was sampled, delimiters included.
+        session: the rows and their caches; used when the results are continued.
     """
 
     rows: list[list[Part]]
     finish: list[str]
     total: list[float]
-    session: Conversation
+    session: Session
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,153 +72,205 @@ class Results:
     def __iter__(self) -> Iterator[list[Part]]:
         return iter(self.rows)
 
-    def take(self, rows: Sequence[int]) -> "Results":
-        """The results of some rows alone."""
-        pick = lambda values: [values[i] for i in rows]
-        held = session.take(self.session, rows)
-        return Results(pick(self.rows), pick(self.finish), pick(self.total), held)
+    def select_rows(self, rows: Sequence[int]) -> "Results":
+        """Return the results of some rows alone."""
+        return Results(
+            rows=[self.rows[i] for i in rows],
+            finish=[self.finish[i] for i in rows],
+            total=[self.total[i] for i in rows],
+            session=select_rows(self.session, rows),
+        )
 
 
-def stop_at(tokenizer: "Tokenizer", row: Sequence[Any], stop: Sequence[str], ids: decode_loop.Ids):
-    """How many picks stay where a text holds one of `stop`; None where none does."""
-    marks = (decode_loop.PATCH, ids.vision_start, ids.vision_end, *ids.ends)
+def find_stop(
+    tokenizer: "Tokenizer",
+    items: Sequence[SampledItem],
+    stop: Sequence[str],
+    special: SpecialTokens,
+) -> int | None:
+    """Return how many items precede the first stop text; None if no text contains one."""
+    delimiters = (
+        decode_loop.PATCH,
+        special.vision_start,
+        special.vision_end,
+        *special.turn_ends,
+    )
     begin = 0
-    for i in range(len(row) + 1):
-        if i < len(row) and row[i][0] not in marks:
+    for i in range(len(items) + 1):
+        if i < len(items) and items[i].token not in delimiters:
             continue
-        said = [pick for pick, _, _ in row[begin:i]]
-        text = tokenizer.decode(said) if said else ""
-        found = [at for at in (text.find(s) for s in stop) if at >= 0]
-        if found:
-            size = len(said)
-            while size and not text[: min(found)].startswith(tokenizer.decode(said[:size])):
+        tokens = [item.token for item in items[begin:i]]
+        text = tokenizer.decode(tokens) if tokens else ""
+        matches = [index for index in (text.find(s) for s in stop) if index >= 0]
+        if matches:
+            # The longest prefix of tokens that ends before the stop text.
+            size = len(tokens)
+            while size and not text[: min(matches)].startswith(tokenizer.decode(tokens[:size])):
                 size -= 1
             return begin + size
         begin = i + 1
     return None
 
 
-def finished(
-    model: "Model",
-    held: Conversation,
-    records,
-    reasons,
+def collect_results(
+    model: Model,
+    session: Session,
+    items: Sequence[Sequence[SampledItem]],
+    finish: Sequence[str],
     options: GenerateOptions,
-    start: Any,
-    first: int,
+    start: TurnStart,
 ) -> Results:
-    """Parts with their likelihoods; images decoded.
+    """Turn sampled items into parts with likelihoods, and decode the images.
 
     Args:
-        records: of every row the (token, u, nats) of what was drawn; reasons: why it ended.
-        start: the state before, on the host; first: the slot of the item that was pending then.
+        model: the model.
+        session: the session after the turn.
+        items: sampled items of every row.
+        finish: why each row ended.
+        options: the options of the call.
+        start: the start of the turn.
     """
-    ids, cfg = session.delimiters(model.tokenizer, model.model_config), model.model_config
-    rows, drawn, totals = [], [], []
-    for row, reason in zip(records, reasons):
-        parts, images, total = _parts(model.tokenizer, row, ids, cfg)
+    special = special_tokens(model.tokenizer, model.model_config)
+    rows, images, totals = [], [], []
+    for row_items, reason in zip(items, finish):
+        parts, row_images, total = _split_into_parts(
+            model.tokenizer, row_items, special, model.model_config.patches
+        )
         if reason == "length" and parts:
             parts[-1] = dataclasses.replace(parts[-1], truncated=True)
         rows.append(parts)
-        drawn += images
+        images += row_images
         totals.append(total)
-    if drawn:
-        x = session.shallow_inverse(model.params, np.stack(drawn), cfg, options.jacobi)
-        log_det = session.shallow(model.params, x, cfg)[1]
-        cleaned = _denoised(model, held, records, x, start, first) if options.denoise else x
-        pixels = None if model.codec is None else codec.decode(model.codec, np.asarray(cleaned))
-        number = 0
-        for b, parts in enumerate(rows):
-            for j, part in enumerate(parts):
-                if part.kind != "image":
-                    continue
-                more = float(log_det[number])
-                add = lambda nats, more=more: None if nats is None else nats + more
-                parts[j] = dataclasses.replace(
-                    part,
-                    latent=x[number],
-                    image=None if pixels is None else pixels[number],
-                    log_likelihood=add(part.log_likelihood),
-                    sampling_log_likelihood=add(part.sampling_log_likelihood),
-                    unconditional_log_likelihood=add(part.unconditional_log_likelihood),
-                )
-                totals[b] = totals[b] + np.array([more, more, more])
-                number += 1
-    if not held.null:
-        rows = [[dataclasses.replace(p, unconditional_log_likelihood=None) for p in row]
-                for row in rows]  # fmt: skip
-    parts_ = tuple(n + sum(p.counts for p in row) for n, row in zip(held.parts, rows))
-    held = dataclasses.replace(held, parts=parts_)
-    totals_ = [float(t[0] - t[2]) if options.best_of_gain else float(t[0]) for t in totals]
-    return Results(rows, list(reasons), totals_, held)
+    if images:
+        _add_images(model, session, items, rows, totals, np.stack(images), options, start)
+    if not session.null:
+        rows = [
+            [dataclasses.replace(part, unconditional_log_likelihood=None) for part in row]
+            for row in rows
+        ]
+    counts = tuple(
+        count + sum(part.is_counted for part in row)
+        for count, row in zip(session.part_counts, rows)
+    )
+    return Results(
+        rows=rows,
+        finish=list(finish),
+        total=[float(t[0] - t[2]) if options.best_of_gain else float(t[0]) for t in totals],
+        session=dataclasses.replace(session, part_counts=counts),
+    )
 
 
-def _denoised(model, held, records, x, start, first):
-    """x [I, N, D] after a score step each, where the model was trained with Gaussian noise."""
-    noise, cfg = model.cfg["noise"], model.model_config
-    if noise["kind"] != "gaussian" or not noise["sigma"]:
-        raise ValueError(f"denoise: the model was trained with noise.kind={noise['kind']!r}")
-    ids, cleaned = session.delimiters(model.tokenizer, cfg), []
-    shallow = {"shallow": model.params["shallow"]}
-    for b, row in enumerate(records):
-        picks = [pick for pick, _, _ in row]
-        for t in (t for t, pick in enumerate(picks) if pick == ids.vision_start):
-            grown = session.moved(picks[: t + 1], start, b, cfg, ids)
-            begin = (
-                *(ids.vision_start, first + t + 1),
-                int(start.position[b]) + grown["position"],
-                int(start.index[b]) + grown["index"],
-            )
-            now = jnp.asarray(x[len(cleaned)])
-            args = (shallow, held.params, held.state, b, tuple(map(jnp.int32, begin)), now)
-            done = denoise.image_score_step(*args, jnp.asarray(noise["sigma"], now.dtype), cfg=cfg)
-            cleaned.append(np.asarray(done))
-    return np.stack(cleaned)
-
-
-def _parts(tokenizer, row, ids, cfg):
-    """A row's parts, its images' u, and the nats [3] of all picks."""
+def _split_into_parts(
+    tokenizer: "Tokenizer", items: Sequence[SampledItem], special: SpecialTokens, patches: int
+) -> tuple[list[Part], list[np.ndarray], np.ndarray]:
+    """Return the parts of a row, u [N, D] of each of its images, and the nats [3] of all items."""
     parts: list[Part] = []
-    images, said, patches = [], [], []
-    total, opening = np.zeros(3), 0.0
+    images: list[np.ndarray] = []
+    text_items: list[SampledItem] = []
+    patch_items: list[SampledItem] = []
+    total, opening_nats = np.zeros(3), 0.0
 
-    def nats(of):
-        each = np.sum([n for _, _, n in of], 0, dtype=np.float64)
+    def likelihoods(part_items: Sequence[SampledItem]) -> dict[str, float]:
+        sums = np.sum([item.log_probs for item in part_items], 0, dtype=np.float64)
         names = ("log_likelihood", "sampling_log_likelihood", "unconditional_log_likelihood")
-        return dict(zip(names, map(float, each)))
+        return dict(zip(names, map(float, sums)))
 
-    def text():
-        if said:
-            tokens = tuple(pick for pick, _, _ in said)
-            parts.append(Part("text", text=tokenizer.decode(tokens), tokens=tokens, **nats(said)))
-            said.clear()
+    def end_text() -> None:
+        if text_items:
+            tokens = tuple(item.token for item in text_items)
+            text = tokenizer.decode(tokens)
+            parts.append(Part("text", text=text, tokens=tokens, **likelihoods(text_items)))
+            text_items.clear()
 
-    for entry in row:
-        pick, _, own = entry
-        total = total + own
-        if pick == decode_loop.PATCH:
-            patches.append(entry)
-            if len(patches) == cfg.patches:
-                images.append(np.stack([u for _, u, _ in patches]))
-                parts.append(Part("image", delimiters=opening, **nats(patches)))
-                patches = []
-        elif pick == ids.vision_start:
-            text()
-            opening = float(own[0])
-        elif pick in ids.ends:
-            text()
+    for item in items:
+        total = total + item.log_probs
+        if item.token == decode_loop.PATCH:
+            patch_items.append(item)
+            if len(patch_items) == patches:
+                images.append(np.stack([patch.u for patch in patch_items]))
+                parts.append(Part("image", delimiters=opening_nats, **likelihoods(patch_items)))
+                patch_items = []
+        elif item.token == special.vision_start:
+            end_text()
+            opening_nats = float(item.log_probs[0])
+        elif item.token in special.turn_ends:
+            end_text()
             if not parts:
                 parts.append(Part("text", log_likelihood=0.0))
-            last = parts[-1]
-            parts[-1] = dataclasses.replace(last, delimiters=last.delimiters + float(own[0]))
-        elif pick != ids.vision_end:
-            said.append(entry)
-    text()
+            nats = parts[-1].delimiters + float(item.log_probs[0])
+            parts[-1] = dataclasses.replace(parts[-1], delimiters=nats)
+        elif item.token != special.vision_end:
+            text_items.append(item)
+    end_text()
     return parts, images, total
 
 
-def best(results: Results, options: GenerateOptions) -> Results:
-    """Of every `best_of` rows the one with the largest total."""
-    groups = np.asarray(results.total).reshape(-1, options.best_of)
-    rows = np.argmax(groups, 1) + np.arange(len(groups)) * options.best_of
-    return results.take([int(row) for row in rows])
+def _add_images(model, session, items, rows, totals, u, options, start) -> None:
+    """Add pixels, latents and log-determinants to the image parts of rows, and to the totals.
+
+    The decode loop knows log p(u); log p(x) = log p(u) + log_det.
+    """
+    cfg = model.model_config
+    x = shallow_inverse(model.params, u, cfg, options.jacobi)
+    log_det = shallow_forward(model.params, x, cfg)[1]
+    clean = _denoise_images(model, session, items, x, start) if options.denoise else x
+    pixels = None if model.codec is None else codec.decode(model.codec, np.asarray(clean))
+    image_index = 0
+    for b, parts in enumerate(rows):
+        for j, part in enumerate(parts):
+            if part.kind != "image":
+                continue
+            nats = float(log_det[image_index])
+            parts[j] = dataclasses.replace(
+                part,
+                latent=x[image_index],
+                image=None if pixels is None else pixels[image_index],
+                log_likelihood=part.log_likelihood + nats,
+                sampling_log_likelihood=part.sampling_log_likelihood + nats,
+                unconditional_log_likelihood=part.unconditional_log_likelihood + nats,
+            )
+            totals[b] = totals[b] + np.array([nats, nats, nats])
+            image_index += 1
+
+
+def _denoise_images(model, session, items, x, start) -> np.ndarray:
+    """Return x [I, N, D] after a score step each; the model must know Gaussian noise."""
+    noise, cfg = model.cfg["noise"], model.model_config
+    if noise["kind"] != "gaussian" or not noise["sigma"]:
+        raise ValueError(
+            f"denoise needs a model that was trained with Gaussian noise, but this one was trained "
+            f"with noise.kind={noise['kind']!r}, noise.sigma={noise['sigma']!r}"
+        )
+    special, clean = special_tokens(model.tokenizer, cfg), []
+    shallow_params = {"shallow": model.params["shallow"]}
+    for b, row_items in enumerate(items):
+        tokens = [item.token for item in row_items]
+        for t in (t for t, token in enumerate(tokens) if token == special.vision_start):
+            counters = advance_counters(tokens[: t + 1], start, b, cfg, special)
+            vlm_position = int(start.state.next_vlm_position[b]) + counters["position_steps"]
+            flow_index = int(start.state.flow_index[b]) + counters["flow_steps"]
+            image = jnp.asarray(x[len(clean)])
+            denoised = denoise.image_score_step(
+                shallow_params,
+                session.params,
+                session.state,
+                b,
+                ImageStart(
+                    token=jnp.int32(special.vision_start),
+                    slot=jnp.int32(start.slot + t + 1),
+                    vlm_position=jnp.int32(vlm_position),
+                    flow_index=jnp.int32(flow_index),
+                ),
+                image,
+                jnp.asarray(noise["sigma"], image.dtype),
+                cfg=cfg,
+            )
+            clean.append(np.asarray(denoised))
+    return np.stack(clean)
+
+
+def select_best(results: Results, best_of: int) -> Results:
+    """Return of every `best_of` rows the one with the largest total."""
+    groups = np.asarray(results.total).reshape(-1, best_of)
+    rows = np.argmax(groups, 1) + np.arange(len(groups)) * best_of
+    return results.select_rows([int(row) for row in rows])

@@ -1,6 +1,6 @@
-"""Interleaved rows in parallel, teacher-forced: likelihoods of their parts, and clean-up of images.
+"""Likelihoods of interleaved rows, computed in parallel with teacher forcing.
 
-Axes: B rows, T positions, M image places of a row, N patches, D latent channels.
+Axes: B rows, T positions, M images of a row, N patches, D latent channels.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.inference import generate, prompts
+from starflow2_jax.inference.image_latents import encode_images
 from starflow2_jax.inference.model import Model
-from starflow2_jax.inference.prompts import Part
-from starflow2_jax.training.losses import interleaved as starflow2_loss
+from starflow2_jax.inference.prompts import Part, parse_prompt
+from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.losses.flow import HALF_LOG_2_PI
 from starflow2_jax.training.losses.interleaved import Stage
 
@@ -23,83 +23,82 @@ LENGTH_STEP = 64
 
 
 def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float]]:
-    """Nats of every part of interleaved rows, given all before it, delimiters not counted.
+    """Return the log-likelihood in nats of every part of interleaved rows, without delimiters.
 
     Args:
-        rows: as prompts (`inference.prompts`). Generated parts are scored as they were drawn;
-            other images with noise of `seed`, the row and the part's number; other texts as the
-            tokenizer reads each alone. The first token of a row is given.
+        model: the model.
+        rows: prompts (see `inference.prompts`). Generated parts are scored as they were sampled;
+            other images with noise of the seed, the row and the part's number; other texts as the
+            tokenizer encodes each alone. The first token of a row is a condition.
+        seed: seed of the noise on images.
 
     Raises:
-        ValueError: as `Model.generate` of prompts.
+        ValueError: If a row is not a valid prompt.
     """
-    parts = [prompts.read(row, f"row {i}") for i, row in enumerate(rows)]
+    parts = [parse_prompt(row, f"row {i}") for i, row in enumerate(rows)]
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(parts)))
-    x = generate.latents(model, parts, keys, [0] * len(parts))
-    batch, owners = lay_out(model, parts, x)
-    found = _terms(dict(model.params), batch, cfg=model.model_config)
+    x = encode_images(model, parts, keys, [0] * len(parts))
+    batch, part_index = build_batch(model, parts, x)
+    terms = _loss_terms(dict(model.params), batch, cfg=model.model_config)
     dims = model.model_config.patches * model.model_config.flow.channels
-    image = np.asarray(sum(found.log_dets) - found.half_square - dims * HALF_LOG_2_PI)
-    at, token, nll = (np.asarray(a) for a in (found.target_index, found.token, found.nll))
+    image_nats = np.asarray(sum(terms.log_dets) - terms.half_square - dims * HALF_LOG_2_PI)
+    positions, is_token, nll = (np.asarray(a) for a in (terms.target_index, terms.token, terms.nll))
     result = []
     for b, row in enumerate(parts):
-        of_image = iter(image[b].tolist())
-        nats = [next(of_image) if part.kind == "image" else 0.0 for part in row]
-        for where, nats_ in zip(at[b][token[b]], nll[b][token[b]]):
-            nats[owners[b][where + 1]] -= float(nats_)
+        row_images = iter(image_nats[b].tolist())
+        nats = [next(row_images) if part.kind == "image" else 0.0 for part in row]
+        for position, token_nll in zip(positions[b][is_token[b]], nll[b][is_token[b]]):
+            # The state at a position predicts the next token.
+            nats[part_index[b][position + 1]] -= float(token_nll)
         result.append(nats)
     return result
 
 
 @partial(jax.jit, static_argnames="cfg")
-def _terms(params, batch, *, cfg):
-    return starflow2_loss.loss_terms(params, batch, batch["latent_mean"], cfg, Stage(True, True))
+def _loss_terms(params, batch, *, cfg):
+    return interleaved.loss_terms(params, batch, batch["latent_mean"], cfg, Stage(True, True))
 
 
-def lay_out(
-    model: Model, parts: Sequence[Sequence[Part]], x: Sequence[np.ndarray]
+def build_batch(
+    model: Model, rows: Sequence[Sequence[Part]], x: Sequence[np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """A batch of rows (see `training.losses.interleaved`) in which every part is learnt.
+    """Return a batch (see `training.losses.interleaved`) in which every part is a target.
 
     Args:
-        x: latents [I, N, D] of each row's images in turn; they are `latent_mean`.
+        model: the model.
+        rows: parts of every row.
+        x: latents [I, N, D] of each row's images; they become `latent_mean`.
 
     Returns:
-        the batch, and which part every position of a row is of, -1 for delimiters.
+        the batch; and of every row the part index of its positions, -1 for delimiters.
     """
-    from starflow2_jax.data import chat_layout as layouts, packed_batches as row_arrays, packing
+    from starflow2_jax.data.packed_batches import build_packed_row
+    from starflow2_jax.data.packing import PackingSpec
 
-    held, cfg = model.tokenizer, model.model_config
-    laid = []
-    for row in parts:
-        numbers = iter(range(len(row)))
-        laid.append(
-            layouts.apply_chat_template(
-                [
-                    layouts.MessagePart(
-                        part.role,
-                        next(numbers)
-                        if part.kind == "image"
-                        else part.tokens or tuple(held.encode(part.text)),
-                        True,
-                    )
-                    for part in row
-                ],
-                held,
-                cfg.patches,
-                closed=False,
-            )
-        )
-    length = -(-max(len(items.ids) for items in laid) // LENGTH_STEP) * LENGTH_STEP
-    places = max(max(map(len, x)), 1)
-    room = packing.PackingSpec(length, cfg.patches, places)
-    made = [row_arrays.build_packed_row([items], room, cfg.flow.side, held.pad) for items in laid]
-    batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
-    owners = [items.part_index for items in laid]
-    for b, items in enumerate(laid):
-        # Delimiters are not asked for.
-        batch["target"][b, : len(items.part_index)] = items.part_index >= 0
-    latents = np.zeros((len(parts), places, cfg.patches, cfg.flow.channels), x[0].dtype)
-    for b, images in enumerate(x):
+    tokenizer, cfg = model.tokenizer, model.model_config
+    sequences = [_token_sequence(row, tokenizer, cfg.patches) for row in rows]
+    longest = max(len(sequence.ids) for sequence in sequences)
+    max_images = max(max(map(len, x)), 1)
+    spec = PackingSpec(-(-longest // LENGTH_STEP) * LENGTH_STEP, cfg.patches, max_images)
+    packed = [build_packed_row([s], spec, cfg.flow.side, tokenizer.pad) for s in sequences]
+    batch = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
+    part_index = [sequence.part_index for sequence in sequences]
+    latents = np.zeros((len(rows), max_images, cfg.patches, cfg.flow.channels), x[0].dtype)
+    for b, (index, images) in enumerate(zip(part_index, x)):
+        batch["target"][b, : len(index)] = index >= 0  # Delimiters are no targets.
         latents[b, : len(images)] = images
-    return {**batch, "latent_mean": latents}, owners
+    return {**batch, "latent_mean": latents}, part_index
+
+
+def _token_sequence(row: Sequence[Part], tokenizer: Any, patches: int) -> Any:
+    from starflow2_jax.data.chat_layout import MessagePart, apply_chat_template
+
+    image_numbers = iter(range(len(row)))
+    messages = []
+    for part in row:
+        # Tokens rather than text, so that adjacent texts are not joined.
+        content: Any = part.tokens or tuple(tokenizer.encode(part.text))
+        if part.kind == "image":
+            content = next(image_numbers)
+        messages.append(MessagePart(part.role, content, True))
+    return apply_chat_template(messages, tokenizer, patches, closed=False)

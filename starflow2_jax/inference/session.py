@@ -1,14 +1,13 @@
-"""Conversations between their steps: parts laid out and read into the caches, items taken back.
+"""Decode sessions: rows whose parts are in the caches, ready to be extended.
 
-Axes: B rows, R = B or 2B rows (behind them the unconditional branch), T new positions, S slots,
-I images, N patches, D latent channels. Runs on the host but for what `decode` and the shallow flow
-compute.
+Axes: B rows, R = B or 2B rows (followed by those of the unconditional branch), T new positions,
+S slots of a cache, N patches, D latent channels. Everything here runs on the host, except for
+`decode_loop.prefill`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.inference import decode_loop
-from starflow2_jax.inference.decode_loop import State
+from starflow2_jax.inference.decode_loop import DecodeState
 from starflow2_jax.inference.prompts import Part
-from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.inference.sampling import SpecialTokens
 from starflow2_jax.models.backbone import BackboneConfig
-from starflow2_jax.models.flow import Conditioning
-from starflow2_jax.models.layers import at_least_float32
+from starflow2_jax.models.layers import KVCache
+from starflow2_jax.params import Tree
 
 if TYPE_CHECKING:  # heavy
     from starflow2_jax.data.chat_layout import Tokenizer, TokenSequence
@@ -32,390 +31,437 @@ LENGTH_STEP, CACHE_STEP = 16, 64
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """What a batch of rows has read, ready to go on.
+class Session:
+    """A batch of rows and the caches that hold what they have read.
 
     Attributes:
-        params: as `decode.prepare` lays them out; keys: of each row [B]; heat: [R].
-        null: of the unconditional branch, "" without one.
-        roles: whose turn is open in each row, "" before its first part; parts: how many parts each
-            row has.
-        fixed: whether the caches keep their size.
+        params: parameters in the layout of `decode_loop.prepare_params`.
+        keys: random keys of the rows [B].
+        null: null prompt of the unconditional branch; "" without that branch.
+        open_roles: the role whose turn is open in each row; "" before its first part.
+        part_counts: number of parts of each row.
+        has_fixed_cache: True if the caches keep their size.
+        state: the state of the decode loop.
     """
 
-    params: Any
+    params: Tree
     keys: jax.Array
-    heat: jax.Array
     null: str
-    roles: tuple[str, ...]
-    parts: tuple[int, ...]
-    fixed: bool
-    state: State
+    open_roles: tuple[str, ...]
+    part_counts: tuple[int, ...]
+    has_fixed_cache: bool
+    state: DecodeState
 
     @property
-    def rows(self) -> int:
+    def batch_size(self) -> int:
         """B."""
-        return len(self.roles)
+        return len(self.open_roles)
 
     @property
-    def size(self) -> int:
+    def branches(self) -> tuple[str, ...]:
+        """The null prompt of every branch; "" is the conditional one."""
+        return ("", self.null) if self.null else ("",)
+
+    @property
+    def cache_size(self) -> int:
         """S."""
         return self.state.valid.shape[1]
 
     @property
-    def read(self) -> int:
-        """Slots that are written."""
+    def cache_length(self) -> int:
+        """The number of slots that have been written."""
         return int(self.state.caches[0].length)
 
 
-def delimiters(held: "Tokenizer", cfg: BackboneConfig) -> decode_loop.Ids:
-    """What the loop has to know of the tokenizer."""
-    banned = (held.vision_end, held.image, held.turn_start, cfg.vlm.video_token)
-    ends = (held.turn_end, held.pad)
-    size = min(held.vocab_size, cfg.vlm.vocab)
-    return decode_loop.Ids(held.vision_start, held.vision_end, ends, banned, size)
+@dataclass(frozen=True)
+class TurnStart:
+    """The point at which a turn's generation began.
+
+    Attributes:
+        state: the state of the decode loop, copied to the host, without caches.
+        slot: the slot into which the pending item is read.
+    """
+
+    state: DecodeState
+    slot: int
 
 
-def begin(
-    params: Any, cfg: BackboneConfig, keys: jax.Array, null: str, heat: Any, size: int, fixed: bool
-) -> Conversation:
-    """Rows that have read nothing, with caches of `size` slots.
+def special_tokens(tokenizer: "Tokenizer", cfg: BackboneConfig) -> SpecialTokens:
+    """Return the token ids that the decode loop treats specially."""
+    return SpecialTokens(
+        vision_start=tokenizer.vision_start,
+        vision_end=tokenizer.vision_end,
+        turn_ends=(tokenizer.turn_end, tokenizer.pad),
+        banned=(
+            tokenizer.vision_end,
+            tokenizer.image,
+            tokenizer.turn_start,
+            cfg.vlm.video_token,
+        ),
+        vocab_size=min(tokenizer.vocab_size, cfg.vlm.vocab),
+    )
+
+
+def new_session(
+    params: Tree,
+    cfg: BackboneConfig,
+    keys: jax.Array,
+    null: str,
+    cache_size: int,
+    has_fixed_cache: bool,
+) -> Session:
+    """Return a session whose rows have read nothing.
 
     Args:
-        params: as `decode.prepare` lays them out; heat: temperature of the deep flow's attention in
-            the unconditional branch.
+        params: parameters in the layout of `decode_loop.prepare_params`.
+        cfg: the model's configuration.
+        keys: random keys of the rows [B].
+        null: null prompt of the unconditional branch; "" without that branch.
+        cache_size: slots of the caches.
+        has_fixed_cache: False lets the caches grow on demand.
     """
-    rows = len(keys)
-    count = rows * (2 if null else 1)
-    caches, valid = decode_loop.empty(params, cfg, count, size)
-    many, few = jnp.zeros(count, jnp.int32), jnp.zeros(rows, jnp.int32)
-    dtype = at_least_float32(params["deep"]["proj_in"]["weight"][:0]).dtype
-    state = State(
-        caches=caches,
-        valid=valid,
-        token=few - 1,
-        u=jnp.zeros((rows, cfg.flow.channels), dtype),
-        is_image=jnp.zeros(rows, bool),
-        at=jnp.zeros((count, 3), jnp.int32),
-        position=many,
-        index=many,
-        mode=few,
-        patch=few,
-        tokens=few,
-        images=few,
-        due=few,
-        part=few,
-        item=few,
+    batch_size = len(keys)
+    return Session(
+        params=params,
+        keys=keys,
+        null=null,
+        open_roles=("",) * batch_size,
+        part_counts=(0,) * batch_size,
+        has_fixed_cache=has_fixed_cache,
+        state=decode_loop.empty_state(
+            params, cfg, batch_size, cache_size, has_null_branch=bool(null)
+        ),
     )
-    args = (null, ("",) * rows, (0,) * rows, fixed, state)
-    return heated(Conversation(params, keys, jnp.ones(rows), *args), heat)
 
 
-def heated(held: Conversation, heat: Any) -> Conversation:
-    """The same with another temperature of the unconditional branch's attention."""
-    null = jnp.full(held.rows if held.null else 0, heat)
-    return dataclasses.replace(held, heat=jnp.concatenate([jnp.ones(held.rows), null]))
+def turn_start(session: Session) -> TurnStart:
+    """Return the present point of a session; arrays are copied, as the loop takes them over."""
+    state = jax.tree.map(np.array, session.state.replace(caches=None))
+    return TurnStart(state, session.cache_length)
 
 
-def lay_out(
-    given: Sequence[Part], tokenizer: "Tokenizer", patches: int, null: str, role: str
+# ------------------------------------------------------------------------------ reading new parts
+
+
+def layout_parts(
+    parts: Sequence[Part], tokenizer: "Tokenizer", patches: int, null: str, open_role: str
 ) -> "TokenSequence":
-    """The items of new parts of a row whose open turn is that of `role`, "" at the beginning."""
-    from starflow2_jax.data import chat_layout as layouts
+    """Return the items of new parts of a row, and open the assistant's turn after them.
 
-    images = iter(range(len(given)))
-    parts = []
-    for part in given:
+    Args:
+        parts: new parts of the row.
+        tokenizer: the VLM's tokenizer.
+        patches: N.
+        null: null prompt of the branch; "" for the conditional branch.
+        open_role: the role whose turn is open; "" at the beginning of the row.
+    """
+    from starflow2_jax.data.chat_layout import MessagePart, apply_chat_template
+
+    image_numbers = iter(range(len(parts)))
+    messages = []
+    for part in parts:
         content: Any = part.tokens or part.text
-        parts.append(
-            layouts.MessagePart(part.role, next(images) if part.kind == "image" else content)
-        )
-    if not given or all(part.role == "none" for part in given):
-        opened = []
-    else:
-        opened = [] if given[-1].role == "assistant" else [layouts.MessagePart("assistant", "")]
-    return layouts.apply_chat_template(
-        [*parts, *opened], tokenizer, patches, null=null or "none", closed=False, open_role=role
+        if part.kind == "image":
+            content = next(image_numbers)
+        messages.append(MessagePart(part.role, content))
+    is_plain = all(part.role == "none" for part in parts)
+    if not is_plain and parts[-1].role != "assistant":
+        messages.append(MessagePart("assistant", ""))
+    return apply_chat_template(
+        messages, tokenizer, patches, null=null or "none", closed=False, open_role=open_role
     )
 
 
 def extend(
-    held: Conversation,
-    given: Sequence[Sequence[Part]],
-    latents: Sequence[np.ndarray],
+    session: Session,
+    rows: Sequence[Sequence[Part]],
+    u: Sequence[np.ndarray],
     cfg: BackboneConfig,
     tokenizer: "Tokenizer",
-    room: int,
-) -> Conversation:
-    """Reads new parts of every row, all but their last item, which is then the pending one.
+    reserved: int,
+) -> Session:
+    """Read new parts of every row into the caches, except for the last item, which stays pending.
 
     Args:
-        latents: u [I, N, D] of each row's images in turn; room: slots that have to be left for what
-            will be drawn.
+        session: the rows as they are.
+        rows: new parts of each row.
+        u: values [I, N, D] of each row's images.
+        cfg: the model's configuration.
+        tokenizer: the VLM's tokenizer.
+        reserved: number of slots to leave free for what will be generated.
 
     Raises:
-        ValueError: a row without anything to go on from, or more positions than the caches have
-            room for.
+        ValueError: If a row has nothing to continue from, or the caches have too few slots.
     """
-    state = jax.tree.map(np.asarray, held.state.replace(caches=None))
-    branches = [""] if not held.null else ["", held.null]
-    rows = [
-        _sequence(held, state, b, branch, given[b], latents[b], cfg, tokenizer, number)
-        for number, branch in enumerate(branches)
-        for b in range(held.rows)
+    state = jax.tree.map(np.asarray, session.state.replace(caches=None))
+    sequences = [
+        _new_sequence(session, state, b, branch, rows[b], u[b], cfg, tokenizer)
+        for branch in range(len(session.branches))
+        for b in range(session.batch_size)
     ]
-    longest = max(len(row["ids"]) for row in rows) - 1
+    longest = max(len(sequence["ids"]) for sequence in sequences) - 1
     padded = -(-longest // LENGTH_STEP) * LENGTH_STEP
-    needed = held.read + padded + room
-    if needed > held.size:
-        if held.fixed:
-            raise ValueError(
-                f"the cache has {held.size} positions, {held.read} of them read; {longest} of the "
-                f"prompt and {room} for what may be drawn do not fit (cache={held.size}; "
-                f"{needed} would do)"
-            )
-        held = _grown(held, -(-needed // CACHE_STEP) * CACHE_STEP)
-    caches, valid = held.state.caches, held.state.valid
+    session = _ensure_slots(session, longest, padded, reserved)
+    caches, valid = session.state.caches, session.state.valid
     if longest:
-        items = _padded(rows, padded, cfg.flow.channels, state.u.dtype)
-        caches, valid = decode_loop.prefill(held.params, caches, valid, items, held.heat, cfg=cfg)
-    else:  # The steps to come take the arrays over.
+        inputs = _pad_sequences(sequences, padded, cfg.flow.channels, state.u.dtype)
+        caches, valid = decode_loop.prefill(session.params, caches, valid, inputs, cfg=cfg)
+    else:  # The next steps take the arrays over.
         caches, valid = jax.tree.map(jnp.copy, (caches, valid))
-    first = rows[: held.rows]
-    new = State(
+    conditional = sequences[: session.batch_size]
+    counts = [
+        count + sum(part.is_counted for part in row)
+        for row, count in zip(rows, session.part_counts)
+    ]
+    part_index = [n if row else old for row, n, old in zip(rows, counts, state.part_index)]
+    index_in_part = [0 if row else old for row, old in zip(rows, state.index_in_part)]
+    state = DecodeState(
         caches=caches,
         valid=valid,
-        token=jnp.asarray([row["ids"][-1] for row in first], jnp.int32),
-        u=jnp.asarray(np.stack([row["u"][-1] for row in first])),
-        is_image=jnp.asarray([row["is_image"][-1] for row in first]),
-        at=jnp.asarray(np.stack([row["positions"][-1] for row in rows])),
-        position=jnp.asarray([row["position"] for row in rows], jnp.int32),
-        index=jnp.asarray([row["index"] for row in rows], jnp.int32),
-        **{name: jnp.asarray(getattr(state, name)) for name in _COUNTERS},
+        token=jnp.asarray([s["ids"][-1] for s in conditional], jnp.int32),
+        u=jnp.asarray(np.stack([s["u"][-1] for s in conditional])),
+        is_image=jnp.asarray([s["is_image"][-1] for s in conditional]),
+        vlm_position=jnp.asarray(np.stack([s["vlm_positions"][-1] for s in sequences])),
+        next_vlm_position=jnp.asarray([s["next_vlm_position"] for s in sequences], jnp.int32),
+        flow_index=jnp.asarray([s["flow_index"] for s in sequences], jnp.int32),
+        mode=jnp.asarray(state.mode),
+        patch=jnp.asarray(state.patch),
+        tokens_left=jnp.asarray(state.tokens_left),
+        images_left=jnp.asarray(state.images_left),
+        images_required=jnp.asarray(state.images_required),
+        part_index=jnp.asarray(part_index, jnp.int32),
+        index_in_part=jnp.asarray(index_in_part, jnp.int32),
     )
-    parts, roles, numbers, items_ = [], [], [], []
-    for b, (row, before) in enumerate(zip(given, held.parts)):
-        count = before + sum(part.counts for part in row)
-        parts.append(count)
-        plain = bool(row) and all(part.role == "none" for part in row)
-        roles.append(held.roles[b] if not row else "none" if plain else "assistant")
-        numbers.append(count if row else int(state.part[b]))
-        items_.append(0 if row else int(state.item[b]))
-    new = new.replace(part=jnp.asarray(numbers, jnp.int32), item=jnp.asarray(items_, jnp.int32))
-    return dataclasses.replace(held, roles=tuple(roles), parts=tuple(parts), state=new)
+    open_roles = [_open_role(row, role) for row, role in zip(rows, session.open_roles)]
+    return dataclasses.replace(
+        session, open_roles=tuple(open_roles), part_counts=tuple(counts), state=state
+    )
 
 
-_COUNTERS = ("mode", "patch", "tokens", "images", "due", "part", "item")
+def _open_role(parts: Sequence[Part], previous: str) -> str:
+    if not parts:
+        return previous
+    return "none" if all(part.role == "none" for part in parts) else "assistant"
 
 
-def _sequence(held, state, b, branch, given, latents, cfg, tokenizer, number):
-    """The pending and the new items of a row in one branch, with absolute positions."""
-    from starflow2_jax.data import chat_layout as layouts
+def _new_sequence(session, state, b, branch, parts, u, cfg, tokenizer) -> dict[str, Any]:
+    """Return the pending and the new items of row b in one branch, with absolute positions."""
+    from starflow2_jax.data import chat_layout
 
-    r = number * held.rows + b
-    position, index = int(state.position[r]), int(state.index[r])
-    items = lay_out(given, tokenizer, cfg.patches, branch, held.roles[b])
-    where = items.patch_index >= 0
-    channels, dtype = cfg.flow.channels, state.u.dtype
-    u = np.zeros((len(items.ids), channels), dtype)
-    if where.any():
-        u[where] = np.asarray(latents)[items.image_index[where], items.patch_index[where]]
-    made = {
+    r = branch * session.batch_size + b
+    position, flow_index = int(state.next_vlm_position[r]), int(state.flow_index[r])
+    null, role = session.branches[branch], session.open_roles[b]
+    items = layout_parts(parts, tokenizer, cfg.patches, null, role)
+    is_image = items.patch_index >= 0
+    values = np.zeros((len(items.ids), cfg.flow.channels), state.u.dtype)
+    if is_image.any():
+        values[is_image] = np.asarray(u)[items.image_index[is_image], items.patch_index[is_image]]
+    flow_offset = np.array([0, 0, flow_index])
+    sequence = {
         "ids": items.ids,
-        "u": u,
-        "is_image": where,
-        "positions": layouts.vlm_positions(items, cfg.flow.side) + position,
-        "following": layouts.flow_positions(items, cfg.flow.side) + np.array([0, 0, index]),
-        "counts": items.patch_index <= 0,
+        "u": values,
+        "is_image": is_image,
+        "vlm_positions": chat_layout.vlm_positions(items, cfg.flow.side) + position,
+        "next_flow_positions": chat_layout.flow_positions(items, cfg.flow.side) + flow_offset,
+        "is_counted": items.patch_index <= 0,
     }
-    begun = state.token[b] >= 0
-    token = int(state.token[b])
-    ends = delimiters(tokenizer, cfg).ends
-    if begun and given and token in ends and not state.is_image[b]:
+    has_pending, token = state.token[b] >= 0, int(state.token[b])
+    if not has_pending and not len(items.ids):
+        raise ValueError(f"row {b}: the prompt is empty, so there is nothing to generate from")
+    turn_ends = special_tokens(tokenizer, cfg).turn_ends
+    if has_pending and parts and token in turn_ends and not state.is_image[b]:
         if not len(items.ids) or items.ids[0] != tokenizer.turn_end:
             raise ValueError(
-                f"row {b}: the turn of {held.roles[b]} has ended; go on with another role"
+                f"row {b}: the turn of {role} has ended; continue with a part of another role"
             )
-        # The model has ended its turn by itself, by whatever token: that is the delimiter.
+        # The model ended its turn itself, by whatever token: that one is the delimiter.
         token = tokenizer.turn_end
-        made = {name: values[1:] for name, values in made.items()}
-        made["positions"] = made["positions"] - 1
-        made["following"] = made["following"] - np.array([0, 0, 1])
-    elif not begun and not len(items.ids):
-        raise ValueError(f"row {b}: the prompt is empty, there is nothing to begin from")
-    end = int(made["positions"][-1, 0]) + 1 if len(made["ids"]) else position
-    if begun:
+        sequence = {name: array[1:] for name, array in sequence.items()}
+        sequence["vlm_positions"] = sequence["vlm_positions"] - 1
+        sequence["next_flow_positions"] = sequence["next_flow_positions"] - np.array([0, 0, 1])
+    end = position
+    if len(sequence["ids"]):
+        end = int(sequence["vlm_positions"][-1, 0]) + 1
+    flow_end = flow_index + int(sequence["is_counted"].sum())
+    if has_pending:
         pending = {
             "ids": np.array([token], np.int32),
             "u": state.u[b : b + 1],
             "is_image": state.is_image[b : b + 1],
-            "positions": state.at[r : r + 1],
-            "following": np.array([[0, 0, index]], np.int32),
-            "counts": np.zeros(1, bool),
+            "vlm_positions": state.vlm_position[r : r + 1],
+            "next_flow_positions": np.array([[0, 0, flow_index]], np.int32),
+            "is_counted": np.zeros(1, bool),
         }
-        made = {name: np.concatenate([pending[name], made[name]]) for name in made}
-    return {**made, "position": end, "index": index + int(made["counts"].sum())}
+        sequence = {name: np.concatenate([pending[name], sequence[name]]) for name in sequence}
+    return {**sequence, "next_vlm_position": end, "flow_index": flow_end}
 
 
-def _padded(rows, length, channels, dtype):
-    """`decode.Items` of all but the last item of each row."""
-    count = len(rows)
-    made = decode_loop.Items(
+def _pad_sequences(sequences, length, channels, dtype) -> decode_loop.DecodeInputs:
+    """Return all but the last item of each row, padded on the right."""
+    count = len(sequences)
+    inputs = decode_loop.DecodeInputs(
         ids=np.zeros((count, length), np.int32),
         u=np.zeros((count, length, channels), dtype),
         is_image=np.zeros((count, length), bool),
-        real=np.zeros((count, length), bool),
-        positions=np.zeros((count, length, 3), np.int32),
-        following=np.zeros((count, length, 3), np.int32),
+        is_real=np.zeros((count, length), bool),
+        vlm_positions=np.zeros((count, length, 3), np.int32),
+        next_flow_positions=np.zeros((count, length, 3), np.int32),
     )
-    for r, row in enumerate(rows):
-        size = len(row["ids"]) - 1
-        made.real[r, :size] = True
-        for name in ("ids", "u", "is_image", "positions", "following"):
-            getattr(made, name)[r, :size] = row[name][:-1]
-    return made
+    for r, sequence in enumerate(sequences):
+        size = len(sequence["ids"]) - 1
+        inputs.is_real[r, :size] = True
+        for name in ("ids", "u", "is_image", "vlm_positions", "next_flow_positions"):
+            getattr(inputs, name)[r, :size] = sequence[name][:-1]
+    return inputs
 
 
-def _grown(held: Conversation, size: int) -> Conversation:
-    """Caches of more slots."""
-    more = size - held.size
-
-    def wider(cache):
-        pad = lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, more), (0, 0)])
-        keys, values = (tuple(map(pad, side)) for side in (cache.keys, cache.values))
-        return cache.replace(keys=keys, values=values)
-
-    caches = tuple(map(wider, held.state.caches))
-    valid = jnp.pad(held.state.valid, ((0, 0), (0, more)))
-    return dataclasses.replace(held, state=held.state.replace(caches=caches, valid=valid))
+# ------------------------------------------------------------------------------------- the caches
 
 
-def take(held: Conversation, rows: Sequence[int]) -> Conversation:
-    """The conversation of some rows, which may come more than once."""
-    picked = np.asarray(rows)
-    both = picked if not held.null else np.concatenate([picked, picked + held.rows])
-    count, before = len(both), held.state.valid.shape[0]
+def _ensure_slots(session: Session, longest: int, padded: int, reserved: int) -> Session:
+    needed = session.cache_length + padded + reserved
+    if needed <= session.cache_size:
+        return session
+    if session.has_fixed_cache:
+        raise ValueError(
+            f"the cache has {session.cache_size} positions, of which {session.cache_length} are "
+            f"used; {longest} of the prompt and {reserved} for the answer do not fit "
+            f"(cache={session.cache_size}; at least {needed} are needed)"
+        )
+    new_slots = -(-needed // CACHE_STEP) * CACHE_STEP - session.cache_size
 
-    def of_cache(a):
-        a = a if before > 1 else a[None]
-        a = a[both]
-        return a if count > 1 else a[0]
+    def grow(cache: KVCache) -> KVCache:
+        def pad(a):
+            return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, new_slots), (0, 0)])
+
+        return cache.replace(
+            keys=tuple(pad(a) for a in cache.keys), values=tuple(pad(a) for a in cache.values)
+        )
+
+    state = session.state.replace(
+        caches=tuple(grow(cache) for cache in session.state.caches),
+        valid=jnp.pad(session.state.valid, ((0, 0), (0, new_slots))),
+    )
+    return dataclasses.replace(session, state=state)
+
+
+def select_rows(session: Session, rows: Sequence[int]) -> Session:
+    """Return the session of some rows, which may occur more than once."""
+    selected = np.asarray(rows)
+    branch_rows = selected
+    if session.null:
+        branch_rows = np.concatenate([selected, selected + session.batch_size])
+
+    def select(a):
+        # A cache of one row has no batch axis.
+        a = a[None] if session.state.valid.shape[0] == 1 else a
+        a = a[branch_rows]
+        return a if len(branch_rows) > 1 else a[0]
 
     caches = tuple(
-        c.replace(keys=tuple(map(of_cache, c.keys)), values=tuple(map(of_cache, c.values)))
-        for c in held.state.caches
+        cache.replace(
+            keys=tuple(select(a) for a in cache.keys),
+            values=tuple(select(a) for a in cache.values),
+        )
+        for cache in session.state.caches
     )
-    fields = {f.name for f in dataclasses.fields(State)} - {"caches"}
-    long = {"valid", "at", "position", "index"}
-    small = {name: getattr(held.state, name)[both if name in long else picked] for name in fields}
+    fields = {
+        field.name: getattr(session.state, field.name)[
+            branch_rows if field.name in decode_loop.BRANCH_FIELDS else selected
+        ]
+        for field in dataclasses.fields(DecodeState)
+        if field.name != "caches"
+    }
     return dataclasses.replace(
-        held,
-        keys=held.keys[picked],
-        heat=held.heat[both],
-        roles=tuple(held.roles[i] for i in picked),
-        parts=tuple(held.parts[i] for i in picked),
-        state=State(caches=caches, **small),
+        session,
+        keys=session.keys[selected],
+        open_roles=tuple(session.open_roles[i] for i in rows),
+        part_counts=tuple(session.part_counts[i] for i in rows),
+        state=DecodeState(caches=caches, **fields),
     )
 
 
-def moved(
-    picks: Sequence[int], start: Any, b: int, cfg: BackboneConfig, ids: decode_loop.Ids
-) -> dict[str, Any]:
-    """How far a row's counters are after `picks` tokens and patches (`decode.Record`).
+# --------------------------------------------------------------------------- removing items again
+
+
+def advance_counters(
+    sampled_ids: Sequence[int],
+    start: TurnStart,
+    b: int,
+    cfg: BackboneConfig,
+    special: SpecialTokens,
+) -> dict[str, int]:
+    """Return the counters of row b after some sampled items.
 
     Args:
-        start: the state before them, on the host; b: the row.
+        sampled_ids: token ids, and `decode_loop.PATCH` for every patch, since the turn's start.
+        start: the start of the turn.
+        b: the row.
+        cfg: the model's configuration.
+        special: the special tokens.
 
     Returns:
-        `position` and `index`, by how much they grew; `part` and `item`, what they are.
+        `position_steps` and `flow_steps`, by how much `next_vlm_position` and `flow_index` have
+        grown; the values of `part_index` and `index_in_part`.
     """
-    position = index = patches = 0
-    part, item = int(start.part[b]), int(start.item[b])
-    for pick in picks:
-        if pick == decode_loop.PATCH:
+    position_steps = flow_steps = patches = 0
+    part_index, index_in_part = int(start.state.part_index[b]), int(start.state.index_in_part[b])
+    for token in sampled_ids:
+        if token == decode_loop.PATCH:
             patches += 1
             if patches == cfg.patches:
-                position, index, patches = position + cfg.flow.side, index + 1, 0
+                position_steps += cfg.flow.side
+                flow_steps += 1
+                patches = 0
             continue
-        position, index = position + 1, index + 1
-        if pick == ids.vision_start:
-            part, item = part + (item > 0), 0
-        elif pick == ids.vision_end:
-            part, item = part + 1, 0
+        position_steps += 1
+        flow_steps += 1
+        if token == special.vision_start:
+            part_index, index_in_part = part_index + (index_in_part > 0), 0
+        elif token == special.vision_end:
+            part_index, index_in_part = part_index + 1, 0
         else:
-            item += 1
-    return {"position": position, "index": index, "part": part, "item": item}
+            index_in_part += 1
+    return {
+        "position_steps": position_steps,
+        "flow_steps": flow_steps,
+        "part_index": part_index,
+        "index_in_part": index_in_part,
+    }
 
 
-def cut(
-    state: State,
-    start: Any,
-    first: int,
-    kept: dict[int, Sequence[int]],
+def truncate_rows(
+    state: DecodeState,
+    start: TurnStart,
+    kept_ids: Mapping[int, Sequence[int]],
     cfg: BackboneConfig,
-    ids: decode_loop.Ids,
-) -> State:
-    """Takes items back: of each row in `kept` only these picks stay, and the row is done.
+    special: SpecialTokens,
+) -> DecodeState:
+    """Return a state in which some rows keep only their first sampled items, and are done.
 
     Args:
-        start: the state before the first of the picks, on the host; first: the slot in which the
-            item was read that was pending then. The last pick, if any, is a token.
-    """  # fmt: skip
+        state: the state after the items.
+        start: the start of the turn.
+        kept_ids: by row the ids of the items that stay. The last one, if any, is a token.
+        cfg: the model's configuration.
+        special: the special tokens.
+    """
     caches = state.caches
-    held = jax.tree.map(np.array, state.replace(caches=None))
-    rows = len(held.token)
-    for b, picks in kept.items():
-        end = moved(picks, start, b, cfg, ids)
-        for r in range(b, len(held.position), rows):
-            # The last kept item is pending again.
-            held.valid[r, first + len(picks) :] = False
-            held.position[r] = start.position[r] + end["position"]
-            held.index[r] = start.index[r] + end["index"]
-            held.at[r] = held.position[r] - 1 if picks else start.at[r]
-        held.token[b] = picks[-1] if picks else start.token[b]
-        held.is_image[b] = False if picks else start.is_image[b]
-        held.u[b] = held.u[b] if picks else start.u[b]
-        held.part[b], held.item[b] = end["part"], end["item"]
-        held.mode[b] = decode_loop.ENDED
-    return jax.tree.map(jnp.asarray, held).replace(caches=caches)
-
-
-# ---------------------------------------------------------------------------------- shallow flow
-
-
-@partial(jax.jit, static_argnames="cfg")
-def _shallow(params, x, *, cfg):
-    outputs, log_dets = pretzel.shallow_forward(params, x, cfg)
-    return outputs[-1], sum(log_dets)
-
-
-def shallow(params: Any, x: np.ndarray, cfg: BackboneConfig) -> tuple[np.ndarray, np.ndarray]:
-    """u [I, N, D] of latents x, and the log_det [I] of the shallow flow."""
-    if not len(x):
-        return x, np.zeros(0, x.dtype)
-    filled, count = _filled(x)
-    u, log_det = _shallow({"shallow": params["shallow"]}, filled, cfg=cfg)
-    return np.asarray(u)[:count], np.asarray(log_det)[:count]
-
-
-def _filled(x):
-    """Images repeated up to a power of two, so that few programs serve any number."""
-    count = 1 << (len(x) - 1).bit_length()
-    return x[np.arange(count) % len(x)], len(x)
-
-
-def shallow_inverse(
-    params: Any, u: np.ndarray, cfg: BackboneConfig, jacobi: Any = None
-) -> np.ndarray:
-    """Latents x [I, N, D] of u."""
-    from starflow2_jax.inference.inverse import inverse
-
-    if not len(u):
-        return u
-    # The shallow blocks alone: the deep one is an identity, which reads no text.
-    blocks = dataclasses.replace(cfg.flow, layers=(*cfg.flow.layers[:-1], 0))
-    filled, count = _filled(u)
-    args = ({"blocks": params["shallow"]}, jnp.asarray(filled), blocks)
-    conditioning = Conditioning(text=jnp.zeros((1, 1, blocks.text_channels)))
-    x, _ = inverse(*args, conditioning, jacobi=jacobi)
-    return np.asarray(x)[:count]
+    host = jax.tree.map(np.array, state.replace(caches=None))
+    before = start.state
+    for b, ids in kept_ids.items():
+        counters = advance_counters(ids, start, b, cfg, special)
+        for r in range(b, len(host.next_vlm_position), len(host.token)):
+            # The last item that stays is pending again.
+            host.valid[r, start.slot + len(ids) :] = False
+            position = before.next_vlm_position[r] + counters["position_steps"]
+            host.next_vlm_position[r] = position
+            host.flow_index[r] = before.flow_index[r] + counters["flow_steps"]
+            host.vlm_position[r] = position - 1 if ids else before.vlm_position[r]
+        host.token[b] = ids[-1] if ids else before.token[b]
+        host.is_image[b] = False if ids else before.is_image[b]
+        host.u[b] = host.u[b] if ids else before.u[b]
+        host.part_index[b] = counters["part_index"]
+        host.index_in_part[b] = counters["index_in_part"]
+        host.mode[b] = decode_loop.ENDED
+    return jax.tree.map(jnp.asarray, host).replace(caches=caches)

@@ -1,6 +1,6 @@
-"""A trained small vision-language model: as a run, or as a folder that transformers reads too.
+"""A small vision-language model that was trained here, as a run or a Hugging Face folder.
 
-Axes: B rows, T positions, S records of a row.
+Axes: B rows, S records of a row.
 """
 
 import json
@@ -15,17 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax import config
-from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import qwen as qwen_weights
+from starflow2_jax.checkpoints.model_folder import EXPERIMENT_KEY
+from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.models.qwen import QwenConfig
-from starflow2_jax.params import abstract as abstract_params
 from starflow2_jax.training.losses import text
 from starflow2_jax.training.tasks import vlm
 
 
 @dataclass(frozen=True)
 class VLM:
-    """An experiment's resolved configuration, its model and weights, its tokenizer's folder."""
+    """A trained vision-language model.
+
+    Attributes:
+        cfg: the resolved configuration of the training run.
+        model_config: sizes and options of the network.
+        params: parameters of the language model and its vision tower.
+        tokenizer_folder: folder of the tokenizer.
+    """
 
     cfg: Mapping[str, Any]
     model_config: QwenConfig
@@ -34,64 +41,63 @@ class VLM:
 
 
 def load(path: str) -> VLM:
-    """A workdir (newest checkpoint, averaged weights), a step folder in it, or an exported folder.
+    """Load a workdir (newest checkpoint, averaged weights), a step of it, or an exported folder.
 
     Raises:
-        FileNotFoundError: nothing of the kind is there. ValueError: it is damaged or another kind
-            of model.
+        FileNotFoundError: If there is no such run or folder.
+        ValueError: If the files are damaged, or the model is of another kind.
     """
-    from starflow2_jax.checkpoints import orbax, steps
-
-    path = str(model_folder.locate(path))
-    if model_folder.is_folder(path):
-        held = model_folder.read_config(path)
-        if model_folder.EXPERIMENT_KEY not in held:
-            raise ValueError(f"{path}: no folder that `convert export` made of a task='vlm' run")
-        model, params = qwen_weights.load(path, dtype=jnp.float32)
-        return VLM(held[model_folder.EXPERIMENT_KEY], model, params, str(path))
-    workdir, step = steps.locate(path)
-    cfg = orbax.read_meta(workdir, step)["config"]
+    saved = open_model(path)
+    cfg = saved.config
     if cfg.get("task") != "vlm":
-        raise ValueError(f"{path}: task={cfg.get('task')!r}, expected a training with task='vlm'")
-    model = vlm.model_config(cfg)
-    wanted = {"ema": abstract_params(vlm.declare(cfg, model))}
-    found = orbax.restore(workdir, step, wanted, only=("ema",))[0]["ema"]
-    return VLM(cfg, model, found["vlm"], cfg["text"]["tokenizer"])
+        raise ValueError(
+            f"{path}: task={cfg.get('task')!r}, expected a run with task='vlm' or a folder that "
+            "`convert export` made of one"
+        )
+    if saved.is_folder:
+        model_config, params = qwen_weights.load(saved.path, dtype=jnp.float32)
+        return VLM(cfg, model_config, params, saved.path)
+    model_config = vlm.model_config(cfg)
+    params = saved.read_params(vlm.declare(cfg, model_config))["vlm"]
+    return VLM(cfg, model_config, params, cfg["text"]["tokenizer"])
 
 
-def export(reader: VLM, path: str, *, dtype: Any = "float32", overwrite: bool = False) -> None:
-    """Writes a Hugging Face folder with weights, tokenizer, chat template and image processor.
+def export(model: VLM, path: str, *, dtype: Any = "float32", overwrite: bool = False) -> None:
+    """Write a Hugging Face folder with weights, tokenizer, chat template and image processor.
 
     Raises:
-        FileExistsError, FileNotFoundError, OSError: as `checkpoints.convert.qwen.export`.
+        FileExistsError, FileNotFoundError, OSError: as in `checkpoints.convert.qwen.export`.
     """
-    kept = config.to_dict(reader.cfg)
-    ids = json.loads((Path(reader.tokenizer_folder) / "tokenizer.json").read_text("utf-8"))
-    ids = {token["content"]: token["id"] for token in ids["added_tokens"]}
-    end = ids["<|endoftext|>"]
-    special = {"bos_token_id": end, "eos_token_id": ids["<|im_end|>"], "pad_token_id": end}
+    tokenizer = json.loads((Path(model.tokenizer_folder) / "tokenizer.json").read_text("utf-8"))
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     qwen_weights.export(
-        jax.tree.map(lambda a: np.asarray(a, jnp.dtype(dtype)), reader.params),
-        reader.model_config,
+        jax.tree.map(lambda a: np.asarray(a, jnp.dtype(dtype)), model.params),
+        model.model_config,
         path,
-        processor=reader.tokenizer_folder,
-        extra={**special, model_folder.EXPERIMENT_KEY: kept},
+        processor=model.tokenizer_folder,
+        extra={
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            EXPERIMENT_KEY: config.to_dict(model.cfg),
+        },
         overwrite=overwrite,
     )
 
 
-def score(reader: VLM, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Of every record of a batch of rows, [B, S]: target `tokens`, how many are not the likeliest
-    (`wrong`), and their `nll` in nats."""
-    return jax.device_get(_score(reader.params, _arrays(batch), model=reader.model_config))
+def score(model: VLM, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Score every record of a batch of packed rows, teacher-forced.
 
-
-def _arrays(batch):
+    Returns:
+        arrays [B, S]: `tokens`, the number of target tokens; `wrong`, how many of them are not the
+        most likely; `nll`, their negative log-likelihood in nats.
+    """
     names = ("ids", "segments", "image", "target", "positions", "images")
-    return {name: batch[name] for name in names}
+    inputs = {name: batch[name] for name in names}
+    return jax.device_get(_score(model.params, inputs, model_config=model.model_config))
 
 
-@partial(jax.jit, static_argnames="model")
-def _score(params, batch, *, model):
-    seen = vlm.see(params, batch["images"], model)
-    return text.record_sums(vlm.read(params, batch, seen, model), batch)
+@partial(jax.jit, static_argnames="model_config")
+def _score(params, batch, *, model_config):
+    features = vlm.see(params, batch["images"], model_config)
+    return text.by_record_score(vlm.read(params, batch, features, model_config), batch)

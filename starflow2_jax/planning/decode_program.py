@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from starflow2_jax.inference import decode_loop, session
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import inverse
+from starflow2_jax.inference.sampling import SamplingParams, SpecialTokens
 from starflow2_jax.mesh import ACTIVATIONS, batch_sharding, check_batch
 from starflow2_jax.models import flow
 from starflow2_jax.models.flow import Conditioning
@@ -98,23 +99,27 @@ def _starflow2(cfg, mesh, rows):
     slots = -(-cfg["text"]["length"] // step) * step
     rule = cfg["sample"]["guidance_rule"]
     guided = Guidance(weight, rule=rule, temperature_on="all") if weight else None
-    numbers = decode_loop.Numbers(1.0, 0, 1.0, 1.0, guided)
-    count = rows * (2 if weight else 1)
+    sampling = SamplingParams(1.0, 0, 1.0, 1.0, guided)
     with jax.set_mesh(mesh):
         prepared = _unstacked(params)
-        state = jax.eval_shape(lambda: _state(prepared, model, rows, count, slots))
+        state = jax.eval_shape(
+            lambda params: decode_loop.empty_state(
+                params, model, rows, slots, has_null_branch=bool(weight)
+            ),
+            prepared,
+        )
         state = jax.tree.map(lambda a: _placed(a, mesh), state)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
         keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=batch_sharding(mesh))
-        heat = _placed(jax.ShapeDtypeStruct((count,), jnp.float32), mesh)
-        ids = decode_loop.Ids(
+        special = SpecialTokens(
             model.vlm.vision_start_token, model.vlm.vision_end_token, (), (), model.vlm.vocab
         )
         steps = _placed(jax.ShapeDtypeStruct((), jnp.int32), mesh)
-        given = (prepared, state, keys, numbers, heat, steps)
-        lowered = decode_loop.run.lower(*given, cfg=model, ids=ids)
+        lowered = decode_loop.decode_chunk.lower(
+            prepared, state, keys, sampling, steps, cfg=model, special=special
+        )
     held = {"params": per_device(prepared), "cache": per_device(state.caches)}
-    held["batch"] = per_device((state.replace(caches=None), heat))
+    held["batch"] = per_device(state.replace(caches=None))
     return Decoding(lowered, held, rows * model.patches, model.patches)
 
 
@@ -131,16 +136,6 @@ def _unstacked(params):
         return {**tree, "layers": (jax.tree.map(layer, tree["layers"]),) * depth}
 
     return {**params, "vlm": apart(params["vlm"]), "deep": apart(params["deep"])}
-
-
-def _state(params, model, rows, count, slots):
-    caches, valid = decode_loop.empty(params, model, count, slots)
-    many, few = jnp.zeros(count, jnp.int32), jnp.zeros(rows, jnp.int32)
-    return decode_loop.State(
-        caches=caches, valid=valid, token=few, u=jnp.zeros((rows, model.flow.channels)),
-        is_image=few > 0, at=jnp.zeros((count, 3), jnp.int32), position=many, index=many, mode=few,
-        patch=few, tokens=few, images=few, due=few, part=few, item=few,
-    )  # fmt: skip
 
 
 def _placed(a, mesh):

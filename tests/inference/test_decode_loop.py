@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_decode_model
-from helpers.tiny_decode_model import picture
+from helpers.tiny_decode_model import CHANNELS, SIDE, TOKENIZER, VOCAB, picture
 
 from starflow2_jax.data import chat_layout as layouts
-from starflow2_jax.inference import decode_loop, session
+from starflow2_jax.inference import decode_loop, sampling, session
+from starflow2_jax.inference.image_latents import shallow_forward
 from starflow2_jax.inference.inverse import Jacobi
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents import codec
@@ -51,13 +52,13 @@ def same(ours, others, tolerance=1e-10):
 def laid_out(model, rows):
     """`Items` of the rows padded on the right, with u of their images."""
     items = [
-        session.lay_out(row, tiny_decode_model.TOKENIZER, model.model_config.patches, null, "")
+        session.layout_parts(row, TOKENIZER, model.model_config.patches, null, "")
         for row, null in rows
     ]
     of = lambda row: [p.latent for p in row if p.kind == "image"]
-    blank = np.zeros((1, tiny_decode_model.SIDE**2, tiny_decode_model.CHANNELS), np.float32)
+    blank = np.zeros((1, SIDE**2, CHANNELS), np.float32)
     u = [
-        session.shallow(model.params, np.array(of(row), np.float32), model.model_config)[0]
+        shallow_forward(model.params, np.array(of(row), np.float32), model.model_config)[0]
         if of(row)
         else blank
         for row, _ in rows
@@ -71,8 +72,8 @@ def laid_out(model, rows):
                 0,
             ),
             "is_image": each.patch_index >= 0,
-            "positions": layouts.vlm_positions(each, tiny_decode_model.SIDE),
-            "following": layouts.flow_positions(each, tiny_decode_model.SIDE),
+            "vlm_positions": layouts.vlm_positions(each, SIDE),
+            "next_flow_positions": layouts.flow_positions(each, SIDE),
         }
         for each, images in zip(items, u)
     ]
@@ -85,7 +86,7 @@ def laid_out(model, rows):
 
     real = np.stack([np.arange(length) < len(row["ids"]) for row in made])
     fields = {name: stacked(name) for name in made[0]}
-    return decode_loop.Items(real=jnp.asarray(real), **fields), real
+    return decode_loop.DecodeInputs(is_real=jnp.asarray(real), **fields), real
 
 
 def heads(params, y, h, cfg):
@@ -105,9 +106,9 @@ def parallel(model, items):
             latents=items.u,
             adapter_input=items.u,
             is_image=items.is_image,
-            positions=items.positions,
-            next_positions=items.following,
-            mask=segment_mask(jnp.asarray(items.real, jnp.int32)),
+            positions=items.vlm_positions,
+            next_positions=items.next_flow_positions,
+            mask=segment_mask(jnp.asarray(items.is_real, jnp.int32)),
         )
         states = pretzel.forward(params, inputs, cfg)
         return heads(params, states.vlm_states, states.flow_states, cfg)
@@ -129,14 +130,16 @@ def test_cached_steps_equal_the_parallel_forward():
     assert (items.is_image[:2].sum(1) == 12).all() and len({r.sum() for r in real}) > 2
 
     expected = parallel(model, items)
-    prepared = decode_loop.prepare(params, cfg=cfg)
-    caches, valid = decode_loop.empty(prepared, cfg, 4, items.ids.shape[1])
+    prepared = decode_loop.prepare_params(params)
+    shape = (4, items.ids.shape[1])
+    state = decode_loop.empty_state(prepared, cfg, *shape, has_null_branch=False)
+    caches, valid = state.caches, state.valid
     cut = lambda i, n: jax.tree.map(lambda leaf: leaf[:, i : i + n], items)
-    caches, valid = decode_loop.prefill(prepared, caches, valid, cut(0, 5), 1.0, cfg=cfg)
+    caches, valid = decode_loop.prefill(prepared, caches, valid, cut(0, 5), cfg=cfg)
 
     @jax.jit
     def step(params, caches, valid, item):
-        y, h, caches, valid = decode_loop.read(params, caches, valid, item, 1.0, cfg)
+        y, h, caches, valid = decode_loop.forward_cached(params, caches, valid, item, cfg)
         return heads(params, y, h, cfg), caches, valid
 
     for t in range(5, items.ids.shape[1]):
@@ -186,7 +189,7 @@ def test_a_continued_cache_is_one_long_run_also_after_a_stop_text(x64):
     longer = [[*h, *row, "so?"] for h, row in zip(history, fresh)]
     same(third, model.generate(longer, **DRAW))
     # A row alone, out of the batch, goes on the same; and the results can be used twice.
-    alone = model.generate([more[1]], continue_from=first.take([1]), **DRAW)
+    alone = model.generate([more[1]], continue_from=first.select_rows([1]), **DRAW)
     same(alone, [second[1]])
     same(model.generate(more, continue_from=first, **DRAW), second)
 
@@ -234,11 +237,7 @@ def errors(model, prompts, rows):
     of = {"image": [0.0], "text": [0.0]}
     for row, nats in zip(rows, scored):
         for part, expected in zip(row, nats[len(nats) - len(row) :]):
-            size = (
-                tiny_decode_model.SIDE**2 * tiny_decode_model.CHANNELS
-                if part.kind == "image"
-                else len(part.tokens)
-            )
+            size = SIDE**2 * CHANNELS if part.kind == "image" else len(part.tokens)
             of[part.kind].append(abs(part.log_likelihood - expected) / max(size, 1))
     assert all(len(found) > 2 for found in of.values())
     return max(of["image"]), max(of["text"])
@@ -273,24 +272,16 @@ def test_no_guidance_and_other_numbers_need_no_other_program(x64):
     options = {**DRAW, "images": 1, "image_start": True, "max_tokens": 4}
     run = lambda **changes: model.generate(MIXED[:2], **{**options, **changes})
     guided = run(guidance=2.0)
-    programs = decode_loop.run._cache_size()
+    programs = decode_loop.decode_chunk._cache_size()
     strong = run(guidance=3.0, temperature=0.7, top_p=0.9, top_k=5, image_temperature=0.8, seed=4)
-    run(max_tokens=7, stop=("never said",), null_temperature=0.9)
-    assert decode_loop.run._cache_size() == programs
+    run(max_tokens=7, stop=("never said",))
+    assert decode_loop.decode_chunk._cache_size() == programs
     assert np.abs(strong[0][0].latent - guided[0][0].latent).max() > 1e-3
     # A weight of nothing in a conversation that has the branch, and none at all.
     begun = model.generate(["a", "b"], **{**options, "guidance": 1.0})
     weightless = model.generate(["c", "d"], continue_from=begun, **{**options, "guidance": 0.0})
     history = [[p, *row, q] for p, row, q in zip("ab", begun, "cd")]
     same(weightless, model.generate(history, **{**options, "guidance": 0.0}))
-    # The temperature of the null branch is that of the call, also where it goes on.
-    plain, warm = (
-        model.generate(
-            ["c", "d"], continue_from=begun, **{**options, "guidance": 2.0}, null_temperature=t
-        )
-        for t in (1.0, 3.0)
-    )
-    assert np.abs(plain[0][0].latent - warm[0][0].latent).max() > 1e-6
 
 
 def test_the_null_branch_has_the_images_but_not_the_words_of_the_user():
@@ -298,9 +289,9 @@ def test_the_null_branch_has_the_images_but_not_the_words_of_the_user():
              Part("text", "assistant", "yes"), Part("text", "user", "b")]  # fmt: skip
     kept = {}
     for null in ("", "text", "all"):
-        items = session.lay_out(given, tiny_decode_model.TOKENIZER, 4, null, "")
+        items = session.layout_parts(given, TOKENIZER, 4, null, "")
         kept[null] = (
-            tiny_decode_model.TOKENIZER.decode(items.ids),
+            TOKENIZER.decode(items.ids),
             int((items.patch_index >= 0).sum()),
         )
     assert "what" in kept[""][0] and kept[""][1] == kept["text"][1] == 4 and kept["all"][1] == 0
@@ -316,8 +307,12 @@ def test_nothing_is_read_twice(monkeypatch):
     """Slots of the cache: the prompt's, and one for each item that was drawn; no image is encoded
     or taken through the shallow flow on its way into the cache."""
     model = tiny_decode_model.model()
-    calls = {"encode": 0, "prefill": 0, "run": 0}
-    for holder, name in ((codec, "encode"), (decode_loop, "prefill"), (decode_loop, "run")):
+    calls = {"encode": 0, "prefill": 0, "decode_chunk": 0}
+    for holder, name in (
+        (codec, "encode"),
+        (decode_loop, "prefill"),
+        (decode_loop, "decode_chunk"),
+    ):
         plain = getattr(holder, name)
 
         def counted(*args, plain=plain, name=name, **named):
@@ -327,21 +322,23 @@ def test_nothing_is_read_twice(monkeypatch):
         monkeypatch.setattr(holder, name, counted)
     options = {**DRAW, "guidance": 0.0, "temperature": 0.0, "max_tokens": 6}
     first = model.generate(["hello"], **options, images=3, image_start=True)
-    prompt = session.lay_out(
-        [Part("text", "user", "hello")], tiny_decode_model.TOKENIZER, 4, "", ""
-    )
-    drawn = 3 * (tiny_decode_model.SIDE**2 + 2) + sum(len(p.tokens) for p in first[0])
+    prompt = session.layout_parts([Part("text", "user", "hello")], TOKENIZER, 4, "", "")
+    drawn = 3 * (SIDE**2 + 2) + sum(len(p.tokens) for p in first[0])
     padded = -(-(len(prompt.ids) - 1) // session.LENGTH_STEP) * session.LENGTH_STEP
-    read = first.session.read
+    read = first.session.cache_length
     ended = first.finish == ["end"]
-    assert padded + drawn + ended == read and calls == {"encode": 0, "prefill": 1, "run": 1}
+    assert padded + drawn + ended == read and calls == {
+        "encode": 0,
+        "prefill": 1,
+        "decode_chunk": 1,
+    }
     assert int(first.session.state.valid.sum()) == len(prompt.ids) - 1 + drawn + ended
     second = model.generate(["and?"], continue_from=first, **options, images=0)
-    new = second.session.read - read - sum(len(p.tokens) for p in second[0])
+    new = second.session.cache_length - read - sum(len(p.tokens) for p in second[0])
     # The new turn's items and the end of the turn before, padded.
-    turn = session.lay_out([Part("text", "user", "and?")], tiny_decode_model.TOKENIZER, 4, "", "")
+    turn = session.layout_parts([Part("text", "user", "and?")], TOKENIZER, 4, "", "")
     most = -(-(len(turn.ids) + 2) // session.LENGTH_STEP) * session.LENGTH_STEP
-    assert new <= most + 1 and calls == {"encode": 0, "prefill": 2, "run": 2}
+    assert new <= most + 1 and calls == {"encode": 0, "prefill": 2, "decode_chunk": 2}
 
 
 # ------------------------------------------------------------------------------------ what is drawn
@@ -372,11 +369,11 @@ def test_every_item_has_a_key_of_its_own():
     """An image that begins its part does not draw its first patch from the key of the token."""
     model = tiny_decode_model.model()
     keys = jax.random.split(jax.random.key(0), 1)
-    state = session.begin(model.decode_params, model.model_config, keys, "", 1.0, 64, True).state
+    state = session.new_session(model.decode_params, model.model_config, keys, "", 64, True).state
     found = set()
     for part in range(3):
         for number in range(model.model_config.patches):
-            now = state.replace(part=jnp.array([part]), item=jnp.array([number]))
+            now = state.replace(part_index=jnp.array([part]), index_in_part=jnp.array([number]))
             now = now.replace(patch=jnp.array([number]))
             kinds = (True, False) if number == 0 else (True,)
             for drawing in kinds:
@@ -387,7 +384,7 @@ def test_every_item_has_a_key_of_its_own():
 
 def test_words_are_cut_as_asked():
     logits = jnp.log(jnp.asarray([[0.5, 0.2, 0.15, 0.1, 0.05], [0.1, 0.1, 0.1, 0.1, 0.6]]))
-    kept = lambda k, p: np.isfinite(np.asarray(decode_loop.truncate(logits, k, p)))
+    kept = lambda k, p: np.isfinite(np.asarray(sampling.truncate_logits(logits, k, p)))
     assert kept(0, 1.0).all()
     np.testing.assert_array_equal(kept(2, 1.0)[0], [1, 1, 0, 0, 0])
     np.testing.assert_array_equal(kept(0, 0.6)[0], [1, 1, 0, 0, 0])
@@ -405,14 +402,12 @@ def test_words_are_cut_as_asked():
     # The likeliest token of the teacher-forced row, of those that may be drawn.
     said = greedy[0][0].tokens
     items, _ = laid_out(model, [([Part("text", "user", "hello"), greedy[0][0]], "none")])
-    prompt = session.lay_out(
-        [Part("text", "user", "hello")], tiny_decode_model.TOKENIZER, 4, "", ""
-    )
+    prompt = session.layout_parts([Part("text", "user", "hello")], TOKENIZER, 4, "", "")
     first = len(prompt.ids)
     np.testing.assert_array_equal(items.ids[0, first:], said)
     logits = np.array(parallel(model, items)[2][0, first - 1 : -1])
-    ids = session.delimiters(model.tokenizer, model.model_config)
-    logits[:, [*ids.banned, ids.vision_start, *range(ids.size, tiny_decode_model.VOCAB)]] = -np.inf
+    ids = session.special_tokens(model.tokenizer, model.model_config)
+    logits[:, [*ids.banned, ids.vision_start, *range(ids.vocab_size, VOCAB)]] = -np.inf
     assert len(said) and tuple(logits.argmax(-1)) == said
 
 

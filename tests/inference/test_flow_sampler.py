@@ -15,7 +15,13 @@ import starflow2_jax
 from starflow2_jax import config, params
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.inference import denoise
-from starflow2_jax.inference.flow_sampler import FlowModel, FlowSampling, generate, likelihood, load
+from starflow2_jax.inference.flow_sampler import (
+    FlowModel,
+    FlowSampling,
+    generate,
+    likelihood,
+    load_flow,
+)
 from starflow2_jax.inference.inverse import Jacobi
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import flow
@@ -87,7 +93,7 @@ def test_an_identity_flow_draws_the_noise_of_seed_and_number():
     expected = np.clip(np.round((values * (1 - 0.1**2) + 1) * 127.5), 0, 255)
     np.testing.assert_array_equal(cleaned, expected)
     # Uniform noise is never taken away, and pixels are floor(128 (x + 1)) under its protocol.
-    changes = {"noise": {"kind": "uniform"}, "image": {"layout": "channel_last"}}
+    changes = {"noise": {"kind": "uniform"}, "image": {"channel_order": "channel_last"}}
     uniform = dataclasses.replace(model, cfg=experiment(model=TARFLOW, **changes))
     values = unpatchify(jnp.asarray(noise_of(7, 3)), (2, 2), PATCH, "channel_last")
     expected = np.clip(np.floor((values + 1) * 128), 0, 255)
@@ -186,7 +192,7 @@ def test_wrong_conditions_are_named(make, given, words):
 def test_tokens_of_another_width_and_unknown_rules_are_named():
     with pytest.raises(ValueError, match=r"tokens: expected \[B, T, 12\], got \[2, 4, 11\]"):
         likelihood(labelled(), np.zeros((2, 4, 11), np.float32))
-    with pytest.raises(ValueError, match=r"guidance.rule='sum' is not of"):
+    with pytest.raises(ValueError, match=r"guidance.rule='sum' is not one of"):
         generate(labelled(), 1, sampling=FlowSampling(guidance=1.0, rule="sum"))
 
 
@@ -262,8 +268,8 @@ def check_same(found, expected):
 
 def test_load_a_run_and_a_step_of_it(saved):
     workdir, models = saved
-    check_same(load(str(workdir)), models[2])
-    found = load(str(workdir / "checkpoints" / "1"))
+    check_same(load_flow(str(workdir)), models[2])
+    found = load_flow(str(workdir / "checkpoints" / "1"))
     check_same(found, models[1])
     assert json.loads(found.source) == {"workdir": str(workdir), "step": 1}
     drawn = generate(found, 3, labels=[0, 1, 2])
@@ -285,7 +291,7 @@ def test_load_a_run_with_a_frozen_subtree(tmp_path):
     orbax.save(writer, 1, {"step": state.step, "params": state.params, "ema": state.ema}, meta)
     orbax.close(writer)
     for at in (None, make_mesh("fsdp=-1")):
-        found = load(str(tmp_path), at, "fsdp")
+        found = load_flow(str(tmp_path), at, "fsdp")
         np.testing.assert_array_equal(found.params["text"]["embed"], frozen["text"]["embed"])
     assert generate(found, 1, prompts=["red"]).shape == (1, 4, 4, 3)
 
@@ -294,7 +300,7 @@ def test_load_a_model_folder(saved, tmp_path):
     model = saved[1][2]
     cfg = {**model.cfg, "classes": list(model.classes)}
     model_folder.write_folder(tmp_path / "folder", model.params, cfg)
-    found = load(str(tmp_path / "folder"))
+    found = load_flow(str(tmp_path / "folder"))
     check_same(found, model)
     assert found.source == str(tmp_path / "folder")
     np.testing.assert_array_equal(generate(found, 2), generate(model, 2))
@@ -308,7 +314,7 @@ def test_load_onto_a_mesh(saved, tmp_path, kind):
         model_folder.write_folder(
             workdir, models[2].params, {**models[2].cfg, "classes": ["cat", "dog", "owl"]}
         )
-    found = load(str(workdir), make_mesh("fsdp=8"), "fsdp")
+    found = load_flow(str(workdir), make_mesh("fsdp=8"), "fsdp")
     check_same(found, models[2])
     up = found.params["flow"]["blocks"]["0"]["layers"]["mlp_up"]["weight"]
     assert {shard.data.shape for shard in up.addressable_shards} == {(1, 2, 64)}
@@ -319,11 +325,11 @@ def test_load_onto_a_mesh(saved, tmp_path, kind):
 def test_load_says_what_is_not_there_or_damaged(saved, tmp_path):
     workdir, models = saved
     with pytest.raises(FileNotFoundError, match="no committed checkpoint in"):
-        load(str(tmp_path / "nowhere"))
+        load_flow(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint of step 9.*\[1, 2\]"):
-        load(str(workdir / "checkpoints" / "9"))
+        load_flow(str(workdir / "checkpoints" / "9"))
     with pytest.raises(ValueError, match="layout: 'zz' is not one of"):
-        load(str(workdir), make_mesh(), "zz")
+        load_flow(str(workdir), make_mesh(), "zz")
     # A run whose own configuration names another model.
     writer = orbax.open(tmp_path / "other")
     cfg = {**models[1].cfg, "model": {**models[1].cfg["model"], "width": 24}}
@@ -332,7 +338,7 @@ def test_load_says_what_is_not_there_or_damaged(saved, tmp_path):
     orbax.save(writer, 1, state, meta)
     orbax.close(writer)
     with pytest.raises(ValueError, match=r"checkpoint of another model.*of another shape"):
-        load(str(tmp_path / "other"))
+        load_flow(str(tmp_path / "other"))
     model_folder.write_folder(tmp_path / "folder", models[1].params, cfg)
     with pytest.raises(ValueError, match="expected"):
-        load(str(tmp_path / "folder"))
+        load_flow(str(tmp_path / "folder"))

@@ -14,6 +14,7 @@ from helpers.tiny_decode_model import picture
 from PIL import Image
 
 from starflow2_jax import convert, generate as command
+from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.inference import (
     decode_loop,
     denoise,
@@ -33,14 +34,14 @@ from starflow2_jax.latents import codec
 
 def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
     run = parts[1]
-    model = command.load(run)
+    model = load.load(run)
     assert isinstance(model, STARFlow2) and model.source == run
     options = {"images": 1, "max_tokens": 0, "guidance": 1.0}
     drawn = model.generate(["a red circle"], **options)[0][0]
     assert drawn.image.shape == (PIXELS, PIXELS, 3) and drawn.image.dtype == np.uint8
     for embed, name in ((True, "whole"), (False, "near")):
         load.export(run, str(tmp_path / name), embed=embed)
-        other = command.load(str(tmp_path / name)).generate(["a red circle"], **options)[0][0]
+        other = load.load(str(tmp_path / name)).generate(["a red circle"], **options)[0][0]
         np.testing.assert_array_equal(other.image, drawn.image)
         assert (tmp_path / name / "fae").exists() == embed
     # The command writes the first kind, and a folder that was moved still has all it needs.
@@ -59,12 +60,12 @@ def test_a_long_answer_of_a_loaded_model_needs_one_program(parts, caplog):
     model = load.load(parts[1])
     images = decode_loop.CHUNK // model.model_config.patches + 1
     options = {"images": images, "image_start": True, "max_tokens": 1}
-    decode_loop.run.clear_cache()
+    decode_loop.decode_chunk.clear_cache()
     with jax.log_compiles(), caplog.at_level("WARNING"):
         row = model.generate([["a red circle"]], **options)[0]
     assert sum(part.kind == "image" for part in row) == images
     started = [entry.getMessage() for entry in caplog.records]
-    assert sum(line.startswith("Compiling jit(run) ") for line in started) == 1
+    assert sum(line.startswith("Compiling jit(decode_chunk) ") for line in started) == 1
 
 
 def test_rows_go_on_by_the_same_program_where_others_were_cut(parts, caplog):
@@ -73,26 +74,26 @@ def test_rows_go_on_by_the_same_program_where_others_were_cut(parts, caplog):
     prompts = [["a red circle"], ["a blue square"]]
     said = [row[0].text if row else "" for row in model.generate(prompts, **options)]
     words = [word for word in said[0].split()[:8] if len(word) > 1 and word not in said[1]]
-    decode_loop.run.clear_cache()
+    decode_loop.decode_chunk.clear_cache()
     with jax.log_compiles(), caplog.at_level("WARNING"):
         found = model.generate(prompts, stop=(words[0],), **options)
     assert found.finish[0] == "stop" and found[1][0].text == said[1] and len(said[1]) > 16
     started = [entry.getMessage() for entry in caplog.records]
-    assert sum(line.startswith("Compiling jit(run) ") for line in started) == 1
+    assert sum(line.startswith("Compiling jit(decode_chunk) ") for line in started) == 1
 
 
-def test_a_run_says_how_much_noise_its_pictures_have(parts, monkeypatch):
-    meta = load._meta(parts[1], False)
-    for given, wanted in (({"image_temperature": 0.5}, 0.5), ({}, 1.0)):
-        sample = {k: v for k, v in meta["config"]["sample"].items() if k != "image_temperature"}
-        changed = {**meta, "config": {**meta["config"], "sample": {**sample, **given}}}
-        monkeypatch.setattr(load, "_meta", lambda path, folder, changed=changed: changed)
-        drawn = sampling_defaults(load.settings(parts[1])["config"]["sample"])
-        assert drawn["image_temperature"] == wanted
+def test_a_run_says_how_much_noise_its_images_have(parts, monkeypatch):
+    saved = open_model(parts[1])
+    for changes, expected in (({"image_temperature": 0.5}, 0.5), ({}, 1.0)):
+        sample = {k: v for k, v in saved.config["sample"].items() if k != "image_temperature"}
+        old = dataclasses.replace(saved, config={**saved.config, "sample": {**sample, **changes}})
+        monkeypatch.setattr(load, "open_model", lambda path, old=old: old)
+        options = sampling_defaults(load.read_config(parts[1])["sample"])
+        assert options["image_temperature"] == expected
 
 
 def test_images_are_read_with_the_noise_of_their_row(parts):
-    model = command.load(parts[1])
+    model = load.load(parts[1])
     pixels = np.random.default_rng(0).integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)
     rows = [[pixels, "what is it?"], ["what is it?", pixels]]
     scores = model.log_likelihood(rows)
@@ -112,13 +113,13 @@ def test_another_vlm_codec_or_task_is_refused(parts, tmp_path):
     root, run = parts
     found = codec.load(str(root / "fae"))
     args = (root, found)
-    with pytest.raises(ValueError, match=r"trained beside another VLM than the one in .*vlm: sha2"):
+    with pytest.raises(ValueError, match=r"trained with another VLM .*vlm: expected sha2"):
         load.load(save_run(tmp_path / "a", *args, vlm="0" * 64))
-    with pytest.raises(ValueError, match=r"trained on latents of another codec than .*fae: sha256"):
+    with pytest.raises(ValueError, match=r"trained with another codec than .*fae: expected sha256"):
         load.load(save_run(tmp_path / "b", *args, fae="0" * 64))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load.load(run, vlm=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="task='fae_features', expected a model of interleaved"):
+    with pytest.raises(ValueError, match="task='fae_features', expected a flow or a STARFlow2"):
         load.load(str(root / "features"))
 
 
@@ -138,7 +139,7 @@ def test_the_command_draws_and_answers(parts, tmp_path, capsys):
     ran(capsys, "--model", run, "--prompt", "a red circle", "--n", 2, "--guidance", 2, "--out", out)
     names = sorted(path.name for path in out.glob("*.png"))
     assert names == ["00000_00_0.png", "00000_01_0.png"]
-    note = output.read_settings(out / names[1])
+    note = json.loads(Image.open(out / names[1]).text[output.PNG_KEY])
     assert note["guidance"] == 2.0 and note["prompt"] == "a red circle" and note["model"] == run
     assert np.isfinite(note["log_likelihood"]) and note["row"] == "00000_01"
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
@@ -157,7 +158,7 @@ def test_the_command_draws_and_answers(parts, tmp_path, capsys):
     assert len(said) == 2
     shown = ran(capsys, "--model", run, "--image", out / names[0], "--prompt", "why?",
                 "--max_tokens", 3)  # fmt: skip
-    assert "1 answers with 0 pictures" in shown
+    assert "1 answers with 0 images" in shown
 
 
 def test_genevals_tree(parts, tmp_path, capsys):
@@ -179,7 +180,7 @@ def test_genevals_tree(parts, tmp_path, capsys):
     options = make_options(drawing | {"denoise": model.cfg["sample"]["denoise"]})
     prompts = [row["prompt"] for row in rows]
     for together in (1, 2):
-        found = list(generate.generate_many(model, prompts, options, rows=2 * together))
+        found = list(generate.generate_many(model, prompts, options, max_rows=2 * together))
         last = found[1][1][0].image
         kept = np.asarray(Image.open(tmp_path / "tree" / "00001" / "samples" / "00001.png"))
         assert np.abs(last.astype(int) - kept).max() <= 1
@@ -206,9 +207,9 @@ def test_prompts_and_options_that_cannot_be(tmp_path):
         (r"prompt 0, part 0: latent \(3, 3\), expected \(4, 3\)",
          [Part("image", "user", latent=np.zeros((3, 3)))], {}),
         ("row 0: the prompt is empty", [], {"images": 0}),
-        (r"the cache has 40 positions, 0 of them read; 23 of the prompt and 9 ",
+        (r"the cache has 40 positions, of which 0 are used; 23 of the prompt and 9 ",
          "hello" * 1, {"cache": 40, "max_tokens": 8, "images": 0}),
-        (r"the cache has 64 positions.* and 75 for what may be drawn do not fit",
+        (r"the cache has 64 positions.* and 75 for the answer do not fit",
          "hi", {"cache": 64, "images": 12, "max_tokens": 2}),
         ("guidance=-1.0: expected a number at least 0", "a", {"guidance": -1.0}),
         ("guidance=nan", "a", {"guidance": float("nan")}),
@@ -217,16 +218,16 @@ def test_prompts_and_options_that_cannot_be(tmp_path):
         ("top_p=1.5: expected a number above 0 and at most 1", "a", {"top_p": 1.5}),
         ("top_p=0.0", "a", {"top_p": 0.0}),
         ("image_temperature=0.0", "a", {"image_temperature": 0.0}),
-        ("guidance.rule='sum' is not of", "a", {"rule": "sum"}),
+        ("guidance.rule='sum' is not one of", "a", {"rule": "sum"}),
         (r"null='words' is not one of \('text', 'all'\)", "a", {"null": "words"}),
         ("images=-1", "a", {"images": -1}),
-        ("there is nothing to draw", "a", {"images": 0, "max_tokens": 0}),
+        ("there is nothing to generate", "a", {"images": 0, "max_tokens": 0}),
         (r"unknown option 'guidence'.*guidance", "a", {"guidence": 2.0}),
         ("samples: 2 numbers for 1 rows", "a", {"samples": (1, 2)}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             draw(prompt, **options)
-    with pytest.raises(ValueError, match="expected a list with one prompt a row"):
+    with pytest.raises(ValueError, match="expected a non-empty list with one prompt per row"):
         model.generate("a prompt")
 
 
@@ -237,9 +238,9 @@ def command_chat(path):
 
 
 def test_images_of_another_size_are_not_resized(parts):
-    model = command.load(parts[1])
-    with pytest.raises(ValueError, match=r"prompt 0, part 1: the image is 8 x 9 \(h x w\), this "
-                       "model takes 16 x 16 only; images are not resized"):  # fmt: skip
+    model = load.load(parts[1])
+    message = r"prompt 0, part 1: the image is 8 x 9 \(height x width\), but this model takes 16 x"
+    with pytest.raises(ValueError, match=message):
         model.generate([["a", np.zeros((8, 9, 3), np.uint8)]])
 
 
@@ -249,12 +250,12 @@ def test_checkpoints_that_have_not_learnt_it_say_so():
     blind = dataclasses.replace(
         model, params={**model.params, "adapter": zero(model.params["adapter"])}
     )
-    with pytest.raises(ValueError, match=r"its adapter is zero \(a checkpoint of stage 1\?\)"):
+    with pytest.raises(ValueError, match=r"the adapter is untrained \(last layer is still zero"):
         blind.generate([[picture(1), "what?"]], images=0)
     assert blind.generate(["draw"], images=1, max_tokens=0)[0][0].kind == "image"
     deep = {**model.params["deep"], "proj_out": zero(model.params["deep"]["proj_out"])}
     mute = dataclasses.replace(model, params={**model.params, "deep": deep})
-    with pytest.raises(ValueError, match="its flow is as it was born"):
+    with pytest.raises(ValueError, match="the flow is untrained"):
         mute.generate(["draw"], images=1)
 
 
@@ -264,7 +265,7 @@ def test_conversations_that_cannot_go_on():
     for words, prompts, options in (
         ("1 for the 2 rows to continue", ["c"], {}),
         ("n and best_of belong to the first call", ["c", "d"], {"n": 2}),
-        ("the conversation was begun without it", ["c", "d"], {"guidance": 1.0}),
+        ("the session was started without guidance", ["c", "d"], {"guidance": 1.0}),
     ):
         with pytest.raises(ValueError, match=words):
             model.generate(
@@ -282,44 +283,47 @@ def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(x64):
     """By the parallel forward over the whole row: of the second image, the first one before it."""
     model = tiny_decode_model.model()
     options = {"images": 2, "max_tokens": 2, "seed": 4, "temperature": 1.0, "guidance": 1.0}
-    found = model.generate(["ab", "hello"], **options)
+    results = model.generate(["ab", "hello"], **options)
     sigma, cfg = 0.3, model.model_config
-    ids = session.delimiters(model.tokenizer, cfg)
-    start = session.lay_out([Part("text", "user", "ab")], model.tokenizer, 4, "", "")
-    row = [Part("text", "user", "ab"), *found[0]]
-    drawn = [part for part in row if part.kind == "image"]
-    x = [np.stack([part.latent for part in drawn])]
-    batch, _ = scoring.lay_out(model, [row], x)
-    own = np.zeros((1, 2, 1, 1))
-    own[0, 1] = 1.0
+    special = session.special_tokens(model.tokenizer, cfg)
+    prompts = [[Part("text", "user", text)] for text in ("ab", "hello")]
+    row = [*prompts[0], *results[0]]
+    images = [part for part in row if part.kind == "image"]
+    batch, _ = scoring.build_batch(model, [row], [np.stack([part.latent for part in images])])
+    is_second = np.zeros((1, 2, 1, 1))
+    is_second[0, 1] = 1.0
 
     def density(second):
-        latents = batch["latent_mean"] * (1 - own) + second * own
-        terms = scoring._terms(model.params, {**batch, "latent_mean": latents}, cfg=cfg)
+        latents = batch["latent_mean"] * (1 - is_second) + second * is_second
+        terms = scoring._loss_terms(model.params, {**batch, "latent_mean": latents}, cfg=cfg)
         return (sum(terms.log_dets) - terms.half_square)[0, 1]
 
-    # Differences, as in training no gradient takes the way through the VLM.
-    along = np.random.default_rng(0).standard_normal(drawn[1].latent.shape)
-    up, down = (float(density(drawn[1].latent + e * along)) for e in (1e-5, -1e-5))
-    held = found.session
-    laid = batch["ids"][0].tolist()
-    at = [i for i, token in enumerate(laid) if token == ids.vision_start][1]
-    # The prompt was padded to its multiple; the pending item stood at its end.
-    padded = -(-(len(start.ids) - 1) // session.LENGTH_STEP) * session.LENGTH_STEP
-    longest = session.lay_out([Part("text", "user", "hello")], model.tokenizer, 4, "", "")
-    padded = max(padded, -(-(len(longest.ids) - 1) // 16) * 16)
-    slot = padded + at - (len(start.ids) - 1)
-    begin = (ids.vision_start, slot, batch["positions"][0, at, 0] + 1,
-             batch["flow_positions"][0, at, 2])  # fmt: skip
-    args = (model.params, held.params, held.state, 0, tuple(map(jnp.int32, begin)))
-    step = denoise.image_score_step(*args, jnp.asarray(drawn[1].latent), sigma, cfg=cfg)
-    moved = (np.asarray(step) - drawn[1].latent) / sigma**2
-    assert (moved * along).sum() == pytest.approx((up - down) / 2e-5, rel=1e-6)
-    assert np.abs(moved).max() > 0.1
+    # Finite differences: in training no gradient passes through the VLM.
+    latent = images[1].latent
+    direction = np.random.default_rng(0).standard_normal(latent.shape)
+    up, down = (float(density(latent + e * direction)) for e in (1e-5, -1e-5))
+    tokens = batch["ids"][0].tolist()
+    position = [i for i, token in enumerate(tokens) if token == special.vision_start][1]
+    # The prompts were padded to a multiple; the pending item stood at the end.
+    lengths = [len(session.layout_parts(p, model.tokenizer, 4, "", "").ids) - 1 for p in prompts]
+    padded = -(-max(lengths) // session.LENGTH_STEP) * session.LENGTH_STEP
+    start = denoise.ImageStart(
+        token=jnp.int32(special.vision_start),
+        slot=jnp.int32(padded + position - lengths[0]),
+        vlm_position=jnp.int32(batch["positions"][0, position, 0] + 1),
+        flow_index=jnp.int32(batch["flow_positions"][0, position, 2]),
+    )
+    params, state = results.session.params, results.session.state
+    denoised = denoise.image_score_step(
+        model.params, params, state, 0, start, jnp.asarray(latent), sigma, cfg=cfg
+    )
+    score = (np.asarray(denoised) - latent) / sigma**2
+    assert (score * direction).sum() == pytest.approx((up - down) / 2e-5, rel=1e-6)
+    assert np.abs(score).max() > 0.1
 
 
 def test_cleaned_images_are_decoded_and_the_noisy_ones_told(parts):
-    model = command.load(parts[1])
+    model = load.load(parts[1])
     options = {"images": 2, "max_tokens": 2, "seed": 1}
     plain = model.generate(["a circle"], **options)[0]
     clean = model.generate(["a circle"], **options, denoise=True)[0]

@@ -107,7 +107,9 @@ def tarflow_values(golden, dtype, conditional, head_dim):
     sample = lambda guidance=None, labels=labels: inverse(
         params, noise, cfg, Conditioning(labels=labels), guidance=guidance
     )
-    guide = partial(Guidance, rule="linear_log_scale", temperature_on="unconditional", blocks="all")
+    guide = partial(
+        Guidance, rule="linear_log_scale", temperature_on="unconditional", all_blocks=True
+    )
     plain, info = sample()
     values |= {f"sample/seq_{i}": picture(t) for i, t in enumerate(info["tokens"])}
     values["sample/g0"] = picture(plain)

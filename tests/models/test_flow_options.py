@@ -247,7 +247,7 @@ def test_guidance_weights_of_zero_and_minus_one(x64, conditioned):
     # With every pass at a temperature, weight 0 is sampling at that temperature.
     guided = draw(guidance=Guidance(0.0, temperature=0.7))[0]
     assert error(guided, draw(temperature=0.7)[0]) < 1e-12
-    with pytest.raises(ValueError, match=r"guidance.rule='cfg' is not of \('product'"):
+    with pytest.raises(ValueError, match=r"guidance.rule='cfg' is not one of \('product'"):
         draw(guidance=Guidance(1.0, rule="cfg"))
 
 
