@@ -1,12 +1,33 @@
 """Eight virtual CPU devices for every test, and the fixtures that several folders share."""
 
+import os
 import pathlib
+import shutil
+import tempfile
 
 import jax
 import pytest
 from helpers import cpu_devices, starflow2_folders, tiny_fae
 
 cpu_devices.configure()
+PROGRAMS = pytest.StashKey[str]()
+
+
+def pytest_configure(config):
+    """Let the workers of this run, and the processes that tests start, share compiled programs."""
+    if not hasattr(config, "workerinput"):  # the workers inherit the environment
+        config.stash[PROGRAMS] = tempfile.mkdtemp(prefix="starflow2_tests_")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[PROGRAMS]
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure(config):
+    if PROGRAMS in config.stash:
+        shutil.rmtree(config.stash[PROGRAMS], ignore_errors=True)
 
 
 @pytest.fixture

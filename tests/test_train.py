@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.paths import EXPERIMENTS
-from helpers.training_runs import environment_of, finish, rows_of, run_config, start, state_of
+from helpers.training_runs import environment, finish, rows_of, run_config, start, state_of
 
 from starflow2_jax import train
 from starflow2_jax.checkpoints import steps
@@ -165,11 +165,10 @@ def test_dry_run_compiles_and_writes_nothing(tmp_path):
         "--config.model.layers=(1,1)", "--config.train.batch_size=8", "--layout=fsdp",
         "--mesh=fsdp=2",
     ]  # fmt: skip
-    environment = environment_of(tmp_path / "cache", 2)
     command = [sys.executable, "-m", "starflow2_jax.train", *flags]
     done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+        command, env=environment(2), cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "layout fsdp over fsdp=2" in done.stdout and "per device: arguments" in done.stdout
-    assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == []
+    assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import pytest
 from helpers.markdown import blocks
 from helpers.paths import ROOT
 from helpers.starflow2_folders import PIXELS
-from helpers.training_runs import environment_of
+from helpers.training_runs import environment
 from PIL import Image
 
 from starflow2_jax.checkpoints import model_folder, orbax
@@ -55,14 +55,17 @@ def test_a_model_is_finetuned_on_images_with_captions(folder, tmp_path):
         pixels = np.full((24, 20, 3), 60 * i, np.uint8)
         (source / f"{i}.png").write_bytes(images.encode_png(pixels))
         (source / f"{i}.txt").write_text(f"a {color} circle")
-    environment = {**environment_of(tmp_path / "cache", 1), "PYTHONPATH": str(ROOT)}
     for words in commands():
         verb = words[1].removeprefix("starflow2_jax.")
         words = [
             f"{ROOT}/{w}:{folder}" if w == "experiments/finetune.py" else w for w in words
         ] + SMALL.get(verb, [])
         done = subprocess.run(
-            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+            [sys.executable, *words],
+            cwd=tmp_path,
+            env={**environment(), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, (verb, done.stderr[-2000:])
         assert verb != "train" or f"started from the weights of {folder}" in done.stdout

@@ -1,10 +1,14 @@
-"""A training process for the tests: `python train_runner.py CONFIG.json WORKDIR [WHAT] [NOTES]`.
+"""A training process for the tests: `python train_runner.py CONFIG.json WORKDIR [EVENT] [NOTES]`.
 
-WHAT is `before:N` or `after:N`: the process kills itself with signal 9 when step N is to be saved,
-or once it is committed and sealed; `writing:N` while its files are being written; `step:N` and
-`data:N` when step N begins or its batch is made; `stop:N`: it stops after step N as on SIGTERM.
-`P@` before it lets only process P do so. NOTES is a folder for what each process has seen: the ids
-of its batches, and its part of the state after a restore.
+EVENT says when the process ends itself by signal 9:
+    before:N   step N is about to be saved
+    writing:N  the files of step N are being written
+    after:N    step N is saved, committed and sealed
+    step:N     the N-th step of this process is running
+    data:N     the batch of step N was made
+`stop:N` stops training after step N as SIGTERM would. A prefix `P@` restricts the event to process
+P. NOTES is a folder in which each process leaves the ids of its batches, and its shards of the
+state after a restore.
 """
 
 import json
@@ -29,13 +33,13 @@ if "OBJECT_STORE" in os.environ:
 
     object_store.use()
 config, workdir = json.loads(pathlib.Path(sys.argv[1]).read_text()), sys.argv[2]
-what = sys.argv[3] if len(sys.argv) > 3 else ""
+event = sys.argv[3] if len(sys.argv) > 3 else ""
 notes = pathlib.Path(sys.argv[4]) if len(sys.argv) > 4 else None
-who, _, what = what.rpartition("@")
-when, _, step = what.partition(":")
 process = os.environ.get("JAX_PROCESS_ID", "0")
-if who not in ("", process):
-    when = ""
+only_process, _, event = event.rpartition("@")
+kind, _, step = event.partition(":")
+if only_process not in ("", process):
+    kind = ""
 save, restore, to_device = orbax.save, orbax.restore, programs.to_device
 
 
@@ -44,69 +48,71 @@ def die():
 
 
 def save_and_die(writer, number, state, meta):
-    if number != int(step or -1) or when not in ("before", "writing", "after"):
+    if number != int(step or -1) or kind not in ("before", "writing", "after"):
         return save(writer, number, state, meta)
-    if when == "before":
+    if kind == "before":
         orbax.wait(writer)
         die()
-    if when == "writing":
-        target = os.path.join(workdir, "checkpoints", str(number))
+    if kind == "writing":
+        folder = os.path.join(workdir, "checkpoints", str(number))
 
-        def watch():
-            while not os.path.exists(target):
+        def die_once_it_exists():
+            while not os.path.exists(folder):
                 time.sleep(1e-3)
             die()
 
-        threading.Thread(target=watch, daemon=True).start()
+        threading.Thread(target=die_once_it_exists, daemon=True).start()
     save(writer, number, state, meta)
     orbax.wait(writer)
     die()
 
 
-def note(name, text):
-    if notes is not None:
-        with open(notes / f"{name}_{process}.jsonl", "a") as file:
-            file.write(text + "\n")
-
-
 def restore_and_note(*args, **kwargs):
-    """Every part of the state that this process holds, by number of the array and where it lies."""
-    found = restore(*args, **kwargs)
+    """Restore, and write every addressable shard by the number of its array and its index."""
+    restored = restore(*args, **kwargs)
     if notes is not None:
-        parts = {}
-        for number, leaf in enumerate(jax.tree.leaves(found[0])):
+        shards = {}
+        for number, leaf in enumerate(jax.tree.leaves(restored[0])):
             for shard in leaf.addressable_shards:
-                where = [[s.start or 0, s.stop or n] for s, n in zip(shard.index, leaf.shape)]
-                parts[f"{number} {json.dumps(where)}"] = np.asarray(shard.data)
-        np.savez(notes / f"restored_{args[1]}_{process}.npz", **parts)
-    return found
+                index = [[s.start or 0, s.stop or n] for s, n in zip(shard.index, leaf.shape)]
+                shards[f"{number} {json.dumps(index)}"] = np.asarray(shard.data)
+        np.savez(notes / f"restored_{args[1]}_{process}.npz", **shards)
+    return restored
 
 
-def of_interest(batches):
-    def noted(*args, start_step=0, **kwargs):
-        made = batches(*args, start_step=start_step, **kwargs)
-        for number, batch in enumerate(made, start_step + 1):
-            if when == "data" and number == int(step):
+def note_ids(batches):
+    """Wrap a function that yields batches, so that it notes their ids and dies at `data:N`."""
+
+    def noting_batches(*args, start_step=0, **kwargs):
+        stream = batches(*args, start_step=start_step, **kwargs)
+        for number, batch in enumerate(stream, start_step + 1):
+            if kind == "data" and number == int(step):
                 die()
-            note("ids", json.dumps([number, batch["id"]]))
+            if notes is not None:
+                with open(notes / f"ids_{process}.jsonl", "a") as file:
+                    file.write(json.dumps([number, batch["id"]]) + "\n")
             yield batch
 
-    return noted
+    return noting_batches
 
 
 def to_device_and_die(program, batch):
     to_device_and_die.calls = getattr(to_device_and_die, "calls", 0) + 1
-    if when == "step" and to_device_and_die.calls == int(step):
+    if kind == "step" and to_device_and_die.calls == int(step):
         threading.Timer(0.01, die).start()  # the step is running by then, or soon will
     return to_device(program, batch)
 
 
-orbax.save, orbax.restore = save_and_die, restore_and_note
-image_batches.batches, packed_batches.batches = (
-    of_interest(image_batches.batches),
-    of_interest(packed_batches.batches),
-)
-programs.to_device = to_device_and_die
-if when == "stop":
-    distributed.stopper = lambda: lambda number: number == int(step)
+def replace(module, name, function):
+    assert hasattr(module, name), f"{module.__name__} has no {name}"
+    setattr(module, name, function)
+
+
+replace(orbax, "save", save_and_die)
+replace(orbax, "restore", restore_and_note)
+replace(image_batches, "batches", note_ids(image_batches.batches))
+replace(packed_batches, "batches", note_ids(packed_batches.batches))
+replace(programs, "to_device", to_device_and_die)
+if kind == "stop":
+    replace(distributed, "preemption_handler", lambda: lambda number: number == int(step))
 train.train(config, workdir)

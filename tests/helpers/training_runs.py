@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, and what they leave behind."""
+"""Training runs of a tiny TarFlow in processes of their own, and the files that they leave."""
 
 import json
 import os
@@ -16,12 +16,11 @@ from starflow2_jax.training.logging import run_log
 from starflow2_jax.training.tasks import registry
 
 RUNNER = pathlib.Path(__file__).with_name("train_runner.py")
-
-
 CLOCKS = ("seconds_per_step", "tokens_per_second", "flops_per_second", "mfu")
 
 
 def run_config(data, **changes):
+    """Return the configuration of a short run on a dataset, with dotted keys changed."""
     base = {
         "model.classes": 8, "train.steps": 6, "optim.lr": 1e-3, "checkpoint.every": 2,
         "checkpoint.keep": 9, "log.every": 1, "sample.every": 3, "sample.count": 2,
@@ -40,42 +39,46 @@ def run_config(data, **changes):
     return cfg
 
 
-def start(cfg, workdir, kill="", devices=1):
-    """A process that trains, with a number of virtual devices."""
+def start(cfg, workdir, event="", devices=1):
+    """Start a process that trains; `train_runner` says which events end it."""
     file = workdir.with_suffix(".json")
     file.write_text(json.dumps(cfg))
-    cache = pathlib.Path(cfg["data"]["path"]).parent / "cache"
-    command = [sys.executable, str(RUNNER), str(file), str(workdir), *([kill] if kill else [])]
-    pipe = subprocess.PIPE
-    environment = environment_of(cache, devices)
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, str(RUNNER), str(file), str(workdir), event],
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
-def environment_of(cache, devices):
-    """Programs are compiled once for all processes of this file, and quickly."""
+def environment(devices=1):
+    """Return the environment of a process with virtual CPU devices and quickly compiled programs.
+
+    conftest.py sets the cache of compiled programs, which all processes of a test run share.
+    """
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
 
 def finish(process, expected=0):
+    """Wait for a process, check its exit status, and return what it printed."""
     output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == expected, output[-3000:]
     return output
 
 
 def state_of(workdir, number, cfg):
+    """Return the state of a step of a flow's run, restored on one device, as numpy arrays."""
     program = registry.build({**cfg, "mesh": "data=1"}, mesh.make_mesh("data=1", jax.devices()[:1]))
     state, _ = orbax.restore(workdir, number, program.abstract_state)
     return jax.tree.map(np.asarray, state)
 
 
 def rows_of(workdir):
+    """Return the metric rows of a run without those that depend on the clock."""
     rows = run_log.read(workdir)
     return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]

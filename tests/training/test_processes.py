@@ -19,7 +19,7 @@ import pytest
 from etils import epath
 from helpers import interleaved_dataset, object_store
 from helpers.paths import ROOT
-from helpers.training_runs import RUNNER, environment_of, run_config, state_of
+from helpers.training_runs import RUNNER, environment, run_config, state_of
 
 from starflow2_jax import config
 from starflow2_jax.checkpoints import digest, orbax, steps as step_folders
@@ -99,16 +99,18 @@ def start(cfg, workdir, shape="2x4", what="", notes="", beside=None, **environ):
     beside.parent.mkdir(parents=True, exist_ok=True)
     file = beside.with_suffix(".json")
     file.write_text(json.dumps(cfg))
-    cache = pathlib.Path(cfg["data"]["path"]).parent / f"cache_{shape}"
     command = ["bash", str(LAUNCHER), str(processes), "--cpu", str(devices)]
     command += ["--logs", str(beside.with_suffix(".logs"))]
     command += [sys.executable, str(RUNNER), str(file), str(workdir), what]
     if notes:
         notes.mkdir(exist_ok=True, parents=True)
         command.append(str(notes))
-    environment = {**environment_of(cache, 1), "PYTHONPATH": str(ROOT), **environ}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command,
+        env={**environment(), "PYTHONPATH": str(ROOT), **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def finish(process, expected=0, timeout=900):
@@ -216,9 +218,13 @@ def test_processes_of_different_configurations_are_refused(make, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(cfg))
     command = ["bash", str(LAUNCHER), "2", "--cpu", "2", "--logs", str(tmp_path / "logs")]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    environment = {**environment_of(tmp_path / "cache", 1), "PYTHONPATH": str(ROOT)}
-    command += ["bash", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [*command, "bash", str(script)],
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 1, done.stderr
     # Of processor time: nothing here waits.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 60
