@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 from helpers import pretzel_batch
+from helpers.executed_flops import executed_step
 from helpers.pretzel_training import experiment as joint
 from helpers.tiny_starflow import ROWS, experiment
 
@@ -291,7 +292,7 @@ def test_splash_compiles_for_a_tpu_and_arguments_are_exact():
     assert held["unused"] == 0
     assert sum(held["declared"].values()) + held["padding"] == held["arguments"]
     model = model_config(cfg)
-    expected = flops.executed_step(model, cfg["train"]["batch_size"], model.tokens)
+    expected = executed_step(model, cfg["train"]["batch_size"], model.tokens)
     # The kernel looks at its whole block, the plain path at 5/8 of it, and multiplies twice more
     # than that: scores anew for each of the two gradients.
     scores = 2 * 4 * model.tokens**2 * 8 * 32 * ROWS

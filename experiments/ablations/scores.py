@@ -102,7 +102,7 @@ def scorer(model: Model):
 
 def by_record(found: LossTerms, segments: jax.Array) -> dict[str, jax.Array]:
     """`tokens`, `wrong` (not the likeliest) and `nll` of every record, float32 [B, S]."""
-    number = jnp.arange(1, segments.shape[1] // text.LEAST_RECORD + 2)
+    number = jnp.arange(1, segments.shape[1] // text.MIN_RECORD_LENGTH + 2)
     own = jnp.take_along_axis(segments, found.target_index, 1)
     member = (own[..., None] == number) & found.token[..., None]
     add = lambda each: jnp.where(member, each.astype(jnp.float32)[..., None], 0).sum(1)

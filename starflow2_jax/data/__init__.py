@@ -1,1 +1,1 @@
-"""Datasets: schema, shards, manifests, importers, the shapes world, the input pipeline."""
+"""Dataset folders on disk, the chat layout, packing, and host batches of images and of rows."""

@@ -42,7 +42,7 @@ def encode(id: str, arrays: dict[str, np.ndarray]) -> bytes:
     """Encode one row.
 
     Raises:
-      DatasetError: a dtype outside `Dtype`, or a value that is not finite.
+        DatasetError: a dtype outside `Dtype`, or a value that is not finite.
     """
     row = {}
     for name, array in arrays.items():
@@ -62,7 +62,7 @@ def decode(data: bytes, location: str) -> tuple[str, dict[str, np.ndarray]]:
     """Decode one row to its id and its arrays, which are read-only views.
 
     Raises:
-      DatasetError: a damaged row; names `location` and the array.
+        DatasetError: a damaged row; names `location` and the array.
     """
     try:
         row = _decoder.decode(data)
@@ -96,15 +96,15 @@ def write(
     `features["arrays"]`, next to the caller's `features` and the fingerprint of the parent.
 
     Args:
-      path: folder to make.
-      rows: (id, arrays) of each record, in the order of the records.
-      parent: manifest of the dataset of records; the arrays get its sharding.
-      importer: the program that made the arrays, for the manifest.
-      features: further entries of the manifest's `features`.
-      overwrite: replace an existing dataset folder.
+        path: folder to make.
+        rows: (id, arrays) of each record, in the order of the records.
+        parent: manifest of the records; the arrays get its sharding.
+        importer, features: for the manifest.
+        overwrite: replace an existing dataset folder.
 
     Raises:
-      DatasetError: rows that differ in shape, more or fewer rows than records, an existing `path`.
+        DatasetError: rows that differ in shape, more or fewer rows than records, an existing
+            `path`.
     """
     spec: dict[str, dict[str, Any]] = {}
 
@@ -129,11 +129,11 @@ def write(
     return shards.write(path, payloads(), make_manifest, counts=counts, overwrite=overwrite)
 
 
-class Features:
+class StoredArrays:
     """The rows of a folder of arrays: `len`, `[i]` -> (id, arrays); safe in threads.
 
     Raises:
-      DatasetError: not a folder of arrays, or one made from another dataset than `parent`.
+        DatasetError: not a folder of arrays, or one made from another dataset than `parent`.
     """
 
     def __init__(self, path: str | os.PathLike[str], parent: Manifest):
@@ -155,11 +155,7 @@ class Features:
     def __getitem__(self, index: int) -> tuple[str, dict[str, np.ndarray]]:
         return decode(self._payloads[index], self._payloads.location(index))
 
-    def location(self, index: int) -> str:
-        """Return shard and index of a row, for error messages."""
-        return self._payloads.location(index)
 
-
-def read(path: str | os.PathLike[str], parent: Manifest) -> Features:
+def read(path: str | os.PathLike[str], parent: Manifest) -> StoredArrays:
     """Open a folder of arrays, which must belong to the dataset with the manifest `parent`."""
-    return Features(path, parent)
+    return StoredArrays(path, parent)

@@ -26,7 +26,7 @@ def byte_tokens(text: str, length: int, location: str = "text") -> np.ndarray:
     """Encode `text` as UTF-8 bytes + 1, padded with 0 at the end: int32 [length].
 
     Raises:
-      DatasetError: a text of more than `length` bytes, naming `location`.
+        DatasetError: a text of more than `length` bytes, naming `location`.
     """
     data = text.encode("utf-8")
     if len(data) > length:
@@ -45,13 +45,13 @@ class Tokenizer:
     """A tokenizer reduced to what the chat layout needs.
 
     Attributes:
-      encode: converts text to ids; the names of special tokens in a text are ordinary text.
-      decode: converts ids to text without special tokens.
-      turn_start, turn_end, vision_start, vision_end: ids of the delimiters.
-      image: id of an image slot.
-      pad: id at positions after the last record of a row.
-      opening: ids before the first turn of a conversation without a system turn.
-      vocab_size: number of ids.
+        encode: converts text to ids; the names of special tokens in a text are ordinary text.
+        decode: converts ids to text without special tokens.
+        turn_start, turn_end, vision_start, vision_end: ids of the delimiters.
+        image: id of an image slot.
+        pad: id at positions after the last record of a row.
+        opening: ids before the first turn of a conversation without a system turn.
+        vocab_size: number of ids.
     """
 
     encode: Callable[[str], tuple[int, ...]]
@@ -78,12 +78,12 @@ class TokenSequence(NamedTuple):
     """A conversation as a sequence of T text tokens and image slots.
 
     Attributes:
-      ids: int32 [T]; image slots have the id `Tokenizer.image`.
-      image_index: int32 [T], the image of each slot; -1 for text.
-      patch_index: int32 [T], the patch of that image; -1 for text.
-      is_target: bool [T], true where the item is a training target.
-      part_index: int32 [T], the part that each item comes from, with adjacent texts joined; -1 for
-        delimiters.
+        ids: int32 [T]; image slots have the id `Tokenizer.image`.
+        image_index: int32 [T], the image of each slot; -1 for text.
+        patch_index: int32 [T], the patch of that image; -1 for text.
+        is_target: bool [T], true where the item is a training target.
+        part_index: int32 [T], the part that each item comes from, with adjacent texts joined; -1
+            for delimiters.
     """
 
     ids: np.ndarray
@@ -97,7 +97,7 @@ def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """Open the tokenizer of a local folder, without network access and without running its code.
 
     Raises:
-      DatasetError: no tokenizer in the folder, or one without the delimiters of Qwen's chat.
+        DatasetError: no tokenizer in the folder, or one without the delimiters of Qwen's chat.
     """
     import transformers  # heavy
 
@@ -173,16 +173,16 @@ def apply_chat_template(
     these. `<|vision_end|>` is forced after the last patch, so it is never a target.
 
     Args:
-      parts: parts in order; adjacent parts with the same role form a turn.
-      tokenizer: tokenizer of the text and the delimiters.
-      image_tokens: N, slots of an image.
-      null: "text" empties the texts of the user, and "all" drops the user's images too. The result
-        is the unconditional input of classifier-free guidance.
-      closed: end the last turn; otherwise it can be continued. An empty text opens a turn.
-      open_role: role of the turn that is already open when the parts continue a conversation.
+        parts: parts in order; adjacent parts with the same role form a turn.
+        tokenizer: tokenizer of the text and the delimiters.
+        image_tokens: N, slots of an image.
+        null: "text" empties the texts of the user, and "all" drops the user's images too. The
+            result is the unconditional input of classifier-free guidance.
+        closed: end the last turn; otherwise it can be continued. An empty text opens a turn.
+        open_role: role of the turn that is already open when the parts continue a conversation.
 
     Raises:
-      ValueError: an unknown `null`.
+        ValueError: an unknown `null`.
     """
     if null not in NULL_CONDITIONS:
         raise ValueError(f"null={null!r} is not one of {', '.join(NULL_CONDITIONS)}")

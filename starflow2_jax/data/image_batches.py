@@ -24,10 +24,10 @@ class ImageBatchOptions(MixtureOptions):
     """The keys of `cfg.data` for batches of single images.
 
     Attributes:
-      labels: add `label`, read from `meta.label` of each record.
-      text: "bytes" adds `tokens`, "features" adds `text`.
-      text_length: L; with bytes, a longer text is an error.
-      features: folder of stored text features (`prepare features`); may equal `latents`.
+        labels: add `label`, read from `meta.label` of each record.
+        text: "bytes" adds `tokens`, "features" adds `text`.
+        text_length: L; with bytes, a longer text is an error.
+        features: folder of stored text features (`prepare features`); may equal `latents`.
     """
 
     labels: bool = False
@@ -40,7 +40,7 @@ def parse_options(cfg_data: Mapping[str, Any]) -> ImageBatchOptions:
     """Read `cfg.data`; keys that are None keep their defaults.
 
     Raises:
-      ValueError: an unknown key (with the nearest one), or a value that is not allowed.
+        ValueError: an unknown key (with the nearest one), or a value that is not allowed.
     """
     values = {key: value for key, value in cfg_data.items() if value is not None}
     known = [field.name for field in dataclasses.fields(ImageBatchOptions)]
@@ -66,18 +66,11 @@ def batches(
     start_step: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield training batches without end, starting with that of `start_step`.
-
-    Args:
-      cfg_data: the keys of `ImageBatchOptions`.
-      batch_size: examples in the global batch.
-      start_step: number of the first batch.
-      rows: rows of each global batch that this host makes, in order (`mesh.host_rows`); None for
-        all of them.
+    """Yield training batches without end; see `sampler.training_batches`.
 
     Raises:
-      ValueError: a wrong option, or rows that a batch does not have.
-      DatasetError: a damaged or unsuitable folder or record, named.
+        ValueError: a wrong option, or rows that a batch does not have.
+        DatasetError: a damaged or unsuitable folder or record, named.
     """
     options = parse_options(cfg_data)
     return sampler.training_batches(
@@ -93,10 +86,7 @@ def batches(
 def eval_batches(
     cfg_data: Mapping[str, Any], *, batch_size: int, rows: Sequence[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield all examples once, in the order of the folders, in batches of full size.
-
-    Adds `row` and `mask`, see `sampler.eval_batches`. Arguments and errors are those of `batches`.
-    """
+    """Yield all examples once, in order, with `row` and `mask`; see `sampler.eval_batches`."""
     options = parse_options(cfg_data)
     return sampler.eval_batches(
         _open_sources(options),
@@ -108,11 +98,7 @@ def eval_batches(
 
 
 def describe(cfg_data: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the data without reading a record.
-
-    Returns:
-      The keys of `mixture.describe`, and `classes`: the names of the classes, or None.
-    """
+    """Describe the data without reading a record: `mixture.describe`, and `classes` or None."""
     sources = _open_sources(parse_options(cfg_data))
     return mixture.describe(sources, classes=sources[0].records.manifest.classes)
 
@@ -141,7 +127,7 @@ def _open_sources(options: ImageBatchOptions) -> list[Source]:
 
 def _open_arrays(
     folder: str, dataset: records.Dataset, name: str, flag: str
-) -> array_store.Features:
+) -> array_store.StoredArrays:
     features = array_store.read(folder, dataset.manifest)
     if name not in features.spec:
         raise DatasetError(

@@ -26,7 +26,7 @@ def header(data: bytes, location: str) -> tuple[Format, int, int]:
     """Return format, height and width of an encoded image, before EXIF orientation.
 
     Raises:
-      DatasetError: not a JPEG, PNG or WebP image, or one over the limits; names `location`.
+        DatasetError: not a JPEG, PNG or WebP image, or one over the limits; names `location`.
     """
     with _open(data, location) as image:
         return _FORMATS[image.format], image.height, image.width
@@ -36,7 +36,7 @@ def decode(data: bytes, location: str) -> np.ndarray:
     """Decode a JPEG, PNG or WebP image to upright RGB: uint8 [H, W, 3].
 
     Raises:
-      DatasetError: another format, an image over the limits, or damaged data; names `location`.
+        DatasetError: another format, an image over the limits, or damaged data; names `location`.
     """
     with _open(data, location) as image:
         try:
@@ -73,16 +73,10 @@ def center_crop(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def square(pixels: np.ndarray, side: int, resize: str, location: str) -> np.ndarray:
-    """Bring uint8 [H, W, 3] to [side, side, 3], or check that it has that size.
-
-    Args:
-      pixels: the image.
-      side: side of the result.
-      resize: "center_crop" accepts images of any size, "none" only those of the right size.
-      location: names the image in error messages.
+    """Return uint8 [side, side, 3]; only `resize` "center_crop" accepts images of any size.
 
     Raises:
-      DatasetError: an image of another size.
+        DatasetError: an image of another size, naming `location`.
     """
     if resize == "center_crop" and pixels.shape[:2] != (side, side):
         pixels = center_crop(pixels, side)

@@ -112,8 +112,8 @@ def load(path: str | os.PathLike[str], kind: Literal["records", "arrays"] = "rec
     This is cheap, since only file sizes are checked; `verify` reads everything.
 
     Raises:
-      DatasetError: no such folder or manifest, a wrong field, totals that do not add up, or a shard
-        that is missing or has another size than in the manifest.
+        DatasetError: no such folder or manifest, a wrong field, totals that do not add up, or a
+            shard that is missing or has another size than in the manifest.
     """
     folder = epath.Path(path)
     file = folder / FILE_NAME

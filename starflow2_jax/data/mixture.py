@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from starflow2_jax.data.array_store import Features
+from starflow2_jax.data.array_store import StoredArrays
 from starflow2_jax.data.manifest import fingerprint
 from starflow2_jax.data.packing import PackingPlan
 from starflow2_jax.data.records import Dataset
@@ -20,17 +20,17 @@ class MixtureOptions:
     """Options of every kind of batch.
 
     Attributes:
-      path: one dataset folder; exactly one of `path` and `mixture` is set.
-      mixture: several folders, as mappings `{path, weight, ...}` with the folders of arrays of
-        each; a weight is a share of the examples.
-      pixels: side of the square images; any other size is an error unless `resize` is set.
-      resize: "center_crop" scales the short side to `pixels` and crops the center; or "none".
-      latents: folder of stored latents (`prepare latents` or `prepare features`), which replace
-        the images.
-      shuffle: shuffle globally, in another order every epoch; otherwise keep the folder's order.
-      seed: seed of the shuffle, below 2**32.
-      threads: reading threads, each making whole batches; 0 reads in the caller's thread.
-      skip_bad: how many different bad examples each host may replace by their neighbor, logged.
+        path: one dataset folder; exactly one of `path` and `mixture` is set.
+        mixture: several folders, as mappings `{path, weight, ...}` with the folders of arrays of
+            each; a weight is a share of the examples.
+        pixels: side of the square images; any other size is an error unless `resize` is set.
+        resize: "center_crop" scales the short side to `pixels` and crops the center; or "none".
+        latents: folder of stored latents (`prepare latents` or `prepare features`), which replace
+            the images.
+        shuffle: shuffle globally, in another order every epoch; otherwise keep the folder's order.
+        seed: seed of the shuffle, below 2**32.
+        threads: reading threads, each making whole batches; 0 reads in the caller's thread.
+        skip_bad: how many different bad examples each host may replace by their neighbor, logged.
     """
 
     path: str = ""
@@ -53,8 +53,8 @@ class Source:
 
     records: Dataset
     weight: float
-    latents: Features | None = None
-    text_features: Features | None = None
+    latents: StoredArrays | None = None
+    text_features: StoredArrays | None = None
     plan: PackingPlan | None = None
 
     def __len__(self) -> int:
@@ -62,18 +62,11 @@ class Source:
 
 
 def entries(options: MixtureOptions, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the checked entries of a mixture; `options.path` makes a mixture of one folder.
-
-    Args:
-      options: options whose `path` or `mixture` is read.
-      keys: keys of an entry; all but `path` and `weight` name folders of arrays.
-
-    Returns:
-      Mappings with all of `keys`; a folder that is absent is "".
+    """Return the checked entries of the mixture, or one entry for `path`, with all of `keys`.
 
     Raises:
-      ValueError: both or neither of `path` and `mixture`, an unknown key, a weight that is not
-        positive, or no image size for a folder without latents.
+        ValueError: both or neither of `path` and `mixture`, an unknown key, a weight that is not
+            positive, or no image size for a folder without latents.
     """
     if bool(options.path) == bool(options.mixture):
         raise ValueError("data.path or data.mixture: exactly one of them must be given")
@@ -87,25 +80,18 @@ def entries(options: MixtureOptions, keys: Sequence[str]) -> list[dict[str, Any]
         entry = {**dict.fromkeys(keys, ""), "weight": 1.0, **entry}
         entry["weight"] = float(entry["weight"])
         if not entry["weight"] > 0:
-            raise ValueError(
-                f"data.mixture[]: the weight of {entry['path']} is {entry['weight']}, expected a "
-                "number above 0"
-            )
+            weight = entry["weight"]
+            raise ValueError(f"data.mixture[]: the weight of {entry['path']} is {weight}, not > 0")
         if not entry["latents"] and not options.pixels:
-            raise ValueError(
-                f"data.pixels (image.pixels of a config) must be set to read the images of "
-                f"{entry['path']}"
-            )
+            raise ValueError(f"data.pixels must be set to read the images of {entry['path']}")
         checked.append(entry)
     return checked
 
 
 def describe(sources: Sequence[Source], **details: Any) -> dict[str, Any]:
-    """Return the size and identity of opened folders, with `details` in between.
+    """Return the number of records, `details`, and what identifies the folders and their arrays.
 
-    Returns:
-      `records`: number of records in all folders; `fingerprints`: sha256 of each manifest, in
-      order; `features`: the manifests' `features` of the folders of arrays.
+    These are the `fingerprints` of the manifests, and the `features` in the manifests of arrays.
     """
     folders = [f for source in sources for f in (source.latents, source.text_features) if f]
     return {

@@ -51,14 +51,14 @@ class PackedBatchOptions(MixtureOptions):
     """The keys of `cfg.data` for interleaved rows, and the sizes that the model determines.
 
     Attributes:
-      tokenizer: tokenizer folder, see `chat_layout.open_tokenizer`.
-      packing: size of a row.
-      grid_side: rows (= columns) of an image's patches.
-      blank_images: replace all images by gray, to measure what text alone can tell.
-      annotator: adds `region` and `region_words`.
-      drop_text: share of the records with a target image whose user texts are emptied. In training
-        only; seed, step and row decide which records these are.
-      drop_all: the same share for records that lose the user's texts and images.
+        tokenizer: tokenizer folder, see `chat_layout.open_tokenizer`.
+        packing: size of a row.
+        grid_side: rows (= columns) of an image's patches.
+        blank_images: replace all images by gray, to measure what text alone can tell.
+        annotator: adds `region` and `region_words`.
+        drop_text: share of the records with a target image whose user texts are emptied. In
+            training only; seed, step and row decide which records these are.
+        drop_all: the same share for records that lose the user's texts and images.
     """
 
     tokenizer: str
@@ -71,20 +71,12 @@ class PackedBatchOptions(MixtureOptions):
 
 
 class _RowImage(NamedTuple):
-    """An image of a row.
-
-    Attributes:
-      record: its record, and `record_index`, the number of the record in its dataset.
-      image: number of the image among those that the record's segments show.
-      blob: index of the image in `record.imgs`.
-      location: shard and index of the record, for error messages.
-    """
+    """An image of a row, and its record."""
 
     record: Record
-    record_index: int
-    image: int
-    blob: int
-    location: str
+    record_index: int  # in the dataset
+    index: int  # in `record.imgs`
+    location: str  # of the record, for error messages
 
 
 def batches(
@@ -94,18 +86,11 @@ def batches(
     start_step: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield training batches without end, starting with that of `start_step`.
-
-    Args:
-      options: data and sizes.
-      batch_size: rows of the global batch.
-      start_step: number of the first batch.
-      rows: rows of each global batch that this host makes, in order (`mesh.host_rows`); None for
-        all of them.
+    """Yield training batches without end; see `sampler.training_batches`.
 
     Raises:
-      ValueError: a wrong option, or rows that a batch does not have.
-      DatasetError: a damaged or unsuitable folder or record, named.
+        ValueError: a wrong option, or rows that a batch does not have.
+        DatasetError: a damaged or unsuitable folder or record, named.
     """
     return sampler.training_batches(
         _open_sources(options),
@@ -120,10 +105,7 @@ def batches(
 def eval_batches(
     options: PackedBatchOptions, *, batch_size: int, rows: Sequence[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield all rows once, in order, in batches of full size; no condition is dropped.
-
-    Adds `row` and `mask`, see `sampler.eval_batches`. Arguments and errors are those of `batches`.
-    """
+    """Yield all rows once, in order, with `row` and `mask`; see `sampler.eval_batches`."""
     return sampler.eval_batches(
         _open_sources(options),
         functools.partial(_read_row, options, chat_layout.open_tokenizer(options.tokenizer)),
@@ -134,12 +116,7 @@ def eval_batches(
 
 
 def describe(options: PackedBatchOptions) -> dict[str, Any]:
-    """Describe the data without laying out a row.
-
-    Returns:
-      The keys of `mixture.describe`; `rows`: number of rows; `waste`: share of positions that are
-      padding; `classes`: None.
-    """
+    """Describe the data: `mixture.describe`, with the number of rows and the share of padding."""
     sources = _open_sources(options)
     rows = sum(len(source) for source in sources)
     used = sum(int(source.plan.lengths.sum()) for source in sources)
@@ -150,16 +127,10 @@ def describe(options: PackedBatchOptions) -> dict[str, Any]:
 def build_packed_row(
     sequences: Sequence[TokenSequence], spec: PackingSpec, grid_side: int, pad: int
 ) -> dict[str, np.ndarray]:
-    """Build the arrays of one row of records, without its images.
-
-    Args:
-      sequences: the records of the row, in order.
-      spec: size of the row.
-      grid_side: rows (= columns) of an image's patches.
-      pad: id of the positions after the last record.
+    """Build the arrays of one row of records, without its images, with id `pad` after the last.
 
     Raises:
-      ValueError: more positions or images than the row has room for.
+        ValueError: more positions or images than the row has room for.
     """
     length, patches = spec.seq_len, grid_side * grid_side
     row = {
@@ -191,16 +162,18 @@ def build_packed_row(
     return row
 
 
-def read_image(options: PackedBatchOptions, record: Record, blob: int, location: str) -> np.ndarray:
-    """Decode image `blob` of a record, or make the gray one: uint8 [pixels, pixels, 3].
+def read_image(
+    options: PackedBatchOptions, record: Record, index: int, location: str
+) -> np.ndarray:
+    """Decode image `index` of `record.imgs`, or make the gray one: uint8 [pixels, pixels, 3].
 
     Raises:
-      DatasetError: an image that cannot be decoded or has another size, naming `location`.
+        DatasetError: an image that cannot be decoded or has another size, naming `location`.
     """
     if options.blank_images:
         return np.full((options.pixels, options.pixels, 3), 128, np.uint8)
-    location = f"{location} (id {record.id!r}), image {blob}"
-    image = images.decode(record.imgs[blob].data, location)
+    location = f"{location} (id {record.id!r}), image {index}"
+    image = images.decode(record.imgs[index].data, location)
     return images.square(image, options.pixels, options.resize, location)
 
 
@@ -227,17 +200,17 @@ def _read_row(
     sequences, row_images, ids = [], [], []
     for index in source.plan[row].tolist():
         record, location = source.records[index], source.records.location(index)
-        parts, blobs = chat_layout.message_parts(record)
+        parts, image_indices = chat_layout.message_parts(record)
         null = _drop_condition(options, record, rng)
         sequence = chat_layout.apply_chat_template(
             parts, tokenizer, options.packing.image_tokens, null=null
         )
         # The user's images may have been dropped: number the remaining ones anew.
         remaining = np.unique(sequence.image_index[sequence.image_index >= 0]).tolist()
-        renumber = np.full(len(blobs) + 1, -1, np.int32)
+        renumber = np.full(len(image_indices) + 1, -1, np.int32)
         renumber[remaining] = np.arange(len(remaining))
         sequences.append(sequence._replace(image_index=renumber[sequence.image_index]))
-        row_images += [_RowImage(record, index, i, blobs[i], location) for i in remaining]
+        row_images += [_RowImage(record, index, image_indices[i], location) for i in remaining]
         ids.append(record.id)
     example = build_packed_row(sequences, options.packing, options.grid_side, tokenizer.pad)
     if options.annotator is not None:
@@ -272,7 +245,7 @@ def _read_regions(
     for slot, image in enumerate(row_images):
         location = f"{image.location} (id {image.record.id!r})"
         region[slot], words[slot] = annotate(
-            image.record, image.image, tokenizer, options.grid_side, location
+            image.record, image.index, tokenizer, options.grid_side, location
         )
     return {"region": region, "region_words": words}
 
@@ -280,14 +253,18 @@ def _read_regions(
 def _read_images(options: PackedBatchOptions, row_images: Sequence[_RowImage]) -> np.ndarray:
     pixels = np.zeros((options.packing.image_slots, options.pixels, options.pixels, 3), np.uint8)
     for slot, image in enumerate(row_images):
-        pixels[slot] = read_image(options, image.record, image.blob, image.location)
+        pixels[slot] = read_image(options, image.record, image.index, image.location)
     return pixels
 
 
 def _read_latents(
-    options: PackedBatchOptions, latents: array_store.Features, row_images: Sequence[_RowImage]
+    options: PackedBatchOptions, latents: array_store.StoredArrays, row_images: Sequence[_RowImage]
 ) -> dict[str, np.ndarray]:
-    arrays: dict[str, np.ndarray] = {}
+    slots = options.packing.image_slots
+    arrays = {
+        name: np.zeros((slots, *latents.spec[name]["shape"][1:]), np.float32)
+        for name in ("latent_mean", "latent_logvar")
+    }
     for slot, image in enumerate(row_images):
         id, stored = latents[image.record_index]
         if id != image.record.id:
@@ -295,13 +272,6 @@ def _read_latents(
                 f"{image.location} (id {image.record.id!r}): its latents have the id {id!r}: the "
                 "folders do not belong together"
             )
-        for name in ("latent_mean", "latent_logvar"):
-            if name not in arrays:
-                shape = (options.packing.image_slots, *stored[name].shape[1:])
-                arrays[name] = np.zeros(shape, np.float32)
-            arrays[name][slot] = stored[name][image.image]
-    if not arrays:
-        shape = latents.spec["latent_mean"]["shape"][1:]
-        empty = np.zeros((options.packing.image_slots, *shape), np.float32)
-        arrays = {"latent_mean": empty, "latent_logvar": empty}
+        for name, array in arrays.items():
+            array[slot] = stored[name][image.index]
     return arrays

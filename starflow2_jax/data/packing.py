@@ -87,13 +87,9 @@ def record_size(record: Record, tokenizer: Tokenizer, image_tokens: int) -> tupl
 def pack(
     lengths: Sequence[int], images: Sequence[int], spec: PackingSpec, seed: int = 0
 ) -> PackingPlan:
-    """Pack records first fit, in a random order of `seed`; equal arguments give an equal plan.
+    """Pack records of `lengths` positions and `images` images first fit, in a random order.
 
-    Args:
-        lengths: positions of each record.
-        images: number of images of each record.
-        spec: size of a row.
-        seed: seed of the order.
+    Equal arguments give an equal plan.
 
     Raises:
         DatasetError: a record longer than a row, or with more images; names the first one, and the
@@ -136,14 +132,7 @@ def load_or_make_plan(
 ) -> tuple[str, PackingPlan]:
     """Load the packing plan of a dataset folder, or make it and store it next to the manifest.
 
-    Args:
-        path: dataset folder.
-        tokenizer: tokenizer folder, see `chat_layout.open_tokenizer`.
-        spec: size of a row.
-        seed: seed of the order in which records are packed.
-
-    Returns:
-        The file of the plan, and the plan.
+    `tokenizer` is a folder, see `chat_layout.open_tokenizer`. Returns the plan's file and the plan.
 
     Raises:
         DatasetError: no dataset, a record longer than a row, or a damaged plan.

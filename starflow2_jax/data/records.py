@@ -70,11 +70,11 @@ def image_blob(data: bytes, location: str) -> ImageBlob:
     """Wrap the bytes of an encoded image.
 
     Args:
-      data: a JPEG, PNG or WebP file.
-      location: names the image in error messages.
+        data: a JPEG, PNG or WebP file.
+        location: names the image in error messages.
 
     Raises:
-      DatasetError: data that are not an image within the limits of `images`.
+        DatasetError: data that are not an image within the limits of `images`.
     """
     fmt, height, width = images.header(data, location)
     return ImageBlob(fmt, height, width, data, hashlib.sha256(data).hexdigest())
@@ -92,8 +92,8 @@ def encode(record: Record) -> bytes:
     """Check a record against the schema and encode it; equal records give equal bytes.
 
     Raises:
-      DatasetError: a wrong field; names the record's id and the field's path, such as
-        `$.segs[0].i`.
+        DatasetError: a wrong field; names the record's id and the field's path, such as
+            `$.segs[0].i`.
     """
     # Struct constructors do not validate; decoding does.
     data = _encoder.encode(record)
@@ -105,7 +105,7 @@ def decode(data: bytes, location: str) -> Record:
     """Decode a payload.
 
     Raises:
-      DatasetError: a wrong field; names `location` and the field's path.
+        DatasetError: a wrong field; names `location` and the field's path.
     """
     try:
         return _decoder.decode(data)
@@ -117,12 +117,12 @@ def check(record: Record, location: str, pixels: bool = False) -> None:
     """Check what the schema cannot express: image indices, headers, hashes, at least one target.
 
     Args:
-      record: a record that matches the schema.
-      location: names the record in error messages.
-      pixels: also decode every image.
+        record: a record that matches the schema.
+        location: names the record in error messages.
+        pixels: also decode every image.
 
     Raises:
-      DatasetError: a problem; names `location` and the segment or image.
+        DatasetError: a problem; names `location` and the segment or image.
     """
     for number, segment in enumerate(record.segs):
         if isinstance(segment, Img) and segment.i >= len(record.imgs):
@@ -155,7 +155,7 @@ def target_index(record: Record, location: str) -> int:
     """Return the index in `record.imgs` of the one image that is a target.
 
     Raises:
-      DatasetError: no target image, or several; names `location`.
+        DatasetError: no target image, or several; names `location`.
     """
     targets = [s.i for s in record.segs if isinstance(s, Img) and s.loss]
     if len(targets) != 1 or targets[0] >= len(record.imgs):
@@ -183,17 +183,17 @@ def write(
     The folder appears only when it is complete; an error leaves the disk unchanged.
 
     Args:
-      path: folder to make.
-      records: in the order to store; may be a generator, since only one record is in memory.
-      importer: the importer that made the records, for the manifest.
-      sources: sha256 of each source file, or a function called after the last record.
-      classes: names of the classes that `meta["label"]` numbers.
-      shard_bytes: a new shard starts after this many payload bytes.
-      overwrite: replace an existing dataset folder.
+        path: folder to make.
+        records: in the order to store; may be a generator, since only one record is in memory.
+        importer: the importer that made the records, for the manifest.
+        sources: sha256 of each source file, or a function called after the last record.
+        classes: names of the classes that `meta["label"]` numbers.
+        shard_bytes: a new shard starts after this many payload bytes.
+        overwrite: replace an existing dataset folder.
 
     Raises:
-      DatasetError: a record that fails schema or `check`, a repeated id, a label outside `classes`,
-        no records, or an existing `path`.
+        DatasetError: a record that fails schema or `check`, a repeated id, a label outside
+            `classes`, no records, or an existing `path`.
     """
 
     def payloads() -> Iterator[bytes]:
@@ -244,8 +244,8 @@ def read(path: str | os.PathLike[str]) -> Dataset:
     """Open a dataset folder.
 
     Raises:
-      DatasetError: no manifest, or shards whose sizes differ from it; later, on access, a record
-        that cannot be read or decoded, naming shard and index.
+        DatasetError: no manifest, or shards whose sizes differ from it; later, on access, a record
+            that cannot be read or decoded, naming shard and index.
     """
     return Dataset(path)
 

@@ -39,16 +39,16 @@ def training_batches(
     """Yield training batches without end, starting with that of `start_step`.
 
     Args:
-      sources: opened folders.
-      read_example: reads one example of a source; DatasetError marks a bad one.
-      options: shuffle, seed, threads and skip_bad.
-      batch_size: examples in the global batch.
-      start_step: number of the first batch.
-      rows: rows of each global batch that this host makes, in order (`mesh.host_rows`); None for
-        all of them.
+        sources: opened folders.
+        read_example: reads one example of a source; DatasetError marks a bad one.
+        options: shuffle, seed, threads and skip_bad.
+        batch_size: examples in the global batch.
+        start_step: number of the first batch.
+        rows: rows of each global batch that this host makes, in order (`mesh.host_rows`); None for
+            all of them.
 
     Raises:
-      ValueError: rows that a batch does not have.
+        ValueError: rows that a batch does not have.
     """
     host_rows = _check_rows(rows, batch_size)
     read = _with_skip_budget(sources, read_example, options.skip_bad)
@@ -58,9 +58,7 @@ def training_batches(
         first = step * batch_size
         return _stack([read(*order[first + row], (step, row))[0] for row in host_rows])
 
-    # MapDataset.range counts steps, so that threads work on whole batches.
-    steps = grain.MapDataset.range(start_step, sys.maxsize)
-    return iter(steps.map(make_batch).to_iter_dataset(_read_options(options.threads)))
+    return _iterate(make_batch, start_step, sys.maxsize, options.threads)
 
 
 def eval_batches(
@@ -97,8 +95,7 @@ def eval_batches(
         row, mask = np.asarray(positions, np.int32), np.asarray(mask, np.float32)
         return {**_stack(examples), "row": row, "mask": mask}
 
-    steps = grain.MapDataset.range(-(-total // batch_size))
-    return iter(steps.map(make_batch).to_iter_dataset(_read_options(options.threads)))
+    return _iterate(make_batch, 0, -(-total // batch_size), options.threads)
 
 
 def _example_order(sources: Sequence[Source], options: MixtureOptions) -> grain.MapDataset:
@@ -170,5 +167,10 @@ def _stack(examples: list[Example]) -> Example:
     return batch
 
 
-def _read_options(threads: int) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
+def _iterate(
+    make_batch: Callable[[int], Example], start: int, stop: int, threads: int
+) -> Iterator[Example]:
+    # MapDataset.range counts steps, so that threads work on whole batches.
+    steps = grain.MapDataset.range(start, stop).map(make_batch)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
+    return iter(steps.to_iter_dataset(options))

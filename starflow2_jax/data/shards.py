@@ -9,7 +9,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -34,16 +34,17 @@ def write(
     """Write the dataset folder `path` from `payloads`, in order, and return its manifest.
 
     Args:
-      path: local folder to make. Copy it to object storage when it is complete.
-      payloads: encoded records; an exception raised by this iterator leaves the disk unchanged.
-      make_manifest: builds the manifest from the finished shards, once all payloads are written.
-      counts: records of each shard, for a dataset parallel to another one; the payloads must be
-        exactly as many. Without it a new shard starts after `shard_bytes` of payload.
-      shard_bytes: payload bytes after which a shard is full.
-      overwrite: replace an existing dataset folder (and only a dataset folder).
+        path: local folder to make. Copy it to object storage when it is complete.
+        payloads: encoded records; an exception raised by this iterator leaves the disk unchanged.
+        make_manifest: builds the manifest from the finished shards, once all payloads are written.
+        counts: records of each shard, for a dataset parallel to another one; the payloads must be
+            exactly as many. Without it a new shard starts after `shard_bytes` of payload.
+        shard_bytes: payload bytes after which a shard is full.
+        overwrite: replace an existing dataset folder (and only a dataset folder).
 
     Raises:
-      DatasetError: the folder exists, there are no payloads, or their number does not fit `counts`.
+        DatasetError: the folder exists, there are no payloads, or their number does not fit
+            `counts`.
     """
     if "://" in os.fspath(path):
         raise DatasetError(
@@ -81,7 +82,7 @@ def check_absent(out: str | os.PathLike[str], overwrite: bool) -> None:
 
 
 class Payloads:
-    """Random access to the payloads of a dataset folder: `len`, `[i]`, iteration; safe in threads.
+    """Random access to the payloads of a dataset folder: `len`, `[i]`; safe in threads.
 
     A payload that cannot be read raises DatasetError naming shard and index.
     """
@@ -107,9 +108,6 @@ class Payloads:
             return self._source[index]
         except Exception as error:
             raise DatasetError(f"{self.location(index)}: cannot be read: {error}") from error
-
-    def __iter__(self) -> Iterator[bytes]:
-        return (self[i] for i in range(len(self)))
 
     def location(self, index: int) -> str:
         """Return `SHARD record K` for error messages, with K counted from 0 in the shard."""

@@ -44,7 +44,7 @@ def train(data: str | os.PathLike[str], size: int) -> str:
     Equal data give an equal tokenizer.
 
     Raises:
-      DatasetError: no dataset, or a size too small for all bytes and special tokens.
+        DatasetError: no dataset, or a size too small for all bytes and special tokens.
     """
     import tokenizers  # heavy
 
@@ -75,14 +75,14 @@ def write(
     """Write a folder with the tokenizer, the chat template and an image processor.
 
     Args:
-      text: tokenizer.json, from `train`.
-      folder: folder to make.
-      patch: side of a patch of the vision tower, in pixels.
-      merge: side of the square of patches that form one feature.
-      frames: video frames of a patch.
+        text: tokenizer.json, from `train`.
+        folder: folder to make.
+        patch: side of a patch of the vision tower, in pixels.
+        merge: side of the square of patches that form one feature.
+        frames: video frames of a patch.
 
     Raises:
-      FileExistsError: the folder exists.
+        FileExistsError: the folder exists.
     """
     folder = Path(folder)
     if folder.exists():

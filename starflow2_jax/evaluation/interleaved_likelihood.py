@@ -106,7 +106,7 @@ def _vlm_sums(model: Model, given: Sequence[Record], size: int) -> dict[str, np.
 def _read(params, batch, *, cfg):
     h = qwen.embed(params, batch["ids"], cfg)
     h, _ = qwen.apply_layers(params, h, cfg, batch["positions"], segments=batch["segments"])
-    return text.by_record_score(qwen.logits(params, h[:, :-1], cfg), batch)
+    return text.record_sums(qwen.logits(params, h[:, :-1], cfg), batch)
 
 
 def sums(

@@ -1,1 +1,1 @@
-"""Converters from other people's dataset formats to ours."""
+"""Importers of published dataset formats."""

@@ -122,14 +122,9 @@ def examples(
 ) -> Iterator[Record]:
     """Yield the records of a random-access source of dicts, such as `tfds.data_source`.
 
-    Args:
-        source: the examples.
-        src: name of the source, for the records.
-        image_key: key of the image: encoded bytes, which are stored unchanged, or uint8
-            [H, W, 1 or 3], which is stored as PNG.
-        text_key: key of the caption; None for "a photo of a ..." with the name of the class.
-        label_key: key of the class number, which goes to `meta.label`.
-        class_names: names of the classes.
+    Encoded images are stored unchanged, and uint8 [H, W, 1 or 3] as PNG. The caption is `text_key`
+    or, without it, "a photo of a ..." with the name of the class `label_key`. The number of that
+    class goes to `meta.label`.
 
     Raises:
         DatasetError: a missing key, naming the existing ones, or a value of another kind.
@@ -173,8 +168,8 @@ def tfds(
             name, data_dir=data_dir, file_format="array_record", try_gcs=False
         )
     except tensorflow_datasets.core.DatasetNotFoundError as error:
-        # The message of the error lists every existing set.
-        raise DatasetError(f"TFDS has no set {name!r}, nor has {data_dir}") from error
+        # Do not repeat the error's own message, which lists every existing set.
+        raise DatasetError(f"TFDS has no set {name!r}, and there is none in {data_dir}") from error
     if not builder.info.splits:
         raise DatasetError(f"TFDS set {name!r}: not prepared as array_record in {builder.data_dir}")
     features = builder.info.features

@@ -42,10 +42,8 @@ class ImageRoot:
     (whose tables `*.parquet` are read). A stem that two files share finds neither.
 
     Attributes:
-        path: the folder.
         keep_text: leave out a missing image only, not its whole record.
-        missing: number of images that were not found.
-        left_out: number of records left out because of missing images.
+        missing, left_out: number of missing images, and of records left out because of them.
     """
 
     path: str = ""
@@ -246,14 +244,14 @@ def _conversation(
     blobs: Sequence[ImageBlob | None],
     root: ImageRoot,
 ) -> Record | None:
-    """Return the record of a conversation, or None if it is left out because of a missing image.
+    """Return the record of a conversation, or None if a missing image leaves it out.
 
     Args:
         location: names the conversation, also as the record's id.
         src: name of the source.
         turns: [{from, value}] or [{role, content}] with `<image>` placeholders.
         blobs: images in the order of the placeholders; None for a missing one.
-        root: counts what is left out.
+        root: folder of the images.
     """
     segments: list[Text | Img] = []
     parts = [(_role(turn, f"{location}: turn {n}"), _content(turn)) for n, turn in enumerate(turns)]
@@ -300,14 +298,9 @@ def _content(turn: Mapping[str, Any]) -> str:
 def _document(
     location: str, src: str, row: Mapping[str, Any], names: Sequence[str], root: ImageRoot
 ) -> Iterator[Record]:
-    """Yield the record of a document, unless it is left out because of a missing image.
+    """Yield the record of a document, unless a missing image leaves it out.
 
-    Args:
-        location: names the document, also as the record's id.
-        src: name of the source.
-        row: `images` (URLs or None) and `texts` (or None), one of them in each slot.
-        names: names of the images, one for each slot.
-        root: folder of the images.
+    Each slot of the row has a URL in `images`, with its name in `names`, or a text in `texts`.
     """
     urls, texts = row["images"], row["texts"]
     if not len(urls) == len(texts) == len(names):

@@ -100,4 +100,4 @@ def score(model: VLM, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 @partial(jax.jit, static_argnames="model_config")
 def _score(params, batch, *, model_config):
     features = vlm.see(params, batch["images"], model_config)
-    return text.by_record_score(vlm.read(params, batch, features, model_config), batch)
+    return text.record_sums(vlm.read(params, batch, features, model_config), batch)

@@ -46,7 +46,7 @@ class Codec:
     """
 
     cfg: Mapping[str, Any]
-    model: fae.Config
+    model: fae.FAEConfig
     teacher: Teacher
     params: Mapping[str, Any]
     sha256: str
@@ -68,7 +68,7 @@ def load(path: str) -> Codec:
     model = model_config(cfg)
     if saved.is_folder:
         shape = cfg["teacher_shape"]
-        kind = dinov2.Config if shape["kind"] == "dinov2" else qwen_vision.VisionConfig
+        kind = dinov2.DinoConfig if shape["kind"] == "dinov2" else qwen_vision.VisionConfig
         tower = config.build(kind, shape["tower"], "teacher_shape.tower")
         teacher = Teacher(shape["kind"], tower, cfg["teacher"]["pixels"])
         declared = {**fae.declare(model), "teacher": teachers.declare(teacher)}
@@ -180,7 +180,7 @@ def describe(codec: Codec) -> dict[str, Any]:
     return {"sha256": codec.sha256, "pixels": codec.model.pixels, "shape": shape}
 
 
-def _digest_text(model: fae.Config, teacher: Teacher) -> str:
+def _digest_text(model: fae.FAEConfig, teacher: Teacher) -> str:
     """Return the sizes of a codec as they enter its sha256, which must never change.
 
     The class names are those of the first release, whatever the classes are called today.
@@ -198,7 +198,7 @@ def _digest_text(model: fae.Config, teacher: Teacher) -> str:
     )
 
 
-def from_params(cfg: Any, model: fae.Config, teacher: Teacher, params: Any) -> Codec:
+def from_params(cfg: Any, model: fae.FAEConfig, teacher: Teacher, params: Any) -> Codec:
     """Return the codec with the sha256 of everything that its latents depend on."""
     digest = hashlib.sha256(_digest_text(model, teacher).encode())
     for name, leaf in flatten({part: params[part] for part in ENCODER}).items():

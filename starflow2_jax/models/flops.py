@@ -1,18 +1,17 @@
-"""Floating-point operations and bytes of a flow, counted from its configuration.
+"""Floating-point operations and bytes of the models, counted from their configs and parameters.
 
 A multiply-add counts 2. Norms, activations and the softmax are left out.
 """
 
 from collections.abc import Iterable
 
-from starflow2_jax.models.attention import CAUSAL_CHUNKS
 from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import Tree, count
 
 
 def matrix_parameters(cfg: FlowConfig, index: int) -> tuple[int, int]:
-    """Weights that multiply every position of a block, and those only of image tokens."""
+    """Return the matrix parameters of a block for all positions, and for image tokens only."""
     block = cfg.block(index)
     layer = block.layer
     projections = (2 * layer.heads + 2 * layer.kv_heads) * layer.head_dim
@@ -23,7 +22,7 @@ def matrix_parameters(cfg: FlowConfig, index: int) -> tuple[int, int]:
 def block_forward(
     cfg: FlowConfig, index: int, tokens: int, text_length: int = 0, causal: bool = False
 ) -> int:
-    """FLOPs of one row's forward pass through one block; arguments as in `forward`."""
+    """Return the FLOPs of one row's forward pass through one block; arguments as in `forward`."""
     block = cfg.block(index)
     if not block.depth:
         return 0
@@ -37,52 +36,35 @@ def block_forward(
 
 
 def forward(cfg: FlowConfig, tokens: int, text_length: int = 0, causal: bool = False) -> int:
-    """FLOPs of one row's forward pass.
+    """Return the FLOPs of one row's forward pass.
 
     Args:
-        tokens: T image tokens; text_length: text positions given to the blocks that read text.
-        causal: count only the half of the attention scores that a causal mask keeps; otherwise the
-            full square, as model FLOPs utilisation is usually reported.
+        tokens: image tokens T.
+        text_length: text positions of the blocks that read text.
+        causal: whether to count only the half of the attention scores that a causal mask keeps. The
+            default, the full square, is the convention of model FLOPs utilization.
     """
-    each = (block_forward(cfg, i, tokens, text_length, causal) for i in range(len(cfg.layers)))
-    return sum(each)
+    return sum(block_forward(cfg, i, tokens, text_length, causal) for i in range(len(cfg.layers)))
 
 
 def train_step(cfg: FlowConfig, batch: int, tokens: int, text_length: int = 0) -> int:
-    """FLOPs of a training step: three forward passes, attention over the full square."""
+    """Return the FLOPs of a training step: three forward passes, attention over the full square."""
     return 3 * batch * forward(cfg, tokens, text_length)
-
-
-def executed_step(cfg: FlowConfig, batch: int, tokens: int, text_length: int = 0) -> int:
-    """FLOPs that a training step really computes by the plain attention path.
-
-    Of the scores those in `CAUSAL_CHUNKS`, and again what the model's `remat` does not keep: with
-    `full` all but each layer's last product, with `dots` the attention.
-    """
-    share = (CAUSAL_CHUNKS + 1) / (2 * CAUSAL_CHUNKS)
-    total = 0.0
-    for i, depth in enumerate(cfg.layers):
-        block = cfg.block(i)
-        length = tokens + (text_length if block.text else 0)
-        scores = 4 * length**2 * block.layer.heads * block.layer.head_dim * depth * share
-        products = block_forward(cfg, i, tokens, text_length) - scores / share
-        last = 2 * depth * block.layer.width * block.layer.mlp_width * length
-        again = {"none": 0.0, "dots": scores, "full": scores + products - last}[cfg.remat]
-        total += 3 * (products + scores) + again if depth else 0.0
-    return round(batch * total)
 
 
 def pass_bytes(
     cfg: FlowConfig, index: int, rows: int, tokens: int, text_length: int = 0, itemsize: int = 4
 ) -> int:
-    """Bytes that one decoding pass of a block reads at least: its matrices, and the keys and values
-    of the positions so far, taken as half of the tokens and all of the text.
+    """Return the bytes that one decoding pass of a block reads at least.
+
+    They are its matrices, and the keys and values of the positions so far, taken as half of the
+    tokens and all of the text.
     """
     block = cfg.block(index)
     if not block.depth:
         return 0
-    seen = tokens // 2 + (text_length if block.text else 0)
-    cached = 2 * rows * seen * block.layer.kv_heads * block.layer.head_dim * block.depth
+    cached_positions = tokens // 2 + (text_length if block.text else 0)
+    cached = 2 * rows * cached_positions * block.layer.kv_heads * block.layer.head_dim * block.depth
     return itemsize * (sum(matrix_parameters(cfg, index)) + cached)
 
 

@@ -1,7 +1,7 @@
-"""Pixels to numbers and to tokens, and back.
+"""Conversion of pixels to numbers and to tokens, and back.
 
-Axes: B batch, H x W pixels, c colour channels, p patch side, T = H W / p^2 tokens in raster order,
-D = c p^2 token channels.
+Shapes: B batch, H x W pixels, c colors, p patch side, T = H W / p^2 tokens in raster order, D = c
+p^2 channels of a token.
 """
 
 import jax
@@ -25,32 +25,32 @@ def to_pixels(x: jax.Array, noise: str) -> jax.Array:
 
 
 def patchify(image: jax.Array, patch: int, layout: str) -> jax.Array:
-    """[B, H, W, c] to tokens [B, T, D].
+    """Cut images [B, H, W, c] into tokens [B, T, D].
 
     Args:
-        layout: order inside a token, (c, row, column) `channel_first` as TarFlow or (row, column,
-            c) `channel_last` as STARFlow.
+        layout: order of a token's channels, (c, row, column) `channel_first` as in TarFlow or
+            (row, column, c) `channel_last` as in STARFlow.
 
     Raises:
         ValueError: an image that the patch size does not divide, or an unknown layout.
     """
-    batch, height, width, colours = image.shape
+    batch_size, height, width, colors = image.shape
     _check(height, width, patch, layout)
-    x = image.reshape(batch, height // patch, patch, width // patch, patch, colours)
+    x = image.reshape(batch_size, height // patch, patch, width // patch, patch, colors)
     order = (0, 1, 3, 5, 2, 4) if layout == "channel_first" else (0, 1, 3, 2, 4, 5)
-    return x.transpose(order).reshape(batch, -1, patch * patch * colours)
+    return x.transpose(order).reshape(batch_size, -1, patch * patch * colors)
 
 
 def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch: int, layout: str) -> jax.Array:
-    """Tokens [B, T, D] of a (rows, columns) grid to [B, H, W, c]: the inverse of `patchify`."""
-    batch, _, channels = tokens.shape
+    """Invert `patchify`: tokens [B, T, D] of a (rows, columns) grid to images [B, H, W, c]."""
+    batch_size, _, channels = tokens.shape
     rows, columns = grid
     _check(rows * patch, columns * patch, patch, layout)
-    colours = channels // patch**2
-    inside = (colours, patch, patch) if layout == "channel_first" else (patch, patch, colours)
-    x = tokens.reshape(batch, rows, columns, *inside)
+    colors = channels // patch**2
+    token_shape = (colors, patch, patch) if layout == "channel_first" else (patch, patch, colors)
+    x = tokens.reshape(batch_size, rows, columns, *token_shape)
     order = (0, 1, 4, 2, 5, 3) if layout == "channel_first" else (0, 1, 3, 2, 4, 5)
-    return x.transpose(order).reshape(batch, rows * patch, columns * patch, colours)
+    return x.transpose(order).reshape(batch_size, rows * patch, columns * patch, colors)
 
 
 def _check(height, width, patch, layout):

@@ -1,7 +1,10 @@
-"""Qwen2.5-VL: a causal language model with multimodal rotary positions; its tower is `qwen_vision`.
+"""Qwen2.5-VL (arXiv 2502.13923): a causal language model with multimodal rotary positions.
 
-Axes: B batch, T positions, S cache positions, C width, V vocabulary, D head channels, N patches.
-Positions are (time, row, column) triples; text advances all three together.
+Its vision tower is `qwen_vision`. Positions are (time, row, column); text advances all three
+together.
+
+Shapes: B batch, T positions, S cache positions, C width, V vocabulary, D channels of a head, N
+patches of P values of all images, M features of all images.
 """
 
 import dataclasses
@@ -15,7 +18,7 @@ import numpy as np
 
 from starflow2_jax.models import layers, qwen_vision, rope
 from starflow2_jax.models.layers import KVCache, LayerConfig, at_least_float32
-from starflow2_jax.models.qwen_vision import Plan, VisionConfig
+from starflow2_jax.models.qwen_vision import VisionConfig, VisionPlan
 from starflow2_jax.params import ParamSpec, Tree, normal, ones
 
 Grid = tuple[int, int, int]
@@ -23,14 +26,15 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class QwenConfig:
-    """Shape and options, as a checkpoint's config.json tells them.
+    """Shape and options, as in a checkpoint's config.json.
 
     Attributes:
-        sections: how many of the D / 2 channel pairs turn by time, row and column.
-        tied: whether the head is the embedding.
-        vision: the tower, None for a model of text alone.
+        sections: number of the D / 2 channel pairs that rotate by time, row and column.
+        tied: whether the head shares the embedding's weights.
+        vision: the vision tower, None for a model of text alone.
         compute_dtype: dtype of matmuls; None is that of the parameters.
-        remat: a name in `layers.REMAT`; attention: one in `attention.KERNELS`.
+        remat: a name in `layers.REMAT`.
+        attention: a name in `attention.KERNELS`.
     """
 
     vocab: int
@@ -62,7 +66,7 @@ class QwenConfig:
                 f"sections={self.sections} must be three numbers that sum to half of the "
                 f"{self.head_dim} head channels"
             )
-        self.layer  # noqa: B018  raises where the sizes or the activation are wrong
+        self.layer  # noqa: B018  raises if the sizes or the activation are invalid
         if self.remat not in layers.REMAT:
             raise ValueError(f"remat={self.remat!r} is not one of {tuple(layers.REMAT)}")
         if self.vision is not None and self.vision.out_width != self.width:
@@ -70,7 +74,7 @@ class QwenConfig:
 
     @property
     def head_dim(self) -> int:
-        """D."""
+        """Channels D of a head."""
         return self.width // self.heads
 
     @property
@@ -93,44 +97,48 @@ class QwenConfig:
         )
 
 
-def _published(vision_mlp: int, sizes: dict[str, Any], changes: dict[str, Any]) -> QwenConfig:
-    vision = VisionConfig(
+def _vision_tower(out_width: int) -> VisionConfig:
+    return VisionConfig(
         depth=32,
         width=1280,
         heads=16,
-        mlp_width=vision_mlp,
-        out_width=sizes["width"],
+        mlp_width=3420,
+        out_width=out_width,
         full_layers=(7, 15, 23, 31),
     )
-    return dataclasses.replace(QwenConfig(vision=vision, **sizes), **changes)
 
 
 def qwen2_5_vl_3b(**changes: Any) -> QwenConfig:
-    """The published 3B model: 3,754,622,976 parameters, head and embedding one."""
-    sizes = {"vocab": 151936, "width": 2048, "layers": 36, "heads": 16, "kv_heads": 2}
-    return _published(3420, {**sizes, "mlp_width": 11008, "tied": True}, changes)
+    """Return the published 3B model: 3,754,622,976 parameters, the head tied to the embedding."""
+    cfg = QwenConfig(
+        vocab=151936,
+        width=2048,
+        layers=36,
+        heads=16,
+        kv_heads=2,
+        mlp_width=11008,
+        tied=True,
+        vision=_vision_tower(2048),
+    )
+    return dataclasses.replace(cfg, **changes)
 
 
 def qwen2_5_vl_7b(**changes: Any) -> QwenConfig:
-    """The published 7B model: 8,292,166,656 parameters, 676,550,144 of them the tower's."""
-    sizes = {"vocab": 152064, "width": 3584, "layers": 28, "heads": 28, "kv_heads": 4}
-    return _published(3420, {**sizes, "mlp_width": 18944}, changes)
-
-
-def qwen2_5_vl_32b(**changes: Any) -> QwenConfig:
-    """The published 32B model."""
-    sizes = {"vocab": 152064, "width": 5120, "layers": 64, "heads": 40, "kv_heads": 8}
-    return _published(3456, {**sizes, "mlp_width": 27648}, changes)
-
-
-def qwen2_5_vl_72b(**changes: Any) -> QwenConfig:
-    """The published 72B model."""
-    sizes = {"vocab": 152064, "width": 8192, "layers": 80, "heads": 64, "kv_heads": 8}
-    return _published(3456, {**sizes, "mlp_width": 29568}, changes)
+    """Return the published 7B model: 8,292,166,656 parameters, 676,550,144 in its tower."""
+    cfg = QwenConfig(
+        vocab=152064,
+        width=3584,
+        layers=28,
+        heads=28,
+        kv_heads=4,
+        mlp_width=18944,
+        vision=_vision_tower(3584),
+    )
+    return dataclasses.replace(cfg, **changes)
 
 
 def declare(cfg: QwenConfig) -> dict[str, Any]:
-    """Every weight: `embed`, `layers`, `final_norm`, `head` unless tied, `vision` with a tower."""
+    """Declare `embed`, `layers`, `final_norm`, `head` unless tied, and `vision` with a tower."""
     tree = {
         "embed": {"weight": ParamSpec((cfg.vocab, cfg.width), ("vocab", "embed"), normal(0.02))},
         "layers": layers.declare(cfg.layer, cfg.layers),
@@ -150,82 +158,81 @@ def declare(cfg: QwenConfig) -> dict[str, Any]:
 def part_positions(
     parts: Sequence[int | Grid], merge: int = 1, start: int = 0
 ) -> tuple[np.ndarray, int]:
-    """Positions int32 [T, 3] of consecutive parts, and the position that follows them.
+    """Return positions int32 [T, 3] of consecutive parts, and the position that comes next.
 
-    A part is a number of text tokens, or the (frames, rows, columns) of an image, cut by `merge`.
-    An image's tokens share their time with nothing else and count rows and columns from there; what
-    follows starts after its longer side.
+    All tokens of an image share one time; their rows and columns count from that time. The next
+    position is one behind the image's longer side.
+
+    Args:
+        parts: numbers of text tokens, or (frames, rows, columns) of images in patches.
+        merge: side of the square of patches that forms one token.
     """
-    found = []
+    positions = []
     for part in parts:
         if isinstance(part, (int, np.integer)):
-            found.append(np.repeat(np.arange(start, start + part)[:, None], 3, 1))
+            positions.append(np.repeat(np.arange(start, start + part)[:, None], 3, 1))
             start += int(part)
             continue
-        t, rows, columns = part[0], part[1] // merge, part[2] // merge
-        found.append(start + np.indices((t, rows, columns)).reshape(3, -1).T)
+        frames, rows, columns = part[0], part[1] // merge, part[2] // merge
+        positions.append(start + np.indices((frames, rows, columns)).reshape(3, -1).T)
         start += max(rows, columns)
-    return np.concatenate(found).astype(np.int32), start
+    return np.concatenate(positions).astype(np.int32), start
 
 
 def rope_indices(
     ids: Any, cfg: QwenConfig, grids: Any = (), valid: Any = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions int32 [B, T, 3] of token rows, and the position [B] of the token after each row.
+    """Return positions int32 [B, T, 3] of token rows, and the next position [B] of each row.
 
-    As the public code counts them; padding gets 0. Runs on the host.
+    It counts as the published code does; padding gets 0. It runs on the host.
 
     Args:
-        ids: int [B, T]; grids: (frames, rows, columns) in patches of every image, [images, 3], row
-            after row; valid: bool [B, T], False on padding.
+        ids: int [B, T].
+        grids: (frames, rows, columns) in patches of every image [images, 3], row after row.
+        valid: bool [B, T], False at padding.
 
     Raises:
-        ValueError: image tokens and grids that do not belong together, or video tokens.
+        ValueError: image tokens that do not match the grids, or video tokens.
     """
     ids = np.asarray(ids)
     valid = np.ones(ids.shape, bool) if valid is None else np.asarray(valid, bool)
-    left = [tuple(map(int, grid)) for grid in np.asarray(grids).reshape(-1, 3)]
-    total, merge = len(left), cfg.vision.merge if cfg.vision else 1
-    positions, following = np.zeros((*ids.shape, 3), np.int32), np.zeros(len(ids), np.int32)
-    for row, (tokens, keep) in enumerate(zip(ids, valid)):
-        tokens = tokens[keep]
+    remaining = [tuple(map(int, grid)) for grid in np.asarray(grids).reshape(-1, 3)]
+    total, merge = len(remaining), cfg.vision.merge if cfg.vision else 1
+    positions = np.zeros((*ids.shape, 3), np.int32)
+    next_positions = np.zeros(len(ids), np.int32)
+    for row, (tokens, row_valid) in enumerate(zip(ids, valid)):
+        tokens = tokens[row_valid]
         if (tokens == cfg.video_token).any():
             raise ValueError(f"row {row}: video tokens; only text and images are supported")
-        is_image, parts, at = tokens == cfg.image_token, [], 0
-        while at < len(tokens):
-            if is_image[at]:
-                if not left:
+        is_image, parts, index = tokens == cfg.image_token, [], 0
+        while index < len(tokens):
+            if is_image[index]:
+                if not remaining:
                     raise ValueError(f"row {row}: image tokens beyond the {total} images given")
-                t, rows, columns = left.pop(0)
-                count = t * (rows // merge) * (columns // merge)
-                held = is_image[at : at + count].sum()
-                if held != count:
+                frames, rows, columns = remaining.pop(0)
+                count = frames * (rows // merge) * (columns // merge)
+                run_length = is_image[index : index + count].sum()
+                if run_length != count:
                     raise ValueError(
-                        f"row {row}: image {total - len(left) - 1} of {t} x {rows} x {columns} "
-                        f"patches needs {count} image tokens in a row, {held} are there"
+                        f"row {row}: image {total - len(remaining) - 1} of {frames} x {rows} x "
+                        f"{columns} patches needs {count} image tokens in a row, got {run_length}"
                     )
-                parts.append((t, rows, columns))
+                parts.append((frames, rows, columns))
             else:
-                ends = np.flatnonzero(is_image[at:])
-                count = int(ends[0]) if len(ends) else len(tokens) - at
+                image_starts = np.flatnonzero(is_image[index:])
+                count = int(image_starts[0]) if len(image_starts) else len(tokens) - index
                 parts.append(count)
-            at += count
+            index += count
         if parts:
-            positions[row, keep], following[row] = part_positions(parts, merge)
-    if left:
-        raise ValueError(f"{len(left)} of {total} images have no image tokens")
-    return positions, following
-
-
-def causal_mask(valid: jax.Array) -> jax.Array:
-    """[B, T, T]: each position sees the valid [B, T] ones up to itself."""
-    length = valid.shape[1]
-    return jnp.asarray(valid)[:, None, :] & np.tri(length, dtype=bool)
+            positions[row, row_valid], next_positions[row] = part_positions(parts, merge)
+    if remaining:
+        raise ValueError(f"{len(remaining)} of {total} images have no image tokens")
+    return positions, next_positions
 
 
 def rope_tables(positions: Any, cfg: QwenConfig, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [..., T, D / 2] of positions [..., T, 3]."""
-    # Frequencies rounded to float32 as the published models were trained with them.
+    """Return RoPE cos and sin [..., T, D / 2] of positions [..., T, 3]."""
+    # The published models were trained with frequencies rounded to float32.
     exponent = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
     power = np.float32(np.float64(cfg.rope_base) ** exponent.astype(np.float64))
     frequency = (np.float32(1) / power).astype(np.dtype(dtype))
@@ -233,45 +240,55 @@ def rope_tables(positions: Any, cfg: QwenConfig, dtype: Any) -> tuple[jax.Array,
     return rope.tables(jnp.asarray(positions)[..., axis].astype(dtype) * frequency, dtype)
 
 
-# --------------------------------------------------------------------------------------- functions
+# -------------------------------------------------------------------------------------- forward
 
 
 def compute_dtype(params: Tree, cfg: QwenConfig) -> Any:
-    """The dtype in which the layers run."""
+    """Return the dtype in which the layers run."""
     return jnp.dtype(cfg.compute_dtype or params["embed"]["weight"].dtype)
 
 
 def embed(params: Tree, ids: jax.Array, cfg: QwenConfig) -> jax.Array:
-    """Token embeddings [B, T, C] of ids int [B, T], in the compute dtype."""
+    """Embed ids int [B, T] as [B, T, C], in the compute dtype."""
     return params["embed"]["weight"][ids].astype(compute_dtype(params, cfg))
 
 
-def merge_images(h: jax.Array, ids: jax.Array, features: jax.Array, cfg: QwenConfig) -> jax.Array:
-    """h [B, T, C] with features [M, C] in place of the image tokens, in their order.
-
-    `rope_indices` checks on the host that there are as many of one as of the other.
-    """
-    at = ids == cfg.image_token
-    index = jnp.cumsum(at.ravel()).reshape(at.shape) - 1
-    picked = features.astype(h.dtype)[jnp.clip(index, 0, len(features) - 1)]
-    return jnp.where(at[..., None], picked, h)
-
-
-def place_images(h: jax.Array, image: jax.Array, features: jax.Array) -> jax.Array:
-    """h [B, T, C] with a row's features [B, P, C] where `image` int [B, T] names one; -1 none."""
-    picked = jnp.take_along_axis(features, jnp.maximum(image, 0)[..., None], 1)
-    return jnp.where(image[..., None] >= 0, picked.astype(h.dtype), h)
-
-
-def embed_all(
-    params: Tree, ids: jax.Array, cfg: QwenConfig, patches: jax.Array | None, at: Plan | None
+def scatter_image_features(
+    h: jax.Array, ids: jax.Array, features: jax.Array, cfg: QwenConfig
 ) -> jax.Array:
-    """`embed` of ids [B, T] with the images of patches [N, P] merged in; None without images."""
+    """Replace the image tokens of h [B, T, C] by features [M, C], in their order.
+
+    `rope_indices` checks on the host that their numbers are equal.
+    """
+    is_image = ids == cfg.image_token
+    index = jnp.cumsum(is_image.ravel()).reshape(is_image.shape) - 1
+    at_tokens = features.astype(h.dtype)[jnp.clip(index, 0, len(features) - 1)]
+    return jnp.where(is_image[..., None], at_tokens, h)
+
+
+def scatter_row_features(h: jax.Array, image: jax.Array, features: jax.Array) -> jax.Array:
+    """Replace positions of h [B, T, C] by features of the same row [B, P, C].
+
+    Args:
+        image: int [B, T], the index of the feature at each position, -1 at text.
+    """
+    at_tokens = jnp.take_along_axis(features, jnp.maximum(image, 0)[..., None], 1)
+    return jnp.where(image[..., None] >= 0, at_tokens.astype(h.dtype), h)
+
+
+def embed_multimodal(
+    params: Tree,
+    ids: jax.Array,
+    cfg: QwenConfig,
+    patches: jax.Array | None,
+    plan: VisionPlan | None,
+) -> jax.Array:
+    """Embed ids [B, T] with the images of patches [N, P] in place; None without images."""
     h = embed(params, ids, cfg)
     if patches is None:
         return h
-    features = qwen_vision.encode(params["vision"], patches, at, cfg.vision)
-    return merge_images(h, ids, features, cfg)
+    features = qwen_vision.encode(params["vision"], patches, plan, cfg.vision)
+    return scatter_image_features(h, ids, features, cfg)
 
 
 def apply_layers(
@@ -314,32 +331,18 @@ def _input_tables(h: jax.Array, positions: Any, cfg: QwenConfig) -> tuple[jax.Ar
     return rope_tables(positions, cfg, jnp.promote_types(h.dtype, jnp.float32))
 
 
-def hidden_states(
-    params: Tree, h: jax.Array, positions: Any, mask: jax.Array | None, cfg: QwenConfig
-) -> jax.Array:
-    """[layers + 1, B, T, C]: h, the states after each layer but the last, and the normed last."""
-    at = _input_tables(h, positions, cfg)
-
-    def body(h, layer):
-        after = layers.decoder_layer(layer, h, cfg.layer, at, mask)[0]
-        return after, h
-
-    last, before = jax.lax.scan(body, h, params["layers"])
-    return jnp.concatenate([before, final_norm(params, last, cfg)[None]])
-
-
-def empty_cache(cfg: QwenConfig, batch: int, size: int, dtype: Any) -> KVCache:
-    """A cache of `size` positions with none filled."""
-    return layers.empty_cache(cfg.layer, cfg.layers, batch, size, dtype)
+def empty_cache(cfg: QwenConfig, batch_size: int, size: int, dtype: Any) -> KVCache:
+    """Return a cache of `size` positions, none of them filled."""
+    return layers.empty_cache(cfg.layer, cfg.layers, batch_size, size, dtype)
 
 
 def final_norm(params: Tree, h: jax.Array, cfg: QwenConfig) -> jax.Array:
-    """The norm before the head."""
+    """Apply the norm before the head."""
     return layers.rms_norm(params["final_norm"], h, cfg.norm_eps, offset=False)
 
 
 def logits(params: Tree, states: jax.Array, cfg: QwenConfig) -> jax.Array:
-    """[..., V] in at least float32, of states [..., C] that `apply_layers` returns."""
+    """Return logits [..., V] in at least float32 of states [..., C] that `apply_layers` returns."""
     if cfg.tied:
         return at_least_float32(states @ params["embed"]["weight"].astype(states.dtype).T)
     return at_least_float32(layers.linear(params["head"], states))
@@ -351,16 +354,19 @@ def forward(
     cfg: QwenConfig,
     *,
     patches: jax.Array | None = None,
-    at: Plan | None = None,
+    plan: VisionPlan | None = None,
     positions: Any = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """Logits [B, T, V] of token rows, with or without images.
+    """Return logits [B, T, V] of token rows, with or without images.
 
     Args:
-        ids: int [B, T]; patches: [N, P] of all images, row after row; at: `qwen_vision.plan` of
-            their grids; positions: `rope_indices`, None for text alone; mask: None is causal.
+        ids: int [B, T].
+        patches: [N, P] of all images, row after row.
+        plan: `qwen_vision.plan` of their grids.
+        positions: of `rope_indices`, None for text alone.
+        mask: as in `apply_layers`.
     """
-    h = embed_all(params, ids, cfg, patches, at)
+    h = embed_multimodal(params, ids, cfg, patches, plan)
     states, _ = apply_layers(params, h, cfg, positions, mask)
     return logits(params, states, cfg)

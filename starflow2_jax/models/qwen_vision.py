@@ -1,10 +1,11 @@
-"""Vision tower of Qwen2.5-VL: patches of images of any size to features of the language model.
+"""The vision tower of Qwen2.5-VL: patches of images of any size to features of the language model.
 
-Axes: N patches of all images, P values of a patch, C width, U = merge^2 patches that become one
-feature, W windows, F frames (an image is one frame), D head channels.
+Patches are in the order of the published image processor: image after image, blocks of merge x
+merge patches in raster order, raster order within a block. Inside the tower the blocks are in order
+of attention window.
 
-Patches come as the public image processor cuts them: image after image, merge x merge blocks in
-raster order, raster order within a block. Inside the tower the blocks are ordered by window.
+Shapes: N patches of all images, P values of a patch, C width, U = merge^2 patches of one feature, D
+channels of a head. An image is one frame, a clip has several.
 """
 
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ from starflow2_jax.models import layers, rope
 from starflow2_jax.models.layers import LayerConfig, linear
 from starflow2_jax.params import ParamSpec, Tree, flatten, ones, unflatten
 
-# Of the published image processor: a picture of 16,384 features.
+# Limit of the published image processor: an image of 16,384 features.
 MAX_PIXELS = 16384 * 28 * 28
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 EPS = 1e-6
-EVERYTHING = np.ones((1, 1), bool)
+ATTEND_ALL = np.ones((1, 1), bool)
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class VisionConfig:
     Attributes:
         out_width: width of the language model.
         patch, frames: pixels on a side and frames in depth of a patch.
-        merge: M, features are made of M x M patches; window: side of an attention window, pixels.
-        full_layers: the layers that look beyond their window.
+        merge: a feature is made of merge x merge patches.
+        window: side of an attention window in pixels.
+        full_layers: indices of the layers that attend to the whole image.
         remat: a name in `layers.REMAT`.
     """
 
@@ -60,11 +62,11 @@ class VisionConfig:
             raise ValueError(f"vision width={self.width} is not a multiple of 4 heads={self.heads}")
         if self.window < self.patch * self.merge:
             raise ValueError(f"vision window={self.window} is smaller than {self.merge} patches")
-        self.layer  # noqa: B018  raises where the activation is wrong
+        self.layer  # noqa: B018  raises if the activation is invalid
 
     @property
     def patch_values(self) -> int:
-        """P."""
+        """Number of values P of a patch."""
         return self.channels * self.frames * self.patch**2
 
     @property
@@ -85,9 +87,9 @@ class VisionConfig:
 
 
 def declare(cfg: VisionConfig) -> dict[str, Any]:
-    """Every weight of the tower; the patch embedding, a convolution in the files, is [P, C]."""
+    """Declare every parameter; the patch embedding, a convolution in the files, is [P, C]."""
     merged = cfg.merge**2 * cfg.width
-    # 3420 hidden channels are not a multiple of 8, so no layout cuts them.
+    # 3420 hidden channels are not a multiple of 8, so no layout shards them.
     stack = {
         name: ParamSpec(w.shape, tuple(None if a == "mlp" else a for a in w.axes), w.init)
         for name, w in flatten(layers.declare(cfg.layer, cfg.depth)).items()
@@ -107,10 +109,10 @@ def declare(cfg: VisionConfig) -> dict[str, Any]:
 
 
 def check_size(height: int, width: int, cfg: VisionConfig, max_pixels: int = MAX_PIXELS) -> None:
-    """Raises ValueError where the tower cannot cut an image into whole blocks, or it is too large.
+    """Check that the tower can read an image of this size in pixels.
 
-    Args:
-        height, width: in pixels, after any resizing.
+    Raises:
+        ValueError: an image that does not consist of whole blocks, or is too large.
     """
     block = cfg.patch * cfg.merge
     if height < block or width < block or height % block or width % block:
@@ -121,8 +123,8 @@ def check_size(height: int, width: int, cfg: VisionConfig, max_pixels: int = MAX
         raise ValueError(f"image: {height} x {width} pixels are more than the {max_pixels} allowed")
 
 
-def normalise(image: Any) -> Any:
-    """uint8 [..., 3] to float32 with the published mean and standard deviation of each channel."""
+def normalize(image: Any) -> Any:
+    """Normalize uint8 [..., 3] by the published mean and standard deviation; float32."""
     xp = np if isinstance(image, np.ndarray) else jnp
     return (image.astype("float32") / 255 - xp.asarray(MEAN, "float32")) / xp.asarray(
         STD, "float32"
@@ -130,7 +132,7 @@ def normalise(image: Any) -> Any:
 
 
 def patchify(image: Any, cfg: VisionConfig, max_pixels: int = MAX_PIXELS) -> Any:
-    """Patches [..., N, P] of normalised images [..., H, W, channels] (numpy or jax).
+    """Return patches [..., N, P] of normalized images [..., H, W, channels], numpy or jax.
 
     A still image is repeated along time to fill a patch's frames.
 
@@ -147,59 +149,52 @@ def patchify(image: Any, cfg: VisionConfig, max_pixels: int = MAX_PIXELS) -> Any
     return x.reshape(*batch, -1, cfg.patch_values)
 
 
-def raster(patches: Any, grid: tuple[int, int], cfg: VisionConfig) -> Any:
-    """Patch states [rows * columns, C] of one image, in the processor's order, as [rows, columns,
-    C]."""
-    rows, columns = grid
-    m = cfg.merge
-    x = patches.reshape(rows // m, columns // m, m, m, patches.shape[-1])
-    return x.swapaxes(1, 2).reshape(rows, columns, -1)
-
-
 # -------------------------------------------------------------------------------------- attention
 
 
 @struct.dataclass
-class Groups:
-    """Sets of patches that see each other.
+class AttentionGroups:
+    """Sets of patches that attend to each other.
 
     Attributes:
-        index: int32 [groups, longest], which patch, -1 where a group is shorter.
-        at: int32 [N], where every patch lies in the flattened index.
+        index: int32 [groups, longest], the patches of each group, -1 behind a shorter group.
+        flat_index: int32 [N], the place of every patch in the flattened index.
     """
 
     index: Any
-    at: Any
+    flat_index: Any
 
 
 @struct.dataclass
-class Plan:
-    """How the tower walks over images of given sizes; a function of the sizes alone.
+class VisionPlan:
+    """The order and grouping of the patches of images, a function of their sizes alone.
 
     Attributes:
-        order: int32 [N / U], blocks in order of window; restore: its inverse.
-        angles: float32 [N, D / 2] of the patches in order of window.
+        order, restore: int32 [N / U], blocks in order of window, and the inverse.
+        angles: float32 [N, D / 2], RoPE angles of the patches in order of window.
         windows, frames: the groups of the windowed and of the full layers.
     """
 
     order: Any
     restore: Any
     angles: Any
-    windows: Groups
-    frames: Groups
+    windows: AttentionGroups
+    frames: AttentionGroups
 
 
-def _groups(sizes: np.ndarray) -> Groups:
-    """Consecutive groups of `sizes` patches."""
+def _consecutive_groups(sizes: np.ndarray) -> AttentionGroups:
     ends = np.cumsum(sizes)
     index = (ends - sizes)[:, None] + np.arange(sizes.max())
     inside = np.arange(sizes.max()) < sizes[:, None]
     index = np.where(inside, index, -1).astype(np.int32)
-    return Groups(index=index, at=np.flatnonzero(inside).astype(np.int32))
+    return AttentionGroups(index=index, flat_index=np.flatnonzero(inside).astype(np.int32))
 
 
-def plan(grids: Any, cfg: VisionConfig) -> Plan:
-    """The plan of images (or clips) with `grids` of (frames, rows, columns) patches, [images, 3].
+def plan(grids: Any, cfg: VisionConfig) -> VisionPlan:
+    """Return the plan of images or clips.
+
+    Args:
+        grids: (frames, rows, columns) in patches [images, 3].
 
     Raises:
         ValueError: no images, or rows or columns that are not a multiple of the merge size.
@@ -211,119 +206,116 @@ def plan(grids: Any, cfg: VisionConfig) -> Plan:
         raise ValueError(
             f"grids: rows and columns must be multiples of {cfg.merge}, got {grids.tolist()}"
         )
-    side = cfg.window // cfg.merge // cfg.patch
-    order, places, windows, frames, first = [], [], [], [], 0
-    for t, rows, columns in grids.tolist():
-        high, wide = rows // cfg.merge, columns // cfg.merge
-        block = np.arange(t * high * wide).reshape(t, high, wide)
-        frame, row, column = np.indices(block.shape)
-        across = -(-wide // side)
-        window = (frame * -(-high // side) + row // side) * across + column // side
-        by_window = np.argsort(window.ravel(), kind="stable")
+    window_side = cfg.window // cfg.merge // cfg.patch
+    order, coordinates, windows, frames, first = [], [], [], [], 0
+    for num_frames, rows, columns in grids.tolist():
+        block_rows, block_columns = rows // cfg.merge, columns // cfg.merge
+        frame, row, column = np.indices((num_frames, block_rows, block_columns))
+        window_rows, window_columns = (
+            -(-block_rows // window_side),
+            -(-block_columns // window_side),
+        )
+        window = frame * window_rows + row // window_side
+        window = (window * window_columns + column // window_side).ravel()
+        by_window = np.argsort(window, kind="stable")
         order.append(first + by_window)
-        windows.append(np.bincount(window.ravel()))
-        frames += [rows * columns] * t
-        inner = np.indices((cfg.merge, cfg.merge)).reshape(2, -1).T
+        windows.append(np.bincount(window))
+        frames += [rows * columns] * num_frames
+        in_block = np.indices((cfg.merge, cfg.merge)).reshape(2, -1).T
         corner = cfg.merge * np.stack([row.ravel(), column.ravel()], -1)[by_window]
-        places.append((corner[:, None] + inner).reshape(-1, 2))
-        first += block.size
+        coordinates.append((corner[:, None] + in_block).reshape(-1, 2))
+        first += frame.size
     order = np.concatenate(order)
-    angles = rope.angles(np.concatenate(places).astype(np.float64), cfg.width // cfg.heads)
-    return Plan(
+    coordinates = np.concatenate(coordinates).astype(np.float64)
+    return VisionPlan(
         order=order.astype(np.int32),
         restore=np.argsort(order).astype(np.int32),
-        angles=angles.astype(np.float32),
-        windows=_groups(np.concatenate(windows) * cfg.merge**2),
-        frames=_groups(np.asarray(frames)),
+        angles=rope.angles(coordinates, cfg.width // cfg.heads).astype(np.float32),
+        windows=_consecutive_groups(np.concatenate(windows) * cfg.merge**2),
+        frames=_consecutive_groups(np.asarray(frames)),
     )
 
 
-def _is_even(groups: Groups) -> bool:
-    """Whether groups known at trace time are equally long, so that a reshape makes them."""
+def _are_equally_long(groups: AttentionGroups) -> bool:
+    """Return whether groups, known at trace time, are equally long: a reshape then suffices."""
     known = isinstance(groups.index, np.ndarray)
     return known and np.array_equal(groups.index.ravel(), np.arange(groups.index.size))
 
 
-def _layers(params: Tree, patches: jax.Array, at: Plan, cfg: VisionConfig, every: bool) -> Any:
-    """States [N, C] in order of window after the last layer, or [depth + 1, N, C] of every one."""
-    if patches.shape != (cfg.merge**2 * len(at.order), cfg.patch_values):
+def apply_layers(
+    params: Tree, patches: jax.Array, plan: VisionPlan, cfg: VisionConfig
+) -> jax.Array:
+    """Return the states [N, C] of patches [N, P] after the last layer, in order of window.
+
+    Raises:
+        ValueError: another number of patches than the plan's.
+    """
+    if patches.shape != (cfg.merge**2 * len(plan.order), cfg.patch_values):
         raise ValueError(
-            f"patches: expected [{cfg.merge**2 * len(at.order)}, {cfg.patch_values}] by the plan, "
-            f"got {list(patches.shape)}"
+            f"patches: expected [{cfg.merge**2 * len(plan.order)}, {cfg.patch_values}] by the "
+            f"plan, got {list(patches.shape)}"
         )
     dtype = jnp.dtype(cfg.compute_dtype or params["patch"]["weight"].dtype)
-    # Ordered before the first weight, so that no gradient is scattered back through the order.
-    blocks = patches.reshape(len(at.order), -1, cfg.patch_values)[at.order]
+    # Reordered before the first weight, so that no gradient is scattered back through the order.
+    blocks = patches.reshape(len(plan.order), -1, cfg.patch_values)[plan.order]
     h = linear(params["patch"], blocks.reshape(patches.shape).astype(dtype))
-    wide = jnp.promote_types(dtype, jnp.float32)
+    table_dtype = jnp.promote_types(dtype, jnp.float32)
 
-    def attend(groups):
-        even = _is_even(groups)
-        inside = groups.index >= 0
-        angles = jnp.asarray(at.angles)[jnp.maximum(groups.index, 0)]
-        tables = rope.tables(angles, wide)
+    def attend_within(groups):
+        equally_long = _are_equally_long(groups)
+        mask = groups.index >= 0
+        angles = jnp.asarray(plan.angles)[jnp.maximum(groups.index, 0)]
+        tables = rope.tables(angles, table_dtype)
 
-        def run(h, layer):
-            if even:
+        def layer(h, layer_params):
+            if equally_long:
                 x = h.reshape(*groups.index.shape, cfg.width)
-                return layers.decoder_layer(layer, x, cfg.layer, tables, EVERYTHING)[0].reshape(
-                    h.shape
-                )
+                x, _ = layers.decoder_layer(layer_params, x, cfg.layer, tables, ATTEND_ALL)
+                return x.reshape(h.shape)
             x = h[jnp.maximum(groups.index, 0)]
-            x, _ = layers.decoder_layer(layer, x, cfg.layer, tables, inside[:, None])
-            return x.reshape(-1, cfg.width)[groups.at]
+            x, _ = layers.decoder_layer(layer_params, x, cfg.layer, tables, mask[:, None])
+            return x.reshape(-1, cfg.width)[groups.flat_index]
 
-        return run
+        return layer
 
-    near, far = attend(at.windows), attend(at.frames)
+    windowed_layer, full_layer = attend_within(plan.windows), attend_within(plan.frames)
 
-    def body(h, layer_and_kind):
-        layer, full = layer_and_kind
-        h = jax.lax.cond(full, far, near, h, layer)
-        return h, h if every else None
+    def body(h, layer):
+        layer_params, is_full = layer
+        return jax.lax.cond(is_full, full_layer, windowed_layer, h, layer_params), None
 
     if layers.REMAT[cfg.remat] is not None:
         body = jax.checkpoint(body, policy=layers.REMAT[cfg.remat], prevent_cse=False)
-    full = np.isin(np.arange(cfg.depth), cfg.full_layers)
-    last, states = jax.lax.scan(body, h, (params["layers"], full))
-    return jnp.concatenate([h[None], states]) if every else last
+    is_full = np.isin(np.arange(cfg.depth), cfg.full_layers)
+    return jax.lax.scan(body, h, (params["layers"], is_full))[0]
 
 
-def patch_states(params: Tree, patches: jax.Array, at: Plan, cfg: VisionConfig) -> jax.Array:
-    """States [N, C] of every patch after the last layer, in the order of `patches` [N, P]."""
-    h = _layers(params, patches, at, cfg, every=False)
-    return h.reshape(len(at.order), -1, cfg.width)[at.restore].reshape(h.shape)
-
-
-def hidden_states(params: Tree, patches: jax.Array, at: Plan, cfg: VisionConfig) -> jax.Array:
-    """[depth + 1, N, C]: what every layer is given and the last one gives, in order of window."""
-    return _layers(params, patches, at, cfg, every=True)
-
-
-def encode(params: Tree, patches: jax.Array, at: Plan, cfg: VisionConfig) -> jax.Array:
-    """Features [N / U, out_width], image after image, each in raster order.
+def encode(params: Tree, patches: jax.Array, plan: VisionPlan, cfg: VisionConfig) -> jax.Array:
+    """Return features [N / U, out_width], image after image, each in raster order.
 
     Args:
-        patches: [N, P] as `patchify` or the public processor cuts them; at: `plan` of their grids.
+        patches: [N, P] of `patchify` or of the published processor.
+        plan: of their grids.
 
     Raises:
-        ValueError: as many patches as the plan says were not given.
+        ValueError: another number of patches than the plan's.
     """
-    h = _layers(params, patches, at, cfg, every=False)
+    h = apply_layers(params, patches, plan, cfg)
     merger = params["merger"]
     h = layers.rms_norm(merger["norm"], h, EPS, offset=False)
-    h = linear(merger["up"], h.reshape(len(at.order), -1))
-    return linear(merger["down"], jax.nn.gelu(h, approximate=False))[at.restore]
+    h = linear(merger["up"], h.reshape(len(plan.order), -1))
+    return linear(merger["down"], jax.nn.gelu(h, approximate=False))[plan.restore]
 
 
 def encode_images(params: Tree, images: jax.Array, cfg: VisionConfig) -> jax.Array:
-    """Features [B, N / U, out_width] of equally large images [B, H, W, 3], normalised.
+    """Return features [B, N / U, out_width] of normalized images [B, H, W, 3].
 
     Raises:
         ValueError: as `check_size`.
     """
     patches = patchify(images, cfg)
     grid = [[1, *(n // cfg.patch for n in images.shape[1:3])]]
-    at = plan(grid * len(images), cfg)
-    found = encode(params, patches.reshape(-1, cfg.patch_values), at, cfg)
-    return found.reshape(len(images), -1, cfg.out_width)
+    features = encode(
+        params, patches.reshape(-1, cfg.patch_values), plan(grid * len(images), cfg), cfg
+    )
+    return features.reshape(len(images), -1, cfg.out_width)

@@ -1,6 +1,7 @@
-"""Rotary positions of image and text tokens: coordinates (row, column, third) to rotation tables.
+"""Rotary position embeddings of image and text tokens: from coordinates to rotation tables.
 
-Axes: N positions, A = 2 or 3 coordinates, D head channels.
+Coordinates are (row, column) or (row, column, third). Shapes: N positions, A = 2 or 3 coordinates,
+D channels of a head, T tokens of an image.
 """
 
 from typing import Any
@@ -14,10 +15,10 @@ BASE = 10000.0
 
 
 def angles(positions: Any, head_dim: int) -> Any:
-    """Angles [..., N, D/2] of positions [..., N, A].
+    """Return angles [..., N, D/2] of positions [..., N, A] (STARFlow, arXiv 2506.06276).
 
-    Rows and columns share the pairs evenly; a third coordinate takes eight pairs of its own
-    (paper.md 3.3). Numpy positions give float64 angles.
+    A third coordinate has eight channel pairs with frequencies 10000^(-i / 8). Rows and columns
+    share the other n pairs evenly, with frequencies 10000^(-2 i / n). Numpy positions give float64.
     """
     xp = np if isinstance(positions, np.ndarray) else jnp
     pairs = head_dim // 2
@@ -30,16 +31,16 @@ def angles(positions: Any, head_dim: int) -> Any:
 
 
 def tables(angles: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) of angles. Those of numpy are evaluated in float64 and cast once."""
+    """Return (cos, sin) of angles; numpy angles are evaluated in float64 and cast once."""
     xp = np if isinstance(angles, np.ndarray) else jnp
     return jnp.asarray(xp.cos(angles), dtype), jnp.asarray(xp.sin(angles), dtype)
 
 
 def plane(grid: tuple[int, int], side: int) -> np.ndarray:
-    """(row, column) float64 [T, 2] of a grid in raster order, in units of the training grid's side.
+    """Return (row, column) float64 [T, 2] of a grid in raster order, scaled to the training grid.
 
-    Rounded to float32 on the way, as the published models were trained: 3 / sqrt(32) * 8 is a
-    number that float32 does not hold, and weights have learnt the rounded one.
+    Intermediate values are rounded to float32, as the published models were trained: 3 / sqrt(32) *
+    8 is no float32 number, and the weights have learned the rounded one.
     """
     rows, columns = grid
     mean = np.float32((rows * columns) ** 0.5)
@@ -48,9 +49,9 @@ def plane(grid: tuple[int, int], side: int) -> np.ndarray:
 
 
 def after_text(plane: np.ndarray, length: int, side: int) -> np.ndarray:
-    """STARFlow's coordinates [length + T, 3]: text has only a third one, scaled to `side`.
+    """Return STARFlow's coordinates [length + T, 3]: text has only a third one, scaled to `side`.
 
-    In float32 on the way, as in `plane`.
+    Intermediate values are float32, as in `plane`.
     """
     text, image = np.zeros((length, 3)), np.pad(plane, ((0, 0), (0, 1)))
     text[:, 2] = np.arange(length, dtype=np.float32) / np.float32(max(length, 1)) * np.float32(side)
@@ -58,9 +59,9 @@ def after_text(plane: np.ndarray, length: int, side: int) -> np.ndarray:
 
 
 def next_item(plane: np.ndarray, length: int) -> np.ndarray:
-    """Coordinates [length + T - 1, 3] where every input carries those of the item it predicts.
+    """Return coordinates [length + T - 1, 3] of inputs that carry those of the item they predict.
 
-    The third coordinate counts text tokens and whole images alike, unscaled (design.md 4).
+    The third coordinate counts text tokens and whole images alike, unscaled (see docs/method.md).
     """
     text, image = np.zeros((length, 3)), np.pad(plane, ((0, 0), (0, 1)))
     text[:, 2] = np.arange(length)

@@ -46,11 +46,9 @@ def is_withheld_combination(first: Object, relation: str, second: Object) -> boo
 
 
 def withheld_kind(scenes: Iterable[Scene], mentioned: Iterable[Object | Combination] = ()) -> str:
-    """Return "pair" if a withheld pair occurs, else "combination" or "none" accordingly.
+    """Return the kind of withheld content that occurs: "pair", else "combination", else "none".
 
-    Args:
-        scenes: scenes whose objects and relations count.
-        mentioned: objects and combinations that occur only in the text.
+    `mentioned` are objects and combinations that occur only in the text.
     """
     scenes = list(scenes)
     objects = [item for scene in scenes for item in scene.objects]
@@ -74,11 +72,7 @@ def withheld_kind(scenes: Iterable[Scene], mentioned: Iterable[Object | Combinat
 
 
 def is_included(choice: str, kind: str) -> bool:
-    """Return whether `--withheld choice` includes a record whose `withheld_kind` is `kind`.
-
-    Raises:
-        ValueError: an unknown choice.
-    """
+    """Return whether `--withheld choice` includes a record of this `withheld_kind`."""
     if choice not in CHOICES:
         raise ValueError(f"--withheld {choice}: expected one of {', '.join(CHOICES)}")
     return choice == "none" or (choice == "only") == (kind != "none")

@@ -8,7 +8,7 @@ from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.data.records import Record
 from starflow2_jax.importers import captioned
 from starflow2_jax.importers.registry import ImportSource
-from starflow2_jax.shapes import generator, holdout, tasks
+from starflow2_jax.shapes import generator, tasks
 
 
 def shapes_source(values: flags.FlagValues) -> ImportSource:
@@ -27,13 +27,8 @@ def shapes_source(values: flags.FlagValues) -> ImportSource:
     only_t2i = values.tasks == ["t2i"]
     if values.label != "none" and not only_t2i:
         raise DatasetError(f"--label {values.label}: only --tasks t2i has classes")
-    keep = holdout.scene_filter(values.withheld)
 
     def make() -> Iterator[Record]:
-        if only_t2i:
-            return generator.make_records(
-                values.seed, count, pixels, tags=values.tags, label=label, keep=keep
-            )
         return tasks.make_records(
             values.seed,
             count,
@@ -41,6 +36,7 @@ def shapes_source(values: flags.FlagValues) -> ImportSource:
             tasks=values.tasks,
             tags=values.tags,
             withheld=values.withheld,
+            label=label,
         )
 
     options = {

@@ -42,8 +42,8 @@ class RegionLabels:
     """The `RegionAnnotator` of packed batches for the shapes benchmark.
 
     Attributes:
-      max_regions: R, regions of an image at most; further ones are left out.
-      max_words: W, token ids of a description at most; longer ones are cut.
+        max_regions: R, regions of an image at most; further ones are left out.
+        max_words: W, token ids of a description at most; longer ones are cut.
     """
 
     max_regions: int
@@ -68,7 +68,7 @@ def find_regions(record: Record, image: int, location: str) -> list[Region]:
     between two objects, its relation to the other one.
 
     Raises:
-      DatasetError: a record without scenes, naming `location`.
+        DatasetError: a record without scenes, naming `location`.
     """
     meta = record.meta
     try:

@@ -61,24 +61,15 @@ class UntrainedText:
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A record before its images are drawn.
+    """A record before its images are drawn."""
 
-    Attributes:
-        tag: variant of the task.
-        user, assistant: content of the first two turns.
-        scenes: scenes of the images, in order.
-        mentioned: objects and combinations that only the text mentions.
-        geneval: what the last image must and must not show.
-        more: further texts of user and assistant.
-    """
-
-    tag: str
+    tag: str  # variant of the task
     user: tuple[str | Scene, ...]
     assistant: tuple[str | UntrainedText | Scene | Zoom, ...]
-    scenes: tuple[Scene, ...]
-    mentioned: Mentions = ()
-    geneval: dict[str, object] | None = None
-    more: tuple[tuple[str, str], ...] = ()
+    scenes: tuple[Scene, ...]  # of the images, in order
+    mentioned: Mentions = ()  # objects and combinations that only the text mentions
+    geneval: dict[str, object] | None = None  # what the last image must and must not show
+    more: tuple[tuple[str, str], ...] = ()  # further turns of user and assistant
 
 
 def caption(rng: np.random.Generator, wording: int, tag: str) -> Draft:
@@ -101,9 +92,8 @@ def _describe(
     The last wording is a list of tags, each with the shape first and the number last. One of them
     has the color of one object and the shape of another, and the number zero.
 
-    The order matters: a model that predicts a word right after the word it depends on learns that
-    dependency. In the first wordings it predicts a shape after its color, in the tags a color after
-    its shape and a number after both.
+    The order matters, since a model learns to look up a word right after the word it depends on: a
+    shape after its color in the first wordings, in the tags a color after its shape.
     """
     description = describe(scene, wording, reverse=bool(rng.integers(2)))
     pairs = {(item.shape, item.color) for item in scene.objects}
@@ -351,15 +341,7 @@ def make_draft(
     withheld: str = "none",
     tags: Sequence[str] = generator.TAGS,
 ) -> Draft:
-    """Return draft `index` of a task.
-
-    Args:
-        seed: seed of the benchmark.
-        index: number of the draft.
-        task: one of `TASKS` except "t2i".
-        withheld: choice of `holdout.CHOICES`.
-        tags: tags of captions; the other tasks have their own.
-    """
+    """Return draft `index` of a task other than t2i; `tags` are those of captions."""
     make, task_tags = _MAKERS[task]
     tags = tags if task == "caption" else task_tags
     rng = np.random.default_rng(np.random.SeedSequence((seed, index, 1 + TASKS.index(task))))
@@ -381,13 +363,14 @@ def make_records(
     tasks: Sequence[str] = TASKS,
     tags: Sequence[str] = generator.TAGS,
     withheld: str = "none",
+    label: str | None = None,
 ) -> Iterator[Record]:
     """Yield records 0 to count - 1 of `seed`, tasks in turn; record i does not depend on `count`.
 
     `meta` contains `task`, `tag` (variant of the task), `withheld` (`holdout.withheld_kind`), and
     as JSON `scenes`, in the order of the images (a zoomed one has none), and `geneval`, what the
     last scene must and must not show, except for multi and text. `tags` are those of caption and
-    t2i; the `meta` of t2i is that of `generator.make_records`.
+    t2i; `label` and the `meta` of t2i are those of `generator.make_records`.
 
     Raises:
         ValueError: an unknown task or choice.
@@ -399,7 +382,7 @@ def make_records(
         raise ValueError(f"--tasks {','.join(tasks)}: a task is named twice")
     # t2i records are numbered separately, so that they are the same without other tasks.
     keep = holdout.scene_filter(withheld)
-    t2i_records = generator.make_records(seed, count, pixels, tags=tags, keep=keep)
+    t2i_records = generator.make_records(seed, count, pixels, tags=tags, label=label, keep=keep)
     for index in range(count):
         task = tasks[index % len(tasks)]
         if task == "t2i":
@@ -425,9 +408,8 @@ def _draw_record(draft: Draft, task: str, id: str, seed: int, pixels: int) -> Re
             elif isinstance(part, str):
                 segments.append(Text(part, loss, role))
             else:
-                image = (
-                    part.draw(pixels) if isinstance(part, Zoom) else generator.draw(part, pixels)
-                )
+                is_zoom = isinstance(part, Zoom)
+                image = part.draw(pixels) if is_zoom else generator.draw(part, pixels)
                 segments.append(Img(len(blobs), loss, role))
                 blobs.append(records.image_blob(images.encode_png(image), id))
     meta = {

@@ -1,4 +1,4 @@
-"""The chat layout: that of the template, with its targets, nulls and positions."""
+"""The chat layout: it equals the template's, with targets, null conditions and positions."""
 
 import json
 
@@ -18,7 +18,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def held(folders):
+def qwen_tokenizer(folders):
     return chat_layout.open_tokenizer(folders[1])
 
 
@@ -30,10 +30,10 @@ EDIT = [
 ]
 
 
-def test_it_writes_what_the_template_writes(folders, held):
+def test_the_layout_equals_the_chat_template(folders, qwen_tokenizer):
     import transformers
 
-    theirs = transformers.AutoTokenizer.from_pretrained(folders[1])
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folders[1])
     image = {"type": "image"}
     text = lambda words: {"type": "text", "text": words}
     for system in ([], [{"role": "system", "content": "Be brief."}]):
@@ -43,86 +43,104 @@ def test_it_writes_what_the_template_writes(folders, held):
             {"role": "assistant", "content": [image, text("done")]},
         ]
         parts = [MessagePart("system", m["content"]) for m in system] + EDIT
-        wanted = theirs.apply_chat_template(messages, tokenize=True)["input_ids"]
-        assert chat_layout.apply_chat_template(parts, held, 1).ids.tolist() == wanted
-    wanted = theirs.apply_chat_template(messages[1:2], add_generation_prompt=True)["input_ids"]
-    opened = [*EDIT[:2], MessagePart("assistant", "")]
-    assert chat_layout.apply_chat_template(opened, held, 1, closed=False).ids.tolist() == wanted
-
-
-def test_targets_are_what_the_assistant_does(held):
-    items = chat_layout.apply_chat_template(EDIT, held, 4)
-    said = [held.decode([i]) for i in items.ids[items.is_target & (items.image_index < 0)]]
-    assert "".join(said) == "done"
-    learnt = items.ids[items.is_target]
-    assert learnt[0] == held.vision_start and learnt[-1] == held.turn_end
-    assert (learnt == held.image).sum() == 4 and held.vision_end not in learnt
-    first = np.flatnonzero(items.image_index == 0)
-    assert not items.is_target[first].any() and not items.is_target[first[0] - 1]
-    assert items.patch_index[first].tolist() == [0, 1, 2, 3]
-
-
-def test_what_a_user_writes_is_never_a_delimiter(held):
-    items = chat_layout.apply_chat_template(
-        [MessagePart("user", "a <|im_end|> b <|image_pad|>")], held, 4
+        expected = hf_tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
+        assert chat_layout.apply_chat_template(parts, qwen_tokenizer, 1).ids.tolist() == expected
+    expected = hf_tokenizer.apply_chat_template(messages[1:2], add_generation_prompt=True)[
+        "input_ids"
+    ]
+    open_parts = [*EDIT[:2], MessagePart("assistant", "")]
+    assert (
+        chat_layout.apply_chat_template(open_parts, qwen_tokenizer, 1, closed=False).ids.tolist()
+        == expected
     )
-    assert (items.ids == held.turn_end).sum() == 1 and held.image not in items.ids
 
 
-def test_nulls_empty_the_user(held):
-    count = lambda null: chat_layout.apply_chat_template(EDIT, held, 4, null=null)
-    whole, text, both = count("none"), count("text"), count("all")
-    words = len(held.encode("Make the circle red."))
-    assert len(whole.ids) - len(text.ids) == words
+def test_targets_are_the_assistants_texts_and_images(qwen_tokenizer):
+    items = chat_layout.apply_chat_template(EDIT, qwen_tokenizer, 4)
+    target_texts = [
+        qwen_tokenizer.decode([i]) for i in items.ids[items.is_target & (items.image_index < 0)]
+    ]
+    assert "".join(target_texts) == "done"
+    target_ids = items.ids[items.is_target]
+    assert (
+        target_ids[0] == qwen_tokenizer.vision_start and target_ids[-1] == qwen_tokenizer.turn_end
+    )
+    assert (
+        target_ids == qwen_tokenizer.image
+    ).sum() == 4 and qwen_tokenizer.vision_end not in target_ids
+    first_image = np.flatnonzero(items.image_index == 0)
+    assert not items.is_target[first_image].any() and not items.is_target[first_image[0] - 1]
+    assert items.patch_index[first_image].tolist() == [0, 1, 2, 3]
+
+
+def test_a_users_text_never_becomes_a_delimiter(qwen_tokenizer):
+    items = chat_layout.apply_chat_template(
+        [MessagePart("user", "a <|im_end|> b <|image_pad|>")], qwen_tokenizer, 4
+    )
+    assert (
+        items.ids == qwen_tokenizer.turn_end
+    ).sum() == 1 and qwen_tokenizer.image not in items.ids
+
+
+def test_null_conditions_empty_the_users_turns(qwen_tokenizer):
+    lay_out = lambda null: chat_layout.apply_chat_template(EDIT, qwen_tokenizer, 4, null=null)
+    full, text, both = lay_out("none"), lay_out("text"), lay_out("all")
+    text_length = len(qwen_tokenizer.encode("Make the circle red."))
+    assert len(full.ids) - len(text.ids) == text_length
     assert len(text.ids) - len(both.ids) == 4 + 2
-    # What the assistant does is the same under all of them.
+    # The assistant's turns are the same under every null condition.
     for other in (text, both):
-        np.testing.assert_array_equal(other.ids[other.is_target], whole.ids[whole.is_target])
+        np.testing.assert_array_equal(other.ids[other.is_target], full.ids[full.is_target])
     assert set(both.image_index.tolist()) == {-1, 1}
     with pytest.raises(ValueError, match="null='txt' is not one of none, text, all"):
-        count("txt")
+        lay_out("txt")
 
 
-def test_text_without_a_role_stands_as_it_is(held):
+def test_text_without_a_role_gets_no_delimiters(qwen_tokenizer):
     items = chat_layout.apply_chat_template(
-        [MessagePart("none", "a red", True), MessagePart("none", 0, True)], held, 4
+        [MessagePart("none", "a red", True), MessagePart("none", 0, True)], qwen_tokenizer, 4
     )
-    said = list(held.encode("a red"))
-    wanted = [*said, held.vision_start, *[held.image] * 4, held.vision_end]
-    assert items.ids.tolist() == wanted
-    assert items.is_target.tolist() == [True] * (len(wanted) - 1) + [False]
+    text_ids = list(qwen_tokenizer.encode("a red"))
+    expected = [
+        *text_ids,
+        qwen_tokenizer.vision_start,
+        *[qwen_tokenizer.image] * 4,
+        qwen_tokenizer.vision_end,
+    ]
+    assert items.ids.tolist() == expected
+    assert items.is_target.tolist() == [True] * (len(expected) - 1) + [False]
 
 
-def test_positions_are_qwens(held):
-    items = chat_layout.apply_chat_template(EDIT, held, 9)
+def test_vlm_positions_equal_qwens(qwen_tokenizer):
+    items = chat_layout.apply_chat_template(EDIT, qwen_tokenizer, 9)
     cfg = qwen.QwenConfig(
-        held.vocab_size, 32, 1, 2, 1, 32, sections=(2, 3, 3), image_token=held.image,
-        video_token=held.vocab_size,
+        qwen_tokenizer.vocab_size, 32, 1, 2, 1, 32, sections=(2, 3, 3),
+        image_token=qwen_tokenizer.image, video_token=qwen_tokenizer.vocab_size,
     )  # fmt: skip
-    wanted, _ = qwen.rope_indices(items.ids[None], cfg, [(1, 3, 3)] * 2)
-    np.testing.assert_array_equal(chat_layout.vlm_positions(items, 3), wanted[0])
+    expected, _ = qwen.rope_indices(items.ids[None], cfg, [(1, 3, 3)] * 2)
+    np.testing.assert_array_equal(chat_layout.vlm_positions(items, 3), expected[0])
 
 
-def test_flow_positions_are_those_of_the_next_item(held):
+def test_flow_positions_belong_to_the_next_item(qwen_tokenizer):
     items = chat_layout.apply_chat_template(
         [MessagePart("none", "a red"), MessagePart("none", 0, True), MessagePart("none", "b")],
-        held,
+        qwen_tokenizer,
         4,
     )
-    n = len(held.encode("a red"))
-    found = chat_layout.flow_positions(items, 2).tolist()
-    assert found[:n] == [[0, 0, k + 1] for k in range(n)]
+    n = len(qwen_tokenizer.encode("a red"))
+    positions = chat_layout.flow_positions(items, 2).tolist()
+    assert positions[:n] == [[0, 0, k + 1] for k in range(n)]
     patches = [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert found[n : n + 4] == [[*p, n + 1] for p in patches]
-    rest = len(items.ids) - n - 4
-    assert found[n + 4 :] == [[0, 0, n + 2 + k] for k in range(rest)]
+    assert positions[n : n + 4] == [[*p, n + 1] for p in patches]
+    num_after = len(items.ids) - n - 4
+    assert positions[n + 4 :] == [[0, 0, n + 2 + k] for k in range(num_after)]
 
 
-def test_a_tokenizer_depends_on_its_data_alone(folders, held, tmp_path):
+def test_a_tokenizer_depends_on_its_data_alone(folders, qwen_tokenizer, tmp_path):
     assert tokenizer.train(folders[0], 400) == tokenizer.train(folders[0], 400)
-    assert held.vocab_size == 400
+    assert qwen_tokenizer.vocab_size == 400
     text = "What color is the ring? é\n 12"
-    assert held.decode(held.encode(text)) == text
+    assert qwen_tokenizer.decode(qwen_tokenizer.encode(text)) == text
     with pytest.raises(DatasetError, match="--vocabulary 100: expected at least 263"):
         tokenizer.train(folders[0], 100)
     with pytest.raises(FileExistsError, match="exists; choose another"):

@@ -1,4 +1,4 @@
-"""The input pipeline: batch k depends on the options and k alone."""
+"""Image batches: batch k depends on the options and k alone."""
 
 import os
 from collections import Counter
@@ -12,7 +12,7 @@ from starflow2_jax.data import array_store, chat_layout, image_batches, images, 
 from starflow2_jax.data.manifest import DatasetError, Importer
 
 
-def make(count, name="r", side=8, captions=None):
+def make_records(count, name="r", side=8, captions=None):
     for k in range(count):
         pixels = np.full((side, side, 3), k % 256, np.uint8)
         blob = records.image_blob(images.encode_png(pixels), "x")
@@ -22,9 +22,9 @@ def make(count, name="r", side=8, captions=None):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """22 records in several shards."""
+    """Write 22 records in several shards."""
     path = tmp_path_factory.mktemp("pipeline") / "data"
-    records.write(path, make(22), classes=["a", "b", "c"], shard_bytes=1500)
+    records.write(path, make_records(22), classes=["a", "b", "c"], shard_bytes=1500)
     return str(path)
 
 
@@ -33,7 +33,7 @@ def take(cfg, count, **kwargs):
 
 
 def share(rows, host, hosts):
-    """Rows of a batch that a host makes where the hosts take one block each."""
+    """Return the rows of a batch that a host makes if every host takes one block."""
     return range(rows * host // hosts, rows * (host + 1) // hosts)
 
 
@@ -45,7 +45,7 @@ def flat(lists):
     return [item for row in lists for item in row]
 
 
-def test_contents(folder):
+def test_a_batch_has_images_labels_and_tokens(folder):
     cfg = {"path": folder, "labels": True, "text": "bytes", "text_length": 12, "shuffle": False}
     first, second = take(cfg, 2, batch_size=4)
     assert first["id"] == ["r0", "r1", "r2", "r3"]
@@ -60,10 +60,10 @@ def test_contents(folder):
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_every_example_once_an_epoch(folder, shuffle):
+def test_every_epoch_has_every_example_once(folder, shuffle):
     # 11 batches of 6 are 3 epochs of 22: batches reach across the end of an epoch.
-    seen = flat(ids(take({"path": folder, "shuffle": shuffle}, 11, batch_size=6)))
-    epochs = [seen[k : k + 22] for k in (0, 22, 44)]
+    order = flat(ids(take({"path": folder, "shuffle": shuffle}, 11, batch_size=6)))
+    epochs = [order[k : k + 22] for k in (0, 22, 44)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(f"r{k}" for k in range(22))
     assert (epochs[0] != epochs[1] and epochs[1] != epochs[2]) == shuffle
@@ -73,8 +73,8 @@ def test_every_example_once_an_epoch(folder, shuffle):
 def test_seeds_give_unrelated_orders(folder):
     epochs = []
     for seed in (0, 1):
-        seen = flat(ids(take({"path": folder, "seed": seed}, 22, batch_size=2)))
-        epochs += [tuple(seen[:22]), tuple(seen[22:])]
+        order = flat(ids(take({"path": folder, "seed": seed}, 22, batch_size=2)))
+        epochs += [tuple(order[:22]), tuple(order[22:])]
     # grain alone would repeat the second epoch of seed 0 as the first of seed 1.
     assert len(set(epochs)) == 4
 
@@ -82,9 +82,9 @@ def test_seeds_give_unrelated_orders(folder):
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_global_batches_do_not_depend_on_the_number_of_hosts(folder, hosts):
     cfg = {"path": folder, "labels": True}
-    whole = take(cfg, 8, batch_size=8)
+    global_batches = take(cfg, 8, batch_size=8)
     parts = [take(cfg, 8, batch_size=8, rows=share(8, p, hosts)) for p in range(hosts)]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(global_batches):
         assert flat(part[step]["id"] for part in parts) == batch["id"]
         for name in ("image", "label"):
             joined = np.concatenate([part[step][name] for part in parts])
@@ -110,27 +110,27 @@ def test_start_step_equals_skipping(folder, threads):
     assert ids(take(cfg, 9, batch_size=5))[4:] == ids(take(cfg, 5, batch_size=5, start_step=4))
 
 
-def test_resume_on_another_number_of_hosts(folder):
+def test_a_run_resumes_on_another_number_of_hosts(folder):
     cfg = {"path": folder}
-    whole = ids(take(cfg, 6, batch_size=4))
+    uninterrupted = ids(take(cfg, 6, batch_size=4))
     resumed = [ids(take(cfg, 3, batch_size=4, start_step=3, rows=share(4, p, 2))) for p in (0, 1)]
-    assert [a + b for a, b in zip(*resumed)] == whole[3:]
+    assert [a + b for a, b in zip(*resumed)] == uninterrupted[3:]
 
 
-def test_mixture_by_weight(folder, tmp_path):
-    records.write(tmp_path / "b", make(7, "b"), classes=["a", "b", "c"])
+def test_a_mixture_follows_its_weights(folder, tmp_path):
+    records.write(tmp_path / "b", make_records(7, "b"), classes=["a", "b", "c"])
     entries = [{"path": folder, "weight": 3.0}, {"path": str(tmp_path / "b"), "weight": 1.0}]
     cfg = {"mixture": entries, "labels": True}
-    seen = flat(ids(take(cfg, 25, batch_size=16)))
-    assert 90 <= sum(name[0] == "b" for name in seen) <= 110
-    counts = Counter(seen)
+    order = flat(ids(take(cfg, 25, batch_size=16)))
+    assert 90 <= sum(name[0] == "b" for name in order) <= 110
+    counts = Counter(order)
     assert max(counts[f"b{k}"] for k in range(7)) - min(counts[f"b{k}"] for k in range(7)) <= 1
     assert ids(take(cfg, 2, batch_size=16, start_step=3)) == ids(take(cfg, 5, batch_size=16))[3:]
     assert image_batches.describe({**cfg, "pixels": 8})["records"] == 29
 
 
-def test_one_record(tmp_path):
-    records.write(tmp_path / "one", make(1))
+def test_one_record_fills_a_batch(tmp_path):
+    records.write(tmp_path / "one", make_records(1))
     assert ids(take({"path": str(tmp_path / "one")}, 2, batch_size=2)) == [["r0", "r0"]] * 2
 
 
@@ -142,32 +142,32 @@ def test_eval_batches_pass_once_in_order(folder, hosts):
         for p in range(hosts)
     ]
     assert [len(part) for part in parts] == [3] * hosts
-    seen, mask = [], []
+    order, mask = [], []
     for step in range(3):
         for part in parts:
             batch = part[step]
             assert len(batch["id"]) == 8 // hosts == len(batch["mask"]) == len(batch["image"])
             assert batch["mask"].dtype == np.float32
-            seen += batch["id"]
+            order += batch["id"]
             mask += batch["mask"].tolist()
-    assert seen == [f"r{k}" for k in range(22)] + [""] * 2
+    assert order == [f"r{k}" for k in range(22)] + [""] * 2
     assert mask == [1.0] * 22 + [0.0] * 2
 
 
 def test_eval_batches_of_a_mixture_are_one_folder_after_the_other(folder, tmp_path):
-    records.write(tmp_path / "b", make(3, "b"))
+    records.write(tmp_path / "b", make_records(3, "b"))
     cfg = {"mixture": [{"path": folder}, {"path": str(tmp_path / "b")}], "pixels": 8}
-    seen = flat(ids(image_batches.eval_batches(cfg, batch_size=5)))
-    assert seen == [f"r{k}" for k in range(22)] + ["b0", "b1", "b2"]
+    order = flat(ids(image_batches.eval_batches(cfg, batch_size=5)))
+    assert order == [f"r{k}" for k in range(22)] + ["b0", "b1", "b2"]
 
 
-def test_describe(folder):
-    told = image_batches.describe({"path": folder, "pixels": 8})
-    assert told["records"] == 22 and told["classes"] == ["a", "b", "c"]
-    assert len(told["fingerprints"]) == 1 and told["features"] == []
+def test_describe_gives_records_classes_and_fingerprints(folder):
+    description = image_batches.describe({"path": folder, "pixels": 8})
+    assert description["records"] == 22 and description["classes"] == ["a", "b", "c"]
+    assert len(description["fingerprints"]) == 1 and description["features"] == []
 
 
-def test_sizes(folder):
+def test_images_of_another_size_need_resize(folder):
     with pytest.raises(DatasetError, match=r"id 'r0'.*8 x 8 .h x w., expected data.pixels=16"):
         take({"path": folder, "pixels": 16, "shuffle": False}, 1, batch_size=2)
     batch = take({"path": folder, "pixels": 16, "resize": "center_crop"}, 1, batch_size=2)[0]
@@ -205,48 +205,48 @@ def test_wrong_options_are_named(folder, cfg, message):
         image_batches.batches({"path": folder, "pixels": 8, **cfg}, batch_size=2)
 
 
-def test_config_dict_and_none_are_options_too(folder):
+def test_options_may_be_a_config_dict_with_none(folder):
     cfg = ConfigDict({"path": folder, "pixels": 8, "latents": "", "features": "", "text": "none"})
     assert len(next(image_batches.batches(cfg, batch_size=2))["id"]) == 2
     take({"path": folder, "latents": None, "mixture": None}, 1, batch_size=2)
 
 
-def test_rows_that_a_batch_does_not_have(folder):
+def test_rows_outside_the_batch_are_refused(folder):
     for rows in ([4, 6], [-1], []):
         with pytest.raises(ValueError, match=r"are not of a batch of batch_size=6"):
             take({"path": folder}, 1, batch_size=6, rows=rows)
 
 
-def test_hosts_may_hold_rows_in_any_pattern(folder):
-    """As on a TPU slice, whose mesh follows the wires and not the hosts."""
-    cfg, whole = {"path": folder}, take({"path": folder}, 3, batch_size=8)
+def test_hosts_may_make_rows_in_any_pattern(folder):
+    """On a TPU slice the mesh follows the wires, not the hosts."""
+    cfg, batches = {"path": folder}, take({"path": folder}, 3, batch_size=8)
     for rows in ([0, 1, 4, 5], [2, 3, 6, 7], [7]):
         for step, batch in enumerate(take(cfg, 3, batch_size=8, rows=rows)):
-            assert batch["id"] == [whole[step]["id"][row] for row in rows]
+            assert batch["id"] == [batches[step]["id"][row] for row in rows]
     masked = list(image_batches.eval_batches({**cfg, "pixels": 8}, batch_size=8, rows=[1, 6]))
     assert [batch["row"].tolist() for batch in masked] == [[1, 6], [9, 14], [17, 22]]
     assert masked[-1]["mask"].tolist() == [1.0, 0.0]
 
 
-def test_an_epoch_over_changing_numbers_of_hosts(folder):
-    """1, 2, 4, then 2 hosts: every record once, in the order that one host would read them."""
-    cfg, seen, step = {"path": folder}, [], 0
+def test_an_epoch_may_change_the_number_of_hosts(folder):
+    """Read with 1, 2, 4, then 2 hosts: every record comes once, in the order of a single host."""
+    cfg, order, step = {"path": folder}, [], 0
     for hosts, steps in ((1, 3), (2, 2), (4, 4), (2, 2)):
         parts = [
             take(cfg, steps, batch_size=4, start_step=step, rows=share(4, host, hosts))
             for host in range(hosts)
         ]
-        seen += [id for batch in zip(*parts) for part in batch for id in part["id"]]
+        order += [id for batch in zip(*parts) for part in batch for id in part["id"]]
         step += steps
-    assert sorted(seen[:22]) == sorted(f"r{k}" for k in range(22))
-    assert seen == flat(ids(take(cfg, 11, batch_size=4)))
+    assert sorted(order[:22]) == sorted(f"r{k}" for k in range(22))
+    assert order == flat(ids(take(cfg, 11, batch_size=4)))
 
 
 def test_labels_need_classes(tmp_path, folder):
-    records.write(tmp_path / "plain", make(3))
+    records.write(tmp_path / "plain", make_records(3))
     with pytest.raises(DatasetError, match="has no classes"):
         take({"path": str(tmp_path / "plain"), "labels": True}, 1, batch_size=2)
-    records.write(tmp_path / "other", make(3), classes=["x", "y", "z"])
+    records.write(tmp_path / "other", make_records(3), classes=["x", "y", "z"])
     entries = [{"path": folder}, {"path": str(tmp_path / "other")}]
     with pytest.raises(DatasetError, match="different classes"):
         take({"mixture": entries, "labels": True}, 1, batch_size=2)
@@ -254,10 +254,10 @@ def test_labels_need_classes(tmp_path, folder):
 
 @pytest.fixture
 def with_bad_records(tmp_path):
-    """20 records; the images of numbers 3 and 11 are cut short."""
+    """Write 20 records; the images of numbers 3 and 11 are truncated."""
 
     def produce():
-        for k, record in enumerate(make(20, side=40)):
+        for k, record in enumerate(make_records(20, side=40)):
             if k in (3, 11):
                 data = record.imgs[0].data[:60]
                 blob = records.image_blob(data, "x")
@@ -287,12 +287,12 @@ def test_bad_records_within_the_budget_are_counted_once(with_bad_records, caplog
 
 def rows(dataset, width=2, change=None):
     for k, record in enumerate(dataset):
-        arrays_ = {
+        arrays = {
             "latent_mean": np.full((4, width), k, np.float32),
             "latent_logvar": np.full((4, width), -k, np.float32),
             "text": np.full((3, 5), k, np.float32),
         }
-        yield (change(k) if change else record.id), arrays_
+        yield (change(k) if change else record.id), arrays
 
 
 def write_features(path, dataset, **kwargs):
@@ -302,12 +302,20 @@ def write_features(path, dataset, **kwargs):
     )
 
 
-def test_latents_and_text_features(folder, tmp_path):
+def test_latents_and_text_features_replace_images_and_texts(folder, tmp_path):
     dataset = records.read(folder)
-    made = write_features(tmp_path / "f", dataset)
-    assert [s.records for s in made.shards] == [s.records for s in dataset.manifest.shards]
-    both = str(tmp_path / "f")
-    cfg = {"path": folder, "latents": both, "features": both, "text": "features", "labels": True}
+    arrays_manifest = write_features(tmp_path / "f", dataset)
+    assert [s.records for s in arrays_manifest.shards] == [
+        s.records for s in dataset.manifest.shards
+    ]
+    arrays_folder = str(tmp_path / "f")
+    cfg = {
+        "path": folder,
+        "latents": arrays_folder,
+        "features": arrays_folder,
+        "text": "features",
+        "labels": True,
+    }
     batch = take({**cfg, "pixels": 0, "shuffle": False}, 2, batch_size=3)[1]
     assert set(batch) == {"id", "latent_mean", "latent_logvar", "text", "label"}
     assert batch["id"] == ["r3", "r4", "r5"]
@@ -316,15 +324,17 @@ def test_latents_and_text_features(folder, tmp_path):
     assert batch["latent_logvar"][:, 0, 0].tolist() == [-3, -4, -5]
     assert batch["text"].shape == (3, 3, 5) and batch["text"][:, 0, 0].tolist() == [3, 4, 5]
     assert batch["label"].tolist() == [0, 1, 2]
-    mixed = take({"path": folder, "features": both, "text": "features"}, 1, batch_size=3)[0]
+    mixed = take({"path": folder, "features": arrays_folder, "text": "features"}, 1, batch_size=3)[
+        0
+    ]
     assert set(mixed) == {"id", "image", "text"}
-    told = image_batches.describe({**cfg, "pixels": 0})
-    assert told["features"][0]["vae"] == "x"
-    assert told["features"][0]["arrays"]["text"] == {"dtype": "float32", "shape": [3, 5]}
+    description = image_batches.describe({**cfg, "pixels": 0})
+    assert description["features"][0]["vae"] == "x"
+    assert description["features"][0]["arrays"]["text"] == {"dtype": "float32", "shape": [3, 5]}
 
 
 def test_features_of_another_dataset_are_refused(folder, tmp_path):
-    records.write(tmp_path / "other", make(22, "o"))
+    records.write(tmp_path / "other", make_records(22, "o"))
     other = records.read(tmp_path / "other")
     write_features(tmp_path / "f", other)
     with pytest.raises(DatasetError, match="made from the dataset"):

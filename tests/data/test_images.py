@@ -1,4 +1,4 @@
-"""Images of strangers: only three formats, sizes before pixels, one definition of RGB."""
+"""Untrusted images: three formats, sizes checked before decoding, one definition of RGB."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ def save(image: Image.Image, fmt: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def png_of_claimed_size(width: int, height: int) -> bytes:
+def png_with_declared_size(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -31,14 +31,14 @@ def png_of_claimed_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
-def test_png_is_exact():
+def test_png_is_lossless():
     data = images.encode_png(PIXELS)
     assert images.header(data, "x") == ("png", 6, 9)
     assert (images.decode(data, "x") == PIXELS).all()
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "WEBP"])
-def test_lossy_formats(fmt):
+def test_lossy_formats_are_decoded_closely(fmt):
     flat = np.full((16, 24, 3), (200, 100, 50), np.uint8)
     data = save(Image.fromarray(flat), fmt)
     assert images.header(data, "x") == (fmt.lower(), 16, 24)
@@ -52,27 +52,27 @@ def test_other_formats_are_refused(fmt):
         images.decode(data, "pic 7")
 
 
-def test_text_is_no_image():
+def test_text_is_not_an_image():
     with pytest.raises(DatasetError, match="not a JPEG"):
         images.header(b"<svg/>", "x")
 
 
 @pytest.mark.parametrize("size", [(60_000, 60_000), (20_000, 4), (16_000, 16_000), (9_000, 9_000)])
 def test_decompression_bombs_are_refused_by_their_header(size):
-    data = png_of_claimed_size(*size)
+    data = png_with_declared_size(*size)
     assert len(data) < 1000
     for read in (images.header, images.decode):
         with pytest.raises(DatasetError, match=r"pic 7.*(pixels|bomb)"):
             read(data, "pic 7")
 
 
-def test_too_many_bytes(monkeypatch):
+def test_too_many_bytes_are_refused(monkeypatch):
     monkeypatch.setattr(images, "MAX_BYTES", 50)
     with pytest.raises(DatasetError, match="at most 50"):
         images.header(images.encode_png(PIXELS), "x")
 
 
-def test_truncated_image():
+def test_a_truncated_image_is_named():
     data = save(Image.fromarray(np.repeat(np.repeat(PIXELS, 20, 0), 20, 1)), "JPEG")
     with pytest.raises(DatasetError, match="pic 7: the image cannot be decoded"):
         images.decode(data[: len(data) // 2], "pic 7")
@@ -86,7 +86,7 @@ def test_exif_orientation_is_applied():
     assert (images.decode(data, "x") == np.rot90(PIXELS, -1)).all()
 
 
-def test_one_definition_of_rgb():
+def test_every_color_mode_becomes_rgb():
     gray = Image.fromarray(PIXELS[..., 0])
     assert (images.decode(save(gray, "PNG"), "x") == PIXELS[..., :1]).all()
 
@@ -95,8 +95,8 @@ def test_one_definition_of_rgb():
 
     clear = np.dstack([PIXELS, np.zeros((6, 9), np.uint8)])
     clear[0, 0, 3] = 255
-    seen = images.decode(save(Image.fromarray(clear), "PNG"), "x")
-    assert (seen[0, 0] == PIXELS[0, 0]).all() and (seen[1:] == 255).all()
+    decoded = images.decode(save(Image.fromarray(clear), "PNG"), "x")
+    assert (decoded[0, 0] == PIXELS[0, 0]).all() and (decoded[1:] == 255).all()
 
     palette = Image.fromarray(PIXELS).quantize(16)
     expected = np.asarray(palette.convert("RGB"))
@@ -113,9 +113,9 @@ def test_one_definition_of_rgb():
 
 
 def test_center_crop():
-    wide = np.zeros((40, 120, 3), np.uint8)
-    wide[:, 40:80] = 250
-    cropped = images.center_crop(wide, 10)
+    image = np.zeros((40, 120, 3), np.uint8)
+    image[:, 40:80] = 250
+    cropped = images.center_crop(image, 10)
     assert cropped.shape == (10, 10, 3) and (cropped[:, 1:-1] > 245).all()
     assert images.center_crop(PIXELS, 6).shape == (6, 6, 3)
     assert (images.center_crop(PIXELS, 6) == PIXELS[:, 1:7]).all()

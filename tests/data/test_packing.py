@@ -17,37 +17,37 @@ from starflow2_jax.data.records import Img, Record, Text
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A dataset folder and a tokenizer folder."""
+def folders(tmp_path_factory):
+    """Write a dataset folder and a tokenizer folder."""
     return interleaved_dataset.make(
         tmp_path_factory.mktemp("packing"), 40, tasks=["t2i", "caption"]
     )
 
 
 @pytest.fixture(scope="module")
-def folder(made):
-    return made[0]
+def folder(folders):
+    return folders[0]
 
 
-def run(capsys, *words):
+def run(capsys, *argv):
     values = flags.FlagValues()
     prepare.define(values)
-    values(["prepare", *map(str, words), "--json"])
+    values(["prepare", *map(str, argv), "--json"])
     prepare.main("index", [], values)
     return json.loads(capsys.readouterr().out)
 
 
-def test_every_record_is_in_one_row_that_holds_it():
+def test_every_record_is_in_one_row_with_room_for_it():
     rng = np.random.default_rng(0)
     lengths, images = rng.integers(1, 900, 3000), rng.integers(0, 3, 3000)
     plan = packing.pack(lengths, images, PackingSpec(1000, 16, 2), seed=1)
     np.testing.assert_array_equal(np.sort(plan.items), np.arange(3000))
-    sums = [plan.lengths[plan[k]].sum() for k in range(len(plan))]
-    assert max(sums) <= 1000 and min(len(plan[k]) for k in range(len(plan))) >= 1
+    row_lengths = [plan.lengths[plan[k]].sum() for k in range(len(plan))]
+    assert max(row_lengths) <= 1000 and min(len(plan[k]) for k in range(len(plan))) >= 1
     assert max(plan.images[plan[k]].sum() for k in range(len(plan))) == 2
-    assert plan.waste == pytest.approx(1 - sum(sums) / (1000 * len(plan)))
-    free = packing.pack(lengths, images, PackingSpec(1000, 16), seed=1)
-    assert free.spec.image_slots == 55 and free.waste < 0.1
+    assert plan.waste == pytest.approx(1 - sum(row_lengths) / (1000 * len(plan)))
+    unlimited = packing.pack(lengths, images, PackingSpec(1000, 16), seed=1)
+    assert unlimited.spec.image_slots == 55 and unlimited.waste < 0.1
     with pytest.raises(IndexError):
         plan[len(plan)]
 
@@ -67,49 +67,53 @@ def test_a_record_larger_than_a_row_is_named():
         packing.pack([3, 4, 5], [0, 1, 3], PackingSpec(10, 4, 2))
 
 
-def test_size_is_that_of_the_layout(made):
-    held = chat_layout.open_tokenizer(made[1])
-    words = [Text("a red", False, "user"), Img(0, False, "user"), Text("ring", True, "assistant")]
-    count = lambda text: len(held.encode(text))
+def test_record_size_matches_the_chat_layout(folders):
+    tokenizer = chat_layout.open_tokenizer(folders[1])
+    segments = [
+        Text("a red", False, "user"),
+        Img(0, False, "user"),
+        Text("ring", True, "assistant"),
+    ]
+    count = lambda text: len(tokenizer.encode(text))
     markup = sum(3 + count(role) for role in ("user", "assistant")) + 2 * count("\n")
-    whole = count("a red") + (16 + 2) + count("ring") + markup
+    length = count("a red") + (16 + 2) + count("ring") + markup
     # Each turn: start, role, line end; end, line end.
-    assert packing.record_size(Record(1, "x", "", words), held, 16) == (whole, 1)
+    assert packing.record_size(Record(1, "x", "", segments), tokenizer, 16) == (length, 1)
 
 
-def test_the_index_is_written_once_and_read_after(made, capsys):
-    folder, held = made
-    words = ("--data", folder, "--tokenizer", held, "--row_length", 200, "--image_tokens", 64)
-    first = run(capsys, *words)
+def test_the_plan_is_written_once_and_then_read(folders, capsys):
+    folder, tokenizer = folders
+    argv = ("--data", folder, "--tokenizer", tokenizer, "--row_length", 200, "--image_tokens", 64)
+    first = run(capsys, *argv)
     file = pathlib.Path(first["out"])
-    before = file.read_bytes()
-    assert run(capsys, *words) == first and file.read_bytes() == before
+    content = file.read_bytes()
+    assert run(capsys, *argv) == first and file.read_bytes() == content
     assert first["records"] == 40 and 0 < first["waste"] < 1
-    assert run(capsys, *words, "--seed", 1)["out"] != first["out"]
+    assert run(capsys, *argv, "--seed", 1)["out"] != first["out"]
     with pytest.raises(DatasetError, match="a row has 60"):
-        run(capsys, "--data", folder, "--tokenizer", held, "--row_length", 60)
+        run(capsys, "--data", folder, "--tokenizer", tokenizer, "--row_length", 60)
     with pytest.raises(DatasetError, match="nowhere: no tokenizer in this folder"):
-        run(capsys, *words[:2], "--tokenizer", "nowhere")
+        run(capsys, *argv[:2], "--tokenizer", "nowhere")
     with pytest.raises(DatasetError, match="--tokenizer must be given"):
         run(capsys, "--data", folder)
-    # Half a file, then that of another order.
-    for spoil in (before[: len(before) // 2], None):
-        if spoil is None:
+    # Half a file, then the plan of another order.
+    for damaged in (content[: len(content) // 2], None):
+        if damaged is None:
             with np.load(file) as arrays:
                 arrays = dict(arrays)
             np.savez(file, **{**arrays, "items": arrays["items"] * 0})
         else:
-            file.write_bytes(spoil)
+            file.write_bytes(damaged)
             with pytest.raises(DatasetError, match="damaged packing plan"):
-                run(capsys, *words)
-            file.write_bytes(before)
+                run(capsys, *argv)
+            file.write_bytes(content)
     with pytest.raises(DatasetError, match="not a plan of these 40 records"):
-        run(capsys, *words)
+        run(capsys, *argv)
 
 
-def test_rows_are_a_grain_dataset_that_hosts_share(made):
-    folder, held = made
-    _, plan = packing.load_or_make_plan(folder, held, PackingSpec(150, 32), seed=4)
+def test_hosts_share_the_rows_of_a_plan(folders):
+    folder, tokenizer = folders
+    _, plan = packing.load_or_make_plan(folder, tokenizer, PackingSpec(150, 32), seed=4)
     dataset = records.read(folder)
     rows = grain.MapDataset.range(len(plan)).map(lambda k: [dataset[int(i)] for i in plan[k]])
     assert isinstance(rows, grain.MapDataset) and len(rows) == len(plan)
@@ -117,8 +121,8 @@ def test_rows_are_a_grain_dataset_that_hosts_share(made):
     assert sorted(name for row in ids for name in row) == sorted(record.id for record in dataset)
     for hosts in (1, 2, 4):
         shared = [rows.shuffle(seed=7)[host::hosts] for host in range(hosts)]
-        found = [shared[k % hosts][k // hosts] for k in range(len(rows))]
-        order = [record.id for row in found for record in row]
+        collected = [shared[k % hosts][k // hosts] for k in range(len(rows))]
+        order = [record.id for row in collected for record in row]
         if hosts == 1:
             first = order
         assert order == first

@@ -1,4 +1,4 @@
-"""Records, shards and manifests: what is written comes back, and damage is named."""
+"""Records, shards and manifests: written data are read back equal, and damage is named."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.data.records import ImageBlob, Img, Record, Text
 
 
-def picture(number: int, side: int = 8) -> bytes:
+def encoded(number: int, side: int = 8) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)
     return images.encode_png(pixels)
 
 
-def make(count: int, side: int = 8):
+def make_records(count: int, side: int = 8):
     for k in range(count):
-        blob = records.image_blob(picture(k, side), f"picture {k}")
+        blob = records.image_blob(encoded(k, side), f"picture {k}")
         yield records.text_to_image(f"r{k}", "test", f"picture {k}", blob, {"label": k % 3})
 
 
@@ -32,9 +32,9 @@ def content(folder) -> dict[str, bytes]:
 
 @pytest.fixture
 def dataset(tmp_path):
-    """40 records in several shards of about 75 KB each."""
+    """Write 40 records in several shards of about 75 KB each."""
     path = tmp_path / "data"
-    records.write(path, make(40, side=50), shard_bytes=75_000)
+    records.write(path, make_records(40, side=50), shard_bytes=75_000)
     return path
 
 
@@ -42,15 +42,15 @@ def shard_files(path):
     return sorted(path.glob("*.array_record"))
 
 
-def test_write_and_read(tmp_path):
+def test_written_records_are_read_back(tmp_path):
     path = tmp_path / "data"
-    written = records.write(path, make(25), classes=["a", "b", "c"], shard_bytes=2000)
+    written = records.write(path, make_records(25), classes=["a", "b", "c"], shard_bytes=2000)
     assert written.records == 25 and len(written.shards) > 2
-    found = records.read(path)
-    assert found.manifest == written
-    assert [r.id for r in found] == [f"r{k}" for k in range(25)]
-    assert records.encode(found[7]) == records.encode(list(make(8))[7])
-    assert found[7].segs == [Text("picture 7", False, "user"), Img(0, True, "assistant")]
+    dataset = records.read(path)
+    assert dataset.manifest == written
+    assert [r.id for r in dataset] == [f"r{k}" for k in range(25)]
+    assert records.encode(dataset[7]) == records.encode(list(make_records(8))[7])
+    assert dataset[7].segs == [Text("picture 7", False, "user"), Img(0, True, "assistant")]
     assert sorted(os.listdir(tmp_path)) == ["data"]
     names = [s.path for s in written.shards]
     assert names[1] == f"shard-00001-of-{len(names):05d}.array_record"
@@ -58,49 +58,49 @@ def test_write_and_read(tmp_path):
 
 def test_equal_records_give_equal_bytes(tmp_path):
     for name in ("a", "b"):
-        records.write(tmp_path / name, make(12), sources={"z": "0" * 64, "a": "1" * 64})
+        records.write(tmp_path / name, make_records(12), sources={"z": "0" * 64, "a": "1" * 64})
     assert content(tmp_path / "a") == content(tmp_path / "b")
     text = (tmp_path / "a" / "dataset.json").read_text()
     assert str(tmp_path) not in text and text.index('"a": "1') < text.index('"z": "0')
 
 
-def test_never_over_an_existing_folder(tmp_path):
+def test_an_existing_folder_is_replaced_only_on_request(tmp_path):
     path = tmp_path / "data"
-    records.write(path, make(3))
+    records.write(path, make_records(3))
     before = content(path)
-    source = make(5)
+    source = make_records(5)
     with pytest.raises(DatasetError, match="exists"):
         records.write(path, source)
     assert next(source).id == "r0"  # refused before anything was read
     assert content(path) == before
-    records.write(path, make(5), overwrite=True)
+    records.write(path, make_records(5), overwrite=True)
     assert len(records.read(path)) == 5
 
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter.txt").write_text("years of work")
     with pytest.raises(DatasetError, match="not a dataset folder"):
-        records.write(other, make(5), overwrite=True)
+        records.write(other, make_records(5), overwrite=True)
     assert (other / "chapter.txt").read_text() == "years of work"
 
 
-def test_a_failing_source_leaves_the_disk_as_it_was(tmp_path):
+def test_a_failing_source_leaves_the_disk_unchanged(tmp_path):
     def broken():
-        yield from make(3)
+        yield from make_records(3)
         raise RuntimeError("the network went away")
 
     path = tmp_path / "data"
     with pytest.raises(RuntimeError, match="network"):
         records.write(path, broken())
     assert os.listdir(tmp_path) == []
-    records.write(path, make(3))
+    records.write(path, make_records(3))
     before = content(path)
     with pytest.raises(RuntimeError, match="network"):
         records.write(path, broken(), overwrite=True)
     assert content(path) == before and os.listdir(tmp_path) == ["data"]
 
 
-def test_nothing_to_write(tmp_path):
+def test_an_empty_source_is_refused(tmp_path):
     with pytest.raises(DatasetError, match="no records"):
         records.write(tmp_path / "data", [])
     assert os.listdir(tmp_path) == []
@@ -115,18 +115,18 @@ def test_a_shard_that_cannot_be_read_back_is_not_published(tmp_path, monkeypatch
 
     monkeypatch.setattr(shards, "ArrayRecordWriter", Forgetful)
     with pytest.raises(DatasetError, match="wrote 4 records but 1 can be read"):
-        records.write(tmp_path / "data", make(4))
+        records.write(tmp_path / "data", make_records(4))
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_disk_leaves_the_disk_as_it_was(tmp_path):
-    records.write(tmp_path / "data", make(3))
+def test_a_full_disk_leaves_the_disk_unchanged(tmp_path):
+    records.write(tmp_path / "data", make_records(3))
     before = content(tmp_path / "data")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(DatasetError, match=r"shard 0 could not be written.*write\(\) failed"):
-            records.write(tmp_path / "data", make(60, side=50), overwrite=True)
+            records.write(tmp_path / "data", make_records(60, side=50), overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == ["data"] and content(tmp_path / "data") == before
@@ -150,22 +150,22 @@ def test_a_full_disk_leaves_the_disk_as_it_was(tmp_path):
     ],
 )
 def test_a_wrong_field_is_named_with_shard_and_index(tmp_path, change, path):
-    payloads = [records.encode(r) for r in make(4)]
+    payloads = [records.encode(r) for r in make_records(4)]
     raw = msgspec.msgpack.decode(payloads[2])
     change(raw)
     payloads[2] = msgspec.msgpack.encode(raw)
     shards.write(
         tmp_path / "data", payloads, lambda s: manifest.make("records", s, Importer("t", "1"))
     )
-    found = records.read(tmp_path / "data")
-    assert found[1].id == "r1"
+    dataset = records.read(tmp_path / "data")
+    assert dataset[1].id == "r1"
     with pytest.raises(DatasetError, match="shard-00000-of-00001.array_record record 2.*" + path):
-        found[2]
+        dataset[2]
     (problem,) = records.validate(tmp_path / "data")
     assert "record 2" in problem
 
 
-def test_not_msgpack_at_all(tmp_path):
+def test_a_payload_that_is_not_msgpack_is_named(tmp_path):
     with pytest.raises(DatasetError, match="here: "):
         records.decode(b"\xc1nonsense", "here")
 
@@ -183,13 +183,13 @@ def test_not_msgpack_at_all(tmp_path):
         ({"meta": {}}, "meta.label is None"),
     ],
 )
-def test_writer_checks_what_the_schema_cannot(tmp_path, change, message):
-    good = list(make(3))
+def test_the_writer_checks_more_than_the_schema(tmp_path, change, message):
+    bad_records = list(make_records(3))
     if "imgs" in change:
-        change = {"imgs": [msgspec.structs.replace(good[2].imgs[0], **dict(change["imgs"]))]}
-    good[2] = msgspec.structs.replace(good[2], **change)
+        change = {"imgs": [msgspec.structs.replace(bad_records[2].imgs[0], **dict(change["imgs"]))]}
+    bad_records[2] = msgspec.structs.replace(bad_records[2], **change)
     with pytest.raises(DatasetError, match="record 2 .*" + message):
-        records.write(tmp_path / "data", good, classes=["a", "b", "c"])
+        records.write(tmp_path / "data", bad_records, classes=["a", "b", "c"])
     assert os.listdir(tmp_path) == []
 
 
@@ -216,29 +216,29 @@ def test_damaged_shards_are_named(dataset, damage):
         list(records.verify(dataset))
 
 
-def test_shard_of_right_size_but_no_records(dataset):
+def test_a_shard_of_the_right_size_without_records_is_named(dataset):
     victim = shard_files(dataset)[1]
     victim.write_bytes(bytes(victim.stat().st_size))
-    found = records.read(dataset)
-    first = found.manifest.shards[0].records
-    assert found[0].id == "r0"
+    opened = records.read(dataset)
+    first = opened.manifest.shards[0].records
+    assert opened[0].id == "r0"
     with pytest.raises(DatasetError, match=f"{victim.name} record 0"):
-        found[first]
+        opened[first]
     assert victim.name in next(iter(records.verify(dataset)))
 
 
-def test_every_flipped_bit_is_found(dataset):
+def test_every_flipped_bit_is_detected(dataset):
     victim = shard_files(dataset)[1]
     original = victim.read_bytes()
-    found = records.read(dataset)
-    start, count = found.manifest.shards[0].records, found.manifest.shards[1].records
+    opened = records.read(dataset)
+    start, count = opened.manifest.shards[0].records, opened.manifest.shards[1].records
     rng = np.random.default_rng(0)
     for _ in range(6):
         data = bytearray(original)
         # Into the payload of a record: image bytes are the bulk of it.
-        needle = found[start + int(rng.integers(count))].imgs[0].data
-        at = original.index(needle[100:200]) + int(rng.integers(100))
-        data[at] ^= 1 << int(rng.integers(8))
+        needle = opened[start + int(rng.integers(count))].imgs[0].data
+        position = original.index(needle[100:200]) + int(rng.integers(100))
+        data[position] ^= 1 << int(rng.integers(8))
         victim.write_bytes(data)
         problems = list(records.verify(dataset))
         assert "sha256" in problems[0] and victim.name in problems[0]
@@ -268,7 +268,7 @@ def test_a_wrong_manifest_is_named(dataset, change, message):
         records.read(dataset)
 
 
-def test_no_dataset_there(tmp_path):
+def test_a_missing_dataset_is_named(tmp_path):
     with pytest.raises(DatasetError, match="does not exist"):
         records.read(tmp_path / "nowhere")
     with pytest.raises(DatasetError, match=r"has no dataset\.json"):
@@ -276,12 +276,12 @@ def test_no_dataset_there(tmp_path):
 
 
 def test_validate_decodes_every_image(tmp_path):
-    data = picture(0, 40)
+    data = encoded(0, 40)
     broken = data[:300] + bytes(len(data) - 300)
     blob = ImageBlob("png", 40, 40, broken, hashlib.sha256(broken).hexdigest())
     record = Record(1, "bad", "t", [Img(0, True)], [blob])
     # The header is intact, so only decoding shows it.
-    records.write(tmp_path / "data", [*make(2), record])
+    records.write(tmp_path / "data", [*make_records(2), record])
     (problem,) = records.validate(tmp_path / "data")
     assert "'bad'" in problem and "cannot be decoded" in problem
     assert list(records.verify(tmp_path / "data")) == []

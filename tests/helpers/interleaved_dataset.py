@@ -1,30 +1,30 @@
-"""Small interleaved data for tests: records of the shapes world, a tokenizer of their words, and
-latents of no encoder.
-"""
+"""Small interleaved data for tests: shapes records, a tokenizer of their texts, random latents."""
 
 import numpy as np
 
 from starflow2_jax.data import records, tokenizer
-from starflow2_jax.latents import write as latents_lib
+from starflow2_jax.latents import write
 from starflow2_jax.shapes import tasks as shapes_tasks
 
 
 def make(folder, count=48, pixels=16, tasks=shapes_tasks.TASKS, patch=8, merge=1, size=400):
-    """(dataset folder, tokenizer folder), both made under `folder`."""
-    data, held = folder / "data", folder / "tokenizer"
+    """Write a dataset folder and a tokenizer folder under `folder`, and return both."""
+    data, tokenizer_folder = folder / "data", folder / "tokenizer"
     records.write(data, shapes_tasks.make_records(3, count, pixels, tasks=list(tasks)))
-    tokenizer.write(tokenizer.train(data, size), held, patch=patch, merge=merge, frames=2)
-    return str(data), str(held)
+    tokenizer.write(
+        tokenizer.train(data, size), tokenizer_folder, patch=patch, merge=merge, frames=2
+    )
+    return str(data), str(tokenizer_folder)
 
 
 def make_latents(data, out, side, channels, pixels=16):
-    """A folder of latents [side^2, channels] that follow from each image's bytes."""
+    """Write a folder of latents [side^2, channels] that depend on each image's bytes."""
 
-    def encode(pictures):
-        rngs = [np.random.default_rng(list(picture.tobytes()[:512])) for picture in pictures]
+    def encode(images):
+        rngs = [np.random.default_rng(list(image.tobytes()[:512])) for image in images]
         mean = np.stack([rng.standard_normal((side**2, channels)) for rng in rngs])
         return mean.astype(np.float32), np.full(mean.shape, -3.0, np.float32)
 
     encoder = {"sha256": "0" * 64, "pixels": pixels, "shape": [side**2, channels]}
-    latents_lib.write(out, data, encode, encoder)
+    write.write(out, data, encode, encoder)
     return str(out)

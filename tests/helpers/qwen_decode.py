@@ -49,7 +49,7 @@ def generate(params, cfg, prompt: Prompt, *, max_tokens=256, stop=(), temperatur
 def _generate(params, prompt: dict[str, Any], stop, temperature, key, cfg, max_tokens):
     ids, valid = prompt["ids"], prompt["valid"]
     batch_size, length = ids.shape
-    h = qwen.embed_all(params, ids, cfg, prompt["patches"], prompt["plan"])
+    h = qwen.embed_multimodal(params, ids, cfg, prompt["patches"], prompt["plan"])
     params = {**params, "layers": layers.unstack(params["layers"])}
     cache = qwen.empty_cache(cfg, batch_size, length + max_tokens, h.dtype)
     visible = jnp.pad(valid, ((0, 0), (0, max_tokens)), constant_values=True)

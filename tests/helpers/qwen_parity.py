@@ -1,5 +1,6 @@
 """Ours beside transformers: what both make of a case, and how far they are apart."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from helpers import qwen_decode
 from helpers.golden_parity import error
 from starflow2_jax.checkpoints import tensor_files
 from starflow2_jax.checkpoints.convert import qwen as table
-from starflow2_jax.models import qwen, qwen_vision
+from starflow2_jax.models import layers, qwen, qwen_vision
 from starflow2_jax.params import unflatten
 
 TOLERANCE = 1e-5
@@ -32,35 +33,61 @@ def from_state(state, cfg):
     return unflatten({name: jnp.asarray(np.array(leaf)) for name, leaf in leaves.items()})
 
 
+def causal_mask(valid):
+    """Return [B, T, T]: each position attends to the valid [B, T] ones up to itself."""
+    return jnp.asarray(valid)[:, None, :] & np.tri(valid.shape[1], dtype=bool)
+
+
+def hidden_states(params, h, positions, mask, cfg):
+    """Return [layers + 1, B, T, C]: h, the states after each layer, the last ones normed."""
+    tables = qwen.rope_tables(positions, cfg, jnp.promote_types(h.dtype, jnp.float32))
+
+    def body(h, layer_params):
+        return layers.decoder_layer(layer_params, h, cfg.layer, tables, mask)[0], h
+
+    last, inputs = jax.lax.scan(body, h, params["layers"])
+    return jnp.concatenate([inputs, qwen.final_norm(params, last, cfg)[None]])
+
+
+def vision_hidden_states(params, patches, plan, cfg):
+    """Return [depth + 1, N, C]: the input of the tower's layers and the output of each."""
+    states = []
+    for depth in range(cfg.depth + 1):
+        first_layers = jax.tree.map(lambda w, n=depth: w[:n], params["layers"])
+        shallow = dataclasses.replace(cfg, depth=depth)
+        shallow_params = {**params, "layers": first_layers}
+        states.append(qwen_vision.apply_layers(shallow_params, patches, plan, shallow))
+    return jnp.stack(states)
+
+
 def ours(params, cfg, given):
-    """What `torch_qwen.reference` gives."""
+    """Return what `torch_qwen.reference` returns."""
     positions = qwen.rope_indices(given["ids"], cfg, given["grids"], given["valid"])[0]
-    patches, at = None, None
+    patches = plan = None
     if len(given["grids"]):
-        patches, at = given["patches"], qwen_vision.plan(given["grids"], cfg.vision)
-    found = compute(params, given["ids"], given["valid"], positions, patches, at, cfg)
-    return {"positions": positions, **found}
+        patches, plan = given["patches"], qwen_vision.plan(given["grids"], cfg.vision)
+    outputs = compute(params, given["ids"], given["valid"], positions, patches, plan, cfg)
+    return {"positions": positions, **outputs}
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def compute(params, ids, valid, positions, patches, at, cfg):
-    found, mask = {}, qwen.causal_mask(valid)
+def compute(params, ids, valid, positions, patches, plan, cfg):
+    outputs, mask = {}, causal_mask(valid)
     if patches is not None:
-        seen = (params["vision"], patches, at, cfg.vision)
-        found["vision"] = qwen_vision.hidden_states(*seen)
-        found["features"] = qwen_vision.encode(*seen)
-    h = qwen.embed_all(params, ids, cfg, patches, at)
-    found["hidden"] = qwen.hidden_states(params, h, positions, mask, cfg)
-    found["logits"] = qwen.forward(
-        params, ids, cfg, patches=patches, at=at, positions=positions, mask=mask
+        outputs["vision"] = vision_hidden_states(params["vision"], patches, plan, cfg.vision)
+        outputs["features"] = qwen_vision.encode(params["vision"], patches, plan, cfg.vision)
+    h = qwen.embed_multimodal(params, ids, cfg, patches, plan)
+    outputs["hidden"] = hidden_states(params, h, positions, mask, cfg)
+    outputs["logits"] = qwen.forward(
+        params, ids, cfg, patches=patches, plan=plan, positions=positions, mask=mask
     )
-    return found
+    return outputs
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def step(params, unstacked, ids, patches, at, positions, mask, cache, cfg):
+def step(params, unstacked, ids, patches, plan, positions, mask, cache, cfg):
     """Logits of new tokens against a cache."""
-    h = qwen.embed_all(params, ids, cfg, patches, at)
+    h = qwen.embed_multimodal(params, ids, cfg, patches, plan)
     states, cache = qwen.apply_layers(
         {**params, "layers": unstacked}, h, cfg, positions, mask, cache=cache
     )

@@ -1,4 +1,4 @@
-"""Importers: what people have comes in once, in order, and what is wrong is named."""
+"""Importers of captioned images: every example comes once, in order, and errors are named."""
 
 import gzip
 import io
@@ -19,12 +19,12 @@ from starflow2_jax.importers.captioned import MissingCaptions
 SHARED = pathlib.Path(os.environ.get("STARFLOW2_SHARED", ROOT / "../shared"))
 
 
-def picture(number: int) -> bytes:
+def encoded(number: int) -> bytes:
     return images.encode_png(np.full((4, 5, 3), number, np.uint8))
 
 
 def write_tar(path, members, mode="w"):
-    """Members are (name, bytes) or a ready TarInfo."""
+    """Write a tar of members, each (name, bytes) or a TarInfo."""
     with tarfile.open(path, mode) as tar:
         for member in members:
             if isinstance(member, tarfile.TarInfo):
@@ -39,7 +39,7 @@ def write_tar(path, members, mode="w"):
 def pairs(*captions, folder=""):
     out = []
     for k, caption in enumerate(captions):
-        out += [(f"{folder}{k:03d}.png", picture(k)), (f"{folder}{k:03d}.txt", caption.encode())]
+        out += [(f"{folder}{k:03d}.png", encoded(k)), (f"{folder}{k:03d}.txt", caption.encode())]
     return out
 
 
@@ -47,17 +47,17 @@ def read(*tars, allowed=0):
     return list(captioned.webdataset(tars, MissingCaptions(allowed)))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_webdataset(tmp_path, packed):
-    name = "set.tar.gz" if packed else "set.tar"
+@pytest.mark.parametrize("is_gzip", [False, True])
+def test_webdataset_tars_give_records_in_order(tmp_path, is_gzip):
+    name = "set.tar.gz" if is_gzip else "set.tar"
     extra = [("sub/dir.name/9.cls", b"3"), ("sub/dir.name/9.txt", b" a cat\n")]
-    members = [*pairs("a dog", "ein B\u00e4r"), *extra, ("sub/dir.name/9.PNG", picture(9))]
-    tar = write_tar(tmp_path / name, members, "w:gz" if packed else "w")
-    found = read(tar)
-    assert [r.id for r in found] == [f"{name}/000", f"{name}/001", f"{name}/sub/dir.name/9"]
-    assert [records.text(r) for r in found] == ["a dog", "ein B\u00e4r", "a cat"]
-    assert found[2].imgs[0].data == picture(9)  # the original bytes
-    assert found[0].segs[1].loss and not found[0].segs[0].loss
+    members = [*pairs("a dog", "ein B\u00e4r"), *extra, ("sub/dir.name/9.PNG", encoded(9))]
+    tar = write_tar(tmp_path / name, members, "w:gz" if is_gzip else "w")
+    imported = read(tar)
+    assert [r.id for r in imported] == [f"{name}/000", f"{name}/001", f"{name}/sub/dir.name/9"]
+    assert [records.text(r) for r in imported] == ["a dog", "ein B\u00e4r", "a cat"]
+    assert imported[2].imgs[0].data == encoded(9)  # the original bytes
+    assert imported[0].segs[1].loss and not imported[0].segs[0].loss
     assert list(tmp_path.iterdir()) == [tar]
 
 
@@ -68,15 +68,15 @@ def test_webdataset_is_streamed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../evil.png", "a/../../evil.png", "/etc/evil.png", "..\\e.png"])
-def test_a_path_that_climbs_out(tmp_path, name):
-    tar = write_tar(tmp_path / "a.tar", [*pairs("one"), (name, picture(1))])
+def test_a_path_that_leads_out_of_the_archive_is_refused(tmp_path, name):
+    tar = write_tar(tmp_path / "a.tar", [*pairs("one"), (name, encoded(1))])
     with pytest.raises(DatasetError, match=r"a\.tar.*leads out of the archive"):
         read(tar)
     assert list(tmp_path.iterdir()) == [tar]
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices(tmp_path, kind):
+def test_links_and_devices_are_refused(tmp_path, kind):
     link = tarfile.TarInfo("link.png")
     link.type, link.linkname = kind, "/etc/passwd"
     tar = write_tar(tmp_path / "a.tar", [link])
@@ -84,8 +84,8 @@ def test_links_and_devices(tmp_path, kind):
         read(tar)
 
 
-def test_missing_captions(tmp_path):
-    members = [*pairs("one"), ("lost.png", picture(7)), ("zz.png", picture(8)), ("zz.txt", b" \n")]
+def test_missing_captions_have_a_budget(tmp_path):
+    members = [*pairs("one"), ("lost.png", encoded(7)), ("zz.png", encoded(8)), ("zz.txt", b" \n")]
     tar = write_tar(tmp_path / "a.tar", members)
     with pytest.raises(DatasetError, match=r"a\.tar:lost: no caption"):
         read(tar)
@@ -100,44 +100,44 @@ def test_missing_captions(tmp_path):
     ("members", "message"),
     [
         ([("0.png", b"GIF89a"), ("0.txt", b"x")], r"a\.tar:0\.png: not a JPEG, PNG or WebP"),
-        ([("0.png", picture(0)), ("0.txt", b"\xff\xfe")], r"a\.tar:0\.txt: not UTF-8"),
+        ([("0.png", encoded(0)), ("0.txt", b"\xff\xfe")], r"a\.tar:0\.txt: not UTF-8"),
         ([("0.txt", b"alone")], "0 images, expected one"),
-        ([("0.png", picture(0)), ("0.jpg", picture(0)), ("0.txt", b"x")], "2 images"),
-        ([("0.png", picture(0)), ("0.png", picture(0))], "two members are called '0.png'"),
-        ([*pairs("a", "b"), ("000.jpg", picture(1))], "'000' are not adjacent"),
+        ([("0.png", encoded(0)), ("0.jpg", encoded(0)), ("0.txt", b"x")], "2 images"),
+        ([("0.png", encoded(0)), ("0.png", encoded(0))], "two members are called '0.png'"),
+        ([*pairs("a", "b"), ("000.jpg", encoded(1))], "'000' are not adjacent"),
     ],
 )
-def test_what_is_wrong_in_a_tar_is_named(tmp_path, members, message):
+def test_errors_in_a_tar_are_named(tmp_path, members, message):
     with pytest.raises(DatasetError, match=message):
         read(write_tar(tmp_path / "a.tar", members))
 
 
-def test_member_over_the_limit(tmp_path, monkeypatch):
+def test_a_member_over_the_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_BYTES", 1000)
     tar = write_tar(tmp_path / "a.tar", [("0.png", bytes(1001)), ("0.txt", b"x")])
     with pytest.raises(DatasetError, match=r"'0\.png' has 1001 bytes, at most 1000"):
         read(tar)
 
 
-def test_gzip_bomb(tmp_path):
+def test_a_gzip_bomb_is_refused(tmp_path):
     tar = tmp_path / "a.tar.gz"
     write_tar(tar, [("0.bin", bytes(30 << 20)), *pairs("one")], "w:gz")
     with pytest.raises(DatasetError, match=r"a\.tar\.gz.*expands to more than 200 times"):
         read(tar)
 
 
-def test_truncated_archives(tmp_path):
-    whole = write_tar(tmp_path / "whole.tar", pairs("one", "two", "three")).read_bytes()
+def test_truncated_archives_are_named(tmp_path):
+    content = write_tar(tmp_path / "whole.tar", pairs("one", "two", "three")).read_bytes()
     with tarfile.open(tmp_path / "whole.tar") as tar:
         # Inside a member, inside a header, and just after a member, where tarfile sees no fault.
         boundary = tar.getmembers()[2].offset
         cuts = [boundary + 520, boundary + 100, boundary]
     for cut in cuts:
-        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        (tmp_path / "cut.tar").write_bytes(content[:cut])
         with pytest.raises(DatasetError, match=r"cut\.tar: (damaged|truncated)"):
             read(tmp_path / "cut.tar")
-    packed = gzip.compress(whole)
-    (tmp_path / "cut.tar.gz").write_bytes(packed[: len(packed) - 20])
+    compressed = gzip.compress(content)
+    (tmp_path / "cut.tar.gz").write_bytes(compressed[: len(compressed) - 20])
     with pytest.raises(DatasetError, match=r"cut\.tar\.gz: (damaged|truncated)"):
         read(tmp_path / "cut.tar.gz")
     (tmp_path / "empty.tar").write_bytes(b"")
@@ -154,30 +154,30 @@ def make_folder(root, *names):
     for k, name in enumerate(names):
         file = root / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(picture(k))
+        file.write_bytes(encoded(k))
         file.with_suffix(".txt").write_text(f"caption of {name}")
     return root
 
 
-def test_folder(tmp_path):
+def test_a_folder_gives_records_in_order(tmp_path):
     root = make_folder(tmp_path / "pets", "b.png", "a/z.png", "a/c.png")
     (root / "notes.md").write_text("ignored")
-    found = list(captioned.folder(root, MissingCaptions()))
-    assert [r.id for r in found] == ["pets/a/c", "pets/a/z", "pets/b"]
-    assert records.text(found[0]) == "caption of a/c.png"
-    before = captioned.folder_hashes(root)
-    assert list(before) == ["pets"]
+    imported = list(captioned.folder(root, MissingCaptions()))
+    assert [r.id for r in imported] == ["pets/a/c", "pets/a/z", "pets/b"]
+    assert records.text(imported[0]) == "caption of a/c.png"
+    hashes = captioned.folder_hashes(root)
+    assert list(hashes) == ["pets"]
     (root / "b.txt").write_text("another caption")
-    assert captioned.folder_hashes(root) != before
+    assert captioned.folder_hashes(root) != hashes
 
 
-def test_what_is_wrong_in_a_folder_is_named(tmp_path):
+def test_errors_in_a_folder_are_named(tmp_path):
     root = make_folder(tmp_path / "pets", "a.png")
-    (root / "b.png").write_bytes(picture(1))
+    (root / "b.png").write_bytes(encoded(1))
     with pytest.raises(DatasetError, match=r"b\.png: no caption"):
         list(captioned.folder(root, MissingCaptions()))
     assert len(list(captioned.folder(root, MissingCaptions(1)))) == 1
-    (root / "b.webp").write_bytes(picture(1))
+    (root / "b.webp").write_bytes(encoded(1))
     with pytest.raises(DatasetError, match="two images are called 'b'"):
         list(captioned.folder(root, MissingCaptions(2)))
     with pytest.raises(DatasetError, match="no images"):
@@ -193,33 +193,33 @@ def test_what_is_wrong_in_a_folder_is_named(tmp_path):
         list(captioned.folder(leak, MissingCaptions()))
 
 
-def test_label_by_caption(tmp_path, monkeypatch):
+def test_captions_become_classes(tmp_path, monkeypatch):
     tar = write_tar(tmp_path / "a.tar", pairs("dog", "cat", "dog", "eel"))
-    classes, labelled = captioned.label_by_caption(
+    classes, labeled = captioned.label_by_caption(
         lambda: captioned.webdataset([tar], MissingCaptions())
     )
-    found = list(labelled)
+    imported = list(labeled)
     assert classes == ["cat", "dog", "eel"]
-    assert [r.meta["label"] for r in found] == [1, 0, 1, 2]
-    records.write(tmp_path / "data", found, classes=classes)
+    assert [r.meta["label"] for r in imported] == [1, 0, 1, 2]
+    records.write(tmp_path / "data", imported, classes=classes)
     monkeypatch.setattr(captioned, "MAX_CLASSES", 2)
     with pytest.raises(DatasetError, match="more than 2 distinct captions"):
         captioned.label_by_caption(lambda: captioned.webdataset([tar], MissingCaptions()))
 
 
-def test_examples_of_a_random_access_source():
+def test_a_random_access_source_gives_records():
     source = [
-        {"image": picture(0), "label": 1, "text": b"one"},
+        {"image": encoded(0), "label": 1, "text": b"one"},
         {"image": np.full((4, 5, 1), 7, np.uint8), "label": np.int64(0), "text": "two"},
     ]
     names = ["sea_lion", "apple"]
-    found = list(
+    imported = list(
         captioned.examples(source, "s", image_key="image", label_key="label", class_names=names)
     )
-    assert [records.text(r) for r in found] == ["a photo of an apple", "a photo of a sea lion"]
-    assert [r.meta["label"] for r in found] == [1, 0]
-    assert found[0].imgs[0].data == picture(0)
-    assert (images.decode(found[1].imgs[0].data, "x") == 7).all()
+    assert [records.text(r) for r in imported] == ["a photo of an apple", "a photo of a sea lion"]
+    assert [r.meta["label"] for r in imported] == [1, 0]
+    assert imported[0].imgs[0].data == encoded(0)
+    assert (images.decode(imported[1].imgs[0].data, "x") == 7).all()
     texts = captioned.examples(source, "s", image_key="image", text_key="text")
     assert [records.text(r) for r in texts] == ["one", "two"]
     with pytest.raises(DatasetError, match=r"example 0: no key 'picture'; its keys are \['image'"):
@@ -233,7 +233,7 @@ def test_examples_of_a_random_access_source():
         list(captioned.examples(odd, "s", image_key="image", text_key="text"))
 
 
-def test_tfds_without_tensorflow(tmp_path):
+def test_tfds_is_read_without_tensorflow(tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
 
     class TinyPets(tfds.core.GeneratorBasedBuilder):
@@ -253,30 +253,30 @@ def test_tfds_without_tensorflow(tmp_path):
 
         def _generate_examples(self):
             for k in range(4):
-                yield k, {"image": io.BytesIO(picture(k)), "label": k % 2}
+                yield k, {"image": io.BytesIO(encoded(k)), "label": k % 2}
 
     TinyPets(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     source, classes, name = captioned.tfds("tiny_pets", "train", str(tmp_path), "label")
     assert name == "tiny_pets/1.0.0:train" and classes == ["cat", "eel"]
-    found = list(
+    imported = list(
         captioned.examples(source, name, image_key="image", label_key="label", class_names=classes)
     )
-    assert sorted(r.imgs[0].data for r in found) == sorted(picture(k) for k in range(4))
-    assert {records.text(r) for r in found} == {"a photo of a cat", "a photo of an eel"}
+    assert sorted(r.imgs[0].data for r in imported) == sorted(encoded(k) for k in range(4))
+    assert {records.text(r) for r in imported} == {"a photo of a cat", "a photo of an eel"}
     with pytest.raises(DatasetError, match="'image' is not a class label"):
         captioned.tfds("tiny_pets", "train", str(tmp_path), "image")
     with pytest.raises(DatasetError, match="TFDS has no set 'no_such_pets'"):
         captioned.tfds("no_such_pets", "train", str(tmp_path), None)
 
 
-def test_photographs(tmp_path):
+def test_cifar_photographs_are_imported(tmp_path):
     tar = SHARED / "data" / "cifar10_test.tar"
     if not tar.exists():
         pytest.skip(f"the CIFAR photographs are not at {tar}; set STARFLOW2_SHARED")
-    classes, found = captioned.label_by_caption(
+    classes, imported = captioned.label_by_caption(
         lambda: captioned.webdataset([tar], MissingCaptions())
     )
-    records.write(tmp_path / "data", found, classes=classes)
+    records.write(tmp_path / "data", imported, classes=classes)
     dataset = records.read(tmp_path / "data")
     assert len(dataset) == 1000 and len(classes) == 10
     counts = np.bincount([r.meta["label"] for r in dataset])

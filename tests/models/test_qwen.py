@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import qwen_decode
+from helpers import published_qwen, qwen_decode
 from helpers.golden_parity import error
 from helpers.paths import GOLDEN
 from helpers.qwen_parity import TOLERANCE, check, from_state, ours, prompt_of, step
@@ -115,16 +115,18 @@ def test_patch_states_are_in_the_order_of_the_patches(golden):
     quiet = jax.tree.map(lambda a: a, params["vision"])
     for name in ("out", "mlp_down"):
         quiet["layers"][name] = jax.tree.map(jnp.zeros_like, quiet["layers"][name])
-    at = qwen_vision.plan(given["grids"], cfg.vision)
-    states = qwen_vision.patch_states(quiet, given["patches"], at, cfg.vision)
+    plan = qwen_vision.plan(given["grids"], cfg.vision)
+    states = qwen_vision.apply_layers(quiet, given["patches"], plan, cfg.vision)
+    states = np.asarray(states).reshape(len(plan.order), -1, cfg.vision.width)[plan.restore]
+    states = states.reshape(-1, cfg.vision.width)
     plain = given["patches"] @ np.asarray(params["vision"]["patch"]["weight"])
     np.testing.assert_allclose(states, plain, atol=1e-5)
-    # Rows and columns of a picture whose patches know where they are.
+    # Patches that contain their own number come block after block, in raster order within each.
     rows, columns = np.indices((4, 6))
     numbered = np.repeat(np.repeat((rows * 6 + columns)[..., None], 4, 0), 4, 1).repeat(3, -1)
     patches = qwen_vision.patchify(numbered.astype(np.float32), cfg.vision)
-    raster = qwen_vision.raster(patches, (4, 6), cfg.vision)
-    np.testing.assert_array_equal(raster[..., 0], rows * 6 + columns)
+    blocks = patches[:, 0].reshape(2, 3, 2, 2).swapaxes(1, 2).reshape(4, 6)
+    np.testing.assert_array_equal(blocks, rows * 6 + columns)
 
 
 def test_patches_are_the_public_ones():
@@ -137,7 +139,7 @@ def test_patches_are_the_public_ones():
     theirs = kind()(images=[image], return_tensors="np")
     assert theirs["image_grid_thw"].tolist() == [[1, 8, 6]]
     for array in (image, jnp.asarray(image)):
-        patches = qwen_vision.patchify(qwen_vision.normalise(array), cfg)
+        patches = qwen_vision.patchify(qwen_vision.normalize(array), cfg)
         np.testing.assert_allclose(patches, theirs["pixel_values"], atol=2e-6)
     batch = qwen_vision.patchify(np.stack([image, image[::-1]]), cfg)
     np.testing.assert_array_equal(batch[1], qwen_vision.patchify(image[::-1], cfg))
@@ -148,8 +150,8 @@ def test_patches_are_the_public_ones():
     [
         (qwen.qwen2_5_vl_3b, 3_754_622_976, 668_684_288),
         (qwen.qwen2_5_vl_7b, 8_292_166_656, 676_550_144),
-        (qwen.qwen2_5_vl_32b, 33_452_718_336, 688_841_984),
-        (qwen.qwen2_5_vl_72b, 73_410_777_344, 704_573_696),
+        (published_qwen.qwen2_5_vl_32b, 33_452_718_336, 688_841_984),
+        (published_qwen.qwen2_5_vl_72b, 73_410_777_344, 704_573_696),
     ],
 )
 def test_published_sizes(preset, total, vision):
@@ -179,7 +181,7 @@ def test_the_7b_model_lowers(layout, sizes):
     positions = jax.ShapeDtypeStruct((8, 128, 3), jnp.int32)
 
     def forward(params, ids, patches, positions):
-        return qwen.forward(params, ids, cfg, patches=patches, at=at, positions=positions)
+        return qwen.forward(params, ids, cfg, patches=patches, plan=at, positions=positions)
 
     with jax.set_mesh(mesh):
         lowered = jax.jit(forward).lower(params, ids, patches, positions)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.executed_flops import executed_step
 from helpers.pretzel_training import STAGES, batch_of, experiment as joint
 from helpers.tiny_starflow import MESHES, ROWS, experiment
 
@@ -251,10 +252,10 @@ def test_flops_are_the_analytic_count(remat, of_layout):
         program, _, _, found = of_layout("fsdp")
     else:
         program, _, _, found = compiled(experiment(**{"model.remat": remat}))
-    expected = flops.executed_step(program.model, ROWS, program.model.tokens)
+    expected = executed_step(program.model, ROWS, program.model.tokens)
     # XLA may still have what `dots` asks for again; how much of it differs between releases.
     once = dataclasses.replace(program.model, remat="none" if remat == "dots" else remat)
-    least = flops.executed_step(once, ROWS, program.model.tokens)
+    least = executed_step(once, ROWS, program.model.tokens)
     assert 0.95 * least <= 8 * found.flops <= 1.05 * expected
     asked = jaxpr.flops(_trace(program).jaxpr)
     assert asked == pytest.approx(expected, rel=0.05)

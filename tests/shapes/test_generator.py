@@ -1,4 +1,4 @@
-"""The embedded world: what is said is what is drawn."""
+"""The generator of shapes images: captions and metadata match the drawings."""
 
 import json
 
@@ -13,12 +13,12 @@ def scenes(count, seed=3):
     return [generator.example(seed, k) for k in range(count)]
 
 
-def test_record_depends_on_seed_and_index_alone():
-    few = [records.encode(r) for r in generator.make_records(1, 7, 32)]
-    many = [records.encode(r) for r in generator.make_records(1, 20, 32)]
-    other = [records.encode(r) for r in generator.make_records(2, 7, 32)]
-    assert few == many[:7]
-    assert not set(few) & set(other)
+def test_a_record_depends_on_seed_and_index_alone():
+    first_seven = [records.encode(r) for r in generator.make_records(1, 7, 32)]
+    first_twenty = [records.encode(r) for r in generator.make_records(1, 20, 32)]
+    other_seed = [records.encode(r) for r in generator.make_records(2, 7, 32)]
+    assert first_seven == first_twenty[:7]
+    assert not set(first_seven) & set(other_seed)
     solo = generator.make_records(1, 40, 32, tags=["colors"])
     assert len({record.imgs[0].data for record in solo}) == 40
 
@@ -37,51 +37,51 @@ def test_objects_stay_apart_and_inside():
     assert counts == {1, 2, 3, 4}
 
 
-def test_everything_occurs():
-    drawn = scenes(900)
-    objects = [o for scene, _, _ in drawn for o in scene.objects]
+def test_every_shape_color_size_background_and_relation_occurs():
+    examples = scenes(900)
+    objects = [o for scene, _, _ in examples for o in scene.objects]
     assert {o.shape for o in objects} == set(generator.SHAPES)
     assert {o.color for o in objects} == set(generator.COLORS)
     assert {o.size for o in objects} == set(generator.SIZES)
-    assert {scene.background for scene, _, _ in drawn} == set(generator.BACKGROUNDS)
-    assert {wording for _, _, wording in drawn} == set(range(generator.WORDINGS))
-    positions = [scene.objects for scene, tag, _ in drawn if tag == "position"]
+    assert {scene.background for scene, _, _ in examples} == set(generator.BACKGROUNDS)
+    assert {wording for _, _, wording in examples} == set(range(generator.WORDINGS))
+    positions = [scene.objects for scene, tag, _ in examples if tag == "position"]
     assert {generator.relation(a, b) for a, b in positions} == set(generator.RELATIONS)
 
 
 @pytest.mark.parametrize("pixels", [32, 64])
 def test_pixels_show_the_scene(pixels):
-    """The middle of each solid object has its colour, and the ground its own, to 40 levels."""
+    """The middle of each solid object has its color, and objects cover the expected area."""
     solid = {"circle", "square", "diamond", "star", "cross", "heart", "triangle"}
     for scene, _, _ in scenes(120):
-        picture = generator.draw(scene, pixels)
-        assert picture.shape == (pixels, pixels, 3) and picture.dtype == np.uint8
+        image = generator.draw(scene, pixels)
+        assert image.shape == (pixels, pixels, 3) and image.dtype == np.uint8
         for item in scene.objects:
             if item.shape in solid:
-                middle = picture[int(item.y * pixels), int(item.x * pixels)].astype(int)
+                middle = image[int(item.y * pixels), int(item.x * pixels)].astype(int)
                 assert np.abs(middle - generator.COLORS[item.color]).max() < 40
-        ground = np.array(generator.BACKGROUNDS[scene.background])
-        inked = (np.abs(picture.astype(int) - ground).max(-1) > 30).mean()
+        background = np.array(generator.BACKGROUNDS[scene.background])
+        covered = (np.abs(image.astype(int) - background).max(-1) > 30).mean()
         bound = sum(np.pi * generator.SIZES[o.size] ** 2 for o in scene.objects)
-        assert 0.15 * bound < inked < 1.05 * bound
+        assert 0.15 * bound < covered < 1.05 * bound
 
 
-def test_ring_is_hollow():
+def test_a_ring_is_hollow():
     scene = generator.Scene("white", 0.0, (generator.Object("ring", "red", "large", 0.5, 0.5),))
-    picture = generator.draw(scene, 64)
-    assert (picture[32, 32] > 240).all()
-    assert tuple(picture[32, 32 + 10]) == generator.COLORS["red"]
+    image = generator.draw(scene, 64)
+    assert (image[32, 32] > 240).all()
+    assert tuple(image[32, 32 + 10]) == generator.COLORS["red"]
 
 
 def test_drawings_of_different_shapes_differ():
-    drawn = [
+    drawings = [
         generator.draw(
             generator.Scene("white", 0.0, (generator.Object(s, "blue", "small", 0.5, 0.5),)), 32
         )
         for s in generator.SHAPES
     ]
-    for k, a in enumerate(drawn):
-        for b in drawn[:k]:
+    for k, a in enumerate(drawings):
+        for b in drawings[:k]:
             assert (np.abs(a.astype(int) - b).max(-1) > 60).sum() >= 6
 
 
@@ -96,7 +96,7 @@ def test_drawings_of_different_shapes_differ():
         (0.1, 0.0, None),
     ],
 )
-def test_relation(dx, dy, expected):
+def test_a_relation_is_clear_or_none(dx, dy, expected):
     a = generator.Object("circle", "red", "small", 0.5 + dx, 0.5 + dy)
     b = generator.Object("square", "red", "small", 0.5, 0.5)
     assert generator.relation(a, b) == expected
@@ -107,7 +107,7 @@ def test_captions_and_metadata_of_every_tag():
     orange = generator.Object("star", "orange", "small", 0.8, 0.5)
     one, two = generator.Scene("white", 0, (red,)), generator.Scene("black", 0, (red, orange))
     three = generator.Scene("cream", 0, (red, red, red))
-    said = {
+    captions = {
         "single_object": (one, "a photo of a circle", "a circle on a white background"),
         "colors": (one, "a photo of a red circle", "a red circle on a white background"),
         "two_object": (two, "a photo of a circle and a star", None),
@@ -115,11 +115,11 @@ def test_captions_and_metadata_of_every_tag():
         "color_attr": (two, "a photo of a red circle and an orange star", None),
         "counting": (three, "a photo of three circles", "three circles on a cream background"),
     }
-    assert set(said) == set(generator.TAGS)
-    for tag, (scene, prompt, on_ground) in said.items():
+    assert set(captions) == set(generator.TAGS)
+    for tag, (scene, prompt, with_background) in captions.items():
         assert generator.caption(scene, tag) == prompt
-        if on_ground:
-            assert generator.caption(scene, tag, 1) == on_ground
+        if with_background:
+            assert generator.caption(scene, tag, 1) == with_background
     assert generator.caption(three, "counting", 2) == "there are three circles in the picture"
     assert generator.caption(one, "single_object", 2) == "there is a circle in the picture"
     assert generator.caption(generator.Scene("white", 0, (red,) * 2), "counting").endswith(
@@ -153,7 +153,7 @@ def test_captions_and_metadata_of_every_tag():
         generator.caption(one, "texture")
 
 
-def test_record_holds_the_scene_that_was_drawn():
+def test_a_record_contains_the_scene_of_its_image():
     for record in generator.make_records(0, 12, 32):
         raw = json.loads(record.meta["scene"])
         raw["objects"] = tuple(generator.Object(**o) for o in raw["objects"])
@@ -163,7 +163,7 @@ def test_record_holds_the_scene_that_was_drawn():
         assert meta == generator.geneval_facts(scene, record.meta["tag"])
 
 
-def test_labels():
+def test_labels_name_the_class_of_a_scene():
     solo = ["single_object", "counting", "colors"]
     for kind in generator.LABELS:
         names = generator.classes(kind)

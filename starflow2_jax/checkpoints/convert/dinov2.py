@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from starflow2_jax import params
 from starflow2_jax.checkpoints.model_folder import read_config
 from starflow2_jax.checkpoints.tensor_files import Index, Stored, open_source
-from starflow2_jax.models.fae.dinov2 import Config, declare, swiglu_width
+from starflow2_jax.models.fae.dinov2 import DinoConfig, declare, swiglu_width
 from starflow2_jax.params import flatten, unflatten
 
 _NAMES = {"patch": "embeddings.patch_embeddings.projection", "final_norm": "layernorm"}
@@ -53,7 +53,7 @@ _ACTIVATIONS = {
 _MODELS = {"dinov2": False, "dinov2_with_registers": True}
 
 
-def read_options(options: Mapping[str, Any]) -> Config:
+def read_options(options: Mapping[str, Any]) -> DinoConfig:
     """Our configuration of a published `config.json`.
 
     Raises:
@@ -83,7 +83,7 @@ def read_options(options: Mapping[str, Any]) -> Config:
     if activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         raise ValueError(f"config.json: hidden_act={activation!r} is not one of {known}")
-    return Config(
+    return DinoConfig(
         width=width,
         layers=get("num_hidden_layers"),
         heads=get("num_attention_heads"),
@@ -101,7 +101,7 @@ def read_options(options: Mapping[str, Any]) -> Config:
 
 def load(
     folder: str | Path, mesh: Mesh | None = None, layout: str = "fsdp", dtype: Any = None
-) -> tuple[Config, dict[str, Any]]:
+) -> tuple[DinoConfig, dict[str, Any]]:
     """A published DINOv2, each slice read straight to the device that holds it.
 
     Args:
@@ -149,7 +149,7 @@ class Place:
     rows: int
 
 
-def table(cfg: Config) -> dict[str, Place]:
+def table(cfg: DinoConfig) -> dict[str, Place]:
     """Place of each of our leaves in the published state dict."""
     layer_names = {**_LAYER_NAMES, **(_GATED_NAMES if cfg.gated else _PLAIN_NAMES)}
     width, grid = cfg.width, cfg.side**2
@@ -179,7 +179,7 @@ def table(cfg: Config) -> dict[str, Place]:
     return {leaf: places[leaf] for leaf in flatten(declare(cfg))}
 
 
-def view(source: Mapping[str, Stored], cfg: Config) -> dict[str, Any]:
+def view(source: Mapping[str, Stored], cfg: DinoConfig) -> dict[str, Any]:
     """Our tree of a published state dict, as tensors that are read, and put together, when asked.
 
     Raises:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.checkpoints.tensor_files import open_source
-from starflow2_jax.models.fae.perceptual import DEPTHS, Config, declare
+from starflow2_jax.models.fae.perceptual import DEPTHS, LPIPSConfig, declare
 from starflow2_jax.params import flatten, unflatten
 
 # Index of every convolution among torchvision's layers: a convolution and its ReLU count, so does a
@@ -25,7 +25,7 @@ _DEAD = re.compile(r"classifier\..*|scaling_layer\.(shift|scale)|lins\..*")
 
 def load(
     mapping_or_path: Mapping[str, Any] | str | Path, dtype: Any = jnp.float32
-) -> tuple[Config, dict[str, Any]]:
+) -> tuple[LPIPSConfig, dict[str, Any]]:
     """Configuration and parameters of the perceptual distance.
 
     Args:
@@ -52,7 +52,7 @@ def load(
     problems = {"missing": missing, "unexpected": odd}
     if not missing:
         last = [names[f"stages/{i}/{depth - 1}/bias"] for i, depth in enumerate(DEPTHS)]
-        cfg = Config(tuple(source[name].shape[0] for name in last))
+        cfg = LPIPSConfig(tuple(source[name].shape[0] for name in last))
         tree = flatten(declare(cfg))
         expected = {name: _public_shape(tree[leaf].shape, leaf) for leaf, name in names.items()}
         problems["misshapen"] = [

@@ -13,7 +13,7 @@ from starflow2_jax import params
 from starflow2_jax.checkpoints.convert import dinov2, qwen, qwen_options
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, locate, read_config
 from starflow2_jax.models.fae import teacher as teachers
-from starflow2_jax.models.fae.codec import Config as CodecConfig
+from starflow2_jax.models.fae.codec import FAEConfig
 from starflow2_jax.models.fae.teacher import Teacher
 
 
@@ -27,7 +27,7 @@ def describe(cfg: Mapping[str, Any]) -> Teacher:
     group = cfg["teacher"]
     kind, path = group["kind"], group["path"]
     if not path:
-        return Teacher(kind, teachers.DRAWN[kind], group["pixels"])
+        return Teacher(kind, teachers.RANDOM_INIT_TOWERS[kind], group["pixels"])
     folder = locate(path)
     if kind == "dinov2":
         tower = dinov2.read_options(read_config(folder))
@@ -36,7 +36,7 @@ def describe(cfg: Mapping[str, Any]) -> Teacher:
     return Teacher(kind, tower, group["pixels"])
 
 
-def teacher_of(cfg: Mapping[str, Any], model: CodecConfig) -> Teacher:
+def teacher_of(cfg: Mapping[str, Any], model: FAEConfig) -> Teacher:
     """Return the tower of an experiment, whose features the codec encodes.
 
     Raises:

@@ -1,11 +1,12 @@
-"""The latent codec FAE (arXiv 2512.07829): features of a frozen teacher to few channels, back to
-features, and on to pixels (paper.md 2).
+"""The latent codec FAE (arXiv 2512.07829): features of a frozen teacher to few channels and back.
 
-Axes: B batch, T patches in raster order, C feature channels, D latent channels, H x W pixels.
+    features --encoder--> latents --feature decoder--> features --pixel decoder--> image
 
-Latents outside this file are normalised: every channel has zero mean and unit variance over a data
-set, by the statistics in the parameters' subtree `latent` (zeros and ones until they are measured).
-The teacher may be any: what is encoded are features [B, T, C].
+The codec does not depend on the teacher: it encodes features [B, T, C]. Latents outside this file
+are normalized: every channel has zero mean and unit variance over a dataset, by the statistics in
+the subtree `latent` (zeros and ones until they are measured).
+
+Shapes: B batch, T patches in raster order, C feature channels, D latent channels, H x W pixels.
 """
 
 import dataclasses
@@ -23,24 +24,25 @@ from starflow2_jax.models.layers import LayerConfig, at_least_float32, linear
 from starflow2_jax.models.patches import unpatchify
 from starflow2_jax.params import ParamSpec, Tree, normal, ones, zeros
 
-# Beyond these a variance is zero or infinite for every purpose, and its exponential overflows.
+# A variance beyond these is zero or infinite in practice, and its exponential overflows.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 _ACTIVATIONS = {"gelu": lambda x: jax.nn.gelu(x, approximate=False), "silu": jax.nn.silu}
-_EVERYTHING = np.ones((1, 1), bool)
+_ATTEND_ALL = np.ones((1, 1), bool)
 
 
 @dataclass(frozen=True)
-class Config:
-    """Sizes of the three modules.
+class FAEConfig:
+    """Sizes of the encoder, the feature decoder and the pixel decoder.
 
     Attributes:
-        side: rows (= columns) of the grid of patches; latent: D.
-        activation: of the encoder, `gelu` or `silu` (the paper does not say).
-        decoder_mlp, pixel_mlp: hidden channels of the SwiGLUs; two thirds of four times the width,
+        side: rows (= columns) of the grid of patches.
+        latent: D.
+        activation: of the encoder, `gelu` or `silu`; the paper does not name it.
+        decoder_mlp, pixel_mlp: hidden channels of the SwiGLUs: two thirds of four times the width,
             rounded up to a multiple of eight.
-        patch: side of the square of pixels that one token paints.
+        patch: side in pixels of the square that one token decodes to.
         noise: standard deviation of the Gaussian noise on the features from which the pixel decoder
-            learns; 0.4 is for DINOv2, for other teachers in proportion to their features' norm.
+            learns; 0.4 is for DINOv2, other teachers scale it by the norm of their features.
         compute_dtype: dtype of matmuls; None is that of the parameters.
         remat: a name in `layers.REMAT`.
     """
@@ -76,18 +78,18 @@ class Config:
             )
         if self.decoder_head_dim % 4:
             raise ValueError(
-                f"fae: decoder_head_dim={self.decoder_head_dim} is not a multiple of 4, so that "
-                "rows and columns cannot share its RoPE pairs"
+                f"fae: decoder_head_dim={self.decoder_head_dim} is not a multiple of 4, so rows "
+                "and columns cannot share its RoPE pairs"
             )
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Number of tokens T."""
         return self.side**2
 
     @property
     def pixels(self) -> int:
-        """H (= W) of the decoded image."""
+        """Side H (= W) of the decoded image."""
         return self.side * self.patch
 
     @property
@@ -109,8 +111,8 @@ class Config:
     def pixel_layer(self) -> LayerConfig:
         """A layer of the pixel decoder.
 
-        That its MLP is a SwiGLU and its norms are LayerNorms is our reading: with them the module
-        has the 305.36 M parameters of the paper, with a plain MLP 304.93 M.
+        The paper names neither MLP nor norm. With a SwiGLU and LayerNorms the module has the
+        paper's 305.36 M parameters, with a plain MLP 304.93 M.
         """
         return LayerConfig(
             width=self.pixel_width,
@@ -127,7 +129,7 @@ class Config:
 
 PRESETS = {
     # DINOv2-g/14 on 224 pixels, images of 256.
-    "paper": Config(
+    "paper": FAEConfig(
         feature_width=1536,
         side=16,
         latent=32,
@@ -144,7 +146,7 @@ PRESETS = {
         patch=16,
     ),
     # Images of 64 pixels, for a CPU.
-    "tiny": Config(
+    "tiny": FAEConfig(
         feature_width=128,
         side=8,
         latent=16,
@@ -163,8 +165,8 @@ PRESETS = {
 }
 
 
-def preset(name: str, **changes: Any) -> Config:
-    """`paper` or `tiny`, with changes.
+def preset(name: str, **changes: Any) -> FAEConfig:
+    """Return the preset `paper` or `tiny`, with changes.
 
     Raises:
         ValueError: an unknown name.
@@ -174,10 +176,10 @@ def preset(name: str, **changes: Any) -> Config:
     return dataclasses.replace(PRESETS[name], **changes)
 
 
-def declare(cfg: Config) -> dict[str, Any]:
-    """Every weight, in the subtrees `encoder`, `feature_decoder`, `pixel_decoder` and `latent`.
+def declare(cfg: FAEConfig) -> dict[str, Any]:
+    """Declare the subtrees `encoder`, `feature_decoder`, `pixel_decoder` and `latent`.
 
-    At paper size the first three hold 38,166,592, 170,428,416 and 305,360,896 parameters.
+    At paper size the first three have 38,166,592, 170,428,416 and 305,360,896 parameters.
     """
     inner = cfg.encoder_heads * cfg.encoder_head_dim
     width, pixel = cfg.feature_width, cfg.pixel_width
@@ -213,15 +215,15 @@ def declare(cfg: Config) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------- encoding
 
 
-def _dtype(params: Tree, cfg: Config) -> Any:
+def _compute_dtype(params: Tree, cfg: FAEConfig) -> Any:
     weight = next(iter(jax.tree.leaves(params)))
     return jnp.dtype(cfg.compute_dtype or weight.dtype)
 
 
-def posterior(params: Tree, features: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
-    """Mean and log-variance, each [B, T, D] in at least float32, before normalisation.
+def posterior(params: Tree, features: jax.Array, cfg: FAEConfig) -> tuple[jax.Array, jax.Array]:
+    """Return mean and log-variance [B, T, D] in at least float32, before normalization.
 
-    One self-attention layer beside a linear one, their sum activated, a linear head. T is free.
+    head(act(attention(x) + W_parallel x)). T is arbitrary.
 
     Raises:
         ValueError: features of another width than the configuration's.
@@ -230,22 +232,23 @@ def posterior(params: Tree, features: jax.Array, cfg: Config) -> tuple[jax.Array
         raise ValueError(
             f"fae: features have {features.shape[-1]} channels, expected {cfg.feature_width}"
         )
-    own = params["encoder"]
-    x = constrain(features.astype(_dtype(own, cfg)), "batch", "length")
+    encoder = params["encoder"]
+    x = constrain(features.astype(_compute_dtype(encoder, cfg)), "batch", "length")
 
-    def project(name):
-        y = linear(own[name], x).reshape(*x.shape[:2], cfg.encoder_heads, cfg.encoder_head_dim)
+    def heads(name):
+        y = linear(encoder[name], x)
+        y = y.reshape(*x.shape[:2], cfg.encoder_heads, cfg.encoder_head_dim)
         return constrain(y.swapaxes(1, 2), "batch", "heads", "length")
 
-    mixed = grouped_query_attention(project("query"), project("key"), project("value"), _EVERYTHING)
-    mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1)
-    h = _ACTIVATIONS[cfg.activation](mixed + linear(own["parallel"], x))
-    mean, log_variance = jnp.split(at_least_float32(linear(own["head"], h)), 2, -1)
+    attended = grouped_query_attention(heads("query"), heads("key"), heads("value"), _ATTEND_ALL)
+    attended = attended.swapaxes(1, 2).reshape(*x.shape[:2], -1)
+    h = _ACTIVATIONS[cfg.activation](attended + linear(encoder["parallel"], x))
+    mean, log_variance = jnp.split(at_least_float32(linear(encoder["head"], h)), 2, -1)
     return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
 
 
-def encode(params: Tree, features: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
-    """Mean and log-variance [B, T, D] of the normalised latents of features [B, T, C].
+def encode(params: Tree, features: jax.Array, cfg: FAEConfig) -> tuple[jax.Array, jax.Array]:
+    """Return mean and log-variance [B, T, D] of the normalized latents of features [B, T, C].
 
     Raises:
         ValueError: as `posterior`.
@@ -255,87 +258,72 @@ def encode(params: Tree, features: jax.Array, cfg: Config) -> tuple[jax.Array, j
 
 
 def sample(keys: jax.Array, mean: jax.Array, log_variance: jax.Array) -> jax.Array:
-    """A draw of a diagonal Gaussian, mean + exp(log_variance / 2) noise, with one key a row [B]."""
+    """Sample mean + exp(log_variance / 2) noise, with one key per row [B]."""
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys)
     return mean + jnp.exp(0.5 * log_variance) * noise
 
 
 def normalize(params: Tree, latents: jax.Array) -> jax.Array:
-    """Raw latents [..., D] to zero mean and unit variance."""
+    """Scale raw latents [..., D] to zero mean and unit variance."""
     return (latents - params["latent"]["mean"]) / params["latent"]["std"]
 
 
 def denormalize(params: Tree, latents: jax.Array) -> jax.Array:
-    """The inverse of `normalize`."""
+    """Invert `normalize`."""
     return latents * params["latent"]["std"] + params["latent"]["mean"]
 
 
 def moments(mean: jax.Array, log_variance: jax.Array) -> dict[str, jax.Array]:
-    """Sums that `with_statistics` reads, of what `posterior` gives; add them up over a data set.
+    """Return sums from which the statistics of a dataset follow, of `posterior`'s output.
 
     Returns:
-        `count` scalar; `sum` and `square` [D], the expected sums of a sample and of its square.
+        `count` scalar; `sum` and `square` [D], expected sums of the latents and of their squares.
     """
     square = jnp.square(mean) + jnp.exp(log_variance)
     count = jnp.asarray(mean.shape[0] * mean.shape[1], mean.dtype)
     return {"count": count, "sum": mean.sum((0, 1)), "square": square.sum((0, 1))}
 
 
-def with_statistics(params: Tree, sums: Tree) -> dict[str, Any]:
-    """`params` whose latents are normalised by the moments of a data set.
-
-    Raises:
-        ValueError: a channel without variance, or moments that are not finite.
-    """
-    count, total, square = (np.asarray(sums[k], np.float64) for k in ("count", "sum", "square"))
-    mean = total / count
-    variance = square / count - mean**2
-    bad = np.flatnonzero(~(np.isfinite(variance) & (variance > 0)))
-    if bad.size:
-        raise ValueError(f"fae: latent channel {bad[0]} has variance {variance[bad[0]]}")
-    old = params["latent"]
-    fresh = {"mean": mean, "std": np.sqrt(variance)}
-    return {**params, "latent": {k: jnp.asarray(v, old[k].dtype) for k, v in fresh.items()}}
-
-
 # ----------------------------------------------------------------------------------------- decoding
 
 
-def _start(params: Tree, x: jax.Array, cfg: Config) -> jax.Array:
+def _embed(params: Tree, x: jax.Array, cfg: FAEConfig) -> jax.Array:
     if x.shape[1] != cfg.tokens:
         raise ValueError(f"fae: {x.shape[1]} tokens, expected {cfg.side} x {cfg.side}")
-    h = linear(params["proj_in"], x.astype(_dtype(params, cfg)))
+    h = linear(params["proj_in"], x.astype(_compute_dtype(params, cfg)))
     return h + params["position"].astype(h.dtype)
 
 
-def decode_features(params: Tree, latents: jax.Array, cfg: Config) -> jax.Array:
-    """Normalised latents [B, T, D] to the teacher's features [B, T, C] in at least float32.
+def decode_features(params: Tree, latents: jax.Array, cfg: FAEConfig) -> jax.Array:
+    """Decode normalized latents [B, T, D] to features [B, T, C] in at least float32.
 
     Raises:
         ValueError: another number of tokens than the configuration's grid.
     """
-    own = params["feature_decoder"]
-    h = _start(own, denormalize(params, latents), cfg)
+    decoder = params["feature_decoder"]
+    h = _embed(decoder, denormalize(params, latents), cfg)
     plane = rope.plane((cfg.side, cfg.side), cfg.side)
     angles = rope.angles(plane, cfg.decoder_head_dim)
     tables = rope.tables(angles, jnp.promote_types(h.dtype, jnp.float32))
     h, _ = layers.apply_layers(
-        own["layers"], h, cfg.decoder_layer, tables, _EVERYTHING, remat=cfg.remat
+        decoder["layers"], h, cfg.decoder_layer, tables, _ATTEND_ALL, remat=cfg.remat
     )
-    return at_least_float32(layers.rms_norm(own["final_norm"], h, offset=False))
+    return at_least_float32(layers.rms_norm(decoder["final_norm"], h, offset=False))
 
 
-def decode_pixels(params: Tree, features: jax.Array, cfg: Config) -> jax.Array:
-    """Features [B, T, C] to images [B, H, W, 3] in at least float32, in [-1, 1] but not clipped.
+def decode_pixels(params: Tree, features: jax.Array, cfg: FAEConfig) -> jax.Array:
+    """Decode features [B, T, C] to images [B, H, W, 3] in at least float32.
+
+    Values are in [-1, 1] up to errors; they are not clipped.
 
     Raises:
         ValueError: another number of tokens than the configuration's grid.
     """
-    own = params["pixel_decoder"]
-    h = _start(own, features, cfg)
+    decoder = params["pixel_decoder"]
+    h = _embed(decoder, features, cfg)
     h, _ = layers.apply_layers(
-        own["layers"], h, cfg.pixel_layer, None, _EVERYTHING, remat=cfg.remat
+        decoder["layers"], h, cfg.pixel_layer, None, _ATTEND_ALL, remat=cfg.remat
     )
-    h = layers.layer_norm(own["final_norm"], h, cfg.pixel_layer.norm_eps)
-    out = at_least_float32(linear(own["proj_out"], h))
+    h = layers.layer_norm(decoder["final_norm"], h, cfg.pixel_layer.norm_eps)
+    out = at_least_float32(linear(decoder["proj_out"], h))
     return unpatchify(out, (cfg.side, cfg.side), cfg.patch, "channel_last")

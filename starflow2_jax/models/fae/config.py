@@ -9,11 +9,12 @@ from typing import Any
 
 from starflow2_jax import config
 from starflow2_jax.models.fae import codec, discriminator
-from starflow2_jax.models.fae.codec import Config
+from starflow2_jax.models.fae.codec import FAEConfig
+from starflow2_jax.models.fae.discriminator import DiscriminatorConfig
 from starflow2_jax.params import ParamSpec, zeros
 
 
-def model_config(cfg: Mapping[str, Any]) -> Config:
+def model_config(cfg: Mapping[str, Any]) -> FAEConfig:
     """Return the codec of an experiment.
 
     Raises:
@@ -22,7 +23,7 @@ def model_config(cfg: Mapping[str, Any]) -> Config:
     group = dict(cfg["model"])
     if cfg["compute_dtype"] != "float32":
         group["compute_dtype"] = cfg["compute_dtype"]
-    model = config.build(Config, group, "model")
+    model = config.build(FAEConfig, group, "model")
     if cfg["image"]["pixels"] != model.pixels:
         raise ValueError(
             f"config: image.pixels={cfg['image']['pixels']} is not model.side={model.side} x "
@@ -31,23 +32,25 @@ def model_config(cfg: Mapping[str, Any]) -> Config:
     return model
 
 
-def discriminator_config(cfg: Mapping[str, Any], model: Config) -> discriminator.Config:
+def discriminator_config(
+    cfg: Mapping[str, Any], model: FAEConfig
+) -> discriminator.DiscriminatorConfig:
     """Return the discriminator of an experiment."""
     group = cfg["fae"]
-    return discriminator.Config(
+    return DiscriminatorConfig(
         widths=tuple(group["discriminator_widths"]),
         groups=group["discriminator_groups"],
         compute_dtype=model.compute_dtype,
     )
 
 
-def declare_features_training(model: Config) -> dict[str, Any]:
+def declare_features_training(model: FAEConfig) -> dict[str, Any]:
     """Declare the subtrees in the state of a `fae_features` training."""
     tree = codec.declare(model)
     return {name: tree[name] for name in ("encoder", "feature_decoder", "latent")}
 
 
-def declare_pixels_training(cfg: Mapping[str, Any], model: Config) -> dict[str, Any]:
+def declare_pixels_training(cfg: Mapping[str, Any], model: FAEConfig) -> dict[str, Any]:
     """Declare the subtrees in the state of a `fae_pixels` training."""
     scalar = ParamSpec((), (), zeros)
     return {

@@ -1,6 +1,6 @@
-"""Plain convolutional parts of the perceptual distance and of the discriminator.
+"""Convolutional building blocks of the perceptual distance and the discriminator.
 
-Axes: B batch, H x W positions, c channels; kernels are [rows, columns, in, out].
+Shapes: B batch, H x W positions, c channels; kernels are [rows, columns, in, out].
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from starflow2_jax.params import ParamSpec, Tree, normal, ones, zeros
 
 
 def declare_conv(kernel: int, inputs: int, outputs: int, std: float = 0.02) -> dict[str, Any]:
-    """A convolution with a bias."""
+    """Declare a convolution with a bias."""
     return {
         "weight": ParamSpec((kernel, kernel, inputs, outputs), (None,) * 4, normal(std)),
         "bias": ParamSpec((outputs,), (None,), zeros),
@@ -21,7 +21,7 @@ def declare_conv(kernel: int, inputs: int, outputs: int, std: float = 0.02) -> d
 
 
 def declare_group_norm(channels: int) -> dict[str, Any]:
-    """Scale and shift of every channel."""
+    """Declare the scale and shift of every channel."""
     return {
         "weight": ParamSpec((channels,), (None,), ones),
         "bias": ParamSpec((channels,), (None,), zeros),
@@ -29,7 +29,7 @@ def declare_group_norm(channels: int) -> dict[str, Any]:
 
 
 def conv(params: Tree, x: jax.Array, stride: int = 1, padding: int = 1) -> jax.Array:
-    """[B, H, W, in] to [B, H', W', out] in x's dtype, `padding` zeros on every side."""
+    """Convolve [B, H, W, in] to [B, H', W', out] in x's dtype, with `padding` zeros per side."""
     y = jax.lax.conv_general_dilated(
         x,
         params["weight"].astype(x.dtype),
@@ -41,17 +41,17 @@ def conv(params: Tree, x: jax.Array, stride: int = 1, padding: int = 1) -> jax.A
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Largest of every 2 x 2 positions; an odd last row or column is left out."""
-    least = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
-    return jax.lax.reduce_window(x, least, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    """Return the maximum of every 2 x 2 positions; an odd last row or column is dropped."""
+    lowest = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
+    return jax.lax.reduce_window(x, lowest, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
 def group_norm(params: Tree, x: jax.Array, groups: int, eps: float = 1e-6) -> jax.Array:
-    """Zero mean and unit variance of every group of channels of a row, over all positions.
+    """Normalize every group of channels of a row over all positions to zero mean, unit variance.
 
-    Unlike batch norm it makes no row depend on another. Statistics in at least float32.
+    Unlike batch norm it keeps rows independent. Statistics are in at least float32.
     """
-    wide = at_least_float32(x).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
-    wide = wide - wide.mean((1, 3), keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean((1, 3), keepdims=True) + eps)
-    return (wide.reshape(x.shape) * params["weight"] + params["bias"]).astype(x.dtype)
+    y = at_least_float32(x).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    y = y - y.mean((1, 3), keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 3), keepdims=True) + eps)
+    return (y.reshape(x.shape) * params["weight"] + params["bias"]).astype(x.dtype)

@@ -1,6 +1,6 @@
-"""DINOv2: the vision transformer whose patch tokens the latent codec encodes.
+"""DINOv2 (arXiv 2304.07193): the vision transformer whose patch tokens the latent codec encodes.
 
-Axes: B batch, H x W pixels, T patches in raster order, R register tokens, N = 1 + R + T tokens in
+Shapes: B batch, H x W pixels, T patches in raster order, R register tokens, N = 1 + R + T tokens in
 the order class, registers, patches; C width, L layers.
 """
 
@@ -18,19 +18,20 @@ from starflow2_jax.models.layers import LayerConfig, linear
 from starflow2_jax.models.patches import patchify
 from starflow2_jax.params import ParamSpec, Tree, normal, ones, zeros
 
-# Mean and standard deviation of red, green and blue in ImageNet, of pixels between 0 and 1.
+# Mean and standard deviation of red, green and blue in ImageNet, for pixels in [0, 1].
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Config:
-    """A DINOv2 (arXiv 2304.07193), with registers (arXiv 2309.16588) or without.
+class DinoConfig:
+    """Sizes of a DINOv2, with registers (arXiv 2309.16588) or without.
 
     Attributes:
         side: rows (= columns) of the grid of trained position embeddings; other grids are
-            interpolated from it, with `antialias` or without.
-        gated: SwiGLU (of `activation`) in place of the plain MLP.
+            interpolated from it.
+        antialias: whether that interpolation is antialiased.
+        gated: whether the MLP is a SwiGLU (of `activation`).
         registers: number of register tokens.
         compute_dtype: dtype of matmuls; None is that of the parameters.
         remat: a name in `layers.REMAT`, for gradients with respect to the image.
@@ -56,12 +57,11 @@ class Config:
             raise ValueError(f"dinov2: width={self.width} is not a multiple of heads={self.heads}")
         if self.remat not in layers.REMAT:
             raise ValueError(f"dinov2: remat={self.remat!r} is not one of {tuple(layers.REMAT)}")
-        # Also refuses an unknown activation.
-        self.layer  # noqa: B018
+        self.layer  # noqa: B018  raises if the activation is invalid
 
     @property
     def layer(self) -> LayerConfig:
-        """Its layers, LayerScale apart."""
+        """One layer, without its LayerScale."""
         return LayerConfig(
             width=self.width,
             heads=self.heads,
@@ -77,27 +77,27 @@ class Config:
 
 
 def swiglu_width(width: int, ratio: float = 4) -> int:
-    """Hidden channels of a SwiGLU with about the parameters of a plain MLP of this ratio."""
+    """Return the hidden channels of a SwiGLU as large as a plain MLP of this ratio."""
     return (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8
 
 
-_SWIGLU = {"gated": True, "activation": "silu"}
-_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"width": 128, "layers": 4, "heads": 4, "mlp_width": 512, "patch": 8, "side": 8},
-    "small": {"width": 384, "layers": 12, "heads": 6, "mlp_width": 1536},
-    "base": {"width": 768, "layers": 12, "heads": 12, "mlp_width": 3072},
-    "large": {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096},
-    "giant": {"width": 1536, "layers": 40, "heads": 24, "mlp_width": 4096, **_SWIGLU},
+_SIZES = {
+    "tiny": DinoConfig(width=128, layers=4, heads=4, mlp_width=512, patch=8, side=8),
+    "small": DinoConfig(width=384, layers=12, heads=6, mlp_width=1536),
+    "base": DinoConfig(width=768, layers=12, heads=12, mlp_width=3072),
+    "large": DinoConfig(width=1024, layers=24, heads=16, mlp_width=4096),
+    "giant": DinoConfig(
+        width=1536, layers=40, heads=24, mlp_width=4096, gated=True, activation="silu"
+    ),
 }
-_REGISTERS = {"registers": 4, "antialias": True}
-PRESETS: dict[str, Config] = {
-    **{name: Config(**size) for name, size in _SIZES.items()},
-    **{f"{name}_registers": Config(**size, **_REGISTERS) for name, size in _SIZES.items()},
+PRESETS: dict[str, DinoConfig] = _SIZES | {
+    f"{name}_registers": dataclasses.replace(size, registers=4, antialias=True)
+    for name, size in _SIZES.items()
 }
 
 
-def preset(name: str, **changes: Any) -> Config:
-    """A published size by name, `small` (ViT-S/14) to `giant` (ViT-g/14), or `tiny`.
+def preset(name: str, **changes: Any) -> DinoConfig:
+    """Return a published size by name, `small` (ViT-S/14) to `giant` (ViT-g/14), or `tiny`.
 
     Raises:
         ValueError: an unknown name.
@@ -108,13 +108,15 @@ def preset(name: str, **changes: Any) -> Config:
 
 
 @struct.dataclass
-class Features:
-    """What the tower says of an image, after its final norm.
+class DinoFeatures:
+    """The tower's output, after its final norm.
 
     Attributes:
-        patches: [B, T, C]; class_token: [B, C]; registers: [B, R, C].
+        patches: [B, T, C].
+        class_token: [B, C].
+        registers: [B, R, C].
         hidden: [L + 1, B, N, C], the tokens before the first layer and after each, without the
-            final norm; None unless asked for.
+            final norm; None unless requested.
     """
 
     patches: jax.Array
@@ -123,8 +125,8 @@ class Features:
     hidden: jax.Array | None = None
 
 
-def declare(cfg: Config) -> dict[str, Any]:
-    """Every weight. The mask token of the published files serves their training only."""
+def declare(cfg: DinoConfig) -> dict[str, Any]:
+    """Declare every parameter except the mask token, which only DINOv2's own training needs."""
     width, inputs = cfg.width, 3 * cfg.patch**2
     tree = {
         "patch": layers.declare_linear(inputs, width, (None, "embed")),
@@ -147,7 +149,7 @@ def declare(cfg: Config) -> dict[str, Any]:
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
-    """Keys' cubic convolution kernel with parameter a."""
+    """Return Keys' cubic convolution kernel with parameter a."""
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x**2 + 1
     far = a * (((x - 5) * x + 8) * x - 4)
@@ -155,40 +157,38 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def resize_matrix(inputs: int, outputs: int, antialias: bool) -> np.ndarray:
-    """Bicubic resampling of `inputs` samples to `outputs`, float64 [outputs, inputs].
+    """Return the bicubic resampling of `inputs` samples to `outputs`, float64 [outputs, inputs].
 
-    PyTorch's rules, half-pixel centres: without antialiasing a = -0.75 and samples beyond the edge
-    repeat it; with it a = -0.5, the kernel widens where the result is smaller, and is cut and
-    normalised at the edge (as Pillow's).
+    It follows PyTorch with half-pixel centers. Without antialiasing a = -0.75, and the edge is
+    repeated beyond the image. With it a = -0.5, the kernel widens when the image shrinks, and it is
+    truncated and renormalized at the edge (as in Pillow).
     """
     ratio = inputs / outputs
-    centres = (np.arange(outputs) + 0.5) * ratio - 0.5
+    centers = (np.arange(outputs) + 0.5) * ratio - 0.5
     if antialias:
-        wide = max(ratio, 1.0)
-        distance = np.arange(inputs)[None, :] - centres[:, None]
-        weights = _cubic(distance / wide, -0.5)
+        distance = np.arange(inputs)[None, :] - centers[:, None]
+        weights = _cubic(distance / max(ratio, 1.0), -0.5)
         return weights / weights.sum(1, keepdims=True)
     matrix = np.zeros((outputs, inputs))
-    first = np.floor(centres).astype(int)
+    first = np.floor(centers).astype(int)
     for tap in range(-1, 3):
-        where = np.clip(first + tap, 0, inputs - 1)
-        np.add.at(matrix, (np.arange(outputs), where), _cubic(first + tap - centres, -0.75))
+        column = np.clip(first + tap, 0, inputs - 1)
+        np.add.at(matrix, (np.arange(outputs), column), _cubic(first + tap - centers, -0.75))
     return matrix
 
 
 def resize(x: jax.Array, size: tuple[int, int], antialias: bool) -> jax.Array:
-    """Bicubic resampling of [..., H, W, c] to [..., *size, c], in at least float32."""
+    """Resample [..., H, W, c] bicubically to [..., *size, c], in at least float32."""
     x = layers.at_least_float32(x)
     matrices = zip(x.shape[-3:-1], size)
     rows, columns = (jnp.asarray(resize_matrix(i, o, antialias), x.dtype) for i, o in matrices)
-    exact = jax.lax.Precision.HIGHEST
-    return jnp.einsum("ih,jw,...hwc->...ijc", rows, columns, x, precision=exact)
+    return jnp.einsum("ih,jw,...hwc->...ijc", rows, columns, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def preprocess(image: jax.Array, side: int | None = None) -> jax.Array:
-    """Pixels in [-1, 1] to the tower's scale, [B, H, W, 3], resized to `side` x `side` if given.
+    """Scale pixels [B, H, W, 3] in [-1, 1] for the tower, after resizing to `side` x `side`.
 
-    A 256-pixel image gives 16 x 16 tokens of 14 pixels at side 224 (paper.md 2.1).
+    FAE resizes images of 256 pixels to 224, which are 16 x 16 patches of 14 pixels.
     """
     if side is not None and image.shape[1:3] != (side, side):
         image = jnp.clip(resize(image, (side, side), antialias=True), -1, 1)
@@ -196,9 +196,8 @@ def preprocess(image: jax.Array, side: int | None = None) -> jax.Array:
     return (image - jnp.asarray(PIXEL_MEAN, image.dtype)) / jnp.asarray(PIXEL_STD, image.dtype)
 
 
-def positions(params: Tree, grid: tuple[int, int], cfg: Config) -> jax.Array:
-    """Position embeddings [T, C] of a grid (rows, columns), interpolated where it is not the
-    trained one."""
+def positions(params: Tree, grid: tuple[int, int], cfg: DinoConfig) -> jax.Array:
+    """Return the position embeddings [T, C] of a grid (rows, columns), interpolated if needed."""
     table = params["position"]
     if grid == (cfg.side, cfg.side):
         return table
@@ -206,9 +205,9 @@ def positions(params: Tree, grid: tuple[int, int], cfg: Config) -> jax.Array:
     return table.reshape(-1, cfg.width)
 
 
-def embed(params: Tree, image: jax.Array, cfg: Config) -> jax.Array:
-    """Tokens [B, N, C] before the first layer; image as in `forward`."""
-    batch, height, width = image.shape[:3]
+def embed(params: Tree, image: jax.Array, cfg: DinoConfig) -> jax.Array:
+    """Return the tokens [B, N, C] before the first layer; image as in `forward`."""
+    batch_size, height, width = image.shape[:3]
     dtype = jnp.dtype(cfg.compute_dtype or params["patch"]["weight"].dtype)
     patches = linear(params["patch"], patchify(image.astype(dtype), cfg.patch, "channel_first"))
     grid = (height // cfg.patch, width // cfg.patch)
@@ -217,31 +216,36 @@ def embed(params: Tree, image: jax.Array, cfg: Config) -> jax.Array:
     if cfg.registers:
         first.append(params["registers"])
     first = jnp.concatenate(first).astype(dtype)
-    return jnp.concatenate([jnp.broadcast_to(first, (batch, *first.shape)), patches], 1)
+    return jnp.concatenate([jnp.broadcast_to(first, (batch_size, *first.shape)), patches], 1)
 
 
-def _fold(layer: Tree) -> dict[str, Any]:
-    """One layer's weights with LayerScale in the projections before it: (x W + b) s."""
+def _fold_layer_scale(layer: Tree) -> dict[str, Any]:
+    """Return one layer's parameters with LayerScale in its projections: (x W + b) s."""
+
+    def scaled(name, scale):
+        return {key: w * layer[scale] for key, w in layer[name].items()}
+
     rest = {k: v for k, v in layer.items() if k not in ("attention_scale", "mlp_scale")}
-    scale = lambda weights, by: {k: w * layer[by] for k, w in weights.items()}
-    out, down = scale(rest["out"], "attention_scale"), scale(rest["mlp_down"], "mlp_scale")
+    out, down = scaled("out", "attention_scale"), scaled("mlp_down", "mlp_scale")
     return {**rest, "out": out, "mlp_down": down}
 
 
-def forward(params: Tree, image: jax.Array, cfg: Config, *, hidden: bool = False) -> Features:
-    """The tower over images.
+def forward(
+    params: Tree, image: jax.Array, cfg: DinoConfig, *, hidden: bool = False
+) -> DinoFeatures:
+    """Apply the tower to images.
 
     Args:
-        image: [B, H, W, 3] on the tower's scale (see `preprocess`), sides divisible by the patch.
+        image: [B, H, W, 3] of `preprocess`, its sides multiples of the patch.
         hidden: also return the tokens before and after every layer.
 
     Raises:
         ValueError: sides that the patch does not divide.
     """
-    everything = np.ones((1, 1), bool)
+    attend_all = np.ones((1, 1), bool)
 
     def body(h, layer):
-        h = layers.decoder_layer(_fold(layer), h, cfg.layer, None, everything)[0]
+        h = layers.decoder_layer(_fold_layer_scale(layer), h, cfg.layer, None, attend_all)[0]
         return h, h if hidden else None
 
     if layers.REMAT[cfg.remat] is not None:
@@ -249,10 +253,10 @@ def forward(params: Tree, image: jax.Array, cfg: Config, *, hidden: bool = False
     start = embed(params, image, cfg)
     h, states = jax.lax.scan(body, start, params["layers"])
     out = layers.layer_norm(params["final_norm"], h, cfg.norm_eps)
-    before = 1 + cfg.registers
-    return Features(
-        patches=out[:, before:],
+    num_special = 1 + cfg.registers
+    return DinoFeatures(
+        patches=out[:, num_special:],
         class_token=out[:, 0],
-        registers=out[:, 1:before],
+        registers=out[:, 1:num_special],
         hidden=jnp.concatenate([start[None], states]) if hidden else None,
     )

@@ -1,6 +1,6 @@
-"""A discriminator of patches and its losses: hinge, and LeCam's regulariser.
+"""The patch discriminator of the pixel decoder, and its losses: hinge and LeCam's regularizer.
 
-Axes: B batch, H x W pixels, h x w patches.
+Shapes: B batch, H x W pixels, h x w patches.
 """
 
 import itertools
@@ -16,8 +16,13 @@ from starflow2_jax.params import Tree
 
 
 @dataclass(frozen=True)
-class Config:
-    """Each of `widths` is a convolution that halves the sides; groups: of the group norms."""
+class DiscriminatorConfig:
+    """Sizes of the discriminator.
+
+    Attributes:
+        widths: output channels of the convolutions, each of which halves the sides.
+        groups: number of groups of the group norms.
+    """
 
     widths: tuple[int, ...] = (64, 128, 256, 512)
     groups: int = 32
@@ -25,16 +30,15 @@ class Config:
 
     def __post_init__(self):
         object.__setattr__(self, "widths", tuple(self.widths))
-        odd = [width for width in self.widths[1:] if width % self.groups]
-        if not self.widths or odd:
+        if not self.widths or any(width % self.groups for width in self.widths[1:]):
             raise ValueError(
                 f"discriminator: widths={self.widths}, all but the first must be multiples of "
                 f"groups={self.groups}"
             )
 
 
-def declare(cfg: Config) -> dict[str, Any]:
-    """`convs/i`, the last of which gives the logits, and `norms/i` for all but the first width."""
+def declare(cfg: DiscriminatorConfig) -> dict[str, Any]:
+    """Declare `convs/i`, the last for the logits, and `norms/i` for all widths but the first."""
     sizes = (3, *cfg.widths)
     convs = {
         str(i): declare_conv(4, inputs, outputs)
@@ -45,8 +49,8 @@ def declare(cfg: Config) -> dict[str, Any]:
     return {"convs": convs, **({"norms": norms} if norms else {})}
 
 
-def forward(params: Tree, image: jax.Array, cfg: Config) -> jax.Array:
-    """Logits [B, h, w] in at least float32, large for real, of images [B, H, W, 3] in [-1, 1]."""
+def forward(params: Tree, image: jax.Array, cfg: DiscriminatorConfig) -> jax.Array:
+    """Return logits [B, h, w] in at least float32, large for real, of images [B, H, W, 3]."""
     x = image.astype(jnp.dtype(cfg.compute_dtype or params["convs"]["0"]["weight"].dtype))
     for i in range(len(cfg.widths)):
         x = conv(params["convs"][str(i)], x, stride=2)
@@ -55,40 +59,42 @@ def forward(params: Tree, image: jax.Array, cfg: Config) -> jax.Array:
     return at_least_float32(conv(params["convs"][str(len(cfg.widths))], x)[..., 0])
 
 
-def _rows(x: jax.Array) -> jax.Array:
+def _mean_over_patches(x: jax.Array) -> jax.Array:
     return x.mean(range(1, x.ndim))
 
 
 def hinge_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The discriminator's loss [B], (relu(1 - real) + relu(1 + fake)) / 2 averaged over patches."""
-    return 0.5 * (_rows(jax.nn.relu(1 - real)) + _rows(jax.nn.relu(1 + fake)))
+    """Return the discriminator's loss [B]: (relu(1 - real) + relu(1 + fake)) / 2, patch mean."""
+    return 0.5 * (
+        _mean_over_patches(jax.nn.relu(1 - real)) + _mean_over_patches(jax.nn.relu(1 + fake))
+    )
 
 
 def generator_loss(fake: jax.Array) -> jax.Array:
-    """The generator's loss [B], - fake averaged over patches."""
-    return -_rows(fake)
+    """Return the generator's loss [B], the mean over patches of -fake."""
+    return -_mean_over_patches(fake)
 
 
 def lecam_start(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
-    """Running means of the logits of real and of generated images before the first step."""
+    """Return the initial running means of the logits of real and generated images."""
     return {"real": jnp.zeros((), dtype), "fake": jnp.zeros((), dtype)}
 
 
 def lecam_update(
     running: Tree, real: jax.Array, fake: jax.Array, decay: float = 0.999
 ) -> dict[str, jax.Array]:
-    """The running means after a step whose logits, of the whole batch, are `real` and `fake`."""
+    """Return the running means after a step with logits `real` and `fake` of the whole batch."""
     means = {"real": real.mean(), "fake": fake.mean()}
     new = {k: running[k] + (1 - decay) * (means[k] - running[k]) for k in means}
     return jax.lax.stop_gradient(new)
 
 
 def lecam_penalty(running: Tree, real: jax.Array, fake: jax.Array) -> jax.Array:
-    """LeCam's regulariser [B] (arXiv 2104.03310), averaged over patches.
+    """Return LeCam's regularizer [B] (arXiv 2104.03310), averaged over patches.
 
-    relu(real - running fake)^2 + relu(running real - fake)^2: logits of the one kind may not move
-    far beyond the running mean of the other.
+    relu(real - running fake)^2 + relu(running real - fake)^2 keeps the logits of one kind from
+    moving far beyond the running mean of the other.
     """
     above = jnp.square(jax.nn.relu(real - running["fake"]))
     below = jnp.square(jax.nn.relu(running["real"] - fake))
-    return _rows(above) + _rows(below)
+    return _mean_over_patches(above) + _mean_over_patches(below)

@@ -1,9 +1,9 @@
-"""Losses of the latent codec: features (reconstruction and KL), then pixels (paper.md 2.2).
+"""Losses of the latent codec (arXiv 2512.07829): features, then pixels.
 
-Every loss is one number a row, so that microbatches, devices and hosts add up to the same mean.
-Sums over a batch become means by `count`.
+Every loss is one number per row, so that microbatches, devices and hosts add up to the same mean.
+Sums over a batch are divided by `count`.
 
-Axes: B batch, T patches, C feature channels, D latent channels, H x W pixels.
+Shapes: B batch, T patches, C feature channels, D latent channels, H x W pixels.
 """
 
 from collections.abc import Callable
@@ -13,30 +13,30 @@ import jax
 import jax.numpy as jnp
 
 from starflow2_jax.models.fae import codec, discriminator
-from starflow2_jax.models.fae.codec import Config
+from starflow2_jax.models.fae.codec import FAEConfig
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.params import Tree
 
 
 def kl(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
-    """KL(N(mean, exp(log_variance)) || N(0, 1)) of each row [B], nats, summed over T and D."""
+    """Return KL(N(mean, exp(log_variance)) || N(0, 1)) [B] in nats, summed over T and D."""
     terms = jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance
     return 0.5 * terms.sum((1, 2))
 
 
 def mean_square(x: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean square of the difference over all but the rows, [B], in at least float32."""
+    """Return the mean square of the difference [B] over all axes but the first."""
     difference = at_least_float32(x) - at_least_float32(target)
     return jnp.square(difference).mean(range(1, x.ndim))
 
 
 def mean_absolute(x: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean absolute difference over all but the rows, [B], in at least float32."""
+    """Return the mean absolute difference [B] over all axes but the first."""
     return jnp.abs(at_least_float32(x) - at_least_float32(target)).mean(range(1, x.ndim))
 
 
 def add_noise(keys: jax.Array, x: jax.Array, sigma: float | jax.Array) -> jax.Array:
-    """x [B, ...] + sigma noise, with one key a row [B]; sigma is a number or [B]."""
+    """Return x [B, ...] + sigma noise, with one key per row [B]; sigma is a number or [B]."""
     noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
     return x + jnp.reshape(jnp.asarray(sigma, x.dtype), (-1, *(1,) * (x.ndim - 1))) * noise
 
@@ -45,29 +45,29 @@ def feature_loss(
     params: Tree,
     features: jax.Array,
     keys: jax.Array,
-    cfg: Config,
+    cfg: FAEConfig,
     *,
     beta: float,
     sigma: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Reconstruction of the teacher's features plus beta times the KL divergence.
+    """Return the loss of the feature training: mean |decoded - features|^2 + beta KL.
 
     Args:
-        features: [B, T, C]; keys: one a row [B].
-        beta: weight of the KL in nats of a whole row against the *mean* square of a row; the paper
-            gives no number, 1e-6 to 1e-4 are usual.
-        sigma: noise on the normalised latents from which the decoder learns, so that it bears
-            latents that were sampled.
+        features: [B, T, C].
+        keys: one per row [B].
+        beta: weight of the KL in nats of a whole row against the *mean* square of a row. The paper
+            gives no number; 1e-6 to 1e-4 are usual.
+        sigma: noise on the normalized latents from which the decoder learns, so that it tolerates
+            sampled latents.
 
     Returns:
-        The loss of each row [B], and what it is made of, each [B]: `mean_square`, `kl`, and `count`
-        (ones).
+        The loss of each row [B], and its parts, each [B]: `mean_square`, `kl`, and `count` (ones).
     """
     mean, log_variance = codec.posterior(params, features, cfg)
-    draw = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
-    latents = codec.normalize(params, codec.sample(draw[:, 0], mean, log_variance))
+    key_pairs = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
+    latents = codec.normalize(params, codec.sample(key_pairs[:, 0], mean, log_variance))
     if sigma:
-        latents = add_noise(draw[:, 1], latents, sigma)
+        latents = add_noise(key_pairs[:, 1], latents, sigma)
     square = mean_square(codec.decode_features(params, latents, cfg), features)
     nats = kl(mean, log_variance)
     sums = {"count": jnp.ones_like(square), "mean_square": square, "kl": nats}
@@ -76,7 +76,7 @@ def feature_loss(
 
 @dataclass(frozen=True)
 class PixelWeights:
-    """Weights of the pixel decoder's losses; what weighs 0 is not computed (paper.md 10)."""
+    """Weights of the pixel decoder's losses; a loss of weight 0 is not computed."""
 
     l1: float = 0.0
     l2: float = 1.0
@@ -89,27 +89,29 @@ def pixel_loss(
     features: jax.Array,
     image: jax.Array,
     keys: jax.Array,
-    cfg: Config,
+    cfg: FAEConfig,
     weights: PixelWeights,
     *,
     sigma: float | None = None,
     perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     logits: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """The pixel decoder's loss of images from features with noise.
+    """Return the loss of the pixel decoder on features with noise.
 
     Args:
-        features: [B, T, C], the teacher's, or reconstructed ones; image: [B, H, W, 3] in [-1, 1].
-        keys: one a row [B]; sigma: noise on the features, by default `cfg.noise`.
-        perceptual: (decoded, image) -> distance [B], e.g. of `perceptual.lpips`.
-        logits: image -> logits [B, h, w] of a discriminator whose weights are held.
+        features: [B, T, C], the teacher's, or reconstructed ones.
+        image: [B, H, W, 3] in [-1, 1].
+        keys: one per row [B].
+        sigma: noise on the features, by default `cfg.noise`.
+        perceptual: (decoded, image) -> distance [B], for example `perceptual.lpips`.
+        logits: image -> logits [B, h, w] of a frozen discriminator.
 
     Returns:
-        The loss of each row [B], the decoded image, and what the loss is made of, each [B]: `l1`,
-        `l2`, `perceptual`, `gan` (where weighted) and `count` (ones).
+        The loss of each row [B], the decoded image, and the parts of the loss, each [B]: `l1`,
+        `l2`, `perceptual`, `gan` (those with a weight) and `count` (ones).
 
     Raises:
-        ValueError: a weighted term whose function is missing.
+        ValueError: a weighted term without its function.
     """
     for name, function in (("perceptual", perceptual), ("gan", logits)):
         if getattr(weights, name) and function is None:
@@ -125,9 +127,9 @@ def pixel_loss(
         "perceptual": lambda: perceptual(decoded, image),
         "gan": lambda: discriminator.generator_loss(logits(decoded)),
     }
-    used = {name: term() for name, term in terms.items() if getattr(weights, name)}
-    loss = sum((getattr(weights, n) * row for n, row in used.items()), jnp.zeros(image.shape[0]))
-    return loss, decoded, {**used, "count": jnp.ones_like(loss)}
+    parts = {name: term() for name, term in terms.items() if getattr(weights, name)}
+    loss = sum((getattr(weights, n) * part for n, part in parts.items()), jnp.zeros(len(image)))
+    return loss, decoded, {**parts, "count": jnp.ones_like(loss)}
 
 
 def discriminator_loss(
@@ -135,19 +137,20 @@ def discriminator_loss(
     image: jax.Array,
     decoded: jax.Array,
     running: Tree,
-    cfg: discriminator.Config,
+    cfg: discriminator.DiscriminatorConfig,
     *,
     lecam: float = 1e-3,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The discriminator's hinge loss plus `lecam` times LeCam's penalty.
+    """Return the discriminator's hinge loss plus `lecam` times LeCam's penalty.
 
     Args:
-        params: the discriminator's; decoded: [B, H, W, 3], no gradient is taken into it.
+        params: the discriminator's.
+        decoded: [B, H, W, 3]; it gets no gradient.
         running: means of past logits (`discriminator.lecam_start`).
 
     Returns:
-        The loss of each row [B], and each [B]: `hinge`, `lecam`, `real` and `fake` (mean logits, by
-        which `discriminator.lecam_update` goes on), `count` (ones).
+        The loss of each row [B], and each [B]: `hinge`, `lecam`, `real` and `fake` (mean logits,
+        the input of `discriminator.lecam_update`), and `count` (ones).
     """
     real = discriminator.forward(params, image, cfg)
     fake = discriminator.forward(params, jax.lax.stop_gradient(decoded), cfg)

@@ -1,9 +1,9 @@
-"""Distances between images that agree better with the eye than pixels do.
+"""Perceptual distances between images.
 
-LPIPS (arXiv 1801.03924) on VGG16 where the user has its weights, or the distance of a frozen
-teacher's own features.
+LPIPS (arXiv 1801.03924) on VGG16 if the user has its weights, or the distance of a frozen teacher's
+features.
 
-Axes: B batch, H x W pixels, T tokens, C channels.
+Shapes: B batch, H x W pixels, T tokens, C channels.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from starflow2_jax.models.fae.dinov2 import PIXEL_MEAN, PIXEL_STD
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.params import ParamSpec, Tree, ones
 
-# Convolutions before each pooling of VGG16.
+# Number of convolutions of each stage of VGG16.
 DEPTHS = (2, 2, 3, 3, 3)
 
 
 @dataclass(frozen=True)
-class Config:
+class LPIPSConfig:
     """Channels of the five stages of VGG16."""
 
     widths: tuple[int, ...] = (64, 128, 256, 512, 512)
@@ -34,8 +34,8 @@ class Config:
             raise ValueError(f"perceptual: widths={self.widths}, expected {len(DEPTHS)} numbers")
 
 
-def declare(cfg: Config) -> dict[str, Any]:
-    """`stages/i/j` convolutions, and `channels/i`, the weight of every channel of a stage."""
+def declare(cfg: LPIPSConfig) -> dict[str, Any]:
+    """Declare convolutions `stages/i/j`, and `channels/i`, the weights of a stage's channels."""
     inputs = (3, *cfg.widths[:-1])
     stages = {}
     for i, (depth, width) in enumerate(zip(DEPTHS, cfg.widths)):
@@ -49,7 +49,7 @@ def declare(cfg: Config) -> dict[str, Any]:
 
 
 def stages(params: Tree, image: jax.Array) -> list[jax.Array]:
-    """Activations [B, H / 2^i, W / 2^i, C_i] after each stage of an image in [-1, 1]."""
+    """Return activations [B, H / 2^i, W / 2^i, C_i] after each stage of an image in [-1, 1]."""
     mean, std = (jnp.asarray(values, image.dtype) for values in (PIXEL_MEAN, PIXEL_STD))
     x = ((image + 1) / 2 - mean) / std
     outputs = []
@@ -61,17 +61,17 @@ def stages(params: Tree, image: jax.Array) -> list[jax.Array]:
     return outputs
 
 
-def unit(x: jax.Array) -> jax.Array:
-    """x / |x| over the last dimension; zeros stay zeros, with a finite gradient."""
+def unit_norm(x: jax.Array) -> jax.Array:
+    """Return x / |x| over the last axis; zeros stay zeros, with a finite gradient."""
     x = at_least_float32(x)
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-10)
 
 
 def lpips(params: Tree, image: jax.Array, target: jax.Array) -> jax.Array:
-    """Distance [B] of images [B, H, W, 3] in [-1, 1], sides at least 16.
+    """Return the distance [B] of images [B, H, W, 3] in [-1, 1], sides at least 16.
 
-    The sum over stages of the weighted square of the difference of unit-length activations,
-    averaged over positions.
+    It sums over stages the weighted squared difference of unit-norm activations, averaged over
+    positions.
 
     Raises:
         ValueError: an image too small for four poolings.
@@ -80,15 +80,17 @@ def lpips(params: Tree, image: jax.Array, target: jax.Array) -> jax.Array:
         raise ValueError(f"perceptual: image of {image.shape[1:3]}, sides must be at least 16")
     total = jnp.zeros(image.shape[0])
     for i, (a, b) in enumerate(zip(stages(params, image), stages(params, target))):
-        square = jnp.square(unit(a) - unit(b)) * params["channels"][str(i)]
+        square = jnp.square(unit_norm(a) - unit_norm(b)) * params["channels"][str(i)]
         total = total + square.sum(-1).mean((1, 2))
     return total
 
 
 def token_distance(tokens: Sequence[jax.Array], targets: Sequence[jax.Array]) -> jax.Array:
-    """Distance [B] of a teacher's features of two images, each a list of [B, T, C].
+    """Return the distance [B] of a teacher's features of two images, each a list of [B, T, C].
 
-    The square of the difference of unit-length tokens, averaged over tokens and over the list.
+    It averages the squared difference of unit-norm tokens over tokens and over the list.
     """
-    rows = [jnp.square(unit(a) - unit(b)).sum(-1).mean(-1) for a, b in zip(tokens, targets)]
-    return sum(rows) / len(rows)
+    distances = [
+        jnp.square(unit_norm(a) - unit_norm(b)).sum(-1).mean(-1) for a, b in zip(tokens, targets)
+    ]
+    return sum(distances) / len(distances)

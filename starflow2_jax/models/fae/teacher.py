@@ -1,6 +1,6 @@
-"""The frozen tower whose features the latent codec encodes: DINOv2 or Qwen2.5-VL's (paper.md 2.1).
+"""The frozen teacher whose features the latent codec encodes: DINOv2 or Qwen2.5-VL's tower.
 
-Axes: B batch, H x W pixels, T patches in raster order, C feature channels.
+Shapes: B batch, H x W pixels, T patches in raster order, C feature channels.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from starflow2_jax.params import Tree
 
 EPS = 1e-6
 KINDS = ("dinov2", "qwen")
-# Towers that are drawn, for images of 64 pixels: 8 x 8 features of 128 channels.
-DRAWN: dict[str, Any] = {
+# Towers with random weights, for images of 64 pixels: 8 x 8 features of 128 channels.
+RANDOM_INIT_TOWERS: dict[str, Any] = {
     "dinov2": dinov2.preset("tiny"),
     "qwen": qwen_vision.VisionConfig(
         depth=2,
@@ -34,60 +34,63 @@ DRAWN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Teacher:
-    """A tower and the size of the images that it sees.
+    """A tower and the size of its input.
 
     Attributes:
-        kind: one of `KINDS`; pixels: side of the square image, after resizing.
+        kind: one of `KINDS`.
+        pixels: side of the square image, after resizing.
     """
 
     kind: str
-    tower: dinov2.Config | qwen_vision.VisionConfig
+    tower: dinov2.DinoConfig | qwen_vision.VisionConfig
     pixels: int
 
     def __post_init__(self):
-        if self.pixels % self._step or self.pixels < self._step:
+        if self.pixels % self.feature_pixels or self.pixels < self.feature_pixels:
             raise ValueError(
-                f"config: teacher.pixels={self.pixels} is not a multiple of {self._step}, the "
-                f"pixels of one of the tower's features"
+                f"config: teacher.pixels={self.pixels} is not a multiple of "
+                f"{self.feature_pixels}, the side in pixels of one feature of the tower"
             )
 
     @property
-    def _step(self) -> int:
+    def feature_pixels(self) -> int:
+        """Side in pixels of one feature."""
         merge = self.tower.merge if self.kind == "qwen" else 1
         return self.tower.patch * merge
 
     @property
     def side(self) -> int:
         """Rows (= columns) of features."""
-        return self.pixels // self._step
+        return self.pixels // self.feature_pixels
 
     @property
     def width(self) -> int:
-        """C."""
+        """Number of feature channels C."""
         return self.tower.out_width if self.kind == "qwen" else self.tower.width
 
 
 def declare(teacher: Teacher) -> dict[str, Any]:
-    """Every weight of the tower."""
+    """Declare every parameter of the tower."""
     module = qwen_vision if teacher.kind == "qwen" else dinov2
     return module.declare(teacher.tower)
 
 
 def features(params: Tree, image: jax.Array, teacher: Teacher) -> jax.Array:
-    """Features [B, T, C] in at least float32 of images [B, H, W, 3] in [-1, 1].
+    """Return features [B, T, C] in at least float32 of images [B, H, W, 3] in [-1, 1].
 
-    Of DINOv2 the patch tokens after the final norm, without class and register tokens; of Qwen's
-    tower what its merger gives, each from merge x merge patches, scaled to a mean square of one.
+    DINOv2's are the patch tokens after the final norm, without class and register tokens. Qwen's
+    are the outputs of its merger, each of merge x merge patches, scaled to a mean square of one.
     """
     side, tower = teacher.pixels, teacher.tower
     if teacher.kind == "dinov2":
-        found = dinov2.forward(params, dinov2.preprocess(image, side), tower)
-        return at_least_float32(found.patches)
+        return at_least_float32(
+            dinov2.forward(params, dinov2.preprocess(image, side), tower).patches
+        )
     if image.shape[1:3] != (side, side):
         image = jnp.clip(dinov2.resize(image, (side, side), antialias=True), -1, 1)
     mean, std = (jnp.asarray(v, image.dtype) for v in (qwen_vision.MEAN, qwen_vision.STD))
-    found = qwen_vision.encode_images(params, ((image + 1) / 2 - mean) / std, tower)
-    found = at_least_float32(found)
-    # The merger ends without a norm. The codec's feature decoder ends with one, so it could not
-    # give back lengths, and noise and losses are stated for features of this size.
-    return found * jax.lax.rsqrt(jnp.square(found).mean(-1, keepdims=True) + EPS)
+    merged = qwen_vision.encode_images(params, ((image + 1) / 2 - mean) / std, tower)
+    merged = at_least_float32(merged)
+    # The merger ends without a norm, but the codec's feature decoder ends with one: it could not
+    # reproduce lengths. Noise and losses assume features of unit mean square, too.
+    return merged * jax.lax.rsqrt(jnp.square(merged).mean(-1, keepdims=True) + EPS)

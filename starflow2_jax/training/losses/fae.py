@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from starflow2_jax.checkpoints.convert import lpips
 from starflow2_jax.models.fae import codec, discriminator, losses, perceptual, teacher as teachers
-from starflow2_jax.models.fae.codec import Config
+from starflow2_jax.models.fae.codec import FAEConfig
 from starflow2_jax.models.fae.config import (
     declare_features_training,
     declare_pixels_training,
@@ -59,7 +59,7 @@ class Objective:
         return tuple(name for names in self.groups.values() for name in names)
 
 
-def features(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective:
+def features(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Objective:
     """Encoder and feature decoder: reconstruction of the teacher's features, and KL.
 
     The statistics that normalise latents are tracked, for raw and averaged weights apart.
@@ -98,7 +98,7 @@ def features(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objecti
     )
 
 
-def pixels(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> Objective:
+def pixels(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Objective:
     """Pixel decoder, and a discriminator beside it, from frozen features.
 
     Features are the tower's with noise, or with `fae.train_on_decoded_features` those

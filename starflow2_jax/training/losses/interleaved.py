@@ -45,7 +45,7 @@ class Stage:
 
 
 def stage_of(trainable: Iterable[str], cfg: BackboneConfig) -> Stage:
-    """Return the stage that trains these subtrees (arXiv 2605.08029, section 3)."""
+    """Return the stage that trains these subtrees."""
     names = set(trainable)
     return Stage(bool(names & cfg.image_subtrees), bool(names & cfg.text_subtrees))
 
@@ -292,7 +292,7 @@ def per_example_loss(
 ) -> jax.Array:
     """Return each row's share [B] of the loss of its global batch.
 
-    L = NLL(images) / dims + text_weight NLL(text) / tokens  (arXiv 2605.08029, section 3).
+    L = NLL(images) / dims + text_weight NLL(text) / tokens  (arXiv 2605.08029).
 
     Args:
         metrics: of `row_metrics`.

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from starflow2_jax.checkpoints.convert import lpips, teacher as teacher_weights
 from starflow2_jax.mesh import batch_sharding, check_batch, replicated
-from starflow2_jax.models.fae.codec import Config
+from starflow2_jax.models.fae.codec import FAEConfig
 from starflow2_jax.models.fae.config import model_config
 from starflow2_jax.models.fae.teacher import Teacher
 from starflow2_jax.models.patches import to_pixels
@@ -30,7 +30,7 @@ from starflow2_jax.training.losses import fae
 from starflow2_jax.training.program import Program, TrainState, accumulate
 
 
-def objective_of(cfg: Mapping[str, Any], model: Config, teacher: Teacher) -> fae.Objective:
+def objective_of(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> fae.Objective:
     """What an experiment's `task` minimises."""
     kind = fae.features if cfg["task"] == "fae_features" else fae.pixels
     return kind(cfg, model, teacher)

@@ -186,7 +186,7 @@ def batch_shapes(cfg: Mapping[str, Any], side: int, rows: int) -> dict[str, tupl
 
 def see(params: Tree, images: jax.Array, model: QwenConfig) -> jax.Array:
     """The tower's features [B, M, N, C] of images uint8 [B, M, H, W, 3]."""
-    given = qwen_vision.normalise(images.reshape(-1, *images.shape[2:]))
+    given = qwen_vision.normalize(images.reshape(-1, *images.shape[2:]))
     seen = qwen_vision.encode_images(params["vision"], given, model.vision)
     return seen.reshape(*images.shape[:2], -1, model.width)
 
@@ -196,7 +196,7 @@ def read(
 ) -> jax.Array:
     """Logits [B, T - 1, V] of what follows each position, of rows whose images look like `seen`."""
     h = qwen.embed(params, batch["ids"], model)
-    h = qwen.place_images(h, batch["image"], seen.reshape(len(seen), -1, model.width))
+    h = qwen.scatter_row_features(h, batch["image"], seen.reshape(len(seen), -1, model.width))
     h, _ = qwen.apply_layers(params, h, model, batch["positions"], segments=batch["segments"])
     return qwen.logits(params, h[:, :-1], model)
 
@@ -204,13 +204,13 @@ def read(
 def row_sums(
     params: Tree, batch: Mapping[str, jax.Array], cfg: Mapping[str, Any], model: QwenConfig
 ) -> dict[str, jax.Array]:
-    """Sums of each row [B]: those of `text_loss.sums` (zeros where `vlm.text_loss_weight` is 0) and
+    """Return sums of each row [B]: `text_loss.row_sums` (zeros if `vlm.text_loss_weight` is 0) and
     over its `images` `pixel_square` and `word_nats`."""
     seen, group = see(params["vlm"], batch["images"], model), cfg["vlm"]
     if not group["train_tower"]:
         seen = jax.lax.stop_gradient(seen)
     if group["text_loss_weight"]:
-        sums = text_loss.sums(read(params["vlm"], batch, seen, model), batch)
+        sums = text_loss.row_sums(read(params["vlm"], batch, seen, model), batch)
     else:
         sums = dict.fromkeys(text_loss.NAMES, jnp.zeros(len(seen)))
     block = model.vision.patch * model.vision.merge

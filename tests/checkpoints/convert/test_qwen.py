@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import published_qwen
 from helpers.paths import ROOT
 from peer import torch_qwen
 from safetensors.numpy import save_file
@@ -273,8 +274,8 @@ def test_every_published_configuration_goes_round():
     for preset in (
         qwen.qwen2_5_vl_3b,
         qwen.qwen2_5_vl_7b,
-        qwen.qwen2_5_vl_32b,
-        qwen.qwen2_5_vl_72b,
+        published_qwen.qwen2_5_vl_32b,
+        published_qwen.qwen2_5_vl_72b,
     ):
         assert read_options(json.loads(json.dumps(public_options(preset())))) == preset()
     with pytest.raises(ValueError, match="the configuration has none"):

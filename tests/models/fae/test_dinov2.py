@@ -258,7 +258,7 @@ def test_bad_files_and_images(folder, tmp_path):
     with pytest.raises(ValueError, match="preset 'huge'"):
         dinov2.preset("huge")
     with pytest.raises(ValueError, match="width=10 is not a multiple of heads=4"):
-        dinov2.Config(width=10, layers=1, heads=4, mlp_width=8)
+        dinov2.DinoConfig(width=10, layers=1, heads=4, mlp_width=8)
 
 
 if __name__ == "__main__":

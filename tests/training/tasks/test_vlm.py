@@ -139,17 +139,17 @@ def test_words_are_named_by_the_features_of_their_region(folders):
 def test_sums_of_text_are_those_of_each_record(folders):
     batch = {k: jnp.asarray(v) for k, v in batches(experiment(folders), 1)[0].items() if k != "id"}
     logits = jax.random.normal(jax.random.key(0), (ROWS, 223, 400))
-    sums = text.sums(logits, batch)
-    each = text.by_record_score(logits, batch)
+    sums = text.row_sums(logits, batch)
+    each = text.record_sums(logits, batch)
     for whole, part in (("tokens", "tokens"), ("nll", "nll")):
         np.testing.assert_allclose(sums[whole], each[part].sum(1), rtol=1e-5)
     wanted = batch["ids"][:, 1:]
     perfect = 1e3 * jax.nn.one_hot(wanted, 400)
-    right = text.sums(perfect, batch)
+    right = text.row_sums(perfect, batch)
     np.testing.assert_array_equal(right["records_right"], right["records"])
     # One wrong token spoils its record alone.
     row, at = np.argwhere(np.asarray(text.targets(batch)))[0]
-    spoilt = text.sums(perfect.at[row, at].set(0.0).at[row, at, 0].set(1.0), batch)
+    spoilt = text.row_sums(perfect.at[row, at].set(0.0).at[row, at, 0].set(1.0), batch)
     assert float((right["records_right"] - spoilt["records_right"]).sum()) == 1
 
 
