@@ -1,7 +1,8 @@
 """Model folders: `config.json`, `model.safetensors` (with an index above 5 GB), `sha256.json`.
 
-Tensors are written and read one at a time, so that a model never lies twice in memory; a folder
-appears whole, by a rename, or not at all. Tensor names are our tree's, joined by dots.
+Tensors are written and read one at a time, so that memory never holds two copies of a model. A
+folder appears complete, by a rename, or not at all. Tensor names are those of our parameter tree,
+joined by dots.
 """
 
 import errno
@@ -14,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from starflow2_jax.checkpoints.tensor_files import (
     INDEX_FILE,
     SAFETENSORS_NAMES,
-    Stored,
+    StoredTensor,
+    compare,
     open_source,
+    raise_problems,
+    to_device,
 )
 from starflow2_jax.config import upgrade
 from starflow2_jax.params import (
@@ -34,28 +37,29 @@ from starflow2_jax.params import (
 )
 
 CONFIG_FILE = "config.json"
-# The entry of a published model's config.json that holds the experiment which trained it.
+# The entry of a Hugging Face config.json that holds the configuration of the experiment.
 EXPERIMENT_KEY = "starflow2_jax"
 TENSOR_FILE = "model.safetensors"
 DIGEST_FILE = "sha256.json"
 SHARD_BYTES = 5_000_000_000
-# What a path of the package's own models begins with, and where they are.
+# Prefix of the paths of the models that ship with the package.
 PRETRAINED = "pretrained/"
 ROOT = Path(__file__).parents[1]
 
 
 def locate(path: str | Path) -> Path:
-    """The folder of a path: of `pretrained/NAME` the package's own, in any working directory.
+    """Resolve `pretrained/NAME` to the package's own model, in any working directory.
 
-    A folder of that name in the working directory is `./pretrained/NAME`.
+    Other paths are returned unchanged. A folder of that name in the working directory is
+    `./pretrained/NAME`.
     """
     return ROOT / path if str(path).startswith(PRETRAINED) else Path(path)
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether `path` is a model folder, whole or damaged."""
-    own = (DIGEST_FILE, TENSOR_FILE, INDEX_FILE)
-    return (Path(path) / CONFIG_FILE).exists() and any((Path(path) / n).exists() for n in own)
+    """Return True if `path` is a model folder, even a damaged one."""
+    names = (DIGEST_FILE, TENSOR_FILE, INDEX_FILE)
+    return (Path(path) / CONFIG_FILE).exists() and any((Path(path) / n).exists() for n in names)
 
 
 # ----------------------------------------------------------------------------------------- writing
@@ -72,26 +76,28 @@ def write_folder(
     """Write a model folder.
 
     Args:
+        path: the folder.
         params: nested dict of arrays (numpy or jax, wholly on this host's devices), or of
-            `sources.Stored` that are read when their turn comes.
+            `tensor_files.StoredTensor`s, each of which is read when it is written.
         config: anything JSON can hold; read back by `read_config`.
         shard_bytes: largest size of one file's tensors.
         overwrite: replace a folder that this function wrote before; nothing else is ever replaced.
 
     Raises:
-        FileExistsError: something is at `path`.
-        OSError: it could not be written, e.g. the disk is full; what was there is as before.
+        FileExistsError: Something exists at `path`.
+        OSError: The folder could not be written, e.g. because the disk is full. What was at `path`
+            is unchanged.
     """
-    flat = {name.replace("/", "."): leaf for name, leaf in flatten(params).items()}
-    held = {name: leaf for name, leaf in flat.items() if isinstance(leaf, Stored)}
-    tensors = {**open_source({n: leaf for n, leaf in flat.items() if n not in held}), **held}
+    leaves = {name.replace("/", "."): leaf for name, leaf in flatten(params).items()}
+    arrays = {n: leaf for n, leaf in leaves.items() if not isinstance(leaf, StoredTensor)}
+    tensors = {**leaves, **open_source(arrays)}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_tensors(path, tensors, {CONFIG_FILE: text}, shard_bytes=shard_bytes, overwrite=overwrite)
 
 
 def write_tensors(
     path: str | Path,
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, StoredTensor],
     texts: Mapping[str, str],
     *,
     shard_bytes: int = SHARD_BYTES,
@@ -100,12 +106,12 @@ def write_tensors(
     """Write a folder of safetensors, text files and the digests of all of them.
 
     Raises:
-        FileExistsError, OSError: as `write_folder`.
+        FileExistsError, OSError: See `write_folder`.
     """
     path = Path(path)
     if path.exists() and not (overwrite and (path / DIGEST_FILE).exists()):
-        what = f"is there and has no {DIGEST_FILE}" if overwrite else "exists already"
-        raise FileExistsError(f"{path} {what}; nothing was written over")
+        reason = f"is there and has no {DIGEST_FILE}" if overwrite else "exists already"
+        raise FileExistsError(f"{path} {reason}; nothing was written over")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -128,8 +134,8 @@ def write_tensors(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _plan(tensors: Mapping[str, Stored], shard_bytes: int) -> list[list[str]]:
-    """Names in each file, in order of name; only a tensor larger than the limit exceeds it."""
+def _assign_shards(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> list[list[str]]:
+    """Return the sorted names in each file. Only a tensor above the limit exceeds it."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name in sorted(tensors):
@@ -143,9 +149,9 @@ def _plan(tensors: Mapping[str, Stored], shard_bytes: int) -> list[list[str]]:
 
 
 def _write_files(
-    folder: Path, tensors: Mapping[str, Stored], texts: Mapping[str, str], shard_bytes: int
+    folder: Path, tensors: Mapping[str, StoredTensor], texts: Mapping[str, str], shard_bytes: int
 ) -> None:
-    shards = _plan(tensors, shard_bytes)
+    shards = _assign_shards(tensors, shard_bytes)
     count = len(shards)
     files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     files = [TENSOR_FILE] if count == 1 else files
@@ -165,7 +171,7 @@ def _write_files(
 
 
 def _write(path: Path, parts: Iterator[Any]) -> str:
-    """Write and flush a file; its sha256."""
+    """Write and flush a file. Return its sha256."""
     digest = hashlib.sha256()
     with path.open("wb") as stream:
         for part in parts:
@@ -176,15 +182,15 @@ def _write(path: Path, parts: Iterator[Any]) -> str:
     return digest.hexdigest()
 
 
-def safetensors_parts(tensors: Mapping[str, Stored]) -> Iterator[Any]:
-    """The bytes of a safetensors file: its header, then each tensor as it is read.
+def safetensors_parts(tensors: Mapping[str, StoredTensor]) -> Iterator[Any]:
+    """Yield the bytes of a safetensors file: its header, then each tensor as it is read.
 
-    The library's own writer wants all tensors of a file in memory at once.
+    The library's own writer needs all tensors of a file in memory at once.
 
     Raises:
-        ValueError: a dtype that the format does not have, or a tensor that is not as announced.
+        ValueError: The format lacks a dtype, or a tensor differs from its description.
     """
-    # Wider numbers first keeps every tensor aligned.
+    # Larger dtypes first keeps every tensor aligned.
     names = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
     header: dict[str, Any] = {"__metadata__": {"format": "np"}}
     end = 0
@@ -212,11 +218,11 @@ def safetensors_parts(tensors: Mapping[str, Stored]) -> Iterator[Any]:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The configuration that was given to `write_folder`.
+    """Return the configuration that `write_folder` stored.
 
     Raises:
-        FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: the file is not a JSON object.
+        FileNotFoundError: There is no such folder, or no config.json in it.
+        ValueError: The file is not a JSON object.
     """
     file = Path(path) / CONFIG_FILE
     if not file.exists():
@@ -234,10 +240,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def verify(path: str | Path) -> list[str]:
-    """What is wrong with a model folder's files, by its list of digests; empty if nothing is.
+    """Compare a model folder's files with its list of digests.
+
+    Returns:
+        A description of every problem; empty if there is none.
 
     Raises:
-        FileNotFoundError: there is no list.  ValueError: it cannot be read.
+        FileNotFoundError: There is no list of digests.
+        ValueError: The list cannot be read.
     """
     file = Path(path) / DIGEST_FILE
     if not file.exists():
@@ -246,8 +256,8 @@ def verify(path: str | Path) -> list[str]:
         expected = {str(k): str(v) for k, v in json.loads(file.read_text()).items()}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a list of digests: {error}") from error
-    held = sorted(held.name for held in Path(path).glob("*.safetensors"))
-    problems = [f"{name} is not in {DIGEST_FILE}" for name in held if name not in expected]
+    files = sorted(file.name for file in Path(path).glob("*.safetensors"))
+    problems = [f"{name} is not in {DIGEST_FILE}" for name in files if name not in expected]
     for name, digest in expected.items():
         if not (Path(path) / name).exists():
             problems.append(f"{name} is missing")
@@ -260,16 +270,17 @@ def verify(path: str | Path) -> list[str]:
 
 
 def open_folder(path: str | Path, tree: Tree, *, check_digests: bool = True) -> dict[str, Any]:
-    """The tree of a model folder as tensors that are read when asked for.
+    """Return the tree of a model folder as tensors that are read on request.
 
     Args:
-        tree: declared ParamSpecs; the folder must hold exactly these.
+        path: the folder.
+        tree: the declared tree; the folder must contain exactly these weights.
         check_digests: read every file through first and compare its sha256.
 
     Raises:
-        FileNotFoundError: no model folder, or a shard is missing.
-        ValueError: a damaged file (named), or missing, unexpected and misshapen names, listed
-            together.
+        FileNotFoundError: There is no model folder, or a shard is missing.
+        ValueError: A file is damaged (it is named), or names are missing, unexpected or misshapen
+            (they are listed together).
     """
     path = Path(path)
     if not path.is_dir():
@@ -280,7 +291,8 @@ def open_folder(path: str | Path, tree: Tree, *, check_digests: bool = True) -> 
         kind = FileNotFoundError if absent else ValueError
         raise kind(f"{path} is damaged: {'; '.join(problems)}")
     stored = open_source(path)
-    _compare(path, stored, {name.replace("/", "."): w for name, w in flatten(tree).items()})
+    expected = {name.replace("/", "."): spec.shape for name, spec in flatten(tree).items()}
+    raise_problems(f"{path} does not hold the declared model", compare(stored, expected))
     return unflatten({name.replace(".", "/"): tensor for name, tensor in stored.items()})
 
 
@@ -297,7 +309,8 @@ def read_folder(
     """Read the parameters of a model folder, each slice straight to the device that needs it.
 
     Args:
-        tree: the declared Weights; the folder must contain exactly these.
+        path: the folder.
+        tree: the declared tree; the folder must contain exactly these weights.
         mesh: devices that the parameters are placed on; the default device if None.
         layout: name of the sharding layout on `mesh`.
         dtype: dtype of the result; by default the dtype of the files.
@@ -305,41 +318,18 @@ def read_folder(
         check_digests: read every file through first and compare its sha256.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_folder`; also float64 without jax_enable_x64, and a
-            layout that does not fit a weight.
+        FileNotFoundError, ValueError: See `open_folder`; also for float64 without jax_enable_x64,
+            and for a layout that does not fit a weight.
     """
     opened = open_folder(path, tree, check_digests=check_digests)
     if subtrees is not None:
         opened = split_params(opened, tuple(subtrees))[0]
         tree = split_params(tree, tuple(subtrees))[0]
-    stored = flatten(opened)
-    where = flatten(param_shardings(tree, mesh, layout)) if mesh is not None else {}
+    shardings = flatten(param_shardings(tree, mesh, layout)) if mesh is not None else {}
     leaves = {}
-    for name, tensor in stored.items():
+    for name, tensor in flatten(opened).items():
         target = np.dtype(tensor.dtype if dtype is None else dtype)
         if target.itemsize == 8 and not jax.config.jax_enable_x64:
             raise ValueError(f"{path}: {name} is {target}; enable jax_enable_x64 or give a dtype")
-        leaves[name] = _place(tensor, where.get(name), target)
+        leaves[name] = to_device(tensor, shardings.get(name), target)
     return unflatten(leaves)
-
-
-def _place(tensor: Stored, sharding: Any, dtype: np.dtype) -> jax.Array:
-    if sharding is None:
-        return jnp.asarray(tensor.read().astype(dtype, copy=False))
-    read = lambda index: tensor.read(index).astype(dtype, copy=False)
-    return jax.make_array_from_callback(tensor.shape, sharding, read)
-
-
-def _compare(path: Path, stored: Mapping[str, Stored], declared: Mapping[str, Any]) -> None:
-    problems = {
-        "missing": [name for name in declared if name not in stored],
-        "unexpected": [name for name in stored if name not in declared],
-        "misshapen": [
-            f"{name} is {list(stored[name].shape)}, expected {list(weight.shape)}"
-            for name, weight in declared.items()
-            if name in stored and stored[name].shape != tuple(weight.shape)
-        ],
-    }
-    if any(problems.values()):
-        text = "; ".join(f"{len(n)} {kind}: {', '.join(n)}" for kind, n in problems.items() if n)
-        raise ValueError(f"{path} does not hold the declared model. {text}")

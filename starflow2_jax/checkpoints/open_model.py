@@ -97,8 +97,8 @@ class SavedModel:
     def open_params(self, declared: Tree, *, ema: bool = True) -> dict[str, Any]:
         """Return parameters in host memory, for a conversion that never needs an accelerator.
 
-        The leaves are `tensor_files.Stored` (read on request) for a model folder, and arrays on the
-        CPU for a checkpoint. Arguments and errors are those of `read_params`.
+        The leaves are `tensor_files.StoredTensor`s (read on request) for a model folder, and arrays
+        on the CPU for a checkpoint. Arguments and errors are those of `read_params`.
         """
         if self.is_folder:
             return model_folder.open_folder(self.path, declared)

@@ -1,17 +1,20 @@
-"""Named tensors of a file, a folder or a mapping, described at once and read one at a time.
+"""Read the named tensors of a file, a folder or a mapping one at a time.
 
-Readable: a mapping of arrays, `.safetensors`, a folder of safetensors (with an index or one file),
-and PyTorch's `.pth`/`.pt`/`.bin` through `torch.load(weights_only=True)`, which runs no code of the
-file. Nothing else is opened.
+Supported are a mapping of arrays, `.safetensors`, a folder of safetensors (with an index, or one
+file), and PyTorch's `.pth`/`.pt`/`.bin` through `torch.load(weights_only=True)`, which runs no code
+from the file. Nothing else is opened.
 """
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -29,69 +32,137 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-
 SAFETENSORS_NAMES = {np.dtype(kind): name for name, kind in _DTYPES.items()}
+# A slice along an inner axis is cut out of blocks of at least so many bytes, each read at once.
+READ_BYTES = 1 << 22
 
 Index = tuple[slice, ...]
-# A column is cut out of at least so much, read at once.
-READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor where it lies. `read()` gives all of it, `read(index)` the slice `index`."""
+class StoredTensor:
+    """A tensor on disk (or in a mapping) that is read on request.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+        location: the file it is stored in, for error messages.
+        read: `read()` returns the tensor, `read(index)` the slice `index` of it.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    where: str
+    location: str
     read: Callable[..., np.ndarray]
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def open_source(source: Mapping[str, Any] | str | Path) -> dict[str, Stored]:
-    """Every tensor of a mapping, file or folder by name.
+def compare(
+    actual: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[str]]:
+    """Compare the names and shapes of arrays with the expected ones.
+
+    Returns:
+        Names and descriptions of the differences, under `missing`, `unexpected` and `misshapen`.
+    """
+    return {
+        "missing": [name for name in expected if name not in actual],
+        "unexpected": [name for name in actual if name not in expected],
+        "misshapen": [
+            f"{name} is {list(actual[name].shape)}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if name in actual and tuple(actual[name].shape) != tuple(shape)
+        ],
+    }
+
+
+def raise_problems(summary: str, problems: Mapping[str, Sequence[str]]) -> None:
+    """Raise a ValueError that lists all problems by kind, unless there are none.
+
+    Args:
+        summary: the message's first sentence, without a full stop.
+        problems: descriptions by kind, as `compare` returns them; at most 20 of a kind are listed.
+    """
+    lines = [
+        f"{len(names)} {kind}: {', '.join(names[:20])}"
+        + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        for kind, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise ValueError(f"{summary}. {'; '.join(lines)}")
+
+
+def to_device(tensor: StoredTensor, sharding: Any, dtype: Any) -> jax.Array:
+    """Read a tensor onto devices, each slice straight to the device that needs it.
+
+    Args:
+        tensor: the tensor.
+        sharding: its sharding; the default device if None.
+        dtype: dtype of the result.
+    """
+    slices: dict[str, np.ndarray] = {}
+
+    def read(index: Index) -> np.ndarray:
+        # Devices that need the same slice request it in turn; it is read once.
+        if str(index) not in slices:
+            slices[str(index)] = tensor.read(index).astype(dtype, copy=False)
+        return slices[str(index)]
+
+    if sharding is None:
+        return jnp.asarray(tensor.read().astype(dtype, copy=False))
+    array = jax.make_array_from_callback(tensor.shape, sharding, read)
+    # Without waiting, later tensors would be read while this one is still being copied.
+    return array.block_until_ready()
+
+
+def open_source(source: Mapping[str, Any] | str | Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a mapping, file or folder, by name. None of them is read yet.
 
     Raises:
-        FileNotFoundError: no such file or folder, or a shard that the index names is missing.
-        ValueError: not a readable kind, a truncated or damaged file, or something in it that is
-            not a tensor.
-        ImportError: a PyTorch file where torch is not installed; says which extra has it.
+        FileNotFoundError: There is no such file or folder, or a shard in the index is missing.
+        ValueError: This kind of file is not readable, or it is truncated or damaged, or something
+            in it is not a tensor.
+        ImportError: This is a PyTorch file and torch is not installed; the message names the extra.
     """
     if isinstance(source, Mapping):
-        return {str(name): _array(str(name), value) for name, value in source.items()}
+        return {str(name): _from_array(str(name), value) for name, value in source.items()}
     path = Path(source)
     if path.is_dir():
-        return _folder(path)
+        return _open_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix == ".safetensors":
         return open_safetensors(path)
     if path.suffix in _TORCH_SUFFIXES:
-        return _torch(path)
+        return _open_torch(path)
     kinds = ", ".join((".safetensors", *_TORCH_SUFFIXES))
     raise ValueError(f"{path}: weights are read from a folder or from {kinds}")
 
 
-def _array(name: str, value: Any) -> Stored:
+def _from_array(name: str, value: Any) -> StoredTensor:
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise ValueError(f"{name} is a {type(value).__name__}; expected an array")
     if type(value).__module__.partition(".")[0] == "torch":
-        return _tensor(name, value, "the mapping")
+        return _from_torch(name, value, "the mapping")
     if not getattr(value, "is_fully_addressable", True):
         raise ValueError(f"{name} lies on devices of several hosts; gather it first")
-    read = lambda index=(): np.asarray(value[index] if index else value)
-    return Stored(tuple(value.shape), np.dtype(value.dtype), "the mapping", read)
+
+    def read(index: Index = ()) -> np.ndarray:
+        return np.asarray(value[index] if index else value)
+
+    return StoredTensor(tuple(value.shape), np.dtype(value.dtype), "the mapping", read)
 
 
-def open_safetensors(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file, none of them read yet.
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of one safetensors file. None of them is read yet.
 
     Raises:
-        ValueError: the file is truncated, damaged, or holds a dtype that is not known.
+        ValueError: The file is truncated or damaged, or has a tensor of an unknown dtype.
     """
     import safetensors
 
@@ -108,40 +179,44 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
         header = json.loads(stream.read(size))
     header.pop("__metadata__", None)
 
-    def stored(name: str, kind: str, shape: list[int], data_offsets: list[int]) -> Stored:
+    def stored(name: str, kind: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
         if kind not in _DTYPES:
             raise ValueError(f"{path}: {name} has dtype {kind}; known are {', '.join(_DTYPES)}")
-        shape, dtype, start = tuple(shape), np.dtype(_DTYPES[kind]), 8 + size + data_offsets[0]
-        read = lambda index=(): _read(path, name, shape, dtype, start, index)
-        return Stored(shape, dtype, str(path), read)
+        dtype, start = np.dtype(_DTYPES[kind]), 8 + size + data_offsets[0]
+
+        def read(index: Index = ()) -> np.ndarray:
+            return _read(path, name, tuple(shape), dtype, start, index)
+
+        return StoredTensor(tuple(shape), dtype, str(path), read)
 
     return {
-        name: stored(name, held["dtype"], held["shape"], held["data_offsets"])
-        for name, held in header.items()
+        name: stored(name, entry["dtype"], entry["shape"], entry["data_offsets"])
+        for name, entry in header.items()
     }
 
 
 def _read(
     path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, start: int, index: Index
 ) -> np.ndarray:
-    """A slice of one tensor, by ordinary reads of little more than its bytes.
+    """Read a slice of one tensor, by ordinary reads of little more than its bytes.
 
-    Pages of a mapped file stay in the process, so that a large file would count twice.
+    A mapped file's pages would stay in the process, so that a large file would count twice.
     """
     index = (*index, *(slice(None),) * (len(shape) - len(index)))
     bounds = [range(*part.indices(size)) for part, size in zip(index, shape)]
     if any(bound.step != 1 for bound in bounds):
         raise ValueError(f"{name}: slices must have step 1, got {index}")
-    whole = np.empty([len(bound) for bound in bounds], dtype)
+    array = np.empty([len(bound) for bound in bounds], dtype)
     with path.open("rb", buffering=0) as stream:
         try:
-            _fill(stream, whole, start, shape, bounds)
+            _fill(stream, array, start, shape, bounds)
         except EOFError:
             raise ValueError(f"{path} ended within {name}; was it changed meanwhile?") from None
-    return whole
+    return array
 
 
 def _fill(stream: Any, target: np.ndarray, start: int, shape: Any, bounds: list[range]) -> None:
+    """Read the slice `bounds` of a tensor that starts at byte `start` into `target`."""
     if not target.size:
         return
     if all(len(bound) == size for bound, size in zip(bounds[1:], shape[1:])):
@@ -174,22 +249,22 @@ def _read_into(stream: Any, array: np.ndarray) -> None:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """File by tensor name, from a `model.safetensors.index.json`.
+    """Return the file of each tensor, from a `model.safetensors.index.json`.
 
     Raises:
-        ValueError: the index cannot be parsed, names a tensor twice, or a file outside its folder.
+        ValueError: The index cannot be parsed, or names a tensor twice or a file outside its
+            folder.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"named twice: {', '.join(twice)}")
-        return found
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(name for name, _ in pairs)
+        repeated = sorted(name for name, count in counts.items() if count > 1)
+        if repeated:
+            raise ValueError(f"named twice: {', '.join(repeated)}")
+        return dict(pairs)
 
     try:
-        files = dict(json.loads(path.read_text(), object_pairs_hook=once)["weight_map"])
+        files = dict(json.loads(path.read_text(), object_pairs_hook=unique)["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a safetensors index: {error!r}") from error
     for name, file in files.items():
@@ -198,7 +273,7 @@ def read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def _folder(path: Path) -> dict[str, Stored]:
+def _open_folder(path: Path) -> dict[str, StoredTensor]:
     if (path / ".metadata").exists():
         raise ValueError(
             f"{path} is a torch.distributed checkpoint, whose index is a pickle; make a .pth of it "
@@ -206,33 +281,33 @@ def _folder(path: Path) -> dict[str, Stored]:
         )
     index = path / INDEX_FILE
     if index.exists():
-        return _shards(path, read_index(index))
-    found = sorted(path.glob("*.safetensors"))
-    found = found or sorted(p for p in path.iterdir() if p.suffix in _TORCH_SUFFIXES)
-    if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "none"
+        return _open_shards(path, read_index(index))
+    files = sorted(path.glob("*.safetensors"))
+    files = files or sorted(p for p in path.iterdir() if p.suffix in _TORCH_SUFFIXES)
+    if len(files) != 1:
+        names = ", ".join(p.name for p in files) or "none"
         raise ValueError(
             f"{path}: expected {INDEX_FILE}, or one .safetensors or .pth file; found {names}"
         )
-    return open_source(found[0])
+    return open_source(files[0])
 
 
-def _shards(folder: Path, files: Mapping[str, str]) -> dict[str, Stored]:
+def _open_shards(folder: Path, files: Mapping[str, str]) -> dict[str, StoredTensor]:
     missing = sorted({f for f in files.values() if not (folder / f).exists()})
     if missing:
         raise FileNotFoundError(f"{folder / INDEX_FILE} names missing shards {', '.join(missing)}")
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(files.values())):
-        held = open_safetensors(folder / file)
-        indexed = {name for name, at in files.items() if at == file}
-        if set(held) != indexed:
-            differ = ", ".join(sorted(set(held) ^ indexed)[:20])
+        stored = open_safetensors(folder / file)
+        indexed = {name for name, shard in files.items() if shard == file}
+        if set(stored) != indexed:
+            differ = ", ".join(sorted(set(stored) ^ indexed)[:20])
             raise ValueError(f"{folder / file} and {INDEX_FILE} do not agree about {differ}")
-        tensors.update(held)
+        tensors.update(stored)
     return tensors
 
 
-def _torch(path: Path) -> dict[str, Stored]:
+def _open_torch(path: Path) -> dict[str, StoredTensor]:
     try:
         import torch
     except ImportError as error:
@@ -242,8 +317,11 @@ def _torch(path: Path) -> dict[str, Stored]:
     import pickle
 
     try:
-        # mmap leaves the tensors on the disk; files of before torch 1.6 cannot be mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_zip(path))
+        # mmap leaves the tensors on disk. Files from before torch 1.6 are no zip and cannot be
+        # mapped.
+        with path.open("rb") as stream:
+            is_zip = stream.read(4) == b"PK\x03\x04"
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
@@ -256,15 +334,10 @@ def _torch(path: Path) -> dict[str, Stored]:
             raise ValueError(
                 f"{path}: {name!r} is a {type(value).__name__}; expected a state_dict of tensors"
             )
-    return {str(name): _tensor(str(name), value, str(path)) for name, value in state.items()}
+    return {str(name): _from_torch(str(name), value, str(path)) for name, value in state.items()}
 
 
-def _zip(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(4) == b"PK\x03\x04"
-
-
-def _tensor(name: str, value: Any, where: str) -> Stored:
+def _from_torch(name: str, value: Any, location: str) -> StoredTensor:
     import torch
 
     kind = str(value.dtype).removeprefix("torch.")
@@ -279,5 +352,7 @@ def _tensor(name: str, value: Any, where: str) -> Stored:
     try:
         dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
     except TypeError:
-        raise ValueError(f"{where}: {name} has dtype {kind}, which numpy does not know") from None
-    return Stored(tuple(value.shape), dtype, where, read)
+        raise ValueError(
+            f"{location}: {name} has dtype {kind}, which numpy does not know"
+        ) from None
+    return StoredTensor(tuple(value.shape), dtype, location, read)

@@ -1,7 +1,7 @@
-"""Encoding images while a flow is trained: what `fae.path` names turns host batches into latents.
+"""Encode the images of host batches while a flow is trained, with the codec of `fae.path`.
 
-Latents are those of `prepare latents`, bit for bit: `codec.encode` runs one program of one shape.
-Axes: b rows, M places for images, H x W pixels, T patches, D latent channels.
+Latents equal those of `prepare latents` bit for bit: `codec.encode` runs one program of one shape.
+Axes: b rows, M image slots of a row, H x W pixels, T patches, D latent channels.
 """
 
 import dataclasses
@@ -18,13 +18,15 @@ Batch = dict[str, Any]
 
 
 def open(cfg: Mapping[str, Any], model: Any) -> Codec | None:
-    """The codec of `fae.path`, None where there is none.
+    """Return the codec of `fae.path`, or None if the experiment has none.
 
     Args:
-        model: of the flow, with `tokens` and `channels`.
+        cfg: the experiment's configuration.
+        model: configuration of the flow, with `tokens` and `channels`.
 
     Raises:
-        FileNotFoundError, ValueError: as `codec.load`; a flow of pixels, or of other latents.
+        FileNotFoundError, ValueError: See `codec.load`; also if the flow reads pixels or latents of
+            another shape.
     """
     path = cfg["fae"].get("path")
     if not path:
@@ -35,90 +37,102 @@ def open(cfg: Mapping[str, Any], model: Any) -> Codec | None:
             f"(image.pixels={cfg['image']['pixels']})"
         )
     codec = codecs.load(path)
-    given = (codec.model.tokens, codec.model.latent)
-    if (model.tokens, model.channels) != given:
+    shape = (codec.model.tokens, codec.model.latent)
+    if (model.tokens, model.channels) != shape:
         raise ValueError(
             f"config: the model reads {model.tokens} x {model.channels} latents, fae.path={path!r} "
-            f"gives {given[0]} x {given[1]} (tokens x channels)"
+            f"gives {shape[0]} x {shape[1]} (tokens x channels)"
         )
     return codec
 
 
-def options(given: Any, codec: Codec | None) -> Any:
-    """Options of a data pipeline, by which it reads images of the codec's size.
+def options(data_options: Any, codec: Codec | None) -> Any:
+    """Return options of a data pipeline with which it reads images of the codec's size.
 
     Args:
-        given: a mapping or a dataclass with `pixels` and `mixture`.
+        data_options: a mapping or a dataclass with `pixels` and `mixture`.
+        codec: the codec, if any.
 
     Raises:
-        ValueError: a mixture in which only some have stored latents.
+        ValueError: Only some datasets of the mixture have stored latents.
     """
     if codec is None:
-        return given
-    plain = given if isinstance(given, Mapping) else dataclasses.asdict(given)
-    stored = [bool(entry.get("latents")) for entry in plain.get("mixture") or ()]
+        return data_options
+    is_mapping = isinstance(data_options, Mapping)
+    values = data_options if is_mapping else dataclasses.asdict(data_options)
+    stored = [bool(entry.get("latents")) for entry in values.get("mixture") or ()]
     if any(stored) and not all(stored):
         raise ValueError("config: data.mixture: stored latents for all of them or none")
-    if isinstance(given, Mapping):
-        return {**given, "pixels": codec.model.pixels}
-    return dataclasses.replace(given, pixels=codec.model.pixels)
+    if is_mapping:
+        return {**data_options, "pixels": codec.model.pixels}
+    return dataclasses.replace(data_options, pixels=codec.model.pixels)
 
 
-def describe(about: dict[str, Any], codec: Codec | None, where: str) -> dict[str, Any]:
-    """What data are, the encoder named as the manifest of stored latents names it.
+def describe(description: dict[str, Any], codec: Codec | None, name: str) -> dict[str, Any]:
+    """Add the encoder to a description of data, as the manifest of stored latents names it.
 
-    So that a run may go on from stored latents or by encoding, alike.
+    A run can then be resumed from stored latents or by encoding, whichever it started with.
 
     Args:
-        about: of a pipeline's `describe`; where: names the data.
+        description: from a pipeline's `describe`.
+        codec: the codec, if any.
+        name: name of the data in errors.
 
     Raises:
-        DatasetError: stored latents of another encoder.
+        DatasetError: Stored latents are those of another encoder.
     """
     if codec is None:
-        return about
-    encoders = [row for row in about["features"] if "fae" in row]
+        return description
+    encoders = [row for row in description["features"] if "fae" in row]
     for row in encoders:
-        write.check_encoder(row, codec.sha256, where)
+        write.check_encoder(row, codec.sha256, name)
     if encoders:
-        return about
-    return {**about, "features": [{"fae": codecs.describe(codec)}, *about["features"]]}
+        return description
+    return {
+        **description,
+        "features": [{"fae": codecs.describe(codec)}, *description["features"]],
+    }
 
 
-def identity(about: Mapping[str, Any]) -> dict[str, str]:
-    """sha256 of the encoder whose latents the data are, by name, for what a checkpoint keeps."""
-    found = {row["fae"]["sha256"] for row in about["features"] if "fae" in row}
-    return {"fae": " ".join(sorted(found))} if found else {}
+def identity(description: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sha256 of the encoder of data, by name, as checkpoints record it."""
+    digests = {row["fae"]["sha256"] for row in description["features"] if "fae" in row}
+    return {"fae": " ".join(sorted(digests))} if digests else {}
 
 
-def decoder(about: Mapping[str, Any], codec: Codec | None) -> Codec | None:
-    """The codec whose latents the data are: that of `fae.path`, or the one that stored latents were
-    made with, where it still is; None where neither is known.
+def decoder(description: Mapping[str, Any], codec: Codec | None) -> Codec | None:
+    """Return the codec that decodes the latents of data.
+
+    That is the codec of `fae.path`, or the one that stored latents were made with if it is still at
+    its path, or None.
 
     Args:
-        about: of a pipeline's `describe`.
+        description: from a pipeline's `describe`.
+        codec: the codec of `fae.path`, if any.
     """
-    encoders = [row["fae"] for row in about["features"] if "fae" in row]
+    encoders = [row["fae"] for row in description["features"] if "fae" in row]
     path = encoders[0].get("path") if encoders else None
     if codec is not None or not path or not model_folder.locate(path).is_dir():
         return codec
-    found = codecs.load(path)
-    return found if all(row["sha256"] == found.sha256 for row in encoders) else None
+    loaded = codecs.load(path)
+    return loaded if all(row["sha256"] == loaded.sha256 for row in encoders) else None
 
 
 def encoded(batches: Iterable[Batch], codec: Codec | None) -> Iterator[Batch]:
-    """Host batches with the latents of their images in place of these."""
+    """Yield host batches with latents in place of images; unchanged without a codec."""
     for batch in batches:
         yield batch if codec is None else encode(batch, codec)
 
 
 def encode(batch: Batch, codec: Codec) -> Batch:
-    """A batch with `latent_mean` and `latent_logvar` float32 in place of its images.
+    """Return a batch with `latent_mean` and `latent_logvar` float32 in place of its images.
 
     Args:
-        batch: `image` uint8 [b, H, W, 3] gives [b, T, D]; `images` uint8 [b, M, H, W, 3] of rows
-            whose `image` int32 says which patch stands where gives [b, M, T, D], zeros in the
-            places that no patch is of. A batch with stored latents is given back.
+        batch: Either `image` uint8 [b, H, W, 3], which becomes [b, T, D]; or `images` uint8 [b, M,
+            H, W, 3] of packed rows, which becomes [b, M, T, D]. In packed rows, `image` int32 [b,
+            L] names the patch at each position, and slots without any patch become zeros. A batch
+            with stored latents is returned unchanged.
+        codec: the codec.
     """
     if "latent_mean" in batch:
         return batch
@@ -126,16 +140,16 @@ def encode(batch: Batch, codec: Codec) -> Batch:
         rest = {name: array for name, array in batch.items() if name != "image"}
         return rest | _named(codecs.encode(codec, batch["image"]))
     rest = {name: array for name, array in batch.items() if name != "images"}
-    shown, tokens = batch["images"], codec.model.tokens
-    used = np.zeros(shown.shape[:2], bool)
-    for row, slots in enumerate(batch["image"]):
-        used[row, np.unique(slots[slots >= 0]) // tokens] = True
-    full = [np.zeros((*used.shape, tokens, codec.model.latent), np.float32) for _ in range(2)]
+    images, tokens = batch["images"], codec.model.tokens
+    used = np.zeros(images.shape[:2], bool)
+    for row, patches in enumerate(batch["image"]):
+        used[row, np.unique(patches[patches >= 0]) // tokens] = True
+    moments = [np.zeros((*used.shape, tokens, codec.model.latent), np.float32) for _ in range(2)]
     if used.any():
-        for place, found in zip(full, codecs.encode(codec, shown[used])):
-            place[used] = found
-    return rest | _named(full)
+        for target, latents in zip(moments, codecs.encode(codec, images[used])):
+            target[used] = latents
+    return rest | _named(moments)
 
 
-def _named(both: Iterable[np.ndarray]) -> Batch:
-    return dict(zip(("latent_mean", "latent_logvar"), both))
+def _named(moments: Iterable[np.ndarray]) -> Batch:
+    return dict(zip(("latent_mean", "latent_logvar"), moments))

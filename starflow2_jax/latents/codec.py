@@ -1,7 +1,6 @@
-"""A trained latent codec with its tower, ready to encode images and to decode latents.
+"""Load a trained latent codec with its tower, encode images and decode latents.
 
-`load(path)` takes the workdir of a codec's training, a step in it, or a model folder. Axes: B
-images, H x W pixels, T patches in raster order, D latent channels.
+Axes: B images, H x W pixels, T patches in raster order, D latent channels.
 """
 
 import dataclasses
@@ -31,18 +30,22 @@ from starflow2_jax.params import flatten
 
 # Every image is encoded in a batch of this size, so that offline and online latents are equal.
 BATCH = 8
+# The subtrees that latents depend on.
 ENCODER = ("encoder", "latent", "teacher")
 TASKS = ("fae_features", "fae_pixels")
 
 
 @dataclass(frozen=True)
 class Codec:
-    """An experiment's configuration, the codec's and the tower's shapes, and their weights.
+    """A latent codec with the frozen tower whose features it encodes.
 
     Attributes:
-        params: `encoder`, `feature_decoder`, `latent`, `teacher`, and `pixel_decoder` once that is
-            trained.
-        sha256: of all that a latent depends on.
+        cfg: the resolved configuration of its experiment.
+        model: configuration of the codec.
+        teacher: configuration of the tower.
+        params: `encoder`, `feature_decoder`, `latent` and `teacher`, and `pixel_decoder` once that
+            is trained.
+        sha256: digest of everything that a latent depends on.
     """
 
     cfg: Mapping[str, Any]
@@ -53,11 +56,14 @@ class Codec:
 
 
 def load(path: str) -> Codec:
-    """A codec; of a checkpoint the averaged weights.
+    """Load a codec; from a checkpoint, with the averaged weights.
+
+    Args:
+        path: the workdir of a codec's training, a step in it, or a model folder.
 
     Raises:
-        FileNotFoundError: nothing of the kind is there. ValueError: it is damaged, another kind of
-            model, or its tower's files have changed since.
+        FileNotFoundError: There is no model at `path`.
+        ValueError: The model is damaged or not a codec, or its tower's files have changed.
     """
     saved = open_model(path)
     cfg, frozen = saved.config, saved.frozen
@@ -86,7 +92,7 @@ def load(path: str) -> Codec:
         trained = saved.read_params(declare_pixels_training(cfg, model))
         params = {**features_codec.params, "pixel_decoder": trained["pixel_decoder"]}
         return from_params(cfg, model, teacher, params)
-    teacher = teacher_weights.teacher_of(cfg, model)
+    teacher = teacher_weights.teacher_config(cfg, model)
     folder = cfg["teacher"]["path"]
     if folder and (digest := teacher_weights.identity(folder)) != frozen["teacher"]:
         raise ValueError(
@@ -99,10 +105,10 @@ def load(path: str) -> Codec:
 
 
 def export(codec: Codec, path: str, *, overwrite: bool = False) -> None:
-    """Writes a model folder that holds the tower as well.
+    """Write a model folder that includes the tower.
 
     Raises:
-        FileExistsError, OSError: as `files.write_folder`.
+        FileExistsError, OSError: See `model_folder.write_folder`.
     """
     tower = {
         field.name: list(value) if isinstance(value, tuple) else value
@@ -115,25 +121,29 @@ def export(codec: Codec, path: str, *, overwrite: bool = False) -> None:
 
 
 def encode(codec: Codec, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and log-variance float32 [B, T, D] of the normalised latents of uint8 [B, H, W, 3].
+    """Return mean and log-variance float32 [B, T, D] of the normalized latents of images.
+
+    Args:
+        codec: the codec.
+        image: uint8 [B, H, W, 3].
 
     Raises:
-        ValueError: images of another size or dtype.
+        ValueError: The images have another size or dtype.
     """
     side = codec.model.pixels
     if image.shape[1:] != (side, side, 3) or image.dtype != np.uint8:
         raise ValueError(
             f"codec: {image.dtype}{list(image.shape)}, expected uint8 [B, {side}, {side}, 3]"
         )
-    own, parts = {name: codec.params[name] for name in ENCODER}, []
-    # The same program inside a training on many devices and outside of it.
+    encoder, parts = {name: codec.params[name] for name in ENCODER}, []
+    # One device, so that a training on many devices runs the same program as `prepare latents`.
     with jax.set_mesh(mesh.make_mesh("data=1", jax.local_devices()[:1])):
         for first in range(0, len(image), BATCH):
             rows = image[first : first + BATCH]
             empty = np.zeros((BATCH - len(rows), *rows.shape[1:]), np.uint8)
-            filled = np.concatenate([rows, empty])
-            both = _encode(own, filled, model=codec.model, teacher=codec.teacher)
-            parts.append([np.asarray(a)[: len(rows)] for a in both])
+            padded = np.concatenate([rows, empty])
+            encoded = _encode(encoder, padded, model=codec.model, teacher=codec.teacher)
+            parts.append([np.asarray(a)[: len(rows)] for a in encoded])
     mean, log_variance = (np.concatenate(a) for a in zip(*parts))
     return mean, log_variance
 
@@ -145,19 +155,19 @@ def _encode(params, image, *, model, teacher):
 
 
 def decode(codec: Codec, latents: np.ndarray) -> np.ndarray:
-    """Images uint8 [B, H, W, 3] of normalised latents [B, T, D].
+    """Return images uint8 [B, H, W, 3] of normalized latents [B, T, D].
 
     Raises:
-        ValueError: the pixel decoder is not trained yet.
+        ValueError: The codec has no trained pixel decoder.
     """
     if "pixel_decoder" not in codec.params:
         raise ValueError(f"codec {codec.cfg['name']!r}: it has no pixel decoder (task=fae_pixels)")
     parts = []
     for first in range(0, len(latents), BATCH):
         rows = latents[first : first + BATCH]
-        # Repeated up to a power of two, so that few programs serve any number.
-        filled = rows[np.arange(1 << (len(rows) - 1).bit_length()) % len(rows)]
-        parts.append(np.asarray(_decode(codec.params, filled, model=codec.model))[: len(rows)])
+        # Rows are repeated up to a power of two, so that few programs serve any number of images.
+        padded = rows[np.arange(1 << (len(rows) - 1).bit_length()) % len(rows)]
+        parts.append(np.asarray(_decode(codec.params, padded, model=codec.model))[: len(rows)])
     return np.concatenate(parts)
 
 
@@ -168,14 +178,16 @@ def _decode(params, latents, *, model):
 
 
 def open_encoder(path: str) -> tuple[Callable, dict[str, Any]]:
-    """What `latents.write` needs: images -> latents, and what a manifest says of the encoder, also
-    where it was, so that pictures can be drawn of what is learnt from its latents."""
+    """Return the two arguments of `latents.write.write`: an encode function and its description.
+
+    The description includes `path`, so that sample grids can decode latents from this encoder.
+    """
     codec = load(path)
     return partial(encode, codec), {**describe(codec), "path": path}
 
 
 def describe(codec: Codec) -> dict[str, Any]:
-    """What a manifest of latents says of their encoder: `sha256`, `pixels` and `shape` [T, D]."""
+    """Return a manifest's description of an encoder: `sha256`, `pixels` and `shape` [T, D]."""
     shape = [codec.model.tokens, codec.model.latent]
     return {"sha256": codec.sha256, "pixels": codec.model.pixels, "shape": shape}
 

@@ -1,9 +1,10 @@
-"""Latents and text features of a dataset, made offline with the user's own SD-VAE and T5 files.
+"""Encode a dataset offline with the user's own SD-VAE and T5 files.
 
-Needs the extra `features` (torch, diffusers, transformers, sentencepiece). Only local safetensors
-are read. What comes out is a parallel dataset of arrays (`data/array_store.py`): `latent_mean` and
-`latent_logvar` float32 [T, D] of the scaled posterior, tokens in raster order and D = (row, column,
-channel) of a patch as in STARFlow; `text` float32 [L, E], zero past the caption's last token.
+Requires the extra `features` (torch, diffusers, transformers, sentencepiece). Only local
+safetensors are read. The result is a parallel dataset of arrays (`data/array_store.py`):
+`latent_mean` and `latent_logvar` float32 [T, D] of the scaled posterior, with tokens in raster
+order and D = (row, column, channel) of a patch as in STARFlow; and `text` float32 [L, E], which is
+zero past the caption's last token.
 """
 
 import importlib.util
@@ -35,23 +36,25 @@ def write(
     device: str = "cpu",
     overwrite: bool = False,
 ) -> Manifest:
-    """Encodes every record of the dataset `data` into the arrays folder `out`.
+    """Encode every record of the dataset `data` into the arrays folder `out`.
+
+    The manifest's `features` contains the sha256 of all files used, the scaling, and `null_text`:
+    the features [n, E] of the empty caption's tokens.
 
     Args:
-      out, data: folders.
-      vae: folder of a diffusers AutoencoderKL, or None for no latents.
-      t5: folder of a T5 encoder with its tokenizer, or None for no text features.
-      text_length: L; longer captions are cut, and counted in the log.
-      pixels: images are scaled and cropped to this side first.
-      patch: latent pixels on a side of one token; T = (pixels / 8 / patch)^2 for SD-VAE.
-      batch_size: rows at once; the last batch is filled up, so that all have one shape.
-      device: torch device.
-
-    The manifest's `features` holds the sha256 of all files used, the scaling, and `null_text`: the
-    features of the empty caption's tokens [n, E].
+        out: folder of the arrays.
+        data: folder of the dataset.
+        vae: folder of a diffusers AutoencoderKL, or None for no latents.
+        t5: folder of a T5 encoder with its tokenizer, or None for no text features.
+        text_length: L; longer captions are cut, and counted in the log.
+        pixels: images are scaled and cropped to this side first.
+        patch: latent pixels on a side of one token; T = (pixels / 8 / patch)^2 for SD-VAE.
+        batch_size: rows at once; the last batch is padded, so that all have one shape.
+        device: torch device.
+        overwrite: replace a folder of arrays at `out`.
 
     Raises:
-      DatasetError: folders of another kind, a record without exactly one image target.
+        DatasetError: A folder is of another kind, or a record has not exactly one target image.
     """
     if not vae and not t5:
         raise DatasetError("nothing to compute: give --vae, --t5 or both")
@@ -71,28 +74,29 @@ def write(
         features["null_text"] = null[: np.flatnonzero(null.any(1))[-1] + 1].tolist()
 
     def rows() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-        cut = 0
+        num_truncated = 0
         for start in range(0, len(dataset), batch_size):
             indices = range(start, min(start + batch_size, len(dataset)))
             batch = [dataset[i] for i in indices]
-            fill = batch + [batch[-1]] * (batch_size - len(batch))
-            where = [f"{dataset.location(i)} (id {dataset[i].id!r})" for i in indices]
-            computed: dict[str, np.ndarray] = {}
+            padded = batch + [batch[-1]] * (batch_size - len(batch))
+            arrays: dict[str, np.ndarray] = {}
             if encode_images:
-                pictures = [
-                    images.center_crop(records.target_image(r, w), pixels)
-                    for r, w in zip(batch, where)
-                ]
-                pictures += [pictures[-1]] * (batch_size - len(batch))
-                mean, logvar = encode_images(np.stack(pictures))
-                computed |= {"latent_mean": mean, "latent_logvar": logvar}
+                crops = []
+                for i, record in zip(indices, batch):
+                    location = f"{dataset.location(i)} (id {record.id!r})"
+                    crops.append(images.center_crop(records.target_image(record, location), pixels))
+                crops += [crops[-1]] * (batch_size - len(batch))
+                mean, logvar = encode_images(np.stack(crops))
+                arrays |= {"latent_mean": mean, "latent_logvar": logvar}
             if encode_texts:
-                computed["text"], lengths = encode_texts([records.text(r) for r in fill])
-                cut += sum(n > text_length for n in lengths[: len(batch)])
+                arrays["text"], lengths = encode_texts([records.text(r) for r in padded])
+                num_truncated += sum(n > text_length for n in lengths[: len(batch)])
             for k, record in enumerate(batch):
-                yield record.id, {name: value[k] for name, value in computed.items()}
-        if cut:
-            logging.warning("%d captions were longer than %d tokens and were cut", cut, text_length)
+                yield record.id, {name: values[k] for name, values in arrays.items()}
+        if num_truncated:
+            logging.warning(
+                "%d captions were longer than %d tokens and were cut", num_truncated, text_length
+            )
 
     return array_store.write(
         out,
@@ -105,12 +109,15 @@ def write(
 
 
 def to_tokens(latents: np.ndarray, patch: int) -> np.ndarray:
-    """[B, channels, rows, columns] -> [B, T, D]: raster order, D = (row, column, channel)."""
+    """Cut latents [B, channels, rows, columns] into tokens [B, T, D].
+
+    Tokens are in raster order, and D = (row, column, channel).
+    """
     b, c, h, w = latents.shape
     if h % patch or w % patch:
         raise DatasetError(f"latents of {h} x {w} cannot be cut into patches of {patch}")
-    cut = latents.reshape(b, c, h // patch, patch, w // patch, patch)
-    tokens = cut.transpose(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
+    patches = latents.reshape(b, c, h // patch, patch, w // patch, patch)
+    tokens = patches.transpose(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
     return np.ascontiguousarray(tokens, np.float32)
 
 
@@ -125,9 +132,13 @@ def _open_vae(folder: str, patch: int, device: str):
     shift = float(getattr(model.config, "shift_factor", None) or 0.0)
 
     @torch.inference_mode()
-    def encode(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [B, H, W, 3] -> mean and log-variance [B, T, D] of (latent - shift) * scale."""
-        x = torch.from_numpy(pictures).to(device, torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
+    def encode(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and log-variance [B, T, D] of (latent - shift) * scale.
+
+        Args:
+            batch: uint8 [B, H, W, 3].
+        """
+        x = torch.from_numpy(batch).to(device, torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
         posterior = model.encode(x).latent_dist
         mean = (posterior.mean - shift) * scale
         logvar = posterior.logvar + 2 * math.log(scale)
@@ -148,7 +159,7 @@ def _open_t5(folder: str, length: int, device: str):
 
     @torch.inference_mode()
     def encode(texts: list[str]) -> tuple[np.ndarray, list[int]]:
-        """Captions -> features [B, L, E], zero past each caption; and their uncut token counts."""
+        """Return features [B, L, E], zero past each caption, and the uncut token counts."""
         lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
         inputs = tokenizer(
             texts, max_length=length, padding="max_length", truncation=True, return_tensors="pt"
@@ -172,7 +183,7 @@ def _check_folder(folder: str, kind: str | None) -> None:
 
 
 def _fingerprints(folder: str) -> dict[str, str]:
-    """sha256 of every file that decides the result."""
+    """Return the sha256 of every file that affects the result."""
     files = sorted(pathlib.Path(folder).iterdir())
-    wanted = (".safetensors", ".json", ".model")
-    return {file.name: sha256_file(file) for file in files if file.suffix in wanted}
+    suffixes = (".safetensors", ".json", ".model")
+    return {file.name: sha256_file(file) for file in files if file.suffix in suffixes}

@@ -1,6 +1,7 @@
-"""Latents of a dataset by Apache Beam: the same function for each shard, on any runner.
+"""Encode a dataset of images with Apache Beam, on any runner.
 
-Needs the extra `beam`. Workers must see the folders under the same paths.
+Every shard is made by the same function as in `latents/write.py`. Requires the extra `beam`. All
+workers must see the folders under the same paths.
 """
 
 import functools
@@ -13,26 +14,29 @@ from starflow2_jax.data import records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.latents import write as latents
 
-# A path -> how to encode, and what the manifest says of the encoder.
-Open = Callable[[str], tuple[latents.Encode, Mapping[str, Any]]]
+# From a path to the encode function and its description in the manifest.
+OpenEncoder = Callable[[str], tuple[latents.Encode, Mapping[str, Any]]]
 
 
 def write(
     out: str | os.PathLike[str],
     data: str | os.PathLike[str],
-    open_encoder: Open,
+    open_encoder: OpenEncoder,
     fae: str,
     *,
     options: Sequence[str] = (),
 ) -> dict[str, int]:
-    """Makes every shard that is missing, then the manifest. Counts and errors as `latents.write`.
+    """Make every missing shard, then the manifest. Return counts as `latents.write.write` does.
 
     Args:
-      open_encoder: a function of a module, called on every worker with `fae`, a path.
-      options: of the pipeline, such as `--runner=DataflowRunner`.
+        out: folder of the latents.
+        data: folder of the dataset.
+        open_encoder: a module-level function that every worker calls with `fae`.
+        fae: path of the codec.
+        options: options of the pipeline, such as `--runner=DataflowRunner`.
 
     Raises:
-      DatasetError: apache_beam is not installed.
+        DatasetError: apache_beam is not installed; or see `latents.write.write`.
     """
     try:
         import apache_beam as beam
@@ -47,21 +51,21 @@ def write(
     if latents.complete(folder, parent, encoder):
         return {"shards": count, "made": 0, "kept": count, "missing": 0}
     latents.begin(folder, parent, encoder)
-    there = sum((folder / latents.shard_name(n, count)).exists() for n in range(count))
+    existing = sum((folder / latents.shard_name(n, count)).exists() for n in range(count))
     with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
         numbers = pipeline | beam.Create(range(count)) | beam.Reshuffle()
         _ = numbers | beam.Map(make, str(folder), data, open_encoder, fae)
     missing = latents.finish(folder, parent, encoder)
-    return {"shards": count, "made": count - there, "kept": there, "missing": missing}
+    return {"shards": count, "made": count - existing, "kept": existing, "missing": missing}
 
 
-def make(number: int, folder: str, data: str, open_encoder: Open, fae: str) -> bool:
-    """One shard on a worker."""
-    encode, encoder = _opened(open_encoder, fae)
+def make(number: int, folder: str, data: str, open_encoder: OpenEncoder, fae: str) -> bool:
+    """Make one shard on a worker."""
+    encode, encoder = _open_cached(open_encoder, fae)
     return latents.make_shard(pathlib.Path(folder), records.read(data), number, encode, encoder)
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(open_encoder: Open, fae: str) -> tuple[latents.Encode, Mapping[str, Any]]:
-    """Once for all shards of a worker."""
+def _open_cached(open_encoder: OpenEncoder, fae: str) -> tuple[latents.Encode, Mapping[str, Any]]:
+    """Open the encoder once for all shards of a worker."""
     return open_encoder(fae)

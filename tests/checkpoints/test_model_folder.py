@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from starflow2_jax.checkpoints import model_folder
+from starflow2_jax.checkpoints import model_folder, tensor_files
 from starflow2_jax.checkpoints.convert import teacher
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import flow
@@ -53,7 +53,8 @@ def test_the_packages_own_folders_are_found_from_anywhere(tmp_path, monkeypatch)
         assert str(model_folder.locate(other)) == str(pathlib.Path(other))
     assert teacher.identity("pretrained/tiny") == teacher.identity(str(model))
     with pytest.raises(FileNotFoundError, match=r"package/pretrained/nothing"):
-        teacher.describe({"teacher": {"kind": "qwen", "path": "pretrained/nothing", "pixels": 64}})
+        group = {"kind": "qwen", "path": "pretrained/nothing", "pixels": 64}
+        teacher.teacher_config({"teacher": group}, None)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -129,17 +130,20 @@ def test_sharded_reads_equal(tmp_path, layout, sizes):
     ).read_text()
 
 
-def test_sharded_reads_touch_only_the_slices(tmp_path, monkeypatch):
+def test_sharded_reads_touch_only_the_slices(tmp_path):
     model_folder.write_folder(tmp_path / "m", drawn(), CONFIG)
-    mesh, asked = make_mesh("fsdp=8"), []
-    stored = flatten(model_folder.open_folder(tmp_path / "m", TREE))
-    leaf = stored["blocks/2/layers/query/weight"]
-    watched = type(leaf)(
-        leaf.shape, leaf.dtype, "", lambda index=(): asked.append(index) or leaf.read(index)
-    )
-    where = flatten(param_shardings(TREE, mesh, "fsdp"))
-    model_folder._place(watched, where["blocks/2/layers/query/weight"], leaf.dtype)
-    assert len(asked) == 8 and {i[1].stop - i[1].start for i in asked} == {8}
+    device_mesh, requests = make_mesh("fsdp=8"), []
+    name = "blocks/2/layers/query/weight"
+    tensor = flatten(model_folder.open_folder(tmp_path / "m", TREE))[name]
+
+    def read(index=()):
+        requests.append(index)
+        return tensor.read(index)
+
+    watched = tensor_files.StoredTensor(tensor.shape, tensor.dtype, "", read)
+    sharding = flatten(param_shardings(TREE, device_mesh, "fsdp"))[name]
+    tensor_files.to_device(watched, sharding, tensor.dtype)
+    assert len(requests) == 8 and {i[1].stop - i[1].start for i in requests} == {8}
 
 
 def test_nothing_is_written_over(tmp_path):
@@ -252,7 +256,7 @@ def test_tensors_are_read_one_at_a_time(tmp_path):
             most.append(len(held))
             return _Counted(array, lambda: held.remove(name))
 
-        return model_folder.Stored(array.shape, array.dtype, "", read)
+        return tensor_files.StoredTensor(array.shape, array.dtype, "", read)
 
     params = flatten(jax.tree.map(np.asarray, drawn()))
     tree = unflatten({n: stored(n, a) for n, a in params.items()})

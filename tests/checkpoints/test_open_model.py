@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from starflow2_jax import mesh, params
-from starflow2_jax.checkpoints import model_folder, orbax
+from starflow2_jax.checkpoints import model_folder, orbax, tensor_files
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.params import ParamSpec
 
@@ -62,7 +62,7 @@ def test_a_model_folder_is_opened_like_a_run(tmp_path):
     assert list(read) == ["text"]
     assert np.array_equal(read["text"]["table"], weights["text"]["table"])
     stored = saved.open_params(DECLARED)["flow"]["matrix"]
-    assert isinstance(stored, model_folder.Stored)
+    assert isinstance(stored, tensor_files.StoredTensor)
     assert np.array_equal(stored.read(), weights["flow"]["matrix"])
 
 

@@ -10,27 +10,22 @@ import numpy as np
 from helpers import qwen_decode
 from helpers.golden_parity import error
 from starflow2_jax.checkpoints import tensor_files
-from starflow2_jax.checkpoints.convert import qwen as table
+from starflow2_jax.checkpoints.convert import qwen as convert_qwen, tensor_map
 from starflow2_jax.models import layers, qwen, qwen_vision
-from starflow2_jax.params import unflatten
+from starflow2_jax.params import flatten, unflatten
 
 TOLERANCE = 1e-5
 
 
 def from_state(state, cfg):
-    """Our tree of a state dict of theirs, by the table of names alone."""
+    """Return our tree of a published state dict."""
     renamed = {}
     for name, array in state.items():
         name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
         renamed[name] = array
-    source, leaves = tensor_files.open_source(renamed), {}
-    for piece in table.table(cfg):
-        part = table._read(source, piece)
-        part = part.T if piece.transposed else part
-        leaves.setdefault(piece.leaf, []).append(part)
-        if piece.layer is None:
-            leaves[piece.leaf] = part
-    return unflatten({name: jnp.asarray(np.array(leaf)) for name, leaf in leaves.items()})
+    source = tensor_files.open_source(renamed)
+    leaves = flatten(tensor_map.to_tree(convert_qwen.table(cfg), source, qwen.declare(cfg)))
+    return unflatten({name: jnp.asarray(tensor.read()) for name, tensor in leaves.items()})
 
 
 def causal_mask(valid):

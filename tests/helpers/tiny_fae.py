@@ -88,7 +88,7 @@ def codec():
     """A codec of 16 pixels, as it is drawn."""
     cfg = experiment(task="fae_pixels", **{"teacher.kind": "qwen"})
     model = model_config(cfg)
-    teacher = teacher_weights.teacher_of(cfg, model)
+    teacher = teacher_weights.teacher_config(cfg, model)
     declared = {**fae.declare(model), "teacher": teachers.declare(teacher)}
     return codecs.from_params(cfg, model, teacher, params.init(jax.random.key(0), declared))
 

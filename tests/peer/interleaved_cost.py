@@ -44,7 +44,7 @@ def make_model() -> STARFlow2:
     """A tiny model and codec with random weights; a token of text is a letter."""
     cfg = config.to_dict(runpy.run_path(str(EXPERIMENT))["get_config"]("tiny"))
     shape = model_config(cfg)
-    tower = teacher_weights.teacher_of(cfg, shape)
+    tower = teacher_weights.teacher_config(cfg, shape)
     declared = {**fae.declare(shape), "teacher": teachers.declare(tower)}
     drawn = init_params(jax.random.key(0), declared)
     held = codec.Codec(cfg, shape, tower, drawn, "")

@@ -1,30 +1,34 @@
-"""DINOv2 folders as published on Hugging Face (Dinov2Model, Dinov2WithRegistersModel) to our tree.
+"""Convert DINOv2 folders as published on Hugging Face to our tree.
 
-Theirs: linears (out, in), one tensor a layer, a SwiGLU's gate and up projections in one matrix.
-Ours: linears (in, out), layers stacked on the leading axis.
+Both Dinov2Model and Dinov2WithRegistersModel are read. In the published files, the gate and up
+projections of a SwiGLU share one matrix.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from starflow2_jax import params
+from starflow2_jax.checkpoints.convert.tensor_map import Piece, published_shapes, to_tree
 from starflow2_jax.checkpoints.model_folder import read_config
-from starflow2_jax.checkpoints.tensor_files import Index, Stored, open_source
+from starflow2_jax.checkpoints.tensor_files import (
+    Index,
+    StoredTensor,
+    compare,
+    open_source,
+    raise_problems,
+    to_device,
+)
 from starflow2_jax.models.fae.dinov2 import DinoConfig, declare, swiglu_width
 from starflow2_jax.params import flatten, unflatten
 
 _NAMES = {"patch": "embeddings.patch_embeddings.projection", "final_norm": "layernorm"}
 _CLASS = "embeddings.cls_token"
 _REGISTERS = "embeddings.register_tokens"
-# The class token's position is the first row of their table, our `position` holds the others.
+# The first row is the position of the class token (`class_position`); `position` has the others.
 _POSITIONS = "embeddings.position_embeddings"
 _LAYER_NAMES = {
     "attention_norm": "norm1",
@@ -42,8 +46,8 @@ _GATED_NAMES = {
     "mlp_up": "mlp.weights_in",
     "mlp_down": "mlp.weights_out",
 }
-# Read by their masked training alone.
-_DEAD = "embeddings.mask_token"
+# Only masked training reads this tensor.
+_UNUSED = "embeddings.mask_token"
 _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -54,10 +58,10 @@ _MODELS = {"dinov2": False, "dinov2_with_registers": True}
 
 
 def read_options(options: Mapping[str, Any]) -> DinoConfig:
-    """Our configuration of a published `config.json`.
+    """Return our configuration of a published `config.json`.
 
     Raises:
-        ValueError: another architecture, a missing key, or a value that is not supported.
+        ValueError: This is another architecture, a key is missing, or a value is not supported.
     """
     kind = options.get("model_type")
     if kind not in _MODELS:
@@ -102,127 +106,83 @@ def read_options(options: Mapping[str, Any]) -> DinoConfig:
 def load(
     folder: str | Path, mesh: Mesh | None = None, layout: str = "fsdp", dtype: Any = None
 ) -> tuple[DinoConfig, dict[str, Any]]:
-    """A published DINOv2, each slice read straight to the device that holds it.
+    """Load a published DINOv2, each slice straight to the device that needs it.
 
     Args:
         folder: `config.json` and safetensors (one file, or shards with an index).
-        mesh, layout: where the weights go; without a mesh to the default device.
-        dtype: by default that of the file.
+        mesh: devices that the weights are placed on; the default device if None.
+        layout: name of the sharding layout on `mesh`.
+        dtype: dtype of the result; by default that of the file.
 
     Raises:
-        FileNotFoundError: no such folder, or a shard is missing.
-        ValueError: another architecture; missing, unexpected and misshapen names, listed together;
-            a damaged file (see `sources.open_source`).
+        FileNotFoundError: There is no such folder, or a shard is missing.
+        ValueError: This is another architecture; names are missing, unexpected or misshapen (they
+            are listed together); or a file is damaged (see `tensor_files.open_source`).
     """
     cfg = read_options(read_config(folder))
-    declared, held = flatten(declare(cfg)), flatten(view(open_source(folder), cfg))
-    where = flatten(params.shardings(declare(cfg), mesh, layout)) if mesh is not None else {}
-    leaves = {}
-    for name in declared:
-        target = np.dtype(held[name].dtype if dtype is None else dtype)
-        # Waiting keeps later leaves from being read while this one is still on its way.
-        leaves[name] = _place(held[name], where.get(name), target).block_until_ready()
+    tensors = flatten(view(open_source(folder), cfg))
+    shardings = flatten(params.shardings(declare(cfg), mesh, layout)) if mesh is not None else {}
+    leaves = {
+        name: to_device(
+            tensor, shardings.get(name), np.dtype(tensor.dtype if dtype is None else dtype)
+        )
+        for name, tensor in tensors.items()
+    }
     return cfg, unflatten(leaves)
 
 
-def _place(stored: Stored, sharding: Any, dtype: np.dtype) -> jax.Array:
-    if sharding is None:
-        return jnp.asarray(stored.read().astype(dtype, copy=False))
-    parts: dict[str, np.ndarray] = {}
-
-    def read(index: Index) -> np.ndarray:
-        # Devices that hold the same slice ask for it in turn.
-        if str(index) not in parts:
-            parts[str(index)] = stored.read(index).astype(dtype, copy=False)
-        return parts[str(index)]
-
-    return jax.make_array_from_callback(stored.shape, sharding, read)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one of our leaves lies: rows `first` to `first + rows` of a tensor, one a layer."""
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    first: int
-    rows: int
-
-
-def table(cfg: DinoConfig) -> dict[str, Place]:
-    """Place of each of our leaves in the published state dict."""
+def table(cfg: DinoConfig) -> list[Piece]:
+    """Return the table of names of `cfg`. Tokens and positions lack their leading axis of one."""
     layer_names = {**_LAYER_NAMES, **(_GATED_NAMES if cfg.gated else _PLAIN_NAMES)}
-    width, grid = cfg.width, cfg.side**2
-    places = {
-        "class_token": Place((_CLASS,), (1, 1, width), 0, 1),
-        "class_position": Place((_POSITIONS,), (1, grid + 1, width), 0, 1),
-        "position": Place((_POSITIONS,), (1, grid + 1, width), 1, grid),
-        "registers": Place((_REGISTERS,), (1, cfg.registers, width), 0, cfg.registers),
+    # Leaf: (published name, first row, number of rows).
+    rows_of_tokens = {
+        "class_token": (_CLASS, 0, 1),
+        "class_position": (_POSITIONS, 0, 1),
+        "position": (_POSITIONS, 1, cfg.side**2),
+        "registers": (_REGISTERS, 0, cfg.registers),
     }
-    for leaf, weight in flatten(declare(cfg)).items():
-        if leaf in places:
+    pieces = []
+    for leaf, spec in flatten(declare(cfg)).items():
+        if leaf in rows_of_tokens:
+            name, first_row, count = rows_of_tokens[leaf]
+            pieces.append(Piece(name, (count, cfg.width), first_row, leaf, None, False))
             continue
         stacked = leaf.startswith("layers/")
         stem, _, kind = leaf.removeprefix("layers/").partition("/")
-        name = (layer_names if stacked else _NAMES)[stem] + (f".{kind}" if kind else "")
-        names = (
-            tuple(f"encoder.layer.{i}.{name}" for i in range(cfg.layers)) if stacked else (name,)
-        )
-        shape = weight.shape[1:] if stacked else weight.shape
-        shape = shape[::-1] if kind == "weight" else shape
-        rows, first = shape[0], 0
+        shape = spec.shape[1:] if stacked else spec.shape
+        transposed = kind == "weight" and len(shape) == 2
+        shape = shape[::-1]
+        first_row = shape[0] if cfg.gated and stem == "mlp_up" else 0
         if leaf == "patch/weight":
-            shape = (width, 3, cfg.patch, cfg.patch)
-        elif cfg.gated and stem in ("mlp_gate", "mlp_up"):
-            first, shape = (0 if stem == "mlp_gate" else rows), (2 * rows, *shape[1:])
-        places[leaf] = Place(names, shape, first, rows)
-    return {leaf: places[leaf] for leaf in flatten(declare(cfg))}
+            shape = (cfg.width, 3, cfg.patch, cfg.patch)
+        name = (layer_names if stacked else _NAMES)[stem] + (f".{kind}" if kind else "")
+        if not stacked:
+            pieces.append(Piece(name, shape, 0, leaf, None, transposed))
+            continue
+        for layer in range(cfg.layers):
+            layer_name = f"encoder.layer.{layer}.{name}"
+            pieces.append(Piece(layer_name, shape, first_row, leaf, layer, transposed))
+    return pieces
 
 
-def view(source: Mapping[str, Stored], cfg: DinoConfig) -> dict[str, Any]:
-    """Our tree of a published state dict, as tensors that are read, and put together, when asked.
+def view(source: Mapping[str, StoredTensor], cfg: DinoConfig) -> dict[str, Any]:
+    """Return our tree of a published state dict, as tensors that are assembled when read.
 
     Raises:
-        ValueError: missing, unexpected and misshapen names, listed together.
+        ValueError: Names are missing, unexpected or misshapen; they are listed together.
     """
-    places = table(cfg)
-    expected = {name: p.shape for p in places.values() for name in p.names}
-    problems = {
-        "missing": [name for name in expected if name not in source],
-        "unexpected": [name for name in source if name not in expected and name != _DEAD],
-        "misshapen": [
-            f"{name} is {list(source[name].shape)}, expected {list(shape)}"
-            for name, shape in expected.items()
-            if name in source and source[name].shape != shape
-        ],
-    }
-    if any(problems.values()):
-        text = "; ".join(f"{len(n)} {kind}: {', '.join(n)}" for kind, n in problems.items() if n)
-        raise ValueError(f"the tensors are not the DINOv2 that config.json describes. {text}")
+    pieces = table(cfg)
+    source = {name: tensor for name, tensor in source.items() if name != _UNUSED}
+    for name in (_CLASS, _POSITIONS, _REGISTERS):
+        if name in source and source[name].shape[:1] == (1,):
+            source[name] = _without_leading_axis(source[name])
+    summary = "the tensors are not the DINOv2 that config.json describes"
+    raise_problems(summary, compare(source, published_shapes(pieces)))
+    return to_tree(pieces, source, declare(cfg))
 
-    def stored(leaf: str, shape: tuple[int, ...]) -> Stored:
-        place = places[leaf]
-        stacked = leaf.startswith("layers/")
-        inner = shape[1:] if stacked else shape
-        transposed = leaf.endswith("/weight") and len(inner) == 2
-        tensors = [source[name] for name in place.names]
 
-        def part(tensor: Stored) -> np.ndarray:
-            # Tokens and positions have axes of one in front of their rows.
-            rows = tensor.read().reshape(-1, math.prod(inner) // place.rows)
-            rows = rows[place.first : place.first + place.rows]
-            return rows.T if transposed else rows.reshape(inner)
+def _without_leading_axis(tensor: StoredTensor) -> StoredTensor:
+    def read(index: Index = ()) -> np.ndarray:
+        return tensor.read((slice(None), *index))[0]
 
-        def read(index: Index = ()) -> np.ndarray:
-            if not stacked:
-                return part(tensors[0])[index]
-            layers, *rest = (*index, *(slice(None),) * (len(shape) - len(index)))
-            sizes = [len(range(*cut.indices(size))) for cut, size in zip((layers, *rest), shape)]
-            whole = np.empty(sizes, tensors[0].dtype)
-            for target, tensor in zip(whole, tensors[layers]):
-                target[...] = part(tensor)[tuple(rest)]
-            return whole
-
-        return Stored(shape, tensors[0].dtype, tensors[0].where, read)
-
-    return unflatten({leaf: stored(leaf, w.shape) for leaf, w in flatten(declare(cfg)).items()})
+    return StoredTensor(tensor.shape[1:], tensor.dtype, tensor.location, read)

@@ -1,7 +1,7 @@
-"""`config.json` of Qwen2.5-VL to our configuration and back.
+"""Convert the `config.json` of Qwen2.5-VL to our configuration and back.
 
-Published files keep the language model's fields at the top level, later saves of transformers nest
-them under `text_config`. A field that is not there has the default of transformers.
+Published files have the language model's fields at the top level; newer versions of transformers
+nest them under `text_config`. An absent field has the default of transformers.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from starflow2_jax.models.qwen_vision import VisionConfig
 _MODEL_TYPE = "qwen2_5_vl"
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _ROPE_KINDS = ("mrope", "default")
-# Ours, theirs, default.
+# (our name, published name, default)
 _TEXT = (
     ("vocab", "vocab_size", 152064),
     ("width", "hidden_size", 8192),
@@ -42,60 +42,61 @@ _TOKENS = (
 )
 
 
-def read_options(options: Mapping[str, Any], where: str = "config.json") -> QwenConfig:
-    """Our configuration of a `config.json`.
+def read_options(options: Mapping[str, Any], source: str = "config.json") -> QwenConfig:
+    """Return our configuration of a `config.json`.
 
     Args:
-        where: what errors call it.
+        options: the file's content.
+        source: name of the file in error messages.
 
     Raises:
-        ValueError: another architecture, a value of the wrong kind, an unsupported rope, activation
-            or attention; names the field.
+        ValueError: This is another architecture, a value has the wrong type, or the rope,
+            activation or attention is not supported. The message names the field.
     """
     kind = options.get("model_type")
     if kind != _MODEL_TYPE:
-        raise ValueError(f"{where}: model_type={kind!r}, expected {_MODEL_TYPE!r}")
+        raise ValueError(f"{source}: model_type={kind!r}, expected {_MODEL_TYPE!r}")
     nested = options.get("text_config")
     text = nested if isinstance(nested, Mapping) else options
     vision = options.get("vision_config")
     if not isinstance(vision, Mapping):
-        raise ValueError(f"{where}: vision_config is missing")
+        raise ValueError(f"{source}: vision_config is missing")
 
-    def whole(fields: Mapping[str, Any], prefix: str, key: str, default: int) -> int:
+    def integer(fields: Mapping[str, Any], prefix: str, key: str, default: int) -> int:
         value = fields.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{where}: {prefix}{key}={value!r} is not a whole number")
+            raise ValueError(f"{source}: {prefix}{key}={value!r} is not a whole number")
         return value
 
     def activation(fields: Mapping[str, Any], prefix: str) -> str:
         name = fields.get("hidden_act", "silu")
         if name not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
-            raise ValueError(f"{where}: {prefix}hidden_act={name!r} is not one of {known}")
+            raise ValueError(f"{source}: {prefix}hidden_act={name!r} is not one of {known}")
         return _ACTIVATIONS[name]
 
     prefix = "" if text is options else "text_config."
-    sizes = {ours: whole(text, prefix, key, default) for ours, key, default in _TEXT}
+    sizes = {name: integer(text, prefix, key, default) for name, key, default in _TEXT}
     if text.get("use_sliding_window"):
-        raise ValueError(f"{where}: {prefix}use_sliding_window=True is not supported")
+        raise ValueError(f"{source}: {prefix}use_sliding_window=True is not supported")
     head_dim = text.get("head_dim") or sizes["width"] // max(sizes["heads"], 1)
     if head_dim * sizes["heads"] != sizes["width"]:
         raise ValueError(
-            f"{where}: {prefix}hidden_size={sizes['width']} is not {sizes['heads']} heads of "
+            f"{source}: {prefix}hidden_size={sizes['width']} is not {sizes['heads']} heads of "
             f"{head_dim}"
         )
-    base, sections = _rope(text, where, prefix)
+    base, sections = _rope(text, source, prefix)
     full = vision.get("fullatt_block_indexes", (7, 15, 23, 31))
     if not isinstance(full, list | tuple) or not all(isinstance(i, int) for i in full):
-        raise ValueError(f"{where}: vision_config.fullatt_block_indexes={full!r} is no list")
-    turn = vision.get("rope_parameters") or {}
-    if turn.get("rope_type", "axial") != "axial" or turn.get("rope_theta", 10000.0) != 10000.0:
-        raise ValueError(f"{where}: vision_config.rope_parameters={turn} is not supported")
+        raise ValueError(f"{source}: vision_config.fullatt_block_indexes={full!r} is no list")
+    rope = vision.get("rope_parameters") or {}
+    if rope.get("rope_type", "axial") != "axial" or rope.get("rope_theta", 10000.0) != 10000.0:
+        raise ValueError(f"{source}: vision_config.rope_parameters={rope} is not supported")
     try:
         return QwenConfig(
             **sizes,
             vision=VisionConfig(
-                **{o: whole(vision, "vision_config.", key, d) for o, key, d in _VISION},
+                **{n: integer(vision, "vision_config.", key, d) for n, key, d in _VISION},
                 full_layers=tuple(full),
                 activation=activation(vision, "vision_config."),
             ),
@@ -104,39 +105,40 @@ def read_options(options: Mapping[str, Any], where: str = "config.json") -> Qwen
             norm_eps=float(text.get("rms_norm_eps", 1e-5)),
             activation=activation(text, prefix),
             tied=bool(options.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-            **{ours: whole(options, "", key, default) for ours, key, default in _TOKENS},
+            **{name: integer(options, "", key, default) for name, key, default in _TOKENS},
         )
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(str(error) if where in str(error) else f"{where}: {error}") from error
+        raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from error
 
 
-def _rope(text: Mapping[str, Any], where: str, prefix: str) -> tuple[float, tuple[int, ...]]:
+def _rope(text: Mapping[str, Any], source: str, prefix: str) -> tuple[float, tuple[int, ...]]:
+    """Return the base and the M-RoPE sections."""
     key = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
     rope = text.get(key) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_KINDS or rope.get("type", kind) not in _ROPE_KINDS:
         raise ValueError(
-            f"{where}: {prefix}{key} of type {kind!r} is not one of {', '.join(_ROPE_KINDS)}"
+            f"{source}: {prefix}{key} of type {kind!r} is not one of {', '.join(_ROPE_KINDS)}"
         )
     if rope.get("factor", 1.0) != 1.0:
-        raise ValueError(f"{where}: {prefix}{key}.factor={rope['factor']} is not supported")
+        raise ValueError(f"{source}: {prefix}{key}.factor={rope['factor']} is not supported")
     sections = tuple(rope.get("mrope_section", (16, 24, 24)))
     return float(rope.get("rope_theta", text.get("rope_theta", 1e6))), sections
 
 
 def public_options(cfg: QwenConfig) -> dict[str, Any]:
-    """The `config.json` of `cfg`, laid out as the published ones.
+    """Return the `config.json` of `cfg` in the layout of the published files.
 
     Raises:
-        ValueError: a configuration without a tower, which the public code does not have.
+        ValueError: The configuration has no tower, which the published code requires.
     """
     if cfg.vision is None:
         raise ValueError("vision: the public model has a tower, the configuration has none")
-    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
-    vision = {theirs: getattr(cfg.vision, ours) for ours, theirs, _ in _VISION}
+    activations = {name: key for key, name in _ACTIVATIONS.items()}
+    vision = {key: getattr(cfg.vision, name) for name, key, _ in _VISION}
     vision |= {
         "model_type": _MODEL_TYPE,
-        "hidden_act": names[cfg.vision.activation],
+        "hidden_act": activations[cfg.vision.activation],
         "in_chans": cfg.vision.channels,
         "spatial_patch_size": cfg.vision.patch,
         "fullatt_block_indexes": list(cfg.vision.full_layers),
@@ -145,8 +147,8 @@ def public_options(cfg: QwenConfig) -> dict[str, Any]:
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": _MODEL_TYPE,
-        **{theirs: getattr(cfg, ours) for ours, theirs, _ in (*_TEXT, *_TOKENS)},
-        "hidden_act": names[cfg.activation],
+        **{key: getattr(cfg, name) for name, key, _ in (*_TEXT, *_TOKENS)},
+        "hidden_act": activations[cfg.activation],
         "rms_norm_eps": cfg.norm_eps,
         "rope_theta": cfg.rope_base,
         "rope_scaling": {"type": "mrope", "mrope_section": list(cfg.sections)},

@@ -1,7 +1,7 @@
-"""The run options of ml-tarflow and ml-starflow, and the `FlowConfig` they stand for.
+"""Convert the run options of ml-tarflow and ml-starflow to a `FlowConfig` and back.
 
-Two vocabularies name the same things: that of the constructor and that of the YAML files. Where
-they differ, the YAML name is turned into the constructor's.
+The constructors and the YAML files use two vocabularies. Where they differ, the YAML name is
+replaced by the constructor's.
 """
 
 import difflib
@@ -32,32 +32,36 @@ _REFUSED = {
     "vid_size": "belongs to the video model",
     "use_pretrained_lm": "puts a pretrained language model in the deep block",
     "use_mm_attn": "puts a pretrained language model in the deep block",
-    "model_type": "names a preset of theirs: give its width, blocks and layers instead",
+    "model_type": "names one of that code's presets: give its width, blocks and layers instead",
 }
-# Pixels to a latent's side for the autoencoder that the released configuration names.
+# Pixels along a latent's side, by the name of the autoencoder in the released configurations.
 _VAE_FACTORS = {"sd-vae": 8, "sdxl-vae": 8}
 
 
 def read_options(
     options: Mapping[str, Any] | str | Path,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(model options under the constructor's names, with `vae` and `family` if given; the rest).
+    """Read the options of a run.
 
     Args:
         options: a mapping in either vocabulary; `key=value` text; or the path of a file that
-            holds such text or YAML, a mapping or their list of one-key maps under `arguments`.
+            contains such text, or YAML: a mapping, or a list of one-key maps under `arguments`.
+
+    Returns:
+        (model options under the constructor's names, with `vae` and `family` if present; the
+        trainer's options)
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: text that is neither, an option given twice with different values, one that the
-            image flows do not have, or a name near to a model option's but not equal.
+        FileNotFoundError: There is no such file.
+        ValueError: The text is neither of the two formats, an option has two different values or
+            does not exist in the image flows, or a name is close to that of a model option.
     """
-    given = dict(options) if isinstance(options, Mapping) else _parse(options)
-    if set(given) == {"arguments"}:
-        given = _merge_arguments(given["arguments"])
+    values = dict(options) if isinstance(options, Mapping) else _parse(options)
+    if set(values) == {"arguments"}:
+        values = _merge_arguments(values["arguments"])
     known: dict[str, Any] = {}
-    others: dict[str, Any] = {}
-    for name, value in given.items():
+    trainer_options: dict[str, Any] = {}
+    for name, value in values.items():
         name = str(name).lstrip("-")
         key = _YAML_NAMES.get(name, name)
         value = value if key == "norm_type" else _value(value)
@@ -70,12 +74,12 @@ def read_options(
             known[key] = value
         else:
             _refuse_misspelt(name)
-            others[name] = value
+            trainer_options[name] = value
     if known.get("nvp", 1) in (0, False):
         raise ValueError("options: nvp=0 (a running prior variance) is not converted")
     if known.get("family", FAMILIES[0]) not in FAMILIES:
         raise ValueError(f"options: family={known['family']!r} is not one of {FAMILIES}")
-    return known, others
+    return known, trainer_options
 
 
 def _merge_arguments(arguments: Any) -> dict[str, Any]:
@@ -93,8 +97,8 @@ def _merge_arguments(arguments: Any) -> dict[str, Any]:
 
 
 def _parse(text: str | Path) -> dict[str, Any]:
-    written_out = isinstance(text, str) and ("=" in text or "\n" in text)
-    if not written_out or ("\n" not in text and Path(text).is_file()):
+    is_text = isinstance(text, str) and ("=" in text or "\n" in text)
+    if not is_text or ("\n" not in text and Path(text).is_file()):
         path = Path(text)
         if not path.is_file():
             raise FileNotFoundError(f"options: no file {path} (or write key=value)")
@@ -133,43 +137,47 @@ def _refuse_misspelt(name: str) -> None:
     near = difflib.get_close_matches(
         name, [*_SHARED, *_STARFLOW_ONLY, *_YAML_NAMES, *_REFUSED, "family"], 1, 0.85
     )
-    # The one option of their trainers that is as near to one of the model as a slip would be.
+    # `batch_size` is the only trainer option that is this close to a model option.
     if near and name != "batch_size":
         raise ValueError(f"options: unknown {name!r}; did you mean {near[0]!r}?")
 
 
 def find_family(options: Mapping[str, Any], names: set[str]) -> str:
-    """Which code a run is of.
+    """Return the family of a run, `tarflow` or `starflow`.
 
-    What `family` says; else TarFlow if the file has a class vector; else STARFlow if an option or a
-    tensor is there that only STARFlow has; else TarFlow. Without any of these the two differ in
-    nothing but the order of numbers within a patch.
+    The option `family` decides if it is present. Otherwise class vectors mean TarFlow, and an
+    option or a tensor that only STARFlow has means STARFlow. Without any of these it is TarFlow;
+    then the two differ only in the order of numbers within a patch.
+
+    Args:
+        options: model options from `read_options`.
+        names: names of the state dict's tensors.
     """
     if options.get("family"):
         return options["family"]
     endings = {name.split(".", 2)[-1] for name in names}
     if "class_embed" in endings or options.get("num_classes"):
         return "tarflow"
-    theirs = {"sos_embed", "proj_txt.weight", "final_norm.weight"} & endings
-    if theirs or "feat_rope.freqs_cos" in names or _STARFLOW_ONLY & set(options):
+    starflow_tensors = {"sos_embed", "proj_txt.weight", "final_norm.weight"} & endings
+    if starflow_tensors or "feat_rope.freqs_cos" in names or _STARFLOW_ONLY & set(options):
         return "starflow"
     return "tarflow"
 
 
 def image_of(options: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """`{"pixels", "patch", "layout"}` of the image (or latent) that is cut into tokens.
+    """Return `{"pixels", "patch", "layout"}` of the image (or latent) that is cut into tokens.
 
-    `pixels` is the side of what the flow sees: with a VAE that of the latent. `layout` is the order
+    `pixels` is the side of the flow's input, which with a VAE is the latent. `layout` is the order
     within a token, as in `models.patches`.
     """
-    pixels, patch = _need(options, "img_size"), _whole(options, "patch_size", 4)
+    pixels, patch = _required(options, "img_size"), _integer(options, "patch_size", 4)
     vae = options.get("vae")
     if vae:
         factor = next((f for name, f in _VAE_FACTORS.items() if name in str(vae)), None)
         if factor is None:
             raise ValueError(
-                f"options: vae={vae!r} is not known, so img_size={pixels} says nothing of the "
-                "latent; leave vae out and give img_size as the latent's side"
+                f"options: vae={vae!r} is not known, so the latent's side does not follow from "
+                f"img_size={pixels}; leave vae out and give img_size as the latent's side"
             )
         pixels = _divide(pixels, factor, "img_size", f"the factor {factor} of {vae}")
     _divide(pixels, patch, "img_size", "patch_size")
@@ -180,50 +188,72 @@ def image_of(options: Mapping[str, Any], family: str) -> dict[str, Any]:
 def flow_config(
     options: Mapping[str, Any], family: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> FlowConfig:
-    """The flow that `options` (of `read_options`) describe.
+    """Return the flow that options describe.
 
-    Two sizes that a run takes from its data or text encoder are read from the file's shapes where
-    the options leave them out: the number of classes and the text channels.
+    The number of classes and of text channels, which a run takes from its data or text encoder, are
+    read from the tensors' shapes if the options lack them.
+
+    Args:
+        options: model options from `read_options`.
+        family: `tarflow` or `starflow`.
+        shapes: shape of every tensor of the state dict, by name.
 
     Raises:
-        ValueError: a needed option is missing, or a value that fits no image flow.
+        ValueError: A required option is missing, or a value fits no image flow.
     """
     image = image_of(options, family)
-    side = image["pixels"] // image["patch"]
-    shared = dict(
-        channels=_need(options, "in_channels") * image["patch"] ** 2,
-        width=_need(options, "channels"),
+    sizes = dict(
+        channels=_required(options, "in_channels") * image["patch"] ** 2,
+        width=_required(options, "channels"),
         layers=_layers(options),
-        head_dim=_whole(options, "head_dim", 64),
+        head_dim=_integer(options, "head_dim", 64),
     )
-    if family == "tarflow":
-        harmless = {"use_bias": 1, "norm_type": "layer_norm", "seq_order": "R2L"}
-        foreign = [n for n in sorted(_STARFLOW_ONLY) if options.get(n, 0) != harmless.get(n, 0)]
-        foreign = [n for n in foreign if options.get(n) is not None]
-        if foreign:
-            raise ValueError(f"options: TarFlow has no {', '.join(foreign)}")
-        return FlowConfig(
-            side=side,
-            start="shift",
-            positions="learned",
-            scale="exp",
-            classes=_whole(options, "num_classes", _size(shapes, "class_embed", 0)),
-            **shared,
-        )
+    to_config = _tarflow_config if family == "tarflow" else _starflow_config
+    return to_config(options, shapes, image["pixels"] // image["patch"], sizes)
+
+
+def _tarflow_config(
+    options: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    side: int,
+    sizes: Mapping[str, Any],
+) -> FlowConfig:
+    # These values of STARFlow's options are what TarFlow does.
+    neutral = {"use_bias": 1, "norm_type": "layer_norm", "seq_order": "R2L"}
+    foreign = [n for n in sorted(_STARFLOW_ONLY) if options.get(n, 0) != neutral.get(n, 0)]
+    foreign = [n for n in foreign if options.get(n) is not None]
+    if foreign:
+        raise ValueError(f"options: TarFlow has no {', '.join(foreign)}")
+    return FlowConfig(
+        side=side,
+        start="shift",
+        positions="learned",
+        scale="exp",
+        classes=_integer(options, "num_classes", _size(shapes, "class_embed", 0)),
+        **sizes,
+    )
+
+
+def _starflow_config(
+    options: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    side: int,
+    sizes: Mapping[str, Any],
+) -> FlowConfig:
     if options.get("num_classes"):
         raise ValueError("options: num_classes: STARFlow has no class vectors, only text")
     rope = bool(options.get("rope"))
-    length = _whole(options, "txt_size", 0)
+    text_length = _integer(options, "txt_size", 0)
     norm = options.get("norm_type") or "layer_norm"
     if norm not in ("layer_norm", "rms_norm"):
         raise ValueError(f"options: norm_type={norm!r} is not one of layer_norm, rms_norm")
-    if options.get("cond_top_only") and not length:
+    if options.get("cond_top_only") and not text_length:
         raise ValueError("options: cond_top_only needs txt_size")
-    text = _whole(options, "txt_dim", _size(shapes, "proj_txt.weight", 1)) if length else 0
-    if length and not text:
+    text_channels = _integer(options, "txt_dim", _size(shapes, "proj_txt.weight", 1))
+    if text_length and not text_channels:
         raise ValueError("options: txt_size without txt_dim, and the file has no proj_txt")
     return FlowConfig(
-        side=_whole(options, "pt_seq_len", side) if rope else side,
+        side=_integer(options, "pt_seq_len", side) if rope else side,
         deep_width=options.get("top_block_channels") or None,
         heads=options.get("num_heads") or None,
         kv_heads=options.get("num_kv_heads") or None,
@@ -234,33 +264,34 @@ def flow_config(
         scale="softplus" if options.get("use_softplus") else "exp",
         soft_clip=float(options.get("soft_clip") or 0.0),
         final_norm=bool(options.get("use_final_norm")),
-        text_channels=text,
-        text_length=length,
-        text_blocks="all" if length and not options.get("cond_top_only") else "deep",
+        text_channels=text_channels if text_length else 0,
+        text_length=text_length,
+        text_blocks="all" if text_length and not options.get("cond_top_only") else "deep",
         norm=norm,
         bias=bool(1 if options.get("use_bias") is None else options["use_bias"]),
         qk_norm=bool(options.get("use_qk_norm")),
         post_norm=bool(options.get("use_post_norm")),
         gated_mlp=bool(options.get("use_swiglu")),
-        **shared,
+        **sizes,
     )
 
 
 def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The constructor's options of a flow; the inverse of `flow_config`.
+    """Return the constructor's options of a flow: the inverse of `flow_config`.
 
     Args:
-        image: as `image_of` gives it; by default patches of one pixel, STARFlow's layout.
+        cfg: the flow.
+        image: as `image_of` returns it; by default patches of one pixel in STARFlow's layout.
 
     Raises:
-        ValueError: an option that neither public code has.
+        ValueError: The flow has an option that neither published code has.
     """
     image = dict(image or {})
     patch = int(image.get("patch", 1))
     if cfg.start == "prefix" or cfg.mlp_ratio != 4:
         raise ValueError(
             f"model.start={cfg.start!r}, model.mlp_ratio={cfg.mlp_ratio}: "
-            "one of them is in neither public code"
+            "neither published code has one of them"
         )
     rope = cfg.positions == "rope"
     options = dict(
@@ -277,8 +308,8 @@ def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> d
         equal = len(set(cfg.layers)) == 1
         if cfg != _tarflow_of(cfg) or not equal or layout != "channel_first":
             raise ValueError(
-                "TarFlow's options cannot say this flow: classes and channel-first patches go with "
-                "start='shift', learned positions, scale='exp' and equal blocks only"
+                "TarFlow's options cannot express this flow: classes and channel-first patches "
+                "require start='shift', learned positions, scale='exp' and equal blocks"
             )
         options.update(layers_per_block=cfg.layers[0], num_classes=cfg.classes)
         if cfg.head_dim != 64:
@@ -314,7 +345,7 @@ def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> d
 
 
 def to_yaml(options: Mapping[str, Any]) -> str:
-    """Options of `public_options` as their YAML files write them."""
+    """Return the options of `public_options` in the format of the published YAML files."""
     yaml_names = {constructor: name for name, constructor in _YAML_NAMES.items()}
     lines = ["arguments:"]
     for name, value in options.items():
@@ -324,7 +355,7 @@ def to_yaml(options: Mapping[str, Any]) -> str:
 
 
 def _tarflow_of(cfg: FlowConfig) -> FlowConfig:
-    """The TarFlow of the sizes of `cfg`."""
+    """Return the TarFlow with the sizes of `cfg`."""
     return FlowConfig(
         cfg.side,
         cfg.channels,
@@ -350,7 +381,7 @@ def _layers(options: Mapping[str, Any]) -> tuple[int, ...]:
     except (TypeError, ValueError):
         raise ValueError(f"options: layers_per_block={value!r} is not whole numbers") from None
     if len(layers) == 1:
-        layers *= _need(options, "num_blocks")
+        layers *= _required(options, "num_blocks")
     elif blocks is not None and int(blocks) != len(layers):
         raise ValueError(f"options: num_blocks={blocks}, but layers_per_block has {len(layers)}")
     if min(layers) < 0 or layers[-1] == 0:
@@ -358,13 +389,13 @@ def _layers(options: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _need(options: Mapping[str, Any], name: str) -> int:
+def _required(options: Mapping[str, Any], name: str) -> int:
     if options.get(name) is None:
         raise ValueError(f"options: {name} is missing")
-    return _whole(options, name, 0)
+    return _integer(options, name, 0)
 
 
-def _whole(options: Mapping[str, Any], name: str, default: int) -> int:
+def _integer(options: Mapping[str, Any], name: str, default: int) -> int:
     value = options.get(name)
     if value is None:
         return default
@@ -374,11 +405,11 @@ def _whole(options: Mapping[str, Any], name: str, default: int) -> int:
 
 
 def _size(shapes: Mapping[str, tuple[int, ...]], ending: str, axis: int) -> int:
-    found = [s[axis] for n, s in shapes.items() if n.endswith("." + ending) and len(s) > axis]
-    return found[0] if found else 0
+    sizes = [s[axis] for n, s in shapes.items() if n.endswith("." + ending) and len(s) > axis]
+    return sizes[0] if sizes else 0
 
 
-def _divide(total: int, by: int, what: str, of: str) -> int:
-    if by < 1 or total % by:
-        raise ValueError(f"options: {what}={total} is not a multiple of {of} ({by})")
-    return total // by
+def _divide(total: int, divisor: int, name: str, divisor_name: str) -> int:
+    if divisor < 1 or total % divisor:
+        raise ValueError(f"options: {name}={total} is not a multiple of {divisor_name} ({divisor})")
+    return total // divisor

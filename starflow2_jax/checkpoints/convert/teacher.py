@@ -1,4 +1,4 @@
-"""The frozen tower of an experiment: its shape, its weights, and what they were read from."""
+"""Read the frozen tower of an experiment: its configuration, its weights and their digest."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,33 +17,28 @@ from starflow2_jax.models.fae.codec import FAEConfig
 from starflow2_jax.models.fae.teacher import Teacher
 
 
-def describe(cfg: Mapping[str, Any]) -> Teacher:
-    """The tower of an experiment's `teacher` group; no weight is read.
+def teacher_config(cfg: Mapping[str, Any], model: FAEConfig) -> Teacher:
+    """Return the tower of an experiment's `teacher` group. No weight is read.
+
+    Args:
+        cfg: the experiment's configuration.
+        model: the codec that encodes the tower's features.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: another architecture, a model without a
-            tower, or images that the tower cannot cut.
+        FileNotFoundError: There is no folder at `teacher.path`.
+        ValueError: This is another architecture or a model without a tower, the tower cannot cut
+            the images into patches, or its features have another grid or width than the codec's.
     """
     group = cfg["teacher"]
     kind, path = group["kind"], group["path"]
     if not path:
-        return Teacher(kind, teachers.RANDOM_INIT_TOWERS[kind], group["pixels"])
-    folder = locate(path)
-    if kind == "dinov2":
-        tower = dinov2.read_options(read_config(folder))
+        tower = teachers.RANDOM_INIT_TOWERS[kind]
+    elif kind == "dinov2":
+        tower = dinov2.read_options(read_config(locate(path)))
     else:
-        tower = qwen_options.read_options(read_config(folder), str(folder / CONFIG_FILE)).vision
-    return Teacher(kind, tower, group["pixels"])
-
-
-def teacher_of(cfg: Mapping[str, Any], model: FAEConfig) -> Teacher:
-    """Return the tower of an experiment, whose features the codec encodes.
-
-    Raises:
-        FileNotFoundError, ValueError: See `describe`; or the tower's features have another grid or
-            width than the model's.
-    """
-    teacher = describe(cfg)
+        source = str(locate(path) / CONFIG_FILE)
+        tower = qwen_options.read_options(read_config(locate(path)), source).vision
+    teacher = Teacher(kind, tower, group["pixels"])
     for name, actual, expected in (
         ("side", teacher.side, model.side),
         ("feature_width", teacher.width, model.feature_width),
@@ -59,15 +54,15 @@ def teacher_of(cfg: Mapping[str, Any], model: FAEConfig) -> Teacher:
 def load(
     cfg: Mapping[str, Any], teacher: Teacher, mesh: Mesh | None = None, layout: str = "dp"
 ) -> dict[str, Any]:
-    """Its weights in float32, read from `teacher.path`, or else drawn from the experiment's seed.
+    """Return the tower's weights in float32: from `teacher.path`, or else drawn from the seed.
 
     Raises:
-        FileNotFoundError, ValueError: as `dinov2.load` and `qwen.load` of this folder.
+        FileNotFoundError, ValueError: See `dinov2.load` and `qwen.load`.
     """
     path, tree = cfg["teacher"]["path"], teachers.declare(teacher)
     if not path:
-        where = None if mesh is None else params.shardings(tree, mesh, layout)
-        draw = jax.jit(partial(params.init, tree=tree), out_shardings=where)
+        shardings = None if mesh is None else params.shardings(tree, mesh, layout)
+        draw = jax.jit(partial(params.init, tree=tree), out_shardings=shardings)
         return draw(jax.random.key(cfg["seed"]))
     path = locate(path)
     if teacher.kind == "dinov2":
@@ -76,7 +71,11 @@ def load(
 
 
 def identity(path: str) -> str:
-    """sha256 over names and contents of the files of a folder that make a model, or of one file."""
+    """Return the sha256 over names and contents of a model's files.
+
+    Args:
+        path: a folder, of which config.json and the safetensors count, or one file.
+    """
     digest = hashlib.sha256()
     path = locate(path)
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:

@@ -50,7 +50,7 @@ def build(cfg: Mapping[str, Any], mesh: Mesh, codec: Any = None) -> Program:
             wrong train.trainable, or a teacher or codec that does not fit the model.
     """
     model = model_config(cfg)
-    teacher = codec.teacher if codec else teacher_weights.teacher_of(cfg, model)
+    teacher = codec.teacher if codec else teacher_weights.teacher_config(cfg, model)
     own = objective_of(cfg, model, teacher)
     train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
     check_batch(rows, mesh)

@@ -18,7 +18,7 @@ from peer import torch_qwen
 from safetensors.numpy import save_file
 
 from starflow2_jax.checkpoints import tensor_files
-from starflow2_jax.checkpoints.convert import qwen as table
+from starflow2_jax.checkpoints.convert import qwen as convert_qwen, tensor_map
 from starflow2_jax.checkpoints.convert.qwen_options import public_options, read_options
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import qwen
@@ -64,7 +64,7 @@ def same(a, b):
 
 def test_both_styles_of_files_are_one_model(tmp_path, published):
     config, state = published
-    cfg, params = table.load(write(tmp_path / "new", config, state))
+    cfg, params = convert_qwen.load(write(tmp_path / "new", config, state))
     assert cfg == read_options(config)
     flat = {**config, **config["text_config"], "model_type": "qwen2_5_vl"}
     del flat["text_config"], flat["rope_parameters"]
@@ -72,7 +72,7 @@ def test_both_styles_of_files_are_one_model(tmp_path, published):
     flat["vision_config"] = {k: v for k, v in flat["vision_config"].items() if "rope" not in k}
     renamed = {older(name): array for name, array in state.items()}
     assert any(name.startswith("visual.") for name in renamed)
-    again, theirs = table.load(write(tmp_path / "old", flat, renamed, shards=1))
+    again, theirs = convert_qwen.load(write(tmp_path / "old", flat, renamed, shards=1))
     assert again == cfg and same(theirs, params)
     layer = params["layers"]["query"]["weight"][1]
     name = "model.language_model.layers.1.self_attn.q_proj.weight"
@@ -82,9 +82,9 @@ def test_both_styles_of_files_are_one_model(tmp_path, published):
 
 
 def test_export_and_back(tmp_path, published):
-    cfg, params = table.load(write(tmp_path / "in", *published))
+    cfg, params = convert_qwen.load(write(tmp_path / "in", *published))
     (tmp_path / "in" / "tokenizer_config.json").write_text("{}")
-    table.export(params, cfg, tmp_path / "out", processor=tmp_path / "in", extra={"eos": 5})
+    convert_qwen.export(params, cfg, tmp_path / "out", processor=tmp_path / "in", extra={"eos": 5})
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{}"
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["eos"] == 5 and written["torch_dtype"] == "float32"
@@ -94,16 +94,18 @@ def test_export_and_back(tmp_path, published):
     }
     for name, array in published[1].items():
         np.testing.assert_array_equal(held[older(name)].read(), array)
-    again, theirs = table.load(tmp_path / "out")
+    again, theirs = convert_qwen.load(tmp_path / "out")
     assert again == cfg and same(theirs, params)
     with pytest.raises(FileExistsError, match="nothing was written over"):
-        table.export(params, cfg, tmp_path / "out")
+        convert_qwen.export(params, cfg, tmp_path / "out")
     broken = {**params, "embed": {"weight": params["embed"]["weight"][:5]}}
     del broken["head"]
-    with pytest.raises(ValueError, match=r"missing head/weight; embed/weight is \[5, 32\], exp"):
-        table.export(broken, cfg, tmp_path / "no")
+    with pytest.raises(
+        ValueError, match=r"1 missing: head/weight; .*embed/weight is \[5, 32\], exp"
+    ):
+        convert_qwen.export(broken, cfg, tmp_path / "no")
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer_config\.json"):
-        table.export(params, cfg, tmp_path / "no", processor=tmp_path)
+        convert_qwen.export(params, cfg, tmp_path / "no", processor=tmp_path)
     assert not (tmp_path / "no").exists()
 
 
@@ -118,9 +120,9 @@ def test_export_and_back(tmp_path, published):
 def test_sharded_loads_equal(tmp_path, published, layout, sizes, dtype):
     config, state = published
     folder = write(tmp_path / "in", config, state)
-    cfg, plain = table.load(folder)
+    cfg, plain = convert_qwen.load(folder)
     mesh = make_mesh(sizes)
-    cfg, params = table.load(folder, mesh, layout, dtype)
+    cfg, params = convert_qwen.load(folder, mesh, layout, dtype)
     assert same(params, jax.tree.map(lambda a: a.astype(dtype or a.dtype), plain))
     wanted = flatten(param_shardings(qwen.declare(cfg), mesh, layout))
     for name, leaf in flatten(params).items():
@@ -132,22 +134,22 @@ def test_layout_that_does_not_fit(tmp_path, published):
     with pytest.raises(
         ValueError, match=r"weight \S+ has 96 in .*\(vocab\), .* 'tensor' of size 5"
     ):
-        table.load(folder, make_mesh("tensor=5", jax.devices()[:5]), "tp")
+        convert_qwen.load(folder, make_mesh("tensor=5", jax.devices()[:5]), "tp")
 
 
 def test_dtypes(tmp_path, published):
     config, state = published
     low = {name: array.astype(ml_dtypes.bfloat16) for name, array in state.items()}
-    cfg, params = table.load(write(tmp_path / "low", config, low))
+    cfg, params = convert_qwen.load(write(tmp_path / "low", config, low))
     assert params["embed"]["weight"].dtype == jnp.bfloat16
-    table.export(params, cfg, tmp_path / "out")
+    convert_qwen.export(params, cfg, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert same(table.load(tmp_path / "out")[1], params)
+    assert same(convert_qwen.load(tmp_path / "out")[1], params)
     mixed = {**state, "lm_head.weight": low["lm_head.weight"]}
     folder = write(tmp_path / "mixed", config, mixed)
     with pytest.raises(ValueError, match="tensors of bfloat16, float32; say which dtype"):
-        table.load(folder)
-    _, params = table.load(folder, dtype=jnp.float32)
+        convert_qwen.load(folder)
+    _, params = convert_qwen.load(folder, dtype=jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
@@ -155,18 +157,18 @@ def test_tied_head(tmp_path, published):
     config, state = published
     config, state = {**config, "tie_word_embeddings": True}, dict(state)
     head = state.pop("lm_head.weight")
-    cfg, params = table.load(write(tmp_path / "tied", config, state))
+    cfg, params = convert_qwen.load(write(tmp_path / "tied", config, state))
     assert cfg.tied and "head" not in params
-    table.export(params, cfg, tmp_path / "out")
+    convert_qwen.export(params, cfg, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
     nested = {**config, "tie_word_embeddings": False}
     nested["text_config"] = {**config["text_config"], "tie_word_embeddings": True}
     assert read_options(nested).tied
     # Some savers write the tied tensor twice.
     twice = {**state, "lm_head.weight": state["model.language_model.embed_tokens.weight"]}
-    assert same(table.load(write(tmp_path / "twice", config, twice))[1], params)
+    assert same(convert_qwen.load(write(tmp_path / "twice", config, twice))[1], params)
     with pytest.raises(ValueError, match=r"ties the head, but lm_head\.weight is not model\.embed"):
-        table.load(write(tmp_path / "untied", config, {**state, "lm_head.weight": head}))
+        convert_qwen.load(write(tmp_path / "untied", config, {**state, "lm_head.weight": head}))
 
 
 # --------------------------------------------------------------------------------------- bad input
@@ -175,29 +177,29 @@ def test_tied_head(tmp_path, published):
 def test_damaged_folders(tmp_path, published):
     folder = write(tmp_path / "in", *published)
     with pytest.raises(FileNotFoundError, match=r"no such file; is .* a model folder"):
-        table.load(tmp_path / "nowhere")
+        convert_qwen.load(tmp_path / "nowhere")
     shard = folder / "model-00002-of-00003.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors is truncated or not"):
-        table.load(folder)
+        convert_qwen.load(folder)
     shard.write_bytes(whole[:20])
     with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors is truncated or not"):
-        table.load(folder)
+        convert_qwen.load(folder)
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"names missing shards model-00002-of-00003\.saf"):
-        table.load(folder)
+        convert_qwen.load(folder)
     shard.write_bytes(whole)
     index = folder / tensor_files.INDEX_FILE
     text = index.read_text()
     index.write_text(text.replace('"lm_head.weight"', '"model.language_model.norm.weight"'))
     with pytest.raises(ValueError, match=r"named twice: model\.language_model\.norm\.weight"):
-        table.load(folder)
+        convert_qwen.load(folder)
     index.write_text(text)
     extra = {"model.norm.weight": published[1]["model.language_model.norm.weight"]}
     both = write(tmp_path / "both", published[0], {**published[1], **extra})
     with pytest.raises(ValueError, match=r"holds model\.norm\.weight under two names"):
-        table.load(both)
+        convert_qwen.load(both)
 
 
 def test_names_and_shapes_are_strict(tmp_path, published):
@@ -210,7 +212,7 @@ def test_names_and_shapes_are_strict(tmp_path, published):
         "lm_head.weight": np.zeros((96, 32), np.int8),
     }
     with pytest.raises(ValueError, match=r"does not hold the model of its config\.json") as error:
-        table.load(write(tmp_path / "in", config, other))
+        convert_qwen.load(write(tmp_path / "in", config, other))
     for part in (
         "2 missing: model.layers.1.mlp.up_proj.weight, visual.merger.ln_q.weight",
         "1 unexpected: model.layers.2.mlp.up_proj.weight",
@@ -267,7 +269,7 @@ def test_configurations_that_are_refused(tmp_path, published, path, value, messa
     inner[key] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):
-        table.load(tmp_path)
+        convert_qwen.load(tmp_path)
 
 
 def test_every_published_configuration_goes_round():
@@ -321,7 +323,7 @@ def fake(folder, cfg, shard_bytes):
         where.update(dict.fromkeys(held, file))
         held.clear()
 
-    for name, shape in table._public_shapes(cfg).items():
+    for name, shape in tensor_map.published_shapes(convert_qwen.table(cfg)).items():
         held[name] = np.resize(noise, shape)
         size = held[name].nbytes
         filled, total, largest = filled + size, total + size, max(largest, size)
@@ -398,8 +400,8 @@ def test_transformers_loads_what_we_export(tmp_path, tied):
     model = torch_qwen.make(seed=7, tied=tied)
     model.save_pretrained(tmp_path / "in", max_shard_size="40KB")
     assert (tmp_path / "in" / tensor_files.INDEX_FILE).exists()
-    cfg, params = table.load(tmp_path / "in")
-    table.export(params, cfg, tmp_path / "out", extra={"bos_token_id": 0, "eos_token_id": 1})
+    cfg, params = convert_qwen.load(tmp_path / "in")
+    convert_qwen.export(params, cfg, tmp_path / "out", extra={"bos_token_id": 0, "eos_token_id": 1})
     again = Public.from_pretrained(tmp_path / "out").eval().requires_grad_(False)
     given = torch_qwen.CASES["three_left"]()
     ours, theirs = torch_qwen.reference(again, given), torch_qwen.reference(model, given)

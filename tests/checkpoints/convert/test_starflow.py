@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.paths import GOLDEN
 
-from starflow2_jax.checkpoints.convert import starflow, starflow_options
+from starflow2_jax.checkpoints.convert import starflow, starflow_options, tensor_map
 from starflow2_jax.models import flow
 from starflow2_jax.params import _map, count as count_params, flatten
 
@@ -111,8 +111,8 @@ def synthetic(options, dtype=np.float32):
     family = starflow_options.find_family(given, set())
     cfg = starflow_options.flow_config(given, family, {})
     rng = np.random.default_rng(0)
-    names = {public.name: public.shape for public in starflow.table(cfg)}
-    return {name: rng.normal(size=shape).astype(dtype) for name, shape in names.items()}, cfg
+    shapes = tensor_map.published_shapes(starflow.table(cfg))
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}, cfg
 
 
 @pytest.mark.parametrize(("name", "options"), [("tarflow", TARFLOW), ("starflow", STARFLOW)])
@@ -127,7 +127,7 @@ def test_golden_state_dicts_come_back_bit_for_bit(name, options):
         np.testing.assert_array_equal(array, state[key], err_msg=key)
     layout = "channel_first" if name == "tarflow" else "channel_last"
     image = {"pixels": options["img_size"], "patch": options["patch_size"], "layout": layout}
-    written = starflow.options(cfg, image)
+    written = starflow_options.public_options(cfg, image)
     assert {k: written[k] for k in options} == options
     again, same = starflow.load(back, written)
     assert again == cfg
@@ -163,9 +163,10 @@ def test_other_options_are_the_published_names_and_shapes():
     back = starflow.export(params, cfg)
     assert all(np.array_equal(back[name], state[name]) for name in state)
     shapes = {"pixels": 8, "patch": 2, "layout": "channel_last"}
-    assert starflow.load(state, starflow.options(cfg, shapes))[0] == cfg
-    conditioning = flow.Conditioning(text=np.ones((1, 6, 20)))
-    z, log_det = flow.forward(params, np.zeros((1, 16, 12), np.float32), cfg, conditioning)
+    assert starflow.load(state, starflow_options.public_options(cfg, shapes))[0] == cfg
+    z, log_det = flow.forward(
+        params, np.zeros((1, 16, 12), np.float32), cfg, text=np.ones((1, 6, 20))
+    )
     assert np.isfinite(z).all() and np.isfinite(log_det).all()
 
 
@@ -194,8 +195,9 @@ def test_released_yaml_is_the_3b_model(tmp_path):
     family = starflow_options.find_family(options, set(shapes))
     cfg = starflow_options.flow_config(options, family, shapes)
     assert cfg == flow.starflow_3b()
-    assert sum(np.prod(p.shape) for p in starflow.table(cfg)) == 3_858_281_544
-    assert len(starflow.table(cfg)) == 455 - 6 - 3  # masks; var and two rope tables
+    published = tensor_map.published_shapes(starflow.table(cfg)).values()
+    assert sum(np.prod(shape) for shape in published) == 3_858_281_544
+    assert len(published) == 455 - 6 - 3  # masks; var and two rope tables
     assert others["noise_std"] == 0.3
 
 
@@ -383,14 +385,14 @@ def test_export_names_what_does_not_fit():
     block["final_norm"] = {"weight": np.zeros(3)}
     with pytest.raises(ValueError) as error:
         starflow.export({"blocks": {**params["blocks"], "0": block}}, cfg)
-    assert "missing blocks/0/start; unexpected blocks/0/extra" in str(error.value)
+    assert "1 missing: blocks/0/start; 1 unexpected: blocks/0/extra" in str(error.value)
     assert "blocks/0/final_norm/weight is [3], expected [64]" in str(error.value)
 
 
 def test_flows_that_have_no_public_options():
     prefix = flow.FlowConfig(4, 4, 64, (1, 1), start="prefix", text_channels=8, text_length=4)
     with pytest.raises(ValueError, match="start='prefix'"):
-        starflow.options(prefix)
+        starflow_options.public_options(prefix)
     classes = flow.FlowConfig(4, 4, 64, (1, 1), classes=3)
-    with pytest.raises(ValueError, match="TarFlow's options cannot say this flow"):
-        starflow.options(classes)
+    with pytest.raises(ValueError, match="TarFlow's options cannot express this flow"):
+        starflow_options.public_options(classes)

@@ -68,7 +68,7 @@ def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
     assert np.mean(losses[-5:]) < 0.6 * losses[0], losses[::10]
     # The averaged weights' own statistics: their latents have unit variance.
     image = scale_pixels(batch_of()["image"])
-    teacher = teacher_weights.teacher_of(cfg, program.model)
+    teacher = teacher_weights.teacher_config(cfg, program.model)
     x = teachers.features(frozen["teacher"], image, teacher)
     sums = fae.moments(*fae.encode(state.ema, x, program.model))
     np.testing.assert_allclose(sums["square"] / sums["count"], 1, atol=0.1)

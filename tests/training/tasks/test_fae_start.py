@@ -124,7 +124,7 @@ def test_lpips_within_a_step(tmp_path):
     ids, mask = np.arange(8, dtype=np.int32), np.ones(8, np.float32)
     sums = program.evaluate(state.params, frozen, batch, ids, mask)
     image = scale_pixels(batch["image"])
-    given = teacher_weights.teacher_of(cfg, program.model)
+    given = teacher_weights.teacher_config(cfg, program.model)
     x = fae_step.fae.teachers.features(frozen["teacher"], image, given)
     decoded = fae.decode_pixels({**frozen, **state.params}, x, program.model)
     wanted = perceptual.lpips(lpips.load(file)[1], decoded, image)
