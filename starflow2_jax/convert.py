@@ -9,6 +9,7 @@ run's YAML file, or text such as 'img_size=32 patch_size=4 ...', in either publi
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,18 @@ Result = tuple[dict[str, Any] | list[dict[str, Any]], list[str]]
 
 def define(values: flags.FlagValues) -> None:
     """Define the flags of this command."""
-    text, switch = flags.DEFINE_string, flags.DEFINE_boolean
-    text("options", None, "options of the run: a YAML file or key=value", flag_values=values)
-    text("out", None, "folder to write", flag_values=values)
-    switch("overwrite", False, "replace the model folder at --out", flag_values=values)
-    text("model", None, "a workdir, a step folder in it, or a model folder", flag_values=values)
-    text("workdir", None, "a run's folder", flag_values=values)
-    switch("ema", True, "export the averaged weights, not the raw ones", flag_values=values)
+    text = partial(flags.DEFINE_string, flag_values=values)
+    switch = partial(flags.DEFINE_boolean, flag_values=values)
+    text("options", None, "options of the run: a YAML file or key=value")
+    text("out", None, "folder to write")
+    switch("overwrite", False, "replace the model folder at --out")
+    text("model", None, "a workdir, a step folder in it, or a model folder")
+    text("workdir", None, "a run's folder")
+    switch("ema", True, "export the averaged weights, not the raw ones")
     switch(
-        "embed",
-        True,
-        "export of a STARFlow2: include VLM, tokenizer and codec, otherwise their paths",
-        flag_values=values,
+        "embed", True, "export of a STARFlow2: include VLM, tokenizer and codec, not their paths"
     )
-    switch("public", False, "export under the published names", flag_values=values)
+    switch("public", False, "export under the published names")
     flags.DEFINE_enum(
         "dtype",
         "float32",
@@ -60,8 +59,8 @@ def define(values: flags.FlagValues) -> None:
         "export of a task='vlm' run: dtype of the tensors",
         flag_values=values,
     )
-    switch("seal", False, "verify: write digests a step lacks, if it is whole", flag_values=values)
-    switch("json", False, "print the result as JSON", flag_values=values)
+    switch("seal", False, "verify: write digests a step lacks, if it is whole")
+    switch("json", False, "print the result as JSON")
 
 
 def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
@@ -170,8 +169,8 @@ def _export_flow(values: flags.FlagValues, path: str, out: str) -> Result:
         {
             "pixels": model.side * image["patch"],
             "patch": image["patch"],
-            # With patches of one pixel both layouts are the same, and the family decides.
-            "layout": image["layout"] if image["patch"] > 1 else None,
+            # With patches of one pixel both orders are the same, and the family decides.
+            "channel_order": image["channel_order"] if image["patch"] > 1 else None,
         },
     )
     tensors = starflow.public_view(tree["flow"], model)

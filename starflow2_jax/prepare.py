@@ -1,4 +1,4 @@
-"""Makes and inspects datasets.
+"""Make and inspect datasets.
 
 python -m starflow2_jax.prepare import --format shapes --n 10000 --pixels 32 --out data/shapes
 python -m starflow2_jax.prepare import --format webdataset --source pets.tar --out data/pets
@@ -8,16 +8,14 @@ python -m starflow2_jax.prepare show --data data/pets --out pets.png
 import json
 import os
 import pathlib
-import statistics
 import sys
-import textwrap
-from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 from absl import flags
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from starflow2_jax.data import (
     chat_layout,
@@ -26,18 +24,20 @@ from starflow2_jax.data import (
     packing,
     records,
     shards,
+    statistics,
     tokenizer as tokenizer_lib,
 )
-from starflow2_jax.data.manifest import DatasetError, Importer
+from starflow2_jax.data.manifest import DatasetError, Importer, Manifest
 from starflow2_jax.importers import captioned
 from starflow2_jax.importers.registry import IMPORTERS
 from starflow2_jax.runtime import cli
 from starflow2_jax.shapes import generator, holdout, tasks
 from starflow2_jax.shapes.importer import shapes_source
+from starflow2_jax.training.logging import image_grid
 
 SOURCES = {**IMPORTERS, "shapes": shapes_source}
 VERBS = {
-    "import": "source -> dataset folder (--format --source --out)",
+    "import": "a source to a dataset folder (--format --source --out)",
     "validate": "schema, checks and image decoding of every record (--data)",
     "verify": "sha256 of every shard (--data)",
     "stats": "counts, sizes, caption lengths, classes (--data)",
@@ -51,78 +51,87 @@ _MAX_PROBLEMS = 20
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the flags of this command."""
-    text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
-    text("data", None, "dataset folder to read", flag_values=values)
-    text("out", None, "what to write: a dataset folder, or a PNG for show", flag_values=values)
-    switch("overwrite", False, "replace what --out names", flag_values=values)
-    switch("json", False, "print the result as JSON", flag_values=values)
-    flags.DEFINE_enum("format", None, list(SOURCES), "kind of source to import", flag_values=values)
-    flags.DEFINE_multi_string(
-        "source", [], "files (wildcards allowed, may be repeated), an image folder, a folder of "
-        "datasets.save_to_disk, or the name of a TFDS set", flag_values=values,
-    )  # fmt: skip
-    text("label", "none", "classes: none, caption (the distinct captions), a class feature of the "
-         "TFDS set, or for shapes: " + ", ".join(generator.LABELS), flag_values=values)  # fmt: skip
-    number("missing_captions", 0, "images without a caption that may be left out", 0,
-           flag_values=values)  # fmt: skip
-    number("n", None, "import: pictures of shapes (10000); show: pictures on the sheet (24)", 1,
-           flag_values=values)  # fmt: skip
-    number("pixels", None, "side of the images: shapes (32), features (256)", 8, flag_values=values)
-    number("seed", 0, "seed: shapes, index", 0, flag_values=values)
-    flags.DEFINE_list("tags", list(generator.TAGS), "kinds of shapes pictures", flag_values=values)
-    flags.DEFINE_list("tasks", ["t2i"], "shapes records, in turn: "
-                      + ", ".join(tasks.TASKS), flag_values=values)  # fmt: skip
-    flags.DEFINE_enum("withheld", "none", holdout.CHOICES, "shapes pairs and combinations "
-                      "kept for evaluation", flag_values=values)  # fmt: skip
-    text("split", "train", "split of the TFDS set", flag_values=values)
-    text("tfds_dir", None, "data_dir of the TFDS set", flag_values=values)
-    text("image_key", "image", "image feature: TFDS, huggingface", flag_values=values)
-    text("text_key", None, "caption feature: TFDS, huggingface", flag_values=values)
-    text("image_root", "", "folder of the images: llava, obelics, omnicorpus", flag_values=values)
-    flags.DEFINE_enum("missing_images", "record", ("record", "image"), "what is left out, and "
-                      "counted, where an image is not there", flag_values=values)  # fmt: skip
-    text("caption", "all", "bagel_t2i: the caption to take, by name", flag_values=values)
-    text("vae", None, "features: folder of a diffusers AutoencoderKL", flag_values=values)
-    text("t5", None, "features: folder of a T5 encoder and tokenizer", flag_values=values)
-    number("text_length", 128, "features: tokens of text", 1, flag_values=values)
-    number("patch", 1, "features: latent pixels on a side of a token", 1, flag_values=values)
-    number("row_length", 2048, "index: positions of a row", 1, flag_values=values)
-    text("tokenizer", None, "index: folder of a tokenizer", flag_values=values)
-    number("vocabulary", 640, "tokenizer: how many ids", 1, flag_values=values)
-    number(
-        "tower_patch", 4, "tokenizer: pixels of a patch of the vision tower", 1, flag_values=values
+    """Define the flags of this command."""
+    text = partial(flags.DEFINE_string, flag_values=values)
+    switch = partial(flags.DEFINE_boolean, flag_values=values)
+    choice = partial(flags.DEFINE_enum, flag_values=values)
+    names = partial(flags.DEFINE_list, flag_values=values)
+    strings = partial(flags.DEFINE_multi_string, flag_values=values)
+
+    def number(name: str, default: int | None, doc: str, least: int = 1) -> None:
+        flags.DEFINE_integer(name, default, doc, least, flag_values=values)
+
+    text("data", None, "dataset folder to read")
+    text("out", None, "what to write: a dataset folder, or a PNG for show")
+    switch("overwrite", False, "replace what --out names")
+    switch("json", False, "print the result as JSON")
+    choice("format", None, list(SOURCES), "kind of source to import")
+    strings(
+        "source",
+        [],
+        "files (wildcards allowed, may be repeated), an image folder, a folder of "
+        "datasets.save_to_disk, or the name of a TFDS set",
     )
-    number("tower_merge", 2, "tokenizer: patches of the tower side by side in one feature", 1,
-           flag_values=values)  # fmt: skip
-    number("image_tokens", 256, "index: positions of an image", 1, flag_values=values)
-    number("row_images", 0, "index: images of a row, 0 as many as fit", 0, flag_values=values)
-    number("batch_size", 8, "features: images encoded at once", 1, flag_values=values)
-    text("fae", None, "latents: workdir or model folder of the codec", flag_values=values)
-    text("shard", "0/1", "latents: i/n, this job among n that share the shards", flag_values=values)
-    switch("beam", False, "latents: make the shards in an Apache Beam pipeline", flag_values=values)
-    flags.DEFINE_multi_string("beam_option", [], "latents: of the pipeline, may be repeated",
-                              flag_values=values)  # fmt: skip
-    text("device", "cpu", "features: torch device", flag_values=values)
+    text(
+        "label",
+        "none",
+        "classes: none, caption (the distinct captions), a class feature of the TFDS set, or for "
+        "shapes: " + ", ".join(generator.LABELS),
+    )
+    number("missing_captions", 0, "images without a caption that may be left out", 0)
+    number("n", None, "import: number of shapes images (10000); show: images on the sheet (24)")
+    number("pixels", None, "side of the images: shapes (32), features (256)", 8)
+    number("seed", 0, "seed: shapes, index", 0)
+    names("tags", list(generator.TAGS), "kinds of shapes images")
+    names("tasks", ["t2i"], "shapes records, in turn: " + ", ".join(tasks.TASKS))
+    choice("withheld", "none", holdout.CHOICES, "shapes pairs and combinations kept for evaluation")
+    text("split", "train", "split of the TFDS set")
+    text("tfds_dir", None, "data_dir of the TFDS set")
+    text("image_key", "image", "image feature: TFDS, huggingface")
+    text("text_key", None, "caption feature: TFDS, huggingface")
+    text("image_root", "", "folder of the images: llava, obelics, omnicorpus")
+    choice(
+        "missing_images",
+        "record",
+        ("record", "image"),
+        "what is left out, and counted, if an image is missing",
+    )
+    text("caption", "all", "bagel_t2i: name of the caption to take")
+    text("vae", None, "features: folder of a diffusers AutoencoderKL")
+    text("t5", None, "features: folder of a T5 encoder and tokenizer")
+    number("text_length", 128, "features: tokens of text")
+    number("patch", 1, "features: latent pixels on a side of a token")
+    number("row_length", 2048, "index: positions of a row")
+    text("tokenizer", None, "index: folder of a tokenizer")
+    number("vocabulary", 640, "tokenizer: number of ids")
+    number("tower_patch", 4, "tokenizer: pixels along a patch of the vision tower")
+    number("tower_merge", 2, "tokenizer: patches of the tower along one feature")
+    number("image_tokens", 256, "index: positions of an image")
+    number("row_images", 0, "index: images of a row, 0 for as many as fit", 0)
+    number("batch_size", 8, "features: images encoded at once")
+    text("fae", None, "latents: workdir or model folder of the codec")
+    text("shard", "0/1", "latents: i/n, this is job i of n jobs that share the shards")
+    switch("beam", False, "latents: make the shards in an Apache Beam pipeline")
+    strings("beam_option", [], "latents: option of the pipeline, may be repeated")
+    text("device", "cpu", "features: torch device")
 
 
 def import_(values: flags.FlagValues) -> dict[str, Any]:
-    """Source -> dataset folder. The same import over its own complete result does nothing."""
-    out = _needed(values, "out")
-    kind = _needed(values, "format")
+    """Import a source to a dataset folder. Do nothing if the same import is complete."""
+    out, kind = _required(values, "out"), _required(values, "format")
     make, importer, sources, classes, counts = SOURCES[kind](values)
     if os.path.exists(out) and not values.overwrite:
-        if _same(out, importer, sources):
-            found = manifest.load(out)
-            return {"out": out, "records": found.records, "bytes": found.bytes, "was": "complete"}
+        if existing := _same_import(out, importer, sources):
+            size = {"records": existing.records, "bytes": existing.bytes}
+            return {"out": out, **size, "was": "complete"}
         shards.check_absent(out, overwrite=False)
     if values.label == "caption":
-        classes, produced = captioned.label_by_caption(make)
+        classes, rows = captioned.label_by_caption(make)
     else:
-        produced = make()
+        rows = make()
     written = records.write(
         out,
-        produced,
+        rows,
         importer=importer,
         sources=sources,
         classes=classes,
@@ -138,88 +147,78 @@ def import_(values: flags.FlagValues) -> dict[str, Any]:
     }
 
 
+def _same_import(out: str, importer: Importer, sources: dict[str, str]) -> Manifest | None:
+    """Return the manifest of `out` if it is the result of this import."""
+    try:
+        existing = manifest.load(out)
+    except DatasetError:
+        return None
+    is_same = existing.importer == importer and existing.sources == sources
+    return existing if is_same else None
+
+
 def validate(values: flags.FlagValues) -> dict[str, Any]:
-    """Schema, checks and image decoding of every record; lists the problems."""
-    return _problems(_needed(values, "data"), records.validate)
+    """Check schema, constraints and image decoding of every record; list the problems."""
+    return _problems(_required(values, "data"), records.validate)
 
 
 def verify(values: flags.FlagValues) -> dict[str, Any]:
-    """sha256 of every shard, and where one differs the records that are damaged."""
-    return _problems(_needed(values, "data"), records.verify)
+    """Compare every shard with its sha256; list damaged shards and records."""
+    return _problems(_required(values, "data"), records.verify)
 
 
 def stats(values: flags.FlagValues) -> dict[str, Any]:
-    """Counts of records, segments, image sizes and formats, caption lengths, classes."""
-    dataset = records.read(_needed(values, "data"))
-    sizes, formats, classes, tags = Counter(), Counter(), Counter(), Counter()
-    targets = {"text": 0, "image": 0}
-    lengths, image_bytes = [], 0
-    for record in dataset:
-        lengths.append(len(records.text(record).encode()))
-        for blob in record.imgs:
-            sizes[f"{blob.h}x{blob.w}"] += 1
-            formats[blob.fmt] += 1
-            image_bytes += len(blob.data)
-        for segment in record.segs:
-            targets["text" if isinstance(segment, records.Text) else "image"] += segment.loss
-        if "label" in record.meta:
-            classes[record.meta["label"]] += 1
-        if "tag" in record.meta:
-            tags[record.meta["tag"]] += 1
-    names = dataset.manifest.classes or []
-    return {
-        "records": len(dataset),
-        "bytes": dataset.manifest.bytes,
-        "shards": len(dataset.manifest.shards),
-        "importer": dataset.manifest.importer.name,
-        "images": sum(sizes.values()),
-        "image_bytes": image_bytes,
-        "image_sizes_h_w": dict(sizes.most_common(20)),
-        "image_formats": dict(formats.most_common()),
-        "targets": targets,
-        "caption_bytes": {
-            "least": min(lengths),
-            "median": int(statistics.median(lengths)),
-            "most": max(lengths),
-        },
-        "tags": dict(sorted(tags.items())),
-        "classes": {name: classes[number] for number, name in enumerate(names)},
-    }
+    """Count records, segments, image sizes and formats, caption lengths, classes."""
+    return statistics.describe(records.read(_required(values, "data")))
 
 
 def show(values: flags.FlagValues) -> dict[str, Any]:
-    """Writes a contact sheet with captions, records spread evenly over the dataset."""
-    out = pathlib.Path(_needed(values, "out"))
+    """Write a contact sheet with captions, of records spread evenly over the dataset."""
+    out = pathlib.Path(_required(values, "out"))
     if out.suffix != ".png":
         raise DatasetError(f"--out {out}: expected a file name that ends in .png")
     if out.exists() and not values.overwrite:
         raise DatasetError(f"{out} exists; choose another --out or give --overwrite")
-    dataset = records.read(_needed(values, "data"))
+    dataset = records.read(_required(values, "data"))
     count = min(values.n or 24, len(dataset))
-    cells = []
+    pixels, captions = [], []
     for index in np.linspace(0, len(dataset) - 1, count).astype(int).tolist():
         record = dataset[index]
         for blob in record.imgs:
-            where = f"{dataset.location(index)} (id {record.id!r})"
-            cells.append((images.decode(blob.data, where), records.text(record)))
-    if not cells:
+            location = f"{dataset.location(index)} (id {record.id!r})"
+            pixels.append(_fit(images.decode(blob.data, location)))
+            captions.append(records.text(record))
+    if not pixels:
         raise DatasetError(f"{values.data}: none of {count} records has an image")
-    sheet = contact_sheet(cells)
+    sheet = image_grid.grid(np.stack(pixels), captions, columns=min(8, len(pixels)))
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    sheet.save(unfinished, format="PNG")
-    os.replace(unfinished, out)
-    return {"out": str(out), "pictures": len(cells), "pixels": f"{sheet.width}x{sheet.height}"}
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    temporary.write_bytes(image_grid.png(sheet))
+    os.replace(temporary, out)
+    height, width, _ = sheet.shape
+    return {"out": str(out), "pictures": len(pixels), "pixels": f"{width}x{height}"}
+
+
+def _fit(pixels: np.ndarray, side: int = 128) -> np.ndarray:
+    """Scale an image uint8 [H, W, 3] to [side, side, 3], padded with white."""
+    image = Image.fromarray(pixels)
+    scale = side / max(image.size)
+    # Small images keep their pixels visible.
+    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(image.resize(size, method), (0, 0))
+    return np.asarray(square)
 
 
 def features(values: flags.FlagValues) -> dict[str, Any]:
-    """Latents and text features of a dataset, as a parallel dataset of arrays."""
-    from starflow2_jax.latents import sd_vae_t5 as features_lib
+    """Encode images with an SD-VAE and captions with T5, to a parallel dataset of arrays."""
+    from starflow2_jax.latents import sd_vae_t5
 
-    out = _needed(values, "out")
-    written = features_lib.write(
+    out = _required(values, "out")
+    written = sd_vae_t5.write(
         out,
-        _needed(values, "data"),
+        _required(values, "data"),
         vae=values.vae,
         t5=values.t5,
         text_length=values.text_length,
@@ -234,18 +233,18 @@ def features(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def tokenizer(values: flags.FlagValues) -> dict[str, Any]:
-    """A folder with a tokenizer, chat template and image processor."""
-    data, out = (_needed(values, name) for name in ("data", "out"))
-    text = tokenizer_lib.train(data, values.vocabulary)
-    tokenizer_lib.write(text, out, patch=values.tower_patch, merge=values.tower_merge, frames=2)
+    """Write a folder with a tokenizer, chat template and image processor."""
+    data, out = (_required(values, name) for name in ("data", "out"))
+    trained = tokenizer_lib.train(data, values.vocabulary)
+    tokenizer_lib.write(trained, out, patch=values.tower_patch, merge=values.tower_merge, frames=2)
     return {"out": out, "size": chat_layout.open_tokenizer(out).vocab_size}
 
 
 def index(values: flags.FlagValues) -> dict[str, Any]:
-    """Lengths of the records and a packing plan, beside the manifest; done already, it is read."""
-    room = packing.PackingSpec(values.row_length, values.image_tokens, values.row_images)
-    data, tokenizer = (_needed(values, name) for name in ("data", "tokenizer"))
-    file, plan = packing.load_or_make_plan(data, tokenizer, room, values["seed"].value)
+    """Write lengths and a packing plan next to the manifest, or read them if they exist."""
+    spec = packing.PackingSpec(values.row_length, values.image_tokens, values.row_images)
+    data, tokenizer = (_required(values, name) for name in ("data", "tokenizer"))
+    file, plan = packing.load_or_make_plan(data, tokenizer, spec, values["seed"].value)
     return {
         "out": file,
         "records": len(plan.lengths),
@@ -256,66 +255,32 @@ def index(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def latents(values: flags.FlagValues) -> dict[str, Any]:
-    """Latents of a dataset; what is finished is kept, so the same command resumes."""
-    from starflow2_jax.latents import codec, write as latents_lib, write_beam
+    """Encode images with a trained codec. The same command resumes an interrupted one."""
+    from starflow2_jax.latents import codec, write, write_beam
 
-    out, data, fae = (_needed(values, name) for name in ("out", "data", "fae"))
+    out, data, fae = (_required(values, name) for name in ("out", "data", "fae"))
     if values.overwrite:
         raise DatasetError("--overwrite: latents are never written over; choose another --out")
     if values.beam:
         options = values.beam_option
-        found = write_beam.write(out, data, codec.open_encoder, fae, options=options)
+        counts = write_beam.write(out, data, codec.open_encoder, fae, options=options)
     else:
-        shard = latents_lib.parse_shard(values.shard)
-        found = latents_lib.write(out, data, *codec.open_encoder(fae), shard=shard)
-    return {"out": out, **found}
+        shard = write.parse_shard(values.shard)
+        counts = write.write(out, data, *codec.open_encoder(fae), shard=shard)
+    return {"out": out, **counts}
 
 
-def contact_sheet(
-    cells: list[tuple[np.ndarray, str]], side: int = 128, columns: int = 8
-) -> Image.Image:
-    """Pictures uint8 [H, W, 3] on a white sheet, `side` pixels each, captions below."""
-    font = ImageFont.load_default(11)
-    columns = min(columns, len(cells))
-    lines = [textwrap.wrap(text, side // 6)[:4] for _, text in cells]
-    line_height = 14
-    step = (side + 8, side + 10 + line_height * max(1, max(map(len, lines))))
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (columns * step[0] + 8, rows * step[1] + 8), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, (pixels, _) in enumerate(cells):
-        image = Image.fromarray(pixels)
-        scale = side / max(image.size)
-        # Small pictures keep their pixels visible.
-        how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        left, top = 8 + number % columns * step[0], 8 + number // columns * step[1]
-        sheet.paste(image.resize(size, how), (left, top))
-        for row, line in enumerate(lines[number]):
-            pen.text((left, top + side + 2 + row * line_height), line, "black", font)
-    return sheet
-
-
-def _same(out: str, importer: Importer, sources: dict[str, str]) -> bool:
-    try:
-        found = manifest.load(out)
-    except DatasetError:
-        return False
-    return found.importer == importer and found.sources == sources
-
-
-def _problems(path: str, find: Callable[[str], Iterator[str]]) -> dict[str, Any]:
-    found = list(find(path))
-    count = manifest.load(path).records
+def _problems(path: str, check: Callable[[str], Iterator[str]]) -> dict[str, Any]:
+    problems = list(check(path))
     return {
         "data": path,
-        "records": count,
-        "problems": len(found),
-        "first": found[:_MAX_PROBLEMS],
+        "records": manifest.load(path).records,
+        "problems": len(problems),
+        "first": problems[:_MAX_PROBLEMS],
     }
 
 
-def _needed(values: flags.FlagValues, name: str) -> str:
+def _required(values: flags.FlagValues, name: str) -> str:
     value = values[name].value
     if not value:
         raise DatasetError(f"--{name} must be given")
@@ -335,10 +300,10 @@ _RUN = {
 }
 
 
-def main(verb: str, words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    """Runs one verb and prints its result; exits with status 1 where it found problems."""
-    if words:
-        raise ValueError(f"unexpected argument {words[0]!r}; sources are given by --source")
+def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Run one verb and print its result. Exit with status 1 if it reports problems."""
+    if argv:
+        raise ValueError(f"unexpected argument {argv[0]!r}; sources are given by --source")
     result = _RUN[verb](values)
     if values.json:
         print(json.dumps(result, indent=2))

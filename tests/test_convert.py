@@ -71,7 +71,7 @@ def test_tarflow_to_a_model_folder(public, capsys):
     assert cfg["image"] | {"flip": 0} == {
         "pixels": 16,
         "patch": 4,
-        "layout": "channel_first",
+        "channel_order": "channel_first",
         "flip": 0,
     }
     assert cfg["noise"] == {"kind": "gaussian", "sigma": 0.07} and cfg["data"]["labels"]

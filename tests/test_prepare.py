@@ -68,9 +68,9 @@ def test_shapes_from_import_to_sheet(tmp_path, capsys):
 
     sheet = tmp_path / "sheet.png"
     assert run(capsys, "show", "--data", out, "--out", sheet, "--n", 10)["pictures"] == 10
-    drawn = np.asarray(Image.open(sheet))
+    sheet_pixels = np.asarray(Image.open(sheet))
     first = images.decode(records.read(out)[0].imgs[0].data, "x")
-    assert (drawn[8 : 8 + 128 : 4, 8 : 8 + 128 : 4] == first).all()
+    assert (sheet_pixels[4 : 4 + 128 : 4, 4 : 4 + 128 : 4] == first).all()
     with pytest.raises(DatasetError, match="exists"):
         run(capsys, "show", "--data", out, "--out", sheet)
     run(capsys, "show", "--data", out, "--out", sheet, "--overwrite")

@@ -39,22 +39,22 @@ class SavedModel:
 
     @property
     def is_folder(self) -> bool:
-        """Whether this is a model folder, which holds every subtree, not only the trained ones."""
+        """Return True for a model folder, which holds every subtree, not only the trained ones."""
         return self.step is None
 
     @property
     def task(self) -> str:
-        """The `task` of the experiment; models saved before that key existed are flows."""
+        """Return the `task` of the experiment. Models saved before that key existed are flows."""
         return self.config.get("task", "flow")
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes; empty if the model has none."""
+        """Return the names of the classes, empty if the model has none."""
         return tuple(self.metadata.get("classes") or ())
 
     @property
     def frozen(self) -> dict[str, str]:
-        """The sha256 of every frozen model that the model was trained with, by name."""
+        """Return the sha256 of every frozen model that the model was trained with, by name."""
         return dict(self.metadata.get("frozen") or {})
 
     def read_params(

@@ -35,7 +35,7 @@ from starflow2_jax.config import upgrade
 MAX_READ_BYTES = 1 << 29
 
 
-class StoredArray(NamedTuple):
+class ArrayInfo(NamedTuple):
     """One array of a stored step, without its values."""
 
     name: str
@@ -349,11 +349,11 @@ def read_meta(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any
     return _read_metadata(entry)[1]
 
 
-def show(workdir: epath.PathLike, step: int | None = None) -> list[StoredArray]:
+def show(workdir: epath.PathLike, step: int | None = None) -> list[ArrayInfo]:
     """Return name, shape, dtype and bytes of every stored array."""
     arrays = _shapes_and_dtypes(_read_metadata(steps.find(workdir, step))[0])
     return [
-        StoredArray(name, shape, dtype.name, int(np.prod(shape)) * dtype.itemsize)
+        ArrayInfo(name, shape, dtype.name, int(np.prod(shape)) * dtype.itemsize)
         for name, (shape, dtype) in arrays.items()
     ]
 

@@ -57,7 +57,7 @@ class StoredTensor:
 
     @property
     def bytes(self) -> int:
-        """Size in bytes."""
+        """Return the size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -150,7 +150,7 @@ def _from_array(name: str, value: Any) -> StoredTensor:
     if type(value).__module__.partition(".")[0] == "torch":
         return _from_torch(name, value, "the mapping")
     if not getattr(value, "is_fully_addressable", True):
-        raise ValueError(f"{name} lies on devices of several hosts; gather it first")
+        raise ValueError(f"{name} is on devices of several hosts; gather it first")
 
     def read(index: Index = ()) -> np.ndarray:
         return np.asarray(value[index] if index else value)
@@ -269,7 +269,9 @@ def read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} is not a safetensors index: {error!r}") from error
     for name, file in files.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{path}: {name} is said to be in {file!r}, not a file beside it")
+            raise ValueError(
+                f"{path}: {name} is said to be in {file!r}, which is not in its folder"
+            )
     return files
 
 

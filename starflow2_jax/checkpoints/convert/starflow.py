@@ -14,7 +14,11 @@ import numpy as np
 
 from starflow2_jax import config
 from starflow2_jax.checkpoints.convert import starflow_options
-from starflow2_jax.checkpoints.convert.starflow_options import find_family, image_of, read_options
+from starflow2_jax.checkpoints.convert.starflow_options import (
+    find_family,
+    image_config,
+    read_options,
+)
 from starflow2_jax.checkpoints.convert.tensor_map import (
     Piece,
     published_shapes,
@@ -126,14 +130,14 @@ def describe(
     """Return the configuration of an opened state dict, whose names and shapes are checked.
 
     Returns:
-        (configuration, image), where `image` is that of `starflow_options.image_of`.
+        (configuration, image), where `image` is that of `starflow_options.image_config`.
     """
     model_options = read_options(options)[0]
     family = find_family(model_options, set(source))
     shapes = {name: tensor.shape for name, tensor in source.items()}
     cfg = starflow_options.flow_config(model_options, family, shapes)
     _check(source, cfg, family)
-    return cfg, image_of(model_options, family)
+    return cfg, image_config(model_options, family)
 
 
 def _check(source: Mapping[str, StoredTensor], cfg: FlowConfig, family: str) -> None:
@@ -197,7 +201,7 @@ def experiment_config(
 
     Args:
         model: the flow.
-        image: from `starflow_options.image_of`.
+        image: from `starflow_options.image_config`.
         options: the first result of `starflow_options.read_options`.
         trainer_options: its second result. The noise is taken from these; its default is that of
             the family's trainer.
@@ -212,7 +216,7 @@ def experiment_config(
     # Tokens that are not of RGB pixels are latents: they are read, never cut out of an image.
     is_latent = options.get("vae") or options["in_channels"] != 3
     pixels = 0 if is_latent else model.side * image["patch"]
-    cfg["image"].update(pixels=pixels, patch=image["patch"], layout=image["layout"])
+    cfg["image"].update(pixels=pixels, patch=image["patch"], channel_order=image["channel_order"])
     cfg["data"]["text"] = "features" if model.text_channels else "none"
     cfg["data"]["labels"] = bool(model.classes)
     sigma = trainer_options.get("noise_std")

@@ -164,11 +164,11 @@ def find_family(options: Mapping[str, Any], names: set[str]) -> str:
     return "tarflow"
 
 
-def image_of(options: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """Return `{"pixels", "patch", "layout"}` of the image (or latent) that is cut into tokens.
+def image_config(options: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Return `pixels`, `patch` and `channel_order` of the image (or latent) cut into tokens.
 
-    `pixels` is the side of the flow's input, which with a VAE is the latent. `layout` is the order
-    within a token, as in `models.patches`.
+    `pixels` is the side of the flow's input, which with a VAE is the latent. `channel_order` is the
+    order within a token, as in `models.patches`.
     """
     pixels, patch = _required(options, "img_size"), _integer(options, "patch_size", 4)
     vae = options.get("vae")
@@ -181,8 +181,8 @@ def image_of(options: Mapping[str, Any], family: str) -> dict[str, Any]:
             )
         pixels = _divide(pixels, factor, "img_size", f"the factor {factor} of {vae}")
     _divide(pixels, patch, "img_size", "patch_size")
-    layout = "channel_first" if family == "tarflow" else "channel_last"
-    return {"pixels": pixels, "patch": patch, "layout": layout}
+    channel_order = "channel_first" if family == "tarflow" else "channel_last"
+    return {"pixels": pixels, "patch": patch, "channel_order": channel_order}
 
 
 def flow_config(
@@ -201,7 +201,7 @@ def flow_config(
     Raises:
         ValueError: A required option is missing, or a value fits no image flow.
     """
-    image = image_of(options, family)
+    image = image_config(options, family)
     sizes = dict(
         channels=_required(options, "in_channels") * image["patch"] ** 2,
         width=_required(options, "channels"),
@@ -281,7 +281,7 @@ def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> d
 
     Args:
         cfg: the flow.
-        image: as `image_of` returns it; by default patches of one pixel in STARFlow's layout.
+        image: as `image_config` returns it; by default patches of one pixel in STARFlow's order.
 
     Raises:
         ValueError: The flow has an option that neither published code has.
@@ -303,10 +303,12 @@ def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> d
         layers_per_block=list(cfg.layers),
         nvp=1,
     )
-    layout = image.get("layout") or ("channel_first" if cfg.classes else "channel_last")
-    if layout == "channel_first" or cfg.classes:
+    channel_order = image.get("channel_order") or (
+        "channel_first" if cfg.classes else "channel_last"
+    )
+    if channel_order == "channel_first" or cfg.classes:
         equal = len(set(cfg.layers)) == 1
-        if cfg != _tarflow_of(cfg) or not equal or layout != "channel_first":
+        if cfg != _tarflow_of(cfg) or not equal or channel_order != "channel_first":
             raise ValueError(
                 "TarFlow's options cannot express this flow: classes and channel-first patches "
                 "require start='shift', learned positions, scale='exp' and equal blocks"

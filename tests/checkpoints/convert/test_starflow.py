@@ -126,7 +126,7 @@ def test_golden_state_dicts_come_back_bit_for_bit(name, options):
         assert array.dtype == state[key].dtype
         np.testing.assert_array_equal(array, state[key], err_msg=key)
     layout = "channel_first" if name == "tarflow" else "channel_last"
-    image = {"pixels": options["img_size"], "patch": options["patch_size"], "layout": layout}
+    image = {"pixels": options["img_size"], "patch": options["patch_size"], "channel_order": layout}
     written = starflow_options.public_options(cfg, image)
     assert {k: written[k] for k in options} == options
     again, same = starflow.load(back, written)
@@ -162,11 +162,10 @@ def test_other_options_are_the_published_names_and_shapes():
     assert count_params(params) == count_params(flow.declare(cfg))
     back = starflow.export(params, cfg)
     assert all(np.array_equal(back[name], state[name]) for name in state)
-    shapes = {"pixels": 8, "patch": 2, "layout": "channel_last"}
+    shapes = {"pixels": 8, "patch": 2, "channel_order": "channel_last"}
     assert starflow.load(state, starflow_options.public_options(cfg, shapes))[0] == cfg
-    z, log_det = flow.forward(
-        params, np.zeros((1, 16, 12), np.float32), cfg, text=np.ones((1, 6, 20))
-    )
+    conditioning = flow.Conditioning(text=np.ones((1, 6, 20)))
+    z, log_det = flow.forward(params, np.zeros((1, 16, 12), np.float32), cfg, conditioning)
     assert np.isfinite(z).all() and np.isfinite(log_det).all()
 
 
