@@ -37,14 +37,14 @@ def run(*words):
 def golden(name):
     with np.load(GOLDEN / f"{name}_tiny.npz") as arrays:
         state = {k: arrays[k] for k in arrays.files if k.startswith("params/")}
-        given = {k: arrays[k] for k in ("x", "y")}
+        inputs = {k: arrays[k] for k in ("x", "y")}
         z = arrays["f32/fwd/z" if name == "starflow" else "f32/cond/y/z"]
-        given["tokens"] = (
+        inputs["tokens"] = (
             arrays["x"].transpose(0, 2, 3, 1).reshape(2, 64, 4)
             if name == "starflow"
             else arrays["patchify_x"]
         )
-    return {k.removeprefix("params/"): v for k, v in state.items()}, given, z
+    return {k.removeprefix("params/"): v for k, v in state.items()}, inputs, z
 
 
 @pytest.fixture
@@ -75,11 +75,11 @@ def test_tarflow_to_a_model_folder(public, capsys):
         "flip": 0,
     }
     assert cfg["noise"] == {"kind": "gaussian", "sigma": 0.07} and cfg["data"]["labels"]
-    _, given, z = golden("tarflow")
-    mine, _ = flow.forward(
-        params["flow"], given["tokens"], model, flow.Conditioning(labels=given["y"])
+    _, inputs, z = golden("tarflow")
+    latents, _ = flow.forward(
+        params["flow"], inputs["tokens"], model, flow.Conditioning(labels=inputs["y"])
     )
-    np.testing.assert_allclose(mine, z, atol=1e-5)
+    np.testing.assert_allclose(latents, z, atol=1e-5)
 
 
 def test_starflow_to_a_model_folder_and_back(public, capsys):
@@ -90,11 +90,11 @@ def test_starflow_to_a_model_folder_and_back(public, capsys):
     assert result["noise"] == {"kind": "gaussian", "sigma": 0.3}
     cfg, model, params = opened(out)
     assert cfg["image"]["pixels"] == 0 and cfg["data"]["text"] == "features"
-    _, given, z = golden("starflow")
-    mine, _ = flow.forward(
-        params["flow"], given["tokens"], model, flow.Conditioning(text=given["y"])
+    _, inputs, z = golden("starflow")
+    latents, _ = flow.forward(
+        params["flow"], inputs["tokens"], model, flow.Conditioning(text=inputs["y"])
     )
-    np.testing.assert_allclose(mine, z.transpose(0, 2, 3, 1).reshape(mine.shape), atol=1e-5)
+    np.testing.assert_allclose(latents, z.transpose(0, 2, 3, 1).reshape(latents.shape), atol=1e-5)
 
     run("export", "--model", out, "--public", "--out", back)
     state, written = golden("starflow")[0], load_file(back / "model.safetensors")
@@ -200,8 +200,8 @@ def test_export_of_a_run(workdir, tmp_path):
     orbax.close(writer)
     run("export", "--model", tmp_path / "frozen", "--out", tmp_path / "thawed")
     read = model_folder.read_folder(tmp_path / "thawed", declare(cfg, model_config(cfg)))
-    drawn = init_params(jax.random.key(cfg["seed"]), declare(cfg, model_config(cfg)))
-    np.testing.assert_array_equal(read["text"]["embed"], drawn["text"]["embed"])
+    initial = init_params(jax.random.key(cfg["seed"]), declare(cfg, model_config(cfg)))
+    np.testing.assert_array_equal(read["text"]["embed"], initial["text"]["embed"])
     again = tmp_path / "again"
     run("export", "--model", tmp_path / "model2", "--out", again)
     assert (again / "sha256.json").read_text() == (tmp_path / "model2/sha256.json").read_text()
@@ -255,10 +255,10 @@ def test_command_line(tmp_path):
         words = [sys.executable, "-m", "starflow2_jax.convert", *words]
         return subprocess.run(words, capture_output=True, text=True, env={**os.environ})
 
-    found = call("shwo")
-    assert found.returncode != 0 and "did you mean 'show'" in found.stdout + found.stderr
-    found = call("verify", "--workdir", str(tmp_path))
-    assert found.returncode == 1 and found.stdout == ""
-    assert found.stderr.strip() == f"error: {tmp_path}: no checkpoints in it"
-    found = call("show", "--modle", "x")
-    assert found.returncode != 0 and "Did you mean: model" in found.stderr
+    result = call("shwo")
+    assert result.returncode != 0 and "did you mean 'show'" in result.stdout + result.stderr
+    result = call("verify", "--workdir", str(tmp_path))
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.strip() == f"error: {tmp_path}: no checkpoints in it"
+    result = call("show", "--modle", "x")
+    assert result.returncode != 0 and "Did you mean: model" in result.stderr

@@ -46,8 +46,8 @@ def tar(tmp_path):
 def test_shapes_from_import_to_sheet(tmp_path, capsys):
     out = tmp_path / "shapes"
     words = ("--format", "shapes", "--n", 30, "--pixels", 32, "--seed", 5, "--out", out)
-    told = run(capsys, "import", *words)
-    assert told["records"] == 30
+    result = run(capsys, "import", *words)
+    assert result["records"] == 30
     assert [r.id for r in records.read(out)][:2] == ["shapes-5-00000000", "shapes-5-00000001"]
     before = (out / "dataset.json").read_bytes()
     stamp = os.stat(out / "dataset.json").st_mtime_ns
@@ -99,12 +99,12 @@ def test_shapes_with_classes(tmp_path, capsys):
 def test_webdataset(tmp_path, tar, capsys):
     out = tmp_path / "pets"
     words = ("--format", "webdataset", "--label", "caption", "--out", out)
-    told = run(capsys, "import", *words, "--source", tmp_path / "p*.tar")
-    assert told["records"] == 3 and told["classes"] == 2
-    found = records.read(out).manifest
-    assert found.classes == ["cat", "dog"]
-    assert found.sources == {"pets.tar": manifest.sha256_file(tar)}
-    assert found.importer.options["label"] == "caption"
+    result = run(capsys, "import", *words, "--source", tmp_path / "p*.tar")
+    assert result["records"] == 3 and result["classes"] == 2
+    stored = records.read(out).manifest
+    assert stored.classes == ["cat", "dog"]
+    assert stored.sources == {"pets.tar": manifest.sha256_file(tar)}
+    assert stored.importer.options["label"] == "caption"
     assert run(capsys, "import", *words, "--source", tar)["was"] == "complete"
     with tarfile.open(tar, "a") as archive:
         archive.addfile(tarfile.TarInfo("extra"))
@@ -138,23 +138,23 @@ def test_folder(tmp_path, capsys):
     words = ("--format", "folder", "--source", tmp_path / "in", "--out", tmp_path / "out")
     with pytest.raises(DatasetError, match=r"0\.png: no caption"):
         run(capsys, "import", *words)
-    told = run(capsys, "import", *words, "--missing_captions", 1, "--label", "caption")
-    assert told["records"] == 2 and told["classes"] == 2
+    result = run(capsys, "import", *words, "--missing_captions", 1, "--label", "caption")
+    assert result["records"] == 2 and result["classes"] == 2
 
 
 def test_problems_are_listed_and_fail_the_command(tmp_path, capsys):
     run(capsys, "import", "--format", "shapes", "--n", 5, "--out", tmp_path / "a")
     (shard,) = (tmp_path / "a").glob("*.array_record")
     data = bytearray(shard.read_bytes())
-    at = data.index(records.read(tmp_path / "a")[2].imgs[0].data)
-    data[at + 60] ^= 4
+    offset = data.index(records.read(tmp_path / "a")[2].imgs[0].data)
+    data[offset + 60] ^= 4
     shard.write_bytes(data)
     for verb, expected in (("verify", 2), ("validate", 1)):
         with pytest.raises(SystemExit) as stopped:
             run(capsys, verb, "--data", tmp_path / "a")
         assert stopped.value.code == 1
-        told = json.loads(capsys.readouterr().out)
-        assert told["problems"] == expected and "record 2" in told["first"][-1]
+        result = json.loads(capsys.readouterr().out)
+        assert result["problems"] == expected and "record 2" in result["first"][-1]
 
 
 def test_the_command_line(tmp_path):
@@ -168,8 +168,8 @@ def test_the_command_line(tmp_path):
         )
 
     out = str(tmp_path / "shapes")
-    made = command("import", "--format", "shapes", "--n", "3", "--out", out)
-    assert made.returncode == 0 and "records: 3" in made.stdout, made.stderr
+    imported = command("import", "--format", "shapes", "--n", "3", "--out", out)
+    assert imported.returncode == 0 and "records: 3" in imported.stdout, imported.stderr
     wrong = command("verfy", "--data", out)
     assert wrong.returncode != 0 and "verify" in wrong.stdout + wrong.stderr
     gone = command("verify", "--data", str(tmp_path / "gone"))

@@ -25,7 +25,7 @@ TREE = flow.declare(CFG)
 CONFIG = {"model": {"side": 4, "layers": [1, 0, 2]}, "name": "tiny"}
 
 
-def drawn(dtype=jnp.float32):
+def random_params(dtype=jnp.float32):
     rng = np.random.default_rng(0)
     declared = flatten(TREE)
     arrays = {n: rng.normal(size=w.shape).astype(np.float32) for n, w in declared.items()}
@@ -59,7 +59,7 @@ def test_the_packages_own_folders_are_found_from_anywhere(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_round_trip(tmp_path, dtype):
-    path, params = tmp_path / "deep" / "model", drawn(dtype)
+    path, params = tmp_path / "deep" / "model", random_params(dtype)
     model_folder.write_folder(path, params, CONFIG)
     assert sorted(p.name for p in path.iterdir()) == [
         "config.json",
@@ -71,23 +71,23 @@ def test_round_trip(tmp_path, dtype):
     assert model_folder.is_folder(path) and not model_folder.verify(path)
     assert same(model_folder.read_folder(path, TREE), params)
     # The library reads the file that we wrote.
-    whole = load_file(path / "model.safetensors")
+    stored = load_file(path / "model.safetensors")
     np.testing.assert_array_equal(
-        whole["blocks.2.layers.query.weight"],
+        stored["blocks.2.layers.query.weight"],
         np.asarray(params["blocks"]["2"]["layers"]["query"]["weight"]),
     )
-    assert len(whole) == len(flatten(params))
+    assert len(stored) == len(flatten(params))
 
 
 def test_reads_into_another_dtype(tmp_path):
-    params = drawn()
+    params = random_params()
     model_folder.write_folder(tmp_path / "m", params, CONFIG)
     read = model_folder.read_folder(tmp_path / "m", TREE, dtype=jnp.bfloat16)
     assert same(read, jax.tree.map(lambda a: a.astype(jnp.bfloat16), params))
 
 
 def test_float64(tmp_path, x64):
-    params = jax.tree.map(lambda a: np.asarray(a, np.float64), drawn())
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), random_params())
     model_folder.write_folder(tmp_path / "m", params, CONFIG)
     assert same(model_folder.read_folder(tmp_path / "m", TREE), params)
     jax.config.update("jax_enable_x64", False)
@@ -97,7 +97,7 @@ def test_float64(tmp_path, x64):
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_shards_under_a_limit(tmp_path, dtype):
-    params = jax.tree.map(lambda a: np.asarray(a).astype(dtype), drawn())
+    params = jax.tree.map(lambda a: np.asarray(a).astype(dtype), random_params())
     limit = 100_000
     model_folder.write_folder(tmp_path / "m", params, CONFIG, shard_bytes=limit)
     shards = sorted(p.name for p in (tmp_path / "m").glob("*.safetensors"))
@@ -106,8 +106,8 @@ def test_shards_under_a_limit(tmp_path, dtype):
     assert set(index["weight_map"].values()) == set(shards)
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in jax.tree.leaves(params))
     for shard in shards:
-        held = load_file(tmp_path / "m" / shard)
-        assert len(held) == 1 or sum(a.nbytes for a in held.values()) <= limit
+        stored = load_file(tmp_path / "m" / shard)
+        assert len(stored) == 1 or sum(a.nbytes for a in stored.values()) <= limit
     assert same(model_folder.read_folder(tmp_path / "m", TREE), params)
 
 
@@ -115,14 +115,14 @@ def test_shards_under_a_limit(tmp_path, dtype):
     ("layout", "sizes"), [("dp", "data=8"), ("fsdp", "fsdp=8"), ("fsdp_tp", "fsdp=4,tensor=2")]
 )
 def test_sharded_reads_equal(tmp_path, layout, sizes):
-    params = drawn()
+    params = random_params()
     model_folder.write_folder(tmp_path / "m", params, CONFIG, shard_bytes=100_000)
     mesh = make_mesh(sizes)
     read = model_folder.read_folder(tmp_path / "m", TREE, mesh, layout)
     assert same(read, params)
-    wanted = flatten(param_shardings(TREE, mesh, layout))
+    shardings = flatten(param_shardings(TREE, mesh, layout))
     for name, leaf in flatten(read).items():
-        assert leaf.sharding == wanted[name], name
+        assert leaf.sharding == shardings[name], name
     # Written from there, the files are the same.
     model_folder.write_folder(tmp_path / "again", read, CONFIG, shard_bytes=100_000)
     assert (tmp_path / "again" / "sha256.json").read_text() == (
@@ -131,7 +131,7 @@ def test_sharded_reads_equal(tmp_path, layout, sizes):
 
 
 def test_sharded_reads_touch_only_the_slices(tmp_path):
-    model_folder.write_folder(tmp_path / "m", drawn(), CONFIG)
+    model_folder.write_folder(tmp_path / "m", random_params(), CONFIG)
     device_mesh, requests = make_mesh("fsdp=8"), []
     name = "blocks/2/layers/query/weight"
     tensor = flatten(model_folder.open_folder(tmp_path / "m", TREE))[name]
@@ -147,7 +147,7 @@ def test_sharded_reads_touch_only_the_slices(tmp_path):
 
 
 def test_nothing_is_written_over(tmp_path):
-    params = drawn()
+    params = random_params()
     model_folder.write_folder(tmp_path / "m", params, CONFIG)
     before = (tmp_path / "m" / "sha256.json").read_text()
     with pytest.raises(FileExistsError, match="m exists already; nothing was written over"):
@@ -165,7 +165,7 @@ def test_nothing_is_written_over(tmp_path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch, overwrite):
-    params = drawn()
+    params = random_params()
     if overwrite:
         model_folder.write_folder(tmp_path / "m", params, {"name": "old"})
     calls = []
@@ -184,15 +184,15 @@ def test_a_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch, overwrit
         assert not model_folder.verify(tmp_path / "m")
 
 
-def flip(path, at=-1):
+def flip(path, index=-1):
     data = bytearray(path.read_bytes())
-    data[at] ^= 1
+    data[index] ^= 1
     path.write_bytes(data)
 
 
 def test_damage_is_named(tmp_path):
     path = tmp_path / "m"
-    model_folder.write_folder(path, drawn(), CONFIG, shard_bytes=100_000)
+    model_folder.write_folder(path, random_params(), CONFIG, shard_bytes=100_000)
     victim = sorted(path.glob("model-00002-of-*.safetensors"))[0]
     flip(victim)
     with pytest.raises(ValueError, match=r"model-00002-of-\d+\.safetensors has sha256"):
@@ -213,7 +213,7 @@ def test_config_and_list_that_are_wrong(tmp_path):
         model_folder.read_folder(path, TREE)
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
         model_folder.read_config(path)
-    model_folder.write_folder(path, drawn(), CONFIG)
+    model_folder.write_folder(path, random_params(), CONFIG)
     flip(path / "config.json", 0)
     assert model_folder.verify(path)[0].startswith("config.json has sha256")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
@@ -232,7 +232,7 @@ def test_config_and_list_that_are_wrong(tmp_path):
 
 
 def test_another_model_is_refused(tmp_path):
-    params = drawn()
+    params = random_params()
     block = dict(params["blocks"]["0"], extra=np.zeros(3, np.float32))
     block["final_norm"] = {"weight": np.zeros(3, np.float32)}
     del block["start"]
@@ -248,20 +248,20 @@ def test_another_model_is_refused(tmp_path):
 
 
 def test_tensors_are_read_one_at_a_time(tmp_path):
-    held, most = [], []
+    alive, counts = [], []
 
     def stored(name, array):
         def read(index=()):
-            held.append(name)
-            most.append(len(held))
-            return _Counted(array, lambda: held.remove(name))
+            alive.append(name)
+            counts.append(len(alive))
+            return _Counted(array, lambda: alive.remove(name))
 
         return tensor_files.StoredTensor(array.shape, array.dtype, "", read)
 
-    params = flatten(jax.tree.map(np.asarray, drawn()))
+    params = flatten(jax.tree.map(np.asarray, random_params()))
     tree = unflatten({n: stored(n, a) for n, a in params.items()})
     model_folder.write_folder(tmp_path / "m", tree, CONFIG)
-    assert max(most) <= 2
+    assert max(counts) <= 2
     assert same(model_folder.read_folder(tmp_path / "m", TREE), unflatten(params))
 
 

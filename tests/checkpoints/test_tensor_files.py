@@ -17,9 +17,9 @@ ARRAYS = {
 }
 
 
-def check(found, arrays=ARRAYS):
-    assert set(found) == set(arrays)
-    for name, stored in found.items():
+def check(tensors, arrays=ARRAYS):
+    assert set(tensors) == set(arrays)
+    for name, stored in tensors.items():
         assert stored.shape == arrays[name].shape and stored.dtype == arrays[name].dtype
         np.testing.assert_array_equal(stored.read(), arrays[name])
         assert stored.read().dtype == arrays[name].dtype
@@ -149,19 +149,19 @@ def test_every_slice_of_a_safetensors_file(tmp_path, monkeypatch, read_bytes):
         "none": np.zeros((0, 3), np.float32),
     }
     save_file(arrays, tmp_path / "x.safetensors")
-    found = tensor_files.open_safetensors(tmp_path / "x.safetensors")
+    tensors = tensor_files.open_safetensors(tmp_path / "x.safetensors")
     for name, array in arrays.items():
-        np.testing.assert_array_equal(found[name].read(), array)
+        np.testing.assert_array_equal(tensors[name].read(), array)
     for index in itertools.product(
         [slice(None), slice(1, 3), slice(2, 2), slice(3, None)], repeat=3
     ):
         for some in (index, index[:2], index[:1]):
-            np.testing.assert_array_equal(found["cube"].read(some), arrays["cube"][some])
+            np.testing.assert_array_equal(tensors["cube"].read(some), arrays["cube"][some])
     with pytest.raises(ValueError, match="cube: slices must have step 1"):
-        found["cube"].read((slice(None, None, 2),))
+        tensors["cube"].read((slice(None, None, 2),))
     (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-900])
     with pytest.raises(ValueError, match=r"x\.safetensors ended within cube"):
-        found["cube"].read()
+        tensors["cube"].read()
 
 
 def test_an_index_that_names_a_tensor_twice(tmp_path):

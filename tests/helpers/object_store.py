@@ -75,25 +75,25 @@ class Files(fsspec.AbstractFileSystem):
 
     def ls(self, path, detail=True, **kwargs):
         path = self._strip_protocol(path).rstrip("/")
-        found = {}
+        entries = {}
         for name in self.store.names(path):
             rest = name[len(path) :]
             if not rest:
-                found[name] = self.info(name)
+                entries[name] = self.info(name)
             elif rest[0] == "/":
                 child = f"{path}/{rest[1:].split('/')[0]}"
-                whole = child == name
-                found[child] = self.info(name) if whole else self._folder(child)
-        if not found:
+                is_file = child == name
+                entries[child] = self.info(name) if is_file else self._folder(child)
+        if not entries:
             raise FileNotFoundError(path)
-        return list(found.values()) if detail else list(found)
+        return list(entries.values()) if detail else list(entries)
 
     def info(self, path, **kwargs):
         path = self._strip_protocol(path).rstrip("/")
-        found = self.store.get(path)
-        if found:
-            about = {"name": path, "type": "file", "size": len(found[0])}
-            return about | {"mtime": found[1] / 1e9}
+        stored = self.store.get(path)
+        if stored:
+            about = {"name": path, "type": "file", "size": len(stored[0])}
+            return about | {"mtime": stored[1] / 1e9}
         if self.store.names(f"{path}/"):
             return self._folder(path)
         raise FileNotFoundError(path)
@@ -107,10 +107,10 @@ class Files(fsspec.AbstractFileSystem):
             return _Writer(self.store, path)
         if mode != "rb":
             raise PermissionError(f"{path}: an object cannot be opened with mode {mode!r}")
-        found = self.store.get(path)
-        if found is None:
+        stored = self.store.get(path)
+        if stored is None:
             raise FileNotFoundError(path)
-        return io.BytesIO(found[0])
+        return io.BytesIO(stored[0])
 
     def mkdir(self, path, create_parents=True, **kwargs):
         pass
@@ -170,15 +170,15 @@ def serve(root):
         def parts(self):
             url = urllib.parse.urlsplit(self.path)
             query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-            found = re.match(r"(?:/upload)?/storage/v1/b/([^/]+)/o(?:/(.*))?", url.path)
-            return found[1], urllib.parse.unquote(found[2] or ""), query
+            match = re.match(r"(?:/upload)?/storage/v1/b/([^/]+)/o(?:/(.*))?", url.path)
+            return match[1], urllib.parse.unquote(match[2] or ""), query
 
         def refused(self, name, query):
             """Whether a condition on the object's generation does not hold."""
-            now = store.get(name)
-            generation = str(now[1]) if now else "0"
-            wanted, other = query.get("ifGenerationMatch"), query.get("ifGenerationNotMatch")
-            if wanted is not None and wanted != generation:
+            stored = store.get(name)
+            generation = str(stored[1]) if stored else "0"
+            expected, other = query.get("ifGenerationMatch"), query.get("ifGenerationNotMatch")
+            if expected is not None and expected != generation:
                 self.answer(412)
             elif other is not None and other == generation:
                 self.answer(304)
@@ -197,18 +197,18 @@ def serve(root):
             with store.lock:
                 if self.refused(name, query):
                     return None
-                found = store.get(name)
-            if found is None:
+                stored = store.get(name)
+            if stored is None:
                 return self.answer(404)
-            data, generation = found
+            data, generation = stored
             if query.get("alt") != "media":
                 return self.about(name, generation, len(data))
             headers = [("x-goog-generation", str(generation))]
             headers.append(("x-goog-stored-content-length", str(len(data))))
-            wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-            if wanted is None:
+            match = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+            if match is None:
                 return self.answer(200, data, headers)
-            first, last = wanted.groups()
+            first, last = match.groups()
             start = int(first) if first else max(len(data) - int(last), 0)
             stop = min(int(last) + 1 if last and first else len(data), len(data))
             if start >= len(data) > 0:

@@ -1,4 +1,4 @@
-"""Images encoded while training: the latents of `prepare latents` bit for bit, and runs alike."""
+"""Latents encoded during training equal those of `prepare latents`, and so do the runs."""
 
 import json
 import signal
@@ -35,12 +35,11 @@ def parts(tmp_path_factory):
 
 
 def experiment(parts, offline=False, **changes):
-    """A flow of 2 x 2 latents of 4 channels, read or made."""
+    """Return a flow of 2 x 2 latents of 4 channels, read from disk or encoded."""
     run, data, out = parts
-    model = {"side": 2, "channels": 4, "width": 16, "layers": (1, 1), "head_dim": 8,
-             "start": "shift", "positions": "learned", "scale": "exp"}  # fmt: skip
     cfg = config.default()
-    cfg.model.update(model)
+    cfg.model.update(side=2, channels=4, width=16, layers=(1, 1), head_dim=8)
+    cfg.model.update(start="shift", positions="learned", scale="exp")
     cfg.train.batch_size, cfg.train.steps = 8, 6
     cfg.log.every, cfg.sample.every = 1, 0
     cfg.checkpoint.every, cfg.evaluate.every = 3, 2
@@ -54,7 +53,7 @@ def experiment(parts, offline=False, **changes):
 
 
 def test_online_equals_offline_bit_for_bit(parts):
-    """Whatever the batch, and inside a training on eight devices."""
+    """The batch size and a mesh of eight devices do not matter."""
     cfg = experiment(parts)
     model = program.model_config(cfg)
     opened = batch_encoder.open(cfg, model)
@@ -62,43 +61,43 @@ def test_online_equals_offline_bit_for_bit(parts):
     stored = {**options, "latents": parts[2]}
     with jax.set_mesh(mesh.make_mesh("data=2,fsdp=4")):
         for size in (5, 8):
-            made = batch_encoder.encoded(image_batches.batches(options, batch_size=size), opened)
-            read = batch_encoder.encoded(image_batches.batches(stored, batch_size=size), opened)
+            online = batch_encoder.encoded(image_batches.batches(options, batch_size=size), opened)
+            offline = batch_encoder.encoded(image_batches.batches(stored, batch_size=size), opened)
             for _ in range(4):
-                ours, theirs = next(made), next(read)
-                assert set(ours) == set(theirs) and ours["id"] == theirs["id"]
+                batch, stored_batch = next(online), next(offline)
+                assert set(batch) == set(stored_batch) and batch["id"] == stored_batch["id"]
                 for name in ("latent_mean", "latent_logvar"):
-                    assert ours[name].dtype == theirs[name].dtype == np.float32
-                    np.testing.assert_array_equal(ours[name], theirs[name])
+                    assert batch[name].dtype == stored_batch[name].dtype == np.float32
+                    np.testing.assert_array_equal(batch[name], stored_batch[name])
 
 
 def test_rows_of_several_images(parts, tmp_path):
-    """Places that no patch is of stay zero, as they are where stored latents are read."""
-    made = list(tasks.make_records(0, 4, 16, tasks=("edit", "multi", "text", "caption")))
-    dataset = records.write(tmp_path / "data", made)
+    """Slots without a patch stay zero, as with stored latents."""
+    rows = list(tasks.make_records(0, 4, 16, tasks=("edit", "multi", "text", "caption")))
+    dataset = records.write(tmp_path / "data", rows)
     write.write(tmp_path / "out", tmp_path / "data", *codec.open_encoder(parts[0]))
     stored, opened = array_store.read(tmp_path / "out", dataset), codec.load(parts[0])
     batch = {
         "images": np.zeros((4, 3, 16, 16, 3), np.uint8),
         "image": np.full((4, 20), -1, np.int32),
-        "id": [record.id for record in made],
+        "id": [record.id for record in rows],
     }
-    wanted = np.zeros((4, 3, 4, 4), np.float32)
-    for row, record in enumerate(made):
+    expected = np.zeros((4, 3, 4, 4), np.float32)
+    for row, record in enumerate(rows):
         for k, blob in enumerate(record.imgs):
             batch["images"][row, k] = records.images.decode(blob.data, "")
             batch["image"][row, 5 * k : 5 * k + 4] = 4 * k + np.arange(4)
-            wanted[row, k] = stored[row][1]["latent_mean"][k]
-    batch["images"][2] = 99  # of no use: no patch is of it
-    found = batch_encoder.encode(batch, opened)
-    assert set(found) == {"image", "id", "latent_mean", "latent_logvar"}
-    np.testing.assert_array_equal(found["latent_mean"], wanted)
-    assert not found["latent_logvar"][2].any()
+            expected[row, k] = stored[row][1]["latent_mean"][k]
+    batch["images"][2] = 99  # no patch is of this image
+    encoded = batch_encoder.encode(batch, opened)
+    assert set(encoded) == {"image", "id", "latent_mean", "latent_logvar"}
+    np.testing.assert_array_equal(encoded["latent_mean"], expected)
+    assert not encoded["latent_logvar"][2].any()
     alone = {name: array[2:3] for name, array in batch.items()}
     assert batch_encoder.encode(alone, opened)["latent_mean"].shape == (1, 3, 4, 4)
 
 
-def test_runs_are_alike_and_go_on_either_way(parts, tmp_path):
+def test_online_and_offline_runs_are_equal_and_resume_each_other(parts, tmp_path):
     both, stored_run = tmp_path / "both", tmp_path / "stored"
     finish(start(experiment(parts, offline=True), stored_run))
     finish(start(experiment(parts), both, "after:3"), expected=-signal.SIGKILL)
@@ -115,13 +114,13 @@ def test_runs_are_alike_and_go_on_either_way(parts, tmp_path):
 
 
 def save_flow(workdir, parts, **changes):
-    """A run of a flow of these latents, as it was born."""
+    """Save a run of a flow of these latents, untrained."""
     cfg = experiment(parts, **changes)
-    drawn = params.init(jax.random.key(1), program.declare(cfg, program.model_config(cfg)))
+    initial = params.init(jax.random.key(1), program.declare(cfg, program.model_config(cfg)))
     writer = orbax.open(workdir)
     meta = {"config": cfg, "classes": None, "step": 1, "null_text": None}
     meta["frozen"] = {"fae": codec.load(parts[0]).sha256}
-    orbax.save(writer, 1, {"step": jnp.int32(1), "params": drawn, "ema": drawn}, meta)
+    orbax.save(writer, 1, {"step": jnp.int32(1), "params": initial, "ema": initial}, meta)
     orbax.close(writer)
     return str(workdir)
 
@@ -129,29 +128,33 @@ def save_flow(workdir, parts, **changes):
 def test_likelihoods_of_images_are_those_of_their_latents(parts, tmp_path, capsys):
     run, data, stored = parts
     flow = save_flow(tmp_path / "flow", parts)
-    measure = lambda model, **given: json.loads(
-        run_command(capsys, "likelihood", model=model, json=True, overwrite=True, **given)
-    )
-    there = {"data": data, "latents": stored, "fit": data, "fit_latents": stored}
-    read = measure(flow, **there)
-    for model, given in (
+
+    def measure(model, **options):
+        options |= {"model": model, "json": True, "overwrite": True}
+        return json.loads(run_command(capsys, "likelihood", **options))
+
+    expected = measure(flow, data=data, latents=stored, fit=data, fit_latents=stored)
+    for model, options in (
         (flow, {"fit": data}),
-        (save_flow(tmp_path / "of_stored", parts, offline=True), {"data": data, "fae": run}),
+        (save_flow(tmp_path / "stored_flow", parts, offline=True), {"data": data, "fae": run}),
     ):
-        made = measure(model, **given)
-        assert made["data"]["rows"] == COUNT and made["nats_per_dim"] == read["nats_per_dim"]
-        assert made["parts"] == read["parts"]
-        (encoder,), (other,) = (
-            [row["fae"]["sha256"] for row in found["data"]["features"]] for found in (made, read)
+        result = measure(model, **options)
+        assert result["data"]["rows"] == COUNT
+        assert result["nats_per_dim"] == expected["nats_per_dim"]
+        assert result["parts"] == expected["parts"]
+        (encoder,), (expected_encoder,) = (
+            [row["fae"]["sha256"] for row in r["data"]["features"]] for r in (result, expected)
         )
-        assert encoder == other
-        if "fit" in given:
-            ours, theirs = (f["baselines"]["gaussian_per_dimension"] for f in (made, read))
-            assert ours["nats_per_dim"] == theirs["nats_per_dim"]
+        assert encoder == expected_encoder
+        if "fit" in options:
+            baseline, expected_baseline = (
+                r["baselines"]["gaussian_per_dimension"]["nats_per_dim"] for r in (result, expected)
+            )
+            assert baseline == expected_baseline
     with pytest.raises(ValueError, match="--latents or --fae is needed: the model reads latents"):
-        measure(tmp_path / "of_stored", data=data)
+        measure(tmp_path / "stored_flow", data=data)
     with pytest.raises(ValueError, match="--fit_latents or --fae is needed"):
-        measure(tmp_path / "of_stored", fit=data)
+        measure(tmp_path / "stored_flow", fit=data)
     moved = make_run(tmp_path / "other", 1)
     with pytest.raises(ValueError, match=r"latents of the encoder .*, the flow was trained on "):
         measure(flow, data=data, fae=moved)
@@ -161,7 +164,7 @@ def test_likelihoods_of_images_are_those_of_their_latents(parts, tmp_path, capsy
         measure(run, data=data)
 
 
-def test_what_does_not_fit_is_refused(parts, tmp_path):
+def test_another_shape_or_encoder_is_refused(parts, tmp_path):
     def opened(**changes):
         cfg = experiment(parts, **changes)
         return batch_encoder.open(cfg, program.model_config(cfg))
@@ -174,7 +177,7 @@ def test_what_does_not_fit_is_refused(parts, tmp_path):
     with pytest.raises(ValueError, match="reads pixels"):
         batch_encoder.open(pixels, program.model_config(pixels))
     assert batch_encoder.open(experiment(parts, offline=True), None) is None
-    # Stored latents beside the codec must be its own.
+    # Stored latents must come from the codec of fae.path.
     other = codec.load(make_run(tmp_path / "other", 1))
     cfg = experiment(parts, offline=True)
     about = image_batches.describe(likelihood.data_options(cfg, program.model_config(cfg), "data"))

@@ -85,8 +85,8 @@ def test_latents_and_text_equal_the_public_models(models, data, tmp_path):
     )
     sd_vae_t5.write(tmp_path / "f", data, **settings)
     dataset = records.read(data)
-    found = array_store.read(tmp_path / "f", dataset.manifest)
-    assert [s.records for s in found.manifest.shards] == [
+    stored = array_store.read(tmp_path / "f", dataset.manifest)
+    assert [s.records for s in stored.manifest.shards] == [
         s.records for s in dataset.manifest.shards
     ]
     vae = AutoencoderKL.from_pretrained(models / "vae").eval()
@@ -95,7 +95,7 @@ def test_latents_and_text_equal_the_public_models(models, data, tmp_path):
         AutoTokenizer.from_pretrained(models / "t5"),
     )
     for k, record in enumerate(dataset):
-        name, row = found[k]
+        name, row = stored[k]
         assert name == record.id
         pixels = records.target_image(record, "x")[:, 2:18]
         x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -113,11 +113,11 @@ def test_latents_and_text_equal_the_public_models(models, data, tmp_path):
         np.testing.assert_allclose(row["text"][: len(hidden)], hidden, atol=1e-5)
         assert (row["text"][len(hidden) :] == 0).all()
 
-    told = found.manifest.features
-    assert told["vae"]["scale"] == 0.18215 and told["vae"]["pixels"] == 16
-    assert {"config.json", "diffusion_pytorch_model.safetensors"} <= set(told["vae"]["files"])
-    assert np.array(told["null_text"]).shape == (1, 8)
-    assert str(models) not in json.dumps(told)
+    features = stored.manifest.features
+    assert features["vae"]["scale"] == 0.18215 and features["vae"]["pixels"] == 16
+    assert {"config.json", "diffusion_pytorch_model.safetensors"} <= set(features["vae"]["files"])
+    assert np.array(features["null_text"]).shape == (1, 8)
+    assert str(models) not in json.dumps(features)
 
     sd_vae_t5.write(tmp_path / "again", data, **settings)
     for name in os.listdir(tmp_path / "f"):

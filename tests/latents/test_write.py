@@ -1,4 +1,4 @@
-"""Latents made offline: those of online encoding, whole after any kill, of one encoder only."""
+"""Latents encoded offline equal online ones, survive kills, and come from one encoder only."""
 
 import os
 import pathlib
@@ -26,14 +26,15 @@ def parts(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
     rows = list(generator.make_records(0, ROWS, 16, tags=("single_object",)))
     size = sum(len(records.encode(row)) for row in rows)
-    found = records.write(root / "data", rows, shard_bytes=size // SHARDS)
-    assert len(found.shards) == SHARDS, found.shards
+    dataset = records.write(root / "data", rows, shard_bytes=size // SHARDS)
+    assert len(dataset.shards) == SHARDS, dataset.shards
     return make_run(root / "run", 0), str(root / "data")
 
 
 @pytest.fixture(scope="module")
-def whole(parts, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "out"
+def complete(parts, tmp_path_factory):
+    """The folder of the dataset's latents, made by one job."""
+    out = tmp_path_factory.mktemp("complete") / "out"
     counts = write.write(out, parts[1], *codec.open_encoder(parts[0]))
     assert counts == {"shards": SHARDS, "made": SHARDS, "kept": 0, "missing": 0}
     return out
@@ -43,11 +44,11 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in pathlib.Path(folder).iterdir()}
 
 
-def test_offline_equals_online_bit_for_bit(parts, whole):
-    """Whatever the rows and the size of the online batch."""
+def test_offline_equals_online_bit_for_bit(parts, complete):
+    """The rows and the size of the online batch do not matter."""
     opened, dataset = codec.load(parts[0]), records.read(parts[1])
     pixels = np.stack([records.target_image(r, "") for r in dataset])
-    stored = array_store.read(whole, dataset.manifest)
+    stored = array_store.read(complete, dataset.manifest)
     rows = [stored[i][1] for i in range(ROWS)]
     draw = np.random.default_rng(0)
     for size in (1, 5, 8, 19):
@@ -56,7 +57,7 @@ def test_offline_equals_online_bit_for_bit(parts, whole):
         for k, i in enumerate(chosen):
             np.testing.assert_array_equal(mean[k], rows[i]["latent_mean"][0])
             np.testing.assert_array_equal(log_variance[k], rows[i]["latent_logvar"][0])
-    # And they are the codec's: the posterior, normalised.
+    # They are the normalized posterior of the codec.
     scaled = scale_pixels(pixels)
     x = teachers.features(opened.params["teacher"], scaled, opened.teacher)
     raw, _ = fae.posterior(opened.params, x, opened.model)
@@ -67,23 +68,27 @@ def test_offline_equals_online_bit_for_bit(parts, whole):
 
 def test_all_images_of_a_record_in_order_or_none(parts, tmp_path):
     opened = codec.load(parts[0])
-    made = list(tasks.make_records(0, 12, 16, tasks=("text", "edit", "multi", "caption")))
-    dataset = records.write(tmp_path / "data", made)
+    rows = list(tasks.make_records(0, 12, 16, tasks=("text", "edit", "multi", "caption")))
+    dataset = records.write(tmp_path / "data", rows)
     write.write(tmp_path / "out", tmp_path / "data", *codec.open_encoder(parts[0]))
     stored = array_store.read(tmp_path / "out", dataset)
     assert stored.spec["latent_mean"]["shape"] == [-1, 4, 4]
-    for (id, row), record in zip((stored[i] for i in range(12)), made):
+    for (id, arrays), record in zip((stored[i] for i in range(12)), rows):
         count = len(record.imgs)
-        assert id == record.id and row["latent_mean"].shape == (count, 4, 4)
+        assert id == record.id and arrays["latent_mean"].shape == (count, 4, 4)
         if count:
             pixels = np.stack([images.decode(blob.data, "") for blob in record.imgs])
-            np.testing.assert_array_equal(codec.encode(opened, pixels)[0], row["latent_mean"])
-    assert {len(record.imgs) for record in made} >= {0, 1, 2}
-    # A flow reads those of the one image that is learnt, and names a record without one.
-    edits = [record for record in made if record.meta["task"] == "edit"]
+            np.testing.assert_array_equal(codec.encode(opened, pixels)[0], arrays["latent_mean"])
+    assert {len(record.imgs) for record in rows} >= {0, 1, 2}
+    # A flow reads the latents of the one target image, and refuses a record without one.
+    edits = [record for record in rows if record.meta["task"] == "edit"]
     records.write(tmp_path / "edits", edits)
-    write.write(tmp_path / "of", tmp_path / "edits", *codec.open_encoder(parts[0]))
-    options = {"latents": str(tmp_path / "of"), "path": str(tmp_path / "edits"), "threads": 0}
+    write.write(tmp_path / "latents_of_edits", tmp_path / "edits", *codec.open_encoder(parts[0]))
+    options = {
+        "latents": str(tmp_path / "latents_of_edits"),
+        "path": str(tmp_path / "edits"),
+        "threads": 0,
+    }
     batch = next(image_batches.eval_batches(options, batch_size=len(edits)))
     targets = np.stack([records.target_image(record, "") for record in edits])
     np.testing.assert_array_equal(batch["latent_mean"], codec.encode(opened, targets)[0])
@@ -92,8 +97,8 @@ def test_all_images_of_a_record_in_order_or_none(parts, tmp_path):
         next(image_batches.eval_batches(options, batch_size=1))
 
 
-def test_the_pipeline_reads_them(parts, whole):
-    options = {"path": parts[1], "latents": str(whole), "threads": 0}
+def test_the_pipeline_reads_stored_latents(parts, complete):
+    options = {"path": parts[1], "latents": str(complete), "threads": 0}
     batch = next(image_batches.batches(options, batch_size=4))
     assert batch["latent_mean"].shape == batch["latent_logvar"].shape == (4, 4, 4)
     assert (
@@ -102,7 +107,7 @@ def test_the_pipeline_reads_them(parts, whole):
     )
 
 
-def test_jobs_share_the_shards(parts, whole, tmp_path):
+def test_jobs_share_the_shards(parts, complete, tmp_path):
     encoder = codec.open_encoder(parts[0])
     out = tmp_path / "out"
     first = write.write(out, parts[1], *encoder, shard=(1, 2))
@@ -110,24 +115,24 @@ def test_jobs_share_the_shards(parts, whole, tmp_path):
     with pytest.raises(DatasetError, match=r"no dataset\.json"):
         manifest.load(out, kind="arrays")
     last = write.write(out, parts[1], *encoder, shard=(0, 2))
-    assert last["missing"] == 0 and contents(out) == contents(whole)
+    assert last["missing"] == 0 and contents(out) == contents(complete)
     again = write.write(out, parts[1], *encoder, shard=(0, 2))
     assert again == {"shards": SHARDS, "made": 0, "kept": 2, "missing": 0}
 
 
-def test_another_encoder_is_refused(parts, whole, tmp_path):
+def test_another_encoder_is_refused(parts, complete, tmp_path):
     other = codec.open_encoder(make_run(tmp_path / "run", 1))
-    before = contents(whole)
+    before = contents(complete)
     with pytest.raises(DatasetError, match=r"latents of the encoder .*, expected those of"):
-        write.write(whole, parts[1], *other)
+        write.write(complete, parts[1], *other)
     out = tmp_path / "part"
     write.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(0, 2))
     with pytest.raises(DatasetError, match="latents of the encoder"):
         write.write(out, parts[1], *other, shard=(1, 2))
-    assert contents(whole) == before
+    assert contents(complete) == before
     records.write(tmp_path / "data", generator.make_records(9, 4, 16, tags=("single_object",)))
     with pytest.raises(DatasetError, match="latents of another dataset"):
-        write.write(whole, tmp_path / "data", *codec.open_encoder(parts[0]))
+        write.write(complete, tmp_path / "data", *codec.open_encoder(parts[0]))
     with pytest.raises(DatasetError, match="a dataset of records, expected one of arrays"):
         write.write(parts[1], parts[1], *other)
     with pytest.raises(DatasetError, match="holds other things"):
@@ -139,19 +144,19 @@ def test_another_encoder_is_refused(parts, whole, tmp_path):
 
 # -------------------------------------------------------------------------------------- killed jobs
 
-# Encodes without a model, so that a process is up at once, and dies at the N-th event: a row that
-# is written, a file that is about to be renamed or has been.
+# A job that encodes without a model, so that it starts at once, and kills itself at the N-th event.
+# Events come before and after a row is written, a file is renamed or a shard is counted.
 JOB = """
 import os, signal, sys
 import numpy as np
 from starflow2_jax.data import array_store
 from starflow2_jax.latents import write
-out, data, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+out, data, last_event = sys.argv[1], sys.argv[2], int(sys.argv[3])
 events = 0
 def event():
     global events
     events += 1
-    if events == at:
+    if events == last_event:
         os.kill(os.getpid(), signal.SIGKILL)
 def around(function):
     def run(*args):
@@ -170,8 +175,9 @@ print(events)
 """
 
 
-def job(out, data, at=0):
-    command = [sys.executable, "-c", JOB, str(out), data, str(at)]
+def run_job(out, data, last_event=0):
+    """Run `JOB`, which kills itself at event `last_event`, or never if that is 0."""
+    command = [sys.executable, "-c", JOB, str(out), data, str(last_event)]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": "."}
     )
@@ -183,40 +189,40 @@ def several(tmp_path_factory):
     folder = tmp_path_factory.mktemp("several") / "data"
     rows = list(tasks.make_records(0, ROWS, 16, tasks=("text", "edit", "multi", "caption")))
     size = sum(len(records.encode(row)) for row in rows)
-    made = records.write(folder, rows, shard_bytes=size // SHARDS)
-    assert len(made.shards) > 2 and {len(row.imgs) for row in rows} >= {0, 1, 2}
+    manifest = records.write(folder, rows, shard_bytes=size // SHARDS)
+    assert len(manifest.shards) > 2 and {len(row.imgs) for row in rows} >= {0, 1, 2}
     return str(folder)
 
 
-def kill_and_finish(data, tmp_path, at, expected):
-    out = tmp_path / f"out{at}"
-    assert job(out, data, at).returncode == -signal.SIGKILL
-    done = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
-    finished = job(out, data)
+def kill_and_finish(data, tmp_path, last_event, expected):
+    out = tmp_path / f"out{last_event}"
+    assert run_job(out, data, last_event).returncode == -signal.SIGKILL
+    times_before = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
+    finished = run_job(out, data)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert contents(out) == expected
-    now = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
-    assert done.items() <= now.items()
+    times_after = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
+    assert times_before.items() <= times_after.items()
 
 
 def test_killed_between_shards_and_started_again(several, tmp_path):
-    plain = job(tmp_path / "whole", several)
+    plain = run_job(tmp_path / "complete", several)
     assert plain.returncode == 0, plain.stderr[-2000:]
-    kill_and_finish(several, tmp_path, int(plain.stdout) // 2, contents(tmp_path / "whole"))
+    kill_and_finish(several, tmp_path, int(plain.stdout) // 2, contents(tmp_path / "complete"))
     dataset = records.read(several)
-    stored = array_store.read(tmp_path / "whole", dataset.manifest)
+    stored = array_store.read(tmp_path / "complete", dataset.manifest)
     for i in range(ROWS):
         assert stored[i][1]["latent_mean"].shape == (len(dataset[i].imgs), 4, 3)
 
 
 @pytest.mark.slow
 def test_killed_at_ten_random_points(several, tmp_path):
-    events = int(job(tmp_path / "whole", several).stdout)
-    expected = contents(tmp_path / "whole")
+    events = int(run_job(tmp_path / "complete", several).stdout)
+    expected = contents(tmp_path / "complete")
     draw = np.random.default_rng(0)
-    # The last one is after the manifest, before the rest is cleared away.
-    for at in (*draw.choice(np.arange(1, events), 9, replace=False), events):
-        kill_and_finish(several, tmp_path, int(at), expected)
+    # The last event is after the manifest and before the removal of temporary files.
+    for last_event in (*draw.choice(np.arange(1, events), 9, replace=False), events):
+        kill_and_finish(several, tmp_path, int(last_event), expected)
 
 
 IN_PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
@@ -225,18 +231,18 @@ IN_PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers=
 @pytest.mark.parametrize(
     "options", [[], pytest.param(IN_PROCESSES, marks=pytest.mark.slow)], ids=["thread", "processes"]
 )
-def test_beam_makes_the_same(parts, whole, tmp_path, options, monkeypatch):
+def test_beam_makes_the_same(parts, complete, tmp_path, options, monkeypatch):
     pytest.importorskip("apache_beam", reason="the extra `beam` is not installed")
-    # Bits follow from how XLA compiles; a worker's process compiles as this one does (conftest.py).
+    # Bits depend on how XLA compiles; a worker has to compile as this process does (conftest.py).
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     out = tmp_path / "out"
     write.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(3, 4))
-    # Named in full: "DirectRunner" fetches a program from the network first.
+    # "DirectRunner" would download a program first.
     runner = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
     options = [runner, *options]
     counts = write_beam.write(out, parts[1], codec.open_encoder, parts[0], options=options)
     assert counts == {"shards": SHARDS, "made": SHARDS - 1, "kept": 1, "missing": 0}
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(complete)
 
 
 def test_a_model_folder_has_the_same_fingerprint(parts, tmp_path):

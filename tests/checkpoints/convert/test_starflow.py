@@ -97,8 +97,8 @@ arguments:
 @functools.cache
 def _golden(name):
     with np.load(GOLDEN / f"{name}_tiny.npz") as arrays:
-        found = {k: arrays[k] for k in arrays.files if k.startswith("params/")}
-    return {name.removeprefix("params/"): array for name, array in found.items()}
+        params = {k: arrays[k] for k in arrays.files if k.startswith("params/")}
+    return {name.removeprefix("params/"): array for name, array in params.items()}
 
 
 def golden(name):
@@ -107,9 +107,9 @@ def golden(name):
 
 def synthetic(options, dtype=np.float32):
     """A random state dict of `options`, and its configuration."""
-    given = starflow_options.read_options(options)[0]
-    family = starflow_options.find_family(given, set())
-    cfg = starflow_options.flow_config(given, family, {})
+    model_options = starflow_options.read_options(options)[0]
+    family = starflow_options.find_family(model_options, set())
+    cfg = starflow_options.flow_config(model_options, family, {})
     rng = np.random.default_rng(0)
     shapes = tensor_map.published_shapes(starflow.table(cfg))
     return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}, cfg
@@ -189,7 +189,7 @@ def test_start_and_position_variants(changes):
 def test_released_yaml_is_the_3b_model(tmp_path):
     path = tmp_path / "run=1.yaml"
     path.write_text(RELEASED_YAML)
-    options, others = starflow_options.read_options(str(path))
+    options, trainer_options = starflow_options.read_options(str(path))
     shapes = {"blocks.5.proj_txt.weight": (3072, 2048)}
     family = starflow_options.find_family(options, set(shapes))
     cfg = starflow_options.flow_config(options, family, shapes)
@@ -197,23 +197,25 @@ def test_released_yaml_is_the_3b_model(tmp_path):
     published = tensor_map.published_shapes(starflow.table(cfg)).values()
     assert sum(np.prod(shape) for shape in published) == 3_858_281_544
     assert len(published) == 455 - 6 - 3  # masks; var and two rope tables
-    assert others["noise_std"] == 0.3
+    assert trainer_options["noise_std"] == 0.3
 
 
 def test_vocabularies_and_forms_agree(tmp_path):
     yaml_names = {"in_channels": "channel_size", "num_blocks": "blocks"}
-    theirs = {yaml_names.get(k, k): v for k, v in STARFLOW.items()}
+    yaml_options = {yaml_names.get(k, k): v for k, v in STARFLOW.items()}
     text = "\n".join(
-        f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in theirs.items()
+        f"{key}={' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in yaml_options.items()
     )
     path = tmp_path / "options.yaml"
     path.write_text(starflow_options.to_yaml(STARFLOW))
     plain = tmp_path / "options.txt"
     plain.write_text(text)
     state = golden("starflow")
+    commas = text.replace("\n", ", ")
     configs = [
-        starflow.load(state, given)[0]
-        for given in (STARFLOW, theirs, text, text.replace("\n", ", "), path, str(path), plain)
+        starflow.load(state, options)[0]
+        for options in (STARFLOW, yaml_options, text, commas, path, str(path), plain)
     ]
     assert all(cfg == configs[0] for cfg in configs)
     assert configs[0].layers == (2, 2, 2, 4)
@@ -361,7 +363,7 @@ def test_family():
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("text", "error", "message"),
     [
         ("/nowhere/options.yaml", FileNotFoundError, "no file /nowhere/options.yaml"),
         ("a: [1\nb", ValueError, "neither key=value nor YAML"),
@@ -371,9 +373,9 @@ def test_family():
         ("arguments:\n- rope", ValueError, "expected a list of name: value"),
     ],
 )
-def test_bad_option_texts(given, error, message):
+def test_bad_option_texts(text, error, message):
     with pytest.raises(error, match=message):
-        starflow_options.read_options(given)
+        starflow_options.read_options(text)
 
 
 def test_export_names_what_does_not_fit():
