@@ -361,3 +361,31 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in sorted({*a, *b})
         if a.get(name, gone) != b.get(name, gone)
     ]
+
+
+# ------------------------------------------------------- keys at any depth of the `model` group
+
+
+def set_nested(group: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+    """Return a copy of nested dicts with new values of these keys at every depth.
+
+    A `model` group has some keys several times, such as `remat` of a flow and of a VLM.
+    """
+    return {
+        name: set_nested(inner, **values) if isinstance(inner, Mapping) else values.get(name, inner)
+        for name, inner in group.items()
+    }
+
+
+def find_nested(group: Mapping[str, Any], *names: str) -> list[Any]:
+    """Return the values of these keys at every depth of nested dicts."""
+    values = [group[name] for name in names if name in group]
+    for inner in group.values():
+        if isinstance(inner, Mapping):
+            values += find_nested(inner, *names)
+    return values
+
+
+def remat_policy(group: Mapping[str, Any]) -> str:
+    """Return the rematerialization policy of a `model` group; different ones joined by `+`."""
+    return "+".join(dict.fromkeys(find_nested(group, "remat"))) or "none"

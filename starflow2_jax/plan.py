@@ -1,13 +1,14 @@
-"""What an experiment costs on machines that are not here: compiled ahead of time, per layout.
+"""Plan an experiment for machines you do not have: compile its step ahead of time, per layout.
 
 python -m starflow2_jax.plan --config experiments/starflow_t2i.py:3b --topology v5p:4x4x8 --layout all
 python -m starflow2_jax.plan --config experiments/starflow_t2i.py:3b --topology v5e:16x16*2 --layout hybrid --mesh data=2,fsdp=256
 python -m starflow2_jax.plan --config experiments/tarflow_pixels.py:in64 --topology v5e:4x4 --search --out plans/in64
 
-Per chip: memory (weights and optimizer as declared, the compiler's own account, whether it fits and
-what would help), FLOPs, bytes moved, what each kind of collective sends over each mesh axis. Step
-time is a bound from the maker's figures: everything overlaps, or nothing does. TPUs need libtpu
-(pip install 'starflow2_jax[plan]') and no TPU; cpu and gpu stand for the devices at hand.
+The plan reports per chip: memory (declared weights and optimizer state, the compiler's total, and
+remedies if it does not fit), FLOPs, bytes moved, and the bytes that each kind of collective sends
+over each mesh axis. Step times are bounds from the chip's published figures: with full overlap, and
+with none. TPU topologies need libtpu (pip install 'starflow2_jax[plan]') but no TPU; cpu and gpu
+are the local devices.
 """  # noqa: E501
 
 import json
@@ -27,33 +28,33 @@ from starflow2_jax.runtime import cli
 
 
 def define() -> None:
-    """Defines the flags of this command."""
+    """Define the flags of this command."""
     config_flags.DEFINE_config_file("config", None, "FILE.py[:variant] or starflow2:NAME[:variant]")
     flags.DEFINE_string("topology", None, "v5p:4x4x8, v5e:16x16*2 (slices), cpu, gpu:4")
-    flags.DEFINE_string("layout", None, "where weights live; several, or all; overrides the "
-                                  "config")  # fmt: skip
-    flags.DEFINE_string("mesh", None, "such as data=2,fsdp=64, for one layout; else what shows "
-                                "the layout")  # fmt: skip
+    flags.DEFINE_string("layout", None, "sharding layout, a comma-separated list, or all; "
+                                  "overrides the config")  # fmt: skip
+    flags.DEFINE_string("mesh", None, "such as data=2,fsdp=64, for one layout; by default one "
+                                "that suits the layout")  # fmt: skip
     flags.DEFINE_enum("what", "train", ("train", "generate"), "a step, or a batch of images")
     flags.DEFINE_integer("batch", None, "rows, by default train.batch_size; generate: one a "
                                   "device", 1)  # fmt: skip
     flags.DEFINE_bool("search", False, "try batches, remat policies and meshes; best first")
     flags.DEFINE_integer("tries", 6, "search: programs compiled", 1)
-    flags.DEFINE_bool("whole", False, "compile to machine code too, as a TPU would: its size "
-                                      "counts as well, minutes a layout")  # fmt: skip
+    flags.DEFINE_bool("whole", False, "generate machine code too, so that its size counts; "
+                                      "takes minutes per layout")  # fmt: skip
     flags.DEFINE_string("out", None, "folder for plan.json, plan.md and plan.png")
     flags.DEFINE_bool("overwrite", False, "replace what --out names")
     flags.DEFINE_bool("json", False, "print the result as JSON")
 
 
-def main(words: list[str]) -> None:
-    """See the module's docstring."""
-    if words:
-        raise ValueError(f"unexpected argument {words[0]!r}")
+def main(argv: list[str]) -> None:
+    """Plan an experiment, print the table, and write it to --out."""
+    if argv:
+        raise ValueError(f"unexpected argument {argv[0]!r}")
     if flags.FLAGS.config is None or flags.FLAGS.topology is None:
         raise ValueError("--config and --topology are needed")
     if not flags.FLAGS.topology.startswith("gpu"):
-        # Before any device is asked for: a libtpu without a TPU would be waited for.
+        # jax would wait for a TPU if libtpu is installed without one.
         jax.config.update("jax_platforms", "cpu")
     cfg = config.to_dict(flags.FLAGS.config)
     if flags.FLAGS.batch and flags.FLAGS.what == "train":
@@ -61,31 +62,38 @@ def main(words: list[str]) -> None:
     config.check(cfg)
     out = epath.Path(flags.FLAGS.out) if flags.FLAGS.out else None
     if out is not None and out.exists() and not flags.FLAGS.overwrite:
-        raise FileExistsError(f"{out} is there already; --overwrite replaces it")
+        raise FileExistsError(f"{out} exists already; --overwrite replaces it")
     layouts = _layouts(flags.FLAGS.layout or cfg["layout"])
-    told = lambda rows: result(cfg, rows, flags.FLAGS.topology, flags.FLAGS.what)
-    keep = lambda rows: write(out, told(rows)) if out is not None else None
+
+    def make_result(rows):
+        return result(cfg, rows, flags.FLAGS.topology, flags.FLAGS.what)
+
+    def save(rows):
+        if out is not None:
+            write(out, make_result(rows))
+
     rows = plan(
         cfg,
         flags.FLAGS.topology,
         layouts,
-        after=keep,
+        callback=save,
         mesh=flags.FLAGS.mesh,
-        what=flags.FLAGS.what,
+        program=flags.FLAGS.what,
         batch=flags.FLAGS.batch,
         tries=flags.FLAGS.tries if flags.FLAGS.search else 0,
-        whole=flags.FLAGS.whole,
+        with_codegen=flags.FLAGS.whole,
     )
-    keep(rows)
-    print(json.dumps(told(rows), indent=2) if flags.FLAGS.json else "\n".join(table(told(rows))))
+    save(rows)
+    planned = make_result(rows)
+    print(json.dumps(planned, indent=2) if flags.FLAGS.json else "\n".join(table(planned)))
 
 
 def _layouts(text: str) -> list[str]:
     names = list(LAYOUTS) if text == "all" else text.split(",")
     for name in names:
         if name not in LAYOUTS:
-            near = config.nearest(name, LAYOUTS)
-            raise ValueError(f"--layout: {name!r} is not one of {', '.join(LAYOUTS)}{near}")
+            hint = config.nearest(name, LAYOUTS)
+            raise ValueError(f"--layout: {name!r} is not one of {', '.join(LAYOUTS)}{hint}")
     return names
 
 
@@ -95,93 +103,104 @@ def plan(
     layouts: Sequence[str],
     *,
     mesh: str | None = None,
-    what: str = "train",
+    program: str = "train",
     batch: int | None = None,
     tries: int = 0,
-    whole: bool = False,
-    after: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    with_codegen: bool = False,
+    callback: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """Rows of a plan, one a layout, or with `tries` those of a search.
+    """Return the rows of a plan, one per layout, or with `tries` those of a search.
 
-    `after` is called with the rows so far after each layout, which may take minutes. `whole`:
-    compile to machine code too.
+    If there are several layouts, one that does not suit the model or the devices gets a row with
+    the error.
 
-    Of several layouts, one that does not suit the model or the devices gives a row that says why.
+    Args:
+        cfg: A resolved, checked configuration.
+        topology: Name of the machine.
+        layouts: Keys of `mesh.LAYOUTS`.
+        mesh: Mesh of a single layout; by default one that suits it.
+        program: `train` or `generate`.
+        batch: Rows to generate; by default one per device.
+        tries: Number of programs that a search compiles; 0 for no search.
+        with_codegen: Generate machine code too.
+        callback: Called with the rows so far after each layout, which may take minutes.
 
     Raises:
-        ValueError: a topology that does not exist, a mesh of another number of devices, a batch
-            that does not divide, a layout that does not suit the model. RuntimeError: no libtpu.
+        ValueError: If the topology does not exist, or the topology, mesh, batch, layout and model
+            do not fit together.
+        RuntimeError: If libtpu is not installed.
     """
-    from starflow2_jax.planning import estimate, search, topology as topologies
+    from starflow2_jax.planning import estimate, search
+    from starflow2_jax.planning.topology import find
 
-    machine = topologies.find(topology)
+    machine = find(topology)
     if mesh and len(layouts) > 1:
-        raise ValueError("--mesh: one mesh is for one layout")
-    if tries and what == "generate":
-        raise ValueError("--search is for training")
+        raise ValueError("--mesh applies to a single --layout")
+    if tries and program == "generate":
+        raise ValueError("--search applies to training only")
     if tries:
-        return search.search(cfg, machine, layouts, tries, _say, whole)
-    rows, own = [], None
+        return search.search(cfg, machine, layouts, tries, _log, with_codegen)
+    rows, step_flops = [], None
     for layout in layouts:
         shape = mesh or (cfg["mesh"] if len(layouts) == 1 and layout == cfg["layout"] else None)
         shape = shape or estimate.default_mesh(layout, machine, cfg["model"])
-        now = {**cfg, "layout": layout, "mesh": shape}
-        began = time.perf_counter()
+        layout_cfg = {**cfg, "layout": layout, "mesh": shape}
+        start_time = time.perf_counter()
         try:
-            name, given = "train_step", own
-            if what == "generate":
-                name, given = "generate", batch or _ways(now, machine)
-            row = estimate.planned(name, now, machine, given, whole=whole)
-            own = row["model_flops"]
+            name, argument = "train_step", step_flops
+            if program == "generate":
+                name, argument = "generate", batch or _batch_shards(layout_cfg, machine)
+            row = estimate.plan_row(name, layout_cfg, machine, argument, with_codegen=with_codegen)
+            step_flops = row["model_flops"]
         except ValueError as error:
             if len(layouts) == 1:
                 raise
-            row = {"layout": layout, "mesh": parse_mesh(now["mesh"]), "error": str(error)}
-        _say(f"{layout}: {time.perf_counter() - began:.0f} s")
+            row = {"layout": layout, "mesh": parse_mesh(layout_cfg["mesh"]), "error": str(error)}
+        _log(f"{layout}: {time.perf_counter() - start_time:.0f} s")
         rows.append(row)
-        after(rows)
+        callback(rows)
     return rows
 
 
-def _ways(cfg, machine):
+def _batch_shards(cfg, machine):
     shape = make_mesh(cfg["mesh"], machine.devices).shape
     return shape["data"] * shape["fsdp"]
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def result(
-    cfg: dict[str, Any], rows: list[dict[str, Any]], topology: str, what: str
+    cfg: dict[str, Any], rows: list[dict[str, Any]], topology: str, program: str
 ) -> dict[str, Any]:
-    """All there is to know of a plan, as written to plan.json."""
+    """Return the contents of plan.json."""
     versions = {"jax": jax.__version__}
     try:
         import libtpu
 
         versions["libtpu"] = libtpu.__version__
     except ImportError:
-        pass  # cpu and gpu do without
-    title = f"{cfg['name'] or 'experiment'}, {what}, {topology}"
+        pass  # cpu and gpu need none
+    title = f"{cfg['name'] or 'experiment'}, {program}, {topology}"
     return {"title": title, "versions": versions, "config": cfg, "rows": rows}
 
 
-def table(told: dict[str, Any]) -> list[str]:
-    """Lines for people."""
+def table(plan_result: dict[str, Any]) -> list[str]:
+    """Format a plan as lines of Markdown."""
     from starflow2_jax.planning import report
 
-    return [told["title"], "", *report.lines(told["rows"])]
+    return [plan_result["title"], "", *report.lines(plan_result["rows"])]
 
 
-def write(out: epath.Path, told: dict[str, Any]) -> None:
-    """plan.json, plan.md and plan.png in a folder."""
+def write(out: epath.Path, plan_result: dict[str, Any]) -> None:
+    """Write plan.json, plan.md and plan.png to a folder."""
     from starflow2_jax.planning import report
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / "plan.json").write_text(json.dumps(told, indent=2))
-    (out / "plan.md").write_text("\n".join(table(told)) + "\n")
-    (out / "plan.png").write_bytes(report.picture(told["rows"], told["title"]))
+    (out / "plan.json").write_text(json.dumps(plan_result, indent=2))
+    (out / "plan.md").write_text("\n".join(table(plan_result)) + "\n")
+    (out / "plan.png").write_bytes(report.chart(plan_result["rows"], plan_result["title"]))
 
 
 if __name__ == "__main__":

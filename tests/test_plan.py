@@ -32,15 +32,15 @@ needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installe
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("v5p:4x4x7", "does not exist; near it are v5p:4x4x4, v5p:4x4x8, v5p:4x8x8"),
+        ("v5p:4x4x7", "does not exist; similar ones are v5p:4x4x4, v5p:4x4x8, v5p:4x8x8"),
         ("v5e:16x17", "v5e:16x16"),
-        ("v5e", "does not exist; near it are v5e:2x2"),
+        ("v5e", "does not exist; similar ones are v5e:2x2"),
         ("v5q:4x4", r"unknown machine 'v5q'; did you mean 'v5[ep]'\? \(there are v5e, v6e, v5p"),
-        ("v5e:4x4*0", "at least one slice"),
+        ("v5e:4x4*0", "expected expected at least one slice"),
         ("tpu v5e 4x4", "unknown machine"),
         ("cpu:2x2", "expected cpu or cpu:N"),
-        ("cpu:9", "8 cpu devices are here"),
-        ("gpu", "there is no gpu here"),
+        ("cpu:9", "this machine has 8 cpu devices"),
+        ("gpu", "this machine has no gpu"),
     ],
 )
 def test_a_topology_that_does_not_exist(name, words):
@@ -102,7 +102,7 @@ def test_rates_and_what_is_said_of_a_row_that_does_not_fit():
     assert found["mfu_bound"] == pytest.approx(0.5) and found["tokens_per_s"] == 10_000
     large = {**row, "fits": False, "memory": _memory(2.5 * 2**30), "advice": ["twice the chips"]}
     text = "\n".join(report.lines([found, large, {**row, "error": "layout 'tp': no"}]))
-    assert "dp data=4 does not fit by 2.50 GiB a chip; what would help:\n  twice the chips" in text
+    assert "dp data=4 does not fit by 2.50 GiB a chip; this would help:\n  twice the chips" in text
     assert "dp data=4: layout 'tp': no" in text and "300 to 500 ms" in text
 
 
@@ -117,26 +117,26 @@ def test_a_program_that_jax_cannot_read_names_the_remedy():
 
     made = SimpleNamespace(as_text=as_text)
     lowered = SimpleNamespace(compile=lambda: made)
-    words = r"cannot read what was compiled for cpu:8 \(INTERNAL: .* operands\); pip install"
+    words = r"cannot read the program compiled for cpu:8 \(INTERNAL: .* operands\); pip install"
     with pytest.raises(RuntimeError, match=words):
-        estimate._compiled(lowered, None, topology.find("cpu:8"), {}, 0.0)
+        estimate._compile(lowered, None, topology.find("cpu:8"), {}, 0.0)
 
 
 def test_generate_is_planned_too():
     cfg = experiment(**{"sample.guidance": 0.0})
-    (row,) = plan.plan(cfg, "cpu", ["fsdp"], what="generate")
+    (row,) = plan.plan(cfg, "cpu", ["fsdp"], program="generate")
     assert row["batch"] == 8 and row["tokens"] == 8 * 64 and not row["unknown_loops"]
     # There is one row on a device: every token passes every matrix, and looks at the whole cache.
     matrices = sum(flops.matrix_parameters(model_config(cfg), 0))
     assert row["flops"] == pytest.approx(64 * (2 * matrices + 2 * 4 * 64 * 256), rel=0.02)
     with pytest.raises(ValueError, match="task='fae_pixels' is not planned"):
-        plan.plan({**cfg, "task": "fae_pixels"}, "cpu", ["fsdp"], what="generate")
+        plan.plan({**cfg, "task": "fae_pixels"}, "cpu", ["fsdp"], program="generate")
 
 
 def test_generation_of_starflow2_is_planned_too():
     """Each patch of 4 passes both streams: their matrices, and the caches of 64 slots."""
     cfg = joint(**{"text.length": 40})
-    (row,) = plan.plan(cfg, "cpu", ["fsdp"], what="generate")
+    (row,) = plan.plan(cfg, "cpu", ["fsdp"], program="generate")
     assert row["batch"] == 8 and row["tokens"] == 8 * 4 and not row["unknown_loops"]
     model = pretzel_batch.model()
     matrices = sum(
@@ -148,7 +148,7 @@ def test_generation_of_starflow2_is_planned_too():
     attention = 4 * 64 * (2 * model.vlm.width + 2 * model.flow.width)
     assert row["flops"] == pytest.approx(4 * (2 * matrices + attention), rel=0.1)
     guided = plan.plan({**cfg, "sample": {**cfg["sample"], "guidance": 2.0}}, "cpu", ["fsdp"],
-                       what="generate")[0]  # fmt: skip
+                       program="generate")[0]  # fmt: skip
     assert 1.8 < guided["flops"] / row["flops"] < 2.05
 
 
@@ -165,7 +165,7 @@ def test_whole_heads_go_to_a_device():
         (["fsdp"], {"mesh": "fsdp=6"}, "needs 6 devices, 8 are there"),
         (["fsdp_tp"], {"mesh": "fsdp=2,tensor=2"}, "needs 4 devices, 8 are there"),
         (["dp"], {"rows": 36}, "train.batch_size=36 is not divisible by data x fsdp = 8 x 1 = 8"),
-        (["dp", "tp"], {"mesh": "data=8"}, "one mesh is for one layout"),
+        (["dp", "tp"], {"mesh": "data=8"}, "--mesh applies to a single --layout"),
         (["tp"], {"mesh": "tensor=8", "heads": 3}, "does not divide"),
     ],
 )
@@ -215,7 +215,7 @@ def test_search_names_the_best_that_fits(monkeypatch):
 def test_what_the_compiler_has_written_before_machine_code(tmp_path):
     """Arrays of main memory alone count (color 0); nothing is read of what is half written."""
     at = lambda name: tmp_path / f"module_0003.jit_step.after_optimizations{name}.txt"
-    assert partial_compile.read(tmp_path) is None
+    assert partial_compile.read_dump(tmp_path) is None
     at("-buffer-assignment").write_text(
         "BufferAssignment:\n"
         "allocation 0: size 64, output shape is |f32[16]|, maybe-live-out:\n"
@@ -233,20 +233,20 @@ def test_what_the_compiler_has_written_before_machine_code(tmp_path):
     inner = "HloModule jit_step\n\n%inner (b: f32[64]) -> f32[16] {\n}\n\n"
     for part in (inner, inner + "ENTRY %main (a: f32[64]) -> f32[16] {\n  %a = f32[64]{0}"):
         program.write_text(part)
-        assert partial_compile.read(tmp_path) is None
+        assert partial_compile.read_dump(tmp_path) is None
     program.write_text(inner + "ENTRY %main (a: f32[64]) -> f32[16] {\n}\n\n")
-    found = partial_compile.read(tmp_path)
+    found = partial_compile.read_dump(tmp_path)
     assert found.as_text().startswith("HloModule") and found.memory_analysis() is found
     assert (found.argument_size_in_bytes, found.output_size_in_bytes) == (768, 320)
     assert (found.alias_size_in_bytes, found.temp_size_in_bytes) == (256, 1024)
 
 
 def test_a_process_of_its_own_hands_back_what_it_found_or_why_not():
-    assert partial_compile.apart(math.gcd, 12, 18) == 6
+    assert partial_compile.run_in_subprocess(math.gcd, 12, 18) == 6
     with pytest.raises(ValueError, match="invalid literal for int"):
-        partial_compile.apart(int, "twelve")
+        partial_compile.run_in_subprocess(int, "twelve")
     with pytest.raises(RuntimeError, match="ended with code 3 and no answer; --whole compiles"):
-        partial_compile.apart(os._exit, 3)
+        partial_compile.run_in_subprocess(os._exit, 3)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads /proc")
@@ -256,7 +256,7 @@ def test_the_process_of_its_own_ends_with_the_one_that_asked(tmp_path):
         "import time\n"
         "from starflow2_jax.planning import partial_compile\n"
         "if __name__ == '__main__':\n"
-        "    partial_compile.apart(time.sleep, 1000)\n"
+        "    partial_compile.run_in_subprocess(time.sleep, 1000)\n"
     )
     (tmp_path / "ask.py").write_text(code)
     asking = subprocess.Popen([sys.executable, str(tmp_path / "ask.py")], env={**os.environ})
@@ -329,8 +329,8 @@ def test_a_plan_without_machine_code_is_that_of_the_whole():
     """Only the code's own bytes are missing, and what it keeps in memory for itself."""
     cfg = experiment("fsdp", "fsdp=4", depth=2, compute_dtype="bfloat16")
     (quick,) = plan.plan(cfg, "v5e:2x2", ["fsdp"])
-    (whole,) = plan.plan(cfg, "v5e:2x2", ["fsdp"], whole=True)
-    same = ("flops", "kernel_flops", "bytes", "collectives", "unintended", "fits", "step_s")
+    (whole,) = plan.plan(cfg, "v5e:2x2", ["fsdp"], with_codegen=True)
+    same = ("flops", "kernel_flops", "bytes", "collectives", "unexpected", "fits", "step_s")
     assert {name: quick[name] for name in same} == {name: whole[name] for name in same}
     ours, all_of_it = quick["memory"], whole["memory"]
     same = ("declared", "arguments", "outputs", "aliased", "padding", "unused", "capacity")

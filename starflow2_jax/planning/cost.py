@@ -1,7 +1,7 @@
-"""What one device does in a compiled program: products, bytes of main memory, collectives.
+"""The cost of a compiled program for one device: FLOPs, bytes of main memory, and collectives.
 
-Counted from the program's text with loops times their trips, since the compiler's own analysis
-counts a loop's body once. Of a multiply-add both count.
+It is counted from the program's text, with loop bodies times their trip counts, because the
+compiler's own analysis counts a loop's body once. A multiply-add is two FLOPs.
 """
 
 import math
@@ -24,26 +24,28 @@ KINDS = (
     "collective-broadcast",
 )
 SLICES = "slices"
-# Nothing is read or written: names for what is there, and the second halves of asynchronous pairs.
+# Operations that neither read nor write memory.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
          "call", "after-all", "partition-id", "replica-id", "add-dependency", "opt-barrier",
          "iota")  # fmt: skip
-# Matrix products of one block of scores in each of the attention kernels, forward and backward.
+# Matrix products per block of attention scores in the forward and backward kernels.
 _SPLASH = {"fwd": 2, "dkv": 4, "dq": 3}
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One exchange between devices.
+    """A collective operation between devices.
 
     Attributes:
-        kind: one of `KINDS`; axes: mesh axes over which it goes, joined by `+`; `SLICES` where the
-            hosts of several TPU slices do it over their network.
-        group: positions (in the mesh, flattened) of one set of devices that takes part, or slices.
-        bytes: what the result of an all-gather holds, else the operand, on one device; sizes:
-            elements of each array in it, since one exchange may carry several.
-        wire: what a device sends, by a ring.
-        times: how often in a step; source: the operation of the program it comes from.
+        kind: One of `KINDS`.
+        axes: Mesh axes that it crosses, joined by `+`; `SLICES` for an exchange between the hosts
+            of several TPU slices.
+        group: Positions in the flattened mesh of one group of devices, or the slices.
+        bytes: Bytes of the result of an all-gather, else of the operand, on one device.
+        sizes: Elements of each of its arrays.
+        wire: Bytes that a device sends in a ring.
+        times: Number of times per step.
+        source: The operation of the jax program.
     """
 
     kind: str
@@ -57,14 +59,16 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class Work:
-    """One device's share of a step.
+class StepCost:
+    """The cost of a step for one device.
 
     Attributes:
-        flops: of matrix products; kernel_flops: those in it of attention kernels, by their shapes.
-        bytes: read from and written to main memory.
-        operations: (flops, bytes, times) of each operation, for a roofline of the whole.
-        unknown_loops: loops whose trips the program does not say; they count once.
+        flops: FLOPs of matrix products.
+        kernel_flops: The part of them in attention kernels, from their shapes.
+        bytes: Bytes read from and written to main memory.
+        operations: (flops, bytes, times) of each operation, for a roofline estimate.
+        collectives: All collective operations.
+        unknown_loops: Names of loops with an unknown trip count.
     """
 
     flops: float
@@ -75,62 +79,66 @@ class Work:
     unknown_loops: tuple[str, ...]
 
 
-def analyse(
-    module: Module, mesh_shape: Mapping[str, int], slices: int = 1, unsaid: int = 1
-) -> Work:
-    """Count a compiled program whose devices are a mesh of `mesh_shape`, in its order, on a number
-    of TPU slices.
+def analyze(
+    module: Module, mesh_shape: Mapping[str, int], slices: int = 1, default_trips: int = 1
+) -> StepCost:
+    """Return the cost of a compiled program.
 
     Args:
-        unsaid: how often a loop runs of which the program does not say it.
+        module: The parsed text of the program.
+        mesh_shape: Sizes of the mesh axes, in order of the program's devices.
+        slices: Number of TPU slices.
+        default_trips: Trip count of loops whose count the text does not tell.
     """
-    unknown: list[str] = []
+    unknown_loops: list[str] = []
     operations, collectives = [], []
-    kernels = 0.0
-    seen: set[tuple[str, str]] = set()
-    for computation, instruction, times in hlo.walk(module, unknown, unsaid):
+    kernel_flops = 0.0
+    counted: set[tuple[str, str]] = set()
+    for computation, instruction, times in hlo.walk(module, unknown_loops, default_trips):
         collectives += [
-            _collective(scope, each, times, mesh_shape, called, slices)
-            for scope, each, called in _exchanges(module, computation, instruction)
-            if _is_new(seen, computation, each)
+            _collective(scope, collective, times, mesh_shape, caller, slices)
+            for scope, collective, caller in _find_collectives(module, computation, instruction)
+            if _is_new(counted, computation, collective)
         ]
-        flops = flops_of(module, computation, instruction)
-        moved = 0 if _kind(instruction) else bytes_of(module, computation, instruction)
+        flops = instruction_flops(module, computation, instruction)
+        num_bytes = 0
+        if not _kind(instruction):
+            num_bytes = instruction_bytes(module, computation, instruction)
         if instruction.opcode == "custom-call":
-            kernels += flops * times
-        if flops or moved:
-            operations.append((float(flops), float(moved), times))
-    return Work(
+            kernel_flops += flops * times
+        if flops or num_bytes:
+            operations.append((float(flops), float(num_bytes), times))
+    return StepCost(
         flops=sum(f * times for f, _, times in operations),
-        kernel_flops=kernels,
+        kernel_flops=kernel_flops,
         bytes=sum(b * times for _, b, times in operations),
         operations=tuple(operations),
         collectives=tuple(collectives),
-        unknown_loops=tuple(unknown),
+        unknown_loops=tuple(unknown_loops),
     )
 
 
 # ---------------------------------------------------------------------------------------- products
 
 
-def flops_of(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Of one instruction; of a fusion those of what it calls."""
+def instruction_flops(module: Module, computation: Computation, instruction: Instruction) -> float:
+    """Return the FLOPs of one instruction, including the instructions inside a fusion."""
     if instruction.opcode == "fusion":
         return sum(
-            flops_of(module, module.computations[name], each)
+            instruction_flops(module, module.computations[name], inner)
             for name in instruction.called("calls")
-            for each in module.computations[name].instructions
+            for inner in module.computations[name].instructions
         )
     if instruction.opcode not in ("dot", "convolution", "custom-call"):
         return 0.0
-    given = [
+    shapes = [
         computation.by_name[name].shapes[0]
         for name in instruction.operands
         if name in computation.by_name and computation.by_name[name].shapes
     ]
-    operands = [shape.dims for shape in given]
+    operands = [shape.dims for shape in shapes]
     if instruction.opcode == "custom-call":
-        return _kernel_flops(instruction, given)
+        return _kernel_flops(instruction, shapes)
     out = math.prod(instruction.shapes[0].dims)
     if instruction.opcode == "dot":
         return 2 * out * _contracted(operands[0], instruction.attribute("lhs_contracting_dims"))
@@ -142,50 +150,54 @@ def _contracted(lhs, dimensions):
 
 
 def _convolution_flops(instruction, operands):
-    """Only positions of the kernel that lie on the input count: TPUs write products with batch
-    dimensions as convolutions that mostly meet padding.
+    """Return the FLOPs of a convolution, without the positions of the kernel that meet padding.
+
+    TPU programs express products with batch dimensions as convolutions that mostly meet padding.
     """
-    lhs_of, rest = instruction.attribute("dim_labels").split("_", 1)
-    rhs_of, out_of = rest.split("->")
+    lhs_labels, rest = instruction.attribute("dim_labels").split("_", 1)
+    rhs_labels, out_labels = rest.split("->")
     lhs, rhs = operands[:2]
     out = instruction.shapes[0].dims
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", instruction.attribute("window")))
-    each = lambda name, default: window[name].split("x") if name in window else default
-    spatial = sorted(char for char in lhs_of if char.isdigit())
-    count = len(spatial)
-    pads = [tuple(map(int, p.split("_"))) for p in each("pad", ["0_0"] * count)]
-    strides = list(map(int, each("stride", [1] * count)))
-    spread = list(map(int, each("lhs_dilate", [1] * count)))
-    gaps = list(map(int, each("rhs_dilate", [1] * count)))
-    met = 1
+    spatial = sorted(char for char in lhs_labels if char.isdigit())
+
+    def window_values(name, default):
+        return window[name].split("x") if name in window else [default] * len(spatial)
+
+    padding = [int(p.split("_")[0]) for p in window_values("pad", "0_0")]
+    strides = list(map(int, window_values("stride", 1)))
+    lhs_dilation = list(map(int, window_values("lhs_dilate", 1)))
+    rhs_dilation = list(map(int, window_values("rhs_dilate", 1)))
+    num_products = 1
     for n, char in enumerate(spatial):
-        size_in, size_k = lhs[lhs_of.index(char)], rhs[rhs_of.index(char)]
-        at = np.arange(out[out_of.index(char)])[:, None] * strides[n] - pads[n][0]
-        at = at + np.arange(size_k)[None, :] * gaps[n]
-        met *= int(((at >= 0) & (at <= (size_in - 1) * spread[n]) & (at % spread[n] == 0)).sum())
-    rows, features = out[out_of.index("b")], out[out_of.index("f")]
+        size_in, size_kernel = lhs[lhs_labels.index(char)], rhs[rhs_labels.index(char)]
+        x = np.arange(out[out_labels.index(char)])[:, None] * strides[n] - padding[n]
+        x = x + np.arange(size_kernel)[None, :] * rhs_dilation[n]
+        inside = (x >= 0) & (x <= (size_in - 1) * lhs_dilation[n]) & (x % lhs_dilation[n] == 0)
+        num_products *= int(inside.sum())
+    rows, features = out[out_labels.index("b")], out[out_labels.index("f")]
     batch_groups = int(instruction.attribute("batch_group_count") or 1)
-    return 2 * rows * features * met * rhs[rhs_of.index("i")] // batch_groups
+    return 2 * rows * features * num_products * rhs[rhs_labels.index("i")] // batch_groups
 
 
-def _kernel_flops(instruction, given):
-    """Of a call into a library or a kernel of our own, by its name and shapes."""
+def _kernel_flops(instruction, shapes):
+    """Return the FLOPs of a library call or a Pallas kernel, from its name and shapes."""
     target = instruction.attribute("custom_call_target").strip('"')
-    operands = [shape.dims for shape in given]
+    operands = [shape.dims for shape in shapes]
     if "gemm" in target or "matmul" in target:
-        found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+        match = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
         out = math.prod(instruction.shapes[0].dims)
-        return 2 * out * _contracted(operands[0], found[1] if found else str(len(operands[0]) - 1))
+        return 2 * out * _contracted(operands[0], match[1] if match else str(len(operands[0]) - 1))
     if "fmha" in target:
         batch, length, heads, channels = operands[0]
         products = 5 if "Backward" in target else 2
         return products * batch * heads * length * length * channels
     splash = re.match(r"splash_m[hq]a_(fwd|dkv|dq)", instruction.name)
     if target == "tpu_custom_call" and splash:
-        queries, keys = [s.dims for s in given if len(s.dims) >= 3 and s.dtype[0] in "bf"][:2]
+        queries, keys = [s.dims for s in shapes if len(s.dims) >= 3 and s.dtype[0] in "bf"][:2]
         rows, length, channels = math.prod(queries[:-2]), queries[-2], queries[-1]
-        # Which blocks of scores are looked at: with a causal mask, half and those on the diagonal.
-        tables = [s.dims for s in given if s.dtype in ("s8", "s32") and len(s.dims) == 3]
+        # A causal mask leaves half of the blocks of scores, and those on the diagonal.
+        tables = [s.dims for s in shapes if s.dtype in ("s8", "s32") and len(s.dims) == 3]
         down, across = tables[0][-2:] if tables else (1, 1)
         share = 1 - (across - 1) / (2 * across) if down <= across else 1.0
         return _SPLASH[splash[1]] * 2 * rows * length * keys[-2] * channels * share
@@ -195,31 +207,31 @@ def _kernel_flops(instruction, given):
 # ------------------------------------------------------------------------------------------- bytes
 
 
-def bytes_of(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Main memory that one instruction reads and writes; the chip's own memory is free."""
+def instruction_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
+    """Return the bytes of main memory that one instruction reads and writes."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done"):
         return 0.0
-    if opcode.endswith("-start"):  # (to, from, ...)
-        return sum(_held(shape) for shape in instruction.shapes[:2])
+    if opcode.endswith("-start"):  # (destination, source, ...)
+        return sum(_main_memory_bytes(shape) for shape in instruction.shapes[:2])
     operands = [computation.by_name[n] for n in instruction.operands if n in computation.by_name]
     if opcode in ("dynamic-slice", "gather", "slice"):
-        return 2 * sum(map(_held, instruction.shapes))
+        return 2 * sum(map(_main_memory_bytes, instruction.shapes))
     if opcode == "dynamic-update-slice":
-        return 2 * sum(map(_held, operands[1].shapes))
+        return 2 * sum(map(_main_memory_bytes, operands[1].shapes))
     if opcode == "fusion":
         (name,) = instruction.called("calls")
         called = module.computations[name]
         inner = called.parameters()
-        read = sum(
-            _read(module, called, inner[n], operand.shapes) if n in inner else 0.0
+        bytes_read = sum(
+            _bytes_read(module, called, inner[n], operand.shapes) if n in inner else 0.0
             for n, operand in enumerate(operands)
         )
-        return read + _written(module, called, instruction.shapes)
-    return sum(_held(s) for i in (instruction, *operands) for s in i.shapes)
+        return bytes_read + _bytes_written(module, called, instruction.shapes)
+    return sum(_main_memory_bytes(s) for i in (instruction, *operands) for s in i.shapes)
 
 
-def _held(shape: Shape) -> int:
+def _main_memory_bytes(shape: Shape) -> int:
     return 0 if shape.space else shape.bytes
 
 
@@ -227,52 +239,51 @@ def _users(called, name):
     return [i for i in called.instructions if name in i.operands]
 
 
-def _read(module, called, parameter, given):
-    """Of an operand of a fusion: only the slices, where nothing else is read of it, there or in
-    fusions inside.
-    """
-    whole = sum(map(_held, given))
-    if not whole:
+def _bytes_read(module, called, parameter, shapes):
+    """Return the bytes read of a fusion's operand: the slices, if all its uses are slices."""
+    total = sum(map(_main_memory_bytes, shapes))
+    if not total:
         return 0.0
-    waiting, parts = [parameter], 0.0
-    while waiting:
-        current = waiting.pop()
+    stack, slices = [parameter], 0.0
+    while stack:
+        current = stack.pop()
         for user in _users(called, current.name):
             if user.opcode == "bitcast":
-                waiting.append(user)
+                stack.append(user)
             elif user.opcode in ("dynamic-slice", "slice", "gather"):
-                parts += sum(s.bytes for s in user.shapes)
+                slices += sum(s.bytes for s in user.shapes)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == current.name:
                 continue  # written in place
             elif user.opcode == "fusion":
                 (name,) = user.called("calls")
                 inner = module.computations[name]
-                taken = [
-                    p for n, p in inner.parameters().items() if user.operands[n] == current.name
-                ]
-                parts += sum(_read(module, inner, each, given) for each in taken)
+                slices += sum(
+                    _bytes_read(module, inner, inner_parameter, shapes)
+                    for n, inner_parameter in inner.parameters().items()
+                    if user.operands[n] == current.name
+                )
             else:
-                return whole
-    return min(parts, whole)
+                return total
+    return min(slices, total)
 
 
-def _written(module, called, given):
-    """Of a fusion's results: only the part, where a larger array is updated in place."""
+def _bytes_written(module, called, shapes):
+    """Return the bytes of a fusion's results: the slice, if an array is updated in place."""
     root = called.root
     parts = [called.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
-    if len(parts) != len(given):
-        return sum(map(_held, given))
+    if len(parts) != len(shapes):
+        return sum(map(_main_memory_bytes, shapes))
     total = 0.0
-    for part, shape in zip(parts, given):
+    for part, shape in zip(parts, shapes):
         while part.opcode == "bitcast" and part.operands[0] in called.by_name:
             part = called.by_name[part.operands[0]]
         if part.opcode == "fusion" and len(part.shapes) == 1:
             (name,) = part.called("calls")
-            total += _written(module, module.computations[name], [shape])
+            total += _bytes_written(module, module.computations[name], [shape])
         elif part.opcode == "dynamic-update-slice" and not shape.space:
             total += sum(s.bytes for s in called.by_name[part.operands[1]].shapes)
         else:
-            total += _held(shape)
+            total += _main_memory_bytes(shape)
     return total
 
 
@@ -282,30 +293,31 @@ def _written(module, called, given):
 def _kind(instruction: Instruction) -> str:
     opcode = instruction.opcode.removesuffix("-start")
     if opcode == "send":
-        across = re.search(r'_xla_megascale_transfer_type="([A-Z_]+)"', instruction.attributes)
-        opcode = across[1].lower().replace("_", "-") if across else opcode
+        match = re.search(r'_xla_megascale_transfer_type="([A-Z_]+)"', instruction.attributes)
+        opcode = match[1].lower().replace("_", "-") if match else opcode
     return opcode if opcode in KINDS else ""
 
 
-def _exchanges(module, computation, instruction):
-    """(scope, collective, name of the computation it stands in), also inside fusions."""
+def _find_collectives(module, computation, instruction):
+    """Yield (scope, collective, name of its computation), also for those inside fusions."""
     if _kind(instruction):
         yield computation, instruction, computation.name
     elif instruction.opcode == "fusion":
         for name in instruction.called("calls"):
-            for each in module.computations[name].instructions:
-                yield from _exchanges(module, module.computations[name], each)
+            for inner in module.computations[name].instructions:
+                yield from _find_collectives(module, module.computations[name], inner)
 
 
-def _is_new(seen, body, instruction):
-    """Whether a collective of a loop's body has not been met: TPUs spread one over several fusions,
-    all with its channel.
+def _is_new(counted, body, instruction):
+    """Return True the first time a collective is met, and remember it.
+
+    TPU programs spread one collective over several fusions with the same channel.
     """
     channel = instruction.attribute("channel_id")
     key = (body.name, channel or instruction.name)
-    if key in seen:
+    if key in counted:
         return False
-    seen.add(key)
+    counted.add(key)
     return True
 
 
@@ -317,80 +329,83 @@ _IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,
 _LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{([\d,{}]*)\}")
 
 
-def groups(instruction: Instruction, devices: int) -> list[tuple[int, ...]]:
-    """Positions of the devices that exchange with one another.
+def replica_groups(instruction: Instruction, devices: int) -> list[tuple[int, ...]]:
+    """Return the groups of device positions that exchange with one another.
 
     Raises:
-        ValueError: they are written in a way that is not known.
+        ValueError: If they are written in an unknown form.
     """
-    text, numbers = instruction.attributes, lambda text: [int(n) for n in text.split(",") if n]
+    text = instruction.attributes
+
+    def numbers(text):
+        return [int(n) for n in text.split(",") if n]
 
     def order(dims, transposed):
-        found = np.arange(math.prod(dims)).reshape(dims)
-        return (found.transpose(numbers(transposed)) if transposed else found).ravel()
+        grid = np.arange(math.prod(dims)).reshape(dims)
+        return (grid.transpose(numbers(transposed)) if transposed else grid).ravel()
 
     if iota := _IOTA_GROUPS.search(text):
         rows = order(numbers(iota[2]), iota[3]).reshape(numbers(iota[1]))
     elif named := _MESH_GROUPS.search(text):
         sizes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])]
-        # An axis may be taken in part: 'a':(2)4 are its digits of weight 4 behind 2 others.
-        chosen, split = [], []
+        # A group may span a part of an axis: 'a':(2)4 is a factor of size 4 after one of size 2.
+        in_group, split = [], []
         parts = {
             n: (int(p), int(k)) for n, p, k in re.findall(r"'([^']+)':\((\d+)\)(\d+)", named[4])
         }
-        whole = re.findall(r"'([^']+)'(?!:)", named[4])
+        full_axes = re.findall(r"'([^']+)'(?!:)", named[4])
         for name, size in sizes:
-            before, taken = parts.get(name, (1, size if name in whole else 1))
-            chosen += [False, True, False]
-            split += [before, taken, size // before // taken]
+            before, span = parts.get(name, (1, size if name in full_axes else 1))
+            in_group += [False, True, False]
+            split += [before, span, size // before // span]
         dims = numbers(named[2]) if named[2] else [size for _, size in sizes]
         grid = order(dims, named[3]).reshape(split)
-        last = [n for n, taken in enumerate(chosen) if taken]
-        rest = [n for n, taken in enumerate(chosen) if not taken]
+        last = [n for n, grouped in enumerate(in_group) if grouped]
+        rest = [n for n, grouped in enumerate(in_group) if not grouped]
         rows = grid.transpose(rest + last).reshape(-1, math.prod(split[n] for n in last))
     elif listed := _LISTED_GROUPS.search(text):
-        found = [tuple(numbers(g)) for g in re.findall(r"\{([\d,]+)\}", listed[1])]
-        return found or [tuple(range(devices))]
+        groups = [tuple(numbers(g)) for g in re.findall(r"\{([\d,]+)\}", listed[1])]
+        return groups or [tuple(range(devices))]
     else:
-        raise ValueError(f"{instruction.name}: groups of devices written as {text[:120]!r}")
+        raise ValueError(f"{instruction.name}: unknown form of device groups: {text[:120]!r}")
     return [tuple(row) for row in rows.tolist()]
 
 
-def axes_of(found: list[tuple[int, ...]], mesh_shape: Mapping[str, int]) -> str:
-    """Mesh axes along which the members of any group differ, joined by `+`."""
+def mesh_axes(groups: list[tuple[int, ...]], mesh_shape: Mapping[str, int]) -> str:
+    """Return the mesh axes along which the members of any group differ, joined by `+`."""
     sizes = tuple(mesh_shape.values())
     varying: set[int] = set()
-    for group in found:
-        where = np.stack(np.unravel_index(np.array(group), sizes))
-        varying |= set(np.flatnonzero((where != where[:, :1]).any(1)).tolist())
+    for group in groups:
+        coords = np.stack(np.unravel_index(np.array(group), sizes))
+        varying |= set(np.flatnonzero((coords != coords[:, :1]).any(1)).tolist())
     return "+".join(name for n, name in enumerate(mesh_shape) if n in varying)
 
 
-def _collective(scope, instruction, times, mesh_shape, called, slices):
+def _collective(scope, instruction, times, mesh_shape, caller, slices):
     kind = _kind(instruction)
     if instruction.opcode == "send":
         group, axes = tuple(range(slices)), SLICES
     else:
-        found = groups(instruction, math.prod(mesh_shape.values()))
-        group, axes = max(found, key=len), axes_of(found, mesh_shape)
+        groups = replica_groups(instruction, math.prod(mesh_shape.values()))
+        group, axes = max(groups, key=len), mesh_axes(groups, mesh_shape)
     arrays = [
         s for n in instruction.operands if n in scope.by_name for s in scope.by_name[n].shapes
     ]
-    ways = len(group)
-    whole = ways if kind == "all-gather" else 1
-    size = whole * sum(s.bytes for s in arrays)
-    if kind == "all-reduce" and called.startswith("all-reduce-scatter"):
+    group_size = len(group)
+    factor = group_size if kind == "all-gather" else 1
+    size = factor * sum(s.bytes for s in arrays)
+    if kind == "all-reduce" and caller.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-    share = (ways - 1) / ways
-    wire = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
+    share = (group_size - 1) / group_size
+    wire_factors = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
     source = re.search(r'op_name="([^"]*)"', instruction.attributes)
     return Collective(
         kind=kind,
         axes=axes,
         group=group,
         bytes=size,
-        sizes=tuple(whole * math.prod(s.dims) for s in arrays),
-        wire=size * wire.get(kind, share),
+        sizes=tuple(factor * math.prod(s.dims) for s in arrays),
+        wire=size * wire_factors.get(kind, share),
         times=times,
         source=source[1] if source else "",
     )

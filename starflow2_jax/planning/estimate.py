@@ -1,4 +1,4 @@
-"""One row of a plan: a program compiled for a mesh, and what that costs."""
+"""One row of a plan: a program compiled for a mesh, with its memory, cost and step time."""
 
 import math
 import time
@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from starflow2_jax import params
+from starflow2_jax import config, params
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.planning import (
     cost,
@@ -16,7 +16,6 @@ from starflow2_jax.planning import (
     hlo,
     jaxpr,
     memory,
-    options,
     partial_compile,
     sharding_audit,
 )
@@ -24,22 +23,24 @@ from starflow2_jax.planning.topology import Topology, find
 from starflow2_jax.training.tasks import registry
 
 Row = dict[str, Any]
-# So that `--layout tp` means something on many chips: heads and channels rarely divide by more.
+# The largest default of the tensor axis: heads and channels rarely divide by more.
 TENSOR = 8
 
 
 def default_mesh(layout: str, topology: Topology, model: Mapping[str, Any] | None = None) -> str:
-    """A mesh that shows what a layout is for, on all devices of a topology.
+    """Return a mesh that suits a layout, on all devices of a topology.
 
     Args:
-        model: of the experiment: whole key and value heads go to a device, or else no kernel
-            serves and every layer exchanges them.
+        layout: A key of `mesh.LAYOUTS`.
+        topology: The machine.
+        model: The `model` group of the experiment. The tensor axis divides its heads, because
+            otherwise no attention kernel applies and every layer exchanges keys and values.
     """
     count, slices = len(topology.devices), topology.slices
-    heads = filter(None, options.named(model or {}, "heads", "kv_heads"))
+    heads = filter(None, config.find_nested(model or {}, "heads", "kv_heads"))
     tensor = math.gcd(count, TENSOR)
-    whole = math.gcd(tensor, *heads)
-    tensor = whole if whole > 1 else tensor
+    divisor = math.gcd(tensor, *heads)
+    tensor = divisor if divisor > 1 else tensor
     return {
         "dp": "data=-1",
         "fsdp": "fsdp=-1",
@@ -50,161 +51,192 @@ def default_mesh(layout: str, topology: Topology, model: Mapping[str, Any] | Non
 
 
 def model_flops(cfg: Mapping[str, Any]) -> float:
-    """FLOPs of a training step itself: its products without rematerialisation, causal attention as
-    the plain path computes it (5/8 of the square where rows are long).
+    """Return the FLOPs of a training step without rematerialization.
+
+    Causal attention counts as the plain path computes it: 5/8 of the square for long rows.
     """
-    bare = {**cfg, "layout": "dp", "train": {**cfg["train"], "microbatches": 1}}
-    # Products that a trace can count, as there are none in a kernel.
-    bare |= {"attention": "plain", "model": options.changed(cfg["model"], remat="none")}
-    mesh = make_mesh("data=1", jax.devices("cpu")[:1])
-    return jaxpr.flops(_trace(registry.build(bare, mesh, dry_run=True)).jaxpr)
+    plain = {**cfg, "layout": "dp", "train": {**cfg["train"], "microbatches": 1}}
+    # The products inside attention kernels cannot be counted in a jaxpr.
+    plain |= {"attention": "plain", "model": config.set_nested(cfg["model"], remat="none")}
+    device_mesh = make_mesh("data=1", jax.devices("cpu")[:1])
+    return jaxpr.count_flops(trace(registry.build(plain, device_mesh, dry_run=True)).jaxpr)
 
 
-def _trace(program):
+def trace(program: Any) -> Any:
+    """Trace the training step of a program for its abstract arguments."""
     with jax.set_mesh(program.mesh):
-        given = (program.abstract_state, program.abstract_frozen, program.abstract_batch)
-        return program.step.trace(*given)
+        return program.step.trace(
+            program.abstract_state, program.abstract_frozen, program.abstract_batch
+        )
 
 
-def planned(
-    what: str, cfg: Mapping[str, Any], topology: Topology, *args: Any, whole: bool = False
+def plan_row(
+    function: str,
+    cfg: Mapping[str, Any],
+    topology: Topology,
+    *args: Any,
+    with_codegen: bool = False,
 ) -> Row:
-    """`train_step` or `generate`; for TPUs in a process of its own, without machine code.
+    """Run `train_step` or `generate`, for TPUs in a subprocess and without code generation.
 
     Args:
-        what: which of the two; args: after the topology; whole: here, and machine code too.
+        function: Name of the function.
+        cfg: A resolved, checked configuration.
+        topology: The machine.
+        args: Further arguments of the function.
+        with_codegen: Compile in this process, including code generation.
     """
-    if whole or not topology.shape:
-        return globals()[what](cfg, topology, *args)
-    return partial_compile.apart(_apart, what, dict(cfg), topology.name, args)
+    if with_codegen or not topology.shape:
+        return globals()[function](cfg, topology, *args)
+    return partial_compile.run_in_subprocess(_run, function, dict(cfg), topology.name, args)
 
 
-def _apart(what, cfg, topology, args):
-    return globals()[what](cfg, find(topology), *args, whole=False)
+def _run(function, cfg, topology_name, args):
+    return globals()[function](cfg, find(topology_name), *args, with_codegen=False)
 
 
 def train_step(
     cfg: Mapping[str, Any],
     topology: Topology,
-    own_flops: float | None = None,
+    step_flops: float | None = None,
     *,
-    whole: bool = True,
+    with_codegen: bool = True,
 ) -> Row:
     """Compile an experiment's training step for a topology under its `layout` and `mesh`.
 
     Args:
-        cfg: a resolved, checked configuration; own_flops: of `model_flops`, where known.
-        whole: machine code too, of which a plan reads the size alone.
+        cfg: A resolved, checked configuration.
+        topology: The machine.
+        step_flops: The result of `model_flops`, if it is known.
+        with_codegen: Generate machine code too. A plan reads only its size.
 
     Raises:
-        ValueError: what building the program says of configuration, mesh or layout.
+        ValueError: If the configuration, the mesh and the layout do not fit together.
     """
-    mesh = make_mesh(cfg["mesh"], topology.devices)
-    program = registry.build(cfg, mesh, dry_run=True)
-    rows, parts = cfg["train"]["batch_size"], cfg["train"]["microbatches"]
-    traced = _trace(program)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
-    activations = jaxpr.kept(traced.jaxpr, rows // parts, ways)
+    device_mesh = make_mesh(cfg["mesh"], topology.devices)
+    mesh = device_mesh.shape
+    program = registry.build(cfg, device_mesh, dry_run=True)
+    rows, microbatches = cfg["train"]["batch_size"], cfg["train"]["microbatches"]
+    traced = trace(program)
+    shards = mesh["data"] * mesh["fsdp"] * mesh["context"]
+    activations = jaxpr.saved_activation_bytes(traced.jaxpr, rows // microbatches, shards)
     trained = set(cfg["train"]["trainable"])
     count = {
         "trained": sum(params.count(t) for n, t in program.declared.items() if n in trained),
         "frozen": sum(params.count(t) for n, t in program.declared.items() if n not in trained),
     }
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(device_mesh):
         lowered = traced.lower()
-    row = _compiled(lowered, mesh, topology, memory.declared(program), activations, whole=whole)
+    declared = memory.declared_bytes(program)
+    row = _compile(lowered, device_mesh, topology, declared, activations, with_codegen=with_codegen)
     if "flops" in row:
-        module, found = row.pop("_compiled")
-        args = (program.declared, found, module, mesh, cfg["layout"])
-        row["unintended"] = sharding_audit.unintended(*args, trained=trained)
+        module, step_cost = row.pop("_compiled")
+        row["unexpected"] = sharding_audit.unexpected_collectives(
+            program.declared, step_cost, module, device_mesh, cfg["layout"], trained=trained
+        )
         if topology.shape:
-            row["unintended"] += sharding_audit.twice(program.declared, found, mesh, cfg["layout"])
-    row = {**_told(cfg, topology, mesh, rows), "parameters": count, **row}
-    held = row.pop("_memory")
-    row["advice"] = memory.advice(held, cfg, dict(mesh.shape), rows)
-    flops = model_flops(cfg) if own_flops is None else own_flops
+            row["unexpected"] += sharding_audit.redundant_allreduces(
+                program.declared, step_cost, device_mesh, cfg["layout"]
+            )
+    row = {**_settings(cfg, topology, mesh, rows), "parameters": count, **row}
+    row["advice"] = memory.advice(row.pop("_memory"), cfg, dict(mesh), rows)
+    flops = model_flops(cfg) if step_flops is None else step_flops
     tokens = registry.work(cfg, program.model, program.declared)["tokens"]
     return _rates(row, flops, tokens, topology)
 
 
-def generate(cfg: Mapping[str, Any], topology: Topology, rows: int, *, whole: bool = True) -> Row:
-    """Compile the drawing of `rows` images; as `train_step`."""
-    mesh = make_mesh(cfg["mesh"], topology.devices)
-    made = decode_program.lower(cfg, mesh, rows)
-    row = _compiled(made.lowered, mesh, topology, made.declared, 0.0, made.steps, whole)
-    row = {**_told(cfg, topology, mesh, rows), **row}
+def generate(
+    cfg: Mapping[str, Any], topology: Topology, rows: int, *, with_codegen: bool = True
+) -> Row:
+    """Compile the generation of `rows` images; arguments and errors as in `train_step`."""
+    device_mesh = make_mesh(cfg["mesh"], topology.devices)
+    program = decode_program.lower(cfg, device_mesh, rows)
+    row = _compile(
+        program.lowered, device_mesh, topology, program.declared, 0.0, program.steps, with_codegen
+    )
+    row = {**_settings(cfg, topology, device_mesh.shape, rows), **row}
     row.pop("_memory")
     row.pop("_compiled", None)
     row["advice"] = [] if row["fits"] else ["a layout that cuts weights, or a smaller --batch"]
-    return _rates(row, None, made.tokens, topology)
+    return _rates(row, None, program.tokens, topology)
 
 
-def _told(cfg, topology, mesh, rows):
+def _settings(cfg, topology, mesh, rows):
     return {
         "name": cfg["name"],
         "topology": topology.name,
         "devices": len(topology.devices),
         "layout": cfg["layout"],
-        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "mesh": {axis: size for axis, size in mesh.items() if size > 1},
         "batch": rows,
         "microbatches": cfg["train"]["microbatches"],
-        "remat": options.remat(cfg["model"]),
+        "remat": config.remat_policy(cfg["model"]),
         "attention": cfg["attention"],
     }
 
 
-def _compiled(lowered, mesh, topology, declared, activations, unsaid=1, whole=True):
-    """Memory and work of a lowered program; work is missing where it was too large to compile.
-
-    `unsaid`: how often a loop runs of which the program does not say it.
+def _compile(
+    lowered, device_mesh, topology, declared, activations, default_trips=1, with_codegen=True
+):
+    """Compile a lowered program; return its memory and, unless it is too large, its cost.
 
     Raises:
-        RuntimeError: a compiler newer than jax, whose programs it cannot read.
+        RuntimeError: If the compiler is newer than jax, which then cannot read its programs.
     """
-    began, worked, chip = time.perf_counter(), time.process_time(), topology.chip
-    # Seconds on the clock, and of all cores together, which a busy machine does not change.
-    took = lambda: {
-        "compile_s": time.perf_counter() - began,
-        "compile_cpu_s": time.process_time() - worked,
-    }
+    start_time, start_cpu, chip = time.perf_counter(), time.process_time(), topology.chip
     try:
-        made = lowered.compile() if whole else partial_compile.until_code(lowered)
+        if with_codegen:
+            executable = lowered.compile()
+        else:
+            executable = partial_compile.compile_without_codegen(lowered)
     except jax.errors.JaxRuntimeError as error:
-        held = memory.too_large(str(error), declared, activations, chip.memory)
-        if held is None:
+        memory_use = memory.from_error(str(error), declared, activations, chip.memory)
+        if memory_use is None:
             raise
-        return {"fits": False, **took(), "memory": asdict(held), "_memory": held}
-    taken = took()
+        row = {"fits": False, **_elapsed(start_time, start_cpu)}
+        return {**row, "memory": asdict(memory_use), "_memory": memory_use}
+    elapsed = _elapsed(start_time, start_cpu)
     try:
-        module = hlo.parse(made.as_text())
+        module = hlo.parse(executable.as_text())
     except jax.errors.JaxRuntimeError as error:
         raise RuntimeError(
-            f"plan: jax {jax.__version__} cannot read what was compiled for {topology.name} "
-            f"({str(error).splitlines()[0]}); pip install 'starflow2_jax[plan]' brings the libtpu "
-            "of this jax"
+            f"plan: jax {jax.__version__} cannot read the program compiled for {topology.name} "
+            f"({str(error).splitlines()[0]}); pip install 'starflow2_jax[plan]' installs the "
+            "libtpu of this jax"
         ) from error
-    held = memory.compiled(made.memory_analysis(), module, declared, activations, chip.memory)
-    found = cost.analyse(module, mesh.shape, topology.slices, unsaid)
-    row = {"fits": held.fits, **taken, "memory": asdict(held), "_memory": held}
-    row["flops"], row["kernel_flops"], row["bytes"] = found.flops, found.kernel_flops, found.bytes
-    row["collectives"] = _summed(found.collectives)
-    row["unknown_loops"] = list(found.unknown_loops) if unsaid == 1 else []
-    row["_compiled"] = (module, found)
+    memory_use = memory.from_compiler(
+        executable.memory_analysis(), module, declared, activations, chip.memory
+    )
+    step = cost.analyze(module, device_mesh.shape, topology.slices, default_trips)
+    row = {"fits": memory_use.fits, **elapsed}
+    row |= {"memory": asdict(memory_use), "_memory": memory_use}
+    row |= {"flops": step.flops, "kernel_flops": step.kernel_flops, "bytes": step.bytes}
+    row["collectives"] = _sum_collectives(step.collectives)
+    row["unknown_loops"] = list(step.unknown_loops) if default_trips == 1 else []
+    row["_compiled"] = (module, step)
     if chip.flops:
-        row["compute_s"] = found.flops / chip.flops
-        row["memory_s"] = found.bytes / chip.bandwidth
-        # Each operation waits for its products or its bytes, whichever takes longer.
+        row["compute_s"] = step.flops / chip.flops
+        row["memory_s"] = step.bytes / chip.bandwidth
+        # Roofline: each operation takes the longer of its compute time and its memory time.
         row["device_s"] = sum(
-            times * max(flops / chip.flops, moved / chip.bandwidth)
-            for flops, moved, times in found.operations
+            times * max(flops / chip.flops, num_bytes / chip.bandwidth)
+            for flops, num_bytes, times in step.operations
         )
-        devices = list(mesh.devices.flat)
+        devices = list(device_mesh.devices.flat)
         row["network_s"] = sum(
-            each.times * each.wire / _bandwidth(topology, each, devices)
-            for each in found.collectives
-            if len(each.group) > 1
+            collective.times * collective.wire / _bandwidth(topology, collective, devices)
+            for collective in step.collectives
+            if len(collective.group) > 1
         )
     return row
+
+
+def _elapsed(start_time, start_cpu):
+    """Return the seconds of wall-clock time and of processor time (immune to other load)."""
+    return {
+        "compile_s": time.perf_counter() - start_time,
+        "compile_cpu_s": time.process_time() - start_cpu,
+    }
 
 
 def _bandwidth(topology, collective, devices):
@@ -213,21 +245,20 @@ def _bandwidth(topology, collective, devices):
     return topology.bandwidth([devices[n] for n in collective.group])
 
 
-def _summed(collectives):
-    found: dict[tuple[str, str], Row] = {}
-    for each in collectives:
-        key = (each.kind, each.axes)
-        sums = found.setdefault(
-            key, {"kind": each.kind, "axes": each.axes, "count": 0.0, "bytes": 0.0, "wire": 0.0}
-        )
-        sums["count"] += each.times
-        sums["bytes"] += each.times * each.bytes
-        sums["wire"] += each.times * each.wire
-    return sorted(found.values(), key=lambda row: -row["wire"])
+def _sum_collectives(collectives):
+    """Return the totals per kind and mesh axes, those that send most first."""
+    rows: dict[tuple[str, str], Row] = {}
+    for c in collectives:
+        empty = {"kind": c.kind, "axes": c.axes, "count": 0.0, "bytes": 0.0, "wire": 0.0}
+        row = rows.setdefault((c.kind, c.axes), empty)
+        row["count"] += c.times
+        row["bytes"] += c.times * c.bytes
+        row["wire"] += c.times * c.wire
+    return sorted(rows.values(), key=lambda row: -row["wire"])
 
 
 def _rates(row, flops, tokens, topology):
-    """Step time between two bounds, and what follows from them."""
+    """Add bounds of the step time, with and without overlap, and the rates they imply."""
     row["model_flops"], row["tokens"] = flops, tokens
     if "device_s" not in row:
         return row

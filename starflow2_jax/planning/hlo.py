@@ -1,7 +1,7 @@
-"""Reads a compiled program's text: computations, instructions, shapes, and how often each runs.
+"""A parser of compiled programs: computations, instructions, shapes, and how often each runs.
 
-The text is what `jax.stages.Compiled.as_text` gives, for CPUs, GPUs and TPUs. A loop's body stands
-there once; `walk` says how many times it is run.
+It reads the text of `jax.stages.Compiled.as_text` for CPUs, GPUs and TPUs. The text has the body of
+a loop once; `walk` yields its instructions with the number of times they run.
 """
 
 import math
@@ -22,11 +22,14 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclass(frozen=True)
 class Shape:
-    """One array: dtype, dimensions, and what the layout says.
+    """An array of the program.
 
     Attributes:
-        order: dimensions from the fastest to the slowest; tile: its first tile, () for none.
-        space: memory space, 0 the main memory (HBM), others the chip's own.
+        dtype: Name of the element type in HLO.
+        dims: Sizes of the dimensions.
+        order: Dimensions from the fastest to the slowest in memory.
+        tile: The first tile of the layout, () for none.
+        space: Memory space; 0 is the main memory (HBM), the rest are memories of the chip.
     """
 
     dtype: str
@@ -37,12 +40,12 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the elements."""
+        """Return the bytes of the elements."""
         return -(-math.prod(self.dims) * BITS.get(self.dtype, 0) // 8)
 
     @property
     def padded(self) -> int:
-        """Bytes that the array takes: dimensions rounded up to the tile."""
+        """Return the bytes in memory, with dimensions rounded up to the tile."""
         dims = list(self.dims)
         if not dims and self.tile:
             dims = [self.tile[-1]]
@@ -54,29 +57,32 @@ class Shape:
 
 
 def shapes(text: str) -> tuple[Shape, ...]:
-    """The arrays of a shape as written, those of a tuple in turn; tokens left out."""
-    found = []
+    """Parse a shape into its arrays, in order if it is a tuple; tokens are left out."""
+
+    def numbers(text):
+        return tuple(int(n) for n in text.split(",") if n)
+
+    arrays = []
     for dtype, dims, order, rest in _SHAPE.findall(text):
         if dtype not in BITS:
             continue
         tile = re.search(r"T\(([\d,]+)\)", rest)
         space = re.search(r"S\((\d+)\)", rest)
-        number = lambda text: tuple(int(n) for n in text.split(",") if n)
-        found.append(
+        arrays.append(
             Shape(
                 dtype,
-                number(dims),
-                number(order),
-                number(tile[1]) if tile else (),
-                int(space[1]) if space else 0,
+                dims=numbers(dims),
+                order=numbers(order),
+                tile=numbers(tile[1]) if tile else (),
+                space=int(space[1]) if space else 0,
             )
         )
-    return tuple(found)
+    return tuple(arrays)
 
 
 @dataclass
 class Instruction:
-    """One line: `name = shape opcode(operands), attributes`."""
+    """A line of the form `name = shape opcode(operands), attributes`."""
 
     name: str
     result: str
@@ -88,18 +94,18 @@ class Instruction:
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
-        """What it gives, one or, from a tuple, several arrays."""
+        """Return the arrays of the result, several if it is a tuple."""
         return shapes(self.result)
 
     def attribute(self, name: str) -> str:
-        """The text after `name=`, to the next comma outside brackets; empty where there is none."""
-        at = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
-        if not at:
+        """Return the text after `name=` up to a comma outside brackets, or an empty string."""
+        match = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
+        if not match:
             return ""
-        return _until(self.attributes, at.end(), ",").strip()
+        return _text_until(self.attributes, match.end(), ",").strip()
 
     def called(self, name: str) -> list[str]:
-        """Computations named by an attribute."""
+        """Return the names of the computations in an attribute."""
         return _NAME.findall(self.attribute(name))
 
 
@@ -112,38 +118,38 @@ class Computation:
 
     @cached_property
     def by_name(self) -> dict[str, Instruction]:
-        """Instructions by name."""
+        """Return the instructions by name."""
         return {i.name: i for i in self.instructions}
 
     @property
     def root(self) -> Instruction:
-        """What it returns."""
+        """Return the instruction whose result is that of the computation."""
         return next((i for i in self.instructions if i.is_root), self.instructions[-1])
 
     def parameters(self) -> dict[int, Instruction]:
-        """Its parameters by number."""
+        """Return the parameters by number."""
         return {int(i.inside): i for i in self.instructions if i.opcode == "parameter"}
 
 
 @dataclass
 class Module:
-    """A whole program."""
+    """A program."""
 
     computations: dict[str, Computation]
     entry: Computation
 
 
-def _until(text: str, start: int, stops: str) -> str:
-    """Text from `start` to the first of `stops` that no bracket or quote opened since encloses."""
+def _text_until(text: str, start: int, stops: str) -> str:
+    """Return the text from `start` to the first of `stops` outside of brackets and quotes."""
     depth, quoted = 0, False
-    for at in range(start, len(text)):
-        char = text[at]
-        if char == '"' and text[at - 1] != "\\":
+    for position in range(start, len(text)):
+        char = text[position]
+        if char == '"' and text[position - 1] != "\\":
             quoted = not quoted
         if quoted:
             continue
         if depth == 0 and char in stops:
-            return text[start:at]
+            return text[start:position]
         depth += (char in "([{") - (char in ")]}")
     return text[start:]
 
@@ -154,31 +160,31 @@ def _instruction(line: str) -> Instruction | None:
         return None
     is_root = head.startswith("ROOT ")
     name = head.removeprefix("ROOT ").strip().lstrip("%")
-    result = _until(rest, 0, " ")
+    result = _text_until(rest, 0, " ")
     opcode, opened, _ = rest[len(result) + 1 :].partition("(")
     if not opened:
         return None
     begin = len(result) + 1 + len(opcode) + 1
-    inside = _until(rest, begin, ")")
+    inside = _text_until(rest, begin, ")")
     attributes = rest[begin + len(inside) + 1 :].lstrip(", ")
     operands = tuple(_NAME.findall(inside))
     return Instruction(name, result, opcode, operands, inside, attributes, is_root)
 
 
 def parse(text: str) -> Module:
-    """A program's text.
+    """Parse the text of a program.
 
     Raises:
-        ValueError: text without an entry computation.
+        ValueError: If the text has no entry computation.
     """
-    found: dict[str, Computation] = {}
+    computations: dict[str, Computation] = {}
     current = entry = None
-    # What pallas says of a kernel is written over several lines.
+    # The metadata of a Pallas kernel spans several lines.
     text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", text, flags=re.DOTALL)
     for line in text.splitlines():
         head = _HEAD.match(line)
         if head and " = " not in line.partition("(")[0]:
-            current = found[head[2]] = Computation(head[2])
+            current = computations[head[2]] = Computation(head[2])
             entry = current if head[1] else entry
         elif line.startswith("}"):
             current = None
@@ -188,15 +194,15 @@ def parse(text: str) -> Module:
                 current.instructions.append(instruction)
     if entry is None:
         raise ValueError("the program's text has no ENTRY computation")
-    return Module(found, entry)
+    return Module(computations, entry)
 
 
-def trips(module: Module, loop: Instruction, within: Computation) -> int | None:
-    """How often a `while` runs its body; None where the program does not say.
+def trip_count(module: Module, loop: Instruction, caller: Computation) -> int | None:
+    """Return the number of times a `while` runs its body, or None if the text does not tell.
 
-    Either the compiler says so, or the condition is `counter < constant` and the counter goes up
-    from a constant by a constant: by one in the loops that jax writes, by more where the compiler
-    has unrolled its own (products of weights that arrive in parts).
+    Either the compiler annotates it, or the condition is `counter < constant` and the counter
+    starts at a constant and grows by a constant: by one in the loops of jax, by more in unrolled
+    loops of the compiler (products of weights that arrive in parts).
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if known:
@@ -206,93 +212,94 @@ def trips(module: Module, loop: Instruction, within: Computation) -> int | None:
     if compare != "LT" or constant is None:
         return None
     body = module.computations[loop.called("body")[0]]
-    begin, step = _start(within, loop, index), _step(module, body, index)
-    return None if step is None or begin is None else max(-(-(constant - begin) // step), 0)
+    start, step = _counter_start(caller, loop, index), _counter_step(module, body, index)
+    return None if step is None or start is None else max(-(-(constant - start) // step), 0)
 
 
-def _step(module, body, index):
-    """By how much a loop's body raises the counter, None where it cannot be followed."""
+def _counter_step(module, body, index):
+    """Return the increment of a loop's counter, or None if it cannot be followed."""
     if body.root.opcode != "tuple":
         return None
 
-    def raised(scope, name, given):
-        """(constant, whether the counter is in it) of a sum; None for anything else."""
-        found = scope.by_name.get(name)
-        if found is None:
+    def evaluate(scope, name, arguments):
+        """Return (constant, True if the counter is added) of a sum, or None for anything else."""
+        node = scope.by_name.get(name)
+        if node is None:
             return None
-        if found.opcode == "parameter" and given is not None:
-            return given[int(found.inside)]
-        if found.opcode == "constant" and re.fullmatch(r"\d+", found.inside):
-            return int(found.inside), False
-        if found.opcode == "get-tuple-element" and given is None:
-            return (0, True) if int(found.attribute("index")) == index else None
-        if found.opcode in ("copy", "bitcast"):
-            return raised(scope, found.operands[0], given)
-        if found.opcode == "add":
-            parts = [raised(scope, operand, given) for operand in found.operands]
-            if None not in parts:
-                return parts[0][0] + parts[1][0], parts[0][1] or parts[1][1]
-        if found.opcode == "fusion" and given is None and len(found.shapes) == 1:
-            called = module.computations[found.called("calls")[0]]
-            inner = [raised(scope, operand, None) for operand in found.operands]
-            return raised(called, called.root.name, inner)
+        if node.opcode == "parameter" and arguments is not None:
+            return arguments[int(node.inside)]
+        if node.opcode == "constant" and re.fullmatch(r"\d+", node.inside):
+            return int(node.inside), False
+        if node.opcode == "get-tuple-element" and arguments is None:
+            return (0, True) if int(node.attribute("index")) == index else None
+        if node.opcode in ("copy", "bitcast"):
+            return evaluate(scope, node.operands[0], arguments)
+        if node.opcode == "add":
+            terms = [evaluate(scope, operand, arguments) for operand in node.operands]
+            if None not in terms:
+                return terms[0][0] + terms[1][0], terms[0][1] or terms[1][1]
+        if node.opcode == "fusion" and arguments is None and len(node.shapes) == 1:
+            called = module.computations[node.called("calls")[0]]
+            values = [evaluate(scope, operand, None) for operand in node.operands]
+            return evaluate(called, called.root.name, values)
         return None
 
-    found = raised(body, body.root.operands[index], None)
-    return found[0] if found and found[1] and found[0] > 0 else None
+    value = evaluate(body, body.root.operands[index], None)
+    return value[0] if value and value[1] and value[0] > 0 else None
 
 
 def _comparison(module, condition):
-    """(direction, constant, index of the counter in the carried tuple) of a loop's condition."""
-    root, scope, passed = condition.root, condition, {}
+    """Return the direction, the constant and the counter's tuple index of a loop's condition."""
+    root, scope, arguments = condition.root, condition, {}
     if root.opcode == "fusion":
         (name,) = root.called("calls")
         scope = module.computations[name]
-        passed = {p.name: root.operands[n] for n, p in scope.parameters().items()}
+        arguments = {p.name: root.operands[n] for n, p in scope.parameters().items()}
         root = scope.root
     if root.opcode != "compare" or len(root.operands) != 2:
         return "", None, 0
     constant = index = None
     for operand in root.operands:
-        found = scope.by_name.get(operand)
-        if operand in passed:
-            found = condition.by_name.get(passed[operand])
-        if found is not None and found.opcode == "constant" and re.fullmatch(r"\d+", found.inside):
-            constant = int(found.inside)
-        elif found is not None and found.opcode == "get-tuple-element":
-            index = int(found.attribute("index"))
+        node = scope.by_name.get(operand)
+        if operand in arguments:
+            node = condition.by_name.get(arguments[operand])
+        if node is not None and node.opcode == "constant" and re.fullmatch(r"\d+", node.inside):
+            constant = int(node.inside)
+        elif node is not None and node.opcode == "get-tuple-element":
+            index = int(node.attribute("index"))
     return root.attribute("direction"), constant, index or 0
 
 
-def _start(within, loop, index):
-    """The counter's first value, None where it cannot be followed."""
-    carried = within.by_name.get(loop.operands[0])
+def _counter_start(caller, loop, index):
+    """Return the initial value of a loop's counter, or None if it cannot be followed."""
+    carried = caller.by_name.get(loop.operands[0])
     while carried is not None and carried.opcode == "tuple":
-        carried = within.by_name.get(carried.operands[index])
+        carried = caller.by_name.get(carried.operands[index])
     while carried is not None and carried.opcode == "copy":
-        carried = within.by_name.get(carried.operands[0])
+        carried = caller.by_name.get(carried.operands[0])
     if carried is None or carried.opcode != "constant":
         return None
     return int(carried.inside) if re.fullmatch(r"\d+", carried.inside) else None
 
 
 def walk(
-    module: Module, unknown: list[str] | None = None, unsaid: int = 1
+    module: Module, unknown_loops: list[str] | None = None, default_trips: int = 1
 ) -> Iterator[tuple[Computation, Instruction, float]]:
-    """Every instruction that is run, with how often: bodies of loops times their trips.
+    """Yield every executed instruction with its computation and the number of times it runs.
 
-    What a fusion calls is not entered. A loop whose trips are not known counts `unsaid` times, and
-    its name is added to `unknown`; of a conditional every branch is counted.
+    The bodies of fusions are not entered. A loop with an unknown trip count runs `default_trips`
+    times, and its name is appended to `unknown_loops`. Every branch of a conditional counts.
     """
 
     def enter(computation, times):
         for instruction in computation.instructions:
             yield computation, instruction, times
             if instruction.opcode == "while":
-                count = trips(module, instruction, computation)
-                if count is None and unknown is not None and instruction.name not in unknown:
-                    unknown.append(instruction.name)
-                runs = times * (unsaid if count is None else count or 1)
+                count = trip_count(module, instruction, computation)
+                is_unknown = count is None and unknown_loops is not None
+                if is_unknown and instruction.name not in unknown_loops:
+                    unknown_loops.append(instruction.name)
+                runs = times * (default_trips if count is None else count or 1)
                 for name in instruction.called("body"):
                     yield from enter(module.computations[name], runs)
             elif instruction.opcode == "conditional":

@@ -1,6 +1,6 @@
-"""What a program asks for, read from its trace: nothing is compiled.
+"""FLOPs and saved activations of a program, read from its jaxpr without compiling it.
 
-Shapes in a trace are those of the global batch, whatever the mesh.
+Shapes in a jaxpr are those of the global batch, on any mesh.
 """
 
 import math
@@ -11,24 +11,27 @@ import jax
 import numpy as np
 
 
-def inner(equation: Any) -> Iterator[tuple[Any, float]]:
-    """Traces inside an equation, and how often each is run; a loop of unknown length once."""
+def sub_jaxprs(equation: Any) -> Iterator[tuple[Any, float]]:
+    """Yield the jaxprs inside an equation with the number of times each one runs.
+
+    A loop of unknown length counts once.
+    """
     name, params = equation.primitive.name, equation.params
     times = params["length"] if name == "scan" else 1
     if name == "shard_map":
         times = params["mesh"].size
     for value in params.values():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            each = getattr(each, "jaxpr", each)
-            if hasattr(each, "eqns"):
-                yield each, times
+        for candidate in value if isinstance(value, tuple | list) else (value,):
+            jaxpr = getattr(candidate, "jaxpr", candidate)
+            if hasattr(jaxpr, "eqns"):
+                yield jaxpr, times
 
 
-def flops(trace: Any) -> float:
-    """Of all matrix products and convolutions of a trace; kernels (pallas) are not counted."""
-    trace = getattr(trace, "jaxpr", trace)
+def count_flops(jaxpr: Any) -> float:
+    """Return the FLOPs of all matrix products and convolutions; Pallas kernels do not count."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
-    for equation in trace.eqns:
+    for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
@@ -39,34 +42,37 @@ def flops(trace: Any) -> float:
             features = equation.params["dimension_numbers"].rhs_spec[0]
             total += 2 * math.prod(out) * math.prod(rhs) / rhs[features]
         elif name == "cond":
-            total += max((flops(each) for each, _ in inner(equation)), default=0.0)
+            total += max((count_flops(branch) for branch, _ in sub_jaxprs(equation)), default=0.0)
         elif name != "pallas_call":
-            total += sum(times * flops(each) for each, times in inner(equation))
+            total += sum(times * count_flops(body) for body, times in sub_jaxprs(equation))
     return total
 
 
-def kept(trace: Any, rows: int, ways: int) -> float:
-    """An estimate of the activations, bytes on a device, that the backward pass waits for.
+def saved_activation_bytes(jaxpr: Any, rows: int, shards: int) -> float:
+    """Estimate the bytes per device of activations saved for the backward pass.
 
-    They are what the loops over layers hand out stacked, which a trace knows exactly, of arrays
-    that a batch of `rows` cut into `ways` divides; the rest (outside of loops, inside one layer's
-    backward pass) is left to the compiler. Loops that run backwards hand out gradients instead.
+    Counted are the stacked outputs of the loops over layers, which a jaxpr knows exactly, with a
+    dimension that is a multiple of `rows`. Activations outside loops and inside the backward pass
+    of one layer are left to the compiler. Reversed loops return gradients and do not count.
 
     Args:
-        trace: of a training step; rows: of the batch or, with microbatches, of one of them.
+        jaxpr: The jaxpr of a training step.
+        rows: Rows of the batch or, with microbatches, of one microbatch.
+        shards: Number of shards of the batch.
     """
-    trace = getattr(trace, "jaxpr", trace)
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
-    for equation in trace.eqns:
+    for equation in jaxpr.eqns:
         if equation.primitive.name == "scan" and not equation.params["reverse"]:
             body = getattr(equation.params["jaxpr"], "jaxpr", equation.params["jaxpr"])
-            for out, one in zip(equation.outvars, body.outvars):
+            for out, body_out in zip(equation.outvars, body.outvars):
                 shape = out.aval.shape
-                # A carry is as the body gives it; what is stacked has the loop's axis in front.
-                stacked = len(shape) > len(one.aval.shape)
-                if stacked and any(size and size % rows == 0 for size in shape[1:]):
-                    total += math.prod(shape) * _itemsize(out.aval.dtype) / ways
-        total += sum(kept(each, rows, ways) for each, _ in inner(equation))
+                # A carry has the shape of the body's output; a stacked output has one more axis.
+                is_stacked = len(shape) > len(body_out.aval.shape)
+                if is_stacked and any(size and size % rows == 0 for size in shape[1:]):
+                    total += math.prod(shape) * _itemsize(out.aval.dtype) / shards
+        for body, _ in sub_jaxprs(equation):
+            total += saved_activation_bytes(body, rows, shards)
     return total
 
 

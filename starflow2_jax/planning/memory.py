@@ -1,4 +1,4 @@
-"""Bytes that a device holds: as declared, as the compiler says, and whether they fit."""
+"""Memory of a program per device: declared, reported by the compiler, and that of the chip."""
 
 import dataclasses
 import math
@@ -9,24 +9,25 @@ from typing import Any
 
 import jax
 
-from starflow2_jax.planning import options
+from starflow2_jax import config
 from starflow2_jax.planning.hlo import Module
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on each device.
+class MemoryUse:
+    """Bytes per device.
 
     Attributes:
-        declared: by what they are for: params, ema, optimizer, frozen, batch.
-        unused: those in it that the program does not read; they lie there all the same.
-        padding: what tiles of the chip add to the arguments.
-        arguments, outputs, aliased, temporaries, code: the compiler's.
-        peak: all of these at once, and what is unused; None where the program was too large.
-        activations: our estimate, part of the temporaries.
-        capacity: of the device; over: what is missing, 0 where it fits.
+        declared: Bytes by purpose: params, ema, optimizer, frozen, batch.
+        activations: Our estimate of the saved activations, a part of the temporaries.
+        capacity: Memory of the device.
+        unused: Declared bytes that the program does not read. They occupy memory all the same.
+        padding: Bytes that the tiles of the chip add to the arguments.
+        arguments, outputs, aliased, temporaries, code: Figures of the compiler.
+        peak: The sum of these and `unused`; None if the compiler refuses the program.
+        over: Missing bytes; 0 if the program fits.
     """
 
     declared: Mapping[str, int]
@@ -44,12 +45,12 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        """Whether nothing is missing."""
+        """Return True if the program fits into the device's memory."""
         return self.over <= 0
 
 
-def per_device(tree: Any) -> int:
-    """Bytes of one device's shards of a tree of ShapeDtypeStructs with shardings."""
+def bytes_per_device(tree: Any) -> int:
+    """Return the bytes of one device's shards of a tree of ShapeDtypeStructs with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
@@ -57,90 +58,105 @@ def per_device(tree: Any) -> int:
     return total
 
 
-def declared(program: Any) -> dict[str, int]:
-    """Bytes on each device of a training program's arguments, by what they are for."""
+def declared_bytes(program: Any) -> dict[str, int]:
+    """Return the bytes per device of a training program's arguments, by purpose."""
     state = program.abstract_state
-    parts = {"params": state.params, "ema": state.ema, "optimizer": state.opt_state}
-    rest = {
+    trees = {"params": state.params, "ema": state.ema, "optimizer": state.opt_state}
+    counters = {
         name: getattr(state, name)
         for name in (field.name for field in dataclasses.fields(state))
         if name not in ("params", "ema", "opt_state")
     }
-    parts |= {"frozen": program.abstract_frozen, "batch": (program.abstract_batch, rest)}
-    return {name: per_device(tree) for name, tree in parts.items()}
+    trees |= {"frozen": program.abstract_frozen, "batch": (program.abstract_batch, counters)}
+    return {name: bytes_per_device(tree) for name, tree in trees.items()}
 
 
-def compiled(
-    found: Any, module: Module, given: Mapping[str, int], activations: float, capacity: float
-) -> Memory:
-    """What the compiler says of a program that it could compile.
+def from_compiler(
+    stats: Any, module: Module, declared: Mapping[str, int], activations: float, capacity: float
+) -> MemoryUse:
+    """Return the memory of a compiled program.
 
     Args:
-        found: `Compiled.memory_analysis()`; module: its text; given: bytes as declared.
+        stats: The result of `Compiled.memory_analysis()`.
+        module: The parsed text of the program.
+        declared: The result of `declared_bytes`.
+        activations: Estimated bytes of saved activations.
+        capacity: Bytes of the device, 0 if unknown.
     """
     arguments = [s for i in module.entry.parameters().values() for s in i.shapes]
-    read = sum(shape.bytes for shape in arguments)
-    unused = sum(given.values()) - read
-    peak = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    peak += found.temp_size_in_bytes + found.generated_code_size_in_bytes + unused
-    return Memory(
-        declared=given,
+    bytes_read = sum(shape.bytes for shape in arguments)
+    unused = sum(declared.values()) - bytes_read
+    peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    peak += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + unused
+    return MemoryUse(
+        declared=declared,
         activations=activations,
         capacity=capacity,
         unused=unused,
-        padding=found.argument_size_in_bytes - read,
-        arguments=found.argument_size_in_bytes,
-        outputs=found.output_size_in_bytes,
-        aliased=found.alias_size_in_bytes,
-        temporaries=found.temp_size_in_bytes,
-        code=found.generated_code_size_in_bytes,
+        padding=stats.argument_size_in_bytes - bytes_read,
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
         peak=peak,
         over=max(peak - capacity, 0.0) if capacity else 0.0,
     )
 
 
-def too_large(
-    message: str, given: Mapping[str, int], activations: float, capacity: float
-) -> Memory | None:
-    """What the compiler's refusal of a program says; None where that is not about memory."""
+def from_error(
+    message: str, declared: Mapping[str, int], activations: float, capacity: float
+) -> MemoryUse | None:
+    """Parse the compiler's out-of-memory error; return None for other errors."""
     size = r"([\d.]+)([KMGT]?)i?B?"
-    # In two versions of libtpu. What the later one calls temporaries counts the arguments as well:
-    # of 14 GiB of these and two arrays of 2 GiB it says 18.
-    found = re.search(rf"Used {size} of {size} hbm", message) or re.search(
+    # The messages of two versions of libtpu. The temporaries of the later one include the
+    # arguments: for 14 GiB of arguments and two arrays of 2 GiB it reports 18.
+    match = re.search(rf"Used {size} of {size} hbm", message) or re.search(
         rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", message
     )
-    if not found:
+    if not match:
         return None
-    number = lambda n: float(found[n]) * 1024 ** " KMGT".index(found[n + 1] or " ")
-    used, available = number(1), number(3)
-    return Memory(given, activations, available, peak=used, over=used - available)
+
+    def to_bytes(group):
+        return float(match[group]) * 1024 ** " KMGT".index(match[group + 1] or " ")
+
+    used, available = to_bytes(1), to_bytes(3)
+    return MemoryUse(declared, activations, available, peak=used, over=used - available)
 
 
-def advice(memory: Memory, cfg: Mapping[str, Any], mesh: Mapping[str, int], rows: int) -> list[str]:
-    """What would make a program that does not fit smaller, the largest saving first."""
+def advice(
+    memory: MemoryUse, cfg: Mapping[str, Any], mesh: Mapping[str, int], rows: int
+) -> list[str]:
+    """Return changes that would make a program fit, the largest saving first."""
     if memory.fits:
         return []
     state = sum(memory.declared[name] for name in ("params", "ema", "optimizer", "frozen"))
-    ways = mesh["fsdp"] * mesh["tensor"]
+    weight_shards = mesh["fsdp"] * mesh["tensor"]
     devices = math.prod(mesh.values())
-    held = (memory.peak or 0) - state
-    gib = lambda n: f"{n / GIB:,.1f} GiB"
-    found = []
+    temporaries = (memory.peak or 0) - state
+    suggestions = []
     if state > memory.capacity / 2:
-        less, how = state / 2, "twice the chips"
-        if ways < devices:
-            less, how = state * ways / devices, f"weights cut {devices} ways, not {ways}"
-        found.append((state - less, f"{how}: weights and optimizer {gib(state)} to {gib(less)}"))
-    if options.remat(cfg["model"]) != "full":
-        saved = memory.activations
-        found.append((saved, f"model.remat=full: most of {gib(saved)} of kept activations"))
-    parts = cfg["train"]["microbatches"]
-    share = mesh["data"] * mesh["fsdp"]
-    if rows // parts > share:
-        needed = 2
-        while held / needed > memory.capacity - state and rows // (parts * needed) > share:
-            needed *= 2
-        if rows % (parts * needed * share) == 0:
-            found.append((held * (1 - 1 / needed), f"train.microbatches={parts * needed}: about "
-                          f"1/{needed} of {gib(held)} of temporaries"))  # fmt: skip
-    return [line for _, line in sorted(found, reverse=True)]
+        new_state, change = state / 2, "twice the chips"
+        if weight_shards < devices:
+            new_state = state * weight_shards / devices
+            change = f"weights cut {devices} ways, not {weight_shards}"
+        sizes = f"{state / GIB:,.1f} GiB to {new_state / GIB:,.1f} GiB"
+        suggestions.append((state - new_state, f"{change}: weights and optimizer {sizes}"))
+    if config.remat_policy(cfg["model"]) != "full":
+        saving = memory.activations
+        line = f"model.remat=full: most of {saving / GIB:,.1f} GiB of saved activations"
+        suggestions.append((saving, line))
+    microbatches = cfg["train"]["microbatches"]
+    batch_shards = mesh["data"] * mesh["fsdp"]
+    if rows // microbatches > batch_shards:
+        factor = 2
+        available = memory.capacity - state
+        while temporaries / factor > available and rows // (microbatches * factor) > batch_shards:
+            factor *= 2
+        if rows % (microbatches * factor * batch_shards) == 0:
+            line = (
+                f"train.microbatches={microbatches * factor}: about 1/{factor} of "
+                f"{temporaries / GIB:,.1f} GiB of temporaries"
+            )
+            suggestions.append((temporaries * (1 - 1 / factor), line))
+    return [line for _, line in sorted(suggestions, reverse=True)]

@@ -1,7 +1,7 @@
-"""A program compiled for a TPU up to its machine code, which nobody runs and which takes longest.
+"""Compilation for a TPU without code generation, the slowest phase, which a plan does not need.
 
-The compiler writes down the program and where its arrays lie before it turns to machine code; these
-are all that a plan reads. It cannot be stopped, except with its process: `apart` gives it one.
+The compiler dumps the optimized program and its buffer assignment before it generates machine code.
+It can be stopped only together with its process, so `run_in_subprocess` gives it one.
 """
 
 import multiprocessing
@@ -18,16 +18,16 @@ from typing import Any
 import jax
 
 _PROGRAM = "*.after_optimizations_after_buffer_assignment.txt"
-_PLACES = "*.after_optimizations-buffer-assignment.txt"
+_BUFFERS = "*.after_optimizations-buffer-assignment.txt"
 _USAGE = "*.after_optimizations-memory-usage-report.txt"
-_WAIT = 0.2  # seconds
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Halfway:
-    """What `jax.stages.Compiled` says of a program, as far as it goes without machine code.
+class PartialExecutable:
+    """The parts of `jax.stages.Compiled` that are known before code generation.
 
-    Attributes: as those of `Compiled.memory_analysis()`.
+    The sizes are named as in `Compiled.memory_analysis()`.
     """
 
     text: str
@@ -38,122 +38,127 @@ class Halfway:
     generated_code_size_in_bytes: int = 0
 
     def as_text(self) -> str:
-        """The program."""
+        """Return the text of the program."""
         return self.text
 
-    def memory_analysis(self) -> "Halfway":
-        """Its bytes."""
+    def memory_analysis(self) -> "PartialExecutable":
+        """Return the object that holds the sizes."""
         return self
 
 
-def until_code(lowered: Any) -> Any:
-    """The compiled program, or as much of it as there is when machine code is begun.
+def compile_without_codegen(lowered: Any) -> Any:
+    """Return a `PartialExecutable`, or the compiled program if the compiler finishes first.
 
-    The compiler may go on in a thread of its own: for processes that soon end, see `apart`.
+    The compiler may continue in a thread of this process; see `run_in_subprocess`.
 
     Raises:
-        JaxRuntimeError: as `lowered.compile()`, such as a program too large.
+        JaxRuntimeError: As `lowered.compile()`, for example if the program is too large.
     """
     folder = pathlib.Path(tempfile.mkdtemp(prefix="plan_"))
-    done: dict[str, Any] = {}
-    options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    outcome: dict[str, Any] = {}
 
-    def work():
+    def compile_all():
         try:
-            done["made"] = lowered.compile(compiler_options=options)
-        except BaseException as error:  # handed to the thread that waits
-            done["error"] = error
+            outcome["executable"] = lowered.compile(
+                compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+            )
+        except BaseException as error:  # raised again in the waiting thread
+            outcome["error"] = error
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=compile_all, daemon=True)
     thread.start()
     try:
         while thread.is_alive():
-            thread.join(_WAIT)
-            if (found := read(folder)) is not None:
-                return found
+            thread.join(_POLL_SECONDS)
+            if (executable := read_dump(folder)) is not None:
+                return executable
     finally:
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
-    if "error" in done:
-        raise done["error"]
-    return done["made"]
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["executable"]
 
 
-def read(folder: pathlib.Path) -> Halfway | None:
-    """What the compiler has written down in a folder; None while anything is missing of it."""
+def read_dump(folder: pathlib.Path) -> PartialExecutable | None:
+    """Read the compiler's dump from a folder; return None while it is incomplete."""
     texts = []
-    for pattern in (_PROGRAM, _PLACES, _USAGE):
-        found = sorted(folder.glob(pattern))
-        if not found:
+    for pattern in (_PROGRAM, _BUFFERS, _USAGE):
+        paths = sorted(folder.glob(pattern))
+        if not paths:
             return None
-        texts.append(found[-1].read_text())
-    program, places, usage = texts
+        texts.append(paths[-1].read_text())
+    program, buffers, usage = texts
     total = re.search(r"Memory Space: default \(color=0\)\s+Total bytes: (\d+)", usage)
-    # The entry is the last of its computations.
+    # The entry is the last computation in the text.
     entry = program.find("\nENTRY ")
     if entry < 0 or not program[entry:].rstrip().endswith("\n}") or not total:
         return None
     sizes = {"argument": 0, "output": 0, "alias": 0}
-    for size, rest in re.findall(r"^allocation \d+: size (\d+), (.*)$", places, re.M):
-        if re.search(r"\bcolor [1-9]", rest):  # not of main memory
+    for size, rest in re.findall(r"^allocation \d+: size (\d+), (.*)$", buffers, re.M):
+        if re.search(r"\bcolor [1-9]", rest):  # not in main memory
             continue
-        given, kept = "parameter " in rest, "maybe-live-out" in rest
-        sizes["argument"] += int(size) * given
-        sizes["output"] += int(size) * kept
-        sizes["alias"] += int(size) * (given and kept)
-    held = sizes["argument"] + sizes["output"] - sizes["alias"]
-    return Halfway(
-        program, sizes["argument"], sizes["output"], sizes["alias"], int(total[1]) - held
+        is_argument, is_output = "parameter " in rest, "maybe-live-out" in rest
+        sizes["argument"] += int(size) * is_argument
+        sizes["output"] += int(size) * is_output
+        sizes["alias"] += int(size) * (is_argument and is_output)
+    return PartialExecutable(
+        text=program,
+        argument_size_in_bytes=sizes["argument"],
+        output_size_in_bytes=sizes["output"],
+        alias_size_in_bytes=sizes["alias"],
+        temp_size_in_bytes=int(total[1]) - sizes["argument"] - sizes["output"] + sizes["alias"],
     )
 
 
-def apart(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` in a process of its own, which ends with it whatever else goes on there.
+def run_in_subprocess(function: Callable[..., Any], *args: Any) -> Any:
+    """Return `function(*args)`, computed in a new process that is killed afterwards.
 
     Args:
-        function: a module's; it, its arguments and its result can be pickled.
+        function: A function of a module. It, its arguments and its result must be picklable.
+        args: Its arguments.
 
     Raises:
-        RuntimeError: the process ended without an answer. Else what the function raises.
+        RuntimeError: If the process ends without a result. Errors of the function are raised here.
     """
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(theirs, os.getpid(), function, args))
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_run_child, args=(sender, os.getpid(), function, args))
     child.start()
-    theirs.close()
+    sender.close()
     try:
-        good, answer = ours.recv()
+        succeeded, result = receiver.recv()
     except EOFError:
         child.join()
         raise RuntimeError(
             f"plan: the compiler's process ended with code {child.exitcode} and no answer; "
-            "--whole compiles in this one and shows why"
+            "--whole compiles in this process and shows why"
         ) from None
     finally:
         child.kill()
         child.join()
-    if not good:
-        raise answer
-    return answer
+    if not succeeded:
+        raise result
+    return result
 
 
-def _answer(pipe, parent, function, args):
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    # As in the command: a libtpu without a TPU would be waited for.
+def _run_child(pipe, parent, function, args):
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    # As in the command: jax would wait for a TPU if libtpu is installed without one.
     jax.config.update("jax_platforms", "cpu")
     try:
-        said = (True, function(*args))
+        outcome = (True, function(*args))
     except (ValueError, RuntimeError) as error:
-        said = (False, type(error)(str(error)) if type(error).__module__ == "builtins"
-                else RuntimeError(str(error)))  # fmt: skip
-    pipe.send(said)
+        is_builtin = type(error).__module__ == "builtins"
+        outcome = (False, (type(error) if is_builtin else RuntimeError)(str(error)))
+    pipe.send(outcome)
     pipe.close()
-    time.sleep(_WAIT)
+    time.sleep(_POLL_SECONDS)
     os._exit(0)
 
 
-def _end_with(parent):
-    """Ends this process once the one that asked is gone, whose end nothing else says."""
+def _exit_with_parent(parent):
+    """End this process once its parent is gone; no signal announces that."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

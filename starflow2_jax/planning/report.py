@@ -1,15 +1,18 @@
-"""A plan as a table for people, and as a picture."""
+"""A plan as a Markdown table, and as a chart."""
 
 import io
 from collections.abc import Sequence
 from typing import Any
 
 GIB = 2**30
-# Lines about one layout, of exchanges that it does not mean.
-MOST = 3
+# Lines about unexpected collectives of one layout.
+MAX_UNEXPECTED = 3
 Row = dict[str, Any]
 _SHORT = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "scatter",
           "all-to-all": "to-all", "collective-permute": "permute"}  # fmt: skip
+_HEADER = ("layout", "mesh", "batch", "remat", "GiB/chip", "of which state", "fits", "TFLOP/chip",
+           "GB moved", "collectives, GB sent", "step", "tokens/s", "MFU at most",
+           "compile")  # fmt: skip
 _PARTS = (
     ("params", "#1f5fa8"),
     ("ema", "#6f9fd0"),
@@ -22,30 +25,31 @@ _PARTS = (
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """A table with a row a layout, in Markdown, and below it what is to be said of single ones."""
-    head = ["layout", "mesh", "batch", "remat", "GiB/chip", "of which state", "fits", "TFLOP/chip",
-            "GB moved", "collectives, GB sent", "step", "tokens/s", "MFU at most",
-            "compile"]  # fmt: skip
-    body = [_cells(row) for row in rows]
-    wide = [max(len(r[n]) for r in [head, *body]) for n in range(len(head))]
-    line = lambda cells: "| " + " | ".join(c.ljust(w) for c, w in zip(cells, wide)) + " |"
-    found = [line(head), "|" + "|".join("-" * (w + 2) for w in wide) + "|", *map(line, body)]
+    """Format a Markdown table with a row per layout, and below it remarks on single layouts."""
+    table = [list(_HEADER), *(_cells(row) for row in rows)]
+    widths = [max(len(cells[n]) for cells in table) for n in range(len(_HEADER))]
+
+    def format_row(cells):
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths)) + " |"
+
+    text = [format_row(table[0]), "|" + "|".join("-" * (w + 2) for w in widths) + "|"]
+    text += map(format_row, table[1:])
     for row in rows:
         name = f"{row['layout']} {_mesh(row)}".strip()
         if "error" in row:
-            found.append(f"{name}: {row['error']}")
+            text.append(f"{name}: {row['error']}")
         elif not row["fits"]:
             over = row["memory"]["over"] / GIB
-            found.append(f"{name} does not fit by {over:,.2f} GiB a chip; what would help:")
-            found += [f"  {hint}" for hint in row["advice"]]
-        told = row.get("unintended", [])
-        found += [f"{name}: {line}" for line in told[:MOST]]
-        if len(told) > MOST:
-            found.append(f"{name}: and {len(told) - MOST} more that the layout does not mean")
+            text.append(f"{name} does not fit by {over:,.2f} GiB a chip; this would help:")
+            text += [f"  {hint}" for hint in row["advice"]]
+        unexpected = row.get("unexpected", [])
+        text += [f"{name}: {line}" for line in unexpected[:MAX_UNEXPECTED]]
+        if len(unexpected) > MAX_UNEXPECTED:
+            text.append(f"{name}: and {len(unexpected) - MAX_UNEXPECTED} more unexpected ones")
         if row.get("unknown_loops"):
-            found.append(f"{name}: loops of unknown length, counted once: "
-                         f"{', '.join(row['unknown_loops'])}")  # fmt: skip
-    return found
+            loops = ", ".join(row["unknown_loops"])
+            text.append(f"{name}: loops of unknown length, counted once: {loops}")
+    return text
 
 
 def _mesh(row):
@@ -53,33 +57,35 @@ def _mesh(row):
 
 
 def _cells(row):
-    told = [row["layout"], _mesh(row), str(row.get("batch", "")), str(row.get("remat", ""))]
+    cells = [row["layout"], _mesh(row), str(row.get("batch", "")), str(row.get("remat", ""))]
     if "error" in row:
-        return told + ["-"] * 10
-    held = row["memory"]
-    state = sum(held["declared"].values()) / GIB
-    told += [f"{held['peak'] / GIB:,.2f}", f"{state:,.2f}"]
-    told.append("yes" if row["fits"] else f"no, +{held['over'] / GIB:,.2f}")
+        return cells + ["-"] * 10
+    memory = row["memory"]
+    state = sum(memory["declared"].values()) / GIB
+    cells += [f"{memory['peak'] / GIB:,.2f}", f"{state:,.2f}"]
+    cells.append("yes" if row["fits"] else f"no, +{memory['over'] / GIB:,.2f}")
     if "flops" not in row:
-        return [*told, *["-"] * 6, f"{row['compile_s']:.0f} s"]
-    sent = [
+        return [*cells, *["-"] * 6, f"{row['compile_s']:.0f} s"]
+    largest = max((c["wire"] for c in row["collectives"]), default=0.0)
+    collectives = [
         f"{_SHORT.get(c['kind'], c['kind'])} {c['axes']} {c['wire'] / 1e9:,.3g}"
         for c in row["collectives"]
-        if c["wire"] >= 0.01 * max(e["wire"] for e in row["collectives"])
+        if c["wire"] >= 0.01 * largest
     ]
-    told += [f"{row['flops'] / 1e12:,.4g}", f"{row['bytes'] / 1e9:,.4g}", ", ".join(sent) or "none"]
+    cells += [f"{row['flops'] / 1e12:,.4g}", f"{row['bytes'] / 1e9:,.4g}"]
+    cells.append(", ".join(collectives) or "none")
     if "step_s" in row:
-        span = (row["step_s"], row["step_without_overlap_s"])
-        told.append(" to ".join(f"{1000 * s:,.0f}" for s in span) + " ms")
-        told.append(f"{row['tokens_per_s']:,.0f}")
-        told.append(f"{100 * row['mfu_bound']:.0f}%" if "mfu_bound" in row else "-")
+        bounds = (row["step_s"], row["step_without_overlap_s"])
+        cells.append(" to ".join(f"{1000 * s:,.0f}" for s in bounds) + " ms")
+        cells.append(f"{row['tokens_per_s']:,.0f}")
+        cells.append(f"{100 * row['mfu_bound']:.0f}%" if "mfu_bound" in row else "-")
     else:
-        told += ["-"] * 3
-    return [*told, f"{row['compile_s']:.0f} s"]
+        cells += ["-"] * 3
+    return [*cells, f"{row['compile_s']:.0f} s"]
 
 
-def picture(rows: Sequence[Row], title: str) -> bytes:
-    """PNG with, for every layout, bars of memory on a chip and of the time of a step."""
+def chart(rows: Sequence[Row], title: str) -> bytes:
+    """Draw a PNG with bars of memory per chip and of step time for every layout."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if "memory" in row]
@@ -87,10 +93,10 @@ def picture(rows: Sequence[Row], title: str) -> bytes:
     figure = Figure(figsize=(max(6.0, 1.6 * len(rows) + 2), 6.4), layout="constrained")
     top, bottom = figure.subplots(2, 1)
     base = [0.0] * len(rows)
-    for part, colour in _PARTS:
+    for part, color in _PARTS:
         values = [_part(row, part) / GIB for row in rows]
         if any(values):
-            top.bar(names, values, 0.6, base, color=colour, label=part)
+            top.bar(names, values, 0.6, base, color=color, label=part)
             base = [b + v for b, v in zip(base, values)]
     capacity = max((row["memory"]["capacity"] for row in rows), default=0) / GIB
     if capacity:
@@ -98,12 +104,12 @@ def picture(rows: Sequence[Row], title: str) -> bytes:
     top.set_ylabel("GiB on a chip")
     top.set_title(title, loc="left")
     top.legend(fontsize=8, ncols=4, frameon=False)
-    for n, (part, colour) in enumerate(
+    for n, (part, color) in enumerate(
         (("compute_s", "#1f5fa8"), ("memory_s", "#6f9fd0"), ("network_s", "#c8501e"))
     ):
-        at = [i + 0.22 * (n - 1) for i in range(len(rows))]
-        bottom.bar(at, [1000 * row.get(part, 0.0) for row in rows], 0.2, color=colour,
-                   label=part.removesuffix("_s"))  # fmt: skip
+        x = [i + 0.22 * (n - 1) for i in range(len(rows))]
+        heights = [1000 * row.get(part, 0.0) for row in rows]
+        bottom.bar(x, heights, 0.2, color=color, label=part.removesuffix("_s"))
     bottom.set_xticks(range(len(rows)), names)
     bottom.set_ylabel("ms a step")
     bottom.legend(fontsize=8, ncols=3, frameon=False)
@@ -116,7 +122,7 @@ def picture(rows: Sequence[Row], title: str) -> bytes:
 
 
 def _part(row, part):
-    held = row["memory"]
+    memory = row["memory"]
     if part != "temporaries":
-        return held["declared"].get(part, 0)
-    return max(held["peak"] - sum(held["declared"].values()), 0)
+        return memory["declared"].get(part, 0)
+    return max(memory["peak"] - sum(memory["declared"].values()), 0)

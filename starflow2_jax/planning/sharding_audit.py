@@ -1,4 +1,4 @@
-"""What a layout means to exchange and to cut, held against what the compiled program does."""
+"""A comparison of a layout's intended communication and sharding with the compiled program."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -8,103 +8,111 @@ from jax.sharding import Mesh
 
 from starflow2_jax import params
 from starflow2_jax.mesh import LAYOUTS, weight_spec
-from starflow2_jax.planning.cost import Work
+from starflow2_jax.planning.cost import StepCost
 from starflow2_jax.planning.hlo import Module
 
 MIB = 2**20
 
 
-def unintended(
+def unexpected_collectives(
     declared: Mapping[str, Any],
-    found: Work,
+    cost: StepCost,
     module: Module,
-    mesh: Mesh,
+    device_mesh: Mesh,
     layout: str,
     large: int = MIB,
     trained: Collection[str] | None = None,
 ) -> list[str]:
-    """What a compiled step gathers or holds that its layout does not mean to, a line each.
+    """Return a line for each all-gather and each replicated weight that a layout does not intend.
 
-    Meant to be gathered are single weights: one layer's, over `fsdp`, in the part that `tensor`
-    leaves a device; and over `context` the keys and values. So an activation is found that crosses
-    devices because its sharding is lost on the way, and a weight of which all layers are gathered
-    at once. A large weight must be cut wherever the layout's mesh axes are there to cut it.
+    A layout intends to gather single weights: those of one layer, over `fsdp`, in the part that
+    `tensor` leaves to a device; and over `context` the keys and values. Reported are therefore
+    activations that cross devices because their sharding is lost on the way, and weights of which
+    all layers are gathered at once. A large weight must be sharded if the layout has mesh axes
+    for it.
 
     Args:
-        declared: ParamSpecs of the model; found, module: of the step's compiled text; large: bytes
-            below which nothing is said; trained: names of the subtrees that are (None: all). A
-            step need not read the others.
+        declared: ParamSpecs of the model.
+        cost: The cost of the compiled step.
+        module: The parsed text of the compiled step.
+        device_mesh: The mesh of the step.
+        layout: A key of `mesh.LAYOUTS`.
+        large: Bytes below which nothing is reported.
+        trained: Names of the trained subtrees, None for all. A step need not read the rest.
     """
     lines = []
-    one_layer = _one_layer(declared, mesh, layout)
-    for each in found.collectives:
-        if each.kind != "all-gather" or each.axes == "context" or each.bytes < large:
+    layer_sizes = _layer_sizes(declared, device_mesh, layout)
+    for collective in cost.collectives:
+        if collective.kind != "all-gather" or collective.axes == "context":
             continue
-        strange = [n for n in each.sizes if n not in one_layer and 4 * n >= large]
-        if strange or each.axes != "fsdp":
+        if collective.bytes < large:
+            continue
+        is_weight = all(n in layer_sizes or 4 * n < large for n in collective.sizes)
+        if not is_weight or collective.axes != "fsdp":
             lines.append(
-                f"all-gather over {each.axes} of {each.bytes / MIB:,.2f} MiB, {each.times:g} "
-                f"times: not a layer's weight over fsdp ({each.source})"
+                f"all-gather over {collective.axes} of {collective.bytes / MIB:,.2f} MiB, "
+                f"{collective.times:g} times: not a layer's weight over fsdp ({collective.source})"
             )
-    return lines + _whole(declared, module, mesh, layout, large, trained)
+    return lines + _replicated_weights(declared, module, device_mesh, layout, large, trained)
 
 
-def twice(
-    declared: Mapping[str, Any], found: Work, mesh: Mesh, layout: str, large: int = MIB
+def redundant_allreduces(
+    declared: Mapping[str, Any], cost: StepCost, device_mesh: Mesh, layout: str, large: int = MIB
 ) -> list[str]:
-    """Weights that a TPU's program adds up over `fsdp` where it could gather or scatter them: a
-    line for all of them.
+    """Return a line about weights that are all-reduced over `fsdp` instead of gathered.
 
-    The compiler gathers by an all-reduce of zeros and one part, which sends twice as much, where
-    parts are no whole tiles of memory (of 16 rows of bfloat16).
+    The TPU compiler gathers by an all-reduce of zeros and one shard, which sends twice as much, if
+    shards are not whole tiles of memory (of 16 rows of bfloat16).
     """
-    one_layer = _one_layer(declared, mesh, layout)
+    layer_sizes = _layer_sizes(declared, device_mesh, layout)
     wire = sum(
-        each.times * each.wire
-        for each in found.collectives
-        if each.kind == "all-reduce" and each.axes == "fsdp" and each.bytes >= large
-        if any(n in one_layer and 2 * n >= large for n in each.sizes)
+        collective.times * collective.wire
+        for collective in cost.collectives
+        if collective.kind == "all-reduce" and collective.axes == "fsdp"
+        if collective.bytes >= large
+        if any(n in layer_sizes and 2 * n >= large for n in collective.sizes)
     )
     if not wire:
         return []
     return [
         f"all-reduce over fsdp of weights, {wire / 1e9:,.3g} GB sent: twice what gathering or "
-        f"scattering sends, as parts at fsdp={mesh.shape['fsdp']} are no whole tiles; try a "
-        "smaller fsdp, the rest on data"
+        f"scattering sends, because shards at fsdp={device_mesh.shape['fsdp']} are not whole "
+        "tiles; try a smaller fsdp axis and a data axis for the remaining devices"
     ]
 
 
-def _one_layer(declared, mesh, layout):
-    """Numbers of elements of single weights, of stacked ones a layer's, as `tensor` cuts them."""
+def _layer_sizes(declared, device_mesh, layout):
+    """Return the element counts of single weights, per layer if stacked, as cut by `tensor`."""
     sizes = set()
     for name, weight in params.flatten(declared).items():
-        spec = weight_spec(name, weight.shape, weight.axes, mesh, layout)
-        part = [
-            size // (mesh.shape["tensor"] if axis == "tensor" else 1)
+        spec = weight_spec(name, weight.shape, weight.axes, device_mesh, layout)
+        local_shape = [
+            size // (device_mesh.shape["tensor"] if axis == "tensor" else 1)
             for size, axis in zip(weight.shape, spec)
         ]
-        stacked = bool(weight.axes) and weight.axes[0] == "layers"
-        sizes.add(math.prod(part[1:] if stacked else part))
+        is_stacked = bool(weight.axes) and weight.axes[0] == "layers"
+        sizes.add(math.prod(local_shape[1:] if is_stacked else local_shape))
     return sizes
 
 
-def _whole(declared, module, mesh, layout, large, trained):
-    """Large weights that a layout with axes to cut them leaves whole on every device."""
+def _replicated_weights(declared, module, device_mesh, layout, large, trained):
+    """Return a line for each large weight that the layout could shard but does not."""
     rules = set(LAYOUTS[layout].values())
-    if all(mesh.shape[axis] == 1 for axis in rules):
+    if all(device_mesh.shape[axis] == 1 for axis in rules):
         return []
     lines = []
     for name, weight in params.flatten(declared).items():
-        spec = weight_spec(name, weight.shape, weight.axes, mesh, layout)
-        ways = math.prod(mesh.shape[axis] for axis in spec if axis)
-        if ways == 1 and 4 * math.prod(weight.shape) >= large and len(weight.shape) > 1:
+        spec = weight_spec(name, weight.shape, weight.axes, device_mesh, layout)
+        shards = math.prod(device_mesh.shape[axis] for axis in spec if axis)
+        if shards == 1 and 4 * math.prod(weight.shape) >= large and len(weight.shape) > 1:
             lines.append(f"weight {name} {list(weight.shape)} is whole on every device")
     arguments = {s.dims for i in module.entry.parameters().values() for s in i.shapes}
-    read = {n: tree for n, tree in declared.items() if trained is None or n in trained}
-    for name, weight in params.flatten(read).items():
-        spec = weight_spec(name, weight.shape, weight.axes, mesh, layout)
+    required = {n: tree for n, tree in declared.items() if trained is None or n in trained}
+    for name, weight in params.flatten(required).items():
+        spec = weight_spec(name, weight.shape, weight.axes, device_mesh, layout)
         shard = tuple(
-            size // (mesh.shape[axis] if axis else 1) for size, axis in zip(weight.shape, spec)
+            size // (device_mesh.shape[axis] if axis else 1)
+            for size, axis in zip(weight.shape, spec)
         )
         if 4 * math.prod(weight.shape) >= large and shard not in arguments:
             lines.append(f"weight {name}: no argument of the program is its shard {list(shard)}")

@@ -1,9 +1,10 @@
-"""Machines by name: devices to compile for, and what their makers say of them.
+"""Machines by name: the devices to compile for, and the published figures of their chips.
 
-A name is `v5p:4x4x8` (a TPU slice), `v5e:16x16*2` (two of them), `cpu` or `gpu` (the devices at
-hand), `cpu:8` (the first eight). TPUs need libtpu, none needs a TPU.
+A name is `v5p:4x4x8` (a TPU slice), `v5e:16x16*2` (two slices), `cpu` or `gpu` (the local devices),
+or `cpu:8` (the first eight). TPU names need libtpu, but no TPU.
 """
 
+import dataclasses
 import math
 import os
 import re
@@ -21,13 +22,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One device: a chip, or one of its parts where jax sees parts.
+    """The figures of one device: a chip, or a part of one if jax sees parts. 0 means unknown.
 
     Attributes:
-        flops: dense bfloat16 FLOP/s; memory: bytes; bandwidth: of it, bytes/s.
-        link: bytes/s over one link to a neighbour, one way; network: bytes/s of the data center
-            network, this device's share. 0 where the maker says nothing.
-        wraps: size of a dimension of a slice from which its ends are linked.
+        flops: Dense bfloat16 FLOP/s.
+        memory: Bytes.
+        bandwidth: Bytes/s of the memory.
+        link: Bytes/s over one link to a neighbor, in one direction.
+        network: Bytes/s of this device's share of the data center network.
+        wraps: Size of a slice dimension from which its ends are linked.
     """
 
     flops: float
@@ -43,7 +46,7 @@ class Chip:
 # inter-chip bidirectional 400, 1200, 800, 1200 GB/s over 4, 6, 4, 6 links, that is 50 or 100 GB/s a
 # link and direction; data center network 12.5, 6.25, 12.5, 12.5 GB/s (100, 50, 100, 100 Gbit/s).
 # A v5e or v6e torus closes at 16, a v5p or tpu7x one at 4. jax sees two devices in a tpu7x chip.
-# The memory is what the compiler gives programs: of a v5e it says 15.75 GiB.
+# The memory is the part that the compiler gives to programs, such as 15.75 GiB of a v5e.
 TPUS = {
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 12.5e9, wraps=16),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, wraps=4),
@@ -66,11 +69,15 @@ LOCAL = ("cpu", "gpu")
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices to compile for.
+    """The devices to compile for.
 
     Attributes:
-        name: as asked for; kind: a key of `TPUS`, `GPUS`, or the platform.
-        slices: number of TPU slices; shape: of one of them, () for local devices.
+        name: Name of the machine.
+        kind: A key of `TPUS` or `GPUS`, or the platform.
+        devices: The jax devices.
+        chip: The figures of one device.
+        slices: Number of TPU slices.
+        shape: Shape of one slice, () for local devices.
     """
 
     name: str
@@ -81,33 +88,37 @@ class Topology:
     shape: tuple[int, ...] = ()
 
     def bandwidth(self, members: Sequence) -> float:
-        """Bytes/s that a device can send in a ring over `members`, 0 where nothing is known.
+        """Return the bytes/s that a device can send in a ring over `members`, 0 if unknown.
 
-        Over a dimension whose ends are linked a ring goes both ways round; over an open line one
-        link carries everything. What crosses slices goes over the data center network.
+        A ring uses both directions of a dimension whose ends are linked, and one link of an open
+        line. Rings that cross slices use the data center network.
         """
         if len({getattr(d, "slice_index", 0) or 0 for d in members}) > 1:
             return self.chip.network
         if not self.shape:
             return self.chip.link
-        where = np.array([d.coords for d in members])
+        coords = np.array([d.coords for d in members])
         links = 0
         for axis, size in enumerate(self.shape):
-            extent = len(np.unique(where[:, axis]))
+            extent = len(np.unique(coords[:, axis]))
             wrapped = extent == size and size >= self.chip.wraps and size > 2
             links += 0 if extent == 1 else 2 if wrapped else 1
-        # The parts of one chip are closer than two chips are: six times, says the maker of tpu7x.
+        # The parts of one chip are linked six times as fast as two chips (tpu7x).
         return self.chip.link * (links or 12)
 
 
 def parse(name: str) -> tuple[str, str, int]:
-    """`"v5e:16x16*2"` to its kind, shape of a slice, and number of slices.
+    """Parse a name such as `v5e:16x16*2` into kind, shape of a slice, and number of slices.
 
     Raises:
-        ValueError: a name that is none; says which ones are near.
+        ValueError: If there is no such machine; lists similar ones.
     """
-    found = re.fullmatch(r"([a-z]\w*)(?::(\d+(?:x\d+)*))?(?:\*(\d+))?", name)
-    kind, shape, slices = found.groups() if found else (name.partition(":")[0], None, None)
+
+    def num_chips(shape):
+        return math.prod(int(n) for n in shape.split("x"))
+
+    match = re.fullmatch(r"([a-z]\w*)(?::(\d+(?:x\d+)*))?(?:\*(\d+))?", name)
+    kind, shape, slices = match.groups() if match else (name.partition(":")[0], None, None)
     kinds = (*SLICES, *LOCAL)
     if kind not in kinds:
         raise ValueError(
@@ -115,40 +126,39 @@ def parse(name: str) -> tuple[str, str, int]:
             f"(there are {', '.join(kinds)})"
         )
     if kind in LOCAL:
-        if slices or (shape and "x" in shape) or not found:
+        if slices or (shape and "x" in shape) or not match:
             raise ValueError(f"topology: {name!r}: expected {kind} or {kind}:N for N devices")
         return kind, shape or "", 1
-    if shape not in SLICES[kind] or not found:
-        chips = math.prod(int(n) for n in shape.split("x")) if shape else 1
-        size = lambda s: math.prod(int(n) for n in s.split("x"))
-        near = sorted(SLICES[kind], key=lambda s: abs(math.log(size(s) / max(chips, 1))))[:3]
-        near = [f"{kind}:{s}" for s in sorted(near, key=size)]
+    if shape not in SLICES[kind] or not match:
+        chips = max(num_chips(shape), 1) if shape else 1
+        closest = sorted(SLICES[kind], key=lambda s: abs(math.log(num_chips(s) / chips)))[:3]
+        names = [f"{kind}:{s}" for s in sorted(closest, key=num_chips)]
         raise ValueError(
-            f"topology: {name!r} does not exist; near it are {', '.join(near)} (several slices: "
-            f"{near[0]}*2)"
+            f"topology: {name!r} does not exist; similar ones are {', '.join(names)} (several "
+            f"slices: {names[0]}*2)"
         )
     if slices is not None and int(slices) < 1:
-        raise ValueError(f"topology: {name!r}: at least one slice")
+        raise ValueError(f"topology: {name!r}: expected at least one slice")
     return kind, shape, int(slices or 1)
 
 
 def find(name: str) -> Topology:
-    """The devices of a name.
+    """Return the machine of a name.
 
     Raises:
-        ValueError: a name that is none, or more devices than are at hand.
-        RuntimeError: libtpu is not installed.
+        ValueError: If there is no such machine, or it has more devices than this one.
+        RuntimeError: If libtpu is not installed.
     """
     kind, shape, slices = parse(name)
     if kind in LOCAL:
         return _local(name, kind, int(shape) if shape else None)
     from jax.experimental import topologies
 
-    # No question to a metadata server that only a TPU has; several processes may plan at once.
+    # Only a TPU has a metadata server to query, and several processes may plan at once.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # jax's own devices have read XLA_FLAGS by now. libtpu reads them when it first compiles, and
-    # aborts at a flag that is not its own; it has LIBTPU_INIT_ARGS.
+    # libtpu reads XLA_FLAGS when it first compiles, and aborts at flags of other platforms. jax
+    # has read them after its devices exist, so they can be removed.
     jax.devices()
     os.environ.pop("XLA_FLAGS", None)
     try:
@@ -157,8 +167,8 @@ def find(name: str) -> Topology:
         )
     except RuntimeError as error:
         raise RuntimeError(
-            f"topology: {name!r}: libtpu does not give it: {str(error).splitlines()[0]}; is it "
-            f"installed? pip install 'starflow2_jax[plan]'"
+            f"topology: {name!r}: libtpu cannot describe it ({str(error).splitlines()[0]}); check "
+            f"that it is installed: pip install 'starflow2_jax[plan]'"
         ) from error
     dims = tuple(int(n) for n in shape.split("x"))
     dims += (1,) * (3 - len(dims))
@@ -169,9 +179,9 @@ def _local(name, platform, count):
     try:
         devices = jax.devices(platform)
     except RuntimeError:
-        raise ValueError(f"topology: {name!r}: there is no {platform} here") from None
+        raise ValueError(f"topology: {name!r}: this machine has no {platform}") from None
     if count is not None and not 0 < count <= len(devices):
-        raise ValueError(f"topology: {name!r}: {len(devices)} {platform} devices are here")
+        raise ValueError(f"topology: {name!r}: this machine has {len(devices)} {platform} devices")
     devices = devices[:count]
     described = devices[0].device_kind
     kind = next((k for k in GPUS if k in described), platform)
@@ -180,6 +190,5 @@ def _local(name, platform, count):
         page = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Topology(name, kind, tuple(devices), Chip(0, page / len(devices), 0, 0, 0))
     limit = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
-    known = GPUS.get(kind, Chip(0, 0, 0, 0, 0))
-    chip = Chip(peak, limit, known.bandwidth, known.link, known.network)
+    chip = dataclasses.replace(GPUS.get(kind, Chip(0, 0, 0, 0, 0)), flops=peak, memory=limit)
     return Topology(name, kind, tuple(devices), chip)

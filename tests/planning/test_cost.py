@@ -26,7 +26,7 @@ def compiled(cfg):
     program = registry.build(cfg, make_mesh(cfg["mesh"]))
     made = program.lower_step().compile()
     module = hlo.parse(made.as_text())
-    return program, made, module, cost.analyse(module, program.mesh.shape)
+    return program, made, module, cost.analyze(module, program.mesh.shape)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,9 @@ def test_a_layout_exchanges_and_cuts_what_it_means_to(layout, of_layout):
     program, _, module, found = of_layout(layout)
     assert found.unknown_loops == ()
     assert (
-        sharding_audit.unintended(program.declared, found, module, program.mesh, layout, LARGE)
+        sharding_audit.unexpected_collectives(
+            program.declared, found, module, program.mesh, layout, LARGE
+        )
         == []
     )
     kinds = sent(found)
@@ -75,7 +77,7 @@ def test_a_lost_sharding_of_activations_is_found(monkeypatch):
     monkeypatch.setitem(ACTIVATIONS, "mlp", ("fsdp", "tensor"))
     monkeypatch.setattr(layers, "constrain", lambda x, *names: _pinned(x, names))
     program, _, module, found = compiled(experiment("fsdp_tp"))
-    lines = sharding_audit.unintended(
+    lines = sharding_audit.unexpected_collectives(
         program.declared, found, module, program.mesh, "fsdp_tp", LARGE
     )
     assert any(line.startswith("all-gather over") for line in lines), lines
@@ -89,7 +91,9 @@ def _pinned(x, names):
 def test_a_large_weight_that_is_not_cut_is_found(monkeypatch):
     monkeypatch.setitem(LAYOUTS, "fsdp", {"mlp": "fsdp"})
     program, _, module, found = compiled(experiment("fsdp"))
-    lines = sharding_audit.unintended(program.declared, found, module, program.mesh, "fsdp", LARGE)
+    lines = sharding_audit.unexpected_collectives(
+        program.declared, found, module, program.mesh, "fsdp", LARGE
+    )
     assert any("layers/query/weight [2, 64, 256] is whole on every device" in x for x in lines)
 
 
@@ -97,7 +101,7 @@ def test_weights_that_are_added_up_over_fsdp_are_told():
     declared = flow.declare(model_config(experiment("fsdp")))
     mesh = make_mesh("fsdp=8")
     one = cost.Collective("all-reduce", "fsdp", (0,), 65536, (64 * 256,), 1e9, 3.0, "")
-    told = lambda *found: sharding_audit.twice(
+    told = lambda *found: sharding_audit.redundant_allreduces(
         declared, cost.Work(0, 0, 0, (), found, ()), mesh, "fsdp", LARGE
     )
     assert "fsdp of weights, 3 GB sent: twice" in told(one)[0] and "fsdp=8" in told(one)[0]
@@ -110,7 +114,7 @@ def test_context_cuts_positions_and_gathers_keys():
     cfg = experiment("fsdp", "fsdp=4,context=2")
     program, _, module, found = compiled(cfg)
     args = (program.declared, found, module, program.mesh, "fsdp", LARGE)
-    assert sharding_audit.unintended(*args) == []
+    assert sharding_audit.unexpected_collectives(*args) == []
     assert ("all-gather", "context") in sent(found)
 
 
@@ -127,7 +131,9 @@ def test_the_joint_stage_exchanges_what_its_layout_means_to(joint_stage):
     program, _, module, found = joint_stage
     assert found.unknown_loops == ()
     assert (
-        sharding_audit.unintended(program.declared, found, module, program.mesh, "fsdp", LARGE)
+        sharding_audit.unexpected_collectives(
+            program.declared, found, module, program.mesh, "fsdp", LARGE
+        )
         == []
     )
     assert ("all-gather", "fsdp") in {(c.kind, c.axes) for c in found.collectives}
@@ -136,9 +142,9 @@ def test_the_joint_stage_exchanges_what_its_layout_means_to(joint_stage):
 def test_the_joint_stage_holds_what_is_declared(joint_stage):
     """Its frozen VLM too: as arguments of the program, and on each device after a step."""
     program, made, module, _ = joint_stage
-    given = memory.declared(program)
+    given = memory.declared_bytes(program)
     assert given["frozen"] > 0 and given["params"] > given["frozen"] / 10
-    held = memory.compiled(made.memory_analysis(), module, given, 0.0, 1e9)
+    held = memory.from_compiler(made.memory_analysis(), module, given, 0.0, 1e9)
     assert sum(given.values()) == held.arguments and held.unused == held.padding == 0
     live = live_bytes(program, made, batch_of())
     assert all(abs(n - sum(given.values())) <= 0.01 * n for n in live.values())
@@ -150,12 +156,12 @@ def test_the_joint_stage_holds_what_is_declared(joint_stage):
 @pytest.mark.parametrize("layout", MESHES)
 def test_declared_bytes_are_the_compiled_arguments(layout, of_layout):
     program, made, module, _ = of_layout(layout)
-    given = memory.declared(program)
+    given = memory.declared_bytes(program)
     told = made.memory_analysis()
     assert sum(given.values()) == told.argument_size_in_bytes
-    held = memory.compiled(told, module, given, 0.0, 1e9)
+    held = memory.from_compiler(told, module, given, 0.0, 1e9)
     assert held.unused == held.padding == 0 and held.fits
-    tight = memory.compiled(told, module, given, 0.0, held.peak - 1000)
+    tight = memory.from_compiler(told, module, given, 0.0, held.peak - 1000)
     assert not tight.fits and tight.over == 1000
 
 
@@ -166,7 +172,7 @@ def test_live_bytes_after_a_step(layout, of_layout):
     batch = {
         name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in program.abstract_batch.items()
     }
-    expected = sum(memory.declared(program).values())
+    expected = sum(memory.declared_bytes(program).values())
     held = live_bytes(program, made, batch)
     assert all(abs(n - expected) <= 0.01 * expected for n in held.values())
 
@@ -190,9 +196,11 @@ def test_kept_activations_are_those_of_the_loops(of_layout):
     trace = lambda program: _trace(program).jaxpr
     tokens, width, depth = 64, 64, 2
     expected = depth * ROWS * tokens * width * 4 / 8
-    assert jaxpr.kept(trace(program), ROWS, 8) == pytest.approx(expected, rel=0.05)
+    assert jaxpr.saved_activation_bytes(trace(program), ROWS, 8) == pytest.approx(
+        expected, rel=0.05
+    )
     other = registry.build(experiment(**{"model.remat": "none"}), program.mesh)
-    assert jaxpr.kept(trace(other), ROWS, 8) > 5 * expected
+    assert jaxpr.saved_activation_bytes(trace(other), ROWS, 8) > 5 * expected
 
 
 def _trace(program):
@@ -208,15 +216,15 @@ def test_a_refusal_of_the_compiler_says_how_much_is_missing():
         "hbm. Used 113.88G of 15.75G hbm. Exceeded hbm capacity by 98.13G."
     )
     given = {"params": 40 * 2**30, "ema": 0, "optimizer": 8 * 2**30, "frozen": 0, "batch": 0}
-    held = memory.too_large(words, given, 3.0 * 2**30, 1.0)
+    held = memory.from_error(words, given, 3.0 * 2**30, 1.0)
     assert held.over == pytest.approx(98.13 * 2**30) and held.capacity == 15.75 * 2**30
     words = (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
         "required for HLO temporaries (21.00G) exceeds available HBM (15.75G)."
     )
-    other = memory.too_large(words, given, 0.0, 1.0)
+    other = memory.from_error(words, given, 0.0, 1.0)
     assert (other.peak, other.over) == (21 * 2**30, 5.25 * 2**30)  # arguments are in it
-    assert memory.too_large("INTERNAL: something else", given, 0.0, 1.0) is None
+    assert memory.from_error("INTERNAL: something else", given, 0.0, 1.0) is None
     mesh = {"data": 8, "fsdp": 2, "context": 1, "tensor": 1}
     cfg = {"model": {"remat": "none"}, "train": {"microbatches": 1}}
     hints = memory.advice(held, cfg, mesh, 64)
@@ -238,7 +246,9 @@ def test_loops_count_as_often_as_they_run(depth, monkeypatch):
         jax.clear_caches()  # traces of layers are kept by their arguments
         _, _, module, found = compiled(experiment("fsdp", depth=depth))
         loops = [i for _, i, _ in hlo.walk(module) if i.opcode == "while"]
-        counts = [hlo.trips(module, i, c) for c, i, _ in hlo.walk(module) if i.opcode == "while"]
+        counts = [
+            hlo.trip_count(module, i, c) for c, i, _ in hlo.walk(module) if i.opcode == "while"
+        ]
         assert (unroll == 8) != any(n == depth for n in counts), (loops, counts)
         wire = sum(c.wire * c.times for c in found.collectives if c.kind == "all-gather")
         sums.append((found.flops, wire))
@@ -257,7 +267,7 @@ def test_flops_are_the_analytic_count(remat, of_layout):
     once = dataclasses.replace(program.model, remat="none" if remat == "dots" else remat)
     least = executed_step(once, ROWS, program.model.tokens)
     assert 0.95 * least <= 8 * found.flops <= 1.05 * expected
-    asked = jaxpr.flops(_trace(program).jaxpr)
+    asked = jaxpr.count_flops(_trace(program).jaxpr)
     assert asked == pytest.approx(expected, rel=0.05)
     if remat == "none":
         assert asked < flops.train_step(program.model, ROWS, program.model.tokens)
@@ -270,7 +280,7 @@ def test_flops_of_a_stage_are_the_analytic_count(stage):
     program = registry.build(cfg, make_mesh("data=8"))
     expected = registry.work(cfg, program.model, program.declared)
     assert expected["tokens"] == 8 * 40
-    assert jaxpr.flops(_trace(program).jaxpr) == pytest.approx(expected["flops"], rel=0.05)
+    assert jaxpr.count_flops(_trace(program).jaxpr) == pytest.approx(expected["flops"], rel=0.05)
 
 
 def test_flops_of_products_and_convolutions():
@@ -286,10 +296,10 @@ def test_flops_of_products_and_convolutions():
         (jax.grad(lambda a, b: (a @ b * b[:, :16]).sum()), (a, b), None),
     ):
         module = hlo.parse(jax.jit(function).lower(*args).compile().as_text())
-        found = cost.analyse(module, {"data": 1}).flops
-        asked = jaxpr.flops(jax.make_jaxpr(function)(*args))
+        found = cost.analyze(module, {"data": 1}).flops
+        asked = jaxpr.count_flops(jax.make_jaxpr(function)(*args))
         assert found == (expected or found) and asked == (expected or asked)
-    assert jaxpr.flops(jax.make_jaxpr(loop)(a, b)) == 7 * 2 * 6 * 16 * 32 * 8
+    assert jaxpr.count_flops(jax.make_jaxpr(loop)(a, b)) == 7 * 2 * 6 * 16 * 32 * 8
 
 
 # ------------------------------------------------------------------------------- the text, by hand
@@ -349,10 +359,10 @@ def test_text_of_a_tpu_program():
     assert (arguments[0].bytes, arguments[0].padded) == (4 * 24 * 24, 4 * 24 * 128)
     assert (arguments[1].bytes, arguments[1].padded) == (4, 512)
     loop = module.entry.by_name["loop"]
-    assert hlo.trips(module, loop, module.entry) == 5  # from 2 to 7
+    assert hlo.trip_count(module, loop, module.entry) == 5  # from 2 to 7
     assert [s.space for s in loop.shapes] == [0, 1]
     assert module.computations["body"].root.name == "t"
-    found = cost.analyse(module, {"data": 4, "tensor": 2})
+    found = cost.analyze(module, {"data": 4, "tensor": 2})
     # One exchange, written in two fusions, five times.
     (gather,) = found.collectives
     assert (gather.kind, gather.axes, gather.bytes, gather.times) == ("all-gather", "tensor", 32, 5)
@@ -360,7 +370,7 @@ def test_text_of_a_tpu_program():
     known = dataclasses.replace(
         loop, attributes=loop.attributes + ', backend_config={"known_trip_count":{"n":"9"}}'
     )
-    assert hlo.trips(module, known, module.entry) == 9
+    assert hlo.trip_count(module, known, module.entry) == 9
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule empty")
 
@@ -369,7 +379,7 @@ def test_a_loop_that_counts_by_two():
     """As compilers unroll products of weights that arrive in parts: 2, 4, 6."""
     twice = TEXT.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(2)")
     module = hlo.parse(twice)
-    assert hlo.trips(module, module.entry.by_name["loop"], module.entry) == 3
+    assert hlo.trip_count(module, module.entry.by_name["loop"], module.entry) == 3
 
 
 @pytest.mark.parametrize(
@@ -377,7 +387,7 @@ def test_a_loop_that_counts_by_two():
 )
 def test_a_loop_of_unknown_length_is_named(known, unknown):
     module = hlo.parse(TEXT.replace(known, unknown))
-    found = cost.analyse(module, {"data": 4, "tensor": 2})
+    found = cost.analyze(module, {"data": 4, "tensor": 2})
     assert found.unknown_loops == ("loop",) and found.collectives[0].times == 1
 
 
@@ -398,12 +408,12 @@ def test_a_loop_of_unknown_length_is_named(known, unknown):
 def test_groups_of_devices(written, axes, first):
     line = f"%g = f32[8]{{0}} all-reduce(%x), channel_id=1, {written}, to_apply=%add"
     instruction = hlo._instruction(line)
-    found = cost.groups(instruction, 8)
+    found = cost.replica_groups(instruction, 8)
     assert found[0] == first
-    assert cost.axes_of(found, {"data": 2, "fsdp": 4}) == axes
+    assert cost.mesh_axes(found, {"data": 2, "fsdp": 4}) == axes
     strange = hlo._instruction("%g = f32[8]{0} all-reduce(%x), replica_groups=<new>, to_apply=%add")
     with pytest.raises(ValueError, match="groups of devices written as"):
-        cost.groups(strange, 8)
+        cost.replica_groups(strange, 8)
 
 
 def test_products_that_a_tpu_writes_as_convolutions():
@@ -418,7 +428,7 @@ def test_products_that_a_tpu_writes_as_convolutions():
     call = hlo._instruction(line)
     scope = hlo.Computation("main", [*given, call])
     module = hlo.Module({"main": scope}, scope)
-    assert cost.flops_of(module, scope, call) == 2 * 4 * 16 * 8 * 32
+    assert cost.instruction_flops(module, scope, call) == 2 * 4 * 16 * 8 * 32
 
 
 def test_bytes_of_a_slice_are_not_those_of_the_stack():
@@ -426,7 +436,7 @@ def test_bytes_of_a_slice_are_not_those_of_the_stack():
     stack, index = jnp.ones((16, 64, 64)), jnp.zeros((), jnp.int32)
     read = lambda w, i: jnp.tanh(jax.lax.dynamic_index_in_dim(w, i, keepdims=False)) * 2
     module = hlo.parse(jax.jit(read).lower(stack, index).compile().as_text())
-    assert cost.analyse(module, {"data": 1}).bytes < 6 * math.prod(stack.shape[1:]) * 4
+    assert cost.analyze(module, {"data": 1}).bytes < 6 * math.prod(stack.shape[1:]) * 4
 
 
 def test_bytes_of_a_slice_in_a_fusion_inside_a_fusion():
@@ -451,4 +461,4 @@ def test_bytes_of_a_slice_in_a_fusion_inside_a_fusion():
         "  ROOT %f = f32[16,64,64]{2,1,0} fusion(%x, %y, %n), kind=kOutput, calls=%outer\n}\n"
     )
     layer = 64 * 64 * 4
-    assert cost.analyse(module, {"data": 1}).bytes == pytest.approx(2 * layer, rel=0.01)
+    assert cost.analyze(module, {"data": 1}).bytes == pytest.approx(2 * layer, rel=0.01)
