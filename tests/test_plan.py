@@ -36,7 +36,7 @@ needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installe
         ("v5e:16x17", "v5e:16x16"),
         ("v5e", "does not exist; similar ones are v5e:2x2"),
         ("v5q:4x4", r"unknown machine 'v5q'; did you mean 'v5[ep]'\? \(there are v5e, v6e, v5p"),
-        ("v5e:4x4*0", "expected expected at least one slice"),
+        ("v5e:4x4*0", "expected at least one slice"),
         ("tpu v5e 4x4", "unknown machine"),
         ("cpu:2x2", "expected cpu or cpu:N"),
         ("cpu:9", "this machine has 8 cpu devices"),

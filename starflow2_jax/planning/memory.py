@@ -130,7 +130,7 @@ def advice(
     """Return changes that would make a program fit, the largest saving first."""
     if memory.fits:
         return []
-    state = sum(memory.declared[name] for name in ("params", "ema", "optimizer", "frozen"))
+    state = sum(memory.declared[part] for part in ("params", "ema", "optimizer", "frozen"))
     weight_shards = mesh["fsdp"] * mesh["tensor"]
     devices = math.prod(mesh.values())
     temporaries = (memory.peak or 0) - state
