@@ -210,10 +210,11 @@ def train_experiment(cfg: Mapping[str, Any], repeats: int, rates: Result) -> Res
     """
     from starflow2_jax import config
     from starflow2_jax.mesh import host_rows, make_mesh
-    from starflow2_jax.training import program as step
+    from starflow2_jax.training.program import to_device
+    from starflow2_jax.training.tasks import registry
 
     config.check(cfg)
-    program = step.build(cfg, make_mesh(cfg["mesh"]))
+    program = registry.build(cfg, make_mesh(cfg["mesh"]))
     draw = np.random.default_rng(0)
 
     def array(spec):
@@ -228,7 +229,7 @@ def train_experiment(cfg: Mapping[str, Any], repeats: int, rates: Result) -> Res
         name: array(spec.update(shape=(host_batch, *spec.shape[1:])))
         for name, spec in program.abstract_batch.items()
     }
-    batch = step.to_device(program, batch)
+    batch = to_device(program, batch)
     start = time.perf_counter()
     executable = program.lower_step().compile()
     seconds = time.perf_counter() - start
@@ -240,7 +241,7 @@ def train_experiment(cfg: Mapping[str, Any], repeats: int, rates: Result) -> Res
         current[0], metrics = executable(current[0], frozen, batch)
         return metrics
 
-    model, rows = program.model, cfg["train"]["batch_size"]
+    model, rows = program.task.model_config, cfg["train"]["batch_size"]
     row = {"row": f"train {cfg['name'] or 'experiment'}", "batch": rows}
     row |= {"dtype": cfg["compute_dtype"], "compile_s": seconds, **measure(run, repeats)}
     row["tokens_per_s"] = 1000 * rows * model.tokens / row["ms"]

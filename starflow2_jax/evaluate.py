@@ -23,6 +23,7 @@ from starflow2_jax.checkpoints import digest, model_folder, steps
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.config import nearest
 from starflow2_jax.data import image_batches, manifest, records
+from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.evaluation import (
     codec as codec_eval,
     interleaved_likelihood,
@@ -41,7 +42,7 @@ from starflow2_jax.latents import batch_encoder, codec as codecs
 from starflow2_jax.mesh import check_batch, host_rows, make_mesh
 from starflow2_jax.runtime import allocator, cli
 from starflow2_jax.training.logging import image_grid, run_log
-from starflow2_jax.training.tasks import registry
+from starflow2_jax.training.tasks import vlm
 
 VERBS = {
     "likelihood": "exact nats/dim, and bits/dim where they are defined (--model --data)",
@@ -219,7 +220,7 @@ def _options(
         changes |= {"labels": bool(model.model_config.classes), "text": text}
     given = {"latents": values.latents, "features": values.features}
     changes |= {name: value for name, value in given.items() if value}
-    options = likelihood.data_options(model.cfg, model.model_config, **changes)
+    options = image_batch_options(model.cfg, model.model_config, **changes)
     if not options["path"] and not options["mixture"]:
         raise ValueError("likelihood: --data is needed: the run has no eval_data.path")
     stored = [options["latents"], *(entry.get("latents") for entry in options["mixture"])]
@@ -295,7 +296,7 @@ def _understanding(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]
     def answers(path, **changes):
         reader = readers.load(path)
         own = {"path": values.data, "mixture": (), "tokenizer": reader.tokenizer_folder, **changes}
-        options = registry.data_options(reader.cfg, reader.model_config, **own)
+        options = vlm.data_options(reader.cfg, reader.model_config, **own)
         return vqa.answers(functools.partial(readers.score, reader), options)
 
     told = answers(values.model)

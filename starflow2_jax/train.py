@@ -71,9 +71,10 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     config.check(cfg)
     distributed.init_distributed(cfg["distributed"])
     distributed.assert_equal_across_processes("the configuration", cfg)
-    model, reader = registry.model_config(cfg), registry.reader(cfg)
+    task = registry.make_task(cfg, dry_run=dry_run)
+    model, reader = task.model_config, task.reader
     fae = batch_encoder.open(cfg, getattr(model, "flow", model))
-    of = lambda group: batch_encoder.options(registry.data_options(cfg, model, group), fae)
+    of = lambda group: batch_encoder.options(task.data_options(group), fae)
     data = None
     if not dry_run:
         given = [group for group in ("data", "eval_data") if _given(cfg[group])]
@@ -106,7 +107,9 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     mesh = make_mesh(cfg["mesh"])
     peak = throughput.peak_flops()  # on one device, so before a mesh is set
     jax.set_mesh(mesh)
-    program = registry.build(cfg, mesh, null_text=null_text, dry_run=dry_run)
+    if null_text is not None:
+        task = registry.make_task(cfg, null_text=null_text)
+    program = programs.build_program(cfg, mesh, task)
     if jax.process_index() == 0:
         print(overview(program), flush=True)
     began = time.perf_counter()
@@ -118,14 +121,16 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
 
     # ------------------------------------------------------------------------------------- start
     state, frozen = program.init(jax.random.key(cfg["seed"]))
-    frozen_files = {**program.identity, **batch_encoder.identity(data["data"])}
+    frozen_files = {**task.frozen_identity(), **batch_encoder.identity(data["data"])}
     if newest is not None:  # 1. resume
         del state
         state, then = orbax.restore(workdir, newest, program.abstract_state)
         orbax.check_frozen(workdir, then, frozen_files)
         print(f"resumed {workdir} at step {newest}", flush=True)
     elif cfg["init"]["from"]:  # 2. weights of another run
-        state = init_from.warm(program, state, cfg["init"], frozen_files)
+        state = init_from.init_from_checkpoint(
+            program, state, cfg["init"]["from"], ema=cfg["init"]["ema"], identity=frozen_files
+        )
         print(f"started from the weights of {cfg['init']['from']}", flush=True)
     # 3. otherwise from the initialised weights
     first = newest or 0
@@ -154,7 +159,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         rows=host_rows(cfg["train"]["batch_size"], mesh),
     )
     batches = batch_encoder.encoded(batches, fae)
-    work = {**registry.work(cfg, model, program.declared), "peak": peak}
+    work = {**task.step_cost(), "peak": peak}
     window: list[dict[str, Any]] = []
     waiting = None
 
@@ -172,7 +177,8 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
             )
         window.append(values)
         if number % cfg["log"]["every"] == 0 or number == steps:
-            row = _summary(window, program.means) | throughput.rates(log.clock, number, **work)
+            row = _summary(window, task.finalize_metrics)
+            row |= throughput.rates(log.clock, number, **work)
             logs.row(log, number, row)
             logs.progress(log, number, steps, row)
             window.clear()
@@ -232,7 +238,9 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
 def overview(program: programs.Program) -> str:
     """The table of weights, trained or frozen, and what the run is."""
     trained = set(program.cfg["train"]["trainable"])
-    where = params.flatten(params.shardings(program.declared, program.mesh, program.cfg["layout"]))
+    where = params.flatten(
+        params.shardings(program.task.declared, program.mesh, program.cfg["layout"])
+    )
 
     def note(name):
         kind = "trained" if name.split("/")[0] in trained else "frozen"
@@ -242,7 +250,7 @@ def overview(program: programs.Program) -> str:
     shape = (
         ", ".join(f"{axis}={n}" for axis, n in program.mesh.shape.items() if n > 1) or "1 device"
     )
-    lines = params.table(program.declared, note)
+    lines = params.table(program.task.declared, note)
     return "\n".join([*lines, f"layout {program.cfg['layout']} over {shape}"])
 
 
@@ -322,9 +330,10 @@ def _summary(window: list[dict[str, Any]], means: Callable) -> dict[str, float]:
 
 def _shower(program, frozen, data, of, fae) -> Callable | None:
     """A function of the state that draws what sample grids show; None where nothing is drawn."""
-    cfg, model = program.cfg, program.model
+    cfg, task = program.cfg, program.task
+    model = task.model_config
     group = "eval_data" if "eval_data" in data else "data"
-    if cfg["task"] == "flow":
+    if task.sample_kind == "flow":
         told = data["data"]
         held = ("", tuple(told["classes"] or ()), _null_text(told))
 
@@ -333,7 +342,7 @@ def _shower(program, frozen, data, of, fae) -> Callable | None:
             return [("samples", *samples.draw(shown, of(group)), None)]
 
         return flow
-    if cfg["task"] == "starflow2":
+    if task.sample_kind == "interleaved":
         codec = batch_encoder.decoder(data["data"], fae)
         grids = sample_grids.prepare(cfg, model, of(group), codec, program.mesh)
         if isinstance(grids, str):
@@ -341,7 +350,7 @@ def _shower(program, frozen, data, of, fae) -> Callable | None:
                 print(f"no sample grids are drawn: {grids}", flush=True)
             return None
         return lambda state: sample_grids.from_state(grids, {**state.ema, **frozen})
-    if program.show is None:
+    if not task.sample_kind:
         return None
     beside = lambda state: samples.beside(program, state, frozen, of(group))
     return lambda state: [("samples", *beside(state), None)]
@@ -351,7 +360,7 @@ def _evaluate(program, state, frozen, log, number, options, fae=None) -> None:
     evaluate = program.cfg["evaluate"]
     ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     size = -(-evaluate["batch_size"] // ways) * ways  # no figure depends on it
-    batches = registry.reader(program.cfg).eval_batches(
+    batches = program.task.reader.eval_batches(
         options, batch_size=size, rows=host_rows(size, program.mesh)
     )
     batches = batch_encoder.encoded(likelihood.limit(batches, evaluate["rows"], size), fae)

@@ -18,7 +18,7 @@ from starflow2_jax.benchmarking import stages, timing
 from starflow2_jax.inference.inverse import Jacobi
 from starflow2_jax.models import flow
 from starflow2_jax.runtime import allocator
-from starflow2_jax.training.tasks import starflow2
+from starflow2_jax.training.tasks import registry
 
 RATES = {"matmul_float32_gflops": 100.0, "copy_gb_per_s": 10.0, "sum_gb_per_s": 20.0}
 
@@ -187,13 +187,13 @@ def test_a_stages_step_is_timed_where_little_more_than_jax_is():
 def test_rows_of_a_stage_fit_its_step():
     """What is timed above but for its time: compiling takes most of it."""
     cfg = stages.experiment("stage3", "tiny", 2, "bfloat16")
-    program = starflow2.build(cfg, mesh.make_mesh("fsdp=-1", jax.devices()[:1]))
-    rows = stages.rows_of_images(cfg, program.model, 2)
+    program = registry.build(cfg, mesh.make_mesh("fsdp=-1", jax.devices()[:1]))
+    rows = stages.rows_of_images(cfg, program.task.model_config, 2)
     wanted = {name: (a.shape, a.dtype) for name, a in program.abstract_batch.items()}
     assert {name: (rows[name].shape, rows[name].dtype) for name in wanted} == wanted
     for m in range(cfg["text"]["images"]):
-        places = np.flatnonzero(rows["image"][0] // program.model.patches == m)
-        assert np.array_equal(places, places[0] + np.arange(program.model.patches))
+        places = np.flatnonzero(rows["image"][0] // program.task.model_config.patches == m)
+        assert np.array_equal(places, places[0] + np.arange(program.task.model_config.patches))
         assert rows["image"][0, places[0] - 1] == rows["image"][0, places[-1] + 1] == -1
 
 

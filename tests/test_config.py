@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from starflow2_jax import config, mesh
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.runtime import cli
-from starflow2_jax.training import program as step
+from starflow2_jax.training.tasks import registry
 
 VARIANTS = ["tarflow_pixels:tiny", "tarflow_pixels:cifar", "tarflow_pixels:in64",
             "starflow_t2i:tiny", "starflow_t2i:3b"]  # fmt: skip
@@ -118,7 +118,7 @@ def test_what_only_the_built_model_can_tell(key, value, words):
     (cfg[group] if group else cfg)[last] = value
     config.check(cfg)
     with pytest.raises(ValueError) as error:
-        program = step.build(cfg, mesh.make_mesh(cfg["mesh"]))
+        program = registry.build(cfg, mesh.make_mesh(cfg["mesh"]))
         program.lower_step()
     assert words in str(error.value)
 
@@ -153,7 +153,7 @@ def test_experiments_pass_and_are_saved_as_json(name):
 @pytest.mark.parametrize("name", VARIANTS[:-1])
 def test_experiments_lower_at_full_size(name):
     cfg = config.to_dict(experiment(name))
-    program = step.build(cfg, mesh.make_mesh(cfg["mesh"]))
+    program = registry.build(cfg, mesh.make_mesh(cfg["mesh"]))
     state, metrics = program.lower_step().out_info
     assert state.step.shape == () and metrics["loss"].dtype == "float32"
     rows = {leaf.shape[0] for leaf in program.abstract_batch.values()}

@@ -16,7 +16,7 @@ from starflow2_jax import config, convert
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.models import flow
 from starflow2_jax.params import count as count_params, flatten, init as init_params
-from starflow2_jax.training.program import declare, model_config
+from starflow2_jax.training.tasks.flow import declare, model_config
 
 TARFLOW = "img_size=16 patch_size=4 channel_size=3 channels=64 blocks=4 layers_per_block=2"
 STARFLOW = (

@@ -20,7 +20,7 @@ from starflow2_jax.mesh import (
     replicated,
     weight_spec,
 )
-from starflow2_jax.training import program as step
+from starflow2_jax.training.tasks import registry
 
 
 def test_parse_mesh():
@@ -133,7 +133,7 @@ def test_3b_train_step_lowers_and_is_cut_as_the_layout_says(layout):
     cfg.layout, cfg.mesh = layout, MESHES[layout]
     config.check(cfg)
     mesh = make_mesh(cfg.mesh)
-    program = step.build(config.to_dict(cfg), mesh)
+    program = registry.build(config.to_dict(cfg), mesh)
     state = program.abstract_state
     assert params.count(state.params) == 3_858_281_544
     moments = state.opt_state[1][0]

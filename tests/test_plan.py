@@ -20,7 +20,7 @@ from helpers.tiny_starflow import ROWS, experiment
 from starflow2_jax import params, plan
 from starflow2_jax.models import flops, starflow2
 from starflow2_jax.planning import estimate, partial_compile, report, topology
-from starflow2_jax.training.program import model_config
+from starflow2_jax.training.tasks.flow import model_config
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed (extra `plan`)")

@@ -24,7 +24,7 @@ from starflow2_jax.params import init as init_params
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses import interleaved, text
 from starflow2_jax.training.losses.interleaved import LossTerms, Stage
-from starflow2_jax.training.tasks import registry, starflow2
+from starflow2_jax.training.tasks import starflow2
 
 _STAGE = Stage(True, True)
 _READ = ("ids", "segments", "image", "target", "positions", "flow_positions")
@@ -116,13 +116,13 @@ def newborn(model: Model, mesh: Any) -> dict[str, Any]:
     cfg, shape = model.cfg, model.model_config
     tree = {name: part for name, part in shape.declare().items() if name != "vlm"}
     born = init_params(jax.random.key(0), tree)
-    vlm = starflow2.frozen_vlm(cfg, shape, mesh, jnp.dtype(cfg["frozen_dtype"]))
+    vlm = starflow2.load_frozen_vlm(cfg, shape, mesh, jnp.dtype(cfg["frozen_dtype"]))
     return {**born, **vlm}
 
 
 def _answers(model, params, entry, score, batch_size, images):
     changes = {"path": entry["path"], "latents": entry["latents"], "mixture": ()}
-    options = registry.data_options(model.cfg, model.model_config, **changes)
+    options = starflow2.data_options(model.cfg, model.model_config, **changes)
 
     def each(batch):
         records, sums = score(params, batch)

@@ -24,7 +24,7 @@ from starflow2_jax.models.starflow2 import PretzelConfig
 from starflow2_jax.params import count as count_params, init as init_params
 from starflow2_jax.training.logging import throughput
 from starflow2_jax.training.program import to_device
-from starflow2_jax.training.tasks import starflow2
+from starflow2_jax.training.tasks import registry
 
 # Trainable subtrees of a stage and the sizes of its rows, as in experiments/stage*.py.
 STAGES: dict[str, dict[str, Any]] = {
@@ -117,7 +117,7 @@ def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
     peak = throughput.peak_flops()
     device_mesh = make_mesh("fsdp=-1")
     cfg = experiment(stage, size, rows, dtype) | {"layout": "fsdp", "mesh": "fsdp=-1"}
-    program = starflow2.build(cfg, device_mesh)
+    program = registry.build(cfg, device_mesh)
     start_time = time.perf_counter()
     executable = program.lower_step().compile()
     seconds = time.perf_counter() - start_time
@@ -125,7 +125,7 @@ def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
     _check_memory(needs, rows)
     with jax.set_mesh(device_mesh):
         state, frozen = program.init(jax.random.key(0))
-        batch = rows_of_images(cfg, program.model, len(host_rows(rows, device_mesh)))
+        batch = rows_of_images(cfg, program.task.model_config, len(host_rows(rows, device_mesh)))
         current, batch = [state], to_device(program, batch)
         del state
 
@@ -136,7 +136,7 @@ def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
         row = {"row": f"train {stage} {size}", "batch": rows, "dtype": dtype}
         row |= {"compile_s": seconds, "needs_gib": needs / GIB, **measure(run, repeats)}
         row["loss"] = float(run()["loss"])
-    work = starflow2.work(cfg, program.model, program.declared)
+    work = program.task.step_cost()
     row["tokens_per_s"] = 1000 * work["tokens"] / row["ms"]
     row["model_tflop"] = work["flops"] / 1e12
     return row | {"mfu": 1000 * work["flops"] / row["ms"] / peak}

@@ -92,7 +92,7 @@ def _vlm_sums(model: Model, given: Sequence[Record], size: int) -> dict[str, np.
     """Text entries of `interleaved.row_metrics` of records without images, by the VLM alone."""
     mesh = make_mesh("data=1", jax.local_devices()[:1])
     args = (model.cfg, model.model_config, mesh, jnp.dtype(model.cfg["frozen_dtype"]))
-    params, found = starflow2.frozen_vlm(*args)["vlm"], []
+    params, found = starflow2.load_frozen_vlm(*args)["vlm"], []
     laid = scoring_batches.batches(given, model.tokenizer, model.model_config.flow.side, size=size)
     for batch, count in laid:
         score = _read(params, batch, cfg=model.model_config.vlm)

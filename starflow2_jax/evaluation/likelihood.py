@@ -18,7 +18,8 @@ from starflow2_jax.mesh import make_mesh, place_rows, replicated
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses.flow import HALF_LOG_2_PI, flow_loss, per_dim
-from starflow2_jax.training.program import Program, model_config, to_device
+from starflow2_jax.training.program import Program, to_device
+from starflow2_jax.training.tasks.flow import model_config
 
 Batch = Mapping[str, Any]
 Config = Mapping[str, Any]
@@ -26,13 +27,6 @@ Config = Mapping[str, Any]
 SEED_RULE = "noise of row i of the dataset: fold_in(fold_in(key(seed + 1), 0), i)"
 # Pixels are (value + U) / 128 - 1, so a density of x is 128 times that of the 8-bit value.
 LEVELS = 128
-
-
-def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: Any) -> dict:
-    """Options of `data.image_batches` for a group of an experiment's keys, with `changes`."""
-    shape = {"pixels": cfg["image"]["pixels"], "text_length": getattr(model, "text_length", 0)}
-    own = {name: value for name, value in cfg[group].items() if name != "blank_images"}
-    return {**own, **shape, "seed": cfg["seed"], **changes}
 
 
 def limit(batches: Iterable[Batch], rows: int | None, batch_size: int) -> Iterator[dict[str, Any]]:
@@ -75,7 +69,7 @@ def evaluate(
         sums = program.evaluate(params, frozen, to_device(program, batch), ids, mask)
         for name, value in jax.device_get(sums).items():
             totals[name] = totals.get(name, 0.0) + float(value)
-    return _means(totals, program.means)
+    return _means(totals, program.task.finalize_metrics)
 
 
 def per_image(

@@ -64,5 +64,5 @@ def beside(
     size = -(-program.cfg["sample"]["count"] // 2 // ways) * ways
     batch = next(iter(image_batches.eval_batches(options, batch_size=size)))
     placed = to_device(program, batch)
-    shown = np.asarray(program.show(state.ema, frozen, placed))
+    shown = np.asarray(program.reconstruct(state.ema, frozen, placed))
     return np.stack([batch["image"], shown], 1).reshape(-1, *shown.shape[1:]), None

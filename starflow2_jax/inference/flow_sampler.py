@@ -21,8 +21,9 @@ from starflow2_jax.inference.inverse import Jacobi, inverse
 from starflow2_jax.mesh import to_host
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import to_pixels, unpatchify
-from starflow2_jax.training import preprocess, program
+from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses.flow import log_likelihood
+from starflow2_jax.training.tasks import flow as flow_task
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,14 @@ def load_flow(path: str, device_mesh: Mesh | None = None, layout: str = "dp") ->
     if saved.task != "flow":
         raise ValueError(f"{path}: task={saved.task!r}, expected a flow or a STARFlow2")
     cfg = saved.config
-    model_config = program.model_config(cfg)
-    declared = program.declare(cfg, model_config)
+    model_config = flow_task.model_config(cfg)
+    declared = flow_task.declare(cfg, model_config)
     if saved.is_folder:
         params, source = saved.read_params(declared, device_mesh, layout), str(path)
     else:
         trainable = tuple(cfg["train"]["trainable"])
         params = saved.read_params(declared, device_mesh, layout, subtrees=trainable)
-        params |= program.frozen_weights({**cfg, "layout": layout}, declared, device_mesh)
+        params |= flow_task.init_frozen({**cfg, "layout": layout}, declared, device_mesh)
         source = json.dumps({"workdir": saved.path, "step": saved.step})
     return FlowModel(
         cfg=cfg,

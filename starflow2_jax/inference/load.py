@@ -165,7 +165,7 @@ def _read_params(saved, cfg, model_config, device_mesh, layout) -> dict[str, Any
     params = saved.read_params(declared, device_mesh, layout)
     if "vlm" not in params:
         dtype = jnp.dtype(cfg["frozen_dtype"])
-        params |= starflow2.frozen_vlm(cfg, model_config, device_mesh, dtype)
+        params |= starflow2.load_frozen_vlm(cfg, model_config, device_mesh, dtype)
     return params
 
 

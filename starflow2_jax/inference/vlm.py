@@ -19,7 +19,7 @@ from starflow2_jax.checkpoints.convert import qwen as qwen_weights
 from starflow2_jax.checkpoints.model_folder import EXPERIMENT_KEY
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.models.qwen import QwenConfig
-from starflow2_jax.training.losses import text
+from starflow2_jax.training.losses import text, vlm as vlm_loss
 from starflow2_jax.training.tasks import vlm
 
 
@@ -58,7 +58,7 @@ def load(path: str) -> VLM:
         model_config, params = qwen_weights.load(saved.path, dtype=jnp.float32)
         return VLM(cfg, model_config, params, saved.path)
     model_config = vlm.model_config(cfg)
-    params = saved.read_params(vlm.declare(cfg, model_config))["vlm"]
+    params = saved.read_params(vlm.declare(model_config))["vlm"]
     return VLM(cfg, model_config, params, cfg["text"]["tokenizer"])
 
 
@@ -99,5 +99,6 @@ def score(model: VLM, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 @partial(jax.jit, static_argnames="model_config")
 def _score(params, batch, *, model_config):
-    features = vlm.see(params, batch["images"], model_config)
-    return text.record_sums(vlm.read(params, batch, features, model_config), batch)
+    features = vlm_loss.encode_images(params, batch["images"], model_config)
+    logits = vlm_loss.next_token_logits(params, batch, features, model_config)
+    return text.record_sums(logits, batch)

@@ -21,8 +21,7 @@ from starflow2_jax.models import flow
 from starflow2_jax.models.flow import Conditioning
 from starflow2_jax.params import abstract as abstract_params
 from starflow2_jax.planning.memory import bytes_per_device
-from starflow2_jax.training.program import model_config
-from starflow2_jax.training.tasks import starflow2
+from starflow2_jax.training.tasks import flow as flow_task, registry, starflow2
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,17 @@ def lower(cfg: Mapping[str, Any], device_mesh: Mesh, rows: int) -> LoweredDecodi
             layout does not fit a weight.
     """
     programs = {"flow": _lower_flow, "starflow2": _lower_starflow2}
-    if cfg["task"] not in programs:
+    task = registry.kind(cfg)
+    if task not in programs:
         raise ValueError(
-            f"plan --what generate: task={cfg['task']!r} is not planned, "
-            f"only {' and '.join(programs)}"
+            f"plan --what generate: task={task!r} is not planned, only {' and '.join(programs)}"
         )
     check_batch(rows, device_mesh, "--batch")
-    return programs[cfg["task"]](cfg, device_mesh, rows)
+    return programs[task](cfg, device_mesh, rows)
 
 
 def _lower_flow(cfg, device_mesh, rows):
-    model = model_config(cfg)
+    model = flow_task.model_config(cfg)
     params = abstract_params(flow.declare(model), device_mesh, cfg["layout"])
     sharding = batch_sharding(device_mesh)
 

@@ -121,27 +121,30 @@ def train_step(
     shards = mesh["data"] * mesh["fsdp"] * mesh["context"]
     activations = jaxpr.saved_activation_bytes(traced.jaxpr, rows // microbatches, shards)
     trained = set(cfg["train"]["trainable"])
+    declared = program.task.declared
     count = {
-        "trained": sum(params.count(t) for n, t in program.declared.items() if n in trained),
-        "frozen": sum(params.count(t) for n, t in program.declared.items() if n not in trained),
+        "trained": sum(params.count(t) for n, t in declared.items() if n in trained),
+        "frozen": sum(params.count(t) for n, t in declared.items() if n not in trained),
     }
     with jax.set_mesh(device_mesh):
         lowered = traced.lower()
-    declared = memory.declared_bytes(program)
-    row = _compile(lowered, device_mesh, topology, declared, activations, with_codegen=with_codegen)
+    argument_bytes = memory.declared_bytes(program)
+    row = _compile(
+        lowered, device_mesh, topology, argument_bytes, activations, with_codegen=with_codegen
+    )
     if "flops" in row:
         module, step_cost = row.pop("_compiled")
         row["unexpected"] = sharding_audit.unexpected_collectives(
-            program.declared, step_cost, module, device_mesh, cfg["layout"], trained=trained
+            declared, step_cost, module, device_mesh, cfg["layout"], trained=trained
         )
         if topology.shape:
             row["unexpected"] += sharding_audit.redundant_allreduces(
-                program.declared, step_cost, device_mesh, cfg["layout"]
+                declared, step_cost, device_mesh, cfg["layout"]
             )
     row = {**_settings(cfg, topology, mesh, rows), "parameters": count, **row}
     row["advice"] = memory.advice(row.pop("_memory"), cfg, dict(mesh), rows)
     flops = model_flops(cfg) if step_flops is None else step_flops
-    tokens = registry.work(cfg, program.model, program.declared)["tokens"]
+    tokens = program.task.step_cost()["tokens"]
     return _rates(row, flops, tokens, topology)
 
 

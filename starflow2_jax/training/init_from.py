@@ -1,4 +1,4 @@
-"""What a run starts from where it does not resume: weights of another run, a trained codec."""
+"""Start a training from the parameters of another run or of a model folder."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,89 +7,82 @@ import jax
 import numpy as np
 
 from starflow2_jax.checkpoints import model_folder, orbax, steps
-from starflow2_jax.latents import codec as codecs
 from starflow2_jax.params import flatten
-from starflow2_jax.training import program as programs
+from starflow2_jax.training.program import Program, TrainState
 
-# Of the codec's training alone; no model folder holds them.
-_BESIDE = ("discriminator", "lecam")
+# Subtrees of a codec's training that no model folder contains; they stay as they were drawn.
+DISCRIMINATOR_SUBTREES = ("discriminator", "lecam")
 
 
-def warm(
-    program: programs.Program,
-    state: Any,
-    init: Mapping[str, Any],
+def init_from_checkpoint(
+    program: Program,
+    state: TrainState,
+    path: str,
+    *,
+    ema: bool = True,
     identity: Mapping[str, str] | None = None,
-) -> Any:
-    """Weights of another run or model folder in place of the drawn ones, and nothing else of it.
-
-    Of a codec's folder the parts that the run trains; its discriminator stays as drawn.
+) -> TrainState:
+    """Return the state with the parameters of another run or model folder, and nothing else of it.
 
     Args:
-        identity: sha256 of what is frozen, the latents' codec too; the program's by default.
+        path: a workdir, a step in it, or a model folder. A codec's folder gives the subtrees that
+            the run trains; its discriminator stays as it was drawn.
+        ema: read a checkpoint's averaged parameters.
+        identity: sha256 of every frozen model by name, including the codec that made the latents;
+            by default those of the task.
 
     Raises:
-        FileNotFoundError: no such run or folder.
-        ValueError: other subtrees, names or shapes than this program's, all of them listed; or a
-            stage before that was trained beside another VLM or on another codec's latents.
+        FileNotFoundError: There is no such run or folder.
+        ValueError: Its subtrees, names or shapes differ from this program's (all differences are
+            listed), or an earlier stage used another VLM or another codec's latents.
     """
-    path = str(model_folder.locate(init["from"]))
-    stage = program.cfg["task"] == "starflow2"
-    # A stage's VLM, even one that is trained, comes from its own folder.
-    kept = lambda tree: {n: each for n, each in tree.items() if not (stage and n == "vlm")}
-    own = kept(program.abstract_state.params)
-    frozen = program.identity if identity is None else identity
-    if model_folder.is_folder(path) and program.cfg["task"] in codecs.TASKS:
-        found = _of_codec(program, state.params, path)
-    elif model_folder.is_folder(path):
-        args = (kept(program.declared), program.mesh, program.cfg["layout"], np.float32)
-        whole = model_folder.read_folder(path, *args)
-        found = {name: whole[name] for name in own}
-        if stage:
-            _check_before(init["from"], model_folder.read_config(path), frozen)
+    task, folder = program.task, str(model_folder.locate(path))
+
+    def without_foreign(tree):
+        return {name: subtree for name, subtree in tree.items() if name not in task.foreign}
+
+    specs = without_foreign(program.abstract_state.params)
+    if not model_folder.is_folder(folder):
+        part = "ema" if ema else "params"
+        restored, metadata = orbax.restore(*steps.locate(folder), {part: specs}, only=(part,))
+        loaded = restored[part]
+    elif task.load_start:
+        loaded = _fit(task.load_start(folder), specs, folder)
     else:
-        source, step = steps.locate(path)
-        part = "ema" if init["ema"] else "params"
-        parts, meta = orbax.restore(source, step, {part: own}, only=(part,))
-        found = parts[part]
-        if stage:
-            _check_before(init["from"], meta, frozen)
-    found = {**state.params, **found}
-    return state.replace(params=found, ema=jax.tree.map(lambda a: a.copy(), found))
+        metadata = model_folder.read_config(folder)
+        layout, declared = program.cfg["layout"], without_foreign(task.declared)
+        params = model_folder.read_folder(folder, declared, program.mesh, layout, np.float32)
+        loaded = {name: params[name] for name in specs}
+    if task.foreign:
+        identity = task.frozen_identity() if identity is None else identity
+        _check_frozen(path, metadata.get("frozen") or {}, identity)
+    params = {**state.params, **loaded}
+    return state.replace(params=params, ema=jax.tree.map(lambda a: a.copy(), params))
 
 
-def _check_before(source: str, meta: Mapping[str, Any], identity: Mapping[str, str]) -> None:
-    """ValueError where a stage before saw another VLM or another codec's latents."""
-    before = meta.get("frozen") or {}
-    for name, what in (("vlm", "beside another VLM"), ("fae", "on latents of another codec")):
-        if before.get(name) != identity.get(name):
+def _check_frozen(path: str, stored: Mapping[str, str], current: Mapping[str, str]) -> None:
+    """Raise ValueError if an earlier stage used another VLM or another codec's latents."""
+    for name, difference in (("vlm", "with another VLM"), ("fae", "on latents of another codec")):
+        if stored.get(name) != current.get(name):
             raise ValueError(
-                f"init.from={source!r} was trained {what}: sha256 {before.get(name)} then, "
-                f"{identity.get(name)} now"
+                f"init.from={path!r} was trained {difference}: its sha256 is {stored.get(name)}, "
+                f"that of this run is {current.get(name)}"
             )
 
 
-def _of_codec(program: programs.Program, params: Any, path: str) -> Any:
-    given = codecs.load(path).params
-    absent = [name for name in params if name not in (*given, *_BESIDE)]
-    if absent:
-        raise ValueError(f"{path}: the codec holds {', '.join(given)}, expected {absent[0]} too")
-    taken = {name: given[name] for name in params if name in given}
-    where = {name: program.abstract_state.params[name] for name in taken}
-    flat = flatten(taken)
-    for name, wanted in flatten(where).items():
-        if name not in flat or flat[name].shape != wanted.shape:
-            found = list(flat[name].shape) if name in flat else "missing"
-            raise ValueError(f"{path}: {name} is {found}, expected {list(wanted.shape)}")
-    place = lambda a, wanted: jax.device_put(np.asarray(a), wanted.sharding)
-    return {**params, **jax.tree.map(place, taken, where)}
+def _fit(params: Mapping[str, Any], specs: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the subtrees of a codec that a run trains, placed like `specs`."""
+    missing = [name for name in specs if name not in (*params, *DISCRIMINATOR_SUBTREES)]
+    if missing:
+        raise ValueError(f"{path}: the codec holds {', '.join(params)}, expected {missing[0]} too")
+    specs = {name: tree for name, tree in specs.items() if name in params}
+    loaded = flatten({name: params[name] for name in specs})
+    for name, spec in flatten(specs).items():
+        if name not in loaded or loaded[name].shape != spec.shape:
+            actual = list(loaded[name].shape) if name in loaded else "missing"
+            raise ValueError(f"{path}: {name} is {actual}, expected {list(spec.shape)}")
 
+    def place(array, spec):
+        return jax.device_put(np.asarray(array), spec.sharding)
 
-def codec(cfg: dict[str, Any], dry_run: bool) -> codecs.Codec | None:
-    """The codec whose pixel decoder is trained."""
-    path = cfg["init"]["fae"]
-    if cfg["task"] != "fae_pixels":
-        return None
-    if not path and not dry_run:
-        raise ValueError("config: init.fae is needed where task='fae_pixels'")
-    return codecs.load(path) if path else None
+    return jax.tree.map(place, {name: params[name] for name in specs}, specs)

@@ -1,14 +1,16 @@
-"""The training program of an experiment: what train, plan, bench and the tests all run.
+"""The training program: what train, plan, bench and the tests all run.
 
-`build(cfg, mesh)` gives the jitted step, initialiser and evaluation, with every input and output
-pinned to its sharding, and their abstract values, from which anything can be lowered ahead of time.
+`build_program(cfg, device_mesh, task)` turns any task into the jitted step, initializer and
+evaluation, with every input and output pinned to its sharding, and their abstract values, from
+which anything can be lowered ahead of time.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +19,26 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from starflow2_jax import config
 from starflow2_jax.mesh import batch_sharding, check_batch, place_rows, replicated
-from starflow2_jax.models import flow
-from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import (
-    ParamSpec,
     Tree,
     abstract as abstract_params,
     init as init_params,
-    normal,
     shardings as param_shardings,
     split as split_params,
 )
 from starflow2_jax.training import optimizer, preprocess
-from starflow2_jax.training.losses.flow import flow_loss, per_dim
+
+if TYPE_CHECKING:
+    from starflow2_jax.training.tasks.task import Task
+
+
+Batch = Mapping[str, jax.Array]
 
 
 @struct.dataclass
 class TrainState:
-    """Everything that a step changes. The key of all randomness is the seed and `step`."""
+    """Everything that a step changes. All randomness derives from the seed and `step`."""
 
     step: jax.Array
     params: Any
@@ -44,233 +46,243 @@ class TrainState:
     opt_state: Any
 
 
-@dataclass(frozen=True)
-class Program:
-    """An experiment, built for a mesh.
+class StepContext(NamedTuple):
+    """Everything that a microbatch's loss depends on besides its rows and the trained parameters.
 
     Attributes:
-        declared: ParamSpecs of every top-level subtree. The trained ones are in `TrainState.params`
-            with those that a checkpoint carries along; the others are the step's `frozen` argument.
-        init: key -> (TrainState, frozen), born sharded.
+        frozen: the subtrees outside of the state.
+        state: the state before the step: its step, its average and its untrained subtrees.
+        totals: `Task.batch_totals` of the global batch, so that microbatches, devices and hosts add
+            up to the same loss.
+    """
+
+    frozen: Tree
+    state: TrainState
+    totals: Mapping[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A task, compiled for a mesh.
+
+    Attributes:
+        init: key -> (TrainState, frozen params), created sharded.
         step: (state, frozen, batch) -> (state, metrics); donates the state.
-        evaluate: (params, frozen, batch, row ids [b], mask [b]) -> masked sums of the parts that
-            `loss.flow_loss` names; noise depends on the row id alone.
+        evaluate: (params, frozen, batch, row ids [B], mask [B]) -> metrics, masked and summed. The
+            noise of a row depends on its id alone.
+        reconstruct: (params, frozen, batch) -> uint8 images [B, H, W, 3], of a task with
+            `reconstruct`.
         abstract_state, abstract_frozen, abstract_batch: ShapeDtypeStructs with shardings.
-        identity: sha256 of what frozen subtrees are read from, by name; empty where all are drawn.
-        means: summed metrics to readable figures, the first of which stands for the others.
-        show: (params, frozen, batch) -> what is made of the batch's images, uint8 [B, H, W, 3];
-            None for a flow.
     """
 
     cfg: Mapping[str, Any]
     mesh: Mesh
-    model: Any
-    declared: Tree
+    task: Task
     init: Callable
     step: Callable
     evaluate: Callable
+    reconstruct: Callable
     abstract_state: TrainState
     abstract_frozen: Any
     abstract_batch: Any
-    identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    means: Callable = per_dim
-    show: Callable | None = None
 
     def lower_step(self) -> jax.stages.Lowered:
-        """The training step, lowered from abstract values."""
+        """Lower the training step from abstract values."""
         with jax.set_mesh(self.mesh):
             return self.step.lower(self.abstract_state, self.abstract_frozen, self.abstract_batch)
 
 
-def model_config(cfg: Mapping[str, Any]) -> FlowConfig:
-    """The flow of an experiment.
+def build_program(cfg: Mapping[str, Any], device_mesh: Mesh, task: Task) -> Program:
+    """Build a task's program for a mesh.
 
     Raises:
-        ValueError: an unknown model key, or image keys that do not fit the model's.
+        ValueError: The mesh does not divide the batch, or the layout does not fit a parameter;
+            names the key.
     """
-    group = config.model_group(cfg)
-    model = config.build(FlowConfig, group, "model")
-    image = cfg["image"]
-    if image["pixels"]:
-        if image["pixels"] != model.side * image["patch"]:
-            raise ValueError(
-                f"config: image.pixels={image['pixels']} is not model.side={model.side} x "
-                f"image.patch={image['patch']}"
-            )
-        if model.channels != 3 * image["patch"] ** 2:
-            raise ValueError(
-                f"config: model.channels={model.channels} must be 3 x image.patch^2 = "
-                f"{3 * image['patch'] ** 2}"
-            )
-    return model
+    layout, rows = cfg["layout"], cfg["train"]["batch_size"]
+    check_batch(rows, device_mesh)
+    check_batch(rows // cfg["train"]["microbatches"], device_mesh, "rows of a microbatch")
+    state_specs, frozen_specs = split_params(task.declared, task.trainable + task.carried)
+    everywhere, batch_rows = replicated(device_mesh), batch_sharding(device_mesh)
+    params_shardings = param_shardings(state_specs, device_mesh, layout)
+    state_shardings = TrainState(
+        step=everywhere,
+        params=params_shardings,
+        ema=params_shardings,
+        opt_state=optimizer.state_shardings(
+            task.optimizer,
+            abstract_params(_pick(state_specs, task.trainable)),
+            _pick(params_shardings, task.trainable),
+            device_mesh,
+        ),
+    )
+    frozen_shardings = param_shardings(frozen_specs, device_mesh, layout)
+    init = partial(init_state, specs=state_specs, task=task)
+    jitted_init = jax.jit(init, out_shardings=state_shardings)
 
+    def load_and_init(key):
+        frozen = task.load_params(device_mesh)
+        loaded = {name: frozen.pop(name) for name in task.loaded}
+        return jitted_init(key, loaded), frozen
 
-def declare(cfg: Mapping[str, Any], model: FlowConfig) -> dict[str, Any]:
-    """Weights of an experiment: the flow, and a token embedding where text is embedded here."""
-    tree: dict[str, Any] = {"flow": flow.declare(model)}
-    vocabulary = cfg["text"]["vocabulary"]
-    if vocabulary:
-        shape = (vocabulary, model.text_channels)
-        tree["text"] = {"embed": ParamSpec(shape, ("vocab", None), normal(1.0))}
-    return tree
+    def place(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-
-def frozen_weights(
-    cfg: Mapping[str, Any], declared: Mapping[str, Any], mesh: Mesh | None = None
-) -> dict[str, Any]:
-    """The subtrees that an experiment does not train, as its run drew them from the seed.
-
-    Checkpoints hold only the others.
-    """
-    frozen = split_params(declared, tuple(cfg["train"]["trainable"]))[1]
-    if not frozen:
-        return {}
-    where = None if mesh is None else param_shardings(frozen, mesh, cfg["layout"])
-    draw = jax.jit(partial(init_params, tree=frozen), out_shardings=where)
-    return draw(jax.random.key(cfg["seed"]))
-
-
-def build(cfg: Mapping[str, Any], mesh: Mesh, *, null_text: Any = None) -> Program:
-    """Build an experiment's program for a mesh.
-
-    Args:
-        null_text: features [n, E] of the empty prompt, which dropped rows are given; zeros where
-            None.
-
-    Raises:
-        ValueError: a batch that the mesh does not divide, a layout that does not fit a weight, or
-            an unknown subtree in train.trainable; names the key.
-    """
-    model = model_config(cfg)
-    train, rows = cfg["train"], cfg["train"]["batch_size"]
-    check_batch(rows, mesh)
-    check_batch(rows // train["microbatches"], mesh, "rows of a microbatch")
-    declared = declare(cfg, model)
-    null_text = preprocess.pad_text(null_text, model)
-    trained, frozen = split_params(declared, tuple(train["trainable"]))
-    tx = optimizer.optimizer(cfg["optim"], train["steps"])
-    everywhere = replicated(mesh)
-    where = param_shardings(trained, mesh, cfg["layout"])
-    where_frozen = param_shardings(frozen, mesh, cfg["layout"])
-    where_batch = batch_sharding(mesh)
-    moments = optimizer.state_shardings(tx, abstract_params(trained), where, mesh)
-    where_state = TrainState(everywhere, where, where, moments)
-
-    def init(key):
-        params = init_params(key, trained)
-        # A copy: the step donates both.
-        ema = jax.tree.map(jnp.copy, params)
-        state = TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
-        return state, init_params(key, frozen)
-
-    def loss(params, frozen, batch, keys, train, drop):
-        params = {**params, **frozen}
-        x = preprocess.tokens(batch, keys, cfg, train)
-        conditioning = preprocess.conditions(params, batch, keys, drop, null_text)
-        penalty = cfg["loss"]["latent_penalty"] if train else 0.0
-        return flow_loss(params["flow"], x, model, conditioning, latent_penalty=penalty)
-
-    def gradients(params, frozen, batch, keys):
-        def mean(params, batch, keys):
-            each, sums = loss(params, frozen, batch, keys, True, cfg["cfg_dropout"]["text"])
-            mean = each.sum() / (rows * model.tokens * model.channels)
-            return mean, {"loss": mean, **jax.tree.map(jnp.sum, sums)}
-
-        return accumulate(mean, params, (batch, keys), rows, train["microbatches"])
-
-    def step(state, frozen, batch):
-        keys = preprocess.row_keys(cfg["seed"], state.step, jnp.arange(rows))
-        grads, metrics = gradients(state.params, frozen, batch, keys)
-        return update(state, grads, metrics, tx, cfg)
-
-    def evaluate(params, frozen, batch, row_ids, mask):
-        keys = preprocess.row_keys(cfg["seed"] + 1, 0, row_ids)
-
-        sums = loss(params, frozen, batch, keys, False, 0.0)[1]
-        return jax.tree.map(lambda each: (mask * each).sum(), sums)
-
-    abstract = preprocess.abstract_batch(cfg, model, rows)
-    batch = {
-        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where_batch)
-        for name, a in abstract.items()
-    }
-    place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    abstract_state, abstract_frozen = jax.tree.map(place, shapes, (where_state, where_frozen))
-    pinned = {"in_shardings": (where_state, where_frozen, where_batch), "donate_argnums": 0}
+    abstract_loaded = abstract_params(_pick(state_specs, task.loaded))
+    abstract_state = jax.eval_shape(init, jax.random.key(0), abstract_loaded)
     return Program(
         cfg=cfg,
-        mesh=mesh,
-        model=model,
-        declared=declared,
-        init=jax.jit(init, out_shardings=(where_state, where_frozen)),
-        step=jax.jit(step, out_shardings=(where_state, everywhere), **pinned),
-        evaluate=jax.jit(evaluate, out_shardings=everywhere),
-        abstract_state=abstract_state,
-        abstract_frozen=abstract_frozen,
-        abstract_batch=batch,
+        mesh=device_mesh,
+        task=task,
+        init=load_and_init,
+        step=jax.jit(
+            partial(step, cfg=cfg, task=task),
+            in_shardings=(state_shardings, frozen_shardings, batch_rows),
+            out_shardings=(state_shardings, everywhere),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(partial(evaluate, seed=cfg["seed"], task=task), out_shardings=everywhere),
+        reconstruct=jax.jit(
+            partial(reconstruct, seed=cfg["seed"], task=task), out_shardings=everywhere
+        ),
+        abstract_state=jax.tree.map(place, abstract_state, state_shardings),
+        abstract_frozen=abstract_params(frozen_specs, device_mesh, layout, task.frozen_dtype),
+        abstract_batch={name: place(a, batch_rows) for name, a in task.abstract_batch.items()},
     )
+
+
+def _pick(tree: Tree, names: Iterable[str]) -> dict[str, Any]:
+    return {name: tree[name] for name in names}
+
+
+def init_state(key: jax.Array, loaded: Tree, *, specs: Tree, task: Task) -> TrainState:
+    """Draw the state of step 0, all but the subtrees in `loaded`."""
+    drawn = {name: tree for name, tree in specs.items() if name not in loaded}
+    params = {**init_params(key, drawn), **loaded}
+    # A copy: the step donates both.
+    ema = jax.tree.map(jnp.copy, params)
+    opt_state = task.optimizer.init(_pick(params, task.trainable))
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state)
+
+
+def step(
+    state: TrainState, frozen: Tree, batch: Batch, *, cfg: Mapping[str, Any], task: Task
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Run one training step on a global batch."""
+    rows = cfg["train"]["batch_size"]
+    keys = preprocess.row_keys(cfg["seed"], state.step, jnp.arange(rows))
+    context = StepContext(frozen, state, task.batch_totals(batch))
+
+    def share_of_loss(params, batch, keys):
+        loss, sums, observed = task.loss(params, batch, keys, context)
+        return loss, ({"loss": loss, **jax.tree.map(jnp.sum, sums)}, observed)
+
+    grads, (metrics, observed) = accumulate(
+        share_of_loss,
+        _pick(state.params, task.trainable),
+        (batch, keys),
+        rows,
+        cfg["train"]["microbatches"],
+    )
+    return update(state, grads, metrics, observed, cfg=cfg, task=task)
+
+
+def evaluate(
+    params: Tree,
+    frozen: Tree,
+    batch: Batch,
+    row_ids: jax.Array,
+    mask: jax.Array,
+    *,
+    seed: int,
+    task: Task,
+) -> dict[str, jax.Array]:
+    """Return the metrics of a batch without dropout, masked and summed over its rows."""
+    keys = preprocess.row_keys(seed + 1, 0, row_ids)
+    sums = task.evaluate({**frozen, **params}, batch, keys)
+    return jax.tree.map(lambda row_values: (mask * row_values).sum(), sums)
+
+
+def reconstruct(params: Tree, frozen: Tree, batch: Batch, *, seed: int, task: Task) -> jax.Array:
+    """Return the reconstructions of a batch of images, uint8 [B, H, W, 3]."""
+    keys = preprocess.row_keys(seed, 0, jnp.arange(len(batch["image"])))
+    return task.reconstruct({**frozen, **params}, batch, keys)
 
 
 def update(
     state: TrainState,
     grads: Tree,
     metrics: Mapping[str, jax.Array],
-    tx: optax.GradientTransformation,
+    observed: Any,
+    *,
     cfg: Mapping[str, Any],
+    task: Task,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state after a step, and `metrics` with the gradient's norm and the rate.
+    """Return the state after a step, and `metrics` with the gradient norm and learning rate.
 
-    A step that is not finite changes nothing but the counter, so the run stops in good state.
+    A step that is not finite changes nothing but the counter, so that the run stops in good state.
 
     Args:
-        grads: of some of the state's subtrees; the others, and their averages, stay as they are.
+        grads: of the trainable subtrees. The carried ones, and their averages, stay as they are,
+            unless the task tracks them.
+        observed: what `task.track` reads.
     """
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-    pick = lambda tree: {name: tree[name] for name in grads}
-    old, old_ema = pick(state.params), pick(state.ema)
-    updates, moments = tx.update(grads, state.opt_state, old)
-    params = optax.apply_updates(old, updates)
-    ema = optimizer.update_ema(old_ema, params, cfg["train"]["ema"], state.step)
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-    lr = optimizer.schedule(cfg["optim"], cfg["train"]["steps"])(state.step)
+    params = _pick(state.params, grads)
+    updates, opt_state = task.optimizer.update(grads, state.opt_state, params, step=state.step)
+    params = optax.apply_updates(params, updates)
+    decay = cfg["train"]["ema"]
+    ema = optimizer.update_ema(_pick(state.ema, grads), params, decay, state.step)
+    if task.track:
+        params |= task.track(state.params, observed["params"], metrics, state.step)
+        ema |= task.track(state.ema, observed["ema"], metrics, state.step)
+
+    def keep_finite(new, old):
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    learning_rate = optimizer.schedule(cfg["optim"], cfg["train"]["steps"])(state.step)
     state = TrainState(
         state.step + 1,
-        {**state.params, **keep(params, old)},
-        {**state.ema, **keep(ema, old_ema)},
-        keep(moments, state.opt_state),
+        {**state.params, **keep_finite(params, _pick(state.params, params))},
+        {**state.ema, **keep_finite(ema, _pick(state.ema, ema))},
+        keep_finite(opt_state, state.opt_state),
     )
-    return state, {**metrics, "grad_norm": norm, "finite": finite, "lr": lr}
+    return state, {**metrics, "grad_norm": norm, "finite": finite, "lr": learning_rate}
 
 
-def accumulate(mean: Callable, params: Tree, rows_of: Any, rows: int, parts: int) -> tuple:
-    """Gradient and auxiliary sums of `mean(params, *rows_of) -> (its share of the mean, sums)`.
+def accumulate(
+    share_of_loss: Callable, params: Tree, batch: tuple, rows: int, microbatches: int
+) -> tuple[Tree, Any]:
+    """Return the gradient of a sum over microbatches, and the summed auxiliary results.
 
     Args:
-        rows_of: a tuple of trees of arrays with `rows` rows; parts: microbatches, taken in turn.
+        share_of_loss: (params, *batch) -> (a microbatch's share of the loss, auxiliary results).
+        batch: trees of arrays with `rows` rows.
     """
+    gradient = jax.grad(share_of_loss, has_aux=True)
+    if microbatches == 1:
+        return gradient(params, *batch)
 
-    def part(carry, now):
-        grads, sums = jax.grad(mean, has_aux=True)(params, *now)
-        return jax.tree.map(jnp.add, carry, (grads, sums)), None
+    def cut(a):
+        # Microbatch m takes rows m, m + microbatches, ...: every device keeps its own rows.
+        return a.reshape(rows // microbatches, microbatches, *a.shape[1:]).swapaxes(0, 1)
 
-    if parts == 1:
-        return jax.grad(mean, has_aux=True)(params, *rows_of)
-    # Part m takes rows m, m + parts, ...: every device keeps its own rows.
-    cut = lambda a: a.reshape(rows // parts, parts, *a.shape[1:]).swapaxes(0, 1)
-    now = jax.tree.map(cut, rows_of)
-    first = jax.tree.map(lambda a: a[0], now)
-    shapes = jax.eval_shape(lambda now: jax.grad(mean, has_aux=True)(params, *now), first)
-    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    return jax.lax.scan(part, nothing, now)[0]
+    def add_gradient(total, part):
+        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+    parts = jax.tree.map(cut, batch)
+    first_part = jax.tree.map(lambda a: a[0], parts)
+    shapes = jax.eval_shape(lambda part: gradient(params, *part), first_part)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    return jax.lax.scan(add_gradient, zeros, parts)[0]
 
 
 def to_device(program: Program, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A host's rows of a batch as global arrays; names that the step does not read are left out.
+    """Return a host's rows of a batch as global arrays, without those that the step does not read.
 
     Raises:
-        ValueError: an array that is missing or has another shape than the step expects.
+        ValueError: An array is missing, or its shape is not the one that the step expects.
     """
     placed = {}
     for name, expected in program.abstract_batch.items():

@@ -13,11 +13,13 @@ from starflow2_jax import config, params
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import image_batches, records
 from starflow2_jax.data.manifest import Importer
+from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.evaluation import likelihood
 from starflow2_jax.inference.flow_sampler import FlowModel
 from starflow2_jax.mesh import make_mesh, replicated
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import preprocess, program as step
+from starflow2_jax.training import preprocess
+from starflow2_jax.training.tasks import flow as flow_task, registry
 
 SIDE = 8
 
@@ -43,8 +45,8 @@ def experiment(**changes):
 
 def model_of(cfg, scale=0.0):
     """A flow whose output layers are zero (z = x), or random of size `scale`."""
-    flow = step.model_config(cfg)
-    declared = step.declare(cfg, flow)
+    flow = flow_task.model_config(cfg)
+    declared = flow_task.declare(cfg, flow)
     drawn = params.flatten(params.init(jax.random.key(1), declared))
     for i, name in enumerate(drawn):
         if "proj_out" in name:
@@ -142,7 +144,7 @@ def test_first_rows_alone():
 def test_it_is_what_the_training_program_reports():
     cfg = experiment()
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    program, model, images = step.build(cfg, mesh), model_of(cfg, 0.05), pictures(11)
+    program, model, images = registry.build(cfg, mesh), model_of(cfg, 0.05), pictures(11)
     found = likelihood.evaluate(program, model.params, {}, batches(images, 4))
     nats, parts = likelihood.per_image(model, batches(images, 4))
     assert found["nats_per_dim"] == pytest.approx(nats.mean(), rel=1e-6)
@@ -242,7 +244,7 @@ def test_the_command_measures_a_run_and_stamps_the_protocol(trained, capsys):
     out = run_command(capsys, "likelihood", model=workdir, fit=trained["train"])
     path = workdir / "evaluation" / "likelihood_00000030_test.json"
     result = json.loads(path.read_text())
-    options = likelihood.data_options(model.cfg, model.model_config)
+    options = image_batch_options(model.cfg, model.model_config)
     nats, _ = likelihood.per_image(model, image_batches.eval_batches(options, batch_size=21))
     assert result["nats_per_dim"] == pytest.approx(nats.mean(), rel=1e-6)
     bits = result["bits_per_dim"]

@@ -16,7 +16,7 @@ from starflow2_jax.latents import batch_encoder, codec
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import starflow2
 from starflow2_jax.shapes import tasks as shapes_tasks
-from starflow2_jax.training.tasks import registry
+from starflow2_jax.training.tasks import starflow2 as starflow2_task
 
 TASKS = ("t2i", "caption", "edit", "reason", "text", "question")
 STAGES = {
@@ -42,7 +42,7 @@ def experiment(model, data, stage, **sample):
     cfg = {**model.cfg, "train": {**model.cfg["train"], "trainable": STAGES[stage]}}
     cfg["sample"] = {**cfg["sample"], "count": 3, "denoise": False, **sample}
     cfg["eval_data"] = {**cfg["eval_data"], "path": data}
-    return cfg, registry.data_options(cfg, model.model_config)
+    return cfg, starflow2_task.data_options(cfg, model.model_config)
 
 
 def test_a_stage_shows_what_it_learns(model, data):

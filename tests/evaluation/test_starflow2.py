@@ -17,7 +17,7 @@ from starflow2_jax.evaluation.shapes import ask as asking, cases, suite, vqa as 
 from starflow2_jax.inference import load, vlm as readers
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import tasks as shapes_tasks
-from starflow2_jax.training.tasks import registry
+from starflow2_jax.training.tasks import vlm
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_a_reader_scores_rows_as_it_does_those_of_a_folder(parts, tmp_path):
     given = cases.drawn(0, 1, PIXELS, ["question"])
     records.write(tmp_path / "data", [case.record for case in given if case.seen])
     own = {"path": str(tmp_path / "data"), "mixture": (), "tokenizer": reader.tokenizer_folder}
-    options = registry.data_options(reader.cfg, reader.model_config, **own)
+    options = vlm.data_options(reader.cfg, reader.model_config, **own)
     score = lambda batch: readers.score(reader, batch)
     expected = {a.id: (a.nats, a.right) for a in vqa.answers(score, options)}
     seen = [case for case in given if case.seen]

@@ -14,7 +14,7 @@ from starflow2_jax.models.fae import codec as fae, teacher as teachers
 from starflow2_jax.models.fae.config import model_config
 from starflow2_jax.shapes import generator
 from starflow2_jax.training import program as step
-from starflow2_jax.training.tasks import fae as fae_step
+from starflow2_jax.training.tasks import registry
 
 ROWS = 8
 
@@ -50,7 +50,7 @@ def run(cfg, steps=4, devices=None, batches=None):
     """(losses, state, frozen) after some steps."""
     grid = mesh.make_mesh(cfg["mesh"], devices or jax.devices()[:1])
     with jax.set_mesh(grid):
-        program = fae_step.build(cfg, grid)
+        program = registry.build(cfg, grid, dry_run=True)
         state, frozen = program.init(jax.random.key(cfg["seed"]))
         losses = []
         for i in range(steps):
@@ -102,7 +102,7 @@ def dataset(path, count=30, pixels=SIDE, tags=("single_object", "counting"), see
 def make_run(workdir, seed):
     """A workdir with a checkpoint, as a short training would leave it."""
     cfg = experiment(seed=seed)
-    program = fae_step.build(cfg, mesh.make_mesh("data=1", jax.devices()[:1]))
+    program = registry.build(cfg, mesh.make_mesh("data=1", jax.devices()[:1]), dry_run=True)
     state, _ = program.init(jax.random.key(seed))
     latent = {"mean": np.full(4, 0.25, np.float32), "std": np.full(4, 0.5, np.float32)}
     state = state.replace(ema={**state.ema, "latent": jax.tree.map(jax.numpy.asarray, latent)})

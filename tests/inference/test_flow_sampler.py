@@ -26,7 +26,7 @@ from starflow2_jax.inference.inverse import Jacobi
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import flow
 from starflow2_jax.models.patches import unpatchify
-from starflow2_jax.training import program
+from starflow2_jax.training.tasks import flow as flow_task, registry
 
 ROOT = Path(starflow2_jax.__file__).parent
 SIDE, PATCH = 4, 2
@@ -47,9 +47,9 @@ def experiment(**changes):
 
 def model_of(cfg, spread=0.1, seed=0, **fields):
     """A flow whose output layers are random of size `spread`; 0 is the identity."""
-    shape = program.model_config(cfg)
+    shape = flow_task.model_config(cfg)
     rng, drawn = np.random.default_rng(seed), {}
-    for name, weight in params.flatten(program.declare(cfg, shape)).items():
+    for name, weight in params.flatten(flow_task.declare(cfg, shape)).items():
         size = spread if "proj_out" in name else 0.3
         drawn[name] = jnp.asarray(size * rng.standard_normal(weight.shape).astype(np.float32))
     return FlowModel(cfg, shape, params.unflatten(drawn), **fields)
@@ -285,7 +285,7 @@ def test_load_a_run_with_a_frozen_subtree(tmp_path):
     cfg["text"]["vocabulary"], cfg["seed"] = 257, 5
     mesh = make_mesh("data=-1")
     with jax.set_mesh(mesh):
-        state, frozen = program.build(cfg, mesh).init(jax.random.key(cfg["seed"]))
+        state, frozen = registry.build(cfg, mesh).init(jax.random.key(cfg["seed"]))
     writer = orbax.open(tmp_path)
     meta = {"config": cfg, "classes": None, "null_text": None, "step": 1}
     orbax.save(writer, 1, {"step": state.step, "params": state.params, "ema": state.ema}, meta)

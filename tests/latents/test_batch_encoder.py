@@ -16,10 +16,10 @@ from starflow2_jax import config, mesh, params
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import array_store, image_batches, records
 from starflow2_jax.data.manifest import DatasetError
-from starflow2_jax.evaluation import likelihood
+from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.latents import batch_encoder, codec, write
 from starflow2_jax.shapes import generator, tasks
-from starflow2_jax.training import program
+from starflow2_jax.training.tasks import flow as flow_task
 
 COUNT = 21
 
@@ -55,9 +55,9 @@ def experiment(parts, offline=False, **changes):
 def test_online_equals_offline_bit_for_bit(parts):
     """The batch size and a mesh of eight devices do not matter."""
     cfg = experiment(parts)
-    model = program.model_config(cfg)
+    model = flow_task.model_config(cfg)
     opened = batch_encoder.open(cfg, model)
-    options = batch_encoder.options(likelihood.data_options(cfg, model, "data"), opened)
+    options = batch_encoder.options(image_batch_options(cfg, model, "data"), opened)
     stored = {**options, "latents": parts[2]}
     with jax.set_mesh(mesh.make_mesh("data=2,fsdp=4")):
         for size in (5, 8):
@@ -116,7 +116,7 @@ def test_online_and_offline_runs_are_equal_and_resume_each_other(parts, tmp_path
 def save_flow(workdir, parts, **changes):
     """Save a run of a flow of these latents, untrained."""
     cfg = experiment(parts, **changes)
-    initial = params.init(jax.random.key(1), program.declare(cfg, program.model_config(cfg)))
+    initial = params.init(jax.random.key(1), flow_task.declare(cfg, flow_task.model_config(cfg)))
     writer = orbax.open(workdir)
     meta = {"config": cfg, "classes": None, "step": 1, "null_text": None}
     meta["frozen"] = {"fae": codec.load(parts[0]).sha256}
@@ -167,7 +167,7 @@ def test_likelihoods_of_images_are_those_of_their_latents(parts, tmp_path, capsy
 def test_another_shape_or_encoder_is_refused(parts, tmp_path):
     def opened(**changes):
         cfg = experiment(parts, **changes)
-        return batch_encoder.open(cfg, program.model_config(cfg))
+        return batch_encoder.open(cfg, flow_task.model_config(cfg))
 
     with pytest.raises(ValueError, match=r"reads 4 x 8 latents.* gives 4 x 4"):
         opened(**{"model.channels": 8})
@@ -175,12 +175,12 @@ def test_another_shape_or_encoder_is_refused(parts, tmp_path):
         opened(**{"fae.path": str(tmp_path / "nowhere")})
     pixels = tiny_flow.experiment(**{"fae.path": parts[0]})
     with pytest.raises(ValueError, match="reads pixels"):
-        batch_encoder.open(pixels, program.model_config(pixels))
+        batch_encoder.open(pixels, flow_task.model_config(pixels))
     assert batch_encoder.open(experiment(parts, offline=True), None) is None
     # Stored latents must come from the codec of fae.path.
     other = codec.load(make_run(tmp_path / "other", 1))
     cfg = experiment(parts, offline=True)
-    about = image_batches.describe(likelihood.data_options(cfg, program.model_config(cfg), "data"))
+    about = image_batches.describe(image_batch_options(cfg, flow_task.model_config(cfg), "data"))
     assert batch_encoder.describe(about, codec.load(parts[0]), "data.latents") == about
     with pytest.raises(DatasetError, match=r"data\.latents: latents of the encoder"):
         batch_encoder.describe(about, other, "data.latents")

@@ -15,8 +15,8 @@ from starflow2_jax.mesh import ACTIVATIONS, LAYOUTS, constrain, make_mesh
 from starflow2_jax.models import flops, flow, layers
 from starflow2_jax.planning import cost, hlo, jaxpr, memory, sharding_audit
 from starflow2_jax.training import program as step
-from starflow2_jax.training.program import model_config
 from starflow2_jax.training.tasks import registry
+from starflow2_jax.training.tasks.flow import model_config
 
 LARGE = 12_000
 
@@ -56,7 +56,7 @@ def test_a_layout_exchanges_and_cuts_what_it_means_to(layout, of_layout):
     assert found.unknown_loops == ()
     assert (
         sharding_audit.unexpected_collectives(
-            program.declared, found, module, program.mesh, layout, LARGE
+            program.task.declared, found, module, program.mesh, layout, LARGE
         )
         == []
     )
@@ -78,7 +78,7 @@ def test_a_lost_sharding_of_activations_is_found(monkeypatch):
     monkeypatch.setattr(layers, "constrain", lambda x, *names: _pinned(x, names))
     program, _, module, found = compiled(experiment("fsdp_tp"))
     lines = sharding_audit.unexpected_collectives(
-        program.declared, found, module, program.mesh, "fsdp_tp", LARGE
+        program.task.declared, found, module, program.mesh, "fsdp_tp", LARGE
     )
     assert any(line.startswith("all-gather over") for line in lines), lines
 
@@ -92,7 +92,7 @@ def test_a_large_weight_that_is_not_cut_is_found(monkeypatch):
     monkeypatch.setitem(LAYOUTS, "fsdp", {"mlp": "fsdp"})
     program, _, module, found = compiled(experiment("fsdp"))
     lines = sharding_audit.unexpected_collectives(
-        program.declared, found, module, program.mesh, "fsdp", LARGE
+        program.task.declared, found, module, program.mesh, "fsdp", LARGE
     )
     assert any("layers/query/weight [2, 64, 256] is whole on every device" in x for x in lines)
 
@@ -113,7 +113,7 @@ def test_weights_that_are_added_up_over_fsdp_are_told():
 def test_context_cuts_positions_and_gathers_keys():
     cfg = experiment("fsdp", "fsdp=4,context=2")
     program, _, module, found = compiled(cfg)
-    args = (program.declared, found, module, program.mesh, "fsdp", LARGE)
+    args = (program.task.declared, found, module, program.mesh, "fsdp", LARGE)
     assert sharding_audit.unexpected_collectives(*args) == []
     assert ("all-gather", "context") in sent(found)
 
@@ -132,7 +132,7 @@ def test_the_joint_stage_exchanges_what_its_layout_means_to(joint_stage):
     assert found.unknown_loops == ()
     assert (
         sharding_audit.unexpected_collectives(
-            program.declared, found, module, program.mesh, "fsdp", LARGE
+            program.task.declared, found, module, program.mesh, "fsdp", LARGE
         )
         == []
     )
@@ -262,15 +262,16 @@ def test_flops_are_the_analytic_count(remat, of_layout):
         program, _, _, found = of_layout("fsdp")
     else:
         program, _, _, found = compiled(experiment(**{"model.remat": remat}))
-    expected = executed_step(program.model, ROWS, program.model.tokens)
+    model = program.task.model_config
+    expected = executed_step(model, ROWS, model.tokens)
     # XLA may still have what `dots` asks for again; how much of it differs between releases.
-    once = dataclasses.replace(program.model, remat="none" if remat == "dots" else remat)
-    least = executed_step(once, ROWS, program.model.tokens)
+    once = dataclasses.replace(model, remat="none" if remat == "dots" else remat)
+    least = executed_step(once, ROWS, model.tokens)
     assert 0.95 * least <= 8 * found.flops <= 1.05 * expected
     asked = jaxpr.count_flops(_trace(program).jaxpr)
     assert asked == pytest.approx(expected, rel=0.05)
     if remat == "none":
-        assert asked < flops.train_step(program.model, ROWS, program.model.tokens)
+        assert asked < flops.train_step(model, ROWS, model.tokens)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -278,7 +279,7 @@ def test_flops_of_a_stage_are_the_analytic_count(stage):
     """Rows of 40 positions are one part of attention, so that the whole square is computed."""
     cfg = joint(stage)
     program = registry.build(cfg, make_mesh("data=8"))
-    expected = registry.work(cfg, program.model, program.declared)
+    expected = program.task.step_cost()
     assert expected["tokens"] == 8 * 40
     assert jaxpr.count_flops(_trace(program).jaxpr) == pytest.approx(expected["flops"], rel=0.05)
 

@@ -13,7 +13,7 @@ from helpers.paths import ROOT
 
 from starflow2_jax import config, mesh
 from starflow2_jax.checkpoints import orbax
-from starflow2_jax.training import program as step
+from starflow2_jax.training.tasks import registry
 
 # Saves or restores a state of random numbers on eight devices; prints bytes as JSON.
 MEASURE = """
@@ -117,7 +117,7 @@ def initial(changes, layout, sizes):
     cfg.model.update(changes)
     cfg.train.batch_size, cfg.layout, cfg.mesh = 8, layout, sizes
     grid = mesh.make_mesh(sizes, jax.devices())
-    program = step.build(config.to_dict(cfg), grid)
+    program = registry.build(config.to_dict(cfg), grid)
     with jax.set_mesh(grid):
         found = program.init.lower(jax.random.key(0)).compile().memory_analysis()
     return 8 * found.output_size_in_bytes, 8 * found.temp_size_in_bytes

@@ -10,10 +10,11 @@ from helpers.tiny_flow import experiment
 from starflow2_jax import mesh, params, train
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.data import records
-from starflow2_jax.evaluation import likelihood
+from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import init_from, program as step
+from starflow2_jax.training import init_from
 from starflow2_jax.training.logging import run_log
+from starflow2_jax.training.tasks import registry
 
 
 def dataset(path, label="color", count=20):
@@ -68,7 +69,7 @@ def test_a_run_without_data_or_of_a_bad_configuration_writes_nothing(colors, tmp
 def source(tmp_path_factory):
     """A program, and a run of it whose averaged weights are twice the raw ones."""
     grid = mesh.make_mesh("fsdp=8")
-    program = step.build(experiment(layout="fsdp", mesh="fsdp=8"), grid)
+    program = registry.build(experiment(layout="fsdp", mesh="fsdp=8"), grid)
     with jax.set_mesh(grid):
         state, _ = program.init(jax.random.key(1))
     state = state.replace(ema=jax.tree.map(lambda a: 2 * a, state.params))
@@ -97,7 +98,7 @@ def test_weights_of_another_run_or_folder(source, tmp_path, kind):
         model_folder.write_folder(path, state.params, program.cfg)
     with jax.set_mesh(program.mesh):
         fresh, _ = program.init(jax.random.key(2))
-    begun = init_from.warm(program, fresh, {"from": str(path), "ema": kind != "raw"})
+    begun = init_from.init_from_checkpoint(program, fresh, str(path), ema=kind != "raw")
     same(begun.params, state.params, factor)
     same(begun.ema, state.params, factor)
     assert int(begun.step) == 0
@@ -111,16 +112,16 @@ def test_weights_of_another_run_or_folder(source, tmp_path, kind):
 def test_weights_of_another_model_are_listed(source, tmp_path):
     program, state, path = source
     cfg = experiment(**{"model.classes": 0, "model.width": 32})
-    other = step.build(cfg, mesh.make_mesh("data=8"))
+    other = registry.build(cfg, mesh.make_mesh("data=8"))
     model_folder.write_folder(tmp_path / "folder", state.params, program.cfg)
     with pytest.raises(ValueError, match="is the checkpoint of another model") as error:
-        init_from.warm(other, None, {"from": str(path), "ema": True})
+        init_from.init_from_checkpoint(other, None, str(path))
     assert "2 unexpected: ema.flow.blocks.0.class_embed, ema.flow" in str(error.value)
     assert "proj_in.weight is float32[48, 64], expected float32[48, 32]" in str(error.value)
     with pytest.raises(ValueError, match="class_embed"):
-        init_from.warm(other, state, {"from": str(tmp_path / "folder"), "ema": True})
+        init_from.init_from_checkpoint(other, state, str(tmp_path / "folder"))
     with pytest.raises(FileNotFoundError, match="no committed checkpoint in"):
-        init_from.warm(other, None, {"from": str(tmp_path / "nowhere"), "ema": True})
+        init_from.init_from_checkpoint(other, None, str(tmp_path / "nowhere"))
 
 
 def test_evaluation_in_training_fits_its_batch_to_the_mesh(colors, tmp_path):
@@ -129,12 +130,12 @@ def test_evaluation_in_training_fits_its_batch_to_the_mesh(colors, tmp_path):
     for name, devices in (("one", 1), ("eight", 8)):
         cfg = with_data(colors, **{"evaluate.batch_size": 10, "evaluate.rows": 13})
         grid = mesh.make_mesh("data=-1", jax.devices()[:devices])
-        program = step.build(cfg, grid)
+        program = registry.build(cfg, grid)
         with jax.set_mesh(grid):
             state, frozen = program.init(jax.random.key(0))
             state = dataclasses.replace(state, ema=jax.tree.map(lambda a: a + 0.01, state.ema))
             opened = run_log.open(tmp_path / name, cfg)
-            options = likelihood.data_options(cfg, program.model, "data")
+            options = image_batch_options(cfg, program.task.model_config, "data")
             train._evaluate(program, state, frozen, opened, 3, options)
         run_log.close(opened)
         (rows[name],) = run_log.read(tmp_path / name)

@@ -12,6 +12,7 @@ from starflow2_jax.inference.inverse import inverse
 from starflow2_jax.models import flow
 from starflow2_jax.models.patches import to_pixels
 from starflow2_jax.training import preprocess, program as step
+from starflow2_jax.training.tasks import flow as flow_task, registry
 
 
 def run(cfg, steps=5, devices=None, batches=None):
@@ -19,7 +20,7 @@ def run(cfg, steps=5, devices=None, batches=None):
     devices = jax.devices()[:1] if devices is None else devices
     grid = mesh.make_mesh(cfg["mesh"], devices)
     with jax.set_mesh(grid):
-        program = step.build(cfg, grid)
+        program = registry.build(cfg, grid)
         state, frozen = program.init(jax.random.key(cfg["seed"]))
         losses = []
         for i in range(steps):
@@ -77,7 +78,7 @@ def test_microbatches_on_a_mesh_equal_the_whole_batch(one_device):
 def test_a_step_that_is_not_finite_changes_no_weight():
     cfg = experiment()
     grid = mesh.make_mesh("data=1", jax.devices()[:1])
-    program = step.build(cfg, grid)
+    program = registry.build(cfg, grid)
     with jax.set_mesh(grid):
         state, frozen = program.init(jax.random.key(0))
         head = state.params["flow"]["blocks"]["1"]["proj_out"]
@@ -99,7 +100,7 @@ def test_trained_weights_invert_in_float32(kind):
     cfg = experiment(**{"train.steps": 40, "image.flip": False})
     cfg["model"] |= kind
     _, state, _ = run(cfg, steps=40, batches=[batch_of()] * 40)
-    model, batch = step.model_config(cfg), batch_of(seed=1)
+    model, batch = flow_task.model_config(cfg), batch_of(seed=1)
     keys = preprocess.row_keys(0, 0, jnp.arange(ROWS))
     image = {"image": batch["image"]}
     x = preprocess.tokens(image, keys, cfg, False)
@@ -115,7 +116,7 @@ def test_frozen_weights_stay_bit_for_bit_and_have_no_moments():
     plain["text"]["vocabulary"] = 257
     plain["model"] |= {"text_channels": 8, "text_length": 6, "classes": 0, "start": "token"}
     grid = mesh.make_mesh("data=1", jax.devices()[:1])
-    program = step.build(plain, grid)
+    program = registry.build(plain, grid)
     with jax.set_mesh(grid):
         state, frozen = program.init(jax.random.key(0))
         before = np.asarray(frozen["text"]["embed"])
@@ -168,7 +169,7 @@ def test_uniform_noise_is_the_dequantisation_of_bits_per_dim():
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     cfg = experiment(**{"train.batch_size": 12})
     with pytest.raises(ValueError, match=r"train.batch_size=12 .* 8 x 1 = 8"):
-        step.build(cfg, mesh.make_mesh("data=8"))
+        registry.build(cfg, mesh.make_mesh("data=8"))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     ],
 )
 def test_a_batch_of_another_shape_is_refused(batch, message):
-    program = step.build(experiment(), mesh.make_mesh("data=1", jax.devices()[:1]))
+    program = registry.build(experiment(), mesh.make_mesh("data=1", jax.devices()[:1]))
     with pytest.raises(ValueError, match=message):
         step.to_device(program, batch)
 
@@ -188,7 +189,7 @@ def test_the_state_is_donated_and_the_frozen_weights_are_not():
     cfg = experiment(**{"text.vocabulary": 257, "model.classes": 0, "model.start": "token"})
     cfg["model"] |= {"text_channels": 8, "text_length": 6}
     grid = mesh.make_mesh("fsdp=8")
-    program = step.build(cfg, grid)
+    program = registry.build(cfg, grid)
     with jax.set_mesh(grid):
         state, frozen = program.init(jax.random.key(0))
         batch = step.to_device(program, {**batch_of(), "tokens": np.ones((ROWS, 6), np.int32)})
@@ -214,7 +215,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_four_and_with_one(one_device
     saved = jax.tree.map(np.asarray, state)
     for devices in (4, 1):
         grid = mesh.make_mesh("fsdp=-1", jax.devices()[:devices])
-        program = step.build(cfg, grid)
+        program = registry.build(cfg, grid)
         restored, _ = orbax.restore(tmp_path, 3, program.abstract_state)
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, restored), saved)
         with jax.set_mesh(grid):
@@ -228,7 +229,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_four_and_with_one(one_device
 def test_evaluation_changes_nothing_and_masks_rows():
     cfg = experiment()
     grid = mesh.make_mesh("data=8")
-    program = step.build(cfg, grid)
+    program = registry.build(cfg, grid)
     with jax.set_mesh(grid):
         state, frozen = program.init(jax.random.key(0))
         batch, ids = step.to_device(program, batch_of()), jnp.arange(ROWS)

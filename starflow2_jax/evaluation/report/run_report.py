@@ -17,10 +17,8 @@ from etils import epath
 
 from starflow2_jax import config, params
 from starflow2_jax.evaluation.report import html as page, plots
-from starflow2_jax.models.fae import codec
-from starflow2_jax.training import program
 from starflow2_jax.training.logging import run_log
-from starflow2_jax.training.tasks import fae, starflow2, vlm
+from starflow2_jax.training.tasks import registry
 
 FILE = "report.html"
 _SAMPLE = re.compile(r"(?:(.+)_)?(\d+)\.png")
@@ -78,20 +76,8 @@ def _last(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
 
 
-def _declared(cfg: Mapping[str, Any]) -> Any:
-    """Weights of a run's model, by its task."""
-    task = cfg.get("task", "flow")
-    if task == "flow":
-        return program.declare(cfg, program.model_config(cfg))
-    if task == "vlm":
-        return vlm.declare(cfg, vlm.model_config(cfg))
-    if task == "starflow2":
-        return starflow2.model_config(cfg).declare()
-    return codec.declare(fae.model_config(cfg))
-
-
 def _cards(cfg, rows, measured, gaussian) -> str:
-    parameters = params.count(_declared(cfg))
+    parameters = params.count(registry.declare_model(cfg))
     mfu = _last(rows, "mfu")
     tokens = _last(rows, "tokens_per_second")
     bits = next((m["bits_per_dim"] for m in reversed(measured) if m.get("bits_per_dim")), None)

@@ -77,7 +77,7 @@ def by_reader(reader: VLM, given: Sequence[Case], *, blank: bool = False) -> lis
     """
     from starflow2_jax.data import chat_layout  # heavy
 
-    side, pixels = vlm.side(reader.cfg, reader.model_config), reader.cfg["image"]["pixels"]
+    side, pixels = vlm.grid_side(reader.cfg, reader.model_config), reader.cfg["image"]["pixels"]
     for case in given:
         for part in case.given:
             if not isinstance(part, str) and part.shape != (pixels, pixels, 3):

@@ -1,11 +1,12 @@
-"""What the trainings of the latent codec FAE minimise (paper.md 2.2).
+"""The objectives of the two trainings of the latent codec FAE (see `models/fae`).
 
-Axes: B rows, T patches, C feature channels, D latent channels, H x W pixels.
+B rows, T patches, C feature channels, D latent channels, H x W pixels.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,19 +28,20 @@ from starflow2_jax.training import optimizer, preprocess
 
 @dataclass(frozen=True)
 class Objective:
-    """One training, as functions.
+    """One of the two trainings, as functions of all parameters.
 
     Attributes:
         declared: ParamSpecs of every top-level subtree.
         groups: trained subtrees by the optimizer that they share.
+        first_steps: step from which a group is trained; 0 by default.
         tracked: subtrees of running statistics: no gradient, no optimizer, changed by `track`.
-        prepare: (frozen, batch, keys, train) -> what is given, computed without a gradient.
-        loss: (params, frozen, given, keys, step) -> loss of each row [B], figures of each [B]; step
-            is None where no training goes on.
-        observe: (params, given) -> sums over rows that `track` reads.
-        track: (tracked, observed, summed figures, step) -> tracked.
-        show: (params, frozen, given) -> images [B, H, W, 3] in [-1, 1], None where there are none.
-        means: summed figures to readable ones.
+        prepare: (params, batch, keys, training) -> inputs of the loss, without a gradient.
+        loss: (params, inputs, keys, step) -> loss of each row [B], summable metrics of each [B];
+            step is None in evaluations.
+        observe: (params, inputs) -> sums over rows that `track` reads.
+        track: (state's subtrees, observed, summed metrics, step) -> the tracked subtrees.
+        reconstruct: (params, inputs) -> images [B, H, W, 3] in [-1, 1].
+        finalize_metrics: summed metrics to readable ones.
     """
 
     declared: Tree
@@ -49,9 +51,9 @@ class Objective:
     loss: Callable
     observe: Callable
     track: Callable
-    means: Callable
-    show: Callable | None = None
-    begins: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    finalize_metrics: Callable
+    reconstruct: Callable | None = None
+    first_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -60,115 +62,125 @@ class Objective:
 
 
 def features(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Objective:
-    """Encoder and feature decoder: reconstruction of the teacher's features, and KL.
+    """Return the training of encoder and feature decoder: error of the teacher's features, and KL.
 
-    The statistics that normalise latents are tracked, for raw and averaged weights apart.
+    The statistics that normalize latents are tracked for raw and for averaged weights.
     """
-    group = cfg["fae"]
-    declared = {**declare_features_training(model), "teacher": teachers.declare(teacher)}
+    options = cfg["fae"]
 
-    def prepare(frozen, batch, keys, train):
-        image = preprocess.images(batch, keys, train and cfg["image"]["flip"])
-        return {"features": teachers.features(frozen["teacher"], image, teacher)}
+    def prepare(params, batch, keys, training):
+        image = preprocess.images(batch, keys, training and cfg["image"]["flip"])
+        return {"features": teachers.features(params["teacher"], image, teacher)}
 
-    def loss(params, frozen, given, keys, step):
-        del frozen
-        x = given["features"]
-        sigma = 0.0 if step is None else group["latent_noise"]
-        options = {"beta": group["beta"], "sigma": sigma}
-        each, sums = losses.feature_loss(params, x, keys, model, **options)
-        return each, {**sums, "feature_square": jnp.square(x).mean((1, 2))}
+    def loss(params, inputs, keys, step):
+        x = inputs["features"]
+        row_losses, sums = losses.feature_loss(
+            params,
+            x,
+            keys,
+            model,
+            beta=options["beta"],
+            sigma=0.0 if step is None else options["latent_noise"],
+        )
+        return row_losses, {**sums, "feature_square": jnp.square(x).mean((1, 2))}
 
-    def observe(params, given):
-        return codec.moments(*codec.posterior(params, given["features"], model))
+    def observe(params, inputs):
+        return codec.moments(*codec.posterior(params, inputs["features"], model))
 
-    def track(tracked, observed, sums, step):
+    def track(subtrees, observed, sums, step):
         del sums
-        return {"latent": track_latent(tracked["latent"], observed, group, step)}
+        return {"latent": track_latent(subtrees["latent"], observed, options, step)}
 
     return Objective(
-        declared=declared,
+        declared={**declare_features_training(model), "teacher": teachers.declare(teacher)},
         groups={"codec": ("encoder", "feature_decoder")},
         tracked=("latent",),
         prepare=prepare,
         loss=loss,
         observe=observe,
         track=track,
-        means=feature_means,
+        finalize_metrics=finalize_feature_metrics,
     )
 
 
 def pixels(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Objective:
-    """Pixel decoder, and a discriminator beside it, from frozen features.
+    """Return the training of the pixel decoder against a discriminator, from frozen features.
 
-    Features are the tower's with noise, or with `fae.train_on_decoded_features` those
-    decoded from latents with `fae.latent_noise` on them.
+    Features are the tower's with noise or, with `fae.train_on_decoded_features`, those decoded from
+    latents with `fae.latent_noise`.
     """
-    whole, group = codec.declare(model), cfg["fae"]
+    options = cfg["fae"]
     critic = discriminator_config(cfg, model)
-    chosen = PixelWeights(*(group[name] for name in ("l1", "l2", "perceptual", "gan")))
+    weights = PixelWeights(*(options[name] for name in ("l1", "l2", "perceptual", "gan")))
     declared = {
-        **whole,
+        **codec.declare(model),
         "teacher": teachers.declare(teacher),
         **declare_pixels_training(cfg, model),
     }
-    if group["lpips"]:
-        declared["lpips"] = perceptual.declare(lpips.load(group["lpips"])[0])
+    if options["lpips"]:
+        declared["lpips"] = perceptual.declare(lpips.load(options["lpips"])[0])
 
-    def prepare(frozen, batch, keys, train):
-        draw = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
-        image = preprocess.images(batch, draw[:, 0], train and cfg["image"]["flip"])
-        x = own = teachers.features(frozen["teacher"], image, teacher)
-        if group["train_on_decoded_features"]:
-            latents, log_variance = codec.encode(frozen, own, model)
-            if train:
-                latents = codec.sample(draw[:, 1], latents, log_variance)
-                latents = losses.add_noise(draw[:, 2], latents, group["latent_noise"])
-            x = codec.decode_features(frozen, latents, model)
-        return {"image": image, "features": x, "own_features": own}
+    def prepare(params, batch, keys, training):
+        image_keys, posterior_keys, noise_keys = _split_keys(keys, 3)
+        image = preprocess.images(batch, image_keys, training and cfg["image"]["flip"])
+        x = tower_features = teachers.features(params["teacher"], image, teacher)
+        if options["train_on_decoded_features"]:
+            latents, log_variance = codec.encode(params, tower_features, model)
+            if training:
+                latents = codec.sample(posterior_keys, latents, log_variance)
+                latents = losses.add_noise(noise_keys, latents, options["latent_noise"])
+            x = codec.decode_features(params, latents, model)
+        return {"image": image, "features": x, "tower_features": tower_features}
 
-    def loss(params, frozen, given, keys, step):
-        image, running = given["image"], params["lecam"]
-        began = jnp.asarray(0.0 if step is None else step >= group["gan_start"], jnp.float32)
-        held = jax.lax.stop_gradient(params["discriminator"])
+    def perceptual_distance(params, inputs, decoded, image):
+        if options["lpips"]:
+            return perceptual.lpips(params["lpips"], decoded, image)
+        decoded_features = teachers.features(params["teacher"], decoded, teacher)
+        return perceptual.token_distance([decoded_features], [inputs["tower_features"]])
 
-        def distance(decoded, image):
-            if group["lpips"]:
-                return perceptual.lpips(frozen["lpips"], decoded, image)
-            found = teachers.features(frozen["teacher"], decoded, teacher)
-            return perceptual.token_distance([found], [given["own_features"]])
-
-        clean = step is None or group["train_on_decoded_features"]
-        each, decoded, sums = losses.pixel_loss(
+    def loss(params, inputs, keys, step):
+        gan_on = jnp.asarray(0.0 if step is None else step >= options["gan_start"], jnp.float32)
+        frozen_critic = jax.lax.stop_gradient(params["discriminator"])
+        noiseless = step is None or options["train_on_decoded_features"]
+        row_losses, decoded, sums = losses.pixel_loss(
             params,
-            given["features"],
-            image,
+            inputs["features"],
+            inputs["image"],
             keys,
             model,
-            chosen,
-            sigma=0.0 if clean else None,
-            perceptual=distance,
-            logits=lambda x: began * discriminator.forward(held, x, critic),
+            weights,
+            sigma=0.0 if noiseless else None,
+            perceptual=partial(perceptual_distance, params, inputs),
+            logits=lambda x: gan_on * discriminator.forward(frozen_critic, x, critic),
         )
-        square = losses.mean_square(jnp.clip(decoded, -1, 1), image)
+        square = losses.mean_square(jnp.clip(decoded, -1, 1), inputs["image"])
         # Values span 2.
         sums["psnr"] = 10 * jnp.log10(4 / jnp.maximum(square, 1e-10))
-        if not chosen.gan or step is None:
-            return each, sums
-        judged, parts = losses.discriminator_loss(
-            params["discriminator"], image, decoded, running, critic, lecam=group["lecam"]
+        if not weights.gan or step is None:
+            return row_losses, sums
+        critic_losses, parts = losses.discriminator_loss(
+            params["discriminator"],
+            inputs["image"],
+            decoded,
+            params["lecam"],
+            critic,
+            lecam=options["lecam"],
         )
-        figures = {f"discriminator_{k}": parts[k] for k in ("hinge", "lecam", "real", "fake")}
-        return each + began * judged, {**sums, **figures}
+        for name in ("hinge", "lecam", "real", "fake"):
+            sums[f"discriminator_{name}"] = parts[name]
+        return row_losses + gan_on * critic_losses, sums
 
-    def track(tracked, observed, sums, step):
+    def track(subtrees, observed, sums, step):
         del observed
-        if not chosen.gan:
-            return tracked
-        now = (sums[f"discriminator_{k}"] / sums["count"] for k in ("real", "fake"))
-        after = discriminator.lecam_update(tracked["lecam"], *now)
-        keep = lambda new, old: jnp.where(step >= group["gan_start"], new, old)
-        return {"lecam": jax.tree.map(keep, after, tracked["lecam"])}
+        if not weights.gan:
+            return {"lecam": subtrees["lecam"]}
+        real, fake = (sums[f"discriminator_{name}"] / sums["count"] for name in ("real", "fake"))
+        updated = discriminator.lecam_update(subtrees["lecam"], real, fake)
+        started = step >= options["gan_start"]
+        return {"lecam": jax.tree.map(partial(jnp.where, started), updated, subtrees["lecam"])}
+
+    def reconstruct(params, inputs):
+        return codec.decode_pixels(params, inputs["features"], model)
 
     return Objective(
         declared=declared,
@@ -176,24 +188,31 @@ def pixels(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Object
         tracked=("lecam",),
         prepare=prepare,
         loss=loss,
-        observe=lambda params, given: {},
+        observe=lambda params, inputs: {},
         track=track,
-        means=pixel_means,
-        begins={"discriminator": group["gan_start"]},
-        show=lambda params, frozen, given: codec.decode_pixels(params, given["features"], model),
+        finalize_metrics=finalize_pixel_metrics,
+        first_steps={"discriminator": options["gan_start"]},
+        reconstruct=reconstruct,
     )
 
 
-def pixel_means(sums: Mapping[str, Any]) -> dict[str, Any]:
-    """`psnr` in dB, and every term of the losses before its weight, as means over rows."""
-    names = [name for name in sums if name not in ("psnr", "count", "loss")]
-    known = ("l1", "l2", "perceptual", "gan")
-    named = [name for name in names if name in known or name.startswith("discriminator_")]
-    return {name: sums[name] / sums["count"] for name in ("psnr", *named)}
+def _split_keys(keys: jax.Array, count: int) -> jax.Array:
+    """Split the key of every row [B] into keys of its own: [count, B]."""
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
 
 
-def feature_means(sums: Mapping[str, Any]) -> dict[str, Any]:
-    """`relative_error`, the mean square of the error against that of the features, and its parts.
+def finalize_pixel_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `psnr` in dB and every term of the losses before its weight, as means over rows."""
+    terms = [
+        name
+        for name in sums
+        if name in ("l1", "l2", "perceptual", "gan") or name.startswith("discriminator_")
+    ]
+    return {name: sums[name] / sums["count"] for name in ("psnr", *terms)}
+
+
+def finalize_feature_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `relative_error`, the mean square error over that of the features, and its parts.
 
     `kl` is in nats of a whole row.
     """
@@ -206,11 +225,11 @@ def feature_means(sums: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def track_latent(
-    latent: Tree, observed: Tree, group: Mapping[str, Any], step: jax.Array
+    latent: Tree, observed: Tree, options: Mapping[str, Any], step: jax.Array
 ) -> dict[str, jax.Array]:
-    """Running mean and standard deviation of every channel, by moments of one more batch."""
+    """Update the mean and standard deviation of every latent channel by one more batch."""
     mean, std = latent["mean"], latent["std"]
-    fresh = tuple(observed[name] / observed["count"] for name in ("sum", "square"))
-    old = (mean, jnp.square(std) + jnp.square(mean))
-    mean, square = optimizer.update_ema(old, fresh, group["statistics_decay"], step)
+    batch_moments = tuple(observed[name] / observed["count"] for name in ("sum", "square"))
+    moments = (mean, jnp.square(std) + jnp.square(mean))
+    mean, square = optimizer.update_ema(moments, batch_moments, options["statistics_decay"], step)
     return {"mean": mean, "std": jnp.sqrt(jnp.maximum(square - jnp.square(mean), 1e-12))}

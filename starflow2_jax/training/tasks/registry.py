@@ -1,96 +1,70 @@
-"""What differs between the tasks of `train`: model, data, program, and the work of a step."""
+"""The kinds of training: the one place that looks at the key `task`."""
 
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 from jax.sharding import Mesh
 
-from starflow2_jax import params
-from starflow2_jax.checkpoints import model_folder
-from starflow2_jax.data import image_batches, packed_batches
-from starflow2_jax.data.packing import PackingSpec
-from starflow2_jax.evaluation import likelihood
-from starflow2_jax.models import flops
-from starflow2_jax.shapes.regions import RegionLabels
-from starflow2_jax.training import init_from, program as programs
-from starflow2_jax.training.tasks import fae, starflow2, vlm
-
-Config = Mapping[str, Any]
-
-# Those that read interleaved rows of several records.
-INTERLEAVED = ("vlm", "starflow2")
+from starflow2_jax.latents import codec as latent_codec
+from starflow2_jax.models.fae import codec
+from starflow2_jax.models.fae.config import model_config
+from starflow2_jax.params import Tree
+from starflow2_jax.training.program import Program, build_program
+from starflow2_jax.training.tasks import fae, flow, starflow2, vlm
+from starflow2_jax.training.tasks.task import Task
 
 
-def _step(cfg: Config) -> ModuleType:
-    own = {"flow": programs, "vlm": vlm, "starflow2": starflow2}
-    return own.get(cfg["task"], fae)
+def make_task(cfg: Mapping[str, Any], *, null_text: Any = None, dry_run: bool = False) -> Task:
+    """Return the task of an experiment.
+
+    Args:
+        null_text: features [n, E] of the empty prompt, for a flow that reads text features.
+        dry_run: parameters will not be loaded, so folders that hold only parameters may be absent.
+
+    Raises:
+        FileNotFoundError, ValueError: See `make_task` of the kind.
+    """
+    if kind(cfg) == "fae_features":
+        return fae.make_features_task(cfg)
+    if kind(cfg) == "fae_pixels":
+        return fae.make_pixels_task(cfg, _pixels_codec(cfg, dry_run))
+    if kind(cfg) == "vlm":
+        return vlm.make_task(cfg)
+    if kind(cfg) == "starflow2":
+        return starflow2.make_task(cfg)
+    return flow.make_task(cfg, null_text=null_text)
 
 
-def model_config(cfg: Config) -> Any:
-    """The model of an experiment; ValueError as the `model_config` of its task's step."""
-    return _step(cfg).model_config(cfg)
+def build(cfg: Mapping[str, Any], device_mesh: Mesh, **options: Any) -> Program:
+    """Build the program of an experiment.
+
+    Args:
+        options: of `make_task`.
+    """
+    return build_program(cfg, device_mesh, make_task(cfg, **options))
 
 
-def build(cfg: Config, mesh: Mesh, *, null_text: Any = None, dry_run: bool = False) -> Any:
-    """The program of an experiment; errors as the `build` of its task's step."""
-    if cfg["task"] == "flow":
-        return programs.build(cfg, mesh, null_text=null_text)
-    if cfg["task"] in INTERLEAVED:
-        return _step(cfg).build(cfg, mesh)
-    return fae.build(cfg, mesh, init_from.codec(cfg, dry_run))
+def _pixels_codec(cfg: Mapping[str, Any], dry_run: bool) -> latent_codec.Codec | None:
+    """Load the codec whose pixel decoder is trained."""
+    path = cfg["init"]["fae"]
+    if not path and not dry_run:
+        raise ValueError("config: init.fae is needed where task='fae_pixels'")
+    return latent_codec.load(path) if path else None
 
 
-def reader(cfg: Config) -> ModuleType:
-    """`rows` or `pipeline`: describe, batches and eval_batches of the task's options."""
-    return packed_batches if cfg["task"] in INTERLEAVED else image_batches
+def kind(cfg: Mapping[str, Any]) -> str:
+    """Return the kind of training; configurations without the key `task` are of flows."""
+    return cfg.get("task", "flow")
 
 
-def data_options(cfg: Config, model: Any, group: str = "eval_data", **changes: Any) -> Any:
-    """Options of `reader(cfg)` for a group of an experiment's configuration, with `changes`."""
-    if cfg["task"] not in INTERLEAVED:
-        return likelihood.data_options(cfg, model, group, **changes)
-    text, dropout = cfg["text"], cfg["cfg_dropout"]
-    side = vlm.side(cfg, model) if cfg["task"] == "vlm" else model.flow.side
-    own = {name: v for name, v in cfg[group].items() if name not in ("labels", "text", "features")}
-    own["mixture"] = tuple(own["mixture"])
-    own |= {
-        # A stage reads with its VLM's own, unless told otherwise.
-        "tokenizer": str(model_folder.locate(text["tokenizer"] or cfg["vlm"]["path"])),
-        "packing": PackingSpec(text["length"], side**2, text["images"]),
-        "grid_side": side,
-        "pixels": cfg["image"]["pixels"],
-        "seed": cfg["seed"],
-        "drop_text": dropout["text"],
-        "drop_all": dropout["all"],
-        "annotator": RegionLabels(*vlm.REGIONS) if _names_regions(cfg) else None,
-    }
-    return packed_batches.PackedBatchOptions(**{**own, **changes})
-
-
-def _names_regions(cfg: Config) -> bool:
-    return cfg["task"] == "vlm" and cfg["vlm"]["region_loss_weight"] > 0
-
-
-def work(cfg: Config, model: Any, declared: Any) -> dict[str, float]:
-    """Tokens and FLOPs of a step; FLOPs are 0 where they are not counted."""
-    count = cfg["train"]["batch_size"]
-    if cfg["task"] == "flow":
-        done = flops.train_step(model, count, model.tokens, model.text_length)
-        return {"tokens": count * model.tokens, "flops": done}
-    if cfg["task"] == "vlm":
-        length = cfg["text"]["length"]
-        places = cfg["text"]["images"] or length // (vlm.side(cfg, model) ** 2 + 2)
-        patches = places * (cfg["image"]["pixels"] // model.vision.patch) ** 2
-        tree = dict(declared["vlm"])
-        tower = params.count(tree.pop("vision"))
-        # A tied embedding multiplies as the head; that of its own only looks up.
-        language = params.count(tree) - (0 if model.tied else model.vocab * model.width)
-        language *= cfg["vlm"]["text_loss_weight"] > 0
-        return {
-            "tokens": count * length,
-            "flops": 6 * count * (length * language + patches * tower),
-        }
-    if cfg["task"] == "starflow2":
-        return starflow2.work(cfg, model, declared)
-    return {"tokens": count * model.tokens, "flops": 0}
+def declare_model(cfg: Mapping[str, Any]) -> Tree:
+    """Declare the model of an experiment, without what only its training needs; read no files of
+    frozen models but the VLM's configuration.
+    """
+    if kind(cfg) in ("fae_features", "fae_pixels"):
+        return codec.declare(model_config(cfg))
+    if kind(cfg) == "vlm":
+        return vlm.declare(vlm.model_config(cfg))
+    if kind(cfg) == "starflow2":
+        return starflow2.model_config(cfg).declare()
+    return flow.declare(cfg, flow.model_config(cfg))

@@ -1,8 +1,8 @@
-"""The training program of STARFlow2's stages, with the interface of `training/program.py`.
+"""The training of STARFlow2's stages.
 
-A stage trains the subtrees that `train.trainable` names. The other `models.starflow2.SUBTREES`
-are carried along in the state, so that the next stage finds all of them. The frozen VLM is an
-argument of the step and in no checkpoint.
+A stage trains the subtrees that `train.trainable` names. The other `models.starflow2.SUBTREES` are
+carried along in the state, so that the next stage finds all of them. The frozen VLM is an argument
+of the step and in no checkpoint.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ from starflow2_jax.checkpoints.convert import (
     teacher as teacher_weights,
 )
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config
-from starflow2_jax.mesh import batch_sharding, check_batch, replicated
-from starflow2_jax.models import flops, qwen, starflow2 as pretzel
+from starflow2_jax.data.options import packed_batch_options
+from starflow2_jax.models import flops, qwen, starflow2
 from starflow2_jax.models.ablations.crossings import CrossingsConfig
 from starflow2_jax.models.ablations.mot import MoTConfig
 from starflow2_jax.models.backbone import BackboneConfig
@@ -32,230 +32,213 @@ from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.models.starflow2 import PretzelConfig
 from starflow2_jax.params import (
     Tree,
-    abstract as abstract_params,
     init as init_params,
     shardings as param_shardings,
     split as split_params,
 )
-from starflow2_jax.training import optimizer, preprocess
+from starflow2_jax.training import optimizer
 from starflow2_jax.training.losses import interleaved
-from starflow2_jax.training.program import Program, TrainState, accumulate, update
+from starflow2_jax.training.tasks.task import Task
 
 KINDS = {kind.kind: kind for kind in (PretzelConfig, CrossingsConfig, MoTConfig)}
+# Fields of `QwenConfig` that an experiment chooses, whatever the VLM's folder says.
+OWN_VLM_FIELDS = ("vision", "remat", "attention", "compute_dtype")
 
 
 def model_config(cfg: Mapping[str, Any]) -> BackboneConfig:
-    """The model of an experiment.
+    """Return the model of an experiment.
 
-    `model.vlm` may be empty where `vlm.path` is given, whose configuration then holds; what it
-    names must be as there. `model.flow` needs sizes only (see `starflow2.flow_defaults`).
-    `model.kind` is `pretzel` by default, or `crossings` if the group has that key; its config class
-    (`KINDS`) says which fields there are.
+    `model.vlm` may be empty if `vlm.path` names a folder; the fields that it does name must be
+    those of the folder. `model.flow` needs sizes only (see `starflow2.flow_defaults`). `model.kind`
+    is `pretzel` by default, or `crossings` if the group has that key; its config class (`KINDS`)
+    says which fields there are.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: an unknown or missing key, one that does not fit, or a VLM of other sizes.
+        FileNotFoundError: There is no such folder.
+        ValueError: A key is unknown, missing or does not fit, or the VLM has other sizes.
     """
-    group, own = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
+    group, shared = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
     kind = group.pop("kind", "crossings" if "crossings" in group else "pretzel")
     if kind not in KINDS:
         raise ValueError(f"config: model.kind={kind!r} is not one of {', '.join(KINDS)}")
     if cfg.get("attention", "auto") != "auto":
-        own["attention"] = cfg["attention"]
-    given = dict(group.pop("vlm", None) or {})
+        shared["attention"] = cfg["attention"]
+    vlm_fields = dict(group.pop("vlm", None) or {})
     if cfg["vlm"]["path"]:
-        given = _as_stored(given, str(model_folder.locate(cfg["vlm"]["path"])))
-    vlm = config.build(QwenConfig, {**given, "vision": None, **own}, "model.vlm")
+        vlm_fields = _stored_vlm_fields(vlm_fields, str(model_folder.locate(cfg["vlm"]["path"])))
+    vlm = config.build(QwenConfig, {**vlm_fields, "vision": None, **shared}, "model.vlm")
     sizes = dict(group.pop("flow", None) or {})
-    defaults = pretzel.flow_defaults(vlm.width, len(sizes.get("layers", ())))
-    flow = config.build(FlowConfig, {**defaults, **sizes, **own}, "model.flow")
+    defaults = starflow2.flow_defaults(vlm.width, len(sizes.get("layers", ())))
+    flow = config.build(FlowConfig, {**defaults, **sizes, **shared}, "model.flow")
     return config.build(KINDS[kind], {**group, "vlm": vlm, "flow": flow}, "model")
 
 
-def _as_stored(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The fields of a folder's `QwenConfig`; `remat` and `attention` are ours to choose."""
-    found = vars(qwen_options.read_options(read_config(folder), str(Path(folder) / CONFIG_FILE)))
-    for name, value in given.items():
+def _stored_vlm_fields(fields: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Return the fields of a folder's `QwenConfig`, with `remat` and `attention` of `fields`."""
+    options = qwen_options.read_options(read_config(folder), str(Path(folder) / CONFIG_FILE))
+    stored = vars(options)
+    for name, value in fields.items():
         value = tuple(value) if isinstance(value, list) else value
-        own = name in ("vision", "remat", "attention", "compute_dtype") or name not in found
-        if not own and value != found[name]:
+        if name in stored and name not in OWN_VLM_FIELDS and value != stored[name]:
             raise ValueError(
                 f"config: model.vlm.{name}={value!r}, but the model in vlm.path={folder!r} has "
-                f"{found[name]!r}"
+                f"{stored[name]!r}"
             )
-    ours = {"remat": given.get("remat", "none"), "attention": given.get("attention", "auto")}
-    return {**given, **found, **ours}
+    own = {"remat": fields.get("remat", "none"), "attention": fields.get("attention", "auto")}
+    return {**fields, **stored, **own}
 
 
-def places(cfg: Mapping[str, Any], model: BackboneConfig) -> int:
-    """M, images of a row at most.
+def max_images(cfg: Mapping[str, Any], model: BackboneConfig) -> int:
+    """Return the number of images for which a row has slots, M.
 
     Raises:
-        ValueError: a row that has no room for an image.
+        ValueError: A row has no room for an image.
     """
-    text, patches = cfg["text"], model.patches
-    found = text["images"] or text["length"] // (patches + 2)
-    if found * (patches + 2) > text["length"] or not found:
+    length, patches = cfg["text"]["length"], model.patches
+    count = cfg["text"]["images"] or length // (patches + 2)
+    if count * (patches + 2) > length or not count:
         raise ValueError(
-            f"config: text.length={text['length']} has no room for {max(found, 1)} images of "
+            f"config: text.length={length} has no room for {max(count, 1)} images of "
             f"{patches} patches and 2 delimiters"
         )
-    return found
+    return count
 
 
-def abstract_batch(cfg: Mapping[str, Any], model: BackboneConfig, rows: int) -> dict[str, Any]:
-    """Shapes and dtypes of a batch of `rows` rows (see `losses.interleaved`)."""
-    length = (rows, cfg["text"]["length"])
-    latent = (rows, places(cfg, model), model.patches, model.flow.channels)
-    shapes = {
-        "ids": (length, jnp.int32),
-        "segments": (length, jnp.int32),
-        "image": (length, jnp.int32),
-        "target": (length, jnp.bool_),
-        "positions": ((*length, 3), jnp.int32),
-        "flow_positions": ((*length, 3), jnp.int32),
+def abstract_batch(
+    cfg: Mapping[str, Any], model: BackboneConfig
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the arrays of a batch, see `losses.interleaved`."""
+    row = (cfg["train"]["batch_size"], cfg["text"]["length"])
+    latent = (row[0], max_images(cfg, model), model.patches, model.flow.channels)
+    arrays = {
+        "ids": (row, jnp.int32),
+        "segments": (row, jnp.int32),
+        "image": (row, jnp.int32),
+        "target": (row, jnp.bool_),
+        "positions": ((*row, 3), jnp.int32),
+        "flow_positions": ((*row, 3), jnp.int32),
         "latent_mean": (latent, jnp.float32),
         "latent_logvar": (latent, jnp.float32),
     }
-    return {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in arrays.items()}
 
 
-def work(cfg: Mapping[str, Any], model: BackboneConfig, declared: Tree) -> dict[str, float]:
+def data_options(
+    cfg: Mapping[str, Any], model: BackboneConfig, group: str = "eval_data", **changes: Any
+) -> Any:
+    """Return the options of `data.packed_batches` for a group of an experiment's keys."""
+    # The default is the VLM's own tokenizer.
+    tokenizer = model_folder.locate(cfg["text"]["tokenizer"] or cfg["vlm"]["path"])
+    return packed_batch_options(
+        cfg, group, tokenizer=str(tokenizer), grid_side=model.flow.side, **changes
+    )
+
+
+def step_cost(cfg: Mapping[str, Any], model: BackboneConfig, declared: Tree) -> dict[str, float]:
     """Return the tokens and FLOPs of a training step (see `flops.interleaved_step`)."""
-    length, count = cfg["text"]["length"], cfg["train"]["batch_size"]
-    done = flops.interleaved_step(
+    rows, length = cfg["train"]["batch_size"], cfg["text"]["length"]
+    row_flops = flops.interleaved_step(
         model,
         declared,
         cfg["train"]["trainable"],
         length=length,
-        num_images=places(cfg, model),
+        num_images=max_images(cfg, model),
         num_targets=cfg["text"]["max_targets"] or length,
     )
-    return {"tokens": count * length, "flops": count * done}
+    return {"tokens": rows * length, "flops": rows * row_flops}
 
 
-def frozen_vlm(cfg: Mapping[str, Any], model: BackboneConfig, mesh: Mesh, dtype: Any) -> Tree:
-    """The VLM's weights without its tower, sharded: of `vlm.path`, or else drawn from the seed.
+def load_frozen_vlm(
+    cfg: Mapping[str, Any], model: BackboneConfig, device_mesh: Mesh, dtype: Any
+) -> Tree:
+    """Load the VLM without its tower, sharded, from `vlm.path`, or else draw it from the seed.
 
     Raises:
-        FileNotFoundError, ValueError: as `checkpoints.convert.qwen.load`.
+        FileNotFoundError, ValueError: See `checkpoints.convert.qwen.load`.
     """
     tree = {"vlm": qwen.declare(model.vlm)}
     if cfg["vlm"]["path"]:
-        args = (model_folder.locate(cfg["vlm"]["path"]), mesh, cfg["layout"], dtype)
-        return {"vlm": qwen_weights.load(*args, only=tuple(tree["vlm"]))[1]}
-    where = param_shardings(tree, mesh, cfg["layout"])
-    draw = jax.jit(partial(init_params, tree=tree, dtype=dtype), out_shardings=where)
+        folder = model_folder.locate(cfg["vlm"]["path"])
+        names = tuple(tree["vlm"])
+        return {"vlm": qwen_weights.load(folder, device_mesh, cfg["layout"], dtype, only=names)[1]}
+    shardings = param_shardings(tree, device_mesh, cfg["layout"])
+    draw = jax.jit(partial(init_params, tree=tree, dtype=dtype), out_shardings=shardings)
     return draw(jax.random.key(cfg["seed"]))
 
 
-def build(cfg: Mapping[str, Any], mesh: Mesh, vlm: Tree | None = None) -> Program:
-    """Build the program of an experiment with `task="starflow2"`.
+def make_task(cfg: Mapping[str, Any], *, vlm: Tree | None = None) -> Task:
+    """Return the task of an experiment.
 
-    Its `init` reads the VLM. Where `train.trainable` names it, too, it is a part of the state.
+    The VLM is a part of the state if `train.trainable` names it.
 
     Args:
-        vlm: its weights, where they are there already; else as `frozen_vlm`.
+        vlm: its weights, instead of those that `load_frozen_vlm` reads.
 
     Raises:
-        FileNotFoundError: no such folder of a VLM.
-        ValueError: a batch that the mesh does not divide, a layout that does not fit a weight, an
-            unknown subtree in train.trainable, or a VLM that does not fit; names the key.
+        FileNotFoundError: There is no folder `vlm.path`.
+        ValueError: A model key is wrong, the VLM does not fit, or train.trainable is empty or names
+            an unknown subtree.
     """
     model = model_config(cfg)
-    train, rows, parts = cfg["train"], cfg["train"]["batch_size"], cfg["train"]["microbatches"]
-    check_batch(rows, mesh)
-    check_batch(rows // parts, mesh, "rows of a microbatch")
     declared = model.declare()
-    trained = split_params(declared, tuple(train["trainable"]))[0]
-    stage = interleaved.stage_of(trained, model)
+    train = cfg["train"]
+    trainable = tuple(split_params(declared, tuple(train["trainable"]))[0])
+    stage = interleaved.stage_of(trainable, model)
     if not (stage.images or stage.text):
         raise ValueError("config: train.trainable is empty")
-    held = {*pretzel.SUBTREES, *trained} & {*declared}
-    state_tree, frozen_tree = split_params(declared, tuple(sorted(held)))
-    held_dtype = jnp.float32 if "vlm" in trained else jnp.dtype(cfg["frozen_dtype"])
+    vlm_dtype = jnp.float32 if "vlm" in trainable else jnp.dtype(cfg["frozen_dtype"])
+    folder = cfg["vlm"]["path"]
 
-    everywhere, where_batch = replicated(mesh), batch_sharding(mesh)
-    where = param_shardings(state_tree, mesh, cfg["layout"])
-    where_frozen = param_shardings(frozen_tree, mesh, cfg["layout"])
-    pick = lambda tree: {name: tree[name] for name in trained}
-    tx = optimizer.optimizer(cfg["optim"], train["steps"])
-    moments = optimizer.state_shardings(tx, abstract_params(trained), pick(where), mesh)
-    where_state = TrainState(everywhere, where, where, moments)
+    def load_params(device_mesh):
+        if vlm is None:
+            return load_frozen_vlm(cfg, model, device_mesh, vlm_dtype)
+        shardings = param_shardings(declared["vlm"], device_mesh, cfg["layout"])
+        return {"vlm": jax.device_put(vlm, shardings)}
 
-    def first(key, read):
-        params = {**init_params(key, {n: w for n, w in state_tree.items() if n != "vlm"}), **read}
-        # A copy: the step donates both.
-        ema = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(pick(params)))
-
-    begin = jax.jit(first, out_shardings=where_state)
-
-    def init(key):
-        if vlm is not None:
-            place = {"vlm": param_shardings(declared["vlm"], mesh, cfg["layout"])}
-            read = jax.device_put({"vlm": vlm}, place)
-        else:
-            read = frozen_vlm(cfg, model, mesh, held_dtype)
-        return (begin(key, read), {}) if "vlm" in trained else (begin(key, {}), read)
-
-    def sums(params, batch, keys):
-        x = interleaved.sample_latents(batch, keys, cfg)
-        found = interleaved.loss_terms(
+    def row_metrics(params, batch, keys):
+        terms = interleaved.loss_terms(
             params,
             batch,
-            x,
+            interleaved.sample_latents(batch, keys, cfg),
             model,
             stage,
             text_into_flow=cfg["loss"]["text_into_flow"],
             text_targets=cfg["text"]["max_targets"],
             text_chunk=cfg["text"]["logit_chunk"],
         )
-        return interleaved.row_metrics(found, batch, stage)
+        return interleaved.row_metrics(terms, batch, stage)
 
-    def step(state, frozen, batch):
-        keys = preprocess.row_keys(cfg["seed"], state.step, jnp.arange(rows))
-        # Of the global batch, so that microbatches, devices and hosts add up to the same loss.
-        totals = jax.tree.map(jnp.sum, interleaved.target_counts(batch, stage))
-        others = {**frozen, **{n: tree for n, tree in state.params.items() if n not in trained}}
+    def batch_totals(batch):
+        return jax.tree.map(jnp.sum, interleaved.target_counts(batch, stage))
 
-        def mean(params, batch, keys):
-            made = sums({**others, **params}, batch, keys)
-            weight, penalty = cfg["loss"]["text_weight"], cfg["loss"]["latent_penalty"]
-            each = interleaved.per_example_loss(
-                made, totals, text_weight=weight, latent_penalty=penalty
-            )
-            loss = each.sum()
-            return loss, {"loss": loss, **jax.tree.map(jnp.sum, made)}
+    def loss(params, batch, keys, context):
+        metrics = row_metrics({**context.frozen, **context.state.params, **params}, batch, keys)
+        row_losses = interleaved.per_example_loss(
+            metrics,
+            context.totals,
+            text_weight=cfg["loss"]["text_weight"],
+            latent_penalty=cfg["loss"]["latent_penalty"],
+        )
+        return row_losses.sum(), metrics, {}
 
-        grads, metrics = accumulate(mean, pick(state.params), (batch, keys), rows, parts)
-        return update(state, grads, metrics, tx, cfg)
-
-    def evaluate(params, frozen, batch, row_ids, mask):
-        keys = preprocess.row_keys(cfg["seed"] + 1, 0, row_ids)
-        made = sums({**frozen, **params}, batch, keys)
-        return jax.tree.map(lambda each: (mask * each).sum(), made)
-
-    batch = {
-        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where_batch)
-        for name, a in abstract_batch(cfg, model, rows).items()
-    }
-    place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    read = abstract_params({"vlm": declared["vlm"]}) if "vlm" in trained else {}
-    shapes = jax.eval_shape(first, jax.random.key(0), read)
-    pinned = {"in_shardings": (where_state, where_frozen, where_batch), "donate_argnums": 0}
-    path = cfg["vlm"]["path"]
-    return Program(
-        cfg=cfg,
-        mesh=mesh,
-        model=model,
+    return Task(
+        model_config=model,
         declared=declared,
-        init=init,
-        step=jax.jit(step, out_shardings=(where_state, everywhere), **pinned),
-        evaluate=jax.jit(evaluate, out_shardings=everywhere),
-        abstract_state=jax.tree.map(place, shapes, where_state),
-        abstract_frozen=abstract_params(frozen_tree, mesh, cfg["layout"], held_dtype),
-        abstract_batch=batch,
-        identity={"vlm": teacher_weights.identity(path)} if path else {},
-        means=interleaved.finalize_metrics,
+        trainable=trainable,
+        carried=tuple(n for n in starflow2.SUBTREES if n in declared and n not in trainable),
+        optimizer=optimizer.optimizer(cfg["optim"], train["steps"]),
+        load_params=load_params,
+        loaded=("vlm",) if "vlm" in trainable else (),
+        frozen_dtype=vlm_dtype,
+        frozen_identity=lambda: {"vlm": teacher_weights.identity(folder)} if folder else {},
+        foreign=("vlm",),
+        abstract_batch=abstract_batch(cfg, model),
+        batch_totals=batch_totals,
+        loss=loss,
+        evaluate=row_metrics,
+        finalize_metrics=interleaved.finalize_metrics,
+        sample_kind="interleaved",
+        data_options=partial(data_options, cfg, model),
+        packed=True,
+        step_cost=partial(step_cost, cfg, model, declared),
     )

@@ -20,7 +20,7 @@ from starflow2_jax.models.fae.config import model_config
 from starflow2_jax.models.patches import scale_pixels
 from starflow2_jax.shapes import generator
 from starflow2_jax.training import program as step
-from starflow2_jax.training.tasks import fae as fae_step
+from starflow2_jax.training.tasks import registry
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,10 @@ def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
     fast = {"train.ema": 0.9, "fae.statistics_decay": 0.8, "image.flip": False}
     cfg = experiment(**{"train.steps": 60, "teacher.kind": kind, **fast})
     grid = mesh.make_mesh("data=1", jax.devices()[:1])
-    program = fae_step.build(cfg, grid)
+    program = registry.build(cfg, grid, dry_run=True)
     state, frozen = program.init(jax.random.key(0))
     before = jax.tree.map(np.asarray, frozen)
-    assert set(frozen) == {"teacher"} == set(program.declared) - set(state.params)
+    assert set(frozen) == {"teacher"} == set(program.task.declared) - set(state.params)
     # Two moments of each trained weight, and no more than a few counters.
     held = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
     wanted = 2 * sum(params.count(state.params[n]) for n in ("encoder", "feature_decoder"))
@@ -68,9 +68,9 @@ def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
     assert np.mean(losses[-5:]) < 0.6 * losses[0], losses[::10]
     # The averaged weights' own statistics: their latents have unit variance.
     image = scale_pixels(batch_of()["image"])
-    teacher = teacher_weights.teacher_config(cfg, program.model)
+    teacher = teacher_weights.teacher_config(cfg, program.task.model_config)
     x = teachers.features(frozen["teacher"], image, teacher)
-    sums = fae.moments(*fae.encode(state.ema, x, program.model))
+    sums = fae.moments(*fae.encode(state.ema, x, program.task.model_config))
     np.testing.assert_allclose(sums["square"] / sums["count"], 1, atol=0.1)
     np.testing.assert_allclose(sums["sum"] / sums["count"], 0, atol=0.1)
 
@@ -82,7 +82,7 @@ RECONSTRUCTED = {"fae.train_on_decoded_features": True, "teacher.kind": "qwen"}
 def test_pixels_learn_a_batch_and_leave_the_rest_alone(changes):
     cfg = pixel_experiment(**{"train.steps": 40, "optim.lr": 3e-3, **changes})
     grid = mesh.make_mesh("data=1", jax.devices()[:1])
-    program = fae_step.build(cfg, grid)
+    program = registry.build(cfg, grid, dry_run=True)
     state, frozen = program.init(jax.random.key(0))
     frozen_parts = {"encoder", "feature_decoder", "latent", "teacher"}
     assert set(frozen) == frozen_parts and set(state.opt_state) == {"decoder", "discriminator"}
@@ -90,7 +90,7 @@ def test_pixels_learn_a_batch_and_leave_the_rest_alone(changes):
     batch, rows = step.to_device(program, batch_of()), []
     for _ in range(40):
         state, metrics = program.step(state, frozen, batch)
-        rows.append(program.means(jax.device_get(metrics)))
+        rows.append(program.task.finalize_metrics(jax.device_get(metrics)))
         if len(rows) == 2:  # not judged before its start
             after = jax.tree.map(np.asarray, state.params)
             for name in ("discriminator", "lecam"):
@@ -99,7 +99,7 @@ def test_pixels_learn_a_batch_and_leave_the_rest_alone(changes):
     assert rows[-1]["l2"] < 0.8 * rows[0]["l2"] and rows[-1]["psnr"] > rows[0]["psnr"]
     assert np.ptp([row["discriminator_hinge"] for row in rows[2:]]) > 0
     assert float(state.params["lecam"]["real"]) != 0
-    assert program.show(state.ema, frozen, batch).shape == (ROWS, 16, 16, 3)
+    assert program.reconstruct(state.ema, frozen, batch).shape == (ROWS, 16, 16, 3)
 
 
 @pytest.mark.slow
@@ -115,13 +115,13 @@ def test_pixels_on_eight_devices_equal_one():
         ({"teacher.pixels": 32}, "model.side=2, but the teacher"),
         ({"teacher.pixels": 20}, "teacher.pixels=20 is not a multiple of 8"),
         ({"image.pixels": 32}, "image.pixels=32 is not model.side=2"),
-        ({"train.trainable": ("encoder",)}, "task='fae_features' trains"),
+        ({"train.trainable": ("encoder",)}, r"this task trains exactly \['encoder'"),
         ({"teacher.path": "nowhere"}, "nowhere"),
     ],
 )
 def test_bad_configurations(change, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        fae_step.build(experiment(**change), mesh.make_mesh("data=1", jax.devices()[:1]))
+        registry.make_task(experiment(**change))
 
 
 # ------------------------------------------------------------------------------------ whole runs
@@ -135,7 +135,7 @@ def data(tmp_path_factory):
 
 
 def state_of(workdir, cfg):
-    program = fae_step.build(cfg, mesh.make_mesh("data=1", jax.devices()[:1]))
+    program = registry.build(cfg, mesh.make_mesh("data=1", jax.devices()[:1]), dry_run=True)
     state, _ = orbax.restore(workdir, 6, program.abstract_state)
     return jax.tree.map(np.asarray, state)
 
@@ -206,7 +206,7 @@ def test_experiments_declare_the_stated_sizes(name):
     tiny, paper = (config.to_dict(module.get_config(v)) for v in ("tiny", "paper"))
     for cfg in (tiny, paper):
         config.check(cfg)
-    assert fae_step.build(tiny, mesh.make_mesh("data=1", jax.devices()[:1])).model.pixels == 64
+    assert registry.make_task(tiny, dry_run=True).model_config.pixels == 64
     declared = fae.declare(model_config(paper))
     assert params.count(declared["encoder"]) == 38_166_592
     assert params.count(declared["feature_decoder"]) == 170_428_416

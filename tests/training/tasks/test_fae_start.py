@@ -14,6 +14,7 @@ from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models.fae import codec as fae, perceptual
 from starflow2_jax.models.patches import scale_pixels
 from starflow2_jax.training import init_from as starts, program as step
+from starflow2_jax.training.program import build_program
 from starflow2_jax.training.tasks import fae as fae_step
 
 
@@ -27,7 +28,7 @@ def folder(codec, tmp_path_factory):
 
 def built(cfg, codec=None):
     grid = mesh.make_mesh(cfg["mesh"], jax.devices()[:1])
-    program = fae_step.build(cfg, grid, codec)
+    program = build_program(cfg, grid, fae_step.make_pixels_task(cfg, codec))
     return program, *program.init(jax.random.key(5))
 
 
@@ -41,11 +42,11 @@ def same(ours, theirs):
 def test_pixels_from_an_exported_folder(codec, folder):
     """`init.fae` gives what is frozen, `init.from` the decoder; the discriminator is new."""
     cfg = pixel_experiment(**{"init.fae": folder, "init.from": folder})
-    program, state, frozen = built(cfg, starts.codec(cfg, False))
+    program, state, frozen = built(cfg, codecs.load(folder))
     same(frozen, {name: codec.params[name] for name in frozen})
-    assert program.identity == {"fae": codec.sha256}
+    assert program.task.frozen_identity() == {"fae": codec.sha256}
     drawn = jax.tree.map(np.asarray, state.params)
-    begun = starts.warm(program, state, cfg["init"])
+    begun = starts.init_from_checkpoint(program, state, cfg["init"]["from"])
     for tree in (begun.params, begun.ema):
         same(tree["pixel_decoder"], codec.params["pixel_decoder"])
         same(tree["discriminator"], drawn["discriminator"])
@@ -56,7 +57,7 @@ def test_pixels_from_an_exported_folder(codec, folder):
 
 def test_features_from_an_exported_folder(codec, folder):
     program, state, _ = built(experiment(**{"teacher.kind": "qwen"}))
-    begun = starts.warm(program, state, {"from": folder, "ema": True})
+    begun = starts.init_from_checkpoint(program, state, folder)
     same(begun.params, {name: codec.params[name] for name in begun.params})
     same(begun.ema, begun.params)
 
@@ -74,7 +75,7 @@ def test_a_run_from_an_exported_folder(codec, folder, tmp_path):
 def test_folders_that_do_not_fit(codec, folder, tmp_path):
     program, state, _ = built(pixel_experiment(**{"model.pixel_width": 32}))
     with pytest.raises(ValueError, match=r"pixel_decoder/\S+ is \[.*16.*\], expected \[.*32.*\]"):
-        starts.warm(program, state, {"from": folder, "ema": True})
+        starts.init_from_checkpoint(program, state, folder)
     with pytest.raises(ValueError, match=r"model and init\.fae differ: encoder/"):
         built(pixel_experiment(**{"model.latent": 8}), codec)
     first = {name: tree for name, tree in codec.params.items() if name != "pixel_decoder"}
@@ -83,7 +84,7 @@ def test_folders_that_do_not_fit(codec, folder, tmp_path):
     codecs.export(made, str(tmp_path / "first"))
     program, state, _ = built(pixel_experiment())
     with pytest.raises(ValueError, match="expected pixel_decoder too"):
-        starts.warm(program, state, {"from": str(tmp_path / "first"), "ema": True})
+        starts.init_from_checkpoint(program, state, str(tmp_path / "first"))
     model_folder.write_folder(tmp_path / "flow", {"flow": np.zeros(1)}, {"task": "flow"})
     with pytest.raises(ValueError, match="task='flow', expected a latent codec"):
         codecs.load(str(tmp_path / "flow"))
@@ -118,15 +119,15 @@ def test_lpips_within_a_step(tmp_path):
     cfg = pixel_experiment(**{"fae.lpips": file, "fae.perceptual": 5.0})
     program, state, frozen = built(cfg)
     before = jax.tree.map(np.asarray, frozen["lpips"])
-    assert set(program.identity) == {"lpips"}
+    assert set(program.task.frozen_identity()) == {"lpips"}
     batch = step.to_device(program, batch_of())
     # Measured without noise, it is the distance of what is decoded.
     ids, mask = np.arange(8, dtype=np.int32), np.ones(8, np.float32)
     sums = program.evaluate(state.params, frozen, batch, ids, mask)
     image = scale_pixels(batch["image"])
-    given = teacher_weights.teacher_config(cfg, program.model)
+    given = teacher_weights.teacher_config(cfg, program.task.model_config)
     x = fae_step.fae.teachers.features(frozen["teacher"], image, given)
-    decoded = fae.decode_pixels({**frozen, **state.params}, x, program.model)
+    decoded = fae.decode_pixels({**frozen, **state.params}, x, program.task.model_config)
     wanted = perceptual.lpips(lpips.load(file)[1], decoded, image)
     np.testing.assert_allclose(sums["perceptual"], wanted.sum(), rtol=1e-4)
     held = jax.tree.map(np.asarray, state.params["pixel_decoder"])

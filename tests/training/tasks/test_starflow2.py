@@ -25,13 +25,13 @@ from starflow2_jax.params import (
 from starflow2_jax.training import init_from, preprocess, program as step
 from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.losses.flow import HALF_LOG_2_PI
-from starflow2_jax.training.tasks import starflow2 as starflow2_step
+from starflow2_jax.training.tasks import registry, starflow2 as starflow2_step
 
 
 def begin(cfg, devices=None):
     grid = mesh.make_mesh(cfg["mesh"], jax.devices()[:1] if devices is None else devices)
     with jax.set_mesh(grid):
-        program = starflow2_step.build(cfg, grid)
+        program = registry.build(cfg, grid)
         return grid, program, *program.init(jax.random.key(cfg["seed"]))
 
 
@@ -209,8 +209,8 @@ def test_a_stage_starts_from_the_one_before(tmp_path):
     save(tmp_path / "stage1", before)
     _, program, fresh, _ = begin(experiment(2))
     for ema in (True, False):
-        init = {"from": str(tmp_path / "stage1"), "ema": ema}
-        begun = init_from.warm(program, fresh, init)
+        path = str(tmp_path / "stage1")
+        begun = init_from.init_from_checkpoint(program, fresh, path, ema=ema)
         wanted = before.ema if ema else before.params
         jax.tree.map(np.testing.assert_array_equal, begun.params, wanted)
         jax.tree.map(np.testing.assert_array_equal, begun.ema, wanted)
@@ -224,11 +224,11 @@ def test_a_stage_starts_from_a_model_folder(tmp_path):
     _, program, fresh, _ = begin(experiment(3))
     for name, frozen in (("own", {}), ("other", {"vlm": "0" * 64})):
         model_folder.write_folder(tmp_path / name, held, {"task": "starflow2", "frozen": frozen})
-    begun = init_from.warm(program, fresh, {"from": str(tmp_path / "own"), "ema": True})
+    begun = init_from.init_from_checkpoint(program, fresh, str(tmp_path / "own"))
     jax.tree.map(np.testing.assert_array_equal, begun.params, before.ema)
     jax.tree.map(np.testing.assert_array_equal, begun.ema, before.ema)
     with pytest.raises(ValueError, match=r"init\.from=.*other' was trained beside another VLM"):
-        init_from.warm(program, fresh, {"from": str(tmp_path / "other"), "ema": True})
+        init_from.init_from_checkpoint(program, fresh, str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("kind", ["missing", "other", "vlm", "fae"])
@@ -249,7 +249,7 @@ def test_a_stage_refuses_what_is_not_its_own(tmp_path, kind):
         save(tmp_path, state, {"fae": "0" * 64})
         words = "trained on latents of another codec: sha256 000"
     with pytest.raises(ValueError, match=words):
-        init_from.warm(program, state, {"from": str(tmp_path), "ema": True})
+        init_from.init_from_checkpoint(program, state, str(tmp_path))
 
 
 # -------------------------------------------------------------------------------------- frozen VLM
@@ -278,7 +278,8 @@ def test_the_vlm_is_read_from_its_folder(folder):
     read = flatten(frozen["vlm"])
     for name, array in flatten({n: t for n, t in params.items() if n != "vision"}).items():
         np.testing.assert_array_equal(read[name], array.astype(jnp.bfloat16))
-    assert program.model.vlm.remat == "full" and len(program.identity["vlm"]) == 64
+    assert program.task.model_config.vlm.remat == "full"
+    assert len(program.task.frozen_identity()["vlm"]) == 64
     assert jax.tree.map(lambda a: a.shape, frozen) == jax.tree.map(
         lambda a: a.shape, program.abstract_frozen
     )
@@ -307,8 +308,8 @@ def lower(stage, layout, sizes):
     cfg = runpy.run_path(str(file))["get_config"]("paper")
     cfg.layout, cfg.mesh, cfg.train.batch_size = layout, sizes, 8
     config.check(cfg)
-    program = starflow2_step.build(config.to_dict(cfg), mesh.make_mesh(sizes))
-    trained = split_params(program.declared, tuple(cfg.train.trainable))[0]
+    program = registry.build(config.to_dict(cfg), mesh.make_mesh(sizes))
+    trained = split_params(program.task.declared, tuple(cfg.train.trainable))[0]
     return program.lower_step().as_text(), count_params(trained)
 
 
@@ -371,4 +372,4 @@ def test_a_bad_experiment_is_one_clear_error(changes, words):
             group = group[part]
         group[last] = value
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        starflow2_step.build(cfg, mesh.make_mesh("data=1", jax.devices()[:1]))
+        registry.build(cfg, mesh.make_mesh("data=1", jax.devices()[:1]))

@@ -15,7 +15,7 @@ from starflow2_jax.inference import vlm as readers
 from starflow2_jax.models import attention, qwen, qwen_vision
 from starflow2_jax.params import init as init_params
 from starflow2_jax.training import program as step
-from starflow2_jax.training.losses import text
+from starflow2_jax.training.losses import text, vlm as vlm_loss
 from starflow2_jax.training.tasks import registry, vlm
 
 ROWS, SOME = 8, 4
@@ -53,10 +53,8 @@ def experiment(folders, **changes):
 
 
 def batches(cfg, count):
-    model = registry.model_config(cfg)
-    stream = registry.reader(cfg).batches(
-        registry.data_options(cfg, model, "data"), batch_size=ROWS
-    )
+    task = registry.make_task(cfg)
+    stream = task.reader.batches(task.data_options("data"), batch_size=ROWS)
     return [next(stream) for _ in range(count)]
 
 
@@ -125,15 +123,16 @@ def test_words_are_named_by_the_features_of_their_region(folders):
     words = np.full((ROWS, 3, 5, 8), -1, np.int32)
     words[:, 0, 0, :2], words[:, 0, 2, :1] = [7, 9], [11]
     batch = {"region": jnp.asarray(region), "region_words": jnp.asarray(words)}
-    params = init_params(jax.random.key(0), vlm.declare({}, MODEL)["vlm"])
+    params = init_params(jax.random.key(0), vlm.declare(MODEL)["vlm"])
     seen = jnp.asarray(rng.normal(size=(ROWS, 3, 4, 32)).astype(np.float32))
-    grad = jax.grad(lambda s: vlm.word_nats(params, batch, s, MODEL).sum())(seen)
+    grad = jax.grad(lambda s: vlm_loss.region_nll(params, batch, s, MODEL).sum())(seen)
     shown = np.abs(np.asarray(grad)).max(-1) > 0
     np.testing.assert_array_equal(shown, region >= 0)
     states = seen / jnp.sqrt(jnp.square(seen).mean(-1, keepdims=True) + MODEL.norm_eps)
     said = jax.nn.log_softmax(states @ params["embed"]["weight"].T)[0, 0]
     wanted = -(said[1, [7, 9]].mean() + said[3, 11]) / 2
-    np.testing.assert_allclose(vlm.word_nats(params, batch, seen, MODEL)[0], wanted, rtol=1e-5)
+    nll = vlm_loss.region_nll(params, batch, seen, MODEL)
+    np.testing.assert_allclose(nll[0], wanted, rtol=1e-5)
 
 
 def test_sums_of_text_are_those_of_each_record(folders):
@@ -181,10 +180,13 @@ def test_an_exported_reader_answers_like_its_run(folders, trained, tmp_path):
     first = readers.load(str(run_folder))
     readers.export(first, str(tmp_path / "out"))
     second = readers.load(str(tmp_path / "out"))
-    assert second.model == first.model and second.tokenizer == str(tmp_path / "out")
+    assert second.model_config == first.model_config
+    assert second.tokenizer_folder == str(tmp_path / "out")
     told = []
     for held in (first, second):
-        options = registry.data_options(held.cfg, held.model, tokenizer=held.tokenizer, threads=1)
+        options = vlm.data_options(
+            held.cfg, held.model_config, tokenizer=held.tokenizer_folder, threads=1
+        )
         score = lambda batch, held=held: readers.score(held, batch)
         told.append(vqa.answers(score, options, batch_size=4))
     # One answer a record that has words to learn, whatever rows it shares.
@@ -213,8 +215,8 @@ def test_wrong_experiments_are_named(folders):
         vlm.model_config({**experiment(folders), "model": {"vocab": 3}})
     with pytest.raises(ValueError, match="vision tower needs multiples of 8"):
         vlm.model_config(experiment(folders, **{"image.pixels": 20}))
-    with pytest.raises(ValueError, match="but task='vlm' trains"):
-        vlm.build(experiment(folders, **{"train.trainable": ("vlm",)}), grid)
+    with pytest.raises(ValueError, match="this task trains exactly"):
+        registry.build(experiment(folders, **{"train.trainable": ("vlm",)}), grid)
 
 
 def test_intervals_of_shares():

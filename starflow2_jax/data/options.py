@@ -1,0 +1,62 @@
+"""From an experiment's configuration to the options of its data readers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from starflow2_jax.data.packed_batches import PackedBatchOptions, RegionAnnotator
+
+
+def image_batch_options(
+    cfg: Mapping[str, Any], model_config: Any, group: str = "eval_data", **changes: Any
+) -> dict[str, Any]:
+    """Return options of `data.image_batches`.
+
+    Args:
+        group: `data` or `eval_data`.
+        changes: options that differ from the configuration.
+    """
+    options = {name: value for name, value in cfg[group].items() if name != "blank_images"}
+    options["pixels"] = cfg["image"]["pixels"]
+    options["text_length"] = getattr(model_config, "text_length", 0)
+    options["seed"] = cfg["seed"]
+    return {**options, **changes}
+
+
+def packed_batch_options(
+    cfg: Mapping[str, Any],
+    group: str = "eval_data",
+    *,
+    tokenizer: str,
+    grid_side: int,
+    annotator: RegionAnnotator | None = None,
+    **changes: Any,
+) -> PackedBatchOptions:
+    """Return options of `data.packed_batches`.
+
+    Args:
+        group: `data` or `eval_data`.
+        tokenizer: path of its folder.
+        grid_side: rows (= columns) of an image's patches.
+        annotator: adds region labels.
+        changes: options that differ from the configuration.
+    """
+    from starflow2_jax.data.packed_batches import PackedBatchOptions  # heavy
+    from starflow2_jax.data.packing import PackingSpec
+
+    unused = ("labels", "text", "features")
+    options = {name: value for name, value in cfg[group].items() if name not in unused}
+    options |= {
+        "mixture": tuple(options["mixture"]),
+        "tokenizer": tokenizer,
+        "packing": PackingSpec(cfg["text"]["length"], grid_side**2, cfg["text"]["images"]),
+        "grid_side": grid_side,
+        "pixels": cfg["image"]["pixels"],
+        "seed": cfg["seed"],
+        "drop_text": cfg["cfg_dropout"]["text"],
+        "drop_all": cfg["cfg_dropout"]["all"],
+        "annotator": annotator,
+    }
+    return PackedBatchOptions(**{**options, **changes})
