@@ -150,10 +150,10 @@ def test_drops_reach_the_asked_share_and_lose_text_and_label():
     batch = {"label": jnp.ones(4000, jnp.int32), "text": jnp.ones((4000, 2, 3))}
     null = jnp.full((2, 3), 5.0)
     given = preprocess.conditions({}, batch, keys, 0.1, null)
-    lost = np.asarray(given["labels"]) == -1
+    lost = np.asarray(given.labels) == -1
     assert 0.08 < lost.mean() < 0.12
-    np.testing.assert_array_equal(np.asarray(given["text"])[lost], 5.0)
-    np.testing.assert_array_equal(np.asarray(given["text"])[~lost], 1.0)
+    np.testing.assert_array_equal(np.asarray(given.text)[lost], 5.0)
+    np.testing.assert_array_equal(np.asarray(given.text)[~lost], 1.0)
 
 
 def test_uniform_noise_is_the_dequantisation_of_bits_per_dim():
