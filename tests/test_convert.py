@@ -165,7 +165,7 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     cfg = config.to_dict(config.default())
     cfg["model"] = {"side": 2, "channels": 12, "width": 64, "layers": [1, 1]}
-    cfg["image"].update(pixels=4, patch=2, layout="channel_last")
+    cfg["image"].update(pixels=4, patch=2, channel_order="channel_last")
     cfg["model"] |= {"text_channels": 8, "text_length": 4}
     cfg["text"]["vocabulary"] = 257
     params = init_params(jax.random.key(0), declare(cfg, model_config(cfg)))
