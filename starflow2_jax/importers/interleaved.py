@@ -65,7 +65,7 @@ class ImageRoot:
                 self._files[file.relative_to(root).as_posix()] = file
                 self._stems[file.stem] = None if file.stem in self._stems else file
         for table in sorted(root.glob("*.parquet")):
-            for _, row in _rows(table, ("url", "key")):
+            for _, _, row in _rows([table], ("url", "key")):
                 self._keys[row["url"]] = row["key"]
 
     def by_path(self, path: str) -> ImageBlob | None:
@@ -102,24 +102,16 @@ def bagel_t2i(files: Sequence[str | os.PathLike[str]], caption: str = "all") -> 
         DatasetError: another schema, captions that are not a JSON object, no caption of that name,
             an image of another format.
     """
-    for file in files:
-        for location, row in _rows(file, ("image", "captions")):
-            captions = _json(row["captions"], f"{location}: captions")
-            if not isinstance(captions, dict) or not captions:
-                raise DatasetError(
-                    f"{location}: captions is {captions!r:.80}, expected name: caption"
-                )
-            if caption != "all" and caption not in captions:
-                raise DatasetError(f"{location}: no caption {caption!r}; it has {sorted(captions)}")
-            blob = _blob(row["image"], f"{location}: image")
-            for name in captions if caption == "all" else (caption,):
-                yield records.text_to_image(
-                    f"{location}/{name}",
-                    _file_name(file),
-                    str(captions[name]),
-                    blob,
-                    {"caption": name},
-                )
+    for src, location, row in _rows(files, ("image", "captions")):
+        captions = _json(row["captions"], f"{location}: captions")
+        if not isinstance(captions, dict) or not captions:
+            raise DatasetError(f"{location}: captions is {captions!r:.80}, expected name: caption")
+        if caption != "all" and caption not in captions:
+            raise DatasetError(f"{location}: no caption {caption!r}; it has {sorted(captions)}")
+        blob = _blob(row["image"], f"{location}: image")
+        for name in captions if caption == "all" else (caption,):
+            id, text = f"{location}/{name}", str(captions[name])
+            yield records.text_to_image(id, src, text, blob, {"caption": name})
 
 
 def bagel_edit(files: Sequence[str | os.PathLike[str]]) -> Iterator[Record]:
@@ -130,19 +122,18 @@ def bagel_edit(files: Sequence[str | os.PathLike[str]]) -> Iterator[Record]:
     Raises:
         DatasetError: another schema, or numbers of images and instructions that do not match.
     """
-    for file in files:
-        for location, row in _rows(file, ("image_list", "instruction_list")):
-            encoded, instructions = row["image_list"] or [], row["instruction_list"] or []
-            if len(encoded) < 2 or len(instructions) != len(encoded) - 1 or not all(instructions):
-                raise DatasetError(
-                    f"{location}: {len(encoded)} images and {len(instructions)} instructions, "
-                    "expected n images, at least 2, and n - 1 lists of at least one instruction"
-                )
-            blobs = [_blob(data, f"{location}: image {i}") for i, data in enumerate(encoded)]
-            segments: list[Text | Img] = [Img(0, False, "user")]
-            for i, paraphrases in enumerate(instructions):
-                segments += [Text(paraphrases[0], False, "user"), Img(i + 1, True, "assistant")]
-            yield Record(1, location, _file_name(file), segments, blobs)
+    for src, location, row in _rows(files, ("image_list", "instruction_list")):
+        encoded, instructions = row["image_list"] or [], row["instruction_list"] or []
+        if len(encoded) < 2 or len(instructions) != len(encoded) - 1 or not all(instructions):
+            raise DatasetError(
+                f"{location}: {len(encoded)} images and {len(instructions)} instructions, "
+                "expected n images, at least 2, and n - 1 lists of at least one instruction"
+            )
+        blobs = [_blob(data, f"{location}: image {i}") for i, data in enumerate(encoded)]
+        segments: list[Text | Img] = [Img(0, False, "user")]
+        for i, paraphrases in enumerate(instructions):
+            segments += [Text(paraphrases[0], False, "user"), Img(i + 1, True, "assistant")]
+        yield Record(1, location, src, segments, blobs)
 
 
 def llava(files: Sequence[str | os.PathLike[str]], root: ImageRoot) -> Iterator[Record]:
@@ -152,17 +143,14 @@ def llava(files: Sequence[str | os.PathLike[str]], root: ImageRoot) -> Iterator[
         DatasetError: a line that is not a JSON object, an unknown role, or different numbers of
             images and `<image>` placeholders.
     """
-    for file in files:
-        for location, row in _json_rows(file):
-            turns = row.get("conversations")
-            if not isinstance(turns, list) or not turns:
-                raise DatasetError(f"{location}: no conversations; its keys are {sorted(row)}")
-            names = row.get("image") or []
-            names = [names] if isinstance(names, str) else names
-            blobs = [root.by_path(name) for name in names]
-            record = _conversation(location, _file_name(file), turns, blobs, root)
-            if record is not None:
-                yield record
+    for src, location, row in _json_rows(files):
+        turns = row.get("conversations")
+        if not isinstance(turns, list) or not turns:
+            raise DatasetError(f"{location}: no conversations; its keys are {sorted(row)}")
+        names = row.get("image") or []
+        names = [names] if isinstance(names, str) else names
+        blobs = [root.by_path(name) for name in names]
+        yield from _conversation(location, src, turns, blobs, root)
 
 
 def obelics(files: Sequence[str | os.PathLike[str]], root: ImageRoot) -> Iterator[Record]:
@@ -171,23 +159,17 @@ def obelics(files: Sequence[str | os.PathLike[str]], root: ImageRoot) -> Iterato
     Raises:
         DatasetError: another schema, or lists of different lengths.
     """
-    for file in files:
-        for location, row in _rows(file, ("images", "texts", "metadata")):
-            metadata = _json(row["metadata"], f"{location}: metadata")
-            names = [(m or {}).get("formatted_filename", "") for m in metadata]
-            yield from _document(location, _file_name(file), row, names, root)
+    for src, location, row in _rows(files, ("images", "texts", "metadata")):
+        metadata = _json(row["metadata"], f"{location}: metadata")
+        names = [(m or {}).get("formatted_filename", "") for m in metadata]
+        yield from _document(location, src, row, names, root)
 
 
 def omnicorpus(files: Sequence[str | os.PathLike[str]], root: ImageRoot) -> Iterator[Record]:
-    """Yield documents of OmniCorpus-CC, like `obelics`; images also have an `img_url_sha`.
-
-    Raises:
-        DatasetError: another schema, or lists of different lengths.
-    """
-    for file in files:
-        for location, row in _rows(file, ("images", "texts", "metadata")):
-            names = [(m or {}).get("img_url_sha") or "" for m in row["metadata"]]
-            yield from _document(location, _file_name(file), row, names, root)
+    """Yield documents of OmniCorpus-CC, like `obelics`; images also have an `img_url_sha`."""
+    for src, location, row in _rows(files, ("images", "texts", "metadata")):
+        names = [(m or {}).get("img_url_sha") or "" for m in row["metadata"]]
+        yield from _document(location, src, row, names, root)
 
 
 def huggingface(
@@ -217,7 +199,7 @@ def huggingface(
                     _stored_image(image, f"{location}: image {i}")
                     for i, image in enumerate(row_images)
                 ]
-                yield _conversation(location, folder.name, turns, blobs, ImageRoot())
+                yield from _conversation(location, folder.name, turns, blobs, ImageRoot())
                 continue
             caption = next((k for k in (text_key, "text", "caption") if k and k in row), None)
             if caption is None or image_key not in row or (text_key and caption != text_key):
@@ -243,15 +225,10 @@ def _conversation(
     turns: Sequence[Mapping[str, Any]],
     blobs: Sequence[ImageBlob | None],
     root: ImageRoot,
-) -> Record | None:
-    """Return the record of a conversation, or None if a missing image leaves it out.
+) -> Iterator[Record]:
+    """Yield the record of a conversation, unless a missing image leaves it out.
 
-    Args:
-        location: names the conversation, also as the record's id.
-        src: name of the source.
-        turns: [{from, value}] or [{role, content}] with `<image>` placeholders.
-        blobs: images in the order of the placeholders; None for a missing one.
-        root: folder of the images.
+    The turns are [{from, value}] or [{role, content}], with an `<image>` placeholder for each blob.
     """
     segments: list[Text | Img] = []
     parts = [(_role(turn, f"{location}: turn {n}"), _content(turn)) for n, turn in enumerate(turns)]
@@ -264,7 +241,7 @@ def _conversation(
         )
     if None in blobs and not root.keep_text:
         root.skip(location)
-        return None
+        return
     next_blob, number = iter(blobs), 0
     for role, content in parts:
         for i, text in enumerate(content.split(_PLACEHOLDER)):
@@ -273,7 +250,7 @@ def _conversation(
                 number += 1
             if text.strip():
                 segments.append(Text(text.strip(), role == "assistant", role))
-    return Record(1, location, src, segments, [blob for blob in blobs if blob is not None])
+    yield Record(1, location, src, segments, [blob for blob in blobs if blob is not None])
 
 
 def _role(turn: Mapping[str, Any], location: str) -> str:
@@ -328,26 +305,29 @@ def _document(
 # ------------------------------------------------------------------------------------------ reading
 
 
-def _rows(file: Any, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (name:row, values) of a parquet file, with a few rows in memory at a time."""
+def _rows(files: Sequence[Any], columns: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+    """Yield (name, name:row, values) of parquet files, with a few rows in memory at a time."""
     import pyarrow
     from pyarrow import parquet
 
-    name, index = os.path.basename(os.fspath(file)), 0
-    try:
-        with parquet.ParquetFile(file) as table:
-            missing = [column for column in columns if column not in table.schema_arrow.names]
-            if missing:
-                raise DatasetError(
-                    f"{name}: another schema: no column {missing[0]!r}; expected "
-                    f"{', '.join(columns)}, found {', '.join(table.schema_arrow.names)}"
-                )
-            for batch in table.iter_batches(batch_size=16, columns=list(columns)):
-                for row in batch.to_pylist():
-                    yield f"{name}:{index}", row
-                    index += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DatasetError(f"{name}: not a complete parquet file (row {index}): {error}") from error
+    for file in files:
+        name, index = os.path.basename(os.fspath(file)), 0
+        try:
+            with parquet.ParquetFile(file) as table:
+                names = table.schema_arrow.names
+                missing = [column for column in columns if column not in names]
+                if missing:
+                    raise DatasetError(
+                        f"{name}: another schema: no column {missing[0]!r}; expected "
+                        f"{', '.join(columns)}, found {', '.join(names)}"
+                    )
+                for batch in table.iter_batches(batch_size=16, columns=list(columns)):
+                    for row in batch.to_pylist():
+                        yield name, f"{name}:{index}", row
+                        index += 1
+        except (pyarrow.ArrowException, OSError) as error:
+            message = f"{name}: not a complete parquet file (row {index}): {error}"
+            raise DatasetError(message) from error
 
 
 def _arrow_rows(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -368,22 +348,24 @@ def _arrow_rows(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DatasetError(f"{file}: not a complete Arrow file (row {index}): {error}") from error
 
 
-def _json_rows(file: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (name:line, object) of a jsonl file, or of one JSON list."""
-    name = os.path.basename(os.fspath(file))
-    if not os.path.exists(file):
-        raise DatasetError(f"{file}: no such file")
-    with open(file, encoding="utf-8") as lines:
-        if lines.read(1) == "[":
+def _json_rows(files: Sequence[Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (name, name:line, object) of files of jsonl, or of one JSON list each."""
+    for file in files:
+        name = os.path.basename(os.fspath(file))
+        if not os.path.exists(file):
+            raise DatasetError(f"{file}: no such file")
+        with open(file, encoding="utf-8") as lines:
+            is_list = lines.read(1) == "["
             lines.seek(0)
-            rows = enumerate(_json(lines.read(), name))
-        else:
-            lines.seek(0)
-            rows = ((n, _json(line, f"{name}:{n}")) for n, line in enumerate(lines) if line.strip())
-        for number, row in rows:
-            if not isinstance(row, dict):
-                raise DatasetError(f"{name}:{number}: {row!r:.80} is not a JSON object")
-            yield f"{name}:{number}", row
+            if is_list:
+                rows = enumerate(_json(lines.read(), name))
+            else:
+                texts = ((n, line) for n, line in enumerate(lines) if line.strip())
+                rows = ((n, _json(line, f"{name}:{n}")) for n, line in texts)
+            for number, row in rows:
+                if not isinstance(row, dict):
+                    raise DatasetError(f"{name}:{number}: {row!r:.80} is not a JSON object")
+                yield name, f"{name}:{number}", row
 
 
 def _json(text: str, location: str) -> Any:
@@ -409,7 +391,3 @@ def _stored_image(image: Any, location: str) -> ImageBlob:
             f"{location}: the dataset has a path instead of the image; save it with its bytes"
         )
     return _blob(data, location)
-
-
-def _file_name(file: Any) -> str:
-    return os.path.basename(os.fspath(file))
