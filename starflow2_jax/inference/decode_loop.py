@@ -129,9 +129,6 @@ def empty_state(
 
     Args:
         params: from `prepare_params`.
-        cfg: the model's configuration.
-        batch_size: B.
-        cache_size: S.
         has_null_branch: add the rows of the unconditional branch.
     """
     rows = batch_size * (2 if has_null_branch else 1)
@@ -175,9 +172,6 @@ def forward_cached(
     Args:
         params: from `prepare_params`.
         caches: key-value caches with at least T free slots.
-        valid: bool [R, S].
-        inputs: the new items [R, T].
-        cfg: the model's configuration.
 
     Returns:
         VLM states y [R, T, V], flow states h [R, T, C], caches, valid.
@@ -215,11 +209,6 @@ def decode_chunk(
     Args:
         params: from `prepare_params`.
         state: the state; its arrays are donated.
-        keys: random keys of the rows [B].
-        sampling: sampling parameters.
-        max_steps: traced int32.
-        cfg: the model's configuration.
-        special: the special tokens.
     """
     rows = state.token.shape[0]
     dtype = jnp.promote_types(state.u.dtype, jnp.float32)
@@ -304,7 +293,6 @@ def item_keys(keys: jax.Array, state: DecodeState, is_patch: jax.Array) -> jax.A
     """Return the random key [B] of each row's next item.
 
     Args:
-        keys: random keys of the rows [B].
         state: the state; part and item numbers are folded into the keys.
         is_patch: bool [B], whether the next item is a patch.
     """

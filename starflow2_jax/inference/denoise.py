@@ -24,9 +24,6 @@ def score_step(
     """Return Tweedie's estimate of the clean data, x + sigma^2 d log p(x) / dx.
 
     Args:
-        params: parameters of the flow.
-        x: sampled tokens [B, T, D].
-        cfg: configuration of the flow.
         sigma: standard deviation of the noise in training.
         conditioning: as in `flow.forward`.
     """
@@ -74,11 +71,9 @@ def image_score_step(
         shallow_params: a tree with the subtree `shallow`.
         decode_params: from `decode_loop.prepare_params`.
         state: the state of the session after the image.
-        row: row of the session.
         start: where the image begins, traced.
         x: latents of the image [N, D].
         sigma: standard deviation of the noise in training.
-        cfg: the model's configuration.
     """
     single_row = state.valid.shape[0] == 1
 

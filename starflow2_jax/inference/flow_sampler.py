@@ -119,12 +119,9 @@ def generate(
     """Draw images.
 
     Args:
-        model: the flow.
-        count: number of images.
         prompts: `count` captions, for a model with a token embedding.
         labels: `count` class numbers, -1 for no class.
         text: features [count, L, E], for a model that reads features.
-        sampling: options.
 
     Returns:
         uint8 [count, H, W, 3]; for a flow of latents float32 tokens [count, T, D].

@@ -85,9 +85,6 @@ def generate_many(
     `max_rows` is.
 
     Args:
-        model: the model.
-        prompts: the prompts.
-        options: options of every prompt.
         max_rows: rows of a batch; at least the samples of one prompt.
         numbers: numbers of the prompts; 0, 1, ... if None.
     """

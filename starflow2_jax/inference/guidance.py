@@ -56,9 +56,7 @@ def combine(
     """Combine each conditional-null pair of Gaussians into one.
 
     Args:
-        guidance: weight and rule.
-        scale: standard deviations [2B, n, D], the conditional rows first.
-        mean: means [2B, n, D].
+        scale, mean: [2B, n, D], the conditional rows first.
         fraction: (i + 1) / predictions of the predicted positions, broadcastable to [1, n, 1];
             used if annealed.
 

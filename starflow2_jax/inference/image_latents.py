@@ -33,7 +33,6 @@ def encode_images(
     Args:
         model: the model, with a codec if any image is given as pixels.
         rows: parts of every row; generated images keep their own latents.
-        keys: random keys of the rows [B].
         part_counts: number of earlier parts of each row. The noise of an image depends on the key
             of its row and the number of its part.
     """

@@ -74,9 +74,6 @@ def inverse(
     """Invert `flow.forward`: noise z [B, T, D] to data x [B, T, D] in raster order.
 
     Args:
-        params: parameters of the flow.
-        z: noise [B, T, D].
-        cfg: configuration of the flow.
         conditioning: as in `flow.forward`.
         guidance: classifier-free guidance, or None.
         jacobi: settings of Jacobi iteration, or None for sequential sampling.

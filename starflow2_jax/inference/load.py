@@ -43,7 +43,6 @@ def load(
     Args:
         path: a workdir (its newest checkpoint), a step folder of it, or a model folder.
         device_mesh: where the weights go; the default device if None.
-        layout: name of the sharding layout.
         vlm: folder of a STARFlow2's VLM, if it is no longer where the training found it.
         fae: folder of a STARFlow2's codec, likewise.
 
@@ -182,7 +181,6 @@ def export(
 
     Args:
         path: as in `load`, like `vlm` and `fae`.
-        out: folder to write.
         embed: copy VLM, tokenizer and codec into the folder; otherwise its configuration holds
             their paths, relative to the folder.
         overwrite: replace a model folder at `out`.

@@ -25,7 +25,6 @@ class Model:
         cfg: the resolved configuration of the training run.
         model_config: sizes and options of the network.
         params: every parameter subtree, the VLM's included.
-        tokenizer: the VLM's tokenizer.
         codec: the latent codec of images; None to read and return latents only.
         source: the path that the model was loaded from.
     """

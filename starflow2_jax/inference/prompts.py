@@ -7,7 +7,7 @@ to the user.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,6 @@ def parse_prompt(prompt: Any, location: str, role: str = "user") -> list[Part]:
     """Return the parts of a prompt.
 
     Args:
-        prompt: see the module's docstring.
         location: the prompt's name in error messages, such as `prompt 3`.
         role: the role of entries that name none.
 
@@ -116,6 +115,28 @@ def _parse_part(entry: Any, role: str, location: str) -> Part:
         if isinstance(entry, str):
             entry = Path(entry)
     return Part("image", role, image=read_pixels(entry, location))
+
+
+def to_messages(
+    parts: Sequence[Part], encode: Callable[[str], Any] = str, loss: bool = False
+) -> list[Any]:
+    """Return the `data.chat_layout.MessagePart`s of parts; images are numbered in order.
+
+    Args:
+        encode: applied to texts without tokens. Encoded texts are not joined with their neighbors.
+        loss: whether the parts are targets.
+    """
+    from starflow2_jax.data.chat_layout import MessagePart
+
+    image_numbers = iter(range(len(parts)))
+    return [
+        MessagePart(
+            part.role,
+            next(image_numbers) if part.kind == "image" else part.tokens or encode(part.text),
+            loss,
+        )
+        for part in parts
+    ]
 
 
 def read_chat(path: str | Path) -> list[Any]:

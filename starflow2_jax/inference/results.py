@@ -123,12 +123,9 @@ def collect_results(
     """Turn sampled items into parts with likelihoods, and decode the images.
 
     Args:
-        model: the model.
         session: the session after the turn.
         items: sampled items of every row.
         finish: why each row ended.
-        options: the options of the call.
-        start: the start of the turn.
     """
     special = special_tokens(model.tokenizer, model.model_config)
     rows, images, totals = [], [], []

@@ -64,9 +64,7 @@ def sample_patch(
     Args:
         scale: predicted standard deviations [R, D].
         mean: predicted means [R, D].
-        keys: random keys [B].
         fraction: (n + 1) / N of patch n [B], for annealed guidance.
-        sampling: sampling parameters.
 
     Returns:
         u [B, D] and log_probs [B, 3].
@@ -100,12 +98,7 @@ def sample_token(
     """Sample the next token.
 
     Args:
-        logits: [R, vocabulary].
-        keys: random keys [B].
         may_begin_image: bool [B], whether `<|vision_start|>` is allowed.
-        sampling: sampling parameters.
-        special: the special tokens.
-        dtype: dtype of the log-probabilities.
 
     Returns:
         token int32 [B] and log_probs [B, 3].
@@ -141,7 +134,6 @@ def truncate_logits(logits: jax.Array, top_k: Any, top_p: Any) -> jax.Array:
     """Set logits [..., V] outside of the top k and the top p to -inf.
 
     Args:
-        logits: [..., V].
         top_k: number of the most likely tokens to keep; 0 keeps all.
         top_p: keep the fewest most likely tokens whose probabilities sum to this.
     """

@@ -13,7 +13,7 @@ import numpy as np
 
 from starflow2_jax.inference.image_latents import encode_images
 from starflow2_jax.inference.model import Model
-from starflow2_jax.inference.prompts import Part, parse_prompt
+from starflow2_jax.inference.prompts import Part, parse_prompt, to_messages
 from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.losses.flow import HALF_LOG_2_PI
 from starflow2_jax.training.losses.interleaved import Stage
@@ -26,11 +26,9 @@ def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float
     """Return the log-likelihood in nats of every part of interleaved rows, without delimiters.
 
     Args:
-        model: the model.
         rows: prompts (see `inference.prompts`). Generated parts are scored as they were sampled;
             other images with noise of the seed, the row and the part's number; other texts as the
             tokenizer encodes each alone. The first token of a row is a condition.
-        seed: seed of the noise on images.
 
     Raises:
         ValueError: If a row is not a valid prompt.
@@ -65,18 +63,18 @@ def build_batch(
     """Return a batch (see `training.losses.interleaved`) in which every part is a target.
 
     Args:
-        model: the model.
-        rows: parts of every row.
         x: latents [I, N, D] of each row's images; they become `latent_mean`.
 
     Returns:
         the batch; and of every row the part index of its positions, -1 for delimiters.
     """
+    from starflow2_jax.data.chat_layout import apply_chat_template
     from starflow2_jax.data.packed_batches import build_packed_row
     from starflow2_jax.data.packing import PackingSpec
 
     tokenizer, cfg = model.tokenizer, model.model_config
-    sequences = [_token_sequence(row, tokenizer, cfg.patches) for row in rows]
+    messages = [to_messages(row, lambda text: tuple(tokenizer.encode(text)), True) for row in rows]
+    sequences = [apply_chat_template(row, tokenizer, cfg.patches, closed=False) for row in messages]
     longest = max(len(sequence.ids) for sequence in sequences)
     max_images = max(max(map(len, x)), 1)
     spec = PackingSpec(-(-longest // LENGTH_STEP) * LENGTH_STEP, cfg.patches, max_images)
@@ -88,17 +86,3 @@ def build_batch(
         batch["target"][b, : len(index)] = index >= 0  # Delimiters are no targets.
         latents[b, : len(images)] = images
     return {**batch, "latent_mean": latents}, part_index
-
-
-def _token_sequence(row: Sequence[Part], tokenizer: Any, patches: int) -> Any:
-    from starflow2_jax.data.chat_layout import MessagePart, apply_chat_template
-
-    image_numbers = iter(range(len(row)))
-    messages = []
-    for part in row:
-        # Tokens rather than text, so that adjacent texts are not joined.
-        content: Any = part.tokens or tuple(tokenizer.encode(part.text))
-        if part.kind == "image":
-            content = next(image_numbers)
-        messages.append(MessagePart(part.role, content, True))
-    return apply_chat_template(messages, tokenizer, patches, closed=False)

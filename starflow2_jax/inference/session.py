@@ -16,7 +16,7 @@ import numpy as np
 
 from starflow2_jax.inference import decode_loop
 from starflow2_jax.inference.decode_loop import DecodeState
-from starflow2_jax.inference.prompts import Part
+from starflow2_jax.inference.prompts import Part, to_messages
 from starflow2_jax.inference.sampling import SpecialTokens
 from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.models.layers import KVCache
@@ -36,7 +36,6 @@ class Session:
 
     Attributes:
         params: parameters in the layout of `decode_loop.prepare_params`.
-        keys: random keys of the rows [B].
         null: null prompt of the unconditional branch; "" without that branch.
         open_roles: the role whose turn is open in each row; "" before its first part.
         part_counts: number of parts of each row.
@@ -88,16 +87,12 @@ class TurnStart:
 
 def special_tokens(tokenizer: "Tokenizer", cfg: BackboneConfig) -> SpecialTokens:
     """Return the token ids that the decode loop treats specially."""
+    delimiters = (tokenizer.vision_end, tokenizer.image, tokenizer.turn_start)
     return SpecialTokens(
         vision_start=tokenizer.vision_start,
         vision_end=tokenizer.vision_end,
         turn_ends=(tokenizer.turn_end, tokenizer.pad),
-        banned=(
-            tokenizer.vision_end,
-            tokenizer.image,
-            tokenizer.turn_start,
-            cfg.vlm.video_token,
-        ),
+        banned=(*delimiters, cfg.vlm.video_token),
         vocab_size=min(tokenizer.vocab_size, cfg.vlm.vocab),
     )
 
@@ -114,10 +109,7 @@ def new_session(
 
     Args:
         params: parameters in the layout of `decode_loop.prepare_params`.
-        cfg: the model's configuration.
-        keys: random keys of the rows [B].
         null: null prompt of the unconditional branch; "" without that branch.
-        cache_size: slots of the caches.
         has_fixed_cache: False lets the caches grow on demand.
     """
     batch_size = len(keys)
@@ -149,21 +141,12 @@ def layout_parts(
     """Return the items of new parts of a row, and open the assistant's turn after them.
 
     Args:
-        parts: new parts of the row.
-        tokenizer: the VLM's tokenizer.
-        patches: N.
         null: null prompt of the branch; "" for the conditional branch.
         open_role: the role whose turn is open; "" at the beginning of the row.
     """
     from starflow2_jax.data.chat_layout import MessagePart, apply_chat_template
 
-    image_numbers = iter(range(len(parts)))
-    messages = []
-    for part in parts:
-        content: Any = part.tokens or part.text
-        if part.kind == "image":
-            content = next(image_numbers)
-        messages.append(MessagePart(part.role, content))
+    messages = to_messages(parts)
     is_plain = all(part.role == "none" for part in parts)
     if not is_plain and parts[-1].role != "assistant":
         messages.append(MessagePart("assistant", ""))
@@ -183,11 +166,7 @@ def extend(
     """Read new parts of every row into the caches, except for the last item, which stays pending.
 
     Args:
-        session: the rows as they are.
-        rows: new parts of each row.
         u: values [I, N, D] of each row's images.
-        cfg: the model's configuration.
-        tokenizer: the VLM's tokenizer.
         reserved: number of slots to leave free for what will be generated.
 
     Raises:
@@ -215,7 +194,8 @@ def extend(
     ]
     part_index = [n if row else old for row, n, old in zip(rows, counts, state.part_index)]
     index_in_part = [0 if row else old for row, old in zip(rows, state.index_in_part)]
-    state = DecodeState(
+    # The counters of the turn are reset by the caller.
+    new_state = session.state.replace(
         caches=caches,
         valid=valid,
         token=jnp.asarray([s["ids"][-1] for s in conditional], jnp.int32),
@@ -224,17 +204,12 @@ def extend(
         vlm_position=jnp.asarray(np.stack([s["vlm_positions"][-1] for s in sequences])),
         next_vlm_position=jnp.asarray([s["next_vlm_position"] for s in sequences], jnp.int32),
         flow_index=jnp.asarray([s["flow_index"] for s in sequences], jnp.int32),
-        mode=jnp.asarray(state.mode),
-        patch=jnp.asarray(state.patch),
-        tokens_left=jnp.asarray(state.tokens_left),
-        images_left=jnp.asarray(state.images_left),
-        images_required=jnp.asarray(state.images_required),
         part_index=jnp.asarray(part_index, jnp.int32),
         index_in_part=jnp.asarray(index_in_part, jnp.int32),
     )
     open_roles = [_open_role(row, role) for row, role in zip(rows, session.open_roles)]
     return dataclasses.replace(
-        session, open_roles=tuple(open_roles), part_counts=tuple(counts), state=state
+        session, open_roles=tuple(open_roles), part_counts=tuple(counts), state=new_state
     )
 
 
@@ -395,10 +370,6 @@ def advance_counters(
 
     Args:
         sampled_ids: token ids, and `decode_loop.PATCH` for every patch, since the turn's start.
-        start: the start of the turn.
-        b: the row.
-        cfg: the model's configuration.
-        special: the special tokens.
 
     Returns:
         `position_steps` and `flow_steps`, by how much `next_vlm_position` and `flow_index` have
@@ -440,11 +411,7 @@ def truncate_rows(
     """Return a state in which some rows keep only their first sampled items, and are done.
 
     Args:
-        state: the state after the items.
-        start: the start of the turn.
         kept_ids: by row the ids of the items that stay. The last one, if any, is a token.
-        cfg: the model's configuration.
-        special: the special tokens.
     """
     caches = state.caches
     host = jax.tree.map(np.array, state.replace(caches=None))

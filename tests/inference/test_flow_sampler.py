@@ -1,4 +1,4 @@
-"""Loading a trained flow, drawing from it, telling likelihoods, and the clean-up of samples."""
+"""A trained flow loads, draws images, reports likelihoods, and denoises its samples."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ STARFLOW = {"head_dim": 20, "heads": 1, "text_length": 6, "text_channels": 5, "f
 
 
 def experiment(**changes):
-    """2 x 2 tokens: of pixels with classes unless `changes` say otherwise."""
+    """Return the configuration of a flow of 2 x 2 pixel tokens, with changes."""
     cfg = config.default()
     cfg.model = {"side": 2, "channels": 12, "width": 16, "layers": (1, 1), "head_dim": 8}
     cfg.image.update(pixels=SIDE, patch=PATCH)
@@ -46,25 +46,25 @@ def experiment(**changes):
 
 
 def model_of(cfg, spread=0.1, seed=0, **fields):
-    """A flow whose output layers are random of size `spread`; 0 is the identity."""
-    shape = flow_task.model_config(cfg)
-    rng, drawn = np.random.default_rng(seed), {}
-    for name, weight in params.flatten(flow_task.declare(cfg, shape)).items():
+    """Return a flow whose output layers are random of size `spread`; 0 is the identity."""
+    model_config = flow_task.model_config(cfg)
+    rng, arrays = np.random.default_rng(seed), {}
+    for name, spec in params.flatten(flow_task.declare(cfg, model_config)).items():
         size = spread if "proj_out" in name else 0.3
-        drawn[name] = jnp.asarray(size * rng.standard_normal(weight.shape).astype(np.float32))
-    return FlowModel(cfg, shape, params.unflatten(drawn), **fields)
+        arrays[name] = jnp.asarray(size * rng.standard_normal(spec.shape).astype(np.float32))
+    return FlowModel(cfg, model_config, params.unflatten(arrays), **fields)
 
 
-def labelled():
+def labeled_model():
     return model_of(experiment(model={**TARFLOW, "classes": 3}), classes=("cat", "dog", "owl"))
 
 
-def worded():
+def token_model():
     return model_of(experiment(model=STARFLOW, text={"vocabulary": 257}))
 
 
-def featured():
-    """Latents [4, 12] and features of text, an empty prompt's among them."""
+def feature_model():
+    """Return a flow of latents [4, 12] that reads text features, with those of an empty prompt."""
     cfg = experiment(model=STARFLOW, image={"pixels": 0})
     return model_of(cfg, null_text=[[0.5, -1.0, 2.0, 0.1, 0.3]])
 
@@ -74,8 +74,10 @@ def noise_of(seed, count):
     return np.stack([jax.random.normal(jax.random.fold_in(key, i), (4, 12)) for i in range(count)])
 
 
-def close(ours, others, tolerance=2e-5):
-    np.testing.assert_allclose(np.asarray(ours), np.asarray(others), atol=tolerance, rtol=tolerance)
+def close(actual, expected, tolerance=2e-5):
+    np.testing.assert_allclose(
+        np.asarray(actual), np.asarray(expected), atol=tolerance, rtol=tolerance
+    )
 
 
 # ------------------------------------------------------------------------------------- drawing
@@ -84,10 +86,10 @@ def close(ours, others, tolerance=2e-5):
 def test_an_identity_flow_draws_the_noise_of_seed_and_number():
     cfg = experiment(model=TARFLOW)
     model = model_of(cfg, 0.0)
-    drawn = generate(model, 3, sampling=FlowSampling(denoise=False, seed=7, batch=2))
-    assert drawn.dtype == np.uint8 and drawn.shape == (3, SIDE, SIDE, 3)
+    images = generate(model, 3, sampling=FlowSampling(denoise=False, seed=7, batch=2))
+    assert images.dtype == np.uint8 and images.shape == (3, SIDE, SIDE, 3)
     values = unpatchify(jnp.asarray(noise_of(7, 3)), (2, 2), PATCH, "channel_first")
-    np.testing.assert_array_equal(drawn, np.clip(np.round((values + 1) * 127.5), 0, 255))
+    np.testing.assert_array_equal(images, np.clip(np.round((values + 1) * 127.5), 0, 255))
     # Tweedie: the density is N(0, 1), so every value shrinks by 1 - sigma^2.
     cleaned = generate(model, 3, sampling=FlowSampling(seed=7))
     expected = np.clip(np.round((values * (1 - 0.1**2) + 1) * 127.5), 0, 255)
@@ -101,25 +103,25 @@ def test_an_identity_flow_draws_the_noise_of_seed_and_number():
 
 
 def test_a_sample_depends_on_seed_and_number_not_on_the_batch():
-    model = featured()
+    model = feature_model()
     text = np.random.default_rng(0).standard_normal((5, 6, 5)).astype(np.float32)
     options = {"guidance": 1.5, "seed": 3, "denoise": False}
     draw = lambda count, **changes: generate(
         model, count, text=text[:count], sampling=FlowSampling(**{**options, **changes})
     )
-    whole = draw(5)
-    assert whole.shape == (5, 4, 12) and whole.dtype == np.float32
-    close(draw(5, batch=2), whole)
-    close(draw(2, batch=2), whole[:2])
-    close(draw(5, jacobi=Jacobi(4, 0.0, 4)), whole)
-    assert np.abs(draw(5, seed=4) - whole).min((1, 2)).max() > 1e-4
-    assert np.abs(draw(5, guidance=0.0) - whole).max() > 1e-3
-    assert np.abs(draw(5, guidance_temperature=0.5) - whole).max() > 1e-5
+    samples = draw(5)
+    assert samples.shape == (5, 4, 12) and samples.dtype == np.float32
+    close(draw(5, batch=2), samples)
+    close(draw(2, batch=2), samples[:2])
+    close(draw(5, jacobi=Jacobi(4, 0.0, 4)), samples)
+    assert np.abs(draw(5, seed=4) - samples).min((1, 2)).max() > 1e-4
+    assert np.abs(draw(5, guidance=0.0) - samples).max() > 1e-3
+    assert np.abs(draw(5, guidance_temperature=0.5) - samples).max() > 1e-5
 
 
 def test_samples_have_the_models_likelihood():
-    """x drawn from z has log p(x) = log N(z) - log |dx/dz|: here each sample's own z is known."""
-    model = featured()
+    """Check log p(x) = log N(z) - log |dx/dz|: the z of each sample is known."""
+    model = feature_model()
     text = np.random.default_rng(0).standard_normal((3, 6, 5)).astype(np.float32)
     x = generate(model, 3, text=text, sampling=FlowSampling(denoise=False, seed=1))
     z, log_det = flow.forward(
@@ -132,7 +134,7 @@ def test_samples_have_the_models_likelihood():
 
 
 def test_conditions_change_samples_and_likelihoods():
-    model = labelled()
+    model = labeled_model()
     sampling = FlowSampling(seed=2, batch=4)
     x = np.random.default_rng(1).standard_normal((4, 4, 12)).astype(np.float32)
     plain, first = (generate(model, 4, labels=n, sampling=sampling) for n in (None, [0] * 4))
@@ -143,16 +145,16 @@ def test_conditions_change_samples_and_likelihoods():
     close(likelihood(model, x, labels=[-1] * 4), likelihood(model, x))
     assert np.abs(likelihood(model, x, labels=[1] * 4) - likelihood(model, x)).max() > 1e-3
 
-    model = worded()
+    model = token_model()
     plain = likelihood(model, x)
     close(likelihood(model, x, prompts=[""] * 4), plain)
-    said = likelihood(model, x, prompts=["red", "red", "blue", ""])
-    assert abs(said[3] - plain[3]) < 1e-4 and np.abs(said[:3] - plain[:3]).min() > 1e-4
+    captioned = likelihood(model, x, prompts=["red", "red", "blue", ""])
+    assert abs(captioned[3] - plain[3]) < 1e-4 and np.abs(captioned[:3] - plain[:3]).min() > 1e-4
     assert generate(model, 2, prompts=["a", "bc"]).shape == (2, SIDE, SIDE, 3)
 
 
 def test_no_text_is_the_text_of_an_empty_prompt():
-    model = featured()
+    model = feature_model()
     empty = np.zeros((2, 6, 5), np.float32)
     empty[:, 0] = model.null_text[0]
     x = np.random.default_rng(1).standard_normal((2, 4, 12)).astype(np.float32)
@@ -160,44 +162,48 @@ def test_no_text_is_the_text_of_an_empty_prompt():
     assert np.abs(likelihood(model, x, text=0 * empty) - likelihood(model, x)).max() > 1e-3
     # Guided towards what it has anyway, nothing changes.
     close(generate(model, 2, sampling=FlowSampling(guidance=3.0)), generate(model, 2), 1e-4)
-    wide = dataclasses.replace(model, null_text=np.zeros((7, 5)))
+    too_long = dataclasses.replace(model, null_text=np.zeros((7, 5)))
     with pytest.raises(ValueError, match=r"null text: features \[7, 5\] do not fit \[6, 5\]"):
-        generate(wide, 1)
+        generate(too_long, 1)
 
 
 @pytest.mark.parametrize(
-    "make, given, words",
+    "make_model, conditions, message",
     [
-        (labelled, {"labels": [0, 3]}, "labels: 3 is not below the 3 classes"),
-        (labelled, {"labels": [0]}, "labels: expected 2, got 1"),
-        (labelled, {"prompts": ["a", "b"]}, "prompts: this model does not take them"),
-        (labelled, {"text": np.zeros((2, 6, 5))}, "text: this model does not take them"),
-        (worded, {"labels": [0, 1]}, "labels: this model does not take them"),
-        (worded, {"text": np.zeros((2, 6, 5))}, "text: this model does not take them"),
-        (worded, {"prompts": ["a"]}, "prompts: expected 2, got 1"),
-        (worded, {"prompts": ["a", "too long"]}, "prompt 1: the text has 8 bytes"),
-        (featured, {"prompts": ["a", "b"]}, "prompts: this model does not take them"),
-        (featured, {"text": np.zeros((3, 6, 5))}, "text: expected 2, got 3"),
-        (featured, {"text": np.zeros((2, 6, 4))}, r"text: expected \[B, L, 5\], got \[\d+, 6, 4\]"),
+        (labeled_model, {"labels": [0, 3]}, "labels: 3 is not below the 3 classes"),
+        (labeled_model, {"labels": [0]}, "labels: expected 2, got 1"),
+        (labeled_model, {"prompts": ["a", "b"]}, "prompts: this model does not take them"),
+        (labeled_model, {"text": np.zeros((2, 6, 5))}, "text: this model does not take them"),
+        (token_model, {"labels": [0, 1]}, "labels: this model does not take them"),
+        (token_model, {"text": np.zeros((2, 6, 5))}, "text: this model does not take them"),
+        (token_model, {"prompts": ["a"]}, "prompts: expected 2, got 1"),
+        (token_model, {"prompts": ["a", "too long"]}, "prompt 1: the text has 8 bytes"),
+        (feature_model, {"prompts": ["a", "b"]}, "prompts: this model does not take them"),
+        (feature_model, {"text": np.zeros((3, 6, 5))}, "text: expected 2, got 3"),
+        (
+            feature_model,
+            {"text": np.zeros((2, 6, 4))},
+            r"text: expected \[B, L, 5\], got \[\d+, 6, 4\]",
+        ),
     ],
 )
-def test_wrong_conditions_are_named(make, given, words):
-    model = make()
-    with pytest.raises(ValueError, match=words):
-        generate(model, 2, **given)
-    with pytest.raises(ValueError, match=words):
-        likelihood(model, np.zeros((2, 4, 12), np.float32), **given)
+def test_wrong_conditions_are_named(make_model, conditions, message):
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        generate(model, 2, **conditions)
+    with pytest.raises(ValueError, match=message):
+        likelihood(model, np.zeros((2, 4, 12), np.float32), **conditions)
 
 
 def test_tokens_of_another_width_and_unknown_rules_are_named():
     with pytest.raises(ValueError, match=r"tokens: expected \[B, T, 12\], got \[2, 4, 11\]"):
-        likelihood(labelled(), np.zeros((2, 4, 11), np.float32))
+        likelihood(labeled_model(), np.zeros((2, 4, 11), np.float32))
     with pytest.raises(ValueError, match=r"guidance.rule='sum' is not one of"):
-        generate(labelled(), 1, sampling=FlowSampling(guidance=1.0, rule="sum"))
+        generate(labeled_model(), 1, sampling=FlowSampling(guidance=1.0, rule="sum"))
 
 
 def test_models_and_sampling_need_no_data_stack():
-    """They are timed on machines that have jax, flax, optax and numpy alone."""
+    """Check it for machines that have jax, flax, optax and numpy only."""
     folders = ("models", "models/fae", "models/ablations", "inference")
     rooms = [ROOT / folder for folder in folders]
     names = [
@@ -220,18 +226,18 @@ def test_models_and_sampling_need_no_data_stack():
 
 def test_the_score_step_is_the_posterior_mean_of_a_gaussian():
     cfg = flow.FlowConfig(side=2, channels=3, width=8, layers=(1,), head_dim=8, scale="exp")
-    drawn = params.init(jax.random.key(0), flow.declare(cfg))
+    flow_params = params.init(jax.random.key(0), flow.declare(cfg))
     scale, mean, sigma = np.array([0.8, 1.0, 1.5]), np.array([0.5, -1.0, 2.0]), 0.5
-    drawn["blocks"]["0"]["proj_out"]["bias"] = jnp.asarray([*np.log(scale), *mean])
+    flow_params["blocks"]["0"]["proj_out"]["bias"] = jnp.asarray([*np.log(scale), *mean])
     rng = np.random.default_rng(0)
     clean = mean + np.sqrt(scale**2 - sigma**2) * rng.standard_normal((500, 4, 3))
     noisy = clean + sigma * rng.standard_normal(clean.shape)
-    step_to = denoise.score_step(drawn, jnp.asarray(noisy, jnp.float32), cfg, sigma)
+    step_to = denoise.score_step(flow_params, jnp.asarray(noisy, jnp.float32), cfg, sigma)
     close(step_to, noisy - sigma**2 * (noisy - mean) / scale**2, 1e-5)
     error = lambda x: np.square(np.asarray(x) - clean).mean((0, 1))
     # What is left is the posterior's variance, sigma^2 (1 - sigma^2 / scale^2).
-    left = sigma**2 * (1 - sigma**2 / scale**2)
-    np.testing.assert_allclose(error(step_to), left, rtol=0.1)
+    remaining = sigma**2 * (1 - sigma**2 / scale**2)
+    np.testing.assert_allclose(error(step_to), remaining, rtol=0.1)
     assert (error(step_to) < error(noisy)).all()
 
 
@@ -240,12 +246,12 @@ def test_the_score_step_is_the_posterior_mean_of_a_gaussian():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A run with two checkpoints whose averaged weights differ from the raw ones, and both."""
+    """Make a run of two checkpoints whose averaged weights differ from the raw ones."""
     workdir, models = tmp_path_factory.mktemp("run"), {}
     writer = orbax.open(workdir)
     for number in (1, 2):
         models[number] = dataclasses.replace(
-            model_of(labelled().cfg, seed=number), classes=("cat", "dog", "owl")
+            model_of(labeled_model().cfg, seed=number), classes=("cat", "dog", "owl")
         )
         raw = jax.tree.map(lambda a: a + 1, models[number].params)
         state = {"step": jnp.int32(number), "params": raw, "ema": models[number].params}
@@ -258,26 +264,26 @@ def saved(tmp_path_factory):
     return workdir, models
 
 
-def check_same(found, expected):
-    assert found.model_config == expected.model_config and found.classes == expected.classes
-    ours, theirs = params.flatten(found.params), params.flatten(expected.params)
-    assert list(ours) == list(theirs)
-    for name, array in ours.items():
-        np.testing.assert_array_equal(np.asarray(array), np.asarray(theirs[name]), err_msg=name)
+def check_same(loaded, expected):
+    assert loaded.model_config == expected.model_config and loaded.classes == expected.classes
+    actual, reference = params.flatten(loaded.params), params.flatten(expected.params)
+    assert list(actual) == list(reference)
+    for name, array in actual.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(reference[name]), err_msg=name)
 
 
 def test_load_a_run_and_a_step_of_it(saved):
     workdir, models = saved
     check_same(load_flow(str(workdir)), models[2])
-    found = load_flow(str(workdir / "checkpoints" / "1"))
-    check_same(found, models[1])
-    assert json.loads(found.source) == {"workdir": str(workdir), "step": 1}
-    drawn = generate(found, 3, labels=[0, 1, 2])
-    np.testing.assert_array_equal(drawn, generate(models[1], 3, labels=[0, 1, 2]))
+    loaded = load_flow(str(workdir / "checkpoints" / "1"))
+    check_same(loaded, models[1])
+    assert json.loads(loaded.source) == {"workdir": str(workdir), "step": 1}
+    images = generate(loaded, 3, labels=[0, 1, 2])
+    np.testing.assert_array_equal(images, generate(models[1], 3, labels=[0, 1, 2]))
 
 
 def test_load_a_run_with_a_frozen_subtree(tmp_path):
-    """It is in no checkpoint: the seed draws it as it did for the run."""
+    """Check that a subtree in no checkpoint is drawn from the seed again."""
     cfg = config.to_dict(config.default())
     cfg["model"] = {"side": 2, "channels": 12, "width": 64, "layers": [1, 1]}
     cfg["model"] |= {"text_channels": 8, "text_length": 4}
@@ -290,20 +296,20 @@ def test_load_a_run_with_a_frozen_subtree(tmp_path):
     meta = {"config": cfg, "classes": None, "null_text": None, "step": 1}
     orbax.save(writer, 1, {"step": state.step, "params": state.params, "ema": state.ema}, meta)
     orbax.close(writer)
-    for at in (None, make_mesh("fsdp=-1")):
-        found = load_flow(str(tmp_path), at, "fsdp")
-        np.testing.assert_array_equal(found.params["text"]["embed"], frozen["text"]["embed"])
-    assert generate(found, 1, prompts=["red"]).shape == (1, 4, 4, 3)
+    for device_mesh in (None, make_mesh("fsdp=-1")):
+        loaded = load_flow(str(tmp_path), device_mesh, "fsdp")
+        np.testing.assert_array_equal(loaded.params["text"]["embed"], frozen["text"]["embed"])
+    assert generate(loaded, 1, prompts=["red"]).shape == (1, 4, 4, 3)
 
 
 def test_load_a_model_folder(saved, tmp_path):
     model = saved[1][2]
     cfg = {**model.cfg, "classes": list(model.classes)}
     model_folder.write_folder(tmp_path / "folder", model.params, cfg)
-    found = load_flow(str(tmp_path / "folder"))
-    check_same(found, model)
-    assert found.source == str(tmp_path / "folder")
-    np.testing.assert_array_equal(generate(found, 2), generate(model, 2))
+    loaded = load_flow(str(tmp_path / "folder"))
+    check_same(loaded, model)
+    assert loaded.source == str(tmp_path / "folder")
+    np.testing.assert_array_equal(generate(loaded, 2), generate(model, 2))
 
 
 @pytest.mark.parametrize("kind", ["run", "folder"])
@@ -314,15 +320,15 @@ def test_load_onto_a_mesh(saved, tmp_path, kind):
         model_folder.write_folder(
             workdir, models[2].params, {**models[2].cfg, "classes": ["cat", "dog", "owl"]}
         )
-    found = load_flow(str(workdir), make_mesh("fsdp=8"), "fsdp")
-    check_same(found, models[2])
-    up = found.params["flow"]["blocks"]["0"]["layers"]["mlp_up"]["weight"]
+    loaded = load_flow(str(workdir), make_mesh("fsdp=8"), "fsdp")
+    check_same(loaded, models[2])
+    up = loaded.params["flow"]["blocks"]["0"]["layers"]["mlp_up"]["weight"]
     assert {shard.data.shape for shard in up.addressable_shards} == {(1, 2, 64)}
     x = np.random.default_rng(1).standard_normal((8, 4, 12)).astype(np.float32)
-    close(likelihood(found, x), likelihood(models[2], x))
+    close(likelihood(loaded, x), likelihood(models[2], x))
 
 
-def test_load_says_what_is_not_there_or_damaged(saved, tmp_path):
+def test_missing_and_damaged_files_are_named(saved, tmp_path):
     workdir, models = saved
     with pytest.raises(FileNotFoundError, match="no committed checkpoint in"):
         load_flow(str(tmp_path / "nowhere"))

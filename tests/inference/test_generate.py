@@ -1,4 +1,4 @@
-"""STARFlow2 as a user meets it: files in, files out, what is refused, images cleaned up."""
+"""The use of a STARFlow2: loading, prompts, the command, refusals, and denoised images."""
 
 import dataclasses
 import json
@@ -37,18 +37,18 @@ def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
     model = load.load(run)
     assert isinstance(model, STARFlow2) and model.source == run
     options = {"images": 1, "max_tokens": 0, "guidance": 1.0}
-    drawn = model.generate(["a red circle"], **options)[0][0]
-    assert drawn.image.shape == (PIXELS, PIXELS, 3) and drawn.image.dtype == np.uint8
+    part = model.generate(["a red circle"], **options)[0][0]
+    assert part.image.shape == (PIXELS, PIXELS, 3) and part.image.dtype == np.uint8
     for embed, name in ((True, "whole"), (False, "near")):
         load.export(run, str(tmp_path / name), embed=embed)
         other = load.load(str(tmp_path / name)).generate(["a red circle"], **options)[0][0]
-        np.testing.assert_array_equal(other.image, drawn.image)
+        np.testing.assert_array_equal(other.image, part.image)
         assert (tmp_path / name / "fae").exists() == embed
     # The command writes the first kind, and a folder that was moved still has all it needs.
-    for name, words in (("exported", []), ("paths", ["--noembed"])):
+    for name, extra_args in (("exported", []), ("paths", ["--noembed"])):
         values = flags.FlagValues()
         convert.define(values)
-        values(["convert", "--model", run, "--out", str(tmp_path / name), *words])
+        values(["convert", "--model", run, "--out", str(tmp_path / name), *extra_args])
         convert.main("export", [], values)
         assert (tmp_path / name / "vlm").exists() == (name == "exported")
     (tmp_path / "exported").rename(tmp_path / "moved")
@@ -56,7 +56,7 @@ def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
 
 
 def test_a_long_answer_of_a_loaded_model_needs_one_program(parts, caplog):
-    """What a chunk of steps leaves is as what the first was given."""
+    """Check that the output of a chunk of steps has the type of the first input."""
     model = load.load(parts[1])
     images = decode_loop.CHUNK // model.model_config.patches + 1
     options = {"images": images, "image_start": True, "max_tokens": 1}
@@ -68,16 +68,16 @@ def test_a_long_answer_of_a_loaded_model_needs_one_program(parts, caplog):
     assert sum(line.startswith("Compiling jit(decode_chunk) ") for line in started) == 1
 
 
-def test_rows_go_on_by_the_same_program_where_others_were_cut(parts, caplog):
+def test_rows_continue_with_the_same_program_after_others_have_stopped(parts, caplog):
     model = load.load(parts[1])
     options = {"images": 0, "max_tokens": 40, "temperature": 1.0}
     prompts = [["a red circle"], ["a blue square"]]
-    said = [row[0].text if row else "" for row in model.generate(prompts, **options)]
-    words = [word for word in said[0].split()[:8] if len(word) > 1 and word not in said[1]]
+    texts = [row[0].text if row else "" for row in model.generate(prompts, **options)]
+    words = [word for word in texts[0].split()[:8] if len(word) > 1 and word not in texts[1]]
     decode_loop.decode_chunk.clear_cache()
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        found = model.generate(prompts, stop=(words[0],), **options)
-    assert found.finish[0] == "stop" and found[1][0].text == said[1] and len(said[1]) > 16
+        results = model.generate(prompts, stop=(words[0],), **options)
+    assert results.finish[0] == "stop" and results[1][0].text == texts[1] and len(texts[1]) > 16
     started = [entry.getMessage() for entry in caplog.records]
     assert sum(line.startswith("Compiling jit(decode_chunk) ") for line in started) == 1
 
@@ -99,9 +99,9 @@ def test_images_are_read_with_the_noise_of_their_row(parts):
     scores = model.log_likelihood(rows)
     assert [len(row) for row in scores] == [2, 2] and np.isfinite(scores).all()
     assert model.log_likelihood(rows) == scores != model.log_likelihood(rows, seed=1)
-    said = model.generate(rows, images=0, max_tokens=4)
-    alone = model.generate(rows[1:], images=0, max_tokens=4, samples=(1,))
-    assert said[1][0].tokens == alone[0][0].tokens
+    results = model.generate(rows, images=0, max_tokens=4)
+    single = model.generate(rows[1:], images=0, max_tokens=4, samples=(1,))
+    assert results[1][0].tokens == single[0][0].tokens
     # Editing: the source, an instruction, a picture; the source is the cache's, not read again.
     edited = model.generate([[pixels, "make it blue"]], images=1, image_start=True, max_tokens=3)
     assert edited[0][0].kind == "image"
@@ -111,8 +111,8 @@ def test_images_are_read_with_the_noise_of_their_row(parts):
 
 def test_another_vlm_codec_or_task_is_refused(parts, tmp_path):
     root, run = parts
-    found = codec.load(str(root / "fae"))
-    args = (root, found)
+    folder_codec = codec.load(str(root / "fae"))
+    args = (root, folder_codec)
     with pytest.raises(ValueError, match=r"trained with another VLM .*vlm: expected sha2"):
         load.load(save_run(tmp_path / "a", *args, vlm="0" * 64))
     with pytest.raises(ValueError, match=r"trained with another codec than .*fae: expected sha256"):
@@ -126,17 +126,19 @@ def test_another_vlm_codec_or_task_is_refused(parts, tmp_path):
 # ------------------------------------------------------------------------------------ the command
 
 
-def ran(capsys, *words):
+def run_command(capsys, *args):
     values = flags.FlagValues()
     command.define(values)
-    values(["generate", *map(str, words)])
+    values(["generate", *map(str, args)])
     command.main([], values)
     return capsys.readouterr().out
 
 
 def test_the_command_draws_and_answers(parts, tmp_path, capsys):
     run, out = parts[1], tmp_path / "out"
-    ran(capsys, "--model", run, "--prompt", "a red circle", "--n", 2, "--guidance", 2, "--out", out)
+    run_command(
+        capsys, "--model", run, "--prompt", "a red circle", "--n", 2, "--guidance", 2, "--out", out
+    )
     names = sorted(path.name for path in out.glob("*.png"))
     assert names == ["00000_00_0.png", "00000_01_0.png"]
     note = json.loads(Image.open(out / names[1]).text[output.PNG_KEY])
@@ -145,27 +147,27 @@ def test_the_command_draws_and_answers(parts, tmp_path, capsys):
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [row[0]["image"] for row in lines] == [str(out / name) for name in names]
     with pytest.raises(ValueError, match="is not empty"):
-        ran(capsys, "--model", run, "--prompt", "a", "--out", out)
+        run_command(capsys, "--model", run, "--prompt", "a", "--out", out)
     # A chat with a picture by its path beside the file, a batch of two, text alone.
     chat = [{"role": "user", "content": [{"type": "image", "image": names[0]},
                                          {"type": "text", "text": "what is it?"}]}]  # fmt: skip
     (out / "chat.json").write_text(json.dumps(chat))
-    words = ("--model", run, "--max_tokens", 3, "--json")
-    said = json.loads(ran(capsys, *words, "--chat", out / "chat.json"))["rows"]
-    assert len(said) == 1 and said[0][0]["type"] == "text"
+    args = ("--model", run, "--max_tokens", 3, "--json")
+    rows = json.loads(run_command(capsys, *args, "--chat", out / "chat.json"))["rows"]
+    assert len(rows) == 1 and rows[0][0]["type"] == "text"
     (out / "batch.jsonl").write_text(f"{json.dumps(chat)}\n{json.dumps(chat)}\n")
-    said = json.loads(ran(capsys, *words, "--batch", out / "batch.jsonl"))["rows"]
-    assert len(said) == 2
-    shown = ran(capsys, "--model", run, "--image", out / names[0], "--prompt", "why?",
+    rows = json.loads(run_command(capsys, *args, "--batch", out / "batch.jsonl"))["rows"]
+    assert len(rows) == 2
+    printed = run_command(capsys, "--model", run, "--image", out / names[0], "--prompt", "why?",
                 "--max_tokens", 3)  # fmt: skip
-    assert "1 answers with 0 images" in shown
+    assert "1 answers with 0 images" in printed
 
 
 def test_genevals_tree(parts, tmp_path, capsys):
     rows = [{"tag": "colors", "prompt": f"a {c} circle", "include": []} for c in ("red", "blue")]
     (tmp_path / "meta.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ("--model", parts[1], "--geneval", tmp_path / "meta.jsonl", "--n", 2, "--seed", 42)
-    ran(capsys, *words, "--out", tmp_path / "tree")
+    args = ("--model", parts[1], "--geneval", tmp_path / "meta.jsonl", "--n", 2, "--seed", 42)
+    run_command(capsys, *args, "--out", tmp_path / "tree")
     for i, row in enumerate(rows):
         folder = tmp_path / "tree" / f"{i:05}"
         assert json.loads((folder / "metadata.jsonl").read_text()) == row
@@ -179,25 +181,25 @@ def test_genevals_tree(parts, tmp_path, capsys):
     drawing = {"images": 1, "max_tokens": 0, "n": 2, "seed": 42}
     options = make_options(drawing | {"denoise": model.cfg["sample"]["denoise"]})
     prompts = [row["prompt"] for row in rows]
-    for together in (1, 2):
-        found = list(generate.generate_many(model, prompts, options, max_rows=2 * together))
-        last = found[1][1][0].image
-        kept = np.asarray(Image.open(tmp_path / "tree" / "00001" / "samples" / "00001.png"))
-        assert np.abs(last.astype(int) - kept).max() <= 1
+    for num_prompts in (1, 2):
+        answers = list(generate.generate_many(model, prompts, options, max_rows=2 * num_prompts))
+        image = answers[1][1][0].image
+        saved = np.asarray(Image.open(tmp_path / "tree" / "00001" / "samples" / "00001.png"))
+        assert np.abs(image.astype(int) - saved).max() <= 1
     with pytest.raises(ValueError, match=r"meta.jsonl, line 1: expected an object with a text"):
         (tmp_path / "meta.jsonl").write_text("[]\n")
-        ran(capsys, *words, "--out", tmp_path / "other")
+        run_command(capsys, *args, "--out", tmp_path / "other")
 
 
 # ---------------------------------------------------------------------------------- what is refused
 
 
-def test_prompts_and_options_that_cannot_be(tmp_path):
+def test_invalid_prompts_and_options_are_refused(tmp_path):
     model = tiny_decode_model.model()
-    draw = lambda prompt, **options: model.generate([prompt], **options)
+    generate_one = lambda prompt, **options: model.generate([prompt], **options)
     (tmp_path / "chat.json").write_text(json.dumps([{"role": "wizard", "content": "hi"}]))
     pixels = np.zeros((8, 9, 3), np.uint8)
-    for words, prompt, options in (
+    for message, prompt, options in (
         ("prompt 0, message 0: unknown role 'wizard', expected one of none, system, user",
          command_chat(tmp_path / "chat.json"), {}),
         ("content is NoneType", [{"role": "user"}], {}),
@@ -225,8 +227,8 @@ def test_prompts_and_options_that_cannot_be(tmp_path):
         (r"unknown option 'guidence'.*guidance", "a", {"guidence": 2.0}),
         ("samples: 2 numbers for 1 rows", "a", {"samples": (1, 2)}),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=words):
-            draw(prompt, **options)
+        with pytest.raises(ValueError, match=message):
+            generate_one(prompt, **options)
     with pytest.raises(ValueError, match="expected a non-empty list with one prompt per row"):
         model.generate("a prompt")
 
@@ -244,7 +246,7 @@ def test_images_of_another_size_are_not_resized(parts):
         model.generate([["a", np.zeros((8, 9, 3), np.uint8)]])
 
 
-def test_checkpoints_that_have_not_learnt_it_say_so():
+def test_untrained_parts_of_a_checkpoint_are_refused():
     model = tiny_decode_model.model()
     zero = lambda tree: jax.tree.map(np.zeros_like, tree)
     blind = dataclasses.replace(
@@ -259,15 +261,15 @@ def test_checkpoints_that_have_not_learnt_it_say_so():
         mute.generate(["draw"], images=1)
 
 
-def test_conversations_that_cannot_go_on():
+def test_continuations_that_are_refused():
     model = tiny_decode_model.model()
     first = model.generate(["a", "b"], images=0, max_tokens=2)
-    for words, prompts, options in (
+    for message, prompts, options in (
         ("1 for the 2 rows to continue", ["c"], {}),
         ("n and best_of belong to the first call", ["c", "d"], {"n": 2}),
         ("the session was started without guidance", ["c", "d"], {"guidance": 1.0}),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             model.generate(
                 prompts, continue_from=first, **{"max_tokens": 2, "images": 0, **options}
             )
@@ -280,7 +282,7 @@ def test_conversations_that_cannot_go_on():
 
 
 def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(x64):
-    """By the parallel forward over the whole row: of the second image, the first one before it."""
+    """Check the score of the second image of a row against the parallel forward."""
     model = tiny_decode_model.model()
     options = {"images": 2, "max_tokens": 2, "seed": 4, "temperature": 1.0, "guidance": 1.0}
     results = model.generate(["ab", "hello"], **options)
@@ -322,7 +324,7 @@ def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(x64):
     assert np.abs(score).max() > 0.1
 
 
-def test_cleaned_images_are_decoded_and_the_noisy_ones_told(parts):
+def test_denoised_images_are_decoded_and_noisy_latents_are_reported(parts):
     model = load.load(parts[1])
     options = {"images": 2, "max_tokens": 2, "seed": 1}
     plain = model.generate(["a circle"], **options)[0]

@@ -1,4 +1,4 @@
-"""Prompts and images that are refused say where they stand and what was expected."""
+"""Images of prompts are read from several sources; those that cannot be are named."""
 
 import io
 
