@@ -25,34 +25,33 @@ PIXELS = 16
 
 def make_parts(root):
     """Folders of a tiny VLM with its tokenizer and of a tiny codec, and a run of both."""
-    _, words = interleaved_dataset.make(root, count=8, pixels=PIXELS, patch=4, merge=1)
-    ids = {name: i for i, name in enumerate(json.loads(Path(words, "tokenizer.json").read_text())
-                                            ["model"]["vocab"])}  # fmt: skip
+    _, tokenizer_folder = interleaved_dataset.make(root, count=8, pixels=PIXELS, patch=4, merge=1)
+    tokenizer = json.loads(Path(tokenizer_folder, "tokenizer.json").read_text())
     tower = qwen_vision.VisionConfig(
         depth=1, width=16, heads=2, mlp_width=24, out_width=32, full_layers=(0,), patch=4,
         window=16, merge=1,
     )  # fmt: skip
-    shape = qwen.QwenConfig(
+    vlm_config = qwen.QwenConfig(
         vocab=400, width=32, layers=2, heads=2, kv_heads=1, mlp_width=48, sections=(2, 3, 3),
         tied=True, image_token=5, video_token=6, vision_start_token=3, vision_end_token=4,
         vision=tower,
     )  # fmt: skip
-    assert len(ids) <= 400
-    drawn = params.init(jax.random.key(1), qwen.declare(shape))
+    assert len(tokenizer["model"]["vocab"]) <= 400
+    vlm_params = params.init(jax.random.key(1), qwen.declare(vlm_config))
     cfg = config.default()
     cfg.task, cfg.image.pixels = "vlm", PIXELS
-    readers.export(readers.VLM(cfg, shape, drawn, words), str(root / "vlm"))
-    found = codec.load(make_run(root / "features", 0))
-    pixels = params.init(jax.random.key(2), fae.declare(found.model)["pixel_decoder"])
-    whole = dataclasses.replace(
-        found, cfg={**found.cfg, "task": "fae_pixels"},
-        params={**found.params, "pixel_decoder": pixels},
+    readers.export(readers.VLM(cfg, vlm_config, vlm_params, tokenizer_folder), str(root / "vlm"))
+    features_codec = codec.load(make_run(root / "features", 0))
+    decoder = params.init(jax.random.key(2), fae.declare(features_codec.model)["pixel_decoder"])
+    full_codec = dataclasses.replace(
+        features_codec, cfg={**features_codec.cfg, "task": "fae_pixels"},
+        params={**features_codec.params, "pixel_decoder": decoder},
     )  # fmt: skip
-    codec.export(whole, str(root / "fae"))
-    return root, save_run(root / "run", root, found)
+    codec.export(full_codec, str(root / "fae"))
+    return root, save_run(root / "run", root, features_codec)
 
 
-def save_run(workdir, root, held, shake=0.3, **frozen):
+def save_run(workdir, root, latent_codec, shake=0.3, **frozen):
     """A checkpoint as a short training of stage 3 would leave it."""
     cfg = config.default()
     cfg.task, cfg.train.trainable = "starflow2", starflow2.SUBTREES
@@ -61,22 +60,24 @@ def save_run(workdir, root, held, shake=0.3, **frozen):
     cfg.vlm.path, cfg.text.tokenizer = str(root / "vlm"), str(root / "vlm")
     cfg.fae.path, cfg.noise.sigma = str(root / "fae"), 0.1
     cfg = config.to_dict(cfg)
-    shape = starflow2.preset("tiny", vlm=qwen_shape(root), flow=starflow2.flow_config(32, **sizes))
-    tree = params.init(jax.random.key(0), starflow2.declare(shape))
+    flow_config = starflow2.flow_config(32, **sizes)
+    model_config = starflow2.preset("tiny", vlm=qwen_config(root), flow=flow_config)
+    tree = params.init(jax.random.key(0), starflow2.declare(model_config))
     rng = np.random.default_rng(0)
-    drawn = {
+    trained = {
         name: jax.tree.map(
             lambda a: a + shake * rng.standard_normal(a.shape, np.float32), tree[name]
         )
         for name in starflow2.SUBTREES
     }
-    before = {"vlm": teacher_weights.identity(str(root / "vlm")), "fae": held.sha256, **frozen}
+    vlm_digest = teacher_weights.identity(str(root / "vlm"))
+    frozen_digests = {"vlm": vlm_digest, "fae": latent_codec.sha256, **frozen}
     writer = orbax.open(workdir)
-    state = {"step": jnp.int32(1), "params": jax.tree.map(lambda a: a + 1, drawn), "ema": drawn}
-    orbax.save(writer, 1, state, {"config": cfg, "step": 1, "frozen": before})
+    state = {"step": jnp.int32(1), "params": jax.tree.map(lambda a: a + 1, trained), "ema": trained}
+    orbax.save(writer, 1, state, {"config": cfg, "step": 1, "frozen": frozen_digests})
     orbax.close(writer)
     return str(workdir)
 
 
-def qwen_shape(root):
+def qwen_config(root):
     return qwen_weights.load(root / "vlm", only=("embed",))[0]

@@ -43,37 +43,37 @@ ANSWER = 16
 def make_model() -> STARFlow2:
     """A tiny model and codec with random weights; a token of text is a letter."""
     cfg = config.to_dict(runpy.run_path(str(EXPERIMENT))["get_config"]("tiny"))
-    shape = model_config(cfg)
-    tower = teacher_weights.teacher_config(cfg, shape)
-    declared = {**fae.declare(shape), "teacher": teachers.declare(tower)}
-    drawn = init_params(jax.random.key(0), declared)
-    held = codec.Codec(cfg, shape, tower, drawn, "")
-    words = Tokenizer(
+    codec_config = model_config(cfg)
+    tower = teacher_weights.teacher_config(cfg, codec_config)
+    declared = {**fae.declare(codec_config), "teacher": teachers.declare(tower)}
+    codec_params = init_params(jax.random.key(0), declared)
+    latent_codec = codec.Codec(cfg, codec_config, tower, codec_params, "")
+    tokenizer = Tokenizer(
         encode=lambda text: tuple(LETTERS + ord(c) % 600 for c in text),
         decode=lambda ids: "".join(map(chr, ids)),
         turn_start=1, turn_end=2, vision_start=3, vision_end=4, image=5, pad=0, opening=(),
         vocab_size=640,
     )  # fmt: skip
-    whole = starflow2.tiny()
-    params = init_params(jax.random.key(1), starflow2.declare(whole))
+    model_config = starflow2.tiny()
+    params = init_params(jax.random.key(1), starflow2.declare(model_config))
     head = params["deep"]["proj_out"]
     head["weight"] = 0.02 * jax.random.normal(jax.random.key(2), head["weight"].shape)
     down = params["adapter"]["down"]
     down["weight"] = 0.02 * jax.random.normal(jax.random.key(3), down["weight"].shape)
-    plain = config.default()
-    plain.task, plain.noise.sigma = "starflow2", 0.3
-    return STARFlow2(config.to_dict(plain), whole, params, words, held)
+    model_cfg = config.default()
+    model_cfg.task, model_cfg.noise.sigma = "starflow2", 0.3
+    return STARFlow2(config.to_dict(model_cfg), model_config, params, tokenizer, latent_codec)
 
 
 def least_ms(run, repeats: int) -> float:
     """The least time of some runs after one that is not timed."""
     run()
-    taken = []
+    times = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         run()
-        taken.append(1000 * (time.perf_counter() - began))
-    return min(taken)
+        times.append(1000 * (time.perf_counter() - start_time))
+    return min(times)
 
 
 def compare(model: STARFlow2, k: int, repeats: int) -> dict:
@@ -81,27 +81,27 @@ def compare(model: STARFlow2, k: int, repeats: int) -> dict:
     draw = {"images": k, "max_tokens": 0}
     say = {"images": 0, "max_tokens": ANSWER, "temperature": 1.0}
     prompt, question = "draw pictures", "what do they show?"
-    drawn = model.generate([prompt], **draw)
+    with_images = model.generate([prompt], **draw)
     items = k * (model.model_config.patches + 2)
     text = Part("text", "assistant", "x" * items)
-    told = model.generate([[prompt, text]], **{**say, "max_tokens": 1})
-    pixels = [Part("image", "assistant", image=part.image) for part in drawn[0]]
+    with_text = model.generate([[prompt, text]], **{**say, "max_tokens": 1})
+    pixels = [Part("image", "assistant", image=part.image) for part in with_images[0]]
 
     def loop():
         """Each image by a call that is given all before it as pixels."""
-        seen: list[Part] = []
+        parts: list[Part] = []
         for _ in range(k):
-            found = model.generate([[prompt, *seen]], images=1, max_tokens=0)
-            seen.append(Part("image", "assistant", image=found[0][-1].image))
+            results = model.generate([[prompt, *parts]], images=1, max_tokens=0)
+            parts.append(Part("image", "assistant", image=results[0][-1].image))
 
-    answer = lambda after: model.generate([question], continue_from=after, **say)
-    before = drawn.session.read
+    answer = lambda results: model.generate([question], continue_from=results, **say)
+    before = with_images.session.read
     row = {
         "images": k,
         "items_before": before,
-        "items_read": answer(drawn).session.read - before,
-        "answer_after_images_ms": least_ms(lambda: answer(drawn), repeats),
-        "answer_after_items_ms": least_ms(lambda: answer(told), repeats),
+        "items_read": answer(with_images).session.read - before,
+        "answer_after_images_ms": least_ms(lambda: answer(with_images), repeats),
+        "answer_after_items_ms": least_ms(lambda: answer(with_text), repeats),
         "answer_again_ms": least_ms(
             lambda: model.generate([[prompt, *pixels, question]], **say), repeats
         ),
@@ -120,11 +120,11 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--images", type=int, nargs="+", default=[1, 2, 4, 8])
     flags.add_argument("--repeats", type=int, default=5)
-    given = flags.parse_args()
+    args = flags.parse_args()
     print(json.dumps(timing.describe_machine()), flush=True)
     model = make_model()
-    for k in given.images:
-        print(json.dumps(compare(model, k, given.repeats)), flush=True)
+    for k in args.images:
+        print(json.dumps(compare(model, k, args.repeats)), flush=True)
 
 
 if __name__ == "__main__":
