@@ -54,15 +54,15 @@ def make_model() -> STARFlow2:
         turn_start=1, turn_end=2, vision_start=3, vision_end=4, image=5, pad=0, opening=(),
         vocab_size=640,
     )  # fmt: skip
-    model_config = starflow2.tiny()
-    params = init_params(jax.random.key(1), starflow2.declare(model_config))
+    starflow2_config = starflow2.tiny()
+    params = init_params(jax.random.key(1), starflow2.declare(starflow2_config))
     head = params["deep"]["proj_out"]
     head["weight"] = 0.02 * jax.random.normal(jax.random.key(2), head["weight"].shape)
     down = params["adapter"]["down"]
     down["weight"] = 0.02 * jax.random.normal(jax.random.key(3), down["weight"].shape)
     model_cfg = config.default()
     model_cfg.task, model_cfg.noise.sigma = "starflow2", 0.3
-    return STARFlow2(config.to_dict(model_cfg), model_config, params, tokenizer, latent_codec)
+    return STARFlow2(config.to_dict(model_cfg), starflow2_config, params, tokenizer, latent_codec)
 
 
 def least_ms(run, repeats: int) -> float:
