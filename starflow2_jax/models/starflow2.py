@@ -305,7 +305,7 @@ def forward(
             cache=flow_cache,
             temperature=attention_temperature,
         )
-    caches = (vlm_cache, flow_cache) if caches else None
+    caches = None if vlm_cache is None or flow_cache is None else (vlm_cache, flow_cache)
     return BackboneOutputs(y, h, vlm_skip_ratio=ratio, caches=caches)
 
 
