@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Draws the coloured shapes that the `tiny` stages of STARFlow2 learn and are measured with.
+# Makes the shapes datasets that the `tiny` stages of STARFlow2 are trained and evaluated on.
 #
 #   bash launch/data_tiny.sh [DIVISOR]
 #
 # Writes data_cache/NAME64 and data_cache/NAME64_test in the working directory, where
-# experiments/stage*.py:tiny look for them; what is complete stays as it is. DIVISOR draws so many
-# times fewer to learn from, into the same folders. A core draws some 500 records a second.
+# experiments/stage*.py:tiny expect them; complete folders stay unchanged. DIVISOR divides the number
+# of training records. One core makes about 500 records a second.
 #
 # PYTHON  the interpreter that has the package (default: python)
 set -euo pipefail
@@ -18,7 +18,7 @@ case $divisor in
     ;;
 esac
 
-# An eighth of all pairs of colour and shape, and of their combinations, is in none of them.
+# --withheld leave_out keeps an eighth of the (color, shape) pairs and combinations out of all of them.
 fixed=(--format shapes --pixels 64 --withheld leave_out)
 lines=
 while read -r name tasks n seed test_tasks test_n test_seed; do
@@ -33,5 +33,5 @@ text       text                          10000  50  text      300  51
 END
 
 mkdir -p data_cache
-# Two at a time: each keeps one core busy.
+# Two at a time, since each process uses one core.
 printf '%s' "$lines" | xargs -P 2 -L 1 "${PYTHON:-python}" -m starflow2_jax.prepare import "${fixed[@]}"
