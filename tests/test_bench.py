@@ -34,6 +34,7 @@ def tiny(monkeypatch):
     return own
 
 
+@pytest.mark.fast
 def test_timed_waits_for_the_result_and_takes_the_median():
     calls = []
 
@@ -47,6 +48,7 @@ def test_timed_waits_for_the_result_and_takes_the_median():
     assert row["peak_mb"] > 10
 
 
+@pytest.mark.fast
 def test_shares_are_work_over_time():
     row = timing.utilization(1000.0, RATES, flops=50e9, num_bytes=10e9)
     assert row["gflops"] == pytest.approx(50) and row["share_of_matmul_rate"] == pytest.approx(0.5)
@@ -105,6 +107,7 @@ def test_command_prints_json_and_lines(tiny, capsys, monkeypatch):
     assert "share_of_bound" in capsys.readouterr().out
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("verb", "words", "message"),
     [
@@ -210,6 +213,7 @@ def test_timed_stages_are_those_of_the_experiments(name, file):
         assert ours["model"] == cfg.model.to_dict()
 
 
+@pytest.mark.fast
 def test_bytes_of_a_decoding_step():
     """7.07 B weights of the VLM's layers, 2.76 B of the deep flow's: 19.7 GB in bfloat16."""
     found = stages.step_bytes(stages.pretzel.paper(), 1, 448, 2)

@@ -37,6 +37,7 @@ def changed(**changes):
     return cfg
 
 
+@pytest.mark.fast
 def test_defaults_are_whole_and_pass():
     cfg = config.default()
     config.check(cfg)
@@ -45,6 +46,7 @@ def test_defaults_are_whole_and_pass():
     assert all(key.doc for key in config.KEYS.values())
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "key, value, words",
     [
@@ -76,6 +78,7 @@ def test_a_wrong_key_or_value_is_named(key, value, words):
     assert words in str(error.value) and str(error.value).startswith("config: ")
 
 
+@pytest.mark.fast
 def test_a_missing_key_is_named():
     cfg = changed()
     del cfg["optim"]["b2"]
@@ -136,6 +139,7 @@ def test_differences_name_keys_of_the_model_too():
     assert config.differences(config.default(), json.loads(json.dumps(old))) == []
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", VARIANTS + STAGES)
 def test_experiments_pass_and_are_saved_as_json(name):
     cfg = experiment(name)

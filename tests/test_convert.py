@@ -61,6 +61,7 @@ def opened(path):
     return cfg, model, model_folder.read_folder(path, declare(cfg, model))
 
 
+@pytest.mark.fast
 def test_tarflow_to_a_model_folder(public, capsys):
     out = public / "model"
     options = TARFLOW + " noise_std=0.07 lr=1e-4"
@@ -214,6 +215,7 @@ def test_export_of_a_run(workdir, tmp_path):
     np.testing.assert_array_equal(read["flow"]["blocks"]["0"]["start"], start + 2)
 
 
+@pytest.mark.fast
 def test_list_show_verify(workdir, tmp_path, capsys):
     path, params = workdir
     run("list", "--workdir", path, "--json")

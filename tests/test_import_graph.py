@@ -6,6 +6,8 @@ import graphlib
 import pytest
 from helpers.paths import ROOT, TESTS
 
+pytestmark = pytest.mark.fast
+
 PACKAGE = ROOT / "starflow2_jax"
 # A module imports from its own layer and from those before it. Modules at the package's root that
 # are not named here are commands.

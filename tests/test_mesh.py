@@ -23,6 +23,7 @@ from starflow2_jax.mesh import (
 from starflow2_jax.training.tasks import registry
 
 
+@pytest.mark.fast
 def test_parse_mesh():
     assert parse_mesh("data=2, fsdp=-1") == {"data": 2, "fsdp": -1}
     assert parse_mesh("") == {}
@@ -33,6 +34,7 @@ def test_parse_mesh():
         parse_mesh("data=2,data=4")
 
 
+@pytest.mark.fast
 def test_make_mesh():
     mesh = make_mesh("data=2,fsdp=-1")
     assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
@@ -52,6 +54,7 @@ def test_make_mesh():
             make_mesh(sizes)
 
 
+@pytest.mark.fast
 def test_weight_spec_and_its_errors():
     mesh = make_mesh("fsdp=4,tensor=2")
     given = ("mlp_up", (2, 16, 64), ("layers", "embed", "mlp"), mesh)
@@ -86,6 +89,7 @@ def test_batches_are_cut_over_data_and_fsdp():
         check_batch(10, mesh)
 
 
+@pytest.mark.fast
 def test_constrain():
     x = jnp.zeros((4, 2, 6))
     assert constrain(x, "batch", "length", "mlp") is x

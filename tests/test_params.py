@@ -10,6 +10,8 @@ from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import flow
 from starflow2_jax.params import ParamSpec, fan_in, normal, ones, zeros
 
+pytestmark = pytest.mark.fast
+
 TREE = {
     "blocks": {
         "0": {

@@ -29,6 +29,7 @@ needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installe
 # ------------------------------------------------------------------------------------- topologies
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "name, words",
     [
@@ -48,6 +49,7 @@ def test_a_topology_that_does_not_exist(name, words):
         topology.find(name)
 
 
+@pytest.mark.fast
 def test_local_devices_are_a_topology():
     found = topology.find("cpu:4")
     assert found.devices == tuple(jax.devices()[:4]) and found.chip.memory > 2**28
@@ -55,6 +57,7 @@ def test_local_devices_are_a_topology():
     assert len(topology.find("cpu").devices) == 8
 
 
+@pytest.mark.fast
 def test_bandwidth_of_a_ring():
     """Both ways round a closed dimension, one link over an open one, and between slices none."""
     at = lambda *coords, part=0: SimpleNamespace(coords=coords, slice_index=part)

@@ -120,6 +120,7 @@ def test_webdataset(tmp_path, tar, capsys):
         run(capsys, "import", "--format", "webdataset", "--source", tar)
 
 
+@pytest.mark.fast
 def test_a_bad_source_writes_nothing(tmp_path, tar, capsys):
     with tarfile.open(tar, "a") as archive:
         archive.addfile(tarfile.TarInfo("../../evil.png"))
@@ -128,6 +129,7 @@ def test_a_bad_source_writes_nothing(tmp_path, tar, capsys):
     assert os.listdir(tmp_path) == ["pets.tar"]
 
 
+@pytest.mark.fast
 def test_folder(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for k in range(3):

@@ -7,6 +7,7 @@ import shutil
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from helpers.paths import ROOT
 from packaging.requirements import Requirement
@@ -14,6 +15,8 @@ from setuptools import Distribution
 from setuptools.command.build_py import build_py
 
 import starflow2_jax
+
+pytestmark = pytest.mark.fast
 
 PACKAGE = ROOT / "starflow2_jax"
 METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())

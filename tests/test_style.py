@@ -6,6 +6,8 @@ import re
 import pytest
 from helpers.paths import ROOT
 
+pytestmark = pytest.mark.fast
+
 SOURCES = [
     path
     for folder in ("starflow2_jax", "experiments")

@@ -158,6 +158,7 @@ def test_warm_start_takes_the_averaged_weights(unbroken, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, taken.params, given.ema)
 
 
+@pytest.mark.fast
 def test_dry_run_compiles_and_writes_nothing(tmp_path):
     experiment_file = EXPERIMENTS / "tarflow_pixels.py"
     flags = [

@@ -57,6 +57,7 @@ def test_the_packages_own_folders_are_found_from_anywhere(tmp_path, monkeypatch)
         teacher.teacher_config({"teacher": group}, None)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_round_trip(tmp_path, dtype):
     path, params = tmp_path / "deep" / "model", random_params(dtype)
@@ -190,6 +191,7 @@ def flip(path, index=-1):
     path.write_bytes(data)
 
 
+@pytest.mark.fast
 def test_damage_is_named(tmp_path):
     path = tmp_path / "m"
     model_folder.write_folder(path, random_params(), CONFIG, shard_bytes=100_000)

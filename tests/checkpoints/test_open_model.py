@@ -10,6 +10,8 @@ from starflow2_jax.checkpoints import model_folder, orbax, tensor_files
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.params import ParamSpec
 
+pytestmark = pytest.mark.fast
+
 DECLARED = {
     "flow": {"matrix": ParamSpec((4, 2), (None, None))},
     "text": {"table": ParamSpec((3, 2), (None, None))},

@@ -50,6 +50,7 @@ def warnings_of(caplog):
 # ------------------------------------------------------------------------------------ round trip
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("devices", [8, 4, 1])
 @pytest.mark.parametrize("inside_mesh", [False, True])
 def test_restore_on_another_mesh_is_bit_identical(saved, devices, inside_mesh):
@@ -182,6 +183,7 @@ def test_flipped_bits_at_many_positions(workdir):
             flip_and_restore(workdir, path, rng.randrange(8 * path.stat().st_size), target)
 
 
+@pytest.mark.fast
 def test_newest_good_step_skips_damaged_ones(workdir):
     flip(workdir / "checkpoints" / "3" / "params" / "_METADATA", 100)
     flip(workdir / "checkpoints" / "2" / digest.SIDECAR, 100)
@@ -196,6 +198,7 @@ def test_newest_good_step_skips_damaged_ones(workdir):
         orbax.restore(workdir, 3, abstract(make_state(3)))
 
 
+@pytest.mark.fast
 def test_truncated_and_missing_files(workdir):
     data = next((workdir / "checkpoints/3/params/d").iterdir())
     os.truncate(data, data.stat().st_size // 2)
@@ -309,6 +312,7 @@ def test_show(saved):
 # -------------------------------------------------------------------------------------- retention
 
 
+@pytest.mark.fast
 def test_retention(tmp_path):
     folder = run(tmp_path, [1, 2, 3, 4, 5, 6, 7], keep=2, keep_every=3)
     assert sorted(int(p.name) for p in folder.iterdir()) == [3, 6, 7]

@@ -11,6 +11,8 @@ from starflow2_jax.data.chat_layout import MessagePart
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.models import qwen
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

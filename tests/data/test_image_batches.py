@@ -45,6 +45,7 @@ def flat(lists):
     return [item for row in lists for item in row]
 
 
+@pytest.mark.fast
 def test_a_batch_has_images_labels_and_tokens(folder):
     cfg = {"path": folder, "labels": True, "text": "bytes", "text_length": 12, "shuffle": False}
     first, second = take(cfg, 2, batch_size=4)
@@ -79,6 +80,7 @@ def test_seeds_give_unrelated_orders(folder):
     assert len(set(epochs)) == 4
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_global_batches_do_not_depend_on_the_number_of_hosts(folder, hosts):
     cfg = {"path": folder, "labels": True}
@@ -104,6 +106,7 @@ def test_a_host_reads_its_own_rows_only(folder, monkeypatch):
     assert len(read) == 6
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("threads", [0, 3])
 def test_start_step_equals_skipping(folder, threads):
     cfg = {"path": folder, "threads": threads}
@@ -161,6 +164,7 @@ def test_eval_batches_of_a_mixture_are_one_folder_after_the_other(folder, tmp_pa
     assert order == [f"r{k}" for k in range(22)] + ["b0", "b1", "b2"]
 
 
+@pytest.mark.fast
 def test_describe_gives_records_classes_and_fingerprints(folder):
     description = image_batches.describe({"path": folder, "pixels": 8})
     assert description["records"] == 22 and description["classes"] == ["a", "b", "c"]
@@ -268,6 +272,7 @@ def with_bad_records(tmp_path):
     return {"path": str(tmp_path / "data"), "pixels": 40}
 
 
+@pytest.mark.fast
 def test_a_bad_record_stops_by_default(with_bad_records):
     with pytest.raises(DatasetError, match=r"shard-00000-of-00001.*record 3 .id 'r3'.*decoded"):
         take({**with_bad_records, "shuffle": False, "threads": 2}, 3, batch_size=4)

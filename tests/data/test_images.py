@@ -11,6 +11,8 @@ from PIL import Image
 from starflow2_jax.data import images
 from starflow2_jax.data.manifest import DatasetError
 
+pytestmark = pytest.mark.fast
+
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 
 

@@ -9,6 +9,8 @@ from helpers import interleaved_dataset
 from starflow2_jax.data import chat_layout, images, packed_batches, records
 from starflow2_jax.data.packing import PackingSpec
 
+pytestmark = pytest.mark.fast
+
 SPEC = PackingSpec(seq_len=288, image_tokens=4, max_images=4)  # the longest record takes some 220
 
 

@@ -15,6 +15,8 @@ from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.packing import PackingSpec
 from starflow2_jax.data.records import Img, Record, Text
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -14,6 +14,8 @@ from starflow2_jax.data import images, manifest, records, shards
 from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.data.records import ImageBlob, Img, Record, Text
 
+pytestmark = pytest.mark.fast
+
 
 def encoded(number: int, side: int = 8) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)

@@ -76,6 +76,7 @@ def noisy(cfg, images):
     )
 
 
+@pytest.mark.fast
 def test_identity_flow_has_the_bits_of_a_standard_normal():
     cfg = experiment(**{"noise.kind": "uniform"})
     images = pictures(7)
@@ -164,6 +165,7 @@ def test_bad_rows_are_named():
         likelihood.per_image(broken, batches(pictures(5), 4))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", ["gaussian", "uniform"])
 def test_gaussian_baseline_is_the_closed_form(kind):
     cfg = experiment(**{"noise.kind": kind, "noise.sigma": 0.5})
@@ -195,6 +197,7 @@ def test_gaussian_baseline_is_the_closed_form(kind):
     assert got == pytest.approx(exact.mean(), rel=1e-7)
 
 
+@pytest.mark.fast
 def test_gaussian_baseline_refuses_what_it_cannot_fit():
     cfg = experiment(**{"noise.kind": "none"})
     constant = np.repeat(pictures(1), 5, 0)

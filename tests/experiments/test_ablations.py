@@ -57,6 +57,7 @@ def test_a_row_trains_as_many_weights_as_the_pretzel_or_says_so(variant, name):
     ]
 
 
+@pytest.mark.fast
 def test_the_core_has_three_seeds_and_the_others_one():
     assert tuple(name for name, row in rows.ROWS.items() if row.core) == CORE
     assert {row.seeds for row in rows.ROWS.values() if row.core} == {3}
@@ -72,6 +73,7 @@ def test_data_lie_where_they_are_told_to():
     assert words["text"] and words["path"].startswith("/t2i/text")
 
 
+@pytest.mark.fast
 def test_an_unknown_row_is_a_key_error():
     for which in ("tiny/mot", "large/pretzel", "tiny"):
         with pytest.raises(KeyError, match=which):
@@ -81,6 +83,7 @@ def test_an_unknown_row_is_a_key_error():
 # ------------------------------------------------------------------------------------------ runner
 
 
+@pytest.mark.fast
 def test_shards_hold_every_run_once_and_first_seeds_first():
     whole = run.jobs([], "0/1")
     assert len(whole) == len(set(whole)) == 3 * 6 + len(rows.ROWS) - 6

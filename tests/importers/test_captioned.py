@@ -16,6 +16,8 @@ from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.importers import captioned
 from starflow2_jax.importers.captioned import MissingCaptions
 
+pytestmark = pytest.mark.fast
+
 SHARED = pathlib.Path(os.environ.get("STARFLOW2_SHARED", ROOT / "../shared"))
 
 

@@ -15,6 +15,8 @@ from starflow2_jax import prepare
 from starflow2_jax.data import records
 from starflow2_jax.data.manifest import DatasetError
 
+pytestmark = pytest.mark.fast
+
 
 def encoded(value, fmt="PNG"):
     out = io.BytesIO()

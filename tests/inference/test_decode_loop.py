@@ -116,6 +116,7 @@ def parallel(model, decode_inputs):
     return [np.asarray(output) for output in forward(model.params)]
 
 
+@pytest.mark.fast
 def test_cached_steps_equal_the_parallel_forward():
     """Check rows of several lengths with three images each, also in the branches of guidance.
 
@@ -375,6 +376,7 @@ def test_fixed_free_and_forced_images():
     np.testing.assert_allclose(fast, slow, atol=1e-5)
 
 
+@pytest.mark.fast
 def test_every_item_has_a_key_of_its_own():
     """Check that the first patch of a part does not share the key of the token before it."""
     model = tiny_decode_model.model()
@@ -394,6 +396,7 @@ def test_every_item_has_a_key_of_its_own():
     assert len(key_data) == 3 * (model.model_config.patches + 1)
 
 
+@pytest.mark.fast
 def test_tokens_are_sampled_from_the_top_k_and_the_top_p():
     logits = jnp.log(jnp.asarray([[0.5, 0.2, 0.15, 0.1, 0.05], [0.1, 0.1, 0.1, 0.1, 0.6]]))
     is_kept = lambda k, p: np.isfinite(np.asarray(sampling.truncate_logits(logits, k, p)))

@@ -83,6 +83,7 @@ def close(actual, expected, tolerance=2e-5):
 # ------------------------------------------------------------------------------------- drawing
 
 
+@pytest.mark.fast
 def test_an_identity_flow_draws_the_noise_of_seed_and_number():
     cfg = experiment(model=TARFLOW)
     model = model_of(cfg, 0.0)
@@ -102,6 +103,7 @@ def test_an_identity_flow_draws_the_noise_of_seed_and_number():
     np.testing.assert_array_equal(generate(uniform, 3, sampling=FlowSampling(seed=7)), expected)
 
 
+@pytest.mark.fast
 def test_a_sample_depends_on_seed_and_number_not_on_the_batch():
     model = feature_model()
     text = np.random.default_rng(0).standard_normal((5, 6, 5)).astype(np.float32)
@@ -167,6 +169,7 @@ def test_no_text_is_the_text_of_an_empty_prompt():
         generate(too_long, 1)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "make_model, conditions, message",
     [

@@ -8,6 +8,8 @@ from PIL import Image
 
 from starflow2_jax.inference import prompts
 
+pytestmark = pytest.mark.fast
+
 
 def png(image):
     buffer = io.BytesIO()

@@ -44,6 +44,7 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in pathlib.Path(folder).iterdir()}
 
 
+@pytest.mark.fast
 def test_offline_equals_online_bit_for_bit(parts, complete):
     """The rows and the size of the online batch do not matter."""
     opened, dataset = codec.load(parts[0]), records.read(parts[1])
@@ -107,6 +108,7 @@ def test_the_pipeline_reads_stored_latents(parts, complete):
     )
 
 
+@pytest.mark.fast
 def test_jobs_share_the_shards(parts, complete, tmp_path):
     encoder = codec.open_encoder(parts[0])
     out = tmp_path / "out"

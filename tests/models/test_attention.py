@@ -41,6 +41,7 @@ def assert_close(ours, theirs, tolerance):
         assert float(jnp.abs(a - b).max()) < tolerance * max(1.0, float(jnp.abs(b).max()))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("length", [128, 96, 50])
 def test_segments_are_the_mask_that_they_say(length):
     """With the queries in parts (128, 96) and whole (50)."""

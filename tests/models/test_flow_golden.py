@@ -271,6 +271,7 @@ def test_starflow_float64(x64):
     check_all(ours, golden, "f64/", tolerance_iterations(lambda key: 1e-8))
 
 
+@pytest.mark.fast
 def test_rope_tables(x64):
     golden = read("starflow_tiny.npz")
     for rows, columns, length in ((8, 8, 8), (8, 8, 0), (4, 8, 8), (4, 16, 0)):

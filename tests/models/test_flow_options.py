@@ -107,6 +107,7 @@ def inputs_of(cfg, grid, seed=0, dtype=np.float64, rows=2):
     return x, conditioning
 
 
+@pytest.mark.fast
 def test_every_pair_of_options_is_covered():
     impossible = {("prefix", "none"), ("learned", (2, 3))}  # learned positions fix T
     for (a, of_a), (b, of_b) in itertools.combinations(OPTIONS.items(), 2):
@@ -159,6 +160,7 @@ def test_round_trip_in_float32(case):
     assert error(z, x) > 0.1
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("row", [0, 1, 2, 11], ids=lambda row: NAMES[row])
 def test_a_token_is_predicted_from_those_before_it_alone(x64, row):
     cfg, grid = config_of(CASES[row])
@@ -179,6 +181,7 @@ def test_a_token_is_predicted_from_those_before_it_alone(x64, row):
 STORED = np.load(GOLDEN / "options_tiny.npz")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", sorted({key.split("/")[0] for key in STORED.files}))
 def test_stored_option_cases(x64, name):
     golden = {k.split("/", 1)[1]: STORED[k] for k in STORED.files if k.startswith(f"{name}/")}
@@ -338,6 +341,7 @@ def test_causal_attention_in_parts_is_causal_attention(x64):
 # ------------------------------------------------------------------------------ bad input
 
 
+@pytest.mark.fast
 def test_inputs_that_do_not_fit_are_named(conditioned):
     cfg, grid = conditioned
     params = random_params(cfg, dtype=np.float32)

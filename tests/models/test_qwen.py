@@ -43,6 +43,7 @@ def case(arrays, name):
 # ----------------------------------------------------------------------------------- without torch
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["text", "one", "three_left"])
 def test_golden_states_and_logits(golden, name):
     cfg, params, arrays = golden
@@ -231,6 +232,7 @@ def test_positions_of_parts():
     assert clip.tolist() == [[7, 7, 7], [7, 7, 8], [8, 7, 7], [8, 7, 8]] and following == 9
 
 
+@pytest.mark.fast
 def test_images_and_tokens_that_do_not_belong_together(golden):
     cfg = golden[0]
     given = torch_qwen.inputs([[3, None, 4]], "left", torch_qwen.SIZES[:1])

@@ -31,6 +31,7 @@ def terms(params, batch, cfg, stage, **options):
 # ----------------------------------------------------------------------- nothing crosses at first
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_text_without_crossings_is_the_vlm_bit_for_bit(dtype):
     cfg = pretzel_batch.model(compute_dtype=dtype)
@@ -187,6 +188,7 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
 # --------------------------------------------------------------------------------------- likelihood
 
 
+@pytest.mark.fast
 def test_log_det_is_the_jacobians(x64):
     """An image of a row behind another one, through the shallow and the deep flow."""
     cfg = pretzel_batch.model(compute_dtype="float64")
@@ -299,6 +301,7 @@ def test_the_deep_block_reads_forwards(blocks):
     )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "changes, words",
     [

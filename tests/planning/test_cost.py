@@ -284,6 +284,7 @@ def test_flops_of_a_stage_are_the_analytic_count(stage):
     assert jaxpr.count_flops(_trace(program).jaxpr) == pytest.approx(expected["flops"], rel=0.05)
 
 
+@pytest.mark.fast
 def test_flops_of_products_and_convolutions():
     a, b = jnp.ones((6, 16, 32)), jnp.ones((6, 32, 8))
     image, kernel = jnp.ones((2, 9, 9, 3)), jnp.ones((3, 3, 3, 5))
@@ -353,6 +354,7 @@ ENTRY %main (a: f32[24,24]) -> f32[8] {
 """
 
 
+@pytest.mark.fast
 def test_text_of_a_tpu_program():
     module = hlo.parse(TEXT)
     assert list(module.computations) == ["cond", "start", "done", "body", "main"]
@@ -376,6 +378,7 @@ def test_text_of_a_tpu_program():
         hlo.parse("HloModule empty")
 
 
+@pytest.mark.fast
 def test_a_loop_that_counts_by_two():
     """As compilers unroll products of weights that arrive in parts: 2, 4, 6."""
     twice = TEXT.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(2)")
@@ -392,6 +395,7 @@ def test_a_loop_of_unknown_length_is_named(known, unknown):
     assert found.unknown_loops == ("loop",) and found.collectives[0].times == 1
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "written, axes, first",
     [
@@ -417,6 +421,7 @@ def test_groups_of_devices(written, axes, first):
         cost.replica_groups(strange, 8)
 
 
+@pytest.mark.fast
 def test_products_that_a_tpu_writes_as_convolutions():
     """A batch of 4 products [16, 8] x [8, 32], as positions of which only one of each meets."""
     line = (
@@ -432,6 +437,7 @@ def test_products_that_a_tpu_writes_as_convolutions():
     assert cost.instruction_flops(module, scope, call) == 2 * 4 * 16 * 8 * 32
 
 
+@pytest.mark.fast
 def test_bytes_of_a_slice_are_not_those_of_the_stack():
     """A layer's weight is read from the stack of all, and its gradient written into one."""
     stack, index = jnp.ones((16, 64, 64)), jnp.zeros((), jnp.int32)
@@ -440,6 +446,7 @@ def test_bytes_of_a_slice_are_not_those_of_the_stack():
     assert cost.analyze(module, {"data": 1}).bytes < 6 * math.prod(stack.shape[1:]) * 4
 
 
+@pytest.mark.fast
 def test_bytes_of_a_slice_in_a_fusion_inside_a_fusion():
     """As TPUs write a product with one layer of a stack, and an update of one."""
     module = hlo.parse(

@@ -34,6 +34,7 @@ SLURM = {
 }  # fmt: skip
 
 
+@pytest.mark.fast
 def test_a_single_process_needs_no_variables():
     assert distributed.detect({}) is None
     assert distributed.detect({**EXPLICIT, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
@@ -44,12 +45,14 @@ def test_a_single_process_needs_no_variables():
     distributed.abort_all("nothing happens")
 
 
+@pytest.mark.fast
 def test_explicit_variables_identify_the_process():
     assert distributed.detect(EXPLICIT) == ProcessInfo("box:1234", 4, 3)
     devices = distributed.detect({**EXPLICIT, "JAX_LOCAL_DEVICE_IDS": "4,5"}).local_devices
     assert devices == (4, 5)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -66,6 +69,7 @@ def test_variables_that_do_not_fit(changes, message):
         distributed.detect({**EXPLICIT, **changes})
 
 
+@pytest.mark.fast
 def test_slurm_variables_identify_the_process():
     assert distributed.detect(SLURM) == ProcessInfo("gpu017:61005", 4, 2)
     nodes = {"node7": "node7", "a-1,b[1-2]": "a-1", "n[08,10-12]": "n08", "x[1-2],y": "x1"}
@@ -76,6 +80,7 @@ def test_slurm_variables_identify_the_process():
     assert info == ProcessInfo("ib0:5", 4, 2)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "tasks, local, visible, devices",
     [
@@ -92,6 +97,7 @@ def test_slurm_tasks_share_the_devices_of_a_node(tasks, local, visible, devices)
     assert info.local_devices == devices
 
 
+@pytest.mark.fast
 def test_code_fingerprint_follows_names_and_contents(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text("one")
     monkeypatch.setattr(distributed, "__file__", str(tmp_path / "runtime" / "distributed.py"))
@@ -177,6 +183,7 @@ def test_something_else_at_the_coordinators_port():
     assert "not all of 2 processes have connected within 1 s" in str(error) and seconds < 6
 
 
+@pytest.mark.fast
 def test_duplicate_indices_and_different_process_counts_are_refused():
     port = free_port()
     for error, _ in meet(job(port, 3, (0, 1, 1)), timeout=10.0):
@@ -258,6 +265,7 @@ def test_processes_agree_and_end_well():
     assert all(row[3:] == ["2", "x", "cpu", "(cpu)"] for row in table[1:])
 
 
+@pytest.mark.fast
 def test_an_unexpected_number_of_devices_is_refused():
     results = run("pass", JAX_NUM_CPU_DEVICES=["2", "3"], STARFLOW2_DEVICES_PER_PROCESS="2")
     for status, output in results:
@@ -266,6 +274,7 @@ def test_an_unexpected_number_of_devices_is_refused():
         assert last.endswith("but STARFLOW2_DEVICES_PER_PROCESS=2 are expected")
 
 
+@pytest.mark.fast
 def test_each_process_reports_the_difference():
     body = """check_equal("the data", {"eval": 1, "data": {"sha": index, "n": 2}})"""
     for status, output in run(body):
@@ -304,6 +313,7 @@ def test_processes_with_different_code_are_refused(tmp_path):
         assert "differ in the code: sources: " in output.splitlines()[-1]
 
 
+@pytest.mark.fast
 def test_timeouts_are_the_documented_ones():
     assert list(distributed.TIMEOUTS.values()) == [45, 45, 20, 30]
     keys = {

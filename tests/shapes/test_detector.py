@@ -72,6 +72,7 @@ def accuracy(count, pixels, sigma, seed=0):
     return judged, wrong
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("sigma", [0.0, 0.1])
 def test_verdicts_are_correct(sigma):
     judged, wrong = accuracy(60, 64, sigma)
@@ -93,6 +94,7 @@ def test_verdicts_are_correct_on_many_scenes(pixels, sigma):
         assert 1 - num_wrong / total >= 0.999, wrong
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("pixels", [32, 48, 64, 96, 128])
 def test_every_object_is_detected(pixels):
     objects = (
@@ -155,6 +157,7 @@ def test_a_verdict_gives_the_first_fact_that_fails(objects, facts, reason):
     assert verdict.correct == (reason == "") and reason in verdict.reason
 
 
+@pytest.mark.fast
 def test_positions_are_checked():
     def include(relation, index=0):
         return {"include": [{"class": "star"}, {"class": "circle", "position": [relation, index]}]}

@@ -13,6 +13,7 @@ def scenes(count, seed=3):
     return [generator.example(seed, k) for k in range(count)]
 
 
+@pytest.mark.fast
 def test_a_record_depends_on_seed_and_index_alone():
     first_seven = [records.encode(r) for r in generator.make_records(1, 7, 32)]
     first_twenty = [records.encode(r) for r in generator.make_records(1, 20, 32)]
@@ -49,6 +50,7 @@ def test_every_shape_color_size_background_and_relation_occurs():
     assert {generator.relation(a, b) for a, b in positions} == set(generator.RELATIONS)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("pixels", [32, 64])
 def test_pixels_show_the_scene(pixels):
     """The middle of each solid object has its color, and objects cover the expected area."""
@@ -85,6 +87,7 @@ def test_drawings_of_different_shapes_differ():
             assert (np.abs(a.astype(int) - b).max(-1) > 60).sum() >= 6
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("dx", "dy", "expected"),
     [

@@ -10,6 +10,8 @@ from starflow2_jax.data import chat_layout, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.shapes import generator, regions
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -86,6 +86,7 @@ def patterns(key):
     return [re.sub(r"\\\{\w+\\\}", ".+", re.escape(form)) for form in WORDINGS[key]]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("task", TAGS)
 def test_records_of_a_task_are_well_formed(task):
     """Check schema, roles, loss, tags in turn, wordings, and images that show the scenes."""
@@ -171,6 +172,7 @@ def oracle(tag, request, objects, scene):
     return "yes" if generator.relation(*mentioned) in request else "no"
 
 
+@pytest.mark.fast
 def test_questions_are_answered_correctly():
     answers = defaultdict(Counter)
     for record in task_records("question", 400):
@@ -227,6 +229,7 @@ def test_dialogs_and_quizzes_ask_several_questions_about_one_image(task):
     assert all(counts[tag, True] > 20 for tag in tasks.DIALOGS), counts
 
 
+@pytest.mark.fast
 def test_edits_change_what_they_say_and_nothing_else():
     changes = Counter()
     for record in task_records("edit", 75, pixels=64):
@@ -353,6 +356,7 @@ def test_an_eighth_of_pairs_and_combinations_is_withheld():
     assert len(included) == 2 * 8 * 4 * 8
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_withheld_content_never_occurs_unless_it_is_requested(task):
     def has_withheld(record):

@@ -35,6 +35,7 @@ def with_data(path, labels=True, **changes):
     return cfg
 
 
+@pytest.mark.fast
 def test_classes_that_are_not_those_of_the_model_are_refused(colors, tmp_path):
     workdir = tmp_path / "run"
     shape = dataset(tmp_path / "shapes", "shape")

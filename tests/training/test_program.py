@@ -64,6 +64,7 @@ def test_positions_over_context_equal_one_device(one_device):
     np.testing.assert_allclose(losses, one_device, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.fast
 def test_microbatches_equal_the_whole_batch(one_device):
     losses, _, _ = run(experiment(**{"train.microbatches": 4}))
     np.testing.assert_allclose(losses, one_device, rtol=1e-5, atol=1e-5)
@@ -75,6 +76,7 @@ def test_microbatches_on_a_mesh_equal_the_whole_batch(one_device):
     np.testing.assert_allclose(losses, one_device, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.fast
 def test_a_step_that_is_not_finite_changes_no_weight():
     cfg = experiment()
     grid = mesh.make_mesh("data=1", jax.devices()[:1])
@@ -129,6 +131,7 @@ def test_frozen_weights_stay_bit_for_bit_and_have_no_moments():
     assert not any(m.shape == before.shape for m in jax.tree.leaves(state.opt_state))
 
 
+@pytest.mark.fast
 def test_noise_of_a_row_depends_on_seed_step_and_row_alone():
     cfg = experiment()
     batch = {k: v for k, v in batch_of().items() if k != "id"}
@@ -145,6 +148,7 @@ def test_noise_of_a_row_depends_on_seed_step_and_row_alone():
     assert float(jnp.abs(other - some).min(axis=(1, 2)).max()) > 0
 
 
+@pytest.mark.fast
 def test_drops_reach_the_asked_share_and_lose_text_and_label():
     keys = preprocess.row_keys(0, 0, jnp.arange(4000))
     batch = {"label": jnp.ones(4000, jnp.int32), "text": jnp.ones((4000, 2, 3))}
@@ -166,12 +170,14 @@ def test_uniform_noise_is_the_dequantisation_of_bits_per_dim():
     np.testing.assert_array_equal(to_pixels(pixels, "uniform"), batch["image"])
 
 
+@pytest.mark.fast
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     cfg = experiment(**{"train.batch_size": 12})
     with pytest.raises(ValueError, match=r"train.batch_size=12 .* 8 x 1 = 8"):
         registry.build(cfg, mesh.make_mesh("data=8"))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "batch, message",
     [

@@ -62,6 +62,7 @@ def same(a, b):
     )
 
 
+@pytest.mark.fast
 def test_both_styles_of_files_are_one_model(tmp_path, published):
     config, state = published
     cfg, params = convert_qwen.load(write(tmp_path / "new", config, state))
@@ -81,6 +82,7 @@ def test_both_styles_of_files_are_one_model(tmp_path, published):
     np.testing.assert_array_equal(params["vision"]["layers"]["key"]["bias"][2], fused[16:32])
 
 
+@pytest.mark.fast
 def test_export_and_back(tmp_path, published):
     cfg, params = convert_qwen.load(write(tmp_path / "in", *published))
     (tmp_path / "in" / "tokenizer_config.json").write_text("{}")

@@ -12,6 +12,8 @@ from starflow2_jax.checkpoints.convert import starflow, starflow_options, tensor
 from starflow2_jax.models import flow
 from starflow2_jax.params import _map, count as count_params, flatten
 
+pytestmark = pytest.mark.fast
+
 TARFLOW = dict(
     in_channels=3,
     img_size=16,

@@ -16,6 +16,8 @@ from starflow2_jax import config
 from starflow2_jax.evaluation.report import plots, run_report
 from starflow2_jax.training.logging import run_log
 
+pytestmark = pytest.mark.fast
+
 
 def settings():
     cfg = config.default()

@@ -60,6 +60,7 @@ def scores(table):
 ALL, NONE = {"seen": 1.0, "withheld": 1.0}, {"seen": 0.0, "withheld": 0.0}
 
 
+@pytest.mark.fast
 def test_an_oracle_is_right_in_everything(measured):
     sections = measured[0]["sections"]
     for name in ("generation", "understanding", "reasoning"):
@@ -99,6 +100,7 @@ def test_baselines_do_not_reach_it(measured):
     assert scores(sections["reasoning"]["baselines"]["without_picture"]) == ALL
 
 
+@pytest.mark.fast
 def test_edits_are_judged_by_what_changes_and_what_stays(given):
     case = next(c for c in given if c.tag == "recolor" and len(c.scenes[0].objects) == 3)
     source, target = case.scenes
@@ -161,6 +163,7 @@ def test_folders_give_the_cases_of_their_records(tmp_path, given):
         cases.read([str(tmp_path / "none")])
 
 
+@pytest.mark.fast
 def test_means_weigh_tags_alike(given):
     own = [c for c in given if c.task == "t2i" and c.seen]
     own = [c for c in own if c.tag == "colors"][:1] + [c for c in own if c.tag != "colors"]

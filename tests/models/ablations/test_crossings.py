@@ -36,6 +36,7 @@ def embeddings_and_latents(params, batch, cfg):
     return text, jnp.asarray(random_latents(batch, cfg.flow.channels), text.dtype)
 
 
+@pytest.mark.fast
 def test_one_crossing_is_the_pretzel():
     cfg = pretzel_batch.model(crossings=1)
     params, batch = pretzel_batch.drawn(cfg), pretzel_batch.batch(PACKED)
@@ -113,6 +114,7 @@ def test_cached_steps_equal_the_parallel_forward():
     check_cached_steps(cfg, pretzel_batch.drawn(cfg), batch)
 
 
+@pytest.mark.fast
 def test_groups_hold_every_layer_once():
     assert crossings.layer_groups(5, 2) == [(0, 3), (3, 5)]
     assert crossings.layer_groups(5, 4) == [(0, 2), (2, 3), (3, 4), (4, 5)]

@@ -21,6 +21,7 @@ from starflow2_jax.models.ablations import mot
 from starflow2_jax.params import count as count_params
 
 
+@pytest.mark.fast
 def test_text_beside_no_image_is_the_vlms():
     cfg = model()
     params = random_params(cfg)
@@ -134,6 +135,7 @@ def test_trained_parameters_are_the_pretzels_within_five_percent(name):
     assert abs(ours / theirs - 1) < 0.05
 
 
+@pytest.mark.fast
 def test_a_deep_block_is_refused():
     cfg = pretzel_batch.model()
     with pytest.raises(ValueError, match="the last number must be 0"):

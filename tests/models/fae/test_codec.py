@@ -110,6 +110,7 @@ def test_layouts_give_the_numbers_of_one_device(params, features):
 # ------------------------------------------------------------------------------------- the encoder
 
 
+@pytest.mark.fast
 def test_encoder_by_hand(params, features):
     """Softmax attention of every head, plus the parallel linear, GELU, head; in float64."""
     own = {k: np.asarray(v, np.float64) for k, v in flatten(params["encoder"]).items()}
@@ -186,6 +187,7 @@ def test_statistics_normalise_latents(params, features):
 # ----------------------------------------------------------------------------------------- losses
 
 
+@pytest.mark.fast
 def test_kl_closed_form():
     """Against torch's formula by hand, by Monte Carlo, and zero for the prior."""
     mean, variance = 0.7, 0.3
@@ -219,6 +221,7 @@ def test_noise():
     assert codec.preset("paper").noise == 0.4
 
 
+@pytest.mark.fast
 def test_hinge_and_lecam_by_hand():
     real = jnp.array([[[2.0, 0.5]], [[-1.0, 1.0]]])
     fake = jnp.array([[[-3.0, 0.5]], [[0.0, -0.5]]])
@@ -296,6 +299,7 @@ def test_pixel_loss(params, features):
         loss(params["pixel_decoder"], losses.PixelWeights(), logits=functions["logits"])
 
 
+@pytest.mark.fast
 def test_learns_in_a_few_steps(params, features):
     """decode(encode) of a toy batch, then pixels; the gradient reaches all that is trained."""
     image = jnp.tanh(features[..., :3]).reshape(4, 4, 4, 3).repeat(4, 1).repeat(4, 2)

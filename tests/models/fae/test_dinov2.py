@@ -116,6 +116,7 @@ def folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("dinov2"), config, tensors)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_golden_parity(variant, tmp_path):
     config, tensors, cases = golden(variant)

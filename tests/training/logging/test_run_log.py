@@ -18,6 +18,8 @@ from PIL import Image
 from starflow2_jax import config
 from starflow2_jax.training.logging import image_grid, run_log, throughput
 
+pytestmark = pytest.mark.fast
+
 
 def settings(*trackers):
     cfg = config.default()

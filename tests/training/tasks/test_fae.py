@@ -40,6 +40,7 @@ def test_eight_devices_equal_one(one_device, layout, sizes):
     )
 
 
+@pytest.mark.fast
 def test_microbatches_equal_the_whole_batch(one_device):
     losses, state, _ = run(experiment(**{"train.microbatches": 4}))
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
@@ -109,6 +110,7 @@ def test_pixels_on_eight_devices_equal_one():
     np.testing.assert_allclose(many, alone, rtol=1e-4)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "change, words",
     [

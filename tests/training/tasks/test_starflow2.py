@@ -77,6 +77,7 @@ def test_a_stage_changes_its_subtrees_alone(stage):
     assert ("text_nats" in figures) == (stage == 2)
 
 
+@pytest.mark.fast
 def test_the_joint_stage_changes_everything_but_the_vlm(stage3):
     _, state, metrics, first, (before, after) = stage3
     check_moved(first, state, STAGES[3])
@@ -349,6 +350,7 @@ def test_every_layout_is_tried():
 # ------------------------------------------------------------------------------------------ errors
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "changes, words",
     [

@@ -152,6 +152,7 @@ def test_sums_of_text_are_those_of_each_record(folders):
     assert float((right["records_right"] - spoilt["records_right"]).sum()) == 1
 
 
+@pytest.mark.fast
 def test_segments_and_the_mask_are_one(folders):
     """`segments` of the layers equal their mask."""
     batch = batches(experiment(folders), 1)[0]
@@ -209,6 +210,7 @@ def other_folder(tmp_path, reader):
     return str(path)
 
 
+@pytest.mark.fast
 def test_wrong_experiments_are_named(folders):
     grid = mesh.make_mesh("data=-1", jax.devices()[:1])
     with pytest.raises(ValueError, match=r"model\.vision is missing"):
