@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Installs what tests need, checks style, runs the tests.
 #
-#   bash launch/test.sh [--parity] [--plan] [--release] [--docs] [--slow] [-- PYTEST ARGUMENTS]
+#   bash launch/test.sh [--fast | --slow] [--parity] [--plan] [--release] [--docs]
+#                       [-- PYTEST ARGUMENTS]
 #
+#   --fast     only the tests marked fast: a few of every folder, in about two minutes
+#   --slow     also the tests marked slow
 #   --parity   also against PyTorch and diffusers (installs both, CPU builds where pip finds them)
 #   --plan     also what compiles for TPUs (installs libtpu; no TPU is needed)
 #   --release  also the archives of a release (installs build and twine)
 #   --docs     also the documentation site, without a warning (installs Sphinx)
-#   --slow     also the tests marked slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
@@ -17,6 +19,7 @@ options=()
 while [ $# -gt 0 ]; do
   case $1 in
     --parity | --plan | --release | --docs) extras+=("${1#--}") ;;
+    --fast) options+=(-m fast) ;;
     --slow) options+=(-m "") ;;
     --)
       shift
@@ -24,8 +27,8 @@ while [ $# -gt 0 ]; do
       break
       ;;
     *)
-      die "unknown argument $1:" \
-        "launch/test.sh [--parity] [--plan] [--release] [--docs] [--slow] [-- PYTEST ARGUMENTS]"
+      die "unknown argument $1:" "launch/test.sh [--fast | --slow] [--parity] [--plan]" \
+        "[--release] [--docs] [-- PYTEST ARGUMENTS]"
       ;;
   esac
   shift

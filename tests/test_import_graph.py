@@ -131,3 +131,10 @@ def test_tests_lie_in_the_folders_of_what_they_test():
     folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
     unknown = folders - set(LAYER_OF) - {".", "docs", "experiments", "launch", "peer"}
     assert not unknown, f"tests mirror the package, which has no {sorted(unknown)}"
+
+
+def test_every_folder_has_fast_tests():
+    fast = {path.parent for path in TESTS.rglob("test_*.py") if "mark.fast" in path.read_text()}
+    folders = {path.parent for path in TESTS.rglob("test_*.py")}
+    slow = {path.relative_to(TESTS).as_posix() for path in folders - fast}
+    assert slow <= {"docs", "launch", "peer"}, f"mark some tests in these as fast: {sorted(slow)}"

@@ -1,6 +1,7 @@
 """The style of the package and the experiments: plain names, plain docstrings, short files."""
 
 import ast
+import functools
 import re
 
 import pytest
@@ -47,12 +48,19 @@ def docstrings(tree):
                 yield docstring, node.body[0].lineno
 
 
+@functools.cache
+def read_sources():
+    """Return (path, text, syntax tree) of every file of the package and the experiments."""
+    texts = {path: path.read_text("utf-8") for path in SOURCES}
+    return [(path, text, ast.parse(text)) for path, text in texts.items()]
+
+
 def offenders(check):
     """Return `file:line: text` for every (line, text) that `check(source text, tree)` yields."""
     return [
         f"{path.relative_to(ROOT)}:{line}: {text}"
-        for path in SOURCES
-        for line, text in check(path.read_text("utf-8"), ast.parse(path.read_text("utf-8")))
+        for path, source, tree in read_sources()
+        for line, text in check(source, tree)
     ]
 
 

@@ -133,6 +133,7 @@ def tolerance_32(key):
     return 5e-5 if key.startswith("sample") else 1e-5
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", ["cond", "uncond"])
 def test_tarflow_float32(kind):
     golden = read("tarflow_tiny.npz")
