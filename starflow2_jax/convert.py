@@ -91,14 +91,6 @@ def _required(values: flags.FlagValues, *names: str) -> str:
     return values[used[0]].value
 
 
-def _import_starflow(values: flags.FlagValues, source: str) -> Result:
-    return _import("starflow", values, source)
-
-
-def _import_tarflow(values: flags.FlagValues, source: str) -> Result:
-    return _import("tarflow", values, source)
-
-
 def _import(family: str, values: flags.FlagValues, source: str) -> Result:
     """Convert a published state dict to a model folder, tensor by tensor."""
     out = _required(values, "out")
@@ -244,8 +236,8 @@ def _verify(values: flags.FlagValues) -> Result:
 
 
 _RUN = {
-    "starflow": _import_starflow,
-    "tarflow": _import_tarflow,
+    "starflow": partial(_import, "starflow"),
+    "tarflow": partial(_import, "tarflow"),
     "export": _export,
     "list": _list,
     "show": _show,

@@ -103,11 +103,8 @@ class SavedModel:
         if self.is_folder:
             return model_folder.open_folder(self.path, declared)
         cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-
-        def on_cpu(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cpu)
-
-        return self._restore(jax.tree.map(on_cpu, params.abstract(declared)), ema)
+        abstract = params.abstract(declared)
+        return self._restore(jax.tree.map(lambda leaf: leaf.update(sharding=cpu), abstract), ema)
 
     def _restore(self, abstract_params: Tree, ema: bool) -> dict[str, Any]:
         from starflow2_jax.checkpoints import orbax  # heavy

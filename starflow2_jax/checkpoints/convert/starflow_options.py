@@ -4,6 +4,7 @@ The constructors and the YAML files use two vocabularies. Where they differ, the
 replaced by the constructor's.
 """
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
@@ -307,15 +308,16 @@ def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> d
         "channel_first" if cfg.classes else "channel_last"
     )
     if channel_order == "channel_first" or cfg.classes:
-        equal = len(set(cfg.layers)) == 1
-        if cfg != _tarflow_of(cfg) or not equal or channel_order != "channel_first":
+        options.update(
+            layers_per_block=cfg.layers[0], num_classes=cfg.classes, head_dim=cfg.head_dim
+        )
+        if channel_order != "channel_first" or not _is_tarflow(cfg, options):
             raise ValueError(
                 "TarFlow's options cannot express this flow: classes and channel-first patches "
                 "require start='shift', learned positions, scale='exp' and equal blocks"
             )
-        options.update(layers_per_block=cfg.layers[0], num_classes=cfg.classes)
-        if cfg.head_dim != 64:
-            options["head_dim"] = cfg.head_dim
+        if cfg.head_dim == 64:
+            del options["head_dim"]
         return options
     options.update(
         head_dim=cfg.head_dim,
@@ -356,21 +358,11 @@ def to_yaml(options: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _tarflow_of(cfg: FlowConfig) -> FlowConfig:
-    """Return the TarFlow with the sizes of `cfg`."""
-    return FlowConfig(
-        cfg.side,
-        cfg.channels,
-        cfg.width,
-        cfg.layers,
-        head_dim=cfg.head_dim,
-        classes=cfg.classes,
-        start="shift",
-        positions="learned",
-        scale="exp",
-        compute_dtype=cfg.compute_dtype,
-        remat=cfg.remat,
-    )
+def _is_tarflow(cfg: FlowConfig, options: Mapping[str, Any]) -> bool:
+    """Return True if TarFlow's `options` describe `cfg`, up to how it is computed."""
+    described = flow_config(options, "tarflow", {})
+    computation = {key: getattr(cfg, key) for key in ("compute_dtype", "remat", "attention")}
+    return dataclasses.replace(described, **computation) == cfg
 
 
 def _layers(options: Mapping[str, Any]) -> tuple[int, ...]:
