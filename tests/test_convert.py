@@ -1,4 +1,4 @@
-"""The convert command: public weights in and out, model folders, checkpoints."""
+"""The convert command imports and exports weights and inspects checkpoints."""
 
 import json
 import os
@@ -27,7 +27,7 @@ STARFLOW = (
 
 
 def run(*words):
-    """`convert words...` in this process."""
+    """Run `convert words...` in this process."""
     values = flags.FlagValues()
     convert.define(values)
     verb, *rest = values(["convert", *map(str, words)])[1:]
@@ -62,7 +62,7 @@ def opened(path):
 
 
 @pytest.mark.fast
-def test_tarflow_to_a_model_folder(public, capsys):
+def test_a_tarflow_becomes_a_model_folder(public, capsys):
     out = public / "model"
     options = TARFLOW + " noise_std=0.07 lr=1e-4"
     run("tarflow", public / "tarflow.safetensors", "--options", options, "--out", out)
@@ -83,7 +83,7 @@ def test_tarflow_to_a_model_folder(public, capsys):
     np.testing.assert_allclose(latents, z, atol=1e-5)
 
 
-def test_starflow_to_a_model_folder_and_back(public, capsys):
+def test_a_starflow_becomes_a_model_folder_and_back(public, capsys):
     source, out, back = public / "starflow.safetensors", public / "model", public / "back"
     run("starflow", source, "--options", STARFLOW, "--out", out, "--json")
     result = json.loads(capsys.readouterr().out)
@@ -107,7 +107,7 @@ def test_starflow_to_a_model_folder_and_back(public, capsys):
     ).read_bytes()
 
 
-def test_pth_to_a_model_folder(public):
+def test_a_pth_file_becomes_a_model_folder(public):
     torch = pytest.importorskip("torch")
     state = {k: torch.from_numpy(v) for k, v in golden("tarflow")[0].items()}
     torch.save(state, public / "x.pth")
@@ -151,7 +151,7 @@ def test_bad_input_writes_nothing(public):
         ]
 
 
-def test_overwrite(public):
+def test_only_overwrite_replaces_a_folder(public):
     out = public / "model"
     words = ("tarflow", public / "tarflow.safetensors", "--options", TARFLOW, "--out", out)
     run(*words)
@@ -180,7 +180,7 @@ def workdir(tmp_path_factory):
     return path, params
 
 
-def test_export_of_a_run(workdir, tmp_path):
+def test_a_run_is_exported_with_averaged_or_raw_weights(workdir, tmp_path):
     path, params = workdir
     for words, plus in (
         ((path,), 2),
@@ -216,7 +216,7 @@ def test_export_of_a_run(workdir, tmp_path):
 
 
 @pytest.mark.fast
-def test_list_show_verify(workdir, tmp_path, capsys):
+def test_list_show_and_verify_describe_a_run(workdir, tmp_path, capsys):
     path, params = workdir
     run("list", "--workdir", path, "--json")
     rows = json.loads(capsys.readouterr().out)
@@ -241,7 +241,7 @@ def test_list_show_verify(workdir, tmp_path, capsys):
             run(verb, "--workdir", tmp_path)
 
 
-def test_run_of_another_model(workdir, tmp_path):
+def test_a_run_of_another_model_is_refused(workdir, tmp_path):
     path, params = workdir
     writer = orbax.open(tmp_path / "run")
     state = {"ema": {"flow": params["flow"]}}
@@ -252,7 +252,7 @@ def test_run_of_another_model(workdir, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_command_line(tmp_path):
+def test_the_command_line_suggests_verbs_and_flags(tmp_path):
     def call(*words):
         words = [sys.executable, "-m", "starflow2_jax.convert", *words]
         return subprocess.run(words, capture_output=True, text=True, env={**os.environ})

@@ -1,4 +1,4 @@
-"""The prepare command: each verb, run twice, and its errors."""
+"""The prepare command runs each verb, repeats it, and reports errors."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from starflow2_jax.shapes import generator
 
 
 def run(capsys, verb, *words):
-    """Runs a verb in this process and returns its JSON."""
+    """Run a verb in this process and return its JSON."""
     values = flags.FlagValues()
     prepare.define(values)
     values(["prepare", *map(str, words), "--json"])
@@ -43,7 +43,7 @@ def tar(tmp_path):
     return path
 
 
-def test_shapes_from_import_to_sheet(tmp_path, capsys):
+def test_shapes_are_imported_checked_and_shown(tmp_path, capsys):
     out = tmp_path / "shapes"
     words = ("--format", "shapes", "--n", 30, "--pixels", 32, "--seed", 5, "--out", out)
     result = run(capsys, "import", *words)
@@ -79,7 +79,7 @@ def test_shapes_from_import_to_sheet(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["shapes", "sheet.png"]
 
 
-def test_shapes_with_classes(tmp_path, capsys):
+def test_shapes_can_have_classes(tmp_path, capsys):
     words = ("--format", "shapes", "--n", 12, "--tags", "single_object", "--label", "shape")
     assert run(capsys, "import", *words, "--out", tmp_path / "a")["classes"] == len(
         generator.SHAPES
@@ -96,7 +96,7 @@ def test_shapes_with_classes(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["a"]
 
 
-def test_webdataset(tmp_path, tar, capsys):
+def test_a_webdataset_is_imported(tmp_path, tar, capsys):
     out = tmp_path / "pets"
     words = ("--format", "webdataset", "--label", "caption", "--out", out)
     result = run(capsys, "import", *words, "--source", tmp_path / "p*.tar")
@@ -130,7 +130,7 @@ def test_a_bad_source_writes_nothing(tmp_path, tar, capsys):
 
 
 @pytest.mark.fast
-def test_folder(tmp_path, capsys):
+def test_a_folder_is_imported(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for k in range(3):
         pixels = np.full((8, 6, 3), 40 * k, np.uint8)
@@ -159,7 +159,7 @@ def test_problems_are_listed_and_fail_the_command(tmp_path, capsys):
         assert result["problems"] == expected and "record 2" in result["first"][-1]
 
 
-def test_the_command_line(tmp_path):
+def test_the_command_line_runs_and_reports_errors(tmp_path):
     def command(*words):
         return subprocess.run(
             [sys.executable, "-m", "starflow2_jax.prepare", *words],

@@ -1,4 +1,4 @@
-"""Model folders: round trips, shards, sharded reads, damage, full disks."""
+"""Model folders round trip, shard, and survive damage and full disks."""
 
 import errno
 import json
@@ -59,7 +59,7 @@ def test_the_packages_own_folders_are_found_from_anywhere(tmp_path, monkeypatch)
 
 @pytest.mark.fast
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_round_trip(tmp_path, dtype):
+def test_a_folder_round_trips(tmp_path, dtype):
     path, params = tmp_path / "deep" / "model", random_params(dtype)
     model_folder.write_folder(path, params, CONFIG)
     assert sorted(p.name for p in path.iterdir()) == [
@@ -87,7 +87,7 @@ def test_reads_into_another_dtype(tmp_path):
     assert same(read, jax.tree.map(lambda a: a.astype(jnp.bfloat16), params))
 
 
-def test_float64(tmp_path, x64):
+def test_float64_needs_x64_or_a_dtype(tmp_path, x64):
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), random_params())
     model_folder.write_folder(tmp_path / "m", params, CONFIG)
     assert same(model_folder.read_folder(tmp_path / "m", TREE), params)
@@ -209,7 +209,7 @@ def test_damage_is_named(tmp_path):
             model_folder.read_folder(path, TREE, check_digests=check)
 
 
-def test_config_and_list_that_are_wrong(tmp_path):
+def test_a_damaged_config_or_digest_list_is_refused(tmp_path):
     path = tmp_path / "m"
     with pytest.raises(FileNotFoundError, match="no such model folder"):
         model_folder.read_folder(path, TREE)

@@ -21,7 +21,7 @@ CONFIG = {"task": "flow", "name": "tiny", "seed": 0}
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with the steps 1 and 2, whose checkpoints hold `flow` only."""
+    """Return a run with the steps 1 and 2, whose checkpoints hold `flow` only."""
     writer = orbax.open(tmp_path / "run")
     for step in (1, 2):
         flow = params.init(jax.random.key(step), {"flow": DECLARED["flow"]})

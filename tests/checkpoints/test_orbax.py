@@ -1,4 +1,4 @@
-"""Checkpoints: bit-identical on any mesh, nothing lost, nothing damaged restored in silence."""
+"""Checkpoints restore bit-identically on any mesh, and damage is never restored silently."""
 
 import dataclasses
 import logging
@@ -103,7 +103,7 @@ def test_partial_restore_reads_no_optimizer(workdir):
         orbax.restore(workdir, 3, abstract(state, 1))
 
 
-def test_parts_without_arrays_and_without_shardings(tmp_path):
+def test_parts_may_lack_arrays_and_shardings(tmp_path):
     state = dataclasses.replace(make_state(1, devices=1), ema=None, opt_state=(optax.EmptyState(),))
     writer = orbax.open(tmp_path)
     orbax.save(writer, 1, state, {})
@@ -134,7 +134,7 @@ def test_another_model_lists_everything_together(saved):
     assert str(saved) in message
 
 
-def test_save_refuses_what_it_cannot_give_back(tmp_path, saved):
+def test_save_refuses_what_restore_could_not_return(tmp_path, saved):
     writer = orbax.open(tmp_path)
     with pytest.raises(TypeError, match=r"params\.rate is a float"):
         orbax.save(writer, 1, {"params": {"rate": 0.1}}, META)
@@ -175,7 +175,7 @@ def test_a_flipped_bit_in_any_file_is_noticed(workdir):
 
 
 @pytest.mark.slow
-def test_flipped_bits_at_many_positions(workdir):
+def test_flipped_bits_at_many_positions_are_noticed(workdir):
     target, rng = abstract(make_state(3)), random.Random(1)
     files = [p for p in (workdir / "checkpoints" / "3").rglob("*") if p.is_file()]
     for path in files:
@@ -199,7 +199,7 @@ def test_newest_good_step_skips_damaged_ones(workdir):
 
 
 @pytest.mark.fast
-def test_truncated_and_missing_files(workdir):
+def test_truncated_and_missing_files_are_noticed(workdir):
     data = next((workdir / "checkpoints/3/params/d").iterdir())
     os.truncate(data, data.stat().st_size // 2)
     with pytest.raises(ValueError, match=data.name):
@@ -209,7 +209,7 @@ def test_truncated_and_missing_files(workdir):
         orbax.restore(workdir, None, abstract(make_state(3)))
 
 
-def test_missing_commit_file(workdir, caplog):
+def test_a_step_without_a_commit_file_is_skipped(workdir, caplog):
     (workdir / "checkpoints" / "3" / "commit_success.txt").unlink()
     assert step_folders.latest(workdir) == 2
     assert statuses(workdir) == {1: "sealed", 2: "sealed", 3: "leftover"}
@@ -228,7 +228,7 @@ def test_missing_commit_file(workdir, caplog):
     assert bits(orbax.restore(workdir, None, target)[0]) == bits(make_state(3))
 
 
-def test_a_step_that_is_copied_in_part_is_not_passed_over_by_training(workdir):
+def test_training_does_not_skip_a_step_that_is_copied_in_part(workdir):
     step_folders.check_copied(workdir)
     (workdir / "checkpoints" / "3" / "commit_success.txt").unlink()
     words = r"step 3 is copied in part: .*no commit_success.txt.*\(step 2 is whole\)"
@@ -239,20 +239,20 @@ def test_a_step_that_is_copied_in_part_is_not_passed_over_by_training(workdir):
     step_folders.check_copied(workdir)
 
 
-def test_nothing_there(tmp_path):
+def test_a_run_without_checkpoints_is_reported(tmp_path):
     assert step_folders.steps(tmp_path) == [] and step_folders.latest(tmp_path) is None
     with pytest.raises(FileNotFoundError, match="no committed checkpoint"):
         orbax.restore(tmp_path, None, {})
 
 
 def half_delete(folder, keep):
-    """`rm -r` cut short: every other file is gone, those in `keep` are not."""
+    """Delete every other file of a step, except those in `keep`, as an interrupted `rm -r`."""
     for path in sorted(Path(folder).rglob("*"))[::2]:
         if path.is_file() and path.name not in keep:
             path.unlink()
 
 
-def test_half_deleted_step(workdir, caplog):
+def test_a_half_deleted_step_is_not_restored(workdir, caplog):
     target = abstract(make_state(3))
     half_delete(workdir / "checkpoints" / "3", {"commit_success.txt", digest.SIDECAR})
     with pytest.raises(ValueError, match=r"damaged: .*missing.*newest good step: 2"):
@@ -300,7 +300,7 @@ def test_sidecar_is_read_by_sha256sum(workdir):
     assert subprocess.run(check, cwd=folder, capture_output=True).returncode == 1
 
 
-def test_show(saved):
+def test_show_lists_every_array(saved):
     rows = {row.name: row for row in orbax.show(saved, 3)}
     weight = rows["opt_state.1.0.mu.blocks.0.query.weight"]
     assert weight[1:] == ((16, 8), "float32", 512)
@@ -313,7 +313,7 @@ def test_show(saved):
 
 
 @pytest.mark.fast
-def test_retention(tmp_path):
+def test_retention_keeps_the_newest_and_the_pinned_steps(tmp_path):
     folder = run(tmp_path, [1, 2, 3, 4, 5, 6, 7], keep=2, keep_every=3)
     assert sorted(int(p.name) for p in folder.iterdir()) == [3, 6, 7]
     run(tmp_path, [9], keep=1)
@@ -323,7 +323,7 @@ def test_retention(tmp_path):
     assert list(statuses(tmp_path)) == [8, 9]
 
 
-def test_leftovers_go_once_a_newer_step_is_committed(workdir):
+def test_leftovers_are_removed_once_a_newer_step_is_committed(workdir):
     for step in (1, 3):
         (workdir / "checkpoints" / str(step) / "commit_success.txt").unlink()
     run(workdir, [2 + 2], keep=3)
@@ -333,7 +333,7 @@ def test_leftovers_go_once_a_newer_step_is_committed(workdir):
     assert statuses(workdir) == {2: "sealed", 3: "sealed", 4: "leftover"}
 
 
-def test_removal_cut_short_leaves_no_listed_step(workdir, monkeypatch, caplog):
+def test_an_interrupted_removal_leaves_no_listed_step(workdir, monkeypatch, caplog):
     def cut_short(path, *args, **kwargs):
         half_delete(path, {"commit_success.txt", digest.SIDECAR})
         raise OSError("Device or resource busy")
@@ -348,7 +348,7 @@ def test_removal_cut_short_leaves_no_listed_step(workdir, monkeypatch, caplog):
     assert list(statuses(workdir)) == [3, 4, 5]
 
 
-def test_digests_that_cannot_be_written(tmp_path, monkeypatch):
+def test_unwritable_digests_are_reported(tmp_path, monkeypatch):
     def full(directory):
         raise OSError(28, "No space left on device")
 
@@ -366,7 +366,7 @@ def test_digests_that_cannot_be_written(tmp_path, monkeypatch):
     assert statuses(tmp_path) == {1: "unsealed", 2: "sealed"}
 
 
-def test_flipped_bit_in_meta_is_noticed(workdir):
+def test_a_flipped_bit_in_meta_is_noticed(workdir):
     path = workdir / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
     flip(path, 8 * path.read_bytes().index(b"0.0001") + 3)
     with pytest.raises(ValueError, match=r"_CHECKPOINT_METADATA: sha256.*newest good step: 2"):
@@ -374,6 +374,6 @@ def test_flipped_bit_in_meta_is_noticed(workdir):
     assert orbax.read_meta(workdir, 2) == META
 
 
-def test_locate(workdir):
+def test_locate_splits_the_path_of_a_step(workdir):
     assert step_folders.locate(workdir) == (workdir, None)
     assert step_folders.locate(str(workdir / "checkpoints" / "2") + "/") == (workdir, 2)

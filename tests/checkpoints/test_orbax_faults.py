@@ -1,4 +1,4 @@
-"""Checkpoints when things go wrong from outside: kill -9, a full disk; and several processes."""
+"""Checkpoints survive kill -9 and full disks, and work with several processes."""
 
 import os
 import random
@@ -24,7 +24,7 @@ from starflow2_jax.checkpoints import orbax, steps
 
 
 def start(call, prefix=()):
-    """Start a function of `checkpoint_faults` in a process of its own, which may die."""
+    """Start a function of `checkpoint_faults` in a separate process, which may die."""
     code = "from helpers import cpu_devices; cpu_devices.configure(); "
     code += f"from helpers import checkpoint_faults; checkpoint_faults.{call}"
     return subprocess.Popen(
@@ -43,7 +43,7 @@ def child(call, prefix=()):
 
 
 def check_every_listed_step(workdir, at_least, width):
-    """Whatever is listed is whole; no step that was finished is lost; the run can go on."""
+    """Check that every listed step is complete, none is lost, and the run can continue."""
     entries = [entry for entry in steps.steps(workdir) if entry.status != "leftover"]
     assert entries and entries[-1].step >= at_least
     assert all(path.name.isdecimal() for path in (workdir / "checkpoints").iterdir())
@@ -66,14 +66,14 @@ LAST_WORDS = ["2/orbax.checkpoint", "2/_CHECKPOINT_METADATA", "2/SHA256SUMS"]
     "trigger",
     FIRST_WORDS + [pytest.param(t, marks=pytest.mark.slow) for t in MORE_WORDS + LAST_WORDS],
 )
-def test_killed_while_saving(tmp_path, trigger):
+def test_a_kill_while_saving_loses_no_finished_step(tmp_path, trigger):
     result = child(f"save_and_die({str(tmp_path)!r}, {trigger!r})")
     assert result.returncode == -signal.SIGKILL, result.stderr
     check_every_listed_step(tmp_path, 1, lambda step: 8 if step == 1 else BIG)
 
 
 @pytest.mark.slow
-def test_killed_at_random_times(tmp_path):
+def test_kills_at_random_times_lose_no_finished_step(tmp_path):
     rng = random.Random(0)
     for trial in range(8):
         workdir = tmp_path / str(trial)
@@ -96,12 +96,12 @@ def check_full_disk_message(result, folder, why):
     assert message.endswith("earlier checkpoints are untouched: [1]")
 
 
-def test_full_disk(tmp_path):
+def test_a_full_disk_is_reported_and_keeps_earlier_steps(tmp_path):
     result = child(f"save_on_full_disk({str(tmp_path)!r}, 'limit')")
     check_full_disk_message(result, tmp_path / "checkpoints" / "2", "a limit on file sizes was hit")
 
 
-def test_full_disk_on_a_small_file_system(tmp_path):
+def test_a_full_file_system_is_reported_and_keeps_earlier_steps(tmp_path):
     script = f'mount -t tmpfs -o size=700k none {tmp_path} && exec "$0" "$@"'
     namespace = ["unshare", "--map-root-user", "--mount"]
     try:
@@ -120,7 +120,7 @@ def test_full_disk_on_a_small_file_system(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
+def test_two_processes_save_and_restore_one_state(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]

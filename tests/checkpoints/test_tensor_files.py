@@ -1,4 +1,4 @@
-"""Files that weights are read from, whole and broken."""
+"""Tensor files are read exactly, and broken ones are refused."""
 
 import itertools
 import json
@@ -27,14 +27,14 @@ def check(tensors, arrays=ARRAYS):
         np.testing.assert_array_equal(stored.read(rows), arrays[name][rows])
 
 
-def test_safetensors_file_folder_and_mapping(tmp_path):
+def test_a_file_a_folder_and_a_mapping_are_read_alike(tmp_path):
     save_file(ARRAYS, tmp_path / "x.safetensors")
     check(tensor_files.open_source(tmp_path / "x.safetensors"))
     check(tensor_files.open_source(str(tmp_path)))
     check(tensor_files.open_source(ARRAYS))
 
 
-def test_sharded_folder(tmp_path):
+def test_a_sharded_folder_is_read_and_checked(tmp_path):
     names = sorted(ARRAYS)
     for i, name in enumerate(names):
         save_file({name: ARRAYS[name]}, tmp_path / f"s{i}.safetensors")
@@ -46,7 +46,7 @@ def test_sharded_folder(tmp_path):
         tensor_files.open_source(tmp_path)
 
 
-def test_index_that_is_wrong(tmp_path):
+def test_a_wrong_index_is_refused(tmp_path):
     save_file(ARRAYS, tmp_path / "x.safetensors")
     index = tmp_path / tensor_files.INDEX_FILE
     index.write_text("{")
@@ -61,7 +61,7 @@ def test_index_that_is_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0, 4, 40, -3])
-def test_truncated_safetensors(tmp_path, cut):
+def test_truncated_safetensors_are_refused(tmp_path, cut):
     path = tmp_path / "x.safetensors"
     save_file(ARRAYS, path)
     path.write_bytes(path.read_bytes()[:cut])
@@ -69,7 +69,7 @@ def test_truncated_safetensors(tmp_path, cut):
         tensor_files.open_source(path)
 
 
-def test_what_is_not_there_or_not_known(tmp_path):
+def test_missing_and_unknown_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         tensor_files.open_source(tmp_path / "x.pth")
     with pytest.raises(ValueError, match="found none"):
@@ -85,7 +85,7 @@ def test_what_is_not_there_or_not_known(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_torch_files(tmp_path, zipped):
+def test_torch_files_are_read(tmp_path, zipped):
     torch = pytest.importorskip("torch")
     state = {
         "a.weight": torch.from_numpy(ARRAYS["a.weight"].copy()),
@@ -121,7 +121,7 @@ def test_pickles_run_no_code(tmp_path):
     assert not mark.exists()
 
 
-def test_torch_files_that_are_no_state_dict(tmp_path):
+def test_torch_files_without_a_state_dict_are_refused(tmp_path):
     torch = pytest.importorskip("torch")
     path = tmp_path / "x.pth"
     torch.save({"model": {"a": torch.zeros(2)}, "step": 3}, path)
@@ -140,7 +140,7 @@ def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("read_bytes", [1, 60, 1 << 20])
-def test_every_slice_of_a_safetensors_file(tmp_path, monkeypatch, read_bytes):
+def test_every_slice_of_a_safetensors_file_is_read_exactly(tmp_path, monkeypatch, read_bytes):
     monkeypatch.setattr(tensor_files, "READ_BYTES", read_bytes)
     rng = np.random.default_rng(0)
     arrays = {
@@ -164,7 +164,7 @@ def test_every_slice_of_a_safetensors_file(tmp_path, monkeypatch, read_bytes):
         tensors["cube"].read()
 
 
-def test_an_index_that_names_a_tensor_twice(tmp_path):
+def test_an_index_that_names_a_tensor_twice_is_refused(tmp_path):
     save_file(ARRAYS, tmp_path / "x.safetensors")
     entries = ", ".join(f'"{name}": "x.safetensors"' for name in [*ARRAYS, "b"])
     (tmp_path / tensor_files.INDEX_FILE).write_text(f'{{"weight_map": {{{entries}}}}}')

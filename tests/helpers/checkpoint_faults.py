@@ -1,4 +1,4 @@
-"""Checkpoint programs that run, and sometimes die, in processes of their own."""
+"""Checkpoint programs that run, and sometimes die, in separate processes."""
 
 import os
 import resource
@@ -29,7 +29,7 @@ BIG = 4096
 
 
 def save_and_die(workdir, trigger):
-    """Saves step 1, then step 2 with a kill -9 as soon as the file `trigger` is there."""
+    """Save step 1, then step 2 with a kill -9 as soon as the file `trigger` exists."""
     run(Path(workdir), [1])
 
     def watch():
@@ -52,7 +52,7 @@ def save_for_ever(workdir):
 
 
 def save_on_full_disk(workdir, how):
-    """Step 1 fits, step 2 does not, step 3 fits again; prints the error of step 2."""
+    """Save steps 1 and 3, which fit, and print the error of step 2, which does not."""
     writer = orbax.open(workdir)
     orbax.save(writer, 1, make_state(1), META)
     orbax.wait(writer)
@@ -73,7 +73,7 @@ def save_on_full_disk(workdir, how):
 
 
 def one_of_two(workdir, port, process):
-    """Both processes save and restore a state that is sharded over them."""
+    """Save and restore a state that is sharded over two processes."""
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"localhost:{port}", 2, process)
     mesh = mesh_of(4)

@@ -34,7 +34,7 @@ def sharding(mesh, leaf):
 
 
 def make_plain_state(step, width=8):
-    """A little of everything: odd values, bf16, scalars, optax namedtuples, empty dicts."""
+    """Return a state with odd values, bf16, scalars, optax namedtuples and empty dicts."""
     rng = np.random.default_rng(step)
     weight = rng.standard_normal((16, width)).astype(np.float32)
     weight[0, :4] = [np.nan, np.inf, -0.0, 1e-42]

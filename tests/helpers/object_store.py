@@ -1,8 +1,8 @@
-"""An object store on this machine, in place of Google's: `gs://` paths without a network.
+"""A local object store that stands in for Google Cloud Storage: `gs://` paths without a network.
 
-Objects appear whole or not at all, have no folders, and cannot be renamed or appended to; whoever
-tries gets an error. Two doors to one folder of files: `Files` is the fsspec file system that etils
-uses, `serve` the HTTP interface that TensorStore's driver speaks (JSON API, what it needs of it).
+Objects appear complete or not at all, have no folders, and cannot be renamed or appended to; such
+attempts raise an error. One folder of files has two interfaces: `Files`, the fsspec file system
+that etils uses, and `serve`, the part of the HTTP JSON API that TensorStore's driver uses.
 """
 
 import http.server
@@ -33,7 +33,7 @@ class Store:
         return sorted(name for name in names if name.startswith(prefix))
 
     def get(self, name):
-        """(contents, generation), None where there is no such object."""
+        """Return (contents, generation), or None if there is no such object."""
         try:
             with open(self.path(name), "rb") as file:
                 return file.read(), os.fstat(file.fileno()).st_mtime_ns
@@ -135,7 +135,7 @@ class Files(fsspec.AbstractFileSystem):
 
 
 def use():
-    """gs:// paths of this process are those of the store OBJECT_STORE, for etils and Orbax."""
+    """Direct the gs:// paths of this process to the store OBJECT_STORE, for etils and Orbax."""
     from orbax.checkpoint._src.path import gcs_utils
 
     fsspec.register_implementation("gs", Files, clobber=True)
@@ -145,7 +145,7 @@ def use():
 
 
 def serve(root):
-    """Serves the store on a free port of this machine; returns the server and its address."""
+    """Serve the store on a free port of this machine. Return the server and its address."""
     store = Store(root)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -174,7 +174,7 @@ def serve(root):
             return match[1], urllib.parse.unquote(match[2] or ""), query
 
         def refused(self, name, query):
-            """Whether a condition on the object's generation does not hold."""
+            """Return True if a condition on the object's generation does not hold."""
             stored = store.get(name)
             generation = str(stored[1]) if stored else "0"
             expected, other = query.get("ifGenerationMatch"), query.get("ifGenerationNotMatch")

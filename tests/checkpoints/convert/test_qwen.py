@@ -1,4 +1,4 @@
-"""Qwen2.5-VL folders: both styles of names and of config.json, sharded loads, memory, damage."""
+"""Qwen2.5-VL folders of both styles are loaded, sharded or not, exported, and checked."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def older(name):
 
 
 def write(folder, config, state, shards=3):
-    """A folder as published: config.json, shards and their index."""
+    """Write a folder as published: config.json, shards and their index."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     names, where = sorted(state), {}
@@ -73,8 +73,8 @@ def test_both_styles_of_files_are_one_model(tmp_path, published):
     flat["vision_config"] = {k: v for k, v in flat["vision_config"].items() if "rope" not in k}
     renamed = {older(name): array for name, array in state.items()}
     assert any(name.startswith("visual.") for name in renamed)
-    again, theirs = convert_qwen.load(write(tmp_path / "old", flat, renamed, shards=1))
-    assert again == cfg and same(theirs, params)
+    again, loaded = convert_qwen.load(write(tmp_path / "old", flat, renamed, shards=1))
+    assert again == cfg and same(loaded, params)
     layer = params["layers"]["query"]["weight"][1]
     name = "model.language_model.layers.1.self_attn.q_proj.weight"
     np.testing.assert_array_equal(layer, state[name].T)
@@ -90,14 +90,14 @@ def test_export_and_back(tmp_path, published):
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{}"
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["eos"] == 5 and written["torch_dtype"] == "float32"
-    held = tensor_files.open_source(tmp_path / "out")
-    assert {name: held[name].shape for name in held} == {
+    exported = tensor_files.open_source(tmp_path / "out")
+    assert {name: exported[name].shape for name in exported} == {
         older(name): array.shape for name, array in published[1].items()
     }
     for name, array in published[1].items():
-        np.testing.assert_array_equal(held[older(name)].read(), array)
-    again, theirs = convert_qwen.load(tmp_path / "out")
-    assert again == cfg and same(theirs, params)
+        np.testing.assert_array_equal(exported[older(name)].read(), array)
+    again, loaded = convert_qwen.load(tmp_path / "out")
+    assert again == cfg and same(loaded, params)
     with pytest.raises(FileExistsError, match="nothing was written over"):
         convert_qwen.export(params, cfg, tmp_path / "out")
     broken = {**params, "embed": {"weight": params["embed"]["weight"][:5]}}
@@ -126,12 +126,12 @@ def test_sharded_loads_equal(tmp_path, published, layout, sizes, dtype):
     mesh = make_mesh(sizes)
     cfg, params = convert_qwen.load(folder, mesh, layout, dtype)
     assert same(params, jax.tree.map(lambda a: a.astype(dtype or a.dtype), plain))
-    wanted = flatten(param_shardings(qwen.declare(cfg), mesh, layout))
+    shardings = flatten(param_shardings(qwen.declare(cfg), mesh, layout))
     for name, leaf in flatten(params).items():
-        assert leaf.sharding == wanted[name], name
+        assert leaf.sharding == shardings[name], name
 
 
-def test_layout_that_does_not_fit(tmp_path, published):
+def test_a_layout_that_does_not_divide_is_refused(tmp_path, published):
     folder = write(tmp_path / "in", *published)
     with pytest.raises(
         ValueError, match=r"weight \S+ has 96 in .*\(vocab\), .* 'tensor' of size 5"
@@ -139,7 +139,7 @@ def test_layout_that_does_not_fit(tmp_path, published):
         convert_qwen.load(folder, make_mesh("tensor=5", jax.devices()[:5]), "tp")
 
 
-def test_dtypes(tmp_path, published):
+def test_dtypes_are_kept_or_converted(tmp_path, published):
     config, state = published
     low = {name: array.astype(ml_dtypes.bfloat16) for name, array in state.items()}
     cfg, params = convert_qwen.load(write(tmp_path / "low", config, low))
@@ -155,7 +155,7 @@ def test_dtypes(tmp_path, published):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-def test_tied_head(tmp_path, published):
+def test_a_tied_head_is_not_loaded_twice(tmp_path, published):
     config, state = published
     config, state = {**config, "tie_word_embeddings": True}, dict(state)
     head = state.pop("lm_head.weight")
@@ -176,22 +176,22 @@ def test_tied_head(tmp_path, published):
 # --------------------------------------------------------------------------------------- bad input
 
 
-def test_damaged_folders(tmp_path, published):
+def test_damaged_folders_are_refused(tmp_path, published):
     folder = write(tmp_path / "in", *published)
     with pytest.raises(FileNotFoundError, match=r"no such file; is .* a model folder"):
         convert_qwen.load(tmp_path / "nowhere")
     shard = folder / "model-00002-of-00003.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-100])
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100])
     with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors is truncated or not"):
         convert_qwen.load(folder)
-    shard.write_bytes(whole[:20])
+    shard.write_bytes(content[:20])
     with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors is truncated or not"):
         convert_qwen.load(folder)
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"names missing shards model-00002-of-00003\.saf"):
         convert_qwen.load(folder)
-    shard.write_bytes(whole)
+    shard.write_bytes(content)
     index = folder / tensor_files.INDEX_FILE
     text = index.read_text()
     index.write_text(text.replace('"lm_head.weight"', '"model.language_model.norm.weight"'))
@@ -262,7 +262,7 @@ def test_names_and_shapes_are_strict(tmp_path, published):
         ("vision_config.patch_size", [4, 4], r"vision_config\.patch_size=\[4, 4\] is not a whole"),
     ],
 )
-def test_configurations_that_are_refused(tmp_path, published, path, value, message):
+def test_unsupported_configurations_are_refused(tmp_path, published, path, value, message):
     config = json.loads(json.dumps(published[0]))
     *parents, key = path.split(".")
     inner = config
@@ -297,7 +297,7 @@ from starflow2_jax.mesh import make_mesh
 from starflow2_jax.checkpoints.convert import qwen
 
 def peak():
-    # Mapped pages are counted; ru_maxrss would start from what the parent process holds.
+    # This counts mapped pages; ru_maxrss would start from the memory of the parent process.
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
@@ -307,34 +307,34 @@ before = peak()
 cfg, params = qwen.load(sys.argv[1], mesh, "fsdp", jnp.dtype(sys.argv[2]))
 leaves = jax.block_until_ready(jax.tree.leaves(params))
 after = peak()
-held = sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards)
-print(before, after, held, float(params["head"]["weight"][5, 7]))
+array_bytes = sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards)
+print(before, after, array_bytes, float(params["head"]["weight"][5, 7]))
 """
 
 
-def fake(folder, cfg, shard_bytes):
-    """A sharded bfloat16 checkpoint of `cfg`; its size and that of its largest tensor."""
+def write_random(folder, cfg, shard_bytes):
+    """Write a sharded bfloat16 model of `cfg`. Return its size and that of its largest tensor."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(public_options(cfg)))
     noise = np.random.default_rng(0).normal(size=1 << 22).astype(ml_dtypes.bfloat16)
-    where, held, filled, total, largest = {}, {}, 0, 0, 0
+    files, shard, filled, total, largest = {}, {}, 0, 0, 0
 
     def flush():
-        file = f"model-{len(set(where.values())) + 1:05}.safetensors"
-        save_file(held, folder / file)
-        where.update(dict.fromkeys(held, file))
-        held.clear()
+        file = f"model-{len(set(files.values())) + 1:05}.safetensors"
+        save_file(shard, folder / file)
+        files.update(dict.fromkeys(shard, file))
+        shard.clear()
 
     for name, shape in tensor_map.published_shapes(convert_qwen.table(cfg)).items():
-        held[name] = np.resize(noise, shape)
-        size = held[name].nbytes
+        shard[name] = np.resize(noise, shape)
+        size = shard[name].nbytes
         filled, total, largest = filled + size, total + size, max(largest, size)
         if filled > shard_bytes:
             flush()
             filled = 0
     flush()
-    (folder / tensor_files.INDEX_FILE).write_text(json.dumps({"weight_map": where}))
-    assert len(set(where.values())) > 3
+    (folder / tensor_files.INDEX_FILE).write_text(json.dumps({"weight_map": files}))
+    assert len(set(files.values())) > 3
     return total, largest
 
 
@@ -349,8 +349,8 @@ def measure(folder, dtype):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    before, peak, held, value = result.stdout.split()
-    return int(before), int(peak), int(held), float(value)
+    before, peak, array_bytes, value = result.stdout.split()
+    return int(before), int(peak), int(array_bytes), float(value)
 
 
 def small_7b(**sizes):
@@ -362,18 +362,19 @@ def small_7b(**sizes):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_memory_of_a_load(tmp_path, dtype):
-    """Two hundred megabytes; beside the arrays one tensor as it is read and as it is wanted."""
+    """A load of 200 MB needs the arrays plus one tensor, as stored and as converted."""
     cfg = small_7b(vocab=16384, width=1024, layers=6, heads=8, kv_heads=2, mlp_width=4096)
     try:
-        total, largest = fake(tmp_path / "in", cfg, 30 << 20)
+        total, largest = write_random(tmp_path / "in", cfg, 30 << 20)
         assert total > 200 << 20
-        before, peak, held, value = measure(tmp_path / "in", dtype)
+        before, peak, array_bytes, value = measure(tmp_path / "in", dtype)
     finally:
         shutil.rmtree(tmp_path / "in", ignore_errors=True)
     width = np.dtype(jnp.dtype(dtype)).itemsize
-    # Norms and other small arrays of the fsdp layout are whole on each device.
-    assert total / 2 * width <= held < 1.02 * total / 2 * width
-    assert peak - before <= held + largest * (1 + width / 2) + (48 << 20), (before, peak, held)
+    # The fsdp layout replicates norms and other small arrays.
+    assert total / 2 * width <= array_bytes < 1.02 * total / 2 * width
+    limit = array_bytes + largest * (1 + width / 2) + (48 << 20)
+    assert peak - before <= limit, (before, peak, array_bytes)
     assert value != 0
 
 
@@ -381,14 +382,14 @@ def test_memory_of_a_load(tmp_path, dtype):
 def test_memory_of_a_load_of_six_gigabytes(tmp_path):
     cfg = small_7b(layers=8, width=3584)
     try:
-        total, largest = fake(tmp_path / "in", cfg, 1 << 30)
+        total, largest = write_random(tmp_path / "in", cfg, 1 << 30)
         assert total > 6e9 and largest > 1e9
-        before, peak, held, _ = measure(tmp_path / "in", "bfloat16")
+        before, peak, array_bytes, _ = measure(tmp_path / "in", "bfloat16")
     finally:
         shutil.rmtree(tmp_path / "in", ignore_errors=True)
-    print(f"files {total}, arrays {held}, before {before}, peak {peak}")
-    assert total <= held < 1.02 * total
-    assert peak <= held + 2e9 + largest, (before, peak, held)
+    print(f"files {total}, arrays {array_bytes}, before {before}, peak {peak}")
+    assert total <= array_bytes < 1.02 * total
+    assert peak <= array_bytes + 2e9 + largest, (before, peak, array_bytes)
 
 
 # -------------------------------------------------------------------------------------- with torch
@@ -405,8 +406,8 @@ def test_transformers_loads_what_we_export(tmp_path, tied):
     cfg, params = convert_qwen.load(tmp_path / "in")
     convert_qwen.export(params, cfg, tmp_path / "out", extra={"bos_token_id": 0, "eos_token_id": 1})
     again = Public.from_pretrained(tmp_path / "out").eval().requires_grad_(False)
-    given = torch_qwen.CASES["three_left"]()
-    ours, theirs = torch_qwen.reference(again, given), torch_qwen.reference(model, given)
-    for key, value in theirs.items():
-        np.testing.assert_array_equal(ours[key], value, err_msg=key)
+    inputs = torch_qwen.CASES["three_left"]()
+    actual, expected = torch_qwen.reference(again, inputs), torch_qwen.reference(model, inputs)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(actual[key], value, err_msg=key)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))

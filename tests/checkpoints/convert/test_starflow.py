@@ -1,4 +1,4 @@
-"""Public state dicts: names, options of both vocabularies, strictness, the way back."""
+"""Published state dicts are read with either vocabulary of options, and written back."""
 
 import functools
 
@@ -108,7 +108,7 @@ def golden(name):
 
 
 def synthetic(options, dtype=np.float32):
-    """A random state dict of `options`, and its configuration."""
+    """Return a random state dict of `options`, and its configuration."""
     model_options = starflow_options.read_options(options)[0]
     family = starflow_options.find_family(model_options, set())
     cfg = starflow_options.flow_config(model_options, family, {})
@@ -175,7 +175,7 @@ def test_other_options_are_the_published_names_and_shapes():
     "changes",
     [{"rope": 0}, {"sos": 0}, {"rope": 0, "sos": 0, "use_softplus": 0}, {"txt_size": 0}],
 )
-def test_start_and_position_variants(changes):
+def test_start_and_position_variants_are_read(changes):
     options = {**STARFLOW, **changes}
     if not options["txt_size"]:
         options = {k: v for k, v in options.items() if k not in ("txt_dim", "cond_top_only")}
@@ -230,7 +230,7 @@ def test_sizes_that_a_run_takes_from_its_data_are_read_from_the_file():
     assert starflow.load(golden("starflow"), bare)[0].text_channels == 24
 
 
-def test_unconditional_tarflow():
+def test_an_unconditional_tarflow_is_read():
     state = {n: a for n, a in golden("tarflow").items() if "class_embed" not in n}
     cfg, params = starflow.load(state, {**TARFLOW, "num_classes": 0})
     assert cfg.classes == 0 and cfg.start == "shift"
@@ -282,12 +282,12 @@ def test_missing_unexpected_and_misshapen_names_are_listed_together():
         ({"img_size": 16}, r"var is \[64, 4\], expected \[256, 4\]"),
     ],
 )
-def test_options_that_do_not_fit_the_file(change, message):
+def test_options_of_another_model_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         starflow.load(golden("starflow"), {**STARFLOW, **change})
 
 
-def test_dtypes_that_are_refused():
+def test_unsupported_and_mixed_dtypes_are_refused():
     state = golden("starflow")
     state["blocks.0.final_norm.weight"] = state["blocks.0.final_norm.weight"].astype(np.int32)
     with pytest.raises(ValueError, match=r"blocks.0.final_norm.weight is int32"):
@@ -297,7 +297,7 @@ def test_dtypes_that_are_refused():
         starflow.load(state, STARFLOW)
 
 
-def test_prior_variance_of_tarflow():
+def test_a_tarflow_with_another_prior_variance_is_refused():
     state = golden("tarflow")
     del state["var"]
     starflow.load(state, TARFLOW)
@@ -334,12 +334,12 @@ def test_prior_variance_of_tarflow():
         ({"head_dim": 16}, "head_dim=16 leaves no RoPE pairs"),
     ],
 )
-def test_options_that_are_refused(change, message):
+def test_bad_options_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         starflow.load(golden("starflow"), {**STARFLOW, **change})
 
 
-def test_falsy_video_options_and_trainer_options_are_let_pass():
+def test_falsy_video_options_and_trainer_options_are_accepted():
     extra = dict(temporal_causal=0, use_pretrained_lm="none", vid_size=None, lr=1e-4, cfg=2.5)
     assert starflow.load(golden("starflow"), {**STARFLOW, **extra})[0].width == 64
 
@@ -351,7 +351,7 @@ def test_self_denoiser_weights_are_refused():
         starflow.load(state, STARFLOW)
 
 
-def test_family():
+def test_the_family_follows_from_options_and_tensors():
     find = starflow_options.find_family
     assert find({"num_classes": 5}, set()) == "tarflow"
     assert find({}, {"blocks.0.class_embed", "blocks.0.pos_embed"}) == "tarflow"
@@ -375,12 +375,12 @@ def test_family():
         ("arguments:\n- rope", ValueError, "expected a list of name: value"),
     ],
 )
-def test_bad_option_texts(text, error, message):
+def test_bad_option_texts_are_refused(text, error, message):
     with pytest.raises(error, match=message):
         starflow_options.read_options(text)
 
 
-def test_export_names_what_does_not_fit():
+def test_export_lists_every_difference():
     cfg, params = starflow.load(golden("starflow"), STARFLOW)
     block = dict(params["blocks"]["0"])
     del block["start"]
@@ -392,7 +392,7 @@ def test_export_names_what_does_not_fit():
     assert "blocks/0/final_norm/weight is [3], expected [64]" in str(error.value)
 
 
-def test_flows_that_have_no_public_options():
+def test_flows_without_public_options_are_refused():
     prefix = flow.FlowConfig(4, 4, 64, (1, 1), start="prefix", text_channels=8, text_length=4)
     with pytest.raises(ValueError, match="start='prefix'"):
         starflow_options.public_options(prefix)
