@@ -1,4 +1,4 @@
-"""Measures trained models, and writes the report of a run.
+"""Measure trained models, and write the report of a run.
 
 python -m starflow2_jax.evaluate likelihood --model runs/cifar --data data/cifar_test
 python -m starflow2_jax.evaluate likelihood --model runs/cifar --fit data/cifar_train --rows 1000
@@ -9,7 +9,6 @@ python -m starflow2_jax.evaluate all --model runs/stage3 --n 16 --out evaluation
 """  # noqa: E501
 
 import functools
-import hashlib
 import itertools
 import json
 import time
@@ -19,198 +18,177 @@ import jax
 from absl import flags, logging
 from etils import epath
 
-from starflow2_jax.checkpoints import digest, model_folder, steps
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.config import nearest
-from starflow2_jax.data import image_batches, manifest, records
+from starflow2_jax.data import image_batches, records
 from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.evaluation import (
-    codec as codec_eval,
+    codec as codec_evaluation,
     interleaved_likelihood,
     likelihood,
+    result_files,
     vqa,
 )
 from starflow2_jax.evaluation.report import run_report
+from starflow2_jax.evaluation.result_files import fingerprint
 from starflow2_jax.evaluation.shapes import cases, contact_sheets, report, suite
-from starflow2_jax.inference import (
-    flow_sampler as models,
-    load,
-    options as options_lib,
-    vlm as readers,
-)
-from starflow2_jax.latents import batch_encoder, codec as codecs
+from starflow2_jax.inference import load, options as inference_options, vlm
+from starflow2_jax.inference.flow_sampler import FlowModel, load_flow
+from starflow2_jax.inference.model import Model
+from starflow2_jax.latents import batch_encoder, codec as latent_codec
+from starflow2_jax.latents.codec import Codec
 from starflow2_jax.mesh import check_batch, host_rows, make_mesh
 from starflow2_jax.runtime import allocator, cli
-from starflow2_jax.training.logging import image_grid, run_log
-from starflow2_jax.training.tasks import vlm
+from starflow2_jax.training.logging import image_grid
+from starflow2_jax.training.tasks import vlm as vlm_task
 
 VERBS = {
     "likelihood": "exact nats/dim, and bits/dim where they are defined (--model --data)",
-    "understanding": "answers of a model that reads (--model --data --blind)",
+    "understanding": "question answering of a VLM (--model --data --blind)",
     "codec": "PSNR of a latent codec's images, and a probe of its latents (--model --data --fit)",
-    "shapes": "tasks of the shapes world put to a STARFlow2 (--model --n or --data, --only)",
-    "all": "shapes with a page and sheets of pictures (--model --n or --data, --out FOLDER)",
+    "shapes": "the shapes suite for a STARFlow2 (--model --n or --data, --only)",
+    "all": "shapes, with a page and contact sheets (--model --n or --data, --out FOLDER)",
     "report": "report.html of a run (--workdir)",
 }
+# A result for --json, and the lines to print otherwise.
+Output = tuple[dict[str, Any], list[str]]
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the flags of this command."""
-    text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
-    text("model", None, "workdir, step folder or model folder", flag_values=values)
-    text("workdir", None, "report: the run's folder", flag_values=values)
-    text("data", None, "dataset folder (default: that of the run's eval_data); shapes, all: some, "
-         "with commas (default: drawn from the seed)", flag_values=values)  # fmt: skip
-    text("vlm", None, "folder of the VLM, where the run's is elsewhere", flag_values=values)
-    text("fae", None, "folder of the codec, where the run's is elsewhere", flag_values=values)
-    number("n", None, "shapes, all: cases of each tag, and half as many withheld (32; all of "
-           "--data)", 1, flag_values=values)  # fmt: skip
+    """Define the flags of this command."""
+    text = functools.partial(flags.DEFINE_string, flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    real = functools.partial(flags.DEFINE_float, flag_values=values)
+    switch = functools.partial(flags.DEFINE_boolean, flag_values=values)
+    text("model", None, "workdir, step folder or model folder")
+    text("workdir", None, "report: the run's folder")
+    text("data", None, "dataset folder (default: the run's eval_data); shapes, all: one or more "
+         "folders, separated by commas (default: cases generated from the seed)")  # fmt: skip
+    text("vlm", None, "folder of the VLM, if it is not where the run's configuration says")
+    text("fae", None, "folder of the codec, if it is not where the run's configuration says")
+    integer("n", None, "shapes, all: cases of each tag, and half as many held-out ones (32; all "
+            "of --data)", 1)  # fmt: skip
     flags.DEFINE_list("only", [], f"shapes, all: some of {', '.join(suite.SECTIONS)}",
                       flag_values=values)  # fmt: skip
-    of_pictures = "shapes, all: %s of pictures; the run's own by default"
-    flags.DEFINE_float("guidance", None, of_pictures % "guidance", 0, flag_values=values)
-    flags.DEFINE_float("image_temperature", None, of_pictures % "factor on the noise", 1e-3,
-                       flag_values=values)  # fmt: skip
-    text("latents", None, "folder of latents parallel to --data", flag_values=values)
-    text("features", None, "folder of text features parallel to --data", flag_values=values)
-    text("blind", None, "understanding, shapes, all: a VLM that never saw", flag_values=values)
-    text("fit", None, "training dataset: of the Gaussian baseline or the probe", flag_values=values)
-    text("fit_latents", None, "folder of latents parallel to --fit", flag_values=values)
-    number("rows", None, "first rows of --data that are measured (all)", 1, flag_values=values)
-    number("batch_size", None, "rows at a time (that of the run)", 1, flag_values=values)
-    flags.DEFINE_float("sigma", 0.3, "codec: noise on unit-variance latents", 0, flag_values=values)
+    real("guidance", None, "shapes, all: guidance weight of images; the run's by default", 0)
+    real("image_temperature", None, "shapes, all: scale of the noise of images; the run's by "
+         "default", 1e-3)  # fmt: skip
+    text("latents", None, "folder of latents parallel to --data")
+    text("features", None, "folder of text features parallel to --data")
+    text("blind", None, "understanding, shapes, all: a VLM trained without images, as baseline")
+    text("fit", None, "training dataset, for the Gaussian baseline or the probe")
+    text("fit_latents", None, "folder of latents parallel to --fit")
+    integer("rows", None, "rows from the start of --data that are measured (all)", 1)
+    integer("batch_size", None, "rows of a batch (the run's)", 1)
+    real("sigma", 0.3, "codec: noise on unit-variance latents", 0)
     flags.DEFINE_enum("resize", "none", ("none", "center_crop"), "codec: what to do with images of "
                       "another size than the codec's", flag_values=values)  # fmt: skip
-    number("seed", 0, "of noise, and of what is drawn", 0, flag_values=values)
-    number("pictures", 16, "codec: images in the grid beside --out", 1, flag_values=values)
-    text("layout", "dp", "where weights live", flag_values=values)
-    text("mesh", "data=-1", "devices along each mesh axis", flag_values=values)
-    text("out", None, "JSON to write, of `all` a folder (of a run by default: in its evaluation/)",
-         flag_values=values)  # fmt: skip
-    switch("overwrite", False, "replace what --out names", flag_values=values)
-    switch("json", False, "print the result as JSON", flag_values=values)
+    integer("seed", 0, "seed of noise and of generated cases", 0)
+    integer("pictures", 16, "codec: images in the grid next to --out", 1)
+    text("layout", "dp", "sharding layout of the weights")
+    text("mesh", "data=-1", "devices along each mesh axis")
+    text("out", None, "JSON file to write; all: folder to write (default for a run: in its "
+         "evaluation/)")  # fmt: skip
+    switch("overwrite", False, "replace what --out names")
+    switch("json", False, "print the result as JSON")
 
 
-def main(verb: str, words: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    """Runs one verb and prints its result.
+def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Run one verb and print its result.
 
     Raises:
-        ValueError, OSError: bad input; nothing was written over.
+        ValueError, OSError: the input is bad; no file was overwritten.
     """
-    if words:
-        raise ValueError(f"{verb}: unexpected argument {words[0]!r}")
+    if argv:
+        raise ValueError(f"{verb}: unexpected argument {argv[0]!r}")
     verbs = {
-        "likelihood": _likelihood,
-        "understanding": _understanding,
-        "codec": _codec,
-        "shapes": _shapes,
-        "all": functools.partial(_shapes, everything=True),
-        "report": _report,
+        "likelihood": evaluate_likelihood,
+        "understanding": evaluate_vlm,
+        "codec": evaluate_codec,
+        "shapes": evaluate_shapes,
+        "all": functools.partial(evaluate_shapes, with_page=True),
+        "report": write_report,
     }
     result, lines = verbs[verb](values)
     if jax.process_index() == 0:
         print(json.dumps(result, indent=2) if values.json else "\n".join(lines))
 
 
-def _report(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
-    if not values.workdir:
-        raise ValueError("report: --workdir is needed")
+def _require(values: flags.FlagValues, verb: str, *names: str) -> None:
+    if not all(values[name].value for name in names):
+        flags_needed = " and ".join(f"--{name}" for name in names)
+        raise ValueError(f"{verb}: {flags_needed} {'is' if len(names) == 1 else 'are'} needed")
+
+
+def _output_path(
+    values: flags.FlagValues, model: dict[str, Any], name: str, data: str, suffix: str = ".json"
+) -> epath.Path | None:
+    return result_files.output_path(values.out, model, name, data, suffix, values.overwrite)
+
+
+def write_report(values: flags.FlagValues) -> Output:
+    """Write the report of a run."""
+    _require(values, "report", "workdir")
     path = run_report.write(values.workdir)
     return {"report": str(path)}, [str(path)]
 
 
-def _likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
-    if not values.model:
-        raise ValueError("likelihood: --model is needed")
+# ------------------------------------------------------------------------------------- likelihood
+
+
+def evaluate_likelihood(values: flags.FlagValues) -> Output:
+    """Measure the exact likelihood of a dataset under a flow, or of records under a STARFlow2."""
+    _require(values, "likelihood", "model")
     task = open_model(values.model).task
     if task == load.TASK:
-        return _rows_likelihood(values)
+        return _record_likelihood(values)
     if task != "flow":
         raise ValueError(
             f"likelihood: {values.model}: task={task!r}, expected a flow or task={load.TASK!r}"
         )
-    mesh = make_mesh(values.mesh)
-    source = _source(values.model)
-    model = models.load_flow(values.model, mesh, values.layout)
-    options, codec = _options(model, values)
-    about = batch_encoder.describe(image_batches.describe(options), codec, "--data")
-    _check_encoder(model, about)
-    out = _out(values, source, "likelihood", options["path"] or "mixture")
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = values.batch_size or -(-model.cfg["evaluate"]["batch_size"] // ways) * ways
-    check_batch(size, mesh, "--batch_size")
-    began = time.time()
-    mine = host_rows(size, mesh)
-    batches = image_batches.eval_batches(options, batch_size=size, rows=mine)
-    batches = batch_encoder.encoded(likelihood.limit(batches, values.rows, size), codec)
-    nats, parts = likelihood.per_image(model, batches, mesh)
-    figures = likelihood.summarise(nats, model.cfg)
+    device_mesh = make_mesh(values.mesh)
+    source = result_files.describe_model(values.model)
+    model = load_flow(values.model, device_mesh, values.layout)
+    options, codec = _flow_data_options(model, values)
+    data = batch_encoder.describe(image_batches.describe(options), codec, "--data")
+    _check_encoder(model, data)
+    out = _output_path(values, source, "likelihood", options["path"] or "mixture")
+    num_shards = device_mesh.shape["data"] * device_mesh.shape["fsdp"]
+    default_size = -(-model.cfg["evaluate"]["batch_size"] // num_shards) * num_shards
+    batch_size = values.batch_size or default_size
+    check_batch(batch_size, device_mesh, "--batch_size")
+    start_time = time.time()
+    batches = image_batches.eval_batches(
+        options, batch_size=batch_size, rows=host_rows(batch_size, device_mesh)
+    )
+    batches = batch_encoder.encoded(likelihood.limit(batches, values.rows, batch_size), codec)
+    nll, parts = likelihood.per_image(model, batches, device_mesh)
     result = {
         "model": source,
         "data": {
             "path": str(options["path"]),
-            "fingerprints": about["fingerprints"],
-            "features": about["features"],
-            "records": about["records"],
-            "rows": len(nats),
-            "skipped": min(values.rows or about["records"], about["records"]) - len(nats),
+            "fingerprints": data["fingerprints"],
+            "features": data["features"],
+            "records": data["records"],
+            "rows": len(nll),
+            "skipped": min(values.rows or data["records"], data["records"]) - len(nll),
         },
-        **figures,
+        **likelihood.summarize(nll, model.cfg),
         "parts": parts,
-        "baselines": _baselines(model, options, codec, values, size),
+        "baselines": _gaussian_baseline(model, options, codec, values, batch_size),
         "protocol": likelihood.protocol(model.cfg, model.model_config),
-        "seconds": round(time.time() - began, 1),
-        "command": run_log.command_line(),
-        **run_log.environment(),
     }
-    if out is not None and jax.process_index() == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n")
-    return result, [*likelihood.lines(result), *([f"written    {out}"] if out else [])]
+    result, written = result_files.write(result, out, start_time)
+    return result, [*likelihood.summary_lines(result), *written]
 
 
-def _starflow2(values: flags.FlagValues) -> Any:
-    """The STARFlow2 of --model, on one device unless a mesh is given."""
-    mesh = make_mesh(values.mesh) if values["mesh"].present else None
-    where = {"vlm": values.vlm or "", "fae": values.fae or ""}
-    return load.load_starflow2(values.model, mesh, values.layout, **where)
+def _flow_data_options(
+    model: FlowModel, values: flags.FlagValues
+) -> tuple[dict[str, Any], Codec | None]:
+    """Return the options of the data: the run's `eval_data`, or --data and folders parallel to it.
 
-
-def _rows_likelihood(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
-    """Of a STARFlow2: nats of the images and the text of a dataset's records."""
-    if not values.data:
-        raise ValueError("likelihood: --data is needed: a dataset folder of interleaved records")
-    source = _source(values.model)
-    out = _out(values, source, "rows_likelihood", values.data)
-    began, seed = time.time(), values["seed"].value
-    model = _starflow2(values)
-    given = list(itertools.islice(records.read(values.data), values.rows))
-    options = {"size": min(values.batch_size or 32, len(given)), "seed": seed}
-    found = interleaved_likelihood.of_records(model, given, **options)
-    result = {
-        "model": source,
-        "data": {"path": values.data, "fingerprint": _fingerprint(values.data)},
-        "sections": {"likelihood": {"records": {"all": found}}},
-        "not_run": {},
-        "options": options,
-        "protocol": {"likelihood": interleaved_likelihood.PROTOCOL},
-        "seconds": round(time.time() - began, 1),
-        "command": run_log.command_line(),
-        **run_log.environment(),
-    }
-    lines = report.lines(result)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n")
-        lines += [f"written    {out}"]
-    return result, lines
-
-
-def _options(
-    model: models.FlowModel, values: flags.FlagValues
-) -> tuple[dict[str, Any], codecs.Codec | None]:
-    """Where the data are: the run's `eval_data`, or --data and the folders parallel to it; and the
-    codec that encodes their images, where there are no stored latents."""
+    The second result is the codec that encodes images, if no latents are stored.
+    """
     changes: dict[str, Any] = {}
     if values.data:
         text = "none"
@@ -218,8 +196,8 @@ def _options(
             text = "bytes" if model.cfg["text"]["vocabulary"] else "features"
         changes = {"path": values.data, "mixture": (), "latents": "", "features": ""}
         changes |= {"labels": bool(model.model_config.classes), "text": text}
-    given = {"latents": values.latents, "features": values.features}
-    changes |= {name: value for name, value in given.items() if value}
+    folders = {"latents": values.latents, "features": values.features}
+    changes |= {name: folder for name, folder in folders.items() if folder}
     options = image_batch_options(model.cfg, model.model_config, **changes)
     if not options["path"] and not options["mixture"]:
         raise ValueError("likelihood: --data is needed: the run has no eval_data.path")
@@ -232,219 +210,238 @@ def _options(
     return batch_encoder.options(options, codec), codec
 
 
-def _check_encoder(model: models.FlowModel, about: dict[str, Any]) -> None:
-    """Refuses latents of another encoder than the flow was trained on, where that is known."""
-    known = model.frozen.get("fae", "").split()
-    for row in about["features"]:
-        if known and "fae" in row and row["fae"]["sha256"] not in known:
+def _check_encoder(model: FlowModel, data: dict[str, Any]) -> None:
+    """Refuse latents of another encoder than the flow was trained on, if that is recorded."""
+    expected = model.frozen.get("fae", "").split()
+    for row in data["features"]:
+        if expected and "fae" in row and row["fae"]["sha256"] not in expected:
             raise ValueError(
-                f"likelihood: the data are latents of the encoder {row['fae']['sha256'][:12]}, the "
-                f"flow was trained on those of {', '.join(name[:12] for name in known)}"
+                f"likelihood: the data are latents of the encoder {row['fae']['sha256'][:12]}, but "
+                f"the flow was trained on those of {', '.join(name[:12] for name in expected)}"
             )
 
 
-def _baselines(
-    model: models.FlowModel,
+def _gaussian_baseline(
+    model: FlowModel,
     options: dict[str, Any],
-    codec: codecs.Codec | None,
+    codec: Codec | None,
     values: flags.FlagValues,
-    size: int,
+    batch_size: int,
 ) -> dict[str, Any]:
+    """Return the figures of a Gaussian per dimension, fitted to --fit; empty without that flag."""
     if not values.fit:
         return {}
-    plain = {"labels": False, "text": "none", "features": ""}
-    fit = {**options, **plain, "path": values.fit, "latents": values.fit_latents or ""}
+    options = {**options, "labels": False, "text": "none", "features": ""}
+    fit = {**options, "path": values.fit, "latents": values.fit_latents or ""}
     if not fit["pixels"] and not fit["latents"]:
         raise ValueError("likelihood: --fit_latents or --fae is needed: the model reads latents")
-    # Every host reads all of it: a Gaussian is cheap.
-    measured = image_batches.eval_batches({**options, **plain}, batch_size=size)
+    # Every host reads all of the data, since a Gaussian is cheap.
+    fit_batches = image_batches.eval_batches(fit, batch_size=batch_size)
+    batches = image_batches.eval_batches(options, batch_size=batch_size)
     nats = likelihood.gaussian_baseline(
-        batch_encoder.encoded(image_batches.eval_batches(fit, batch_size=size), codec),
-        batch_encoder.encoded(likelihood.limit(measured, values.rows, size), codec),
+        batch_encoder.encoded(fit_batches, codec),
+        batch_encoder.encoded(likelihood.limit(batches, values.rows, batch_size), codec),
         model.cfg,
     )
-    bits = None
-    if not likelihood.not_comparable(model.cfg):
-        bits = likelihood.bits_per_dim(nats)
-    about = {"fit": values.fit, "fingerprints": image_batches.describe(fit)["fingerprints"]}
-    return {"gaussian_per_dimension": {"nats_per_dim": nats, "bits_per_dim": bits, **about}}
+    figures = {
+        "nats_per_dim": nats,
+        "bits_per_dim": None
+        if likelihood.not_comparable(model.cfg)
+        else likelihood.bits_per_dim(nats),
+        "fit": values.fit,
+        "fingerprints": image_batches.describe(fit)["fingerprints"],
+    }
+    return {"gaussian_per_dimension": figures}
 
 
-def _source(path: str) -> dict[str, Any]:
-    """Path, step and digest of what is measured: the sha256 of its list of file digests."""
-    if model_folder.is_folder(model_folder.locate(path)):
-        listed, step, where = (
-            epath.Path(model_folder.locate(path)) / model_folder.DIGEST_FILE,
-            None,
-            path,
-        )
-    else:
-        workdir, step = steps.locate(path)
-        entry = steps.find(workdir, step)
-        listed, step, where = entry.path / digest.SIDECAR, entry.step, str(workdir)
-    sha256 = hashlib.sha256(listed.read_bytes()).hexdigest() if listed.exists() else None
-    return {"path": where, "step": step, "weights": "averaged", "sha256": sha256}
+def _load_starflow2(values: flags.FlagValues) -> Model:
+    """Load the STARFlow2 of --model, on one device unless a mesh is given."""
+    device_mesh = make_mesh(values.mesh) if values["mesh"].present else None
+    return load.load_starflow2(
+        values.model, device_mesh, values.layout, vlm=values.vlm or "", fae=values.fae or ""
+    )
 
 
-def _understanding(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
-    if not values.model or not values.data:
-        raise ValueError("understanding: --model and --data are needed")
-    source = _source(values.model)
-    out = _out(values, source, "understanding", values.data)
-    began = time.time()
-
-    def answers(path, **changes):
-        reader = readers.load(path)
-        own = {"path": values.data, "mixture": (), "tokenizer": reader.tokenizer_folder, **changes}
-        options = vlm.data_options(reader.cfg, reader.model_config, **own)
-        return vqa.answers(functools.partial(readers.score, reader), options)
-
-    told = answers(values.model)
-    baselines = {"blank_pictures": vqa.summarise(answers(values.model, blank=True))}
-    if values.blind:
-        baselines["blind_model"] = vqa.summarise(answers(values.blind))
+def _record_likelihood(values: flags.FlagValues) -> Output:
+    """Measure the images and the text of a dataset's records under a STARFlow2."""
+    if not values.data:
+        raise ValueError("likelihood: --data is needed: a dataset folder of interleaved records")
+    source = result_files.describe_model(values.model)
+    out = _output_path(values, source, "rows_likelihood", values.data)
+    start_time, seed = time.time(), values["seed"].value
+    model = _load_starflow2(values)
+    rows = list(itertools.islice(records.read(values.data), values.rows))
+    batch_size = min(values.batch_size or 32, len(rows))
+    figures = interleaved_likelihood.measure_records(model, rows, batch_size=batch_size, seed=seed)
     result = {
         "model": source,
-        "data": {"path": values.data, "fingerprint": _fingerprint(values.data)},
-        "kinds": vqa.summarise(told),
-        "by_withheld": vqa.by_withheld(told),
+        "data": {"path": values.data, "fingerprint": fingerprint(values.data)},
+        "sections": {"likelihood": {"records": {"all": figures}}},
+        "not_run": {},
+        "options": {"batch_size": batch_size, "seed": seed},
+        "protocol": {"likelihood": interleaved_likelihood.PROTOCOL},
+    }
+    result, written = result_files.write(result, out, start_time)
+    return result, [*report.summary_lines(result), *written]
+
+
+# ------------------------------------------------------------------------------- VLMs and codecs
+
+
+def evaluate_vlm(values: flags.FlagValues) -> Output:
+    """Measure how many questions about images a VLM answers correctly."""
+    _require(values, "understanding", "model", "data")
+    source = result_files.describe_model(values.model)
+    out = _output_path(values, source, "understanding", values.data)
+    start_time = time.time()
+
+    def score(path, **changes):
+        model = vlm.load(path)
+        options = vlm_task.data_options(
+            model.cfg,
+            model.model_config,
+            path=values.data,
+            mixture=(),
+            tokenizer=model.tokenizer_folder,
+            **changes,
+        )
+        return vqa.score_answers(functools.partial(vlm.score, model), options)
+
+    answers = score(values.model)
+    baselines = {"blank_image": vqa.summarize(score(values.model, blank=True))}
+    if values.blind:
+        baselines["text_only_baseline"] = vqa.summarize(score(values.blind))
+    result = {
+        "model": source,
+        "data": {"path": values.data, "fingerprint": fingerprint(values.data)},
+        "kinds": vqa.summarize(answers),
+        "by_holdout": vqa.summarize_by_holdout(answers),
         "baselines": baselines,
         "protocol": vqa.PROTOCOL,
-        "seconds": round(time.time() - began, 1),
-        "command": run_log.command_line(),
-        **run_log.environment(),
     }
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n")
-    return result, [*vqa.lines(result), *([f"written    {out}"] if out else [])]
+    result, written = result_files.write(result, out, start_time)
+    return result, [*vqa.summary_lines(result), *written]
 
 
-def _codec(values: flags.FlagValues) -> tuple[dict[str, Any], list[str]]:
-    if not values.model or not values.data:
-        raise ValueError("codec: --model and --data are needed")
-    source = _source(values.model)
-    codec = codecs.load(values.model)
-    out = _out(values, source, "codec", values.data)
-    grid = out.with_suffix(".png") if out else None
+def evaluate_codec(values: flags.FlagValues) -> Output:
+    """Measure the fidelity of a codec's images and, with --fit, a linear probe of its latents."""
+    _require(values, "codec", "model", "data")
+    source = result_files.describe_model(values.model)
+    codec = latent_codec.load(values.model)
+    out = _output_path(values, source, "codec", values.data)
     if out and out.suffix != ".json":
         raise ValueError(f"--out {out}: expected a name that ends in .json")
-    if grid and grid.exists() and not values.overwrite:
-        raise FileExistsError(f"{grid} is there already; --overwrite replaces it")
-    seed = values["seed"].value
-    began = time.time()
-    given = {"rows": values.rows, "resize": values.resize}
-    keep = values.pictures if out else 0
-    options = {"sigma": values.sigma, "seed": seed, "keep": keep}
-    figures, shown = codec_eval.fidelity(codec, values.data, **given, **options)
-    read = codec_eval.probe(codec, values.fit, values.data, **given) if values.fit else None
+    grid = out.with_suffix(".png") if out else None
+    if grid:
+        result_files.refuse_existing(grid, values.overwrite)
+    seed, start_time = values["seed"].value, time.time()
+    figures, images = codec_evaluation.measure_fidelity(
+        codec,
+        values.data,
+        rows=values.rows,
+        sigma=values.sigma,
+        seed=seed,
+        resize=values.resize,
+        keep=values.pictures if out else 0,
+    )
+    probe = None
+    if values.fit:
+        probe = {
+            "fit": {"path": values.fit, "fingerprint": fingerprint(values.fit)},
+            **codec_evaluation.measure_probe(
+                codec, values.fit, values.data, rows=values.rows, resize=values.resize
+            ),
+        }
     result = {
         "model": {**source, "encoder": codec.sha256},
-        "data": {"path": values.data, "fingerprint": _fingerprint(values.data)},
+        "data": {"path": values.data, "fingerprint": fingerprint(values.data)},
         **figures,
-        "probe": read,
-        "protocol": codec_eval.protocol(codec, values.sigma, seed, values.resize),
-        "seconds": round(time.time() - began, 1),
-        "command": run_log.command_line(),
-        **run_log.environment(),
+        "probe": probe,
+        "protocol": codec_evaluation.protocol(codec, values.sigma, seed, values.resize),
     }
-    if read:
-        fitted = {"path": values.fit, "fingerprint": _fingerprint(values.fit)}
-        result["probe"] = {"fit": fitted, **read}
-    lines = codec_eval.lines(result)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n")
-        image_grid.save_grid(grid, shown, columns=12)
-        lines += [f"written    {out}, {grid}"]
-    return result, lines
+    result, written = result_files.write(result, out, start_time)
+    if grid:
+        image_grid.save_grid(grid, images, columns=12)
+        written.append(f"written    {grid}")
+    return result, [*codec_evaluation.summary_lines(result), *written]
 
 
-def _shapes(values: flags.FlagValues, everything: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """`shapes`, and with its page and sheets `all`."""
-    verb = "all" if everything else "shapes"
-    if not values.model:
-        raise ValueError(f"{verb}: --model is needed")
-    only = tuple(values.only) or suite.SECTIONS
-    for name in only:
-        if name not in suite.SECTIONS:
-            known = f"{nearest(name, suite.SECTIONS)}; sections: {', '.join(suite.SECTIONS)}"
-            raise ValueError(f"--only: unknown section {name!r}{known}")
-    source = _source(values.model)
+# ----------------------------------------------------------------------------------------- shapes
+
+
+def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output:
+    """Run the shapes suite and, for the verb `all`, write its page and contact sheets."""
+    verb = "all" if with_page else "shapes"
+    _require(values, verb, "model")
+    sections = _sections(values)
+    source = result_files.describe_model(values.model)
     folders = values.data.split(",") if values.data else []
-    name = "-".join(epath.Path(folder).name for folder in folders) or "drawn"
-    out = _out(values, source, verb, name, "" if everything else ".json")
-    if everything and out is None:
+    data_name = "-".join(epath.Path(folder).name for folder in folders) or "drawn"
+    out = _output_path(values, source, verb, data_name, "" if with_page else ".json")
+    if with_page and out is None:
         raise ValueError("all: --out is needed: a folder for the page and the sheets")
-    began, seed = time.time(), values["seed"].value
-    model = _starflow2(values)
+    start_time, seed = time.time(), values["seed"].value
+    model = _load_starflow2(values)
     pixels = model.codec.model.pixels if model.codec else model.cfg["image"]["pixels"] or 64
     if folders:
-        given = cases.read(folders, n=values.n)
+        suite_cases = cases.read(folders, n=values.n)
     else:
-        asked = list(cases.TAGS)
-        if "likelihood" not in only:
-            asked = [suite.TASKS[section] for section in only]
-        given = cases.drawn(seed, values.n or 32, pixels, asked)
-    given_by_flag = {name: values[name].value for name in ("guidance", "image_temperature")}
-    drawing = options_lib.sampling_defaults(model.cfg["sample"], **given_by_flag)
-    options = {"rows": values.batch_size or 96, "seed": seed, **drawing}
-    beside, without = suite.readers(model, pixels, values.blind)
+        tasks = list(cases.TAGS)
+        if "likelihood" not in sections:
+            tasks = [suite.TASKS[section] for section in sections]
+        suite_cases = cases.generate(seed, values.n or 32, pixels, tasks)
+    options = {
+        "batch_size": values.batch_size or 96,
+        "seed": seed,
+        **inference_options.sampling_defaults(
+            model.cfg["sample"],
+            guidance=values.guidance,
+            image_temperature=values.image_temperature,
+        ),
+    }
+    references, missing_references = suite.load_reference_vlms(model, pixels, values.blind)
     result, samples = suite.run(
-        given,
-        suite.asker(model, given, **options),
-        only=only,
-        not_run=suite.unable(model),
+        suite_cases,
+        suite.make_answer_fn(model, suite_cases, **options),
+        only=sections,
+        not_run=suite.unsupported_sections(model),
         model=model,
-        beside=beside,
-        keeps=suite.through(model, seed) if model.codec else None,
+        references=references,
+        reconstruct_fn=suite.make_reconstruct_fn(model, seed) if model.codec else None,
         seed=seed,
-        say=lambda section: logging.info("%s ...", section),
+        on_section=lambda section: logging.info("%s ...", section),
     )
     result = {
         "model": source,
-        "data": {"path": values.data or f"drawn from seed {seed}"}
-        | {"fingerprints": [_fingerprint(folder) for folder in folders]},
+        "data": {
+            "path": values.data or f"generated from seed {seed}",
+            "fingerprints": [fingerprint(folder) for folder in folders],
+        },
         "options": options,
         **result,
-        "not_run": {**result["not_run"], **without},
-        "samples": {name: [*map(report.told, rows)] for name, rows in samples.items()},
-        "seconds": round(time.time() - began, 1),
-        "command": run_log.command_line(),
-        **run_log.environment(),
+        "not_run": {**result["not_run"], **missing_references},
+        "samples": {name: [*map(report.sample_row, rows)] for name, rows in samples.items()},
     }
-    lines = report.lines(result)
-    if everything:
-        out.mkdir(parents=True, exist_ok=True)
-        shown = contact_sheets.make(samples, seed)
-        for name, sheet in shown.items():
+    file = out / "shapes.json" if with_page else out
+    result, written = result_files.write(result, file, start_time)
+    if with_page:
+        sheets = contact_sheets.make(samples, seed)
+        for name, sheet in sheets.items():
             (out / f"{name}.png").write_bytes(image_grid.png(sheet))
-        report.write(out / "report.html", result, shown)
-        lines += [f"written    {out}: report.html, shapes.json, {len(shown)} sheets"]
-        out = out / "shapes.json"
-    elif out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lines += [f"written    {out}"]
-    if out is not None:
-        out.write_text(json.dumps(result, indent=2) + "\n")
-    return result, lines
+        report.write(out / "report.html", result, sheets)
+        written = [f"written    {out}: report.html, shapes.json, {len(sheets)} sheets"]
+    return result, [*report.summary_lines(result), *written]
 
 
-def _fingerprint(path: str) -> str:
-    return manifest.fingerprint(manifest.load(path))
-
-
-def _out(
-    values: flags.FlagValues, source: dict[str, Any], what: str, data: str, end: str = ".json"
-) -> epath.Path | None:
-    """Where the result goes; refused here, before anything is computed, if it may not."""
-    out = values.out
-    if not out and source["step"] is not None:
-        name = f"{what}_{source['step']:08d}_{epath.Path(data).name}{end}"
-        out = epath.Path(source["path"]) / "evaluation" / name
-    if out and epath.Path(out).exists() and not values.overwrite:
-        raise FileExistsError(f"{out} is there already; --overwrite replaces it")
-    return epath.Path(out) if out else None
+def _sections(values: flags.FlagValues) -> tuple[str, ...]:
+    """Return the sections of --only, all of them by default; ValueError if one is unknown."""
+    for name in values.only:
+        if name not in suite.SECTIONS:
+            raise ValueError(
+                f"--only: unknown section {name!r}{nearest(name, suite.SECTIONS)}; the sections "
+                f"are {', '.join(suite.SECTIONS)}"
+            )
+    return tuple(values.only) or suite.SECTIONS
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from starflow2_jax import config, params
 from starflow2_jax.checkpoints import orbax, steps as step_folders
-from starflow2_jax.evaluation import likelihood, sample_grids, samples
+from starflow2_jax.evaluation import likelihood, sample_grids
 from starflow2_jax.evaluation.report import run_report
 from starflow2_jax.inference import flow_sampler as generation
 from starflow2_jax.latents import batch_encoder
@@ -339,7 +339,7 @@ def _shower(program, frozen, data, of, fae) -> Callable | None:
 
         def flow(state):
             shown = generation.FlowModel(cfg, model, {**state.ema, **frozen}, *held)
-            return [("samples", *samples.draw(shown, of(group)), None)]
+            return [sample_grids.draw_flow_grid(shown, of(group))]
 
         return flow
     if task.sample_kind == "interleaved":
@@ -349,11 +349,11 @@ def _shower(program, frozen, data, of, fae) -> Callable | None:
             if jax.process_index() == 0:
                 print(f"no sample grids are drawn: {grids}", flush=True)
             return None
-        return lambda state: sample_grids.from_state(grids, {**state.ema, **frozen})
+        return lambda state: sample_grids.draw_from_params(grids, {**state.ema, **frozen})
     if not task.sample_kind:
         return None
-    beside = lambda state: samples.beside(program, state, frozen, of(group))
-    return lambda state: [("samples", *beside(state), None)]
+    options = of(group)
+    return lambda state: [sample_grids.draw_reconstruction_grid(program, state, frozen, options)]
 
 
 def _evaluate(program, state, frozen, log, number, options, fae=None) -> None:

@@ -8,37 +8,40 @@ import numpy as np
 import pytest
 
 from starflow2_jax.evaluation import codec, interleaved_likelihood
-from starflow2_jax.evaluation.shapes import cases, suite, vqa
+from starflow2_jax.evaluation.shapes import cases as cases_lib, suite, vqa
 from starflow2_jax.inference import load, vlm
 
 PIXELS = 64
 
 
 @pytest.fixture(scope="module")
-def given():
-    return [case for case in cases.drawn(0, 3, PIXELS, ["question", "t2i"]) if case.seen]
+def cases():
+    generated = cases_lib.generate(0, 3, PIXELS, ["question", "t2i"])
+    return [case for case in generated if not case.is_held_out]
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def change_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_vlm_answers_questions_about_what_it_sees(given):
+def test_the_vlm_answers_questions_about_images(cases):
     model = vlm.load("pretrained/vlm_tiny")
-    asked = [case for case in given if case.task == "question"]
-    shown = np.mean(vqa.by_reader(model, asked))
-    assert shown > 0.6 and np.mean(vqa.by_reader(model, asked, blank=True)) < shown - 0.2
+    questions = [case for case in cases if case.task == "question"]
+    accuracy = np.mean(vqa.vlm_is_correct(model, questions))
+    blank_accuracy = np.mean(vqa.vlm_is_correct(model, questions, blank=True))
+    assert accuracy > 0.6 and blank_accuracy < accuracy - 0.2
 
 
-def test_the_flow_draws_in_the_codecs_latents(given):
+def test_the_flow_draws_in_the_codecs_latents(cases):
     """Loading checks files and that VLM and codec are those of the training."""
     model = load.load("pretrained/starflow2_tiny")
-    assert suite.unable(model) == {}
-    asked = [case for case in given if case.task == "t2i"]
-    kept = suite.through(model)(np.stack([case.picture for case in asked]))
-    psnr = [codec.psnr(case.picture, image) for case, image in zip(asked, kept)]
-    assert np.mean(psnr) > 24
-    records = [case.record for case in asked]
-    found = interleaved_likelihood.of_records(model, records, size=len(records))["image"]
-    assert found["nats"] < found["baselines"]["gaussian"]["nats"] - 0.8
+    assert suite.unsupported_sections(model) == {}
+    captions = [case for case in cases if case.task == "t2i"]
+    references = np.stack([case.reference_image for case in captions])
+    reconstructions = suite.make_reconstruct_fn(model)(references)
+    assert np.mean([codec.psnr(a, b) for a, b in zip(references, reconstructions)]) > 24
+    records = [case.record for case in captions]
+    figures = interleaved_likelihood.measure_records(model, records, batch_size=len(records))
+    image = figures["image"]
+    assert image["nll"] < image["baselines"]["gaussian"]["nll"] - 0.8

@@ -116,7 +116,7 @@ def results(out: epath.Path) -> dict[str, dict[int, dict[str, Any]]]:
 def _mean_of_tags(judged: dict[str, Any]) -> float | None:
     """What `evaluate shapes --only generation` says of combinations that training has shown."""
     section = judged["sections"].get("generation")
-    return section and section["score"]["seen"]["mean"]["right"]
+    return section and section["score"]["seen"]["mean"]["correct"]
 
 
 def write_table(out: epath.Path, variant: str, steps: int) -> str:

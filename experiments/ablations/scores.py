@@ -61,17 +61,17 @@ def measure(
 
 
 def figures(told: list, images: Mapping[str, float], alone: list, born: list) -> dict[str, Any]:
-    """The table's figures from answers (`understanding.Answer`) and summed images."""
-    said = [answer for answer in told if answer.words]
+    """The table's figures from answers (`vqa.ScoredAnswer`) and summed images."""
+    said = [answer for answer in told if answer.text]
     asked = [answer for answer in said if answer.task == "question"]
     found: dict[str, Any] = {}
     if images.get("count"):
         found["image_nats"] = float(interleaved.finalize_metrics(dict(images))["nats_per_dim"])
     for name, group in (("text_nats", said), ("text_alone", alone), ("text_alone_before", born)):
         if group:
-            found[name] = sum(a.nats for a in group) / sum(a.tokens for a in group)
+            found[name] = sum(a.nll for a in group) / sum(a.tokens for a in group)
     if asked:
-        found["questions"] = sum(answer.right for answer in asked) / len(asked)
+        found["questions"] = sum(answer.correct for answer in asked) / len(asked)
         found["questions_count"] = len(asked)
     wrong = [name for name, value in found.items() if not np.isfinite(value)]
     if wrong:
@@ -131,7 +131,7 @@ def _answers(model, params, entry, score, batch_size, images):
             images[name] = images.get(name, 0.0) + total
         return records
 
-    return vqa.answers(each, options, batch_size=batch_size)
+    return vqa.score_answers(each, options, batch_size=batch_size)
 
 
 def _settings(workdir: str) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
-"""How well a latent codec keeps images, and what a linear reader finds in its latents.
+"""Image fidelity of a latent codec, and a linear probe of its latents.
 
-Axes: N images, H x W pixels, T patches in raster order, D latent channels, F read numbers.
+Shapes: N images, H x W pixels, T patches in raster order, D latent channels, F features.
 """
 
 import functools
@@ -15,107 +15,130 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from starflow2_jax.data import images, records
-from starflow2_jax.latents import codec as codecs
+from starflow2_jax.data import images as image_io, records
+from starflow2_jax.evaluation import stats
+from starflow2_jax.latents import codec as latent_codec
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.models.fae import losses
 from starflow2_jax.shapes import generator, holdout
 from starflow2_jax.shapes.generator import Object, Scene
 from starflow2_jax.training import preprocess
 
-ROWS = 64
-# Of a mean square in levels of 255 at which PSNR ends, at 68 dB: an image that is equal has none.
-LEAST_SQUARE = 0.01
+BATCH_SIZE = 64
+# Lower bound on the mean square error in levels of 255, so that equal images have 68 dB.
+MIN_SQUARE_ERROR = 0.01
 NOISE_RULE = "noise of image i: sigma * normal(fold_in(fold_in(key(seed), 0), i))"
-# Weight decay and iterations of the probe: logistic regression on standardised numbers.
-DECAY, ITERATIONS = 1e-3, 200
-READ = {"color": tuple(generator.COLORS), "shape": generator.SHAPES}
+# The probe is logistic regression on standardized features.
+PROBE_WEIGHT_DECAY, PROBE_STEPS = 1e-3, 200
+PROBED_PROPERTIES = {"color": tuple(generator.COLORS), "shape": generator.SHAPES}
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image uint8 [H, W, 3] of a dataset and, in the shapes world, the scene it shows."""
+class SceneImage:
+    """An image uint8 [H, W, 3] of a dataset and its scene, None outside the shapes benchmark."""
 
     pixels: np.ndarray
     scene: Scene | None
 
 
-def pictures(data: str, side: int, resize: str = "none") -> Iterator[Picture]:
-    """Every image of a dataset, in order, of `side` x `side` pixels.
+def read_images(data: str, side: int, resize: str = "none") -> Iterator[SceneImage]:
+    """Yield every image of a dataset, in order, with `side` x `side` pixels.
 
     Args:
-        resize: as `data.resize`.
+        resize: as the configuration key `data.resize`.
 
     Raises:
-        DatasetError: an image of another size where resize is "none".
+        DatasetError: an image has another size and `resize` is "none".
     """
     dataset = records.read(data)
     for index, record in enumerate(dataset):
-        where = f"{dataset.location(index)} (id {record.id!r})"
-        known = scenes(record.meta)
+        location = f"{dataset.location(index)} (id {record.id!r})"
+        scenes = parse_scenes(record.meta)
         for k, blob in enumerate(record.imgs):
-            pixels = images.decode(blob.data, f"{where}: $.imgs[{k}]")
-            fitted = images.square(pixels, side, resize, where)
-            yield Picture(fitted, known[k] if k < len(known) else None)
+            pixels = image_io.decode(blob.data, f"{location}: $.imgs[{k}]")
+            pixels = image_io.square(pixels, side, resize, location)
+            yield SceneImage(pixels, scenes[k] if k < len(scenes) else None)
 
 
-def scenes(meta: Mapping[str, Any]) -> list[Scene]:
-    """The scenes that the images of a record of the shapes world show, in order."""
-    found = [json.loads(meta["scene"])] if "scene" in meta else []
+def parse_scenes(meta: Mapping[str, Any]) -> list[Scene]:
+    """Return the scenes of a record's images, in order, from its metadata."""
+    rows = [json.loads(meta["scene"])] if "scene" in meta else []
     if "scenes" in meta:
-        found = json.loads(meta["scenes"])
+        rows = json.loads(meta["scenes"])
     return [
         Scene(row["background"], row["ramp"], tuple(Object(**item) for item in row["objects"]))
-        for row in found
+        for row in rows
     ]
+
+
+def _batches(images: Iterator[SceneImage], limit: int | None) -> Iterator[list[SceneImage]]:
+    """Yield the first `limit` images in lists of `BATCH_SIZE`."""
+    batch: list[SceneImage] = []
+    for number, image in enumerate(images):
+        if number == limit:
+            break
+        batch.append(image)
+        if len(batch) == BATCH_SIZE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 # --------------------------------------------------------------------------------- reconstructions
 
 
 def psnr(image: np.ndarray, other: np.ndarray, mask: np.ndarray | None = None) -> float:
-    """Peak signal-to-noise ratio in dB of two images uint8 [H, W, 3], inside a mask [H, W]."""
+    """Return the peak signal-to-noise ratio in dB of two images uint8 [H, W, 3].
+
+    Args:
+        mask: pixels bool [H, W] to compare; all by default.
+    """
     square = np.square(image.astype(np.float64) - other)
     square = square.mean() if mask is None else square[mask].mean()
-    return 10 * math.log10(255**2 / max(square, LEAST_SQUARE))
+    return 10 * math.log10(255**2 / max(square, MIN_SQUARE_ERROR))
 
 
-def blank(picture: Picture) -> np.ndarray:
-    """The image without what is in it: a scene's ground, of others the median colour."""
-    if picture.scene is not None:
-        ground = Scene(picture.scene.background, picture.scene.ramp, ())
-        return generator.draw(ground, len(picture.pixels))
-    median = np.median(picture.pixels, (0, 1)).round().astype(np.uint8)
-    return np.broadcast_to(median, picture.pixels.shape)
+def background(pixels: np.ndarray, scene: Scene | None) -> np.ndarray:
+    """Return an image uint8 [H, W, 3] without its objects, or its median color without a scene."""
+    if scene is not None:
+        return generator.draw(Scene(scene.background, scene.ramp, ()), len(pixels))
+    median = np.median(pixels, (0, 1)).round().astype(np.uint8)
+    return np.broadcast_to(median, pixels.shape)
 
 
-def boxes(scene: Scene, side: int) -> np.ndarray:
-    """The pixels bool [side, side] in the squares around a scene's objects."""
+def object_boxes(scene: Scene, side: int) -> np.ndarray:
+    """Return the pixels bool [side, side] inside the square boxes around a scene's objects."""
     inside = np.zeros((side, side), bool)
     for item in scene.objects:
         radius = generator.SIZES[item.size]
-        low = [max(0, math.floor((at - radius) * side)) for at in (item.y, item.x)]
-        high = [math.ceil((at + radius) * side) for at in (item.y, item.x)]
-        inside[low[0] : high[0], low[1] : high[1]] = True
+        top, left = (max(0, math.floor((c - radius) * side)) for c in (item.y, item.x))
+        bottom, right = (math.ceil((c + radius) * side) for c in (item.y, item.x))
+        inside[top:bottom, left:right] = True
     return inside
 
 
-def noisy(latents: np.ndarray, sigma: float, seed: int, first: int) -> np.ndarray:
-    """latents [N, T, D] + sigma noise, those of the images `first`, `first + 1`, ..."""
+def add_noise(latents: np.ndarray, sigma: float, seed: int, first: int) -> np.ndarray:
+    """Return latents [N, T, D] + sigma * noise, for the images `first`, `first + 1`, ..."""
     keys = preprocess.row_keys(seed, 0, np.arange(first, first + len(latents)))
     return np.asarray(losses.add_noise(keys, jnp.asarray(latents), sigma))
 
 
 def reconstruct(
-    codec: Codec, shown: list[Picture], sigma: float, seed: int, first: int = 0
+    codec: Codec, images: np.ndarray, sigma: float, seed: int, first: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Posterior means [N, T, D], and images uint8 [N, H, W, 3] of them without and with noise."""
-    latents = codecs.encode(codec, np.stack([picture.pixels for picture in shown]))[0]
-    drawn = noisy(latents, sigma, seed, first)
-    return latents, codecs.decode(codec, latents), codecs.decode(codec, drawn)
+    """Encode and decode images uint8 [N, H, W, 3].
+
+    Returns:
+        Posterior means [N, T, D], and the images uint8 [N, H, W, 3] decoded from them without and
+        with noise.
+    """
+    latents = latent_codec.encode(codec, images)[0]
+    noisy = add_noise(latents, sigma, seed, first)
+    return latents, latent_codec.decode(codec, latents), latent_codec.decode(codec, noisy)
 
 
-def fidelity(
+def measure_fidelity(
     codec: Codec,
     data: str,
     *,
@@ -125,152 +148,162 @@ def fidelity(
     resize: str = "none",
     keep: int = 0,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """PSNR of reconstructions, means over images with their 95% intervals.
+    """Measure the PSNR of reconstructions, means over images with their 95% intervals.
 
     Args:
-        rows: the first images of the dataset, None for all; sigma: noise on the normalised latents.
-        keep: images to show.
+        rows: number of images from the start of the dataset, None for all.
+        sigma: standard deviation of the noise on normalized latents.
+        keep: number of images to return.
 
     Returns:
-        `images`, and by name (`mean`, `noisy`, `blank`; `mean_boxes`, `noisy_boxes`, `blank_boxes`
-        inside the squares around objects, where scenes are known) `psnr`, `psnr_95` in dB; the
-        latents' standard deviation by channel. And pictures uint8 [3 keep, H, W, 3]: original,
-        from the mean, from the mean with noise, in turn.
+        `images`, and `psnr`, `psnr_95` in dB of `mean`, `noisy` and `blank` (the background), and
+        of `mean_boxes`, `noisy_boxes`, `blank_boxes` inside the boxes around objects where scenes
+        are known; and the standard deviation of the latents over channels. And images uint8
+        [3 keep, H, W, 3]: original, decoded from the mean, decoded from the noisy mean, in turn.
 
     Raises:
-        ValueError: no images; a codec without a pixel decoder. DatasetError: as `pictures`.
+        ValueError: the dataset has no images, or the codec has no pixel decoder.
+        DatasetError: as `read_images`.
     """
-    found: dict[str, list[float]] = {}
-    count, total, square, kept = 0, 0.0, 0.0, []
-    for part in _parts(pictures(data, codec.model.pixels, resize), rows):
-        latents, plain, rough = reconstruct(codec, part, sigma, seed, count)
-        for k, picture in enumerate(part):
-            made = {"mean": plain[k], "noisy": rough[k], "blank": blank(picture)}
-            inside = None if picture.scene is None else boxes(picture.scene, len(picture.pixels))
-            for name, image in made.items():
-                found.setdefault(name, []).append(psnr(picture.pixels, image))
-                if inside is not None and inside.any():
-                    value = psnr(picture.pixels, image, inside)
-                    found.setdefault(f"{name}_boxes", []).append(value)
+    psnr_values: dict[str, list[float]] = {}
+    count, total, square, examples = 0, 0.0, 0.0, []
+    for batch in _batches(read_images(data, codec.model.pixels, resize), rows):
+        pixels = np.stack([image.pixels for image in batch])
+        latents, decoded, decoded_noisy = reconstruct(codec, pixels, sigma, seed, count)
+        for k, (original, scene) in enumerate((image.pixels, image.scene) for image in batch):
+            blank = background(original, scene)
+            boxes = None if scene is None else object_boxes(scene, len(original))
+            for name, other in (
+                ("mean", decoded[k]),
+                ("noisy", decoded_noisy[k]),
+                ("blank", blank),
+            ):
+                psnr_values.setdefault(name, []).append(psnr(original, other))
+                if boxes is not None and boxes.any():
+                    value = psnr(original, other, boxes)
+                    psnr_values.setdefault(f"{name}_boxes", []).append(value)
             if count + k < keep:
-                kept += [picture.pixels, plain[k], rough[k]]
-        count += len(part)
+                examples += [original, decoded[k], decoded_noisy[k]]
+        count += len(batch)
         total = total + latents.astype(np.float64).sum((0, 1))
         square = square + np.square(latents.astype(np.float64)).sum((0, 1))
     if not count:
-        raise ValueError(f"{data}: there are no images")
+        raise ValueError(f"{data}: the dataset has no images, so there is nothing to measure")
     n = count * codec.model.tokens
     std = np.sqrt(square / n - np.square(total / n))
-    spread = {"least": float(std.min()), "mean": float(std.mean()), "most": float(std.max())}
-    figures = {name: _mean("psnr", values) for name, values in sorted(found.items())}
-    return {"images": count, **figures, "latent_std": spread}, np.asarray(kept)
-
-
-def _mean(name: str, values: list[float]) -> dict[str, Any]:
-    mean, half = float(np.mean(values)), None
-    if len(values) > 1:
-        half = 1.96 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return {name: mean, f"{name}_95": None if half is None else [mean - half, mean + half]}
-
-
-def _parts(shown: Iterator[Picture], rows: int | None) -> Iterator[list[Picture]]:
-    part: list[Picture] = []
-    for number, picture in enumerate(shown):
-        if number == rows:
-            break
-        part.append(picture)
-        if len(part) == ROWS:
-            yield part
-            part = []
-    if part:
-        yield part
+    figures = {name: stats.mean(values, "psnr") for name, values in sorted(psnr_values.items())}
+    figures["latent_std"] = {
+        "min": float(std.min()),
+        "mean": float(std.mean()),
+        "max": float(std.max()),
+    }
+    return {"images": count, **figures}, np.asarray(examples)
 
 
 # ------------------------------------------------------------------------------------ linear probe
 
 
-def singles(
+def encode_single_objects(
     codec: Codec, data: str, rows: int | None = None, resize: str = "none"
 ) -> tuple[np.ndarray, list[Object]]:
-    """Posterior means [N, T, D] and objects of the images that show one object."""
-    shown = (p for p in pictures(data, codec.model.pixels, resize) if p.scene is not None)
-    alone = (p for p in shown if len(p.scene.objects) == 1)
+    """Return posterior means [N, T, D] and objects of the images that show exactly one object."""
+    images = (
+        image
+        for image in read_images(data, codec.model.pixels, resize)
+        if image.scene is not None and len(image.scene.objects) == 1
+    )
     latents, objects = [], []
-    for part in _parts(alone, rows):
-        latents.append(codecs.encode(codec, np.stack([p.pixels for p in part]))[0])
-        objects += [p.scene.objects[0] for p in part]
-    shape = (0, codec.model.tokens, codec.model.latent)
-    return np.concatenate([np.zeros(shape, np.float32), *latents]), objects
+    for batch in _batches(images, rows):
+        pixels = np.stack([image.pixels for image in batch])
+        latents.append(latent_codec.encode(codec, pixels)[0])
+        objects += [image.scene.objects[0] for image in batch]
+    empty = np.zeros((0, codec.model.tokens, codec.model.latent), np.float32)
+    return np.concatenate([empty, *latents]), objects
 
 
-def views(latents: np.ndarray) -> dict[str, np.ndarray]:
-    """What the probe reads [N, F] of latents [N, T, D]: pooled over places, or every place."""
+def probe_features(latents: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the features [N, F] of latents [N, T, D]: pooled over patches, and all of them."""
     pooled = [reduce(latents, 1) for reduce in (np.mean, np.std, np.min, np.max)]
     return {"pooled": np.concatenate(pooled, -1), "flattened": latents.reshape(len(latents), -1)}
 
 
-def probe(
+def measure_probe(
     codec: Codec, fit: str, data: str, *, rows: int | None = None, resize: str = "none"
 ) -> dict[str, Any]:
-    """Share of single objects whose colour and shape logistic regression reads from the latents.
+    """Measure how well logistic regression reads color and shape of single objects from latents.
 
-    Withheld (colour, shape) pairs are left out of `fit`, and reported apart.
+    Held-out (color, shape) pairs are not fitted to, and are reported separately.
 
     Args:
-        fit, data: datasets of the shapes world, to learn from and to test on; rows: the first
-            images with one object of each.
+        fit: dataset of the shapes benchmark to fit to.
+        data: dataset of the shapes benchmark to test on.
+        rows: number of images with one object, from the start of each dataset; None for all.
 
     Returns:
-        `fit_images`; by view (`views`) and property, `seen` and `withheld`: `accuracy` with its 95%
-        interval, `images`; withheld is None where there are none.
+        `fit_images`; and for each of `probe_features` and each property, `seen` and `held_out`:
+        `accuracy` with its 95% interval, and `images`; None without such images.
 
     Raises:
-        ValueError: no image with one object in one of them.
+        ValueError: a dataset has no image with one object.
     """
-    given, taught = singles(codec, fit, rows, resize)
-    tested, objects = singles(codec, data, rows, resize)
-    seen = np.array([not holdout.is_withheld_pair(item) for item in taught], bool)
-    for path, number in ((fit, seen.sum()), (data, len(objects))):
+    fit_latents, fit_objects = encode_single_objects(codec, fit, rows, resize)
+    latents, objects = encode_single_objects(codec, data, rows, resize)
+    in_fit = np.array([not holdout.is_withheld_pair(item) for item in fit_objects], bool)
+    for path, number in ((fit, in_fit.sum()), (data, len(objects))):
         if not number:
-            raise ValueError(f"{path}: no image of the shapes world with one object to probe")
-    apart = np.array([holdout.is_withheld_pair(item) for item in objects], bool)
-    result: dict[str, Any] = {"fit_images": int(seen.sum())}
-    learn, read = views(given[seen]), views(tested)
-    for view in learn:
-        result[view] = {}
-        for name, words in READ.items():
-            wanted = np.array([words.index(getattr(item, name)) for item in taught])[seen]
-            right = classify(learn[view], wanted, read[view], len(words)) == np.array(
-                [words.index(getattr(item, name)) for item in objects]
+            raise ValueError(
+                f"{path}: no image of the shapes benchmark with one object; the probe needs some"
             )
-            parts = {"seen": right[~apart], "withheld": right[apart]}
+    held_out = np.array([holdout.is_withheld_pair(item) for item in objects], bool)
+    result: dict[str, Any] = {"fit_images": int(in_fit.sum())}
+    features, fit_features = probe_features(latents), probe_features(fit_latents[in_fit])
+    for view in features:
+        result[view] = {}
+        for name, values in PROBED_PROPERTIES.items():
+            fit_labels = np.array([values.index(getattr(item, name)) for item in fit_objects])
+            labels = np.array([values.index(getattr(item, name)) for item in objects])
+            predicted = classify(
+                fit_features[view], fit_labels[in_fit], features[view], len(values)
+            )
+            correct = predicted == labels
+            parts = {"seen": correct[~held_out], "held_out": correct[held_out]}
             result[view][name] = {
-                part: {**_mean("accuracy", values.tolist()), "images": len(values)}
-                if len(values)
-                else None
-                for part, values in parts.items()
+                part: {**stats.mean(hits, "accuracy"), "images": len(hits)} if len(hits) else None
+                for part, hits in parts.items()
             }
     return result
 
 
-def classify(learn: np.ndarray, wanted: np.ndarray, read: np.ndarray, classes: int) -> np.ndarray:
-    """Classes int [M] of `read` [M, F] by logistic regression on `learn` [N, F], `wanted` [N].
+def classify(
+    fit_features: np.ndarray, fit_labels: np.ndarray, features: np.ndarray, classes: int
+) -> np.ndarray:
+    """Predict classes int [M] by logistic regression.
 
-    Numbers are standardised by `learn`'s; the weights, from zero, minimise cross entropy and
-    `DECAY` / 2 times their square by L-BFGS, so that the result is a function of the data.
+    Features are standardized by the mean and deviation of `fit_features`. The weights start from
+    zero and minimize cross entropy + `PROBE_WEIGHT_DECAY` / 2 |weights|^2 by L-BFGS, so the result
+    is a function of the data.
+
+    Args:
+        fit_features, fit_labels: [N, F] and int [N], to fit to.
+        features: [M, F], to predict from.
     """
-    mean, std = learn.mean(0), learn.std(0)
-    scale = lambda x: (x - mean) / np.where(std > 0, std, 1)
-    weights = _fit(jnp.asarray(scale(learn)), jnp.asarray(wanted), classes)
-    return np.argmax(scale(read) @ np.asarray(weights["weight"]) + weights["bias"], -1)
+    mean, std = fit_features.mean(0), fit_features.std(0)
+
+    def standardize(x):
+        return (x - mean) / np.where(std > 0, std, 1)
+
+    fitted = _fit(jnp.asarray(standardize(fit_features)), jnp.asarray(fit_labels), classes)
+    return np.argmax(standardize(features) @ np.asarray(fitted["weight"]) + fitted["bias"], -1)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _fit(x: jax.Array, wanted: jax.Array, classes: int) -> dict[str, jax.Array]:
+def _fit(x: jax.Array, labels: jax.Array, classes: int) -> dict[str, jax.Array]:
+    """Fit `weight` [F, classes] and `bias` [classes] to features [N, F] and labels [N]."""
+
     def loss(params):
         logits = x @ params["weight"] + params["bias"]
-        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
-        return entropy + DECAY / 2 * jnp.square(params["weight"]).sum()
+        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return entropy + PROBE_WEIGHT_DECAY / 2 * jnp.square(params["weight"]).sum()
 
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
@@ -282,42 +315,41 @@ def _fit(x: jax.Array, wanted: jax.Array, classes: int) -> dict[str, jax.Array]:
         return (optax.apply_updates(params, updates), state), None
 
     zeros = {"weight": jnp.zeros((x.shape[1], classes)), "bias": jnp.zeros(classes)}
-    return jax.lax.scan(step, (zeros, solver.init(zeros)), length=ITERATIONS)[0][0]
+    return jax.lax.scan(step, (zeros, solver.init(zeros)), length=PROBE_STEPS)[0][0]
 
 
-def lines(result: Mapping[str, Any]) -> list[str]:
-    """The figures of `fidelity` and `probe` for people."""
-    told = [f"images     {result['images']:,} of {result['data']['path']}"]
+def summary_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return the figures of `measure_fidelity` and `measure_probe` as lines of text."""
+    lines = [f"images     {result['images']:,} of {result['data']['path']}"]
     for name, label in (("mean", "posterior mean"), ("noisy", "with noise"), ("blank", "blank")):
-        text = f"PSNR       {label:15} {_said(result[name], 'psnr', '5.2f')} dB"
+        text = f"PSNR       {label:15} {stats.format_figure(result[name], 'psnr', '5.2f')} dB"
         if f"{name}_boxes" in result:
-            text += f", in object boxes {_said(result[f'{name}_boxes'], 'psnr', '5.2f')} dB"
-        told.append(text)
+            in_boxes = stats.format_figure(result[f"{name}_boxes"], "psnr", "5.2f")
+            text += f", in object boxes {in_boxes} dB"
+        lines.append(text)
     for view in ("pooled", "flattened") if result["probe"] else ():
-        for name in READ:
-            parts = result["probe"][view][name]
-            said = [f"{part} {_said(row, 'accuracy', '.4f')}" for part, row in parts.items() if row]
-            told.append(f"probe      {view} latents, {name}: {', '.join(said)}")
-    return told
-
-
-def _said(row: Mapping[str, Any], name: str, form: str) -> str:
-    pair = row[f"{name}_95"]
-    interval = f" ({pair[0]:{form}} to {pair[1]:{form}})" if pair else ""
-    return f"{row[name]:{form}}{interval}"
+        for name in PROBED_PROPERTIES:
+            parts = [
+                f"{part.replace('_', ' ')} {stats.format_figure(row, 'accuracy', '.4f')}"
+                for part, row in result["probe"][view][name].items()
+                if row
+            ]
+            lines.append(f"probe      {view} latents, {name}: {', '.join(parts)}")
+    return lines
 
 
 def protocol(codec: Codec, sigma: float, seed: int, resize: str) -> dict[str, Any]:
-    """What the figures depend on besides weights and data."""
+    """Describe what the figures depend on besides weights and data."""
     return {
         "pixels": codec.model.pixels,
         "resize": resize,
-        "psnr": f"10 log10(255^2 / mean square of uint8 RGB), a mean over images; a mean square "
-        f"counts as at least {LEAST_SQUARE}",
-        "latents": "posterior means, normalised by the codec's statistics",
+        "psnr": "10 log10(255^2 / mean square error of uint8 RGB), averaged over images; a mean "
+        f"square error counts as at least {MIN_SQUARE_ERROR}",
+        "latents": "posterior means, normalized by the codec's statistics",
         "sigma": sigma,
         "noise": NOISE_RULE,
         "seed": seed,
-        "blank": "a scene's ground with its ramp; of other images their median colour",
-        "probe": f"logistic regression, weight decay {DECAY:g}, {ITERATIONS} steps of L-BFGS",
+        "blank": "a scene's background with its ramp; the median color of other images",
+        "probe": f"logistic regression, weight decay {PROBE_WEIGHT_DECAY:g}, "
+        f"{PROBE_STEPS} steps of L-BFGS",
     }

@@ -1,6 +1,6 @@
-"""Exact likelihood of held-out records under a STARFlow2: nats a dimension, nats a token.
+"""Exact likelihood of records under a STARFlow2, in nats per latent dimension and per token.
 
-Axes: B rows, M image places of a row, N patches, D latent channels.
+Shapes: B rows, M image slots of a row, N patches, D latent channels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.data.records import Img, Record, Text
-from starflow2_jax.evaluation import scoring_batches
+from starflow2_jax.evaluation import scoring_batches, stats
 from starflow2_jax.evaluation.shapes.cases import Case
 from starflow2_jax.inference.model import Model
-from starflow2_jax.latents import codec as codecs
+from starflow2_jax.latents import codec as latent_codec
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import qwen
 from starflow2_jax.training import preprocess
@@ -25,173 +25,194 @@ from starflow2_jax.training.losses.interleaved import Stage
 from starflow2_jax.training.tasks import starflow2
 
 PROTOCOL = (
-    "nats of what the assistant says and draws given all before it: of images those of the noisy "
-    "latents, per channel of a patch; of words per token, those included that begin a picture or "
-    "end a turn; noise of row i by fold_in(fold_in(key(seed), 0), i); 95% over records (ratio of "
-    "sums, by the delta method)"
+    "NLL in nats of the assistant's images and text given everything before them: of images per "
+    "channel of a patch, for the noisy latents; of text per token, including those that begin an "
+    "image or end a turn; noise of row i by fold_in(fold_in(key(seed), 0), i); 95% over records "
+    "(ratio of sums, by the delta method)"
 )
 
 
 def measure(
-    model: Model, cases: Sequence[Case], *, size: int = 32, seed: int = 0
+    model: Model, cases: Sequence[Case], *, batch_size: int = 32, seed: int = 0
 ) -> dict[str, Any]:
-    """By task, of what was `seen` and `withheld`: `image` nats a dimension and `text` nats a token,
-    beside the same rows whose user says nothing (`no_words`) or shows grey (`blank_picture`).
-
-    Images have a Gaussian for each channel, fitted to these very latents, as `gaussian`.
-    """
-    found: dict[str, Any] = {}
+    """Return `measure_records` for each task, for `seen` and `held_out` cases separately."""
+    figures: dict[str, Any] = {}
     for task in dict.fromkeys(case.task for case in cases):
         parts = {
-            part: [c.record for c in cases if c.task == task and c.seen == seen]
-            for part, seen in (("seen", True), ("withheld", False))
+            name: [c.record for c in cases if c.task == task and c.is_held_out == held_out]
+            for name, held_out in (("seen", False), ("held_out", True))
         }
-        # The smaller part is filled up to the other's batches, so that both take one program.
-        together = min(size, max(map(len, parts.values())))
-        measured = lambda own, rows=together: of_records(model, own, size=rows, seed=seed)
-        found[task] = {part: measured(own) for part, own in parts.items() if own}
-    return found
-
-
-def of_records(
-    model: Model, given: Sequence[Record], *, size: int = 32, seed: int = 0
-) -> dict[str, Any]:
-    """`image` and `text` of records, where there is something learnt of the kind; see `measure`."""
-    segments = [segment for record in given for segment in record.segs]
-    draws = any(isinstance(s, Img) and s.loss for s in segments)
-    says = any(isinstance(s, Text) and s.loss for s in segments)
-    shows = any(isinstance(s, Img) and not s.loss for s in segments)
-    rows, latents = sums(model, given, size=size, seed=seed)
-    figures: dict[str, Any] = {}
-    if draws:
-        silent = sums(model, given, size=size, seed=seed, null="text")[0]
-        beside = {"no_words": _image(silent), "gaussian": _gaussian(latents)}
-        figures["image"] = {**_image(rows), "baselines": beside}
-    if says:
-        figures["text"] = {**_text(rows), "baselines": {}}
-        if shows:
-            blind = sums(model, given, size=size, seed=seed, blank=True)[0]
-            figures["text"]["baselines"]["blank_picture"] = _text(blind)
+        # The smaller part is filled up to the batch size of the larger, so both share one program.
+        size = min(batch_size, max(map(len, parts.values())))
+        figures[task] = {
+            name: measure_records(model, records, batch_size=size, seed=seed)
+            for name, records in parts.items()
+            if records
+        }
     return figures
 
 
-def skill(model: Model, cases: Sequence[Case], *, size: int = 32) -> dict[str, Any]:
-    """Text without pictures: of the `model`, and of the frozen `vlm` of its folder by itself, nats
-    a token and the share of records `right` word for word; and the `difference` of the nats."""
-    given = [case.record for case in cases]
-    size = min(size, len(given))
-    ours, vlm = sums(model, given, size=size)[0], _vlm_sums(model, given, size)
+def measure_records(
+    model: Model, records: Sequence[Record], *, batch_size: int = 32, seed: int = 0
+) -> dict[str, Any]:
+    """Measure the negative log-likelihood of the images and the text that records are trained on.
+
+    Returns:
+        `image` and `text`, if there are such targets, as from `stats.nll_ratio` and with
+        `baselines`: for images `no_text`, without the user's text, and `gaussian`, one Gaussian for
+        each channel, fitted to these latents; for text `blank_image`, with gray prompt images.
+    """
+    segments = [segment for record in records for segment in record.segs]
+    has_target_images = any(isinstance(s, Img) and s.loss for s in segments)
+    has_target_text = any(isinstance(s, Text) and s.loss for s in segments)
+    has_prompt_images = any(isinstance(s, Img) and not s.loss for s in segments)
+    score = partial(score_records, model, records, batch_size=batch_size, seed=seed)
+    sums, latents = score()
+    figures: dict[str, Any] = {}
+    if has_target_images:
+        baselines = {"no_text": _image_nll(score(null="text")[0]), "gaussian": _gaussian(latents)}
+        figures["image"] = {**_image_nll(sums), "baselines": baselines}
+    if has_target_text:
+        baselines = {}
+        if has_prompt_images:
+            baselines["blank_image"] = _text_nll(score(blank=True)[0])
+        figures["text"] = {**_text_nll(sums), "baselines": baselines}
+    return figures
+
+
+def measure_text_skill(
+    model: Model, cases: Sequence[Case], *, batch_size: int = 32
+) -> dict[str, Any]:
+    """Compare a model on text without images with the frozen VLM that it was trained from.
+
+    Returns:
+        Of the `model` and of the `vlm` by itself the NLL per token and the share of records that
+        greedy decoding reproduces (`exact_match`); and the `difference` of the two NLLs.
+    """
+    records = [case.record for case in cases]
+    batch_size = min(batch_size, len(records))
+    sums = score_records(model, records, batch_size=batch_size)[0]
+    vlm_sums = _score_with_vlm(model, records, batch_size)
     return {
-        "model": {**_text(ours), "right": _right(ours)},
-        "vlm": {**_text(vlm), "right": _right(vlm)},
-        "difference": ratio(ours["text/nll"] - vlm["text/nll"], ours["text/count"]),
+        "model": {**_text_nll(sums), "exact_match": _exact_match(sums)},
+        "vlm": {**_text_nll(vlm_sums), "exact_match": _exact_match(vlm_sums)},
+        "difference": stats.nll_ratio(sums["text/nll"] - vlm_sums["text/nll"], sums["text/count"]),
     }
 
 
-def _vlm_sums(model: Model, given: Sequence[Record], size: int) -> dict[str, np.ndarray]:
-    """Text entries of `interleaved.row_metrics` of records without images, by the VLM alone."""
+def _score_with_vlm(
+    model: Model, records: Sequence[Record], batch_size: int
+) -> dict[str, np.ndarray]:
+    """Return the text entries of `interleaved.row_metrics`, by the frozen VLM without images."""
     mesh = make_mesh("data=1", jax.local_devices()[:1])
-    args = (model.cfg, model.model_config, mesh, jnp.dtype(model.cfg["frozen_dtype"]))
-    params, found = starflow2.load_frozen_vlm(*args)["vlm"], []
-    laid = scoring_batches.batches(given, model.tokenizer, model.model_config.flow.side, size=size)
-    for batch, count in laid:
-        score = _read(params, batch, cfg=model.model_config.vlm)
-        found.append({n: np.asarray(a, np.float64)[:count, 0] for n, a in score.items()})
-    joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    right = joined["tokens"] - joined["wrong"]
-    return {"text/nll": joined["nll"], "text/count": joined["tokens"], "text/correct": right}
+    cfg = model.model_config
+    frozen_dtype = jnp.dtype(model.cfg["frozen_dtype"])
+    params = starflow2.load_frozen_vlm(model.cfg, cfg, mesh, frozen_dtype)["vlm"]
+    sums = []
+    for batch, count in scoring_batches.batches(
+        records, model.tokenizer, cfg.flow.side, size=batch_size
+    ):
+        batch_sums = _vlm_record_sums(params, batch, cfg=cfg.vlm)
+        sums.append({k: np.asarray(v, np.float64)[:count, 0] for k, v in batch_sums.items()})
+    total = _concatenate(sums)
+    correct = total["tokens"] - total["wrong"]
+    return {"text/nll": total["nll"], "text/count": total["tokens"], "text/correct": correct}
 
 
 @partial(jax.jit, static_argnames="cfg")
-def _read(params, batch, *, cfg):
+def _vlm_record_sums(params, batch, *, cfg):
     h = qwen.embed(params, batch["ids"], cfg)
     h, _ = qwen.apply_layers(params, h, cfg, batch["positions"], segments=batch["segments"])
     return text.record_sums(qwen.logits(params, h[:, :-1], cfg), batch)
 
 
-def sums(
+def score_records(
     model: Model,
-    given: Sequence[Record],
+    records: Sequence[Record],
     *,
-    size: int = 32,
+    batch_size: int = 32,
     seed: int = 0,
     null: str = "none",
     blank: bool = False,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """`interleaved.row_metrics` of every record, float64 [records], and the latents [I, N, D] of
-    the images that are learnt.
+    """Score records with teacher forcing.
 
     Args:
-        null, blank: as in `record_rows.batches`.
+        null, blank: as in `scoring_batches.batches`.
+
+    Returns:
+        `interleaved.row_metrics` of every record, float64 [records], and the noisy latents
+        [I, N, D] of the target images.
 
     Raises:
-        ValueError: records with images, and no codec.
+        ValueError: the records have images and the model has no codec.
     """
-    side = model.model_config.flow.side
-    found: list[dict[str, np.ndarray]] = []
-    latents, row = [], 0
-    laid = scoring_batches.batches(given, model.tokenizer, side, size=size, null=null, blank=blank)
-    for batch, count in laid:
+    sums, latents, row = [], [], 0
+    for batch, count in scoring_batches.batches(
+        records,
+        model.tokenizer,
+        model.model_config.flow.side,
+        size=batch_size,
+        null=null,
+        blank=blank,
+    ):
         keys = preprocess.row_keys(seed, 0, np.arange(row, row + len(batch["ids"])))
-        own, x = _latents(model, batch, keys)
-        made = _sums(model.params, own, x, cfg=model.model_config)
-        found.append({n: np.asarray(a, np.float64)[:count] for n, a in made[0].items()})
-        latents.append(np.asarray(x)[:count][np.asarray(made[1])[:count]])
+        batch, x = _encode_images(model, batch, keys)
+        batch_sums, is_target = _row_metrics(model.params, batch, x, cfg=model.model_config)
+        sums.append({k: np.asarray(v, np.float64)[:count] for k, v in batch_sums.items()})
+        latents.append(np.asarray(x)[:count][np.asarray(is_target)[:count]])
         row += count
-    joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    return joined, np.concatenate(latents)
+    return _concatenate(sums), np.concatenate(latents)
 
 
-def _latents(model: Model, batch: Mapping[str, np.ndarray], keys: jax.Array):
-    """The batch with latents in place of images, and the noisy latents [B, M, N, D]."""
-    own = {name: a for name, a in batch.items() if name != "images"}
+def _concatenate(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _encode_images(model: Model, batch: Mapping[str, np.ndarray], keys: jax.Array):
+    """Return the batch with latents in place of images, and the noisy latents [B, M, N, D]."""
+    encoded = {name: array for name, array in batch.items() if name != "images"}
     shape = (model.model_config.patches, model.model_config.flow.channels)
     if "images" not in batch:
         x = np.zeros((len(batch["ids"]), 1, *shape), np.float32)
-        return {**own, "latent_mean": x}, x
+        return {**encoded, "latent_mean": x}, x
     if model.codec is None:
-        raise ValueError("likelihood: the model has no codec (--fae) to read an image with")
-    places = batch["images"].shape[:2]
-    both = codecs.encode(model.codec, batch["images"].reshape(-1, *batch["images"].shape[2:]))
-    mean, log_variance = (a.reshape(*places, *shape) for a in both)
-    own |= {"latent_mean": mean, "latent_logvar": log_variance}
-    return own, interleaved.sample_latents(own, keys, model.cfg)
+        raise ValueError(
+            "likelihood: the records have images, but the model has no codec to encode them with; "
+            "name its folder with --fae"
+        )
+    slots = batch["images"].shape[:2]
+    pixels = batch["images"].reshape(-1, *batch["images"].shape[2:])
+    mean, log_variance = latent_codec.encode(model.codec, pixels)
+    encoded["latent_mean"] = mean.reshape(*slots, *shape)
+    encoded["latent_logvar"] = log_variance.reshape(*slots, *shape)
+    return encoded, interleaved.sample_latents(encoded, keys, model.cfg)
 
 
 @partial(jax.jit, static_argnames="cfg")
-def _sums(params, batch, x, *, cfg):
+def _row_metrics(params, batch, x, *, cfg):
+    """Return `interleaved.row_metrics` [B], and bool [B, M]: the image slots with a target."""
     stage = Stage(True, True)
-    found = interleaved.loss_terms(params, batch, x, cfg, stage)
-    return interleaved.row_metrics(found, batch, stage), found.image
+    terms = interleaved.loss_terms(params, batch, x, cfg, stage)
+    return interleaved.row_metrics(terms, batch, stage), terms.image
 
 
-def ratio(nats: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
-    """`nats` per count over records, and `nats_95`."""
-    total = counts.sum()
-    mean, interval, rows = float(nats.sum() / total), None, len(nats)
-    if rows > 1:
-        square = np.square(nats - mean * counts).sum() * rows / (rows - 1)
-        half = 1.96 * float(np.sqrt(square) / total)
-        interval = [round(mean - half, 5), round(mean + half, 5)]
-    return {"records": rows, "nats": round(mean, 5), "nats_95": interval}
+def _image_nll(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    sums = {name: values[sums["count"] > 0] for name, values in sums.items()}
+    return stats.nll_ratio(per_dim(sums)["nats_per_dim"] * sums["count"], sums["count"])
 
 
-def _image(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    own = {name: values[rows["count"] > 0] for name, values in rows.items()}
-    return ratio(per_dim(own)["nats_per_dim"] * own["count"], own["count"])
+def _text_nll(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    has_text = sums["text/count"] > 0
+    return stats.nll_ratio(sums["text/nll"][has_text], sums["text/count"][has_text])
 
 
-def _text(rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    own = rows["text/count"] > 0
-    return ratio(rows["text/nll"][own], rows["text/count"][own])
-
-
-def _right(rows: Mapping[str, np.ndarray]) -> float:
-    return round(float((rows["text/correct"] == rows["text/count"]).mean()), 4)
+def _exact_match(sums: Mapping[str, np.ndarray]) -> float:
+    return round(float((sums["text/correct"] == sums["text/count"]).mean()), 4)
 
 
 def _gaussian(latents: np.ndarray) -> dict[str, Any]:
-    """Nats a dimension of a Gaussian of each channel's own mean and variance."""
+    """Return the NLL per dimension of one Gaussian for each channel, fitted to the latents."""
     variance = latents.astype(np.float64).var((0, 1))
-    nats = float(0.5 + 0.5 * np.log(variance).mean() + HALF_LOG_2_PI)
-    return {"records": len(latents), "nats": round(nats, 5), "nats_95": None}
+    nll = float(0.5 + 0.5 * np.log(variance).mean() + HALF_LOG_2_PI)
+    return {"records": len(latents), "nll": round(nll, 5), "nll_95": None}

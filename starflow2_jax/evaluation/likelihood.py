@@ -1,7 +1,7 @@
-"""Exact likelihood of a dataset under a trained flow, with the protocol that the figure stands for.
+"""Exact likelihood of a dataset under a trained flow, with the protocol of its figures.
 
-A flow is measured on data with the noise it was trained with, so figures compare only under equal
-noise. Uniform dequantisation alone gives bits per dimension of the 8-bit pixels (paper.md 3.4).
+A flow is measured on data with the noise that it was trained with, so figures are comparable only
+under equal noise. Only uniform dequantization gives bits per dimension of 8-bit pixels.
 """
 
 import functools
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from starflow2_jax.evaluation import stats
 from starflow2_jax.inference.flow_sampler import FlowModel
 from starflow2_jax.mesh import make_mesh, place_rows, replicated
 from starflow2_jax.models.flow import FlowConfig
@@ -30,21 +31,22 @@ LEVELS = 128
 
 
 def limit(batches: Iterable[Batch], rows: int | None, batch_size: int) -> Iterator[dict[str, Any]]:
-    """The batches that hold the first `rows` rows of a pass, the rows after them masked.
+    """Yield the batches of the first `rows` rows of a pass, with the rows after them masked.
 
     Args:
-        batches: as from `pipeline.eval_batches`, this host's rows of each; rows: None for all.
+        batches: as from `image_batches.eval_batches`, with this host's rows of each.
+        rows: None for all.
         batch_size: rows of the global batch.
     """
-    seen = 0
+    start = 0
     for batch in batches:
-        if rows is not None and seen >= rows:
+        if rows is not None and start >= rows:
             return
         mask = np.asarray(batch["mask"])
         if rows is not None:
             mask = mask * (batch["row"] < rows)
         yield {**batch, "mask": mask.astype(np.float32)}
-        seen += batch_size
+        start += batch_size
 
 
 # ----------------------------------------------------------------------------------------- measure
@@ -53,11 +55,11 @@ def limit(batches: Iterable[Batch], rows: int | None, batch_size: int) -> Iterat
 def evaluate(
     program: Program, params: Any, frozen: Any, batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """Means over the unmasked rows, as training reports them: of a flow `nats_per_dim` and parts.
+    """Return the means of a task's metrics over the unmasked rows, as training reports them.
 
     Args:
-        program: its `evaluate` is run; params: the trained subtrees, raw or averaged.
-        batches: with `mask` and `row`, every one of the same size (as from `limit`).
+        params: the trained subtrees, raw or averaged.
+        batches: batches of one size with `mask` and `row`, as from `limit`.
 
     Raises:
         ValueError: no row is left after masking.
@@ -75,18 +77,18 @@ def evaluate(
 def per_image(
     model: FlowModel, batches: Iterable[Batch], mesh: Mesh | None = None
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """-log p of every unmasked row, in nats per dimension and in the order of the rows.
+    """Return the negative log-likelihood of every unmasked row, in the order of the rows.
 
     Args:
-        batches: with `mask` and `row`, every one of the same size (as from `limit`).
-        mesh: where `model` lives; a single device by default.
+        batches: batches of one size with `mask` and `row`, as from `limit`.
+        mesh: the mesh of the model's weights; one device by default.
 
     Returns:
-        nats per dimension float64 [n], and the means that `evaluate` gives.
+        Nats per dimension float64 [n], and the means that `evaluate` gives.
 
     Raises:
-        ValueError: a row whose likelihood is not finite, named; no rows; or an array that the
-            model reads and the data do not have.
+        ValueError: the likelihood of a row is not finite (names the row), there are no rows, or the
+            data lack an array that the model reads.
     """
     mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
     cfg, flow = model.cfg, model.model_config
@@ -99,34 +101,37 @@ def per_image(
         conditioning = preprocess.conditions(params, batch, keys, 0.0)
         return ids, mask, flow_loss(params["flow"], x, flow, conditioning)[1]
 
-    wanted = preprocess.abstract_batch(cfg, flow, 1)
-    found, totals = [], {}
+    inputs = preprocess.abstract_batch(cfg, flow, 1)
+    row_nll, totals = [], {}
     for batch in batches:
-        absent = [name for name in wanted if name not in batch]
+        absent = [name for name in inputs if name not in batch]
         if absent:
-            raise ValueError(f"the model reads {absent[0]!r}, the data give {sorted(batch)}")
-        arrays = {name: place(np.asarray(batch[name], a.dtype)) for name, a in wanted.items()}
+            raise ValueError(
+                f"the model reads {absent[0]!r}, but the data provide only {sorted(batch)}"
+            )
+        arrays = {name: place(np.asarray(batch[name], a.dtype)) for name, a in inputs.items()}
         ids, mask, sums = jax.device_get(measure(model.params, arrays, *_rows(batch, place)))
         sums = {name: value.astype(np.float64)[mask > 0] for name, value in sums.items()}
-        nats = per_dim(sums)["nats_per_dim"]
-        if not np.isfinite(nats).all():
-            row = int(ids[mask > 0][~np.isfinite(nats)][0])
+        nll = per_dim(sums)["nats_per_dim"]
+        if not np.isfinite(nll).all():
+            row = int(ids[mask > 0][~np.isfinite(nll)][0])
             raise ValueError(f"row {row} of the data has a likelihood that is not finite")
-        found.append(nats)
+        row_nll.append(nll)
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + float(value.sum())
     means = _means(totals)
-    return np.concatenate(found), means
+    return np.concatenate(row_nll), means
 
 
-def _means(totals: Mapping[str, float], means: Callable = per_dim) -> dict[str, float]:
+def _means(totals: Mapping[str, float], finalize: Callable = per_dim) -> dict[str, float]:
+    """Return the means of summed metrics; ValueError without any row."""
     if not any(totals.values()):
         raise ValueError("there are no rows to evaluate")
-    return {name: float(value) for name, value in means(dict(totals)).items()}
+    return {name: float(value) for name, value in finalize(dict(totals)).items()}
 
 
 def _rows(batch: Batch, place: Callable) -> tuple[jax.Array, jax.Array]:
-    """Row ids and mask of a batch on the devices; a row's id is its position in the dataset."""
+    """Place the row ids (positions in the dataset) and the mask of a batch on the devices."""
     return place(np.asarray(batch["row"], np.int32)), place(np.asarray(batch["mask"], np.float32))
 
 
@@ -134,14 +139,14 @@ def _rows(batch: Batch, place: Callable) -> tuple[jax.Array, jax.Array]:
 
 
 def not_comparable(cfg: Config) -> str:
-    """Why nats per dimension are not bits per dimension of pixels; empty where they can be."""
+    """Return why nats per dimension have no equivalent in bits of pixels; empty if they have."""
     noise = cfg["noise"]
     if not cfg["image"]["pixels"]:
         return "not comparable: this is the density of latents, not of pixels"
     if noise["kind"] == "gaussian":
         return (
             f"not comparable: trained with gaussian noise (sigma {noise['sigma']:g}), so this is "
-            "the density of noisy images; bits/dim needs uniform dequantisation"
+            "the density of noisy images; bits/dim needs uniform dequantization"
         )
     if noise["kind"] == "none":
         return "not comparable: trained without noise, so a density on discrete values is unbounded"
@@ -149,36 +154,36 @@ def not_comparable(cfg: Config) -> str:
 
 
 def bits_per_dim(nats_per_dim: float) -> float:
-    """Bits per dimension of 8-bit pixels, from nats of the dequantised (value + U) / 128 - 1."""
+    """Return bits per dimension of 8-bit pixels, from nats of the tokens (value + U) / 128 - 1.
+
+    P(value) is the density times the width 1 / 128, so bits = (nats + log 128) / log 2.
+    """
     return (nats_per_dim + math.log(LEVELS)) / math.log(2)
 
 
-def summarise(nats: np.ndarray, cfg: Config) -> dict[str, Any]:
-    """Mean over images with its 95% interval, in nats per dimension and, where that is the
-    experiment's protocol, in bits per dimension; `bits_per_dim` is None otherwise and
-    `not_comparable` says why.
+def summarize(nll: np.ndarray, cfg: Config) -> dict[str, Any]:
+    """Return the mean over images, with its 95% interval, in nats and bits per dimension.
+
+    `bits_per_dim` is None if the experiment's noise does not define it; `not_comparable` says why.
 
     Args:
-        nats: -log p of each image in nats per dimension [n].
+        nll: -log p of each image in nats per dimension [n].
     """
-    mean = float(nats.mean())
-    # The spread of the mean over images; with one image it is unknown.
-    half = 1.96 * float(nats.std(ddof=1)) / math.sqrt(len(nats)) if len(nats) > 1 else math.inf
-    why = not_comparable(cfg)
-    interval = [mean - half, mean + half] if math.isfinite(half) else None
-    bits = None if why else bits_per_dim(mean)
+    figures, reason = stats.mean(nll, "nats_per_dim"), not_comparable(cfg)
+    interval = figures["nats_per_dim_95"]
+    bits = None if reason else bits_per_dim(figures["nats_per_dim"])
+    bits_95 = None if reason or not interval else [bits_per_dim(value) for value in interval]
     return {
-        "rows": len(nats),
-        "nats_per_dim": mean,
-        "nats_per_dim_95": interval,
+        "rows": len(nll),
+        **figures,
         "bits_per_dim": bits,
-        "bits_per_dim_95": None if why or not interval else [bits_per_dim(v) for v in interval],
-        "not_comparable": why,
+        "bits_per_dim_95": bits_95,
+        "not_comparable": reason,
     }
 
 
 def protocol(cfg: Config, flow: FlowConfig) -> dict[str, Any]:
-    """What a likelihood depends on besides weights and data."""
+    """Describe what a likelihood depends on besides weights and data."""
     noise = {"kind": cfg["noise"]["kind"]}
     if noise["kind"] == "gaussian":
         noise["sigma"] = cfg["noise"]["sigma"]
@@ -199,24 +204,19 @@ def protocol(cfg: Config, flow: FlowConfig) -> dict[str, Any]:
     }
 
 
-def lines(result: Mapping[str, Any]) -> list[str]:
-    """The result of `evaluate likelihood` for people."""
-
-    def interval(name):
-        pair = result[f"{name}_95"]
-        return f"  (95% over images: {pair[0]:.4f} to {pair[1]:.4f})" if pair else ""
-
-    told = [f"rows       {result['rows']:,} of {result['data']['path']}"]
+def summary_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return the result of `evaluate likelihood` as lines of text, with 95% intervals."""
+    lines = [f"rows       {result['rows']:,} of {result['data']['path']}"]
     for name, label in (("nats_per_dim", "nats/dim"), ("bits_per_dim", "bits/dim")):
         if result[name] is not None:
-            told.append(f"{label}   {result[name]:.4f}{interval(name)}")
+            lines.append(f"{label}   {stats.format_figure(result, name, '.4f')}")
     if result["not_comparable"]:
-        told.append(f"bits/dim   {result['not_comparable']}")
+        lines.append(f"bits/dim   {result['not_comparable']}")
     for name, baseline in result["baselines"].items():
         bits = baseline["bits_per_dim"]
-        also = f", {bits:.4f} bits/dim" if bits is not None else ""
-        told.append(f"baseline   {name}: {baseline['nats_per_dim']:.4f} nats/dim{also}")
-    return told
+        suffix = f", {bits:.4f} bits/dim" if bits is not None else ""
+        lines.append(f"baseline   {name}: {baseline['nats_per_dim']:.4f} nats/dim{suffix}")
+    return lines
 
 
 # --------------------------------------------------------------------------------------- baselines
@@ -225,24 +225,24 @@ def lines(result: Mapping[str, Any]) -> list[str]:
 def gaussian_baseline(
     fit_batches: Iterable[Batch], eval_batches: Iterable[Batch], cfg: Config
 ) -> float:
-    """-log p in nats per dimension under one Gaussian for each dimension, independent.
+    """Return -log p in nats per dimension under an independent Gaussian for each dimension.
 
-    Mean and variance of each dimension are those of the noisy `fit_batches`; what is measured is
-    the noisy `eval_batches`, the very numbers that a flow of this experiment is measured on.
+    Mean and variance of each dimension are those of the noisy `fit_batches`. They are evaluated on
+    the noisy `eval_batches`, the same numbers that a flow of this experiment is measured on.
 
     Args:
-        fit_batches, eval_batches: whole passes, not a host's share; `mask` where there is one.
+        fit_batches, eval_batches: full passes, not a host's share, optionally with `mask`.
 
     Raises:
-        ValueError: no rows, or a dimension without any variance.
+        ValueError: there are no rows, or a dimension does not vary.
     """
-    tokens = _noisy(cfg)
+    tokens = _noisy_tokens_fn(cfg)
     count, mean, squares = 0, 0.0, 0.0
     for number, batch in enumerate(fit_batches):
         x = tokens(batch, number, cfg["seed"])
         if not len(x):
             continue
-        # Moments of parts put together (Chan et al. 1979): no cancellation.
+        # Moments are combined batch by batch (Chan et al. 1979), which avoids cancellation.
         shift, total = x.mean(0) - mean, count + len(x)
         squares = squares + np.square(x - x.mean(0)).sum(0) + shift**2 * count * len(x) / total
         mean, count = mean + shift * len(x) / total, total
@@ -264,20 +264,23 @@ def gaussian_baseline(
     return float(total / rows / variance.size + 0.5 * np.log(variance).mean() + HALF_LOG_2_PI)
 
 
-def _noisy(cfg: Config) -> Callable[[Batch, int, int], np.ndarray]:
-    """Unmasked rows of a batch with the experiment's noise, float64 [n, T, D]."""
-    wanted = [
+def _noisy_tokens_fn(cfg: Config) -> Callable[[Batch, int, int], np.ndarray]:
+    """Return a function from (batch, its number, seed) to the noisy tokens float64 [n, T, D].
+
+    Masked rows are left out.
+    """
+    names = [
         name
         for name in preprocess.abstract_batch(cfg, model_config(cfg), 1)
         if name in ("image", "latent_mean", "latent_logvar")
     ]
-    draw = jax.jit(lambda batch, keys: preprocess.tokens(batch, keys, cfg, False))
+    add_noise = jax.jit(lambda batch, keys: preprocess.tokens(batch, keys, cfg, False))
 
     def tokens(batch: Batch, number: int, seed: int) -> np.ndarray:
-        arrays = {name: np.asarray(batch[name]) for name in wanted}
-        size = len(arrays[wanted[0]])
+        arrays = {name: np.asarray(batch[name]) for name in names}
+        size = len(arrays[names[0]])
         mask = np.asarray(batch.get("mask", np.ones(size))) > 0
         keys = preprocess.row_keys(seed, 0, np.arange(number * size, (number + 1) * size))
-        return np.asarray(draw(arrays, keys), np.float64)[mask]
+        return np.asarray(add_noise(arrays, keys), np.float64)[mask]
 
     return tokens

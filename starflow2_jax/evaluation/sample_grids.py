@@ -1,14 +1,17 @@
-"""Grids of pictures and words for fixed prompts and seeds, to watch a STARFlow2's stages with.
+"""Grids of samples for fixed prompts and seeds, to monitor a training run.
 
-Prompts are the first records of the evaluation data, each up to what is learnt of it, by kind:
+A flow of images draws one grid of images, and a codec reconstructs images of the dataset. Prompts
+of a STARFlow2 are the first records of the evaluation data, up to the first target segment, by
+kind:
 
-    samples   said                  ->  picture                  where images are trained
-    answers   shown and asked       ->  words                    where text is trained
-    edits     shown and said        ->  picture                  where both are
-    reasons   shown and asked       ->  picture, and words       where both are
+    samples   caption               ->  image             if images are trained
+    answers   image and question    ->  text              if text is trained
+    edits     image and request     ->  image             if both are trained
+    reasons   image and question    ->  image and text    if both are trained
 
-Everything is drawn on one device, by the same programs on any mesh. That device holds all weights
-meanwhile, and once more as the steps read them; the others hold one of them at a time.
+A STARFlow2 draws its grids on one device, by the same programs on any mesh. Meanwhile that device
+stores all weights, and a second copy in the layout of the decode loop. The other devices gather one
+array at a time.
 """
 
 import dataclasses
@@ -20,193 +23,273 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from starflow2_jax.data import chat_layout, packed_batches, records
+from starflow2_jax.data import chat_layout, image_batches, packed_batches, records
 from starflow2_jax.data.records import Img, Record
-from starflow2_jax.evaluation.shapes import ask as asking
-from starflow2_jax.inference import options
+from starflow2_jax.evaluation.shapes import ask
+from starflow2_jax.inference import flow_sampler, options as inference_options
+from starflow2_jax.inference.flow_sampler import FlowModel, FlowSampling
 from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.mesh import make_mesh, replicated
 from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.params import Tree
-from starflow2_jax.training.losses import interleaved as starflow2_loss
+from starflow2_jax.training.losses import interleaved
+from starflow2_jax.training.program import Program, to_device
 from starflow2_jax.training.tasks import starflow2
 
-# What is to follow a prompt of each kind (`asking.KINDS`).
-KINDS = {"samples": "picture", "answers": "words", "edits": "picture", "reasons": "both"}
-# Records that are looked at of each dataset, and tokens of an answer at most.
-SEARCHED, WORDS = 256, 40
-
-
-class Prompt(NamedTuple):
-    """What a model is given, and what of it is shown: a picture or None, and the last words."""
-
-    parts: list[Part]
-    shown: np.ndarray | None
-    said: str
+# The kind of answer (see `ask.AnswerFn`) to each kind of prompt.
+KINDS = {"samples": "image", "answers": "text", "edits": "image", "reasons": "both"}
+# Records of each dataset that are searched for prompts.
+MAX_RECORDS = 256
+MAX_TOKENS = 40
 
 
 class Grid(NamedTuple):
-    """Images uint8 [n, H, W, 3] and their captions."""
+    """Images uint8 [n, H, W, 3] and their captions; `columns` as in `image_grid.grid`."""
 
     name: str
     images: np.ndarray
-    captions: list[str]
-    columns: int | None
+    captions: Sequence[str] | None
+    columns: int | None = None
 
 
-def kinds(cfg: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a training can show."""
-    stage = starflow2_loss.stage_of(cfg["train"]["trainable"], starflow2.model_config(cfg))
+# ----------------------------------------------------------------------------- flows and codecs
+
+
+def draw_flow_grid(model: FlowModel, options: Mapping[str, Any]) -> Grid:
+    """Draw images as the `sample` keys of the configuration say.
+
+    Labels cycle through the classes, and captions through `sample.prompts` or the first rows of the
+    dataset.
+
+    Args:
+        options: of `data.image_batches`, for the captions of a model that reads text.
+    """
+    sample, count, cfg = model.cfg["sample"], model.cfg["sample"]["count"], model.model_config
+    conditions: dict[str, Any] = {}
+    captions = None
+    if cfg.classes:
+        conditions["labels"] = np.arange(count) % cfg.classes
+        captions = [str(model.classes[i] if model.classes else i) for i in conditions["labels"]]
+    elif cfg.text_channels:
+        batch = next(iter(image_batches.eval_batches(options, batch_size=count)))
+        if model.cfg["text"]["vocabulary"]:
+            prompts = list(sample["prompts"]) or [_decode_bytes(row) for row in batch["tokens"]]
+            captions = [prompts[i % len(prompts)] for i in range(count)]
+            conditions["prompts"] = captions
+        else:
+            conditions["text"], captions = batch["text"], list(batch["id"])
+    sampling = FlowSampling(
+        guidance=sample["guidance"],
+        rule=sample["guidance_rule"],
+        denoise=sample["denoise"],
+        seed=model.cfg["seed"],
+        batch=count,
+    )
+    images = flow_sampler.generate(model, count, **conditions, sampling=sampling)
+    if images.dtype != np.uint8:
+        images = _latents_as_images(images, cfg.side)
+    return Grid("samples", images, captions)
+
+
+def _latents_as_images(latents: np.ndarray, side: int) -> np.ndarray:
+    """Return the first three channels of latents [n, T, D] as images uint8 [n, side, side, 3]."""
+    channels = latents[..., :3].reshape(len(latents), side, side, -1)
+    low, high = np.quantile(channels, 0.01), np.quantile(channels, 0.99)
+    return (255 * np.clip((channels - low) / (high - low), 0, 1)).astype(np.uint8)
+
+
+def _decode_bytes(tokens: np.ndarray) -> str:
+    """Return the text of byte tokens, which are bytes + 1 and padded with 0."""
+    return bytes(int(t) - 1 for t in tokens if t).decode(errors="replace")
+
+
+def draw_reconstruction_grid(
+    program: Program, state: Any, frozen: Any, options: Mapping[str, Any]
+) -> Grid:
+    """Return the first images of a dataset, each followed by its reconstruction.
+
+    Args:
+        options: of `data.image_batches`.
+    """
+    num_shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    size = -(-program.cfg["sample"]["count"] // 2 // num_shards) * num_shards
+    batch = next(iter(image_batches.eval_batches(options, batch_size=size)))
+    images = np.asarray(program.reconstruct(state.ema, frozen, to_device(program, batch)))
+    pairs = np.stack([batch["image"], images], 1)
+    return Grid("samples", pairs.reshape(-1, *images.shape[1:]), None)
+
+
+# ------------------------------------------------------------------------------------- STARFlow2
+
+
+class Prompt(NamedTuple):
+    """The parts of a prompt, its first image (or None), and its last text, the caption."""
+
+    parts: list[Part]
+    image: np.ndarray | None
+    caption: str
+
+
+def trained_kinds(cfg: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the kinds of prompts whose answers a stage trains."""
+    stage = interleaved.stage_of(cfg["train"]["trainable"], starflow2.model_config(cfg))
     both = stage.images and stage.text
-    shown = (stage.images, stage.text, both, both)
-    return tuple(kind for kind, can in zip(KINDS, shown) if can)
+    is_trained = (stage.images, stage.text, both, both)
+    return tuple(kind for kind, trained in zip(KINDS, is_trained) if trained)
 
 
 def kind_of(record: Record) -> str:
-    """Of which kind a record is; empty where it is none of them."""
-    learnt = [isinstance(segment, Img) for segment in record.segs if segment.loss]
-    shown = any(isinstance(segment, Img) for segment in record.segs if not segment.loss)
-    if not any(learnt):
-        return "answers" if shown and learnt else ""
-    if learnt == [True]:
-        return "edits" if shown else "samples"
-    return "reasons" if shown and learnt[0] and learnt.count(True) == 1 else ""
+    """Return the kind of prompt that a record provides; empty if it provides none."""
+    targets_are_images = [isinstance(segment, Img) for segment in record.segs if segment.loss]
+    has_prompt_image = any(isinstance(s, Img) and not s.loss for s in record.segs)
+    if not any(targets_are_images):
+        return "answers" if has_prompt_image and targets_are_images else ""
+    if targets_are_images == [True]:
+        return "edits" if has_prompt_image else "samples"
+    image_then_text = targets_are_images[0] and targets_are_images.count(True) == 1
+    return "reasons" if has_prompt_image and image_then_text else ""
 
 
-def prompts(
-    cfg: Mapping[str, Any], opts: packed_batches.PackedBatchOptions, pixels: int
+def read_prompts(
+    cfg: Mapping[str, Any], options: packed_batches.PackedBatchOptions, pixels: int
 ) -> dict[str, list[Prompt]]:
-    """By kind, at most `sample.count` of them, half as many where two pictures are shown.
+    """Read `sample.count` prompts of each kind, half as many if two images are shown for each.
 
     Args:
-        opts: of the data they come from; pixels: side of the codec's images.
+        options: of the dataset.
+        pixels: side of the codec's images.
 
     Raises:
-        DatasetError: a folder or an image that cannot be read.
+        DatasetError: a folder or an image cannot be read.
     """
-    opts, count = dataclasses.replace(opts, pixels=pixels), cfg["sample"]["count"]
-    room = {"samples": count, "answers": count, "edits": -(-count // 2), "reasons": -(-count // 2)}
-    found: dict[str, list[Prompt]] = {kind: [] for kind in kinds(cfg)}
-    if "samples" in found and cfg["sample"]["prompts"]:
-        given = [str(text) for text in cfg["sample"]["prompts"]]
-        texts = [given[i % len(given)] for i in range(count)]
-        found["samples"] = [Prompt([Part("text", "user", text)], None, text) for text in texts]
-    for entry in opts.mixture or ({"path": opts.path},):
+    options, count = dataclasses.replace(options, pixels=pixels), cfg["sample"]["count"]
+    half = -(-count // 2)
+    limits = {"samples": count, "answers": count, "edits": half, "reasons": half}
+    prompts: dict[str, list[Prompt]] = {kind: [] for kind in trained_kinds(cfg)}
+    if "samples" in prompts and cfg["sample"]["prompts"]:
+        texts = [str(text) for text in cfg["sample"]["prompts"]]
+        texts = [texts[i % len(texts)] for i in range(count)]
+        prompts["samples"] = [Prompt([Part("text", "user", t)], None, t) for t in texts]
+    for entry in options.mixture or ({"path": options.path},):
         dataset = records.read(entry["path"])
-        for index in range(min(SEARCHED, len(dataset))):
+        for index in range(min(MAX_RECORDS, len(dataset))):
             record = dataset[index]
-            group = found.get(kind_of(record))
-            if group is not None and len(group) < room[kind_of(record)]:
-                group.append(_prompt(opts, record, dataset.location(index)))
-    return {kind: group for kind, group in found.items() if group}
+            group = prompts.get(kind_of(record))
+            if group is not None and len(group) < limits[kind_of(record)]:
+                group.append(_prompt_of(options, record, dataset.location(index)))
+    return {kind: group for kind, group in prompts.items() if group}
 
 
-def _prompt(opts: packed_batches.PackedBatchOptions, record: Record, where: str) -> Prompt:
+def _prompt_of(options: packed_batches.PackedBatchOptions, record: Record, location: str) -> Prompt:
+    """Return the segments of a record before its first target as a prompt."""
     parts: list[Part] = []
     for segment in record.segs:
         if segment.loss:
             break
         if isinstance(segment, Img):
-            image = packed_batches.read_image(opts, record, segment.i, where)
+            image = packed_batches.read_image(options, record, segment.i, location)
             parts.append(Part("image", segment.role, image=image))
         else:
             parts.append(Part("text", segment.role, segment.s))
-    shown = [part.image for part in parts if part.kind == "image"]
-    said = [part.text for part in parts if part.kind == "text"]
-    return Prompt(parts, shown[0] if shown else None, said[-1] if said else "")
+    images = [part.image for part in parts if part.kind == "image"]
+    texts = [part.text for part in parts if part.kind == "text"]
+    return Prompt(parts, images[0] if images else None, texts[-1] if texts else "")
 
 
-def draw(model: Model, given: Mapping[str, Sequence[Prompt]], rows_: int = 16) -> Iterator[Grid]:
-    """A grid of each kind: of what is drawn, or beside what was shown what came of it.
-
-    Args:
-        rows_: prompts at a time.
-    """
-    drawing = options.sampling_defaults(model.cfg["sample"])
-    common = {"rows": rows_, "max_tokens": WORDS, "seed": model.cfg["seed"]}
-    ask = asking.asker(model, **common, **drawing)
-    for kind, group in given.items():
+def draw_grids(
+    model: Model, prompts: Mapping[str, Sequence[Prompt]], batch_size: int = 16
+) -> Iterator[Grid]:
+    """Yield a grid of the answers to each kind of prompt, next to the prompts' images."""
+    answer_fn = ask.make_answer_fn(
+        model,
+        batch_size=batch_size,
+        max_tokens=MAX_TOKENS,
+        seed=model.cfg["seed"],
+        **inference_options.sampling_defaults(model.cfg["sample"]),
+    )
+    for kind, group in prompts.items():
         images, captions = [], []
-        answers = ask([prompt.parts for prompt in group], KINDS[kind])
+        answers = answer_fn([prompt.parts for prompt in group], KINDS[kind])
         for prompt, answer in zip(group, answers):
-            said = asking.said(answer)
-            drawn = [part.image for part in answer if part.kind == "image"]
+            text = ask.answer_text(answer)
+            generated = [part.image for part in answer if part.kind == "image"]
             if kind == "samples":
-                images += drawn
-                captions.append(prompt.said)
+                images += generated
+                captions.append(prompt.caption)
             elif kind == "answers":
-                images.append(prompt.shown)
-                captions.append(f"{prompt.said} > {said}")
+                images.append(prompt.image)
+                captions.append(f"{prompt.caption} > {text}")
             else:
-                images += [prompt.shown, *drawn]
-                captions += [prompt.said, f"> {said}".strip()]
-        pairs = kind in ("edits", "reasons")
-        yield Grid(kind, np.stack(images), captions, min(8, len(images)) if pairs else None)
-
-
-# ------------------------------------------------------------------------------- inside a training
+                images += [prompt.image, *generated]
+                captions += [prompt.caption, f"> {text}".strip()]
+        columns = min(8, len(images)) if kind in ("edits", "reasons") else None
+        yield Grid(kind, np.stack(images), captions, columns)
 
 
 @dataclass(frozen=True)
-class Grids:
-    """What a training draws its grids with besides its weights.
+class GridInputs:
+    """Everything but the weights that a training run draws its grids with.
 
     Attributes:
-        gather: puts an array together on every device of the training's mesh.
+        prompts: by kind, as from `read_prompts`.
+        gather: replicates an array on every device of the training's mesh.
     """
 
     cfg: Mapping[str, Any]
-    shape: BackboneConfig
+    model_config: BackboneConfig
     tokenizer: chat_layout.Tokenizer
     codec: Codec
-    given: Mapping[str, Sequence[Prompt]]
+    prompts: Mapping[str, Sequence[Prompt]]
     gather: Callable[[jax.Array], jax.Array]
 
 
 def prepare(
     cfg: Mapping[str, Any],
-    shape: BackboneConfig,
-    opts: packed_batches.PackedBatchOptions,
+    model_config: BackboneConfig,
+    options: packed_batches.PackedBatchOptions,
     codec: Codec | None,
-    mesh: Mesh,
-) -> Grids | str:
-    """Opens what `from_state` needs, or says why nothing can be drawn.
+    device_mesh: Mesh,
+) -> GridInputs | str:
+    """Return the inputs of `draw_from_params`, or the reason why no grid can be drawn.
 
     Args:
-        shape: of the model; opts: of the data the prompts come from; mesh: of the training.
+        options: of the data that the prompts come from.
+        device_mesh: of the training.
 
     Raises:
-        DatasetError: as `prompts`.
+        DatasetError: as `read_prompts`.
     """
     if codec is None:
-        return "neither fae.path names a codec, nor is that of the stored latents where it was"
+        return "neither fae.path nor the metadata of the stored latents leads to a codec"
     if "pixel_decoder" not in codec.params:
         return "the codec has no pixel decoder"
-    given = prompts(cfg, opts, codec.model.pixels)
-    if not given:
-        return f"the first {SEARCHED} records hold nothing that this stage can show"
-    held = chat_layout.open_tokenizer(opts.tokenizer)
-    gather = jax.jit(lambda a: a, out_shardings=replicated(mesh))
-    return Grids(cfg, shape, held, codec, given, gather)
+    prompts = read_prompts(cfg, options, codec.model.pixels)
+    if not prompts:
+        return f"none of the first {MAX_RECORDS} records is a prompt for what this stage trains"
+    tokenizer = chat_layout.open_tokenizer(options.tokenizer)
+    gather = jax.jit(lambda a: a, out_shardings=replicated(device_mesh))
+    return GridInputs(cfg, model_config, tokenizer, codec, prompts, gather)
 
 
-def from_state(grids: Grids, params: Tree) -> list[Grid]:
-    """The grids of a training's weights; every process has to call it, and process 0 draws.
+def draw_from_params(inputs: GridInputs, params: Tree) -> list[Grid]:
+    """Draw the grids of a training run's weights.
+
+    Every process has to call this function; process 0 draws, the others return an empty list.
 
     Args:
-        params: every subtree, wherever it lies on the mesh.
+        params: every subtree, in any sharding on the training's mesh.
     """
     device = jax.local_devices()[0]
 
-    def whole(a):
-        a = a if a.is_fully_replicated else grids.gather(a)
-        return next(part.data for part in a.addressable_shards if part.device == device)
+    def to_one_device(array):
+        array = array if array.is_fully_replicated else inputs.gather(array)
+        return next(part.data for part in array.addressable_shards if part.device == device)
 
-    held = jax.tree.map(whole, params)
+    local_params = jax.tree.map(to_one_device, params)
     if jax.process_index():
         return []
-    model = Model(grids.cfg, grids.shape, held, grids.tokenizer, grids.codec)
+    model = Model(inputs.cfg, inputs.model_config, local_params, inputs.tokenizer, inputs.codec)
     with jax.set_mesh(make_mesh("data=1", [device])):
-        return list(draw(model, grids.given))
+        return list(draw_grids(model, inputs.prompts))

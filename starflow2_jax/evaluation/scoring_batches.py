@@ -1,4 +1,4 @@
-"""Records as rows that a model reads in parallel, teacher-forced: one record a row."""
+"""Batches for teacher-forced scoring: one record in each row."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,62 +8,59 @@ from starflow2_jax.data import chat_layout, images, packed_batches, packing
 from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.data.records import Record
 
-# Rows are padded to a multiple of this, so that similar ones share a program.
-LENGTH_STEP = 32
+# Rows are padded to a multiple of this, so that similar batches share a compiled program.
+LENGTH_MULTIPLE = 32
 
 
 def batches(
-    given: Sequence[Record],
+    records: Sequence[Record],
     tokenizer: Tokenizer,
-    side: int,
+    grid_side: int,
     *,
     size: int,
     null: str = "none",
     blank: bool = False,
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """The arrays of `data.packed_batches` of `size` records at a time, and how many of them count.
+    """Yield the arrays of `data.packed_batches` for `size` records, and how many of them count.
 
-    The last ones are filled up, and all are as long as the longest with its words, so that one
-    program takes them with and without.
+    The last batch is filled up with its last record. All rows have room for the longest record with
+    its text, so one program scores records with and without text.
 
     Args:
-        side: rows (= columns) of an image's patches; null: as in
-            `chat_layout.apply_chat_template`; blank: grey in place of what images show.
+        grid_side: rows (= columns) of an image's patches.
+        null: as in `chat_layout.apply_chat_template`.
+        blank: replace images by gray.
 
     Raises:
-        DatasetError: an image that cannot be decoded, named.
+        DatasetError: an image cannot be decoded; names the record and the image.
     """
-    laid, shown, longest = [], [], 0
-    for record in given:
-        parts, blobs = chat_layout.message_parts(record)
-        whole = chat_layout.apply_chat_template(parts, tokenizer, side * side)
-        own = (
-            whole
-            if null == "none"
-            else chat_layout.apply_chat_template(parts, tokenizer, side * side, null=null)
-        )
-        laid.append(own)
-        shown.append(blobs)
-        longest = max(longest, len(whole.ids))
-    length = -(-longest // LENGTH_STEP) * LENGTH_STEP
-    room = packing.PackingSpec(length, side * side, max(1, *map(len, shown)))
-    first = next(((r, blobs[0]) for r, blobs in zip(given, shown) if blobs), None)
-    empty = None if first is None else np.zeros_like(_picture(*first))
-    for begin in range(0, len(given), size):
-        numbers = np.minimum(np.arange(begin, begin + size), len(given) - 1)
-        made = [
-            packed_batches.build_packed_row([laid[i]], room, side, tokenizer.pad) for i in numbers
+    laid_out, image_indices, max_length = [], [], 0
+    for record in records:
+        parts, indices = chat_layout.message_parts(record)
+        full = chat_layout.apply_chat_template(parts, tokenizer, grid_side**2)
+        max_length = max(max_length, len(full.ids))
+        if null != "none":
+            full = chat_layout.apply_chat_template(parts, tokenizer, grid_side**2, null=null)
+        laid_out.append(full)
+        image_indices.append(indices)
+    length = -(-max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    spec = packing.PackingSpec(length, grid_side**2, max(1, *map(len, image_indices)))
+    first = next(((r, ids[0]) for r, ids in zip(records, image_indices) if ids), None)
+    image_shape = None if first is None else _decode(*first).shape
+    for start in range(0, len(records), size):
+        rows = np.minimum(np.arange(start, start + size), len(records) - 1)
+        packed = [
+            packed_batches.build_packed_row([laid_out[i]], spec, grid_side, tokenizer.pad)
+            for i in rows
         ]
-        batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
-        if empty is not None:
-            batch["images"] = np.stack(
-                [np.broadcast_to(empty, (room.image_slots, *empty.shape))] * size
-            )
-            for row, i in enumerate(numbers):
-                for place, blob in enumerate(shown[i]):
-                    batch["images"][row, place] = 128 if blank else _picture(given[i], blob)
-        yield batch, min(size, len(given) - begin)
+        batch = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
+        if image_shape is not None:
+            batch["images"] = np.zeros((size, spec.image_slots, *image_shape), np.uint8)
+            for row, i in enumerate(rows):
+                for slot, index in enumerate(image_indices[i]):
+                    batch["images"][row, slot] = 128 if blank else _decode(records[i], index)
+        yield batch, min(size, len(records) - start)
 
 
-def _picture(record: Record, blob: int) -> np.ndarray:
-    return images.decode(record.imgs[blob].data, f"{record.id!r}, image {blob}")
+def _decode(record: Record, index: int) -> np.ndarray:
+    return images.decode(record.imgs[index].data, f"{record.id!r}, image {index}")

@@ -81,7 +81,7 @@ def test_identity_flow_has_the_bits_of_a_standard_normal():
     cfg = experiment(**{"noise.kind": "uniform"})
     images = pictures(7)
     nats, _ = likelihood.per_image(model_of(cfg), batches(images, 4))
-    figures = likelihood.summarise(nats, cfg)
+    figures = likelihood.summarize(nats, cfg)
     x = noisy(cfg, images)
     # Dequantised: every value in its own 1/128, none on another.
     channels = x.reshape(7, 4, 4, 3, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(images.shape)
@@ -101,13 +101,13 @@ def test_identity_flow_has_the_bits_of_a_standard_normal():
 def test_other_noise_says_that_bits_do_not_compare():
     nats = np.array([1.0, 2.0])
     for kind, words in (("gaussian", "gaussian noise (sigma 0.05)"), ("none", "without noise")):
-        figures = likelihood.summarise(nats, experiment(**{"noise.kind": kind}))
+        figures = likelihood.summarize(nats, experiment(**{"noise.kind": kind}))
         assert figures["bits_per_dim"] is None and figures["bits_per_dim_95"] is None
         assert figures["not_comparable"].startswith("not comparable") and figures["rows"] == 2
         assert words in figures["not_comparable"]
-    figures = likelihood.summarise(nats, experiment(**{"image.pixels": 0, "noise.kind": "uniform"}))
+    figures = likelihood.summarize(nats, experiment(**{"image.pixels": 0, "noise.kind": "uniform"}))
     assert "density of latents" in figures["not_comparable"]
-    assert likelihood.summarise(nats[:1], experiment())["nats_per_dim_95"] is None
+    assert likelihood.summarize(nats[:1], experiment())["nats_per_dim_95"] is None
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "uniform"])
@@ -156,7 +156,7 @@ def test_bad_rows_are_named():
     cfg = experiment()
     with pytest.raises(ValueError, match="there are no rows to evaluate"):
         likelihood.per_image(model_of(cfg), [])
-    with pytest.raises(ValueError, match=r"reads 'image', the data give \['mask'\]"):
+    with pytest.raises(ValueError, match=r"reads 'image', but the data provide only \['mask'\]"):
         likelihood.per_image(model_of(cfg), [{"mask": np.ones(4)}])
     broken = model_of(cfg)
     weight = broken.params["flow"]["blocks"]["0"]["proj_out"]
@@ -271,7 +271,7 @@ def test_the_command_writes_nothing_over_and_takes_the_first_rows(trained, capsy
     given = {"model": trained["workdir"], "data": trained["test"], "rows": 5, "out": tmp_path / "a"}
     first = json.loads(run_command(capsys, "likelihood", json=True, **given))
     assert first["data"]["rows"] == 5
-    with pytest.raises(FileExistsError, match="is there already; --overwrite replaces it"):
+    with pytest.raises(FileExistsError, match="exists already; --overwrite replaces it"):
         run_command(capsys, "likelihood", **{**given, "rows": 7})
     assert json.loads((tmp_path / "a").read_text())["rows"] == 5
     run_command(capsys, "likelihood", overwrite=True, **{**given, "rows": 7})

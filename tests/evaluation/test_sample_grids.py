@@ -1,4 +1,4 @@
-"""Sample grids of STARFlow2's stages: fixed prompts from the data, drawn alike on any mesh."""
+"""Sample grids of STARFlow2's stages: prompts from the data, and the same images on any mesh."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 from helpers.starflow2_folders import PIXELS
 
 from starflow2_jax import params
-from starflow2_jax.data import records
+from starflow2_jax.data import images, records
 from starflow2_jax.evaluation import sample_grids
 from starflow2_jax.evaluation.shapes import ask
 from starflow2_jax.inference import load
@@ -39,90 +39,94 @@ def data(tmp_path_factory):
 
 
 def experiment(model, data, stage, **sample):
+    """Return the configuration of a stage, and the options of its data."""
     cfg = {**model.cfg, "train": {**model.cfg["train"], "trainable": STAGES[stage]}}
     cfg["sample"] = {**cfg["sample"], "count": 3, "denoise": False, **sample}
     cfg["eval_data"] = {**cfg["eval_data"], "path": data}
     return cfg, starflow2_task.data_options(cfg, model.model_config)
 
 
-def test_a_stage_shows_what_it_learns(model, data):
-    for stage, wanted in ((1, ["samples"]), (2, ["answers"]), (3, list(sample_grids.KINDS))):
-        cfg, opts = experiment(model, data, stage)
-        found = sample_grids.prompts(cfg, opts, PIXELS)
-        assert list(found) == wanted
-        assert [len(found[kind]) for kind in wanted] == [3, 3, 2, 2][: len(wanted)]
-    for kind, pictures in zip(sample_grids.KINDS, (0, 1, 1, 1)):
-        for prompt in found[kind]:
-            assert sum(part.kind == "image" for part in prompt.parts) == pictures
-            assert (prompt.shown is not None) == bool(pictures)
-            assert prompt.said == prompt.parts[-1].text and prompt.said
+def test_a_stage_shows_what_it_trains(model, data):
+    for stage, kinds in ((1, ["samples"]), (2, ["answers"]), (3, list(sample_grids.KINDS))):
+        cfg, options = experiment(model, data, stage)
+        prompts = sample_grids.read_prompts(cfg, options, PIXELS)
+        assert list(prompts) == kinds
+        assert [len(prompts[kind]) for kind in kinds] == [3, 3, 2, 2][: len(kinds)]
+    for kind, num_images in zip(sample_grids.KINDS, (0, 1, 1, 1)):
+        for prompt in prompts[kind]:
+            assert sum(part.kind == "image" for part in prompt.parts) == num_images
+            assert (prompt.image is not None) == bool(num_images)
+            assert prompt.caption == prompt.parts[-1].text and prompt.caption
             assert {part.role for part in prompt.parts} == {"user"}
     first = next(r for r in records.read(data) if r.meta.get("task") == "edit")
-    shown = records.images.decode(first.imgs[0].data, "")
-    np.testing.assert_array_equal(found["edits"][0].shown, shown)
-    cfg, opts = experiment(model, data, 1, prompts=["a red circle", "a star"])
-    texts = [p.said for p in sample_grids.prompts(cfg, opts, PIXELS)["samples"]]
-    assert texts == ["a red circle", "a star", "a red circle"]
+    np.testing.assert_array_equal(
+        prompts["edits"][0].image, images.decode(first.imgs[0].data, "the first edit")
+    )
+    cfg, options = experiment(model, data, 1, prompts=["a red circle", "a star"])
+    prompts = sample_grids.read_prompts(cfg, options, PIXELS)["samples"]
+    assert [p.caption for p in prompts] == ["a red circle", "a star", "a red circle"]
 
 
-def test_grids_hold_pictures_and_what_was_said(model, data):
-    cfg, opts = experiment(model, data, 3)
-    own = dataclasses.replace(model, cfg=cfg)
-    given = sample_grids.prompts(cfg, opts, PIXELS)
-    grids = {grid.name: grid for grid in sample_grids.draw(own, given)}
+def test_grids_contain_prompts_and_answers(model, data):
+    cfg, options = experiment(model, data, 3)
+    stage_model = dataclasses.replace(model, cfg=cfg)
+    prompts = sample_grids.read_prompts(cfg, options, PIXELS)
+    grids = {grid.name: grid for grid in sample_grids.draw_grids(stage_model, prompts)}
     assert list(grids) == list(sample_grids.KINDS)
     for kind, count in zip(sample_grids.KINDS, (3, 3, 4, 4)):
         grid = grids[kind]
         assert grid.images.shape == (count, PIXELS, PIXELS, 3) and len(grid.captions) == count
-    assert grids["samples"].captions == [prompt.said for prompt in given["samples"]]
-    asked = [prompt.parts for prompt in given["answers"]]
-    answers = ask.asker(own, max_tokens=sample_grids.WORDS)(asked, "words")
-    for prompt, answer, caption in zip(given["answers"], answers, grids["answers"].captions):
-        assert caption == f"{prompt.said} > {ask.said(answer)}"
+    assert grids["samples"].captions == [prompt.caption for prompt in prompts["samples"]]
+    answer_fn = ask.make_answer_fn(stage_model, max_tokens=sample_grids.MAX_TOKENS)
+    answers = answer_fn([prompt.parts for prompt in prompts["answers"]], "text")
+    for prompt, answer, caption in zip(prompts["answers"], answers, grids["answers"].captions):
+        assert caption == f"{prompt.caption} > {ask.answer_text(answer)}"
     for kind in ("edits", "reasons"):
-        for i, prompt in enumerate(given[kind]):
-            np.testing.assert_array_equal(grids[kind].images[2 * i], prompt.shown)
-            assert (grids[kind].images[2 * i + 1] != prompt.shown).any()
-            assert grids[kind].captions[2 * i] == prompt.said
+        for i, prompt in enumerate(prompts[kind]):
+            np.testing.assert_array_equal(grids[kind].images[2 * i], prompt.image)
+            assert (grids[kind].images[2 * i + 1] != prompt.image).any()
+            assert grids[kind].captions[2 * i] == prompt.caption
     assert grids["edits"].captions[1] == ">"
 
 
-def test_weights_on_a_mesh_draw_the_same(model, data):
-    cfg, opts = experiment(model, data, 1)
-    mesh = make_mesh("data=4,fsdp=2")
-    grids = sample_grids.prepare(cfg, model.model_config, opts, model.codec, mesh)
-    where = params.shardings(starflow2.declare(model.model_config), mesh, "fsdp")
-    spread = jax.device_put(dict(model.params), where)
-    assert any(not a.is_fully_replicated for a in jax.tree.leaves(spread))
-    with jax.set_mesh(mesh):
-        (found,) = sample_grids.from_state(grids, spread)
-    (wanted,) = sample_grids.draw(dataclasses.replace(model, cfg=cfg), grids.given)
-    np.testing.assert_array_equal(found.images, wanted.images)
-    assert found.captions == wanted.captions
+def test_sharded_weights_draw_the_same_grids(model, data):
+    cfg, options = experiment(model, data, 1)
+    device_mesh = make_mesh("data=4,fsdp=2")
+    inputs = sample_grids.prepare(cfg, model.model_config, options, model.codec, device_mesh)
+    shardings = params.shardings(starflow2.declare(model.model_config), device_mesh, "fsdp")
+    sharded = jax.device_put(dict(model.params), shardings)
+    assert any(not a.is_fully_replicated for a in jax.tree.leaves(sharded))
+    with jax.set_mesh(device_mesh):
+        (grid,) = sample_grids.draw_from_params(inputs, sharded)
+    stage_model = dataclasses.replace(model, cfg=cfg)
+    (expected,) = sample_grids.draw_grids(stage_model, inputs.prompts)
+    np.testing.assert_array_equal(grid.images, expected.images)
+    assert grid.captions == expected.captions
 
 
-def test_without_a_codec_nothing_is_drawn(parts, model, data, tmp_path):
-    cfg, opts = experiment(model, data, 3)
-    mesh = make_mesh("data=1", jax.devices()[:1])
-    why = lambda opts, fae: sample_grids.prepare(cfg, model.model_config, opts, fae, mesh)
-    assert "neither fae.path names a codec" in why(opts, None)
-    blind = dataclasses.replace(
-        model.codec, params={n: t for n, t in model.codec.params.items() if n != "pixel_decoder"}
-    )
-    assert why(opts, blind) == "the codec has no pixel decoder"
+def test_the_reason_why_no_grid_is_drawn_is_named(model, data, tmp_path):
+    cfg, options = experiment(model, data, 3)
+    device_mesh = make_mesh("data=1", jax.devices()[:1])
+
+    def prepare(options, codec):
+        return sample_grids.prepare(cfg, model.model_config, options, codec, device_mesh)
+
+    assert "neither fae.path nor the metadata" in prepare(options, None)
+    encoder_params = {n: t for n, t in model.codec.params.items() if n != "pixel_decoder"}
+    encoder_only = dataclasses.replace(model.codec, params=encoder_params)
+    assert prepare(options, encoder_only) == "the codec has no pixel decoder"
     records.write(tmp_path / "text", shapes_tasks.make_records(0, 4, PIXELS, tasks=("text",)))
-    none = dataclasses.replace(opts, path=str(tmp_path / "text"))
-    assert "records hold nothing that this stage can show" in why(none, model.codec)
-    # Stored latents say where their codec was; another in its place is none.
-    about = lambda path: {"features": [{"fae": codec.open_encoder(path)[1]}]}
-    fae = str(parts[0] / "fae")
-    assert batch_encoder.decoder(about(fae), None).sha256 == model.codec.sha256
-    (row,) = about(fae)["features"]
-    assert (
-        batch_encoder.decoder({"features": [{"fae": {**row["fae"], "sha256": "0"}}]}, None) is None
-    )
-    assert (
-        batch_encoder.decoder({"features": [{"fae": {**row["fae"], "path": "nowhere"}}]}, None)
-        is None
-    )
+    text_only = dataclasses.replace(options, path=str(tmp_path / "text"))
+    assert "records is a prompt for what this stage trains" in prepare(text_only, model.codec)
+
+
+def test_stored_latents_lead_to_their_codec_and_no_other(parts, model):
+    fae = codec.open_encoder(str(parts[0] / "fae"))[1]
+
+    def decoder(**changes):
+        return batch_encoder.decoder({"features": [{"fae": {**fae, **changes}}]}, None)
+
+    assert decoder().sha256 == model.codec.sha256
+    assert decoder(sha256="0") is None
+    assert decoder(path="nowhere") is None
     assert batch_encoder.decoder({"features": []}, model.codec) is model.codec

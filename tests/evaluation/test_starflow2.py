@@ -1,4 +1,4 @@
-"""A tiny random STARFlow2 put to every task: figures, files, and likelihoods by another way."""
+"""Every evaluation of a tiny random STARFlow2: figures, files, and likelihoods by another way."""
 
 import dataclasses
 import json
@@ -11,13 +11,13 @@ from absl import flags
 from helpers.starflow2_folders import PIXELS
 
 from starflow2_jax import evaluate
-from starflow2_jax.data import records
+from starflow2_jax.data import chat_layout, records
 from starflow2_jax.evaluation import interleaved_likelihood, scoring_batches, vqa
-from starflow2_jax.evaluation.shapes import ask as asking, cases, suite, vqa as questions
-from starflow2_jax.inference import load, vlm as readers
+from starflow2_jax.evaluation.shapes import ask, cases as cases_lib, suite, vqa as shapes_vqa
+from starflow2_jax.inference import load, vlm
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import tasks as shapes_tasks
-from starflow2_jax.training.tasks import vlm
+from starflow2_jax.training.tasks import vlm as vlm_task
 
 
 @pytest.fixture(scope="module")
@@ -25,177 +25,185 @@ def model(parts):
     return load.load(parts[1])
 
 
-def ran(verb, *words):
+def run_verb(verb, *argv):
     values = flags.FlagValues()
     evaluate.define(values)
-    values(["evaluate", *map(str, words)])
+    values(["evaluate", *map(str, argv)])
     evaluate.main(verb, [], values)
 
 
 # Every section is a few programs to compile.
-SOME = ("generation", "understanding")
+FAST_SECTIONS = ("generation", "understanding")
 
 
-@pytest.mark.parametrize("only", [SOME, pytest.param(suite.SECTIONS, marks=pytest.mark.slow)])
-def test_all_writes_a_page_figures_and_sheets(parts, tmp_path, capsys, only):
-    out, whole = tmp_path / "out", only == suite.SECTIONS
-    words = ("--model", parts[1], "--n", 1, "--out", out)
-    ran("all", *words, *(() if whole else ("--only", ",".join(only))))
-    said = capsys.readouterr().out
+@pytest.mark.parametrize(
+    "sections", [FAST_SECTIONS, pytest.param(suite.SECTIONS, marks=pytest.mark.slow)]
+)
+def test_all_writes_a_page_figures_and_sheets(parts, tmp_path, capsys, sections):
+    out = tmp_path / "out"
+    only = () if sections == suite.SECTIONS else ("--only", ",".join(sections))
+    argv = ("--model", parts[1], "--n", 1, "--out", out, *only)
+    run_verb("all", *argv)
+    printed = capsys.readouterr().out
     names = {path.name for path in out.iterdir()}
     assert {"report.html", "shapes.json", "generation_best.png", "generation_random.png",
             "generation_failed.png", "understanding.png"} <= names  # fmt: skip
     result = json.loads((out / "shapes.json").read_text())
-    assert tuple(result["sections"]) == only and not result["not_run"]
+    assert tuple(result["sections"]) == sections and not result["not_run"]
     counts = {"t2i": 8, "question": 16, "edit": 10, "reason": 6, "text": 5}
-    asked = [task for section, task in suite.TASKS.items() if section in only]
-    assert result["cases"] == {task: counts[task] for task in asked}
+    tasks = [task for section, task in suite.TASKS.items() if section in sections]
+    assert result["cases"] == {task: counts[task] for task in tasks}
     assert len(result["samples"]["generation"]) == 8
-    found = result["sections"]["understanding"]
-    assert set(found["references"]) == {"own_eyes", "own_eyes_blank"}
-    assert found["score"]["seen"]["mean"]["count"] == 8
+    understanding = result["sections"]["understanding"]
+    assert set(understanding["references"]) == {"vlm_baseline", "vlm_baseline_blank_image"}
+    assert understanding["score"]["seen"]["mean"]["count"] == 8
     assert result["model"]["step"] == 1 and result["model"]["sha256"]
-    assert "generation, seen: 0." in said and "written" in said
-    with pytest.raises(FileExistsError, match="out is there already; --overwrite replaces it"):
-        ran("all", *words)
-    if not whole:
+    assert "generation, seen: 0." in printed and "written" in printed
+    with pytest.raises(FileExistsError, match="out exists already; --overwrite replaces it"):
+        run_verb("all", *argv)
+    if sections != suite.SECTIONS:
         return
-    assert {"editing.png", "reasoning.png"} <= names and "text alone" in said
+    assert {"editing.png", "reasoning.png"} <= names and "text alone" in printed
     for task, kinds in (("t2i", {"image"}), ("question", {"text"}), ("reason", {"image", "text"})):
         row = result["sections"]["likelihood"][task]["seen"]
-        assert set(row) == kinds and all(np.isfinite(row[kind]["nats"]) for kind in kinds)
+        assert set(row) == kinds and all(np.isfinite(row[kind]["nll"]) for kind in kinds)
 
 
 def test_shapes_takes_folders_and_sections(parts, tmp_path, capsys):
     for task, count in (("text", 6), ("question", 8)):
-        made = shapes_tasks.make_records(2, count, PIXELS, tasks=[task])
-        records.write(tmp_path / task, made)
-    words = ("--model", parts[1], "--data", f"{tmp_path}/text,{tmp_path}/question")
-    ran("shapes", *words, "--only", "text,generation", "--json")
+        rows = shapes_tasks.make_records(2, count, PIXELS, tasks=[task])
+        records.write(tmp_path / task, rows)
+    argv = ("--model", parts[1], "--data", f"{tmp_path}/text,{tmp_path}/question")
+    run_verb("shapes", *argv, "--only", "text,generation", "--json")
     result = json.loads(capsys.readouterr().out)
     assert result["not_run"] == {"generation": "no cases of task t2i"}
     assert set(result["sections"]) == {"text"} and len(result["data"]["fingerprints"]) == 2
-    # A run keeps its figures.
-    kept = [path.name for path in Path(parts[1], "evaluation").iterdir()]
-    assert kept == ["shapes_00000001_text-question.json"]
+    # The result of a run is written to its folder.
+    files = [path.name for path in Path(parts[1], "evaluation").iterdir()]
+    assert files == ["shapes_00000001_text-question.json"]
     with pytest.raises(FileExistsError):
-        ran("shapes", *words, "--only", "text")
+        run_verb("shapes", *argv, "--only", "text")
     for message, bad in (
         (r"--only: unknown section 'edits'; did you mean 'editing'\?", ("--only", "edits")),
         ("--model is needed", ("--model", "")),
     ):
         with pytest.raises(ValueError, match=message):
-            ran("shapes", *words, *bad)
+            run_verb("shapes", *argv, *bad)
 
 
-def test_answers_do_not_depend_on_how_many_are_asked_together(model):
-    given = cases.drawn(1, 1, PIXELS, ["question"])
-    prompts = [case.given for case in given]
-    rows = {}
-    for together in (3, 16):
-        ask = suite.asker(model, given, rows=together)
-        rows[together] = [asking.said(row) for row in ask(prompts, "words")]
-    assert rows[3] == rows[16] and len(set(rows[16])) > 1
-    # The noise on its picture is that of its place.
-    fewer = suite.asker(model, given)(prompts[:6], "words")
-    assert asking.said(fewer[5]) == rows[16][5]
-    order = asking._order([3, 9, 1, 7, 8], 2)
+def test_answers_do_not_depend_on_the_batch_size(model):
+    questions = cases_lib.generate(1, 1, PIXELS, ["question"])
+    prompts = [case.prompt for case in questions]
+    texts = {}
+    for batch_size in (3, 16):
+        answer_fn = suite.make_answer_fn(model, questions, batch_size=batch_size)
+        texts[batch_size] = [ask.answer_text(parts) for parts in answer_fn(prompts, "text")]
+    assert texts[3] == texts[16] and len(set(texts[16])) > 1
+    # The noise of a prompt's image depends on its position alone.
+    first_answers = suite.make_answer_fn(model, questions)(prompts[:6], "text")
+    assert ask.answer_text(first_answers[5]) == texts[16][5]
+    order = ask._batch_order([3, 9, 1, 7, 8], 2)
     assert sorted(order) == [0, 1, 2, 3, 4] and order[::2] == [1, 4, 3]
 
 
-def test_likelihood_is_that_of_its_parts(model):
-    given = [case.record for case in cases.drawn(1, 1, PIXELS, ["t2i"])]
-    rows, x = interleaved_likelihood.sums(model, given, size=3)
-    assert len(x) == len(given) == 8
-    nats = interleaved_likelihood.per_dim(rows)["nats_per_dim"] * rows["count"]
-    told = [
+def test_likelihood_of_records_is_that_of_their_parts(model):
+    captions = [case.record for case in cases_lib.generate(1, 1, PIXELS, ["t2i"])]
+    sums, x = interleaved_likelihood.score_records(model, captions, batch_size=3)
+    assert len(x) == len(captions) == 8
+    nll = interleaved_likelihood.per_dim(sums)["nats_per_dim"] * sums["count"]
+    conversations = [
         [Part("text", "user", record.segs[0].s), Part("image", "assistant", latent=latent)]
-        for record, latent in zip(given, x)
+        for record, latent in zip(captions, x)
     ]
-    expected = [-row[1] for row in model.log_likelihood(told)]
-    np.testing.assert_allclose(nats, expected, rtol=1e-4)
-    # Without words it is another likelihood, of the same latents.
-    silent, same = interleaved_likelihood.sums(model, given, size=8, null="text")
+    expected = [-row[1] for row in model.log_likelihood(conversations)]
+    np.testing.assert_allclose(nll, expected, rtol=1e-4)
+    # Without text the likelihood is another, of the same latents.
+    no_text, same = interleaved_likelihood.score_records(model, captions, batch_size=8, null="text")
     np.testing.assert_array_equal(x, same)
-    assert (np.abs(silent["half_square"] - rows["half_square"]) > 1e-3).all()
+    assert (np.abs(no_text["half_square"] - sums["half_square"]) > 1e-3).all()
 
 
-def test_text_alone_is_that_of_the_vlm(parts, model):
-    """Against the reader's program, and against the Pretzel whose skips are taken out."""
-    given = cases.drawn(0, 2, PIXELS, ["text"])
-    found = interleaved_likelihood.skill(model, given, size=4)
-    reader = readers.load(str(parts[0] / "vlm"))
-    nats = tokens = 0.0
+def test_text_skill_of_the_vlm_is_that_of_other_programs(parts, model):
+    """Compare with the VLM's own program, and with the Pretzel without its skips."""
+    cases = cases_lib.generate(0, 2, PIXELS, ["text"])
+    skill = interleaved_likelihood.measure_text_skill(model, cases, batch_size=4)
+    reference = vlm.load(str(parts[0] / "vlm"))
+    nll = tokens = 0.0
     for batch, count in scoring_batches.batches(
-        [c.record for c in given], model.tokenizer, 4, size=4
+        [c.record for c in cases], model.tokenizer, 4, size=4
     ):
         images = np.zeros((len(batch["ids"]), 1, PIXELS, PIXELS, 3), np.uint8)
-        scores = readers.score(reader, {**batch, "images": images})
-        nats += scores["nll"][:count].sum()
+        scores = vlm.score(reference, {**batch, "images": images})
+        nll += scores["nll"][:count].sum()
         tokens += scores["tokens"][:count].sum()
-    assert found["vlm"]["nats"] == pytest.approx(nats / tokens, abs=2e-5)
-    silent = jax.tree.map(np.zeros_like, model.params["skip"])
-    alone = dataclasses.replace(model, params={**model.params, "skip": silent})
-    same = interleaved_likelihood.skill(alone, given, size=6)
-    assert same["model"]["nats"] == pytest.approx(found["vlm"]["nats"], abs=2e-5)
-    assert abs(same["difference"]["nats"]) < 2e-5
-    more = found["model"]["nats"] - found["vlm"]["nats"]
-    assert found["difference"]["nats"] == pytest.approx(more, abs=3e-5) and abs(more) > 1e-3
+    assert skill["vlm"]["nll"] == pytest.approx(nll / tokens, abs=2e-5)
+    zero_skip = jax.tree.map(np.zeros_like, model.params["skip"])
+    without_skip = dataclasses.replace(model, params={**model.params, "skip": zero_skip})
+    same = interleaved_likelihood.measure_text_skill(without_skip, cases, batch_size=6)
+    assert same["model"]["nll"] == pytest.approx(skill["vlm"]["nll"], abs=2e-5)
+    assert abs(same["difference"]["nll"]) < 2e-5
+    difference = skill["model"]["nll"] - skill["vlm"]["nll"]
+    assert skill["difference"]["nll"] == pytest.approx(difference, abs=3e-5)
+    assert abs(difference) > 1e-3
 
 
-def test_likelihood_of_a_folder(parts, tmp_path, capsys):
-    """Of records of several kinds together: every dimension and token weighs alike."""
-    made = list(shapes_tasks.make_records(3, 6, PIXELS, tasks=["edit", "question", "t2i"]))
-    records.write(tmp_path / "data", made)
-    words = ("--model", parts[1], "--data", tmp_path / "data", "--out", tmp_path / "found.json")
-    ran("likelihood", *words, "--batch_size", 4)
+def test_likelihood_of_a_folder_weighs_dimensions_and_tokens_alike(parts, tmp_path, capsys):
+    mixed = list(shapes_tasks.make_records(3, 6, PIXELS, tasks=["edit", "question", "t2i"]))
+    records.write(tmp_path / "data", mixed)
+    argv = ("--model", parts[1], "--data", tmp_path / "data", "--out", tmp_path / "result.json")
+    run_verb("likelihood", *argv, "--batch_size", 4)
     assert "likelihood, records, all, image: " in capsys.readouterr().out
-    result = json.loads((tmp_path / "found.json").read_text())
-    found = result["sections"]["likelihood"]["records"]["all"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    figures = result["sections"]["likelihood"]["records"]["all"]
     model = load.load(parts[1])
-    rows = interleaved_likelihood.sums(model, made, size=6)[0]
-    drawn = rows["count"] > 0
-    assert drawn.tolist() == [True, False, True] * 2 and found["image"]["records"] == 4
-    # The beginning of a picture and the end of the turn are tokens, too.
-    assert found["text"]["records"] == 6 and (rows["text/count"][drawn] == 2).all()
-    assert found["text"]["nats"] == pytest.approx(
-        rows["text/nll"].sum() / rows["text/count"].sum(), abs=2e-5
+    sums = interleaved_likelihood.score_records(model, mixed, batch_size=6)[0]
+    has_image = sums["count"] > 0
+    assert has_image.tolist() == [True, False, True] * 2 and figures["image"]["records"] == 4
+    # The beginning of an image and the end of the turn are tokens, too.
+    assert figures["text"]["records"] == 6 and (sums["text/count"][has_image] == 2).all()
+    assert figures["text"]["nll"] == pytest.approx(
+        sums["text/nll"].sum() / sums["text/count"].sum(), abs=2e-5
     )
 
 
-def test_a_reader_scores_rows_as_it_does_those_of_a_folder(parts, tmp_path):
-    reader = readers.load(str(parts[0] / "vlm"))
-    given = cases.drawn(0, 1, PIXELS, ["question"])
-    records.write(tmp_path / "data", [case.record for case in given if case.seen])
-    own = {"path": str(tmp_path / "data"), "mixture": (), "tokenizer": reader.tokenizer_folder}
-    options = vlm.data_options(reader.cfg, reader.model_config, **own)
-    score = lambda batch: readers.score(reader, batch)
-    expected = {a.id: (a.nats, a.right) for a in vqa.answers(score, options)}
-    seen = [case for case in given if case.seen]
-    held = model_tokenizer(reader)
-    laid = scoring_batches.batches([case.record for case in seen], held, 4, size=3)
-    nats = [row for batch, count in laid for row in score(batch)["nll"][:count, 0]]
-    assert nats == pytest.approx([expected[case.id][0] for case in seen], rel=1e-4)
-    assert questions.by_reader(reader, seen) == [expected[case.id][1] for case in seen]
-    with pytest.raises(ValueError, match=r"a picture \(32, 32, 3\), the VLM reads 16"):
-        questions.by_reader(reader, cases.drawn(0, 1, 32, ["question"]))
+def test_a_vlm_scores_cases_like_the_records_of_a_folder(parts, tmp_path):
+    reference = vlm.load(str(parts[0] / "vlm"))
+    questions = cases_lib.generate(0, 1, PIXELS, ["question"])
+    questions = [case for case in questions if not case.is_held_out]
+    rows = [case.record for case in questions]
+    records.write(tmp_path / "data", rows)
+    options = vlm_task.data_options(
+        reference.cfg,
+        reference.model_config,
+        path=str(tmp_path / "data"),
+        mixture=(),
+        tokenizer=reference.tokenizer_folder,
+    )
+
+    def score(batch):
+        return vlm.score(reference, batch)
+
+    expected = {a.id: (a.nll, a.correct) for a in vqa.score_answers(score, options)}
+    tokenizer = chat_layout.open_tokenizer(reference.tokenizer_folder)
+    batches = scoring_batches.batches(rows, tokenizer, 4, size=3)
+    nll = [value for batch, count in batches for value in score(batch)["nll"][:count, 0]]
+    assert nll == pytest.approx([expected[case.id][0] for case in questions], rel=1e-4)
+    correct = [expected[case.id][1] for case in questions]
+    assert shapes_vqa.vlm_is_correct(reference, questions) == correct
+    large = cases_lib.generate(0, 1, 32, ["question"])
+    with pytest.raises(ValueError, match=r"shape \(32, 32, 3\), but the VLM reads .* 16 x 16"):
+        shapes_vqa.vlm_is_correct(reference, large)
 
 
-def model_tokenizer(reader):
-    from starflow2_jax.data import chat_layout
+def test_sections_that_a_stage_has_not_trained_are_named(model):
+    def with_zeros(name, part):
+        zeros = jax.tree.map(np.zeros_like, model.params[name][part])
+        subtree = {**model.params[name], part: zeros}
+        return dataclasses.replace(model, params={**model.params, name: subtree})
 
-    return chat_layout.open_tokenizer(reader.tokenizer_folder)
-
-
-def test_what_a_stage_has_not_learnt_is_said(model):
-    zero = lambda name, part: {
-        **model.params,
-        name: {**model.params[name], part: jax.tree.map(np.zeros_like, model.params[name][part])},
-    }
-    first = dataclasses.replace(model, params=zero("adapter", "down"))
-    assert set(suite.unable(first)) == {"understanding", "editing", "reasoning"}
-    second = dataclasses.replace(model, params=zero("deep", "proj_out"))
-    assert set(suite.unable(second)) == {"generation", "editing", "reasoning"}
-    assert suite.unable(model) == {}
-    bare = suite.unable(dataclasses.replace(model, codec=None))
-    assert "codec" in bare["generation"]
+    stage1, stage2 = with_zeros("adapter", "down"), with_zeros("deep", "proj_out")
+    assert set(suite.unsupported_sections(stage1)) == {"understanding", "editing", "reasoning"}
+    assert set(suite.unsupported_sections(stage2)) == {"generation", "editing", "reasoning"}
+    assert suite.unsupported_sections(model) == {}
+    reasons = suite.unsupported_sections(dataclasses.replace(model, codec=None))
+    assert "codec" in reasons["generation"]

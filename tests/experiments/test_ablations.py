@@ -145,7 +145,7 @@ def test_the_table_says_means_intervals_seeds_and_what_was_not_run(tmp_path):
     for seed, nats in enumerate((1.0, 1.2, 1.4)):
         result(tmp_path, "pretzel", seed, image_nats=nats, questions=0.5)
     result(tmp_path, "pixels", 0, image_nats=0.25)
-    judged = {"sections": {"generation": {"score": {"seen": {"mean": {"right": 0.75}}}}}}
+    judged = {"sections": {"generation": {"score": {"seen": {"mean": {"correct": 0.75}}}}}}
     (tmp_path / "pixels" / "0" / run.JUDGED).write_text(json.dumps(judged))
     text = run.write_table(epath.Path(tmp_path), "tiny", 0)
     made = {row["row"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}

@@ -1,4 +1,4 @@
-"""Pieces of a page that needs nothing beside it: text, tables, cards, pictures, the whole."""
+"""Pieces of an HTML page without external files: text, tables, cards, images, and the page."""
 
 import base64
 import html
@@ -31,13 +31,13 @@ img { max-width: 100%; } figure { margin: 0; } figcaption { color: #666; font-si
 """
 
 
-def text(value: Any) -> str:
-    """Escaped."""
+def escape(value: Any) -> str:
+    """Return a value as text, escaped for HTML."""
     return html.escape(str(value))
 
 
-def figure(value: Any) -> str:
-    """A number for people."""
+def number(value: float | None) -> str:
+    """Return a number with a readable number of digits; None stands for one that is not finite."""
     if value is None:
         return "not finite"
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
@@ -48,53 +48,54 @@ def figure(value: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Numbers stand to the right, as does the heading over them."""
+    """Return a table in which numbers and the headings above them are aligned to the right."""
 
     def cell(value):
-        number = value is None or isinstance(value, int | float)
-        return f'<td class="n">{figure(value)}</td>' if number else f"<td>{text(value)}</td>"
+        if value is None or isinstance(value, int | float):
+            return f'<td class="n">{number(value)}</td>'
+        return f"<td>{escape(value)}</td>"
 
-    # A heading stands over its column's numbers.
-    kinds = [" class=n" if isinstance(value, int | float) else "" for value in rows[0]]
-    titles = "".join(f"<th{kind}>{text(name)}</th>" for name, kind in zip(head, kinds))
+    classes = [" class=n" if isinstance(value, int | float) else "" for value in rows[0]]
+    titles = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(head, classes))
     lines = [titles, *("".join(map(cell, row)) for row in rows)]
     return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines if line) + "</table>"
 
 
-def cards(shown: Sequence[tuple[str, str]]) -> str:
-    """Boxes with a figure and its name, given as (name, figure)."""
+def cards(figures: Sequence[tuple[str, str]]) -> str:
+    """Return boxes, one for each (name, figure)."""
     boxes = [
-        f'<div class="card"><b>{text(value)}</b><span>{text(name)}</span></div>'
-        for name, value in shown
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
+        for name, value in figures
     ]
     return f'<div class="cards">{"".join(boxes)}</div>'
 
 
-def picture(data: bytes, alt: str, caption: str = "") -> str:
-    """A PNG in the page itself."""
+def image(data: bytes, alt: str, caption: str = "") -> str:
+    """Return a PNG, embedded in the page."""
     source = base64.b64encode(data).decode()
-    below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{text(alt)}" src="data:image/png;base64,{source}">{below}</figure>'
+    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{source}">{below}</figure>'
 
 
-def shrunk(path: epath.Path, width: int) -> bytes:
-    """A PNG, made smaller where it is wider than `width` pixels."""
+def shrink_png(path: epath.Path, width: int) -> bytes:
+    """Return the PNG at `path`, scaled down to `width` pixels if it is wider."""
     data = path.read_bytes()
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        if image.width <= width:
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as original:
+        if original.width <= width:
             return data
-        size = (width, round(image.height * width / image.width))
+        size = (width, round(original.height * width / original.width))
         out = io.BytesIO()
-        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(out, "PNG", optimize=True)
+        scaled = original.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        scaled.save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
-def whole(title: str, body: Sequence[str]) -> str:
-    """The page of a title and sections, those that are empty left out."""
+def page(title: str, body: Sequence[str]) -> str:
+    """Return the page of a title and its sections; empty sections are left out."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{text(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in body if part)
         + "\n</body>\n</html>\n"
     )

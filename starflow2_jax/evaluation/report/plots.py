@@ -1,4 +1,4 @@
-"""A run's curves as pictures, from the rows of `metrics.jsonl`."""
+"""Plots of a run's metrics, from the rows of `metrics.jsonl`."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -24,20 +24,20 @@ _STYLE = {
 
 
 def series(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a figure where it was logged and finite."""
-    found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    steps, values = np.array(found, np.float64).reshape(-1, 2).T
+    """Return the steps and values of a metric, of the rows that logged a finite value."""
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    steps, values = np.array(points, np.float64).reshape(-1, 2).T
     return steps, values
 
 
-def blocks(rows: Sequence[Row]) -> list[str]:
-    """Names `log_det/i` that training logged, from the data to the noise."""
+def log_det_names(rows: Sequence[Row]) -> list[str]:
+    """Return the logged metrics `log_det/i`, in order from the data to the noise."""
     names = {name for row in rows for name in row if name.startswith("log_det/")}
     return sorted(names, key=lambda name: int(name.split("/")[1]))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over about a fortieth of the curve, unbiased at its start."""
+    """Return the running mean over about a fortieth of the curve, unbiased at its start."""
     decay = 1 - 1 / max(1.0, len(values) / 40)
     mean, weight, out = 0.0, 0.0, []
     for value in values:
@@ -48,10 +48,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def likelihood(rows: Sequence[Row], gaussian: float | None) -> bytes | None:
-    """PNG of nats/dim in training and evaluation, None where neither was logged.
+    """Return a PNG of nats/dim in training and evaluation, None if neither was logged.
 
     Args:
-        gaussian: nats/dim of the Gaussian baseline, drawn as a level.
+        gaussian: nats/dim of the Gaussian baseline, drawn as a horizontal line.
     """
     train, held_out = series(rows, "nats_per_dim"), series(rows, "eval/nats_per_dim")
     if not len(train[0]) and not len(held_out[0]):
@@ -62,62 +62,65 @@ def likelihood(rows: Sequence[Row], gaussian: float | None) -> bytes | None:
     with matplotlib.rc_context(_STYLE):
         figure = Figure((9.6, 3.8), layout="constrained")
         axes = figure.subplots()
-        _curve(axes, *train, TRAIN, "training (each row, and its running mean)")
+        _plot_curve(axes, *train, TRAIN, "training (each row, and its running mean)")
         if len(held_out[0]):
             axes.plot(*held_out, "o-", color=EVAL, ms=4, lw=1.2, label="evaluation data")
         levels = [train[1], held_out[1]]
         if gaussian is not None:
             axes.axhline(gaussian, color=PLAIN, ls="--", lw=1, label="Gaussian per dimension")
             levels.append(np.array([gaussian]))
-        _limits(axes, levels)
+        _set_limits(axes, levels)
         axes.set(xlabel="step", ylabel="nats / dim", title="Negative log-likelihood")
         axes.legend(loc="upper right")
         return _png(figure)
 
 
-def parts(rows: Sequence[Row]) -> bytes | None:
-    """PNG of loss, log-determinants, gradient norm, learning rate, speed; None without any."""
+def training_curves(rows: Sequence[Row]) -> bytes | None:
+    """Return a PNG of loss, log-determinants, gradient norm, learning rate and speed.
+
+    The result is None if none of them was logged.
+    """
     panels = {
         "Loss": (["loss"], "loss"),
-        "log det of each block, from the data to the noise": (blocks(rows), "nats / dim"),
+        "log det of each block, from the data to the noise": (log_det_names(rows), "nats / dim"),
         "Gradient norm": (["grad_norm"], "norm before clipping"),
         "Learning rate": (["lr"], "learning rate"),
         "Speed": (["tokens_per_second"], "tokens / s"),
         "Mean square of z, halved": (["half_square_z"], "0.5 when z is standard normal"),
     }
-    there = {
+    panels = {
         title: ([n for n in names if len(series(rows, n)[0])], label)
         for title, (names, label) in panels.items()
     }
-    there = {title: panel for title, panel in there.items() if panel[0]}
-    if not there:
+    panels = {title: (names, label) for title, (names, label) in panels.items() if names}
+    if not panels:
         return None
     import matplotlib
     from matplotlib.figure import Figure
 
-    lines = -(-len(there) // 2)
+    num_rows = -(-len(panels) // 2)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure((9.6, 2.9 * lines), layout="constrained")
-        grid = figure.subplots(lines, 2, squeeze=False).ravel()
-        for axes, (title, (names, label)) in zip(grid, there.items()):
+        figure = Figure((9.6, 2.9 * num_rows), layout="constrained")
+        grid = figure.subplots(num_rows, 2, squeeze=False).ravel()
+        for axes, (title, (names, label)) in zip(grid, panels.items()):
             if len(names) == 1:
                 if title == "Learning rate":
                     axes.plot(*series(rows, names[0]), color=TRAIN, lw=1.4)
                 else:
-                    _curve(axes, *series(rows, names[0]), TRAIN, None)
-                _limits(axes, [series(rows, names[0])[1]])
+                    _plot_curve(axes, *series(rows, names[0]), TRAIN, None)
+                _set_limits(axes, [series(rows, names[0])[1]])
             else:
-                _blocks(axes, rows, names)
+                _plot_log_dets(axes, rows, names)
             if title == "Gradient norm":
                 axes.set_yscale("log")
                 axes.autoscale(axis="y")
             axes.set(xlabel="step", ylabel=label, title=title)
-        for axes in grid[len(there) :]:
+        for axes in grid[len(panels) :]:
             axes.set_visible(False)
         return _png(figure)
 
 
-def _blocks(axes, rows, names) -> None:
+def _plot_log_dets(axes, rows, names) -> None:
     from matplotlib import colormaps
 
     shades = colormaps["viridis"](np.linspace(0.05, 0.85, len(names)))
@@ -127,18 +130,17 @@ def _blocks(axes, rows, names) -> None:
     axes.legend(title="block", ncols=2, fontsize=8)
 
 
-def _curve(axes, steps, values, colour, label) -> None:
+def _plot_curve(axes, steps, values, color, label) -> None:
     if len(values):
-        axes.plot(steps, values, color=colour, lw=0.6, alpha=0.3)
-        axes.plot(steps, smooth(values), color=colour, lw=1.4, label=label)
+        axes.plot(steps, values, color=color, lw=0.6, alpha=0.3)
+        axes.plot(steps, smooth(values), color=color, lw=1.4, label=label)
 
 
-def _limits(axes, curves: Sequence[np.ndarray]) -> None:
-    """Leaves the first, steep rows out of the scale, so that the rest of a curve can be read."""
-    kept = [values[len(values) // 20 :] for values in curves if len(values)]
-    kept = np.concatenate(kept)
-    low, high = kept.min(), np.percentile(kept, 99.5)
-    # A level that is drawn on purpose (a curve of one value) stays in sight.
+def _set_limits(axes, curves: Sequence[np.ndarray]) -> None:
+    """Set the vertical scale by all but the first, steep part of each curve."""
+    values = np.concatenate([curve[len(curve) // 20 :] for curve in curves if len(curve)])
+    low, high = values.min(), np.percentile(values, 99.5)
+    # A horizontal line (a curve of one value) must stay visible.
     high = max([high, *(float(v[0]) for v in curves if len(v) == 1)])
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)

@@ -1,7 +1,7 @@
-"""`report.html`: a run on one page that needs nothing beside it, pictures included.
+"""`report.html`: a run on one page without external files.
 
-It is written from what lies in the workdir (`training/logging/run_log.py` says what), so it can be
-made again at any time, on any machine, also while the run goes on.
+The report is written from the files in the workdir (see `training/logging/run_log.py`), so it can
+be written again at any time, on any machine, also while the run continues.
 """
 
 import json
@@ -16,21 +16,22 @@ from absl import logging
 from etils import epath
 
 from starflow2_jax import config, params
-from starflow2_jax.evaluation.report import html as page, plots
+from starflow2_jax.evaluation import stats
+from starflow2_jax.evaluation.report import html, plots
 from starflow2_jax.training.logging import run_log
 from starflow2_jax.training.tasks import registry
 
 FILE = "report.html"
-_SAMPLE = re.compile(r"(?:(.+)_)?(\d+)\.png")
-_STAGES = 6
+_SAMPLE_FILE = re.compile(r"(?:(.+)_)?(\d+)\.png")
+_MAX_STAGES = 6
 
 
 def write(workdir: epath.PathLike) -> epath.Path:
-    """Writes `report.html` into a run's folder, over the one before.
+    """Write `report.html` into a run's folder and replace an older one.
 
     Raises:
-        FileNotFoundError: the folder has no `config.json`, so no run has been there.
-        ValueError: `metrics.jsonl` or another of the run's records is damaged; names it.
+        FileNotFoundError: the folder has no `config.json`, so it is not the folder of a run.
+        ValueError: `metrics.jsonl` or another file of the run is damaged; names the file.
     """
     workdir = epath.Path(workdir)
     path = workdir / FILE
@@ -40,101 +41,102 @@ def write(workdir: epath.PathLike) -> epath.Path:
     if cfg is None:
         raise FileNotFoundError(f"{workdir} has no {run_log.CONFIG}: it is not the folder of a run")
     rows = run_log.read(workdir)
-    measured = _measured(workdir)
-    gaussian = _gaussian(rows, measured)
+    likelihoods = _read_likelihoods(workdir)
+    gaussian = _gaussian_baseline(rows, likelihoods)
     title = cfg.get("name") or workdir.resolve().name
     body = [
-        f"<h1>{page.text(title)}</h1>",
-        f'<p class="under">{page.text(_state(cfg, rows))}</p>',
-        _cards(cfg, rows, measured, gaussian),
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="under">{html.escape(_progress(cfg, rows))}</p>',
+        _cards(cfg, rows, likelihoods, gaussian),
         _samples(workdir),
         _curves(rows, gaussian),
-        _likelihoods(measured),
-        _final(rows),
+        _likelihood_section(likelihoods),
+        _last_values(rows),
         _starts(workdir),
         _configuration(cfg),
     ]
-    path.write_text(page.whole(title, body), encoding="utf-8")
+    path.write_text(html.page(title, body), encoding="utf-8")
     return path
 
 
 # ---------------------------------------------------------------------------------------- sections
 
 
-def _state(cfg: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    steps, now = cfg["train"]["steps"], rows[-1]["step"] if rows else 0
-    batch, what = cfg["train"]["batch_size"], "images"
-    if cfg.get("task") in ("vlm", "starflow2"):
-        what = "rows"  # of several records
+def _progress(cfg: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    step, steps = rows[-1]["step"] if rows else 0, cfg["train"]["steps"]
+    batch_size = cfg["train"]["batch_size"]
+    # A row of these tasks packs several records.
+    unit = "rows" if cfg.get("task") in ("vlm", "starflow2") else "images"
     return (
-        f"step {now:,} of {steps:,}{', finished' if now >= steps else ''}; "
-        f"{batch:,} {what} a step, {now * batch:,} seen"
+        f"step {step:,} of {steps:,}{', finished' if step >= steps else ''}; "
+        f"{batch_size:,} {unit} a step, {step * batch_size:,} seen"
     )
 
 
 def _last(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Return the newest finite value of a metric."""
     return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
 
 
-def _cards(cfg, rows, measured, gaussian) -> str:
+def _cards(cfg, rows, likelihoods, gaussian) -> str:
     parameters = params.count(registry.declare_model(cfg))
     mfu = _last(rows, "mfu")
     tokens = _last(rows, "tokens_per_second")
-    bits = next((m["bits_per_dim"] for m in reversed(measured) if m.get("bits_per_dim")), None)
+    bits = next((m["bits_per_dim"] for m in reversed(likelihoods) if m.get("bits_per_dim")), None)
     cards = [
         ("nats/dim, evaluation data", _last(rows, "eval/nats_per_dim"), None),
         ("nats/dim, training", _last(rows, "nats_per_dim"), None),
         ("nats/dim, Gaussian per dimension", gaussian, None),
         ("bits/dim", bits, None),
         ("nats/token, evaluation data", _last(rows, "eval/text_nats"), None),
-        ("records answered right", _last(rows, "eval/record_accuracy"), None),
+        ("exact match of records", _last(rows, "eval/record_accuracy"), None),
         ("PSNR, dB", _last(rows, "eval/psnr"), None),
         ("relative error of features", _last(rows, "eval/relative_error"), None),
         ("parameters", parameters, None),
         ("tokens/s", tokens, None if tokens is None else f"{tokens:,.0f}"),
-        ("of the peak (MFU)", mfu, None if mfu is None else f"{mfu:.1%}"),
+        ("model FLOPs utilization (MFU)", mfu, None if mfu is None else f"{mfu:.1%}"),
     ]
-    shown = [(n, shown or page.figure(v)) for n, v, shown in cards if v is not None]
-    return page.cards(shown)
+    return html.cards([(n, label or html.number(v)) for n, v, label in cards if v is not None])
 
 
 def _samples(workdir: epath.Path) -> str:
-    """The newest grid of each name, and how it came to be."""
+    """Show the newest sample grid of each name, and a few of the earlier ones."""
     grids: dict[str, list[tuple[int, epath.Path]]] = {}
     folder = workdir / "samples"
     for path in sorted(folder.iterdir()) if folder.exists() else []:
-        if found := _SAMPLE.fullmatch(path.name):
-            grids.setdefault(found[1] or "samples", []).append((int(found[2]), path))
+        if match := _SAMPLE_FILE.fullmatch(path.name):
+            grids.setdefault(match[1] or "samples", []).append((int(match[2]), path))
     parts = []
-    for name, found in sorted(grids.items(), key=lambda item: (item[0] != "samples", item[0])):
-        found.sort()
-        newest, path = found[-1]
-        parts.append(f"<h2>{page.text(name.capitalize())}</h2>")
+    for name, files in sorted(grids.items(), key=lambda item: (item[0] != "samples", item[0])):
+        files.sort()
+        step, path = files[-1]
+        parts.append(f"<h2>{html.escape(name.capitalize())}</h2>")
         parts.append(
-            page.picture(page.shrunk(path, 1200), f"{name}, step {newest}", f"step {newest:,}")
+            html.image(html.shrink_png(path, 1200), f"{name}, step {step}", f"step {step:,}")
         )
-        if len(found) > 1:
-            # Early steps change most: evenly spaced in the logarithm of their place.
-            places = np.geomspace(1, len(found), min(_STAGES, len(found))).round().astype(int) - 1
-            stages = [found[place] for place in sorted(set(places.tolist()))]
-            shown = [
-                page.picture(page.shrunk(p, 480), f"step {s}", f"step {s:,}") for s, p in stages
+        if len(files) > 1:
+            # Early steps change most, so the stages are spaced evenly in log(index).
+            count = min(_MAX_STAGES, len(files))
+            indices = np.geomspace(1, len(files), count).round().astype(int) - 1
+            stages = [files[i] for i in sorted(set(indices.tolist()))]
+            images = [
+                html.image(html.shrink_png(p, 480), f"step {s}", f"step {s:,}") for s, p in stages
             ]
-            parts.append(f'<div class="stages">{"".join(shown)}</div>')
+            parts.append(f'<div class="stages">{"".join(images)}</div>')
     return "\n".join(parts)
 
 
 def _curves(rows: Sequence[Mapping[str, Any]], gaussian: float | None) -> str:
-    found = {
+    figures = {
         "nats per dimension": plots.likelihood(rows, gaussian),
-        "loss, log-determinants, gradient norm, learning rate, speed": plots.parts(rows),
+        "loss, log-determinants, gradient norm, learning rate, speed": plots.training_curves(rows),
     }
-    shown = [page.picture(data, alt) for alt, data in found.items() if data]
-    return "\n".join(["<h2>Curves</h2>", *shown]) if shown else ""
+    images = [html.image(data, alt) for alt, data in figures.items() if data]
+    return "\n".join(["<h2>Curves</h2>", *images]) if images else ""
 
 
-def _measured(workdir: epath.Path) -> list[dict[str, Any]]:
-    """Results of `evaluate likelihood`, by name of their files."""
+def _read_likelihoods(workdir: epath.Path) -> list[dict[str, Any]]:
+    """Return the results of `evaluate likelihood`, in the order of their file names."""
     folder = workdir / "evaluation"
     results = []
     for path in sorted(folder.glob("likelihood*.json")) if folder.exists() else []:
@@ -145,92 +147,82 @@ def _measured(workdir: epath.Path) -> list[dict[str, Any]]:
     return results
 
 
-def _gaussian(rows, measured) -> float | None:
-    """nats/dim of the Gaussian baseline, as training logged it or `evaluate` found it."""
+def _gaussian_baseline(rows, likelihoods) -> float | None:
+    """Return the Gaussian's nats/dim, as training logged it or else as `evaluate` measured it."""
     logged = _last(rows, "eval/gaussian_nats_per_dim")
-    found = [m["baselines"]["gaussian_per_dimension"] for m in measured if m.get("baselines")]
-    return logged if logged is not None or not found else found[-1]["nats_per_dim"]
+    measured = [
+        result["baselines"]["gaussian_per_dimension"]["nats_per_dim"]
+        for result in likelihoods
+        if result.get("baselines")
+    ]
+    return logged if logged is not None or not measured else measured[-1]
 
 
-def _likelihoods(measured: Sequence[Mapping[str, Any]]) -> str:
-    if not measured:
+def _likelihood_section(likelihoods: Sequence[Mapping[str, Any]]) -> str:
+    if not likelihoods:
         return ""
-    lines, notes = [], []
-    for found in measured:
-        data, protocol = found["data"], found["protocol"]
-        noise = " ".join(str(value) for value in protocol["noise"].values())
-        number = found["model"]["step"]
-        what = f"{'model folder' if number is None else f'step {number:,}'}, {data['path']}"
-        spreads = (_spread(found, "nats_per_dim"), _spread(found, "bits_per_dim"))
-        lines.append((what, found["rows"], noise, *spreads))
-        for name, baseline in found["baselines"].items():
-            bits = baseline["bits_per_dim"]
-            values = (
-                page.figure(baseline["nats_per_dim"]),
-                "not comparable" if bits is None else page.figure(bits),
-            )
-            lines.append(
-                (f"{name.replace('_', ' ')}, fitted to {baseline['fit']}", "", "", *values)
-            )
-        notes += [found["not_comparable"]] if found["not_comparable"] else []
+    table, notes = [], []
+    for result in likelihoods:
+        step, path = result["model"]["step"], result["data"]["path"]
+        label = f"{'model folder' if step is None else f'step {step:,}'}, {path}"
+        noise = " ".join(str(value) for value in result["protocol"]["noise"].values())
+        figures = [_with_interval(result, name) for name in ("nats_per_dim", "bits_per_dim")]
+        table.append((label, result["rows"], noise, *figures))
+        for name, baseline in result["baselines"].items():
+            label = f"{name.replace('_', ' ')}, fitted to {baseline['fit']}"
+            figures = [_with_interval(baseline, name) for name in ("nats_per_dim", "bits_per_dim")]
+            table.append((label, "", "", *figures))
+        notes += [result["not_comparable"]] if result["not_comparable"] else []
     head = ("what", "images", "noise", "nats/dim (95% over images)", "bits/dim")
-    below = "".join(f"<p>Bits/dim are {page.text(note)}.</p>" for note in dict.fromkeys(notes))
-    stamp = json.dumps(
-        {
-            key: measured[-1].get(key)
-            for key in ("model", "data", "protocol", "devices", "versions")
-        },
-        indent=2,
-    )
+    below = "".join(f"<p>Bits/dim are {html.escape(note)}.</p>" for note in dict.fromkeys(notes))
+    names = ("model", "data", "protocol", "devices", "versions")
+    stamp = json.dumps({name: likelihoods[-1].get(name) for name in names}, indent=2)
     return (
-        f"<h2>Likelihood</h2>{page.table(head, lines)}{below}"
+        f"<h2>Likelihood</h2>{html.table(head, table)}{below}"
         "<details><summary>Protocol of the last one</summary>"
-        f"<pre>{page.text(stamp)}</pre></details>"
+        f"<pre>{html.escape(stamp)}</pre></details>"
     )
 
 
-def _spread(found: Mapping[str, Any], name: str) -> str:
-    if found[name] is None:
-        return "not comparable"
-    pair = found.get(f"{name}_95")
-    return page.figure(found[name]) + (
-        f" ({page.figure(pair[0])} to {page.figure(pair[1])})" if pair else ""
-    )
+def _with_interval(row: Mapping[str, Any], name: str) -> str:
+    return "not comparable" if row[name] is None else stats.format_figure(row, name, ".4f")
 
 
-def _final(rows: Sequence[Mapping[str, Any]]) -> str:
+def _last_values(rows: Sequence[Mapping[str, Any]]) -> str:
     names = dict.fromkeys(
         name.removeprefix("eval/") for row in rows for name in row if name != "step"
     )
-    # Even where the newest is not finite, it is the newest that counts.
+    # The newest value counts even if it is not finite.
     last = {name: row[name] for row in rows for name in row}
-    lines = [(name, last.get(name, ""), last.get(f"eval/{name}", "")) for name in names]
+    table = [(name, last.get(name, ""), last.get(f"eval/{name}", "")) for name in names]
     head = ("figure", "training", "evaluation data")
-    return f"<h2>Last figures</h2>{page.table(head, lines)}" if lines else ""
+    return f"<h2>Last figures</h2>{html.table(head, table)}" if table else ""
 
 
 def _starts(workdir: epath.Path) -> str:
     path = workdir / run_log.RUN
     if not path.exists():
-        logging.warning("%s is missing: the report names no command and no machine", path)
+        logging.warning("%s is missing, so the report names no command and no machine", path)
         return ""
     starts = json.loads(path.read_text())["starts"]
     parts = ["<h2>Commands and machine</h2>"]
     for start in starts:
-        parts.append(f"<p>{page.text(start['time'])}, from step {start['step']:,}</p>")
-        parts.append(f"<pre>{page.text(_pasted(start['command']))}</pre>")
+        parts.append(f"<p>{html.escape(start['time'])}, from step {start['step']:,}</p>")
+        parts.append(f"<pre>{html.escape(_shell_lines(start['command']))}</pre>")
     last = starts[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     about = [("devices", last["devices"]), ("processes", str(last["processes"]))]
-    parts.append(page.table((), [*about, ("machine", last["machine"]), ("versions", versions)]))
+    parts.append(html.table((), [*about, ("machine", last["machine"]), ("versions", versions)]))
     return "\n".join(parts)
 
 
-def _pasted(command: str) -> str:
-    """A command with a flag on each line, in a form that can be pasted into a shell."""
-    breaks = lambda word: " \\\n    " if word.startswith("--") else " "
+def _shell_lines(command: str) -> str:
+    """Return a command with one flag on each line, so that it can be pasted into a shell."""
     first, *words = shlex.split(command)
-    return shlex.quote(first) + "".join(breaks(word) + shlex.quote(word) for word in words)
+    lines = shlex.quote(first)
+    for word in words:
+        lines += (" \\\n    " if word.startswith("--") else " ") + shlex.quote(word)
+    return lines
 
 
 def _configuration(cfg: Mapping[str, Any]) -> str:
@@ -242,9 +234,9 @@ def _configuration(cfg: Mapping[str, Any]) -> str:
         for name in sorted(names, key=lambda name: (not name.startswith("model."), name))
         if name in values
     ]
-    whole = page.text(json.dumps(cfg, indent=2))
+    full = html.escape(json.dumps(cfg, indent=2))
     return (
-        f"<h2>Configuration</h2><p>Where it differs from the defaults:</p>"
-        f"{page.table(('key', 'value', 'meaning'), rows)}"
-        f"<details><summary>All of it</summary><pre>{whole}</pre></details>"
+        f"<h2>Configuration</h2><p>Keys that differ from the defaults:</p>"
+        f"{html.table(('key', 'value', 'meaning'), rows)}"
+        f"<details><summary>All of it</summary><pre>{full}</pre></details>"
     )

@@ -1,4 +1,4 @@
-"""Cases put to a model, many at a time by few compiled programs."""
+"""Batched answers of a STARFlow2 to the prompts of evaluation cases."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,71 +9,82 @@ from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.options import make_options
 from starflow2_jax.inference.prompts import Part
 
-# (prompts, what is to follow: a picture, words, or a picture and then words) -> parts of each.
-Ask = Callable[[Sequence[Sequence[Any]], str], list[list[Part]]]
-KINDS = ("picture", "words", "both")
+# (prompts, "image", "text" or "both": an image and then text) -> the parts of each answer.
+AnswerFn = Callable[[Sequence[Sequence[Any]], str], list[list[Part]]]
 
 
-def asker(
+def make_answer_fn(
     model: Model,
     *,
-    rows: int = 96,
+    batch_size: int = 96,
     max_tokens: int = 16,
     seed: int = 0,
-    **drawing: Any,
-) -> Ask:
-    """Asks a model; words are the likeliest, pictures are drawn from the seed and their place.
+    **image_options: Any,
+) -> AnswerFn:
+    """Return a function that answers prompts with a model.
+
+    Text is decoded greedily. The noise of an image depends on the seed and on the position of its
+    prompt.
 
     Args:
-        rows: prompts together at most, which change no answer; max_tokens: of an answer in words.
-        drawing: of pictures, `guidance` and others of `inference.options.GenerateOptions`.
+        batch_size: upper bound on the prompts of a batch; no answer depends on it.
+        max_tokens: upper bound on the tokens of an answer's text.
+        image_options: `guidance` and other fields of `inference.options.GenerateOptions`, for
+            answers with an image.
     """
-    own = {
-        "picture": {"images": 1, "max_tokens": 0, **drawing},
-        "words": {"images": 0, "max_tokens": max_tokens},
-        "both": {"images": 1, "image_start": True, "max_tokens": max_tokens, **drawing},
+    options_by_kind = {
+        "image": {"images": 1, "max_tokens": 0, **image_options},
+        "text": {"images": 0, "max_tokens": max_tokens},
+        "both": {"images": 1, "image_start": True, "max_tokens": max_tokens, **image_options},
     }
 
-    def ask(given: Sequence[Sequence[Any]], kind: str) -> list[list[Part]]:
-        if not given:
+    def answer(prompts: Sequence[Sequence[Any]], kind: str) -> list[list[Part]]:
+        if not prompts:
             return []
-        options = make_options({"seed": seed, **own[kind]})
-        together = -(-len(given) // -(-len(given) // rows))
-        order = _order([_length(model, prompt) for prompt in given], together)
-        turned = [list(given[i]) for i in order]
-        answers = generate.generate_many(model, turned, options, together, order)
-        return [row for _, row in sorted(zip(order, (a[0] for a in answers)), key=lambda p: p[0])]
+        options = make_options({"seed": seed, **options_by_kind[kind]})
+        num_batches = -(-len(prompts) // batch_size)
+        size = -(-len(prompts) // num_batches)
+        order = _batch_order([_length(model, prompt) for prompt in prompts], size)
+        ordered = [list(prompts[i]) for i in order]
+        samples = generate.generate_many(model, ordered, options, size, order)
+        answers = {i: parts[0] for i, parts in zip(order, samples)}
+        return [answers[i] for i in range(len(prompts))]
 
-    return ask
+    return answer
 
 
 def _length(model: Model, prompt: Sequence[Any]) -> int:
-    words = [part for part in prompt if isinstance(part, str)]
-    texts = sum(len(model.tokenizer.encode(text)) for text in words)
-    return texts + (len(prompt) - len(words)) * model.model_config.patches
+    """Return the number of text tokens and image patches of a prompt."""
+    texts = [part for part in prompt if isinstance(part, str)]
+    num_tokens = sum(len(model.tokenizer.encode(text)) for text in texts)
+    return num_tokens + (len(prompt) - len(texts)) * model.model_config.patches
 
 
-def _order(lengths: Sequence[int], together: int) -> list[int]:
-    """Places such that each `together` prompts begin with one of the longest: as programs are
-    compiled for the longest of a batch, all batches share one."""
+def _batch_order(lengths: Sequence[int], batch_size: int) -> list[int]:
+    """Return an order in which every batch begins with one of the longest prompts.
+
+    Programs are compiled for the longest prompt of a batch, so most batches share one program.
+    """
     longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    count = -(-len(lengths) // together)
-    heads, rest = iter(longest[:count]), iter(sorted(longest[count:]))
-    return [next(rest if k % together else heads) for k in range(len(lengths))]
+    num_batches = -(-len(lengths) // batch_size)
+    heads, rest = iter(longest[:num_batches]), iter(sorted(longest[num_batches:]))
+    return [next(rest if k % batch_size else heads) for k in range(len(lengths))]
 
 
-def said(parts: Sequence[Part]) -> str:
-    """The words of an answer."""
+def answer_text(parts: Sequence[Part]) -> str:
+    """Return the text of an answer."""
     return " ".join(part.text for part in parts if part.kind == "text").strip()
 
 
-def drawn(parts: Sequence[Part], case: Case) -> Part:
-    """The picture of an answer.
+def answer_image(parts: Sequence[Part], case: Case) -> Part:
+    """Return the image of an answer.
 
     Raises:
-        ValueError: there is none, or it has no pixels; names the case.
+        ValueError: the answer has no image, or its image has no pixels; names the case.
     """
     for part in parts:
         if part.kind == "image" and part.image is not None:
             return part
-    raise ValueError(f"case {case.id}: no picture was drawn; is there a codec (--fae)?")
+    raise ValueError(
+        f"case {case.id}: the answer has no image with pixels; name the codec's folder with --fae"
+    )

@@ -1,7 +1,7 @@
-"""What a model of pictures and words is asked of the shapes world, and what would be right.
+"""Evaluation cases from the synthetic shapes benchmark: prompt, reference answer, reference image.
 
-A case is a record of `shapes.generator` or `shapes.tasks` taken apart: what the user says and
-shows, the words and the picture that should follow, and the facts by which a picture is judged.
+A case is a record of `shapes.generator` or `shapes.tasks`, split into what the user provides, what
+the assistant should answer, and the facts that a generated image is checked against.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from starflow2_jax.evaluation import codec
 from starflow2_jax.shapes import generator, holdout, tasks as shapes_tasks
 from starflow2_jax.shapes.generator import Scene
 
-# The tasks, and of each the tags that its score is a mean of.
+# The tags of each task; the score of a task is the mean over its tags.
 TAGS = {
     "t2i": generator.TAGS,
     "question": shapes_tasks.QUESTIONS,
@@ -27,156 +27,195 @@ TAGS = {
     "reason": shapes_tasks.REASONS,
     "text": shapes_tasks.TEXTS,
 }
-# Tags whose captions name colour and shape: the only ones that can ask for a withheld pair.
-NAMED = ("colors", "color_attr")
-# Seeds of what is drawn here begin behind those that datasets are made with.
+# Only captions with these tags name color and shape, so only they can name a held-out pair.
+PAIR_TAGS = ("colors", "color_attr")
+# Seeds of evaluation cases; those of datasets are smaller.
 FIRST_SEED = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One thing asked.
+    """One evaluation case.
 
     Attributes:
-        withheld: what of it training has not shown (`shapes_withheld.found`), "none" if it has.
-        given: what the user says and shows, in order; pictures uint8 [H, W, 3].
-        words: of the right answer, "" where a picture alone is asked for.
-        picture: the right one, uint8 [H, W, 3], or None; facts: GenEval metadata of it, if any.
-        scenes: what the record's pictures show, in order, but for zoomed ones.
+        holdout: what of it was excluded from training, as from `holdout.withheld_kind`.
+        prompt: texts and images uint8 [H, W, 3] of the user, in order.
+        reference_text: text of the correct answer, "" if that is an image alone.
+        reference_image: image of the correct answer, uint8 [H, W, 3], or None.
+        facts: GenEval metadata that a generated image is checked against, or None.
+        scenes: scenes of the record's images, in order, except for zoomed ones.
     """
 
     id: str
     task: str
     tag: str
-    withheld: str
+    holdout: str
     record: Record
-    given: tuple[str | np.ndarray, ...]
-    words: str
-    picture: np.ndarray | None
+    prompt: tuple[str | np.ndarray, ...]
+    reference_text: str
+    reference_image: np.ndarray | None
     facts: Mapping[str, Any] | None
     scenes: tuple[Scene, ...]
 
     @property
-    def asks(self) -> str:
-        """What the user says."""
-        return " ".join(part for part in self.given if isinstance(part, str))
+    def prompt_text(self) -> str:
+        """The text of the prompt."""
+        return " ".join(part for part in self.prompt if isinstance(part, str))
 
     @property
-    def seen(self) -> bool:
-        """Whether training has shown all of it, in other pictures."""
-        return self.withheld == "none"
+    def prompt_images(self) -> list[np.ndarray]:
+        """The images of the prompt."""
+        return [part for part in self.prompt if not isinstance(part, str)]
+
+    @property
+    def is_held_out(self) -> bool:
+        """True if training has not shown all attribute pairs and combinations of the case."""
+        return self.holdout != "none"
 
 
 class Sample(NamedTuple):
-    """What a model made of a case: `pictures` to show (given, drawn, wanted), what it `says`,
-    whether that is `right` and if not `why`, and the nats of the picture or the words."""
+    """A model's answer to a case.
+
+    `images` are those of a contact sheet: source, generated and reference image, as far as they
+    exist. `reason` says why the answer is not correct. `log_likelihood` is in nats, of the
+    generated image or else of the text.
+    """
 
     case: Case
-    pictures: tuple[np.ndarray, ...]
-    says: str
-    right: bool
-    why: str
+    images: tuple[np.ndarray, ...]
+    text: str
+    correct: bool
+    reason: str
     log_likelihood: float | None
 
 
-def from_record(record: Record, where: str, mark: str = "") -> Case | None:
-    """The case of a record, None where it is of no task in `TAGS`; `mark` is put behind its id.
+def from_record(record: Record, location: str, id_suffix: str = "") -> Case | None:
+    """Return the case of a record, None if the record belongs to no task in `TAGS`.
+
+    Args:
+        location: names the record's place in error messages.
 
     Raises:
-        DatasetError: an image that cannot be decoded; names `where` and the record.
+        DatasetError: an image cannot be decoded; names `location` and the record.
     """
     meta = record.meta
     task = str(meta.get("task", "t2i" if "geneval" in meta else ""))
     tag = str(meta.get("tag", ""))
     if tag not in TAGS.get(task, ()):
         return None
-    shown = lambda i: images.decode(record.imgs[i].data, f"{where} (id {record.id!r}), image {i}")
-    given, words, picture = [], [], None
+
+    def decode(i: int) -> np.ndarray:
+        return images.decode(record.imgs[i].data, f"{location} (id {record.id!r}), image {i}")
+
+    prompt, reference_texts, reference_image = [], [], None
     for segment in record.segs:
         is_text = isinstance(segment, Text)
         if not segment.loss:
-            given.append(segment.s if is_text else shown(segment.i))
+            prompt.append(segment.s if is_text else decode(segment.i))
         elif is_text:
-            words.append(segment.s)
+            reference_texts.append(segment.s)
         else:
-            picture = shown(segment.i)
-    scenes = tuple(codec.scenes(meta))
-    facts = json.loads(str(meta["geneval"])) if "geneval" in meta and picture is not None else None
-    withheld = str(meta.get("withheld", "none"))
+            reference_image = decode(segment.i)
+    scenes = tuple(codec.parse_scenes(meta))
+    facts = None
+    if "geneval" in meta and reference_image is not None:
+        facts = json.loads(str(meta["geneval"]))
+    kind = str(meta.get("withheld", "none"))
     if task == "t2i" and "withheld" not in meta:
-        withheld = _named(scenes[0], tag) if scenes else "none"
+        kind = _caption_holdout(scenes[0], tag) if scenes else "none"
     if tag == "zoom" and scenes:
-        # Of a zoomed picture the facts are not those of the scene.
-        facts = {"include": [{"class": words[-1], "color": scenes[0].objects[0].color}]}
-    about = (record, tuple(given), " ".join(words), picture, facts, scenes)
-    return Case(record.id + mark, task, tag, withheld, *about)
+        # The zoomed image shows one object, so the facts of the scene do not apply to it.
+        color = scenes[0].objects[0].color
+        facts = {"include": [{"class": reference_texts[-1], "color": color}]}
+    return Case(
+        id=record.id + id_suffix,
+        task=task,
+        tag=tag,
+        holdout=kind,
+        record=record,
+        prompt=tuple(prompt),
+        reference_text=" ".join(reference_texts),
+        reference_image=reference_image,
+        facts=facts,
+        scenes=scenes,
+    )
 
 
-def _named(scene: Scene, tag: str) -> str:
-    """What is withheld of the pairs that a caption of this tag names."""
-    return holdout.withheld_kind((), scene.objects if tag in NAMED else ())
+def _caption_holdout(scene: Scene, tag: str) -> str:
+    """Return the kind of holdout among the pairs that a caption with this tag names."""
+    return holdout.withheld_kind((), scene.objects if tag in PAIR_TAGS else ())
 
 
 def read(folders: Iterable[str], *, n: int | None = None) -> list[Case]:
-    """The cases of dataset folders, of each tag at most the first `n`, seen and withheld apart.
+    """Read the cases of dataset folders.
+
+    Args:
+        n: limit for each tag, for held-out and other cases separately.
 
     Raises:
-        DatasetError: a damaged folder or record, or folders without any case.
+        DatasetError: a folder or record is damaged, or the folders contain no case.
     """
-    folders, counts, found = list(folders), {}, []
+    folders, counts, cases = list(folders), {}, []
     for folder in folders:
         dataset = records.read(folder)
         for index, record in enumerate(dataset):
             case = from_record(record, dataset.location(index))
             if case is None:
                 continue
-            kind = (case.task, case.tag, case.seen)
-            counts[kind] = counts.get(kind, 0) + 1
-            if n is None or counts[kind] <= n:
-                found.append(case)
-    if not found:
+            group = (case.task, case.tag, case.is_held_out)
+            counts[group] = counts.get(group, 0) + 1
+            if n is None or counts[group] <= n:
+                cases.append(case)
+    if not cases:
         raise DatasetError(
-            f"{', '.join(folders)}: no record of the shapes world with a task of {', '.join(TAGS)}"
+            f"{', '.join(folders)}: no record of the shapes benchmark has one of the tasks "
+            f"{', '.join(TAGS)}"
         )
-    return found
+    return cases
 
 
-def drawn(seed: int, n: int, pixels: int, tasks: Sequence[str] = tuple(TAGS)) -> list[Case]:
-    """Cases drawn from the shapes world: of each tag `n` seen ones and half as many withheld.
+def generate(seed: int, n: int, pixels: int, tasks: Sequence[str] = tuple(TAGS)) -> list[Case]:
+    """Generate for each tag `n` cases like those of training, and half as many held-out ones.
 
-    Of captions only those that name a colour and a shape can ask for a withheld pair.
+    Among captions only `PAIR_TAGS` have held-out cases.
     """
-    found = []
+    cases = []
     for task in tasks:
-        for part, mark, count in (("leave_out", "", n), ("only", "-withheld", -(-n // 2))):
-            made = _made(task, FIRST_SEED + seed, count, pixels, part)
-            cases = (from_record(record, f"drawn {task}", mark) for record in made)
-            found += [case for case in cases if case is not None]
-    return found
+        for part, suffix, count in (("leave_out", "", n), ("only", "-withheld", -(-n // 2))):
+            for record in _generate_records(task, FIRST_SEED + seed, count, pixels, part):
+                case = from_record(record, f"generated {task}", suffix)
+                if case is not None:
+                    cases.append(case)
+    return cases
 
 
-def _made(task: str, seed: int, count: int, pixels: int, part: str) -> Iterator[Record]:
+def _generate_records(task: str, seed: int, count: int, pixels: int, part: str) -> Iterator[Record]:
+    """Generate `count` records for each tag of a task, as `--withheld part` selects them."""
     tags: Sequence[str] = TAGS[task]
     if task == "t2i" and part == "only":
-        keep = lambda scene: _named(scene, NAMED[0]) == "pair"
-        return generator.make_records(seed, count * len(NAMED), pixels, tags=NAMED, keep=keep)
+        return generator.make_records(
+            seed,
+            count * len(PAIR_TAGS),
+            pixels,
+            tags=PAIR_TAGS,
+            keep=lambda scene: _caption_holdout(scene, PAIR_TAGS[0]) == "pair",
+        )
     if task == "t2i":
         keep = holdout.scene_filter(part)
         return generator.make_records(seed, count * len(tags), pixels, keep=keep)
     if task == "text" and part == "only":
         tags = [tag for tag in tags if tag != "count_left"]  # it names no pair
-    own = {"tasks": [task], "withheld": part}
-    return shapes_tasks.make_records(seed, count * len(tags), pixels, **own)
+    return shapes_tasks.make_records(seed, count * len(tags), pixels, tasks=[task], withheld=part)
 
 
-def blank(case: Case) -> Case:
-    """The case with grey pictures in place of the user's: what words alone can tell."""
-    grey = lambda part: part if isinstance(part, str) else np.full_like(part, 128)
-    return dataclasses.replace(case, given=tuple(map(grey, case.given)))
+def with_blank_images(case: Case) -> Case:
+    """Return the case with gray images in its prompt, to measure what the text alone gives away."""
+    prompt = [p if isinstance(p, str) else np.full_like(p, 128) for p in case.prompt]
+    return dataclasses.replace(case, prompt=tuple(prompt))
 
 
-def shown_another(case: Case, other: Case) -> Case:
-    """The case with the pictures that the user of another case of its task shows."""
-    pictures = iter([part for part in other.given if not isinstance(part, str)])
-    given = tuple(p if isinstance(p, str) else next(pictures) for p in case.given)
-    return dataclasses.replace(case, given=given)
+def with_images_of(case: Case, other: Case) -> Case:
+    """Return the case with the prompt images of another case of its task."""
+    replacements = iter(other.prompt_images)
+    prompt = [p if isinstance(p, str) else next(replacements) for p in case.prompt]
+    return dataclasses.replace(case, prompt=tuple(prompt))

@@ -1,4 +1,4 @@
-"""Sheets of what a model drew, every picture captioned with what was asked."""
+"""Contact sheets of generated images and answers, captioned with their prompts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,69 +7,82 @@ import numpy as np
 from starflow2_jax.evaluation.shapes.cases import Sample
 from starflow2_jax.training.logging import image_grid
 
-# Pictures of a sheet of generated ones; samples of the other sheets.
-SHOWN, ROWS = 24, 12
+# Images on a sheet of generated ones; samples on the other sheets.
+MAX_IMAGES, MAX_SAMPLES = 24, 12
 
 TITLES = {
     "generation_best": "Generation: the likeliest given their captions",
-    "generation_random": "Generation: drawn at random",
-    "generation_failed": "Generation: what the judge refused",
+    "generation_random": "Generation: random samples",
+    "generation_failed": "Generation: rejected by the detector",
     "understanding": "Questions",
-    "editing": "Edits: source, drawn, right",
-    "reasoning": "Reasoning: source, drawn, right",
+    "editing": "Edits: source, generated, reference",
+    "reasoning": "Reasoning: source, generated, reference",
 }
 
 
 def make(samples: Mapping[str, Sequence[Sample]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Sheets uint8 [H, W, 3] by name (see `TITLES`); those of nothing are left out."""
-    drawn = list(samples.get("generation", ()))
-    nats = lambda sample: -(sample.log_likelihood or 0.0)
-    chosen = {
-        "generation_best": sorted(drawn, key=nats)[:SHOWN],
-        "generation_random": _some(drawn, SHOWN, seed),
-        "generation_failed": _some([s for s in drawn if not s.right], SHOWN, seed),
+    """Return the sheets uint8 [H, W, 3] by name (see `TITLES`), without empty ones.
+
+    Args:
+        samples: by section of the suite.
+        seed: of the random choice of samples.
+    """
+    generated = list(samples.get("generation", ()))
+    likeliest = sorted(generated, key=lambda sample: -(sample.log_likelihood or 0.0))
+    failed = [sample for sample in generated if not sample.correct]
+    selections = {
+        "generation_best": likeliest[:MAX_IMAGES],
+        "generation_random": _choose(generated, MAX_IMAGES, seed),
+        "generation_failed": _choose(failed, MAX_IMAGES, seed),
     }
-    found = {}
-    for name, shown in chosen.items():
-        if shown:
-            captions = [_note(s.case.asks, s.why) for s in shown]
-            found[name] = image_grid.grid(np.stack([s.pictures[0] for s in shown]), captions)
+    sheets = {}
+    for name, selected in selections.items():
+        if selected:
+            captions = [_with_reason(s.case.prompt_text, s.reason) for s in selected]
+            sheets[name] = image_grid.grid(np.stack([s.images[0] for s in selected]), captions)
     for name in ("understanding", "editing", "reasoning"):
-        shown = _mixed(list(samples.get(name, ())), seed)
-        if shown:
-            found[name] = _in_rows(shown)
-    return found
+        selected = _choose_mixed(list(samples.get(name, ())), seed)
+        if selected:
+            sheets[name] = _answer_sheet(selected)
+    return sheets
 
 
-def _some(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+def _choose(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    """Return at most `count` random samples."""
     order = np.random.default_rng(seed).permutation(len(samples))[:count]
     return [samples[i] for i in order]
 
 
-def _mixed(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """Random ones; what failed has a third of the places, if there is as much."""
+def _choose_mixed(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """Return random samples, a third of them failed ones if there are enough."""
     order = np.random.default_rng(seed).permutation(len(samples)).tolist()
-    failed = [i for i in order if not samples[i].right]
-    right = [i for i in order if samples[i].right]
-    least = min(len(failed), ROWS // 3)
-    shown = [*right[: ROWS - least], *failed][:ROWS]
-    return [samples[i] for i in shown]
+    failed = [i for i in order if not samples[i].correct]
+    correct = [i for i in order if samples[i].correct]
+    num_failed = min(len(failed), MAX_SAMPLES // 3)
+    selected = [*correct[: MAX_SAMPLES - num_failed], *failed][:MAX_SAMPLES]
+    return [samples[i] for i in selected]
 
 
-def _in_rows(shown: Sequence[Sample]) -> np.ndarray:
-    """Samples of several pictures, two in each row of the sheet."""
+def _answer_sheet(samples: Sequence[Sample]) -> np.ndarray:
+    """Return a sheet of samples with one image each, or with several and two samples in a row."""
     images, captions = [], []
-    each = len(shown[0].pictures)
-    for sample in shown:
-        told = f"says {sample.says}" if sample.says else "drawn"
-        images += sample.pictures
-        if each == 1:
-            captions.append(_note(f"{sample.case.asks} {sample.says}", sample.why))
+    num_images = len(samples[0].images)
+    for sample in samples:
+        images += sample.images
+        if num_images == 1:
+            text = f"{sample.case.prompt_text} {sample.text}"
+            captions.append(_with_reason(text, sample.reason))
         else:
-            right = f"right: {sample.case.words}" if sample.case.words else "right"
-            captions += [sample.case.asks, _note(told, sample.why), right]
-    return image_grid.grid(np.stack(images), captions, columns=2 * each if each > 1 else 6)
+            answer = f"answer: {sample.text}" if sample.text else "generated"
+            reference = sample.case.reference_text
+            captions += [
+                sample.case.prompt_text,
+                _with_reason(answer, sample.reason),
+                f"reference: {reference}" if reference else "reference",
+            ]
+    columns = 2 * num_images if num_images > 1 else 6
+    return image_grid.grid(np.stack(images), captions, columns=columns)
 
 
-def _note(text: str, why: str) -> str:
-    return f"{text} [{why}]" if why else text
+def _with_reason(text: str, reason: str) -> str:
+    return f"{text} [{reason}]" if reason else text

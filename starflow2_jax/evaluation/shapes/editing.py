@@ -1,9 +1,9 @@
-"""Pictures changed as told: whether the change was made, and whether all else stayed.
+"""Image editing: whether the requested change was made, and whether everything else stayed.
 
-`changed`: the judge finds in the picture what the whole target scene asks for, and none of what
-had to go (GenEval metadata of the edit). `kept`: every object that the edit leaves alone is found
-in its colour and shape, at most `NEAR` image sides from where it was, over the edits that leave
-something alone. `both`: the two together, and no more objects than the target has.
+`changed`: the detector finds in the image what the whole target scene asks for, and none of what
+had to go (GenEval metadata of the edit). `preserved`: every object that the edit leaves alone is
+found in its color and shape, at most `MAX_SHIFT` image sides from its place, over the edits that
+leave something alone. `both`: the two together, and no more objects than the target has.
 """
 
 from collections.abc import Sequence
@@ -12,58 +12,52 @@ from typing import Any
 import numpy as np
 
 from starflow2_jax.evaluation import codec
-from starflow2_jax.evaluation.shapes import accuracy, ask as asking, cases
-from starflow2_jax.evaluation.shapes.ask import Ask
-from starflow2_jax.evaluation.shapes.cases import Case, Sample
-from starflow2_jax.evaluation.shapes.text_to_image import Through
+from starflow2_jax.evaluation.shapes import accuracy, ask
+from starflow2_jax.evaluation.shapes.ask import AnswerFn
+from starflow2_jax.evaluation.shapes.cases import Case, Sample, with_blank_images
+from starflow2_jax.evaluation.shapes.text_to_image import CEILINGS, ReconstructFn
 from starflow2_jax.shapes import detector
 from starflow2_jax.shapes.detector import DetectedObject
-from starflow2_jax.shapes.generator import Object
+from starflow2_jax.shapes.generator import Object, Scene
 
-NEAR = 0.08
-MEASURES = ("changed", "kept", "both")
+MAX_SHIFT = 0.08
+MEASURES = ("changed", "preserved", "both")
 BASELINES = {
-    "copy": "the source picture, unchanged",
-    "shuffled": "the pictures drawn for the next edit of the kind",
-    "chance": "the right picture of the next edit of the kind",
-    "blank_picture": "an empty ground",
-    "blind": "the model shown grey in place of the source",
-}
-CEILINGS = {
-    "as_drawn": "the right picture itself, as the judge sees it",
-    "through_codec": "the right picture, encoded and decoded with the noise of training",
+    "copy": "the source image, unchanged",
+    "shuffled": "the images generated for the next edit of the tag",
+    "chance": "the reference image of the next edit of the tag",
+    "blank_image": "an empty background",
+    "blank_source": "the model with a gray image in place of the source",
 }
 
 
 def measure(
-    given: Sequence[Case], ask: Ask, through: Through | None = None
+    cases: Sequence[Case], answer_fn: AnswerFn, reconstruct_fn: ReconstructFn | None = None
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """Has every edit made once and judges it.
+    """Make every edit once and score the images.
 
     Returns:
-        by each of `MEASURES` `score`, `baselines` and `ceilings`, as `shares.apart` gives them;
-        `psnr_rest`: means over edits of the PSNR in dB between the picture and the right one
-        outside the squares around what changes; and the samples.
+        By each of `MEASURES` `score`, `baselines` and `ceilings`, as from
+        `accuracy.split_by_holdout`; `psnr_outside_edit`, means over edits of the PSNR in dB between
+        image and reference outside of the boxes around what changes; and the samples.
     """
-    drawn = _drawn(given, ask, given)
-    blind = _drawn(given, ask, [cases.blank(case) for case in given])
-    images = [part.image for part in drawn]
-    next_ = accuracy.partners(given)
-    pictures = {
-        "score": images,
-        "copy": [_source(case) for case in given],
-        "shuffled": [images[j] for j in next_],
-        "chance": [given[j].picture for j in next_],
-        "blank_picture": [
-            codec.blank(codec.Picture(case.picture, case.scenes[-1])) for case in given
-        ],
-        "blind": [part.image for part in blind],
-        "as_drawn": [case.picture for case in given],
+    generated = _generate(cases, answer_fn)
+    blank_source = _generate([with_blank_images(case) for case in cases], answer_fn)
+    next_cases = accuracy.next_in_tag(cases)
+    images = {
+        "score": [part.image for part in generated],
+        "copy": [case.prompt_images[0] for case in cases],
+        "shuffled": [generated[j].image for j in next_cases],
+        "chance": [cases[j].reference_image for j in next_cases],
+        "blank_image": [codec.background(c.reference_image, c.scenes[-1]) for c in cases],
+        "blank_source": [part.image for part in blank_source],
+        "reference_image": [case.reference_image for case in cases],
     }
-    if through is not None:
-        pictures["through_codec"] = list(through(np.stack([case.picture for case in given])))
-    judged = {name: [*map(judge, shown, given)] for name, shown in pictures.items()}
-    tables = {name: _tables(given, rows) for name, rows in judged.items()}
+    if reconstruct_fn is not None:
+        references = np.stack([case.reference_image for case in cases])
+        images["codec_reconstruction"] = list(reconstruct_fn(references))
+    verdicts = {name: [*map(judge, group, cases)] for name, group in images.items()}
+    tables = {name: _split_measures(cases, group) for name, group in verdicts.items()}
     figures: dict[str, Any] = {
         measure: {
             "score": tables["score"][measure],
@@ -72,61 +66,74 @@ def measure(
         }
         for measure in MEASURES
     }
-    rest = {name: np.mean([*map(_psnr, pictures[name], given)])
-            for name in ("score", "blind", "through_codec") if name in pictures}  # fmt: skip
-    figures["psnr_rest"] = {name: round(float(value), 2) for name, value in rest.items()}
+    figures["psnr_outside_edit"] = {
+        name: round(float(np.mean([*map(_psnr_outside_edit, images[name], cases)])), 2)
+        for name in ("score", "blank_source", "codec_reconstruction")
+        if name in images
+    }
     samples = []
-    for case, part, row in zip(given, drawn, judged["score"]):
-        shown = (_source(case), part.image, case.picture)
-        samples.append(Sample(case, shown, "", row["both"], row["why"], part.log_likelihood))
+    for case, part, verdict in zip(cases, generated, verdicts["score"]):
+        sheet_images = (case.prompt_images[0], part.image, case.reference_image)
+        samples.append(
+            Sample(case, sheet_images, "", verdict["both"], verdict["reason"], part.log_likelihood)
+        )
     return figures, samples
 
 
 def judge(image: np.ndarray, case: Case) -> dict[str, Any]:
-    """`changed`, `kept` (None where nothing is left alone) and `both`, and `why` not."""
-    found = detector.detect(image)
-    verdict = detector.check_facts(found, case.facts)
+    """Score one edited image.
+
+    Returns:
+        `changed`, `preserved` (None if the edit leaves nothing alone), `both`, and the `reason` why
+        not.
+    """
+    objects = detector.detect(image)
+    verdict = detector.check_facts(objects, case.facts)
     source, target = case.scenes[0], case.scenes[-1]
-    stay = [item for item in source.objects if item in target.objects]
-    gone = [item for item in stay if not any(_is_at(seen, item) for seen in found)]
-    more = len(found) > len(target.objects)
-    why = verdict.reason
-    if not why and gone:
-        why = f"the {gone[0].color} {gone[0].shape} is not where it was"
-    elif not why and more:
-        why = f"{len(found)} objects, expected {len(target.objects)}"
-    kept = not gone if stay else None
-    both = verdict.correct and not gone and not more
-    return {"changed": verdict.correct, "kept": kept, "both": both, "why": why}
+    static = [item for item in source.objects if item in target.objects]
+    missing = [item for item in static if not any(_matches(d, item) for d in objects)]
+    has_extra = len(objects) > len(target.objects)
+    reason = verdict.reason
+    if not reason and missing:
+        reason = f"the {missing[0].color} {missing[0].shape} is not where it was"
+    elif not reason and has_extra:
+        reason = f"{len(objects)} objects, expected {len(target.objects)}"
+    return {
+        "changed": verdict.correct,
+        "preserved": not missing if static else None,
+        "both": verdict.correct and not missing and not has_extra,
+        "reason": reason,
+    }
 
 
-def _is_at(seen: DetectedObject, item: Object) -> bool:
-    same = (seen.shape, seen.color) == (item.shape, item.color)
-    return same and float(np.hypot(seen.x - item.x, seen.y - item.y)) <= NEAR
+def _matches(detected: DetectedObject, item: Object) -> bool:
+    """Return whether a detected object has an object's shape and color and is near its place."""
+    same = (detected.shape, detected.color) == (item.shape, item.color)
+    return same and float(np.hypot(detected.x - item.x, detected.y - item.y)) <= MAX_SHIFT
 
 
-def _tables(given: Sequence[Case], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    found = {}
+def _split_measures(cases: Sequence[Case], verdicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return `accuracy.split_by_holdout` of each of `MEASURES`, over the cases that have it."""
+    tables = {}
     for name in MEASURES:
-        own = [(case, row[name]) for case, row in zip(given, rows) if row[name] is not None]
-        found[name] = accuracy.apart(*zip(*own)) if own else {"seen": None, "withheld": None}
-    return found
+        pairs = [(c, v[name]) for c, v in zip(cases, verdicts) if v[name] is not None]
+        tables[name] = accuracy.split_by_holdout(*(zip(*pairs) if pairs else ((), ())))
+    return tables
 
 
-def _drawn(given: Sequence[Case], ask: Ask, asked: Sequence[Case]):
-    answers = ask([case.given for case in asked], "picture")
-    return [asking.drawn(row, case) for row, case in zip(answers, given)]
+def _generate(cases: Sequence[Case], answer_fn: AnswerFn):
+    """Return the image part of the answer to each case."""
+    answers = answer_fn([case.prompt for case in cases], "image")
+    return [ask.answer_image(parts, case) for parts, case in zip(answers, cases)]
 
 
-def _source(case: Case) -> np.ndarray:
-    return next(part for part in case.given if not isinstance(part, str))
-
-
-def _psnr(image: np.ndarray, case: Case) -> float:
-    """dB between the picture and the right one outside the squares around what changes."""
+def _psnr_outside_edit(image: np.ndarray, case: Case) -> float:
+    """Return the PSNR in dB of image and reference outside of the boxes around what changes."""
     source, target = case.scenes[0], case.scenes[-1]
-    changed = [item for item in (*source.objects, *target.objects)
-               if item not in source.objects or item not in target.objects]  # fmt: skip
-    scene = codec.Scene(source.background, source.ramp, tuple(changed))
-    outside = ~codec.boxes(scene, len(image))
-    return codec.psnr(case.picture, image, outside)
+    changed = [
+        item
+        for item in (*source.objects, *target.objects)
+        if item not in source.objects or item not in target.objects
+    ]
+    boxes = codec.object_boxes(Scene(source.background, source.ramp, tuple(changed)), len(image))
+    return codec.psnr(case.reference_image, image, ~boxes)

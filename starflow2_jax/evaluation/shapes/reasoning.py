@@ -1,66 +1,70 @@
-"""Questions that a picture helps with, answered with and without drawing it."""
+"""Questions that an intermediate image helps with, answered with and without generating it."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from starflow2_jax.evaluation.shapes import accuracy, ask as asking, cases, vqa
-from starflow2_jax.evaluation.shapes.ask import Ask
-from starflow2_jax.evaluation.shapes.cases import Case, Sample
+from starflow2_jax.evaluation.shapes import accuracy, ask, vqa
+from starflow2_jax.evaluation.shapes.ask import AnswerFn
+from starflow2_jax.evaluation.shapes.cases import Case, Sample, with_blank_images
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import detector
 
 BASELINES = {
-    "without_picture": "the answer at once: no picture is drawn",
-    "most_frequent": "of each kind the most frequent answer",
-    "chance": "one over the number of different answers of the kind",
-    "blind": "the model shown grey in place of the source; it draws, then answers",
-    "blind_without_picture": "the same, answered at once",
-    "shuffled": "the model shown the source of the next case of the kind; it draws, then answers",
+    "direct_answer": "the answer at once, without an image",
+    "most_frequent": "the most frequent answer of the tag",
+    "chance": "one over the number of different answers of the tag",
+    "blank_source": "the model with a gray image in place of the source; it draws, then answers",
+    "blank_source_direct_answer": "the same, answered at once",
+    "shuffled": "the model with the source of the next case of the tag; it draws, then answers",
 }
-CEILINGS = {"true_picture": "the right picture in place of the drawn one, then the answer"}
+CEILINGS = {"reference_image": "the answer after the reference image in place of the generated one"}
 
 
-def measure(given: Sequence[Case], ask: Ask) -> tuple[dict[str, Any], list[Sample]]:
-    """Has every case answered through a picture, and at once.
+def measure(cases: Sequence[Case], answer_fn: AnswerFn) -> tuple[dict[str, Any], list[Sample]]:
+    """Answer every case after generating an image, and at once.
 
     Returns:
-        `score` (through a picture), `baselines` and `ceilings`, and `picture`, whether the drawn
-        one shows what it should, each as `shares.apart` gives it; and the samples.
+        `score` (after an image), `baselines` and `ceilings`, and `image`, the accuracy of the
+        generated images, each as from `accuracy.split_by_holdout`; and the samples.
     """
-    answers = ask([case.given for case in given], "both")
-    said = [asking.said(row) for row in answers]
-    right = [words == case.words for words, case in zip(said, given)]
-    parts = [asking.drawn(row, case) for row, case in zip(answers, given)]
-    verdicts = [detector.judge(part.image, case.facts) for part, case in zip(parts, given)]
-    truths = [detector.judge(case.picture, case.facts).correct for case in given]
-    blank = [cases.blank(case) for case in given]
-    others = [cases.shown_another(c, given[j]) for c, j in zip(given, accuracy.partners(given))]
-    told = [[*case.given, Part("image", "assistant", image=case.picture)] for case in given]
-    true = [asking.said(row) == c.words for row, c in zip(ask(told, "words"), given)]
-    made = {
-        "without_picture": vqa.answered(given, ask),
-        "most_frequent": accuracy.frequent_words(given),
-        "chance": accuracy.chance_of_words(given),
-        "blind": vqa.answered(blank, ask, "both"),
-        "blind_without_picture": vqa.answered(blank, ask),
-        "shuffled": vqa.answered(others, ask, "both"),
-    }
+    answers = answer_fn([case.prompt for case in cases], "both")
+    texts = [ask.answer_text(parts) for parts in answers]
+    correct = [text == case.reference_text for text, case in zip(texts, cases)]
+    images = [ask.answer_image(parts, case) for parts, case in zip(answers, cases)]
+    verdicts = [detector.judge(part.image, case.facts) for part, case in zip(images, cases)]
+    references = [detector.judge(case.reference_image, case.facts).correct for case in cases]
+    blank = [with_blank_images(case) for case in cases]
+    forced_prompts = [
+        [*case.prompt, Part("image", "assistant", image=case.reference_image)] for case in cases
+    ]
+    forced_texts = [ask.answer_text(parts) for parts in answer_fn(forced_prompts, "text")]
+    forced = [text == case.reference_text for text, case in zip(forced_texts, cases)]
+
+    def split(values):
+        return accuracy.split_by_holdout(cases, values)
+
     figures = {
-        "score": accuracy.apart(given, right),
-        "baselines": {name: accuracy.apart(given, values) for name, values in made.items()},
-        "ceilings": {"true_picture": accuracy.apart(given, true)},
-        "picture": {
-            "score": accuracy.apart(given, [verdict.correct for verdict in verdicts]),
+        "score": split(correct),
+        "baselines": {
+            "direct_answer": split(vqa.is_correct(cases, answer_fn)),
+            "most_frequent": split(accuracy.most_frequent_text(cases)),
+            "chance": split(accuracy.chance_of_text(cases)),
+            "blank_source": split(vqa.is_correct(blank, answer_fn, "both")),
+            "blank_source_direct_answer": split(vqa.is_correct(blank, answer_fn)),
+            "shuffled": split(vqa.is_correct(vqa.shuffle_images(cases), answer_fn, "both")),
+        },
+        "ceilings": {"reference_image": split(forced)},
+        "image": {
+            "score": split([verdict.correct for verdict in verdicts]),
             "baselines": {},
-            "ceilings": {"as_drawn": accuracy.apart(given, truths)},
+            "ceilings": {"reference_image": split(references)},
         },
     }
     samples = []
-    for case, part, words, ok, verdict in zip(given, parts, said, right, verdicts):
-        source = tuple(shown for shown in case.given if not isinstance(shown, str))
-        why = "" if ok else f"right: {case.words}"
+    for case, part, text, matched, verdict in zip(cases, images, texts, correct, verdicts):
+        reason = "" if matched else f"correct: {case.reference_text}"
         if verdict.reason:
-            why = f"{why}; picture: {verdict.reason}".lstrip("; ")
-        shown = (*source, part.image, case.picture)
-        samples.append(Sample(case, shown, words, ok, why, part.log_likelihood))
+            reason = f"{reason}; image: {verdict.reason}".lstrip("; ")
+        shown_images = (*case.prompt_images, part.image, case.reference_image)
+        samples.append(Sample(case, shown_images, text, matched, reason, part.log_likelihood))
     return figures, samples

@@ -1,15 +1,14 @@
-"""Every task of the shapes world put to one STARFlow2, and what of it cannot be.
+"""The shapes suite: every task of the synthetic benchmark, for one STARFlow2.
 
-generation     pictures of captions, by GenEval's six tags
-understanding  questions about pictures, beside the frozen VLM with its own eyes
-editing        the change made, the rest kept
-reasoning      answers through a picture, and at once
-likelihood     nats a dimension and a token on the same records
-text           the VLM's skill without pictures, before and after
+generation     images of captions, by GenEval's six tags
+understanding  questions about images, compared with the frozen VLM and its own tower
+editing        the change made, the rest preserved
+reasoning      answers after an intermediate image, and at once
+likelihood     nats per dimension and per token of the same records
+text           the VLM's text skill without images, before and after training
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,21 +17,20 @@ from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.evaluation import codec, interleaved_likelihood
 from starflow2_jax.evaluation.shapes import (
     accuracy,
-    ask as asking,
-    cases,
+    ask,
     editing,
     reasoning,
     text_to_image,
     vqa,
 )
-from starflow2_jax.evaluation.shapes.ask import Ask
-from starflow2_jax.evaluation.shapes.cases import Case, Sample
-from starflow2_jax.evaluation.shapes.text_to_image import Through
-from starflow2_jax.inference import vlm as reader_lib
+from starflow2_jax.evaluation.shapes.ask import AnswerFn
+from starflow2_jax.evaluation.shapes.cases import TAGS, Case, Sample
+from starflow2_jax.evaluation.shapes.text_to_image import ReconstructFn
+from starflow2_jax.inference import vlm
 from starflow2_jax.inference.model import Model, adapter_is_trained, flow_is_trained
 from starflow2_jax.inference.vlm import VLM
 
-# Of each section the task whose cases it asks; the likelihood is that of all of them.
+# The task whose cases a section answers; `likelihood` scores those of all tasks.
 TASKS = {
     "generation": "t2i",
     "understanding": "question",
@@ -41,157 +39,177 @@ TASKS = {
     "text": "text",
 }
 SECTIONS = ("generation", "understanding", "editing", "reasoning", "likelihood", "text")
-# Of tokens beyond the longest right answer that an answer may have.
-_MORE_TOKENS = 4
-_ROWS = 32
-SCORES = {
+SCORED_SECTIONS = {
     "generation": text_to_image,
     "understanding": vqa,
     "editing": editing,
     "reasoning": reasoning,
 }
+# Tokens that an answer may have beyond the longest reference text.
+_EXTRA_TOKENS = 4
+_LIKELIHOOD_BATCH_SIZE = 32
 
 
-def asker(model: Model, given: Sequence[Case], **options: Any) -> Ask:
-    """`asking.asker`, for answers as long as those of the cases and a little longer."""
-    longest = max((len(model.tokenizer.encode(case.words)) for case in given), default=0)
-    return asking.asker(model, max_tokens=longest + _MORE_TOKENS, **options)
+def make_answer_fn(model: Model, cases: Sequence[Case], **options: Any) -> AnswerFn:
+    """Return `ask.make_answer_fn` with room for the longest reference text of the cases."""
+    lengths = [len(model.tokenizer.encode(case.reference_text)) for case in cases]
+    return ask.make_answer_fn(model, max_tokens=max(lengths, default=0) + _EXTRA_TOKENS, **options)
 
 
-def through(model: Model, seed: int = 0) -> Through:
-    """Pictures as the model's codec keeps them, with the noise that the model was trained with."""
+def make_reconstruct_fn(model: Model, seed: int = 0) -> ReconstructFn:
+    """Return a function that encodes and decodes images with the model's codec.
+
+    The latents get the noise that the model was trained with.
+    """
     noise = model.cfg["noise"]
     sigma = noise["sigma"] if noise["kind"] == "gaussian" else 0.0
 
-    def kept(images: np.ndarray) -> np.ndarray:
-        shown = [codec.Picture(pixels, None) for pixels in images]
-        return codec.reconstruct(model.codec, shown, sigma, seed)[2]
+    def reconstruct(images: np.ndarray) -> np.ndarray:
+        return codec.reconstruct(model.codec, images, sigma, seed)[2]
 
-    return kept
+    return reconstruct
 
 
-def unable(model: Model) -> dict[str, str]:
-    """Sections that a checkpoint cannot be asked, and why: its stage has not learnt them."""
-    found = {}
+def unsupported_sections(model: Model) -> dict[str, str]:
+    """Return the sections that a checkpoint cannot be measured on, each with the reason."""
+    reasons = {}
     if model.codec is None:
-        reason = "the model has no codec (--fae)"
-        found |= dict.fromkeys(("generation", "understanding", "editing", "reasoning"), reason)
+        reason = "the model has no codec; name its folder with --fae"
+        reasons |= dict.fromkeys(("generation", "understanding", "editing", "reasoning"), reason)
     if not adapter_is_trained(model):
-        reason = "the adapter is zero (a checkpoint of stage 1?): the VLM sees no pictures"
-        found |= dict.fromkeys(("understanding", "editing", "reasoning"), reason)
+        reason = "the adapter is still zero (stage 1?), so the VLM cannot see images"
+        reasons |= dict.fromkeys(("understanding", "editing", "reasoning"), reason)
     if not flow_is_trained(model):
-        reason = "the flow is as it was born (a checkpoint of stage 2?): it draws no pictures"
-        found |= dict.fromkeys(("generation", "editing", "reasoning"), reason)
-    return found
+        reason = "the flow's output layers are still zero (stage 2?), so it cannot generate images"
+        reasons |= dict.fromkeys(("generation", "editing", "reasoning"), reason)
+    return reasons
 
 
-def readers(model: Model, pixels: int, blind: str | None) -> tuple[dict[str, VLM], dict]:
-    """What reads beside the model: `own_eyes`, its VLM, and `blind_model`, that in a folder; and by
-    name why one of them does not.
+def load_reference_vlms(
+    model: Model, pixels: int, text_only: str | None
+) -> tuple[dict[str, VLM], dict[str, str]]:
+    """Load the VLMs that answers are compared with.
+
+    Args:
+        pixels: side of the model's images.
+        text_only: folder of a VLM that was trained without images, if any.
+
+    Returns:
+        The VLMs `vlm_baseline`, the model's frozen VLM with its own tower, and
+        `text_only_baseline`; and the reason why `vlm_baseline` is missing, by name.
 
     Raises:
-        ValueError, FileNotFoundError: as `reader.load` of `blind`.
+        ValueError, FileNotFoundError: as `vlm.load` of `text_only`.
     """
-    found, without = {}, {}
+    references, reasons = {}, {}
     path = model.cfg["vlm"]["path"]
     try:
         if not path:
-            raise ValueError("vlm.path is empty: the VLM was drawn from the seed, without a tower")
-        found["own_eyes"] = reader_lib.load(str(model_folder.locate(path)))
-        size = found["own_eyes"].cfg["image"]["pixels"]
+            raise ValueError("vlm.path is empty: the VLM has random weights and no vision tower")
+        baseline = vlm.load(str(model_folder.locate(path)))
+        size = baseline.cfg["image"]["pixels"]
         if size != pixels:
-            raise ValueError(f"{path} reads pictures of {size} pixels, the model of {pixels}")
+            raise ValueError(f"{path} reads images of {size} pixels, the model of {pixels}")
+        references["vlm_baseline"] = baseline
     except (ValueError, FileNotFoundError) as error:
-        found, without = {}, {"own_eyes": str(error)}
-    if blind:
-        found["blind_model"] = reader_lib.load(blind)
-    return found, without
+        reasons["vlm_baseline"] = str(error)
+    if text_only:
+        references["text_only_baseline"] = vlm.load(text_only)
+    return references, reasons
 
 
 def run(
-    given: Sequence[Case],
-    ask: Ask,
+    cases: Sequence[Case],
+    answer_fn: AnswerFn,
     *,
     only: Sequence[str] = SECTIONS,
     not_run: Mapping[str, str] | None = None,
     model: Model | None = None,
-    beside: Mapping[str, VLM] | None = None,
-    keeps: Through | None = None,
+    references: Mapping[str, VLM] | None = None,
+    reconstruct_fn: ReconstructFn | None = None,
     seed: int = 0,
-    say: Callable[[str], None] = lambda name: None,
+    on_section: Callable[[str], None] = lambda name: None,
 ) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
-    """Measures.
+    """Measure the sections of the suite.
 
     Args:
-        only: sections; not_run: of sections that are left out, why.
-        model: for likelihoods, which are left out without.
-        beside: as from `readers`.
-        keeps: what the codec makes of pictures; say: told of each section as it begins.
+        only: names of the sections.
+        not_run: sections to skip, each with the reason.
+        model: scores likelihoods; without it, those sections are skipped.
+        references: as from `load_reference_vlms`.
+        on_section: called with the name of each section before it runs.
 
     Returns:
-        `sections`, `not_run`, `cases` by task and `protocol`; and samples by section.
+        `sections`, `not_run`, the number of `cases` by task, and `protocol`; and the samples by
+        section.
     """
-    skip = dict(not_run or {})
+    skipped = dict(not_run or {})
     sections: dict[str, Any] = {}
     samples: dict[str, list[Sample]] = {}
-    asked = {
-        "generation": partial(text_to_image.measure, through=keeps),
-        "understanding": vqa.measure,
-        "editing": partial(editing.measure, through=keeps),
-        "reasoning": reasoning.measure,
-    }
     for name in only:
-        own = [case for case in given if case.task == TASKS.get(name, case.task)]
-        if not own:
-            skip.setdefault(name, f"no cases of task {TASKS.get(name)}")
-        if name in ("likelihood", "text") and model is None:
-            skip.setdefault(name, "there is no model to score with")
+        subset = [case for case in cases if case.task == TASKS.get(name, case.task)]
+        if not subset:
+            skipped.setdefault(name, f"no cases of task {TASKS.get(name)}")
+        if name not in SCORED_SECTIONS and model is None:
+            skipped.setdefault(name, "there is no model to score with")
         if name == "likelihood" and model is not None and model.codec is None:
-            own = [case for case in own if case.task == "text"]
-        if name in skip or not own:
+            subset = [case for case in subset if case.task == "text"]
+        if name in skipped or not subset:
             continue
-        say(name)
+        on_section(name)
         if name == "likelihood":
-            sections[name] = interleaved_likelihood.measure(model, own, size=_ROWS, seed=seed)
+            sections[name] = interleaved_likelihood.measure(
+                model, subset, batch_size=_LIKELIHOOD_BATCH_SIZE, seed=seed
+            )
         elif name == "text":
-            sections[name] = interleaved_likelihood.skill(model, own, size=_ROWS)
+            sections[name] = interleaved_likelihood.measure_text_skill(
+                model, subset, batch_size=_LIKELIHOOD_BATCH_SIZE
+            )
+        elif name in ("generation", "editing"):
+            measure = SCORED_SECTIONS[name].measure
+            sections[name], samples[name] = measure(subset, answer_fn, reconstruct_fn)
         else:
-            sections[name], samples[name] = asked[name](own, ask)
+            sections[name], samples[name] = SCORED_SECTIONS[name].measure(subset, answer_fn)
         if name == "understanding":
-            sections[name]["references"] = _references(own, beside or {})
-    counts = {task: sum(case.task == task for case in given) for task in cases.TAGS}
+            sections[name]["references"] = _measure_references(subset, references or {})
+    counts = {task: sum(case.task == task for case in cases) for task in TAGS}
     result = {
         "sections": sections,
-        "not_run": {name: skip[name] for name in only if name in skip},
+        "not_run": {name: skipped[name] for name in only if name in skipped},
         "cases": {task: count for task, count in counts.items() if count},
         "protocol": protocol(),
     }
     return result, samples
 
 
-def _references(given: Sequence[Case], beside: Mapping[str, VLM]) -> dict[str, Any]:
-    found = {}
-    for name, reader in beside.items():
-        found[name] = accuracy.apart(given, vqa.by_reader(reader, given))
-        if name == "own_eyes":
-            blank = vqa.by_reader(reader, given, blank=True)
-            found["own_eyes_blank"] = accuracy.apart(given, blank)
-    return found
+def _measure_references(cases: Sequence[Case], references: Mapping[str, VLM]) -> dict[str, Any]:
+    """Return the accuracy of reference VLMs, and that of `vlm_baseline` on gray images."""
+    tables = {}
+    for name, reference in references.items():
+        correct = vqa.vlm_is_correct(reference, cases)
+        tables[name] = accuracy.split_by_holdout(cases, correct)
+        if name == "vlm_baseline":
+            correct = vqa.vlm_is_correct(reference, cases, blank=True)
+            tables[f"{name}_blank_image"] = accuracy.split_by_holdout(cases, correct)
+    return tables
 
 
 def protocol() -> dict[str, Any]:
-    """What every figure means."""
-    baselines = {
-        name: {**room.BASELINES, **getattr(room, "CEILINGS", {}), **getattr(room, "REFERENCES", {})}
-        for name, room in SCORES.items()
-    }
+    """Describe what the figures mean."""
     return {
-        "shares": accuracy.PROTOCOL,
-        "others": f"of a tag, the {accuracy.MOST} cases behind each are held against it at most",
-        "words": "right word for word; the likeliest tokens",
-        "judge": "shapes_eval, by rules; facts as GenEval metadata",
+        "accuracy": accuracy.PROTOCOL,
+        "others": f"a case is compared with at most {accuracy.MAX_OTHERS} other cases of its tag",
+        "text": "correct if equal word for word; greedy decoding",
+        "detector": "shapes/detector, by rules; facts as GenEval metadata",
         "editing": " ".join((editing.__doc__ or "").split("\n\n", 1)[1].split()),
-        "kept_within": editing.NEAR,
+        "max_shift": editing.MAX_SHIFT,
         "likelihood": interleaved_likelihood.PROTOCOL,
-        "beside": baselines,
+        "comparisons": {
+            name: {
+                **section.BASELINES,
+                **getattr(section, "CEILINGS", {}),
+                **getattr(section, "REFERENCES", {}),
+            }
+            for name, section in SCORED_SECTIONS.items()
+        },
     }

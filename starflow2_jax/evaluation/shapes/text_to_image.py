@@ -1,4 +1,4 @@
-"""Pictures drawn from captions, judged by tag as in GenEval, beside what needs no reading."""
+"""Text-to-image generation, scored by tag as in GenEval, with baselines that ignore the caption."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,60 +6,69 @@ from typing import Any
 import numpy as np
 
 from starflow2_jax.evaluation import codec
-from starflow2_jax.evaluation.codec import Picture
-from starflow2_jax.evaluation.shapes import accuracy, ask as asking
-from starflow2_jax.evaluation.shapes.ask import Ask
+from starflow2_jax.evaluation.shapes import accuracy, ask
+from starflow2_jax.evaluation.shapes.ask import AnswerFn
 from starflow2_jax.evaluation.shapes.cases import Case, Sample
 from starflow2_jax.shapes import detector
 
-# Images uint8 [N, H, W, 3] -> what the codec makes of them.
-Through = Callable[[np.ndarray], np.ndarray]
+# Images uint8 [N, H, W, 3] -> the codec's reconstructions of them.
+ReconstructFn = Callable[[np.ndarray], np.ndarray]
 
 BASELINES = {
-    "shuffled": "the same pictures held against other captions of their tag",
-    "chance": "right pictures of other captions of the tag",
-    "one_picture": "of each tag the one picture that is right most often",
-    "blank_picture": "an empty ground",
+    "shuffled": "the same images, scored against other captions of their tag",
+    "chance": "reference images of other captions of the tag",
+    "constant_image": "for each tag the one image that is correct most often",
+    "blank_image": "an empty background",
 }
 CEILINGS = {
-    "as_drawn": "the right picture itself, as the judge sees it",
-    "through_codec": "the right picture, encoded and decoded with the noise of training",
+    "reference_image": "the reference image itself, as the detector sees it",
+    "codec_reconstruction": "the reference image, encoded and decoded with the noise of training",
 }
 
 
 def measure(
-    cases: Sequence[Case], ask: Ask, through: Through | None = None
+    cases: Sequence[Case], answer_fn: AnswerFn, reconstruct_fn: ReconstructFn | None = None
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """Draws every caption once and judges the pictures.
+    """Generate one image for every caption and score the images.
 
     Returns:
-        `score`, `baselines` and `ceilings`, each as `shares.apart` gives it, and the samples.
+        `score`, `baselines` and `ceilings`, each as from `accuracy.split_by_holdout`, and the
+        samples.
     """
-    answers = ask([case.given for case in cases], "picture")
-    parts = [asking.drawn(row, case) for row, case in zip(answers, cases)]
-    found = [detector.detect(part.image) for part in parts]
-    verdicts = [detector.check_facts(seen, case.facts) for seen, case in zip(found, cases)]
-    truths = [detector.detect(case.picture) for case in cases]
-    grounds = [
-        detector.detect(codec.blank(Picture(case.picture, case.scenes[0]))) for case in cases
+    answers = answer_fn([case.prompt for case in cases], "image")
+    parts = [ask.answer_image(answer, case) for answer, case in zip(answers, cases)]
+    generated = [detector.detect(part.image) for part in parts]
+    references = [detector.detect(case.reference_image) for case in cases]
+    blanks = [
+        detector.detect(codec.background(case.reference_image, case.scenes[0])) for case in cases
     ]
-    right = lambda seen: [detector.check_facts(s, c.facts).correct for s, c in zip(seen, cases)]
-    of_truth = lambda j, i: detector.check_facts(truths[j], cases[i].facts).correct
-    of_drawn = lambda j, i: detector.check_facts(found[j], cases[i].facts).correct
+    verdicts = [detector.check_facts(objects, c.facts) for objects, c in zip(generated, cases)]
+
+    def split(correct):
+        return accuracy.split_by_holdout(cases, correct)
+
+    def score(detections):
+        return split([detector.check_facts(d, c.facts).correct for d, c in zip(detections, cases)])
+
+    def generated_correct_for(j, i):
+        return detector.check_facts(generated[j], cases[i].facts).correct
+
+    def reference_correct_for(j, i):
+        return detector.check_facts(references[j], cases[i].facts).correct
+
     figures = {
-        "score": accuracy.apart(cases, [verdict.correct for verdict in verdicts]),
+        "score": split([verdict.correct for verdict in verdicts]),
         "baselines": {
-            "shuffled": accuracy.apart(cases, accuracy.shuffled(cases, of_drawn)),
-            "chance": accuracy.apart(cases, accuracy.shuffled(cases, of_truth)),
-            "one_picture": accuracy.apart(cases, accuracy.most_frequent(cases, of_truth)),
-            "blank_picture": accuracy.apart(cases, right(grounds)),
+            "shuffled": split(accuracy.shuffled(cases, generated_correct_for)),
+            "chance": split(accuracy.shuffled(cases, reference_correct_for)),
+            "constant_image": split(accuracy.best_constant(cases, reference_correct_for)),
+            "blank_image": score(blanks),
         },
-        "ceilings": {"as_drawn": accuracy.apart(cases, right(truths))},
+        "ceilings": {"reference_image": score(references)},
     }
-    if through is not None:
-        kept = through(np.stack([case.picture for case in cases]))
-        seen = [detector.detect(image) for image in kept]
-        figures["ceilings"]["through_codec"] = accuracy.apart(cases, right(seen))
+    if reconstruct_fn is not None:
+        images = reconstruct_fn(np.stack([case.reference_image for case in cases]))
+        figures["ceilings"]["codec_reconstruction"] = score(map(detector.detect, images))
     samples = [
         Sample(case, (part.image,), "", verdict.correct, verdict.reason, part.log_likelihood)
         for case, part, verdict in zip(cases, parts, verdicts)

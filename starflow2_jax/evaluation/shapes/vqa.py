@@ -1,6 +1,6 @@
-"""Questions about pictures, answered by the model's own words, beside what needs no eyes.
+"""Visual question answering by decoding, with baselines that do not see the image.
 
-An answer is right where it is that of the record, word for word.
+An answer is correct if it equals the reference text word for word.
 """
 
 from collections.abc import Sequence
@@ -8,85 +8,102 @@ from typing import Any
 
 import numpy as np
 
+from starflow2_jax.data import chat_layout
 from starflow2_jax.evaluation import scoring_batches
-from starflow2_jax.evaluation.shapes import accuracy, ask as asking, cases
-from starflow2_jax.evaluation.shapes.ask import Ask
-from starflow2_jax.evaluation.shapes.cases import Case, Sample
-from starflow2_jax.inference import vlm as readers
+from starflow2_jax.evaluation.shapes import accuracy, ask
+from starflow2_jax.evaluation.shapes.ask import AnswerFn
+from starflow2_jax.evaluation.shapes.cases import Case, Sample, with_blank_images, with_images_of
+from starflow2_jax.inference import vlm
 from starflow2_jax.inference.vlm import VLM
-from starflow2_jax.training.tasks import vlm
+from starflow2_jax.training.tasks.vlm import grid_side
 
-# Of a reader's, at a time.
-_ROWS = 32
+_VLM_BATCH_SIZE = 32
 BASELINES = {
-    "most_frequent": "of each kind the most frequent answer",
-    "chance": "one over the number of different answers of the kind",
-    "blank_picture": "the model shown grey in place of the picture",
-    "shuffled": "the model shown the picture of the next question of the kind",
+    "most_frequent": "the most frequent answer of the tag",
+    "chance": "one over the number of different answers of the tag",
+    "blank_image": "the model with a gray image in place of the real one",
+    "shuffled": "the model with the image of the next question of the tag",
 }
 REFERENCES = {
-    "own_eyes": "the frozen VLM with its own tower",
-    "own_eyes_blank": "the frozen VLM with its own tower, shown grey",
-    "blind_model": "a VLM that never saw a picture",
+    "vlm_baseline": "the frozen VLM with its own vision tower",
+    "vlm_baseline_blank_image": "the frozen VLM with its own vision tower and a gray image",
+    "text_only_baseline": "a VLM that was trained without images",
 }
 
 
-def measure(given: Sequence[Case], ask: Ask) -> tuple[dict[str, Any], list[Sample]]:
-    """Asks every question once.
+def measure(cases: Sequence[Case], answer_fn: AnswerFn) -> tuple[dict[str, Any], list[Sample]]:
+    """Answer every question once, and once more under each baseline.
 
     Returns:
-        `score` and `baselines`, each as `shares.apart` gives it, and the samples.
+        `score` and `baselines`, each as from `accuracy.split_by_holdout`, and the samples.
     """
-    answers = ask([case.given for case in given], "words")
-    said = [asking.said(row) for row in answers]
-    right = [words == case.words for words, case in zip(said, given)]
-    others = [cases.shown_another(c, given[j]) for c, j in zip(given, accuracy.partners(given))]
+    answers = answer_fn([case.prompt for case in cases], "text")
+    texts = [ask.answer_text(parts) for parts in answers]
+    correct = [text == case.reference_text for text, case in zip(texts, cases)]
+    blank = [with_blank_images(case) for case in cases]
+    correct_by_baseline = {
+        "most_frequent": accuracy.most_frequent_text(cases),
+        "chance": accuracy.chance_of_text(cases),
+        "blank_image": is_correct(blank, answer_fn),
+        "shuffled": is_correct(shuffle_images(cases), answer_fn),
+    }
     figures = {
-        "score": accuracy.apart(given, right),
+        "score": accuracy.split_by_holdout(cases, correct),
         "baselines": {
-            "most_frequent": accuracy.apart(given, accuracy.frequent_words(given)),
-            "chance": accuracy.apart(given, accuracy.chance_of_words(given)),
-            "blank_picture": accuracy.apart(given, answered([*map(cases.blank, given)], ask)),
-            "shuffled": accuracy.apart(given, answered(others, ask)),
+            name: accuracy.split_by_holdout(cases, values)
+            for name, values in correct_by_baseline.items()
         },
         "references": {},
     }
     samples = []
-    for case, row, words, true in zip(given, answers, said, right):
-        shown = tuple(part for part in case.given if not isinstance(part, str))
-        nats = sum(part.log_likelihood or 0.0 for part in row)
-        why = "" if true else f"right: {case.words}"
-        samples.append(Sample(case, shown, words, true, why, nats))
+    for case, parts, text, matched in zip(cases, answers, texts, correct):
+        log_likelihood = sum(part.log_likelihood or 0.0 for part in parts)
+        reason = "" if matched else f"correct: {case.reference_text}"
+        images = tuple(case.prompt_images)
+        samples.append(Sample(case, images, text, matched, reason, log_likelihood))
     return figures, samples
 
 
-def answered(given: Sequence[Case], ask: Ask, kind: str = "words") -> list[bool]:
-    """Whether each case is answered with its words."""
-    rows = ask([case.given for case in given], kind)
-    return [asking.said(row) == case.words for row, case in zip(rows, given)]
+def shuffle_images(cases: Sequence[Case]) -> list[Case]:
+    """Return the cases, each with the images of the next case of its tag."""
+    return [with_images_of(c, cases[j]) for c, j in zip(cases, accuracy.next_in_tag(cases))]
 
 
-def by_reader(reader: VLM, given: Sequence[Case], *, blank: bool = False) -> list[bool]:
-    """Whether a VLM that sees with its own tower gives each answer, decoded greedily.
+def is_correct(cases: Sequence[Case], answer_fn: AnswerFn, kind: str = "text") -> list[bool]:
+    """Return for each case whether it is answered with its reference text."""
+    answers = answer_fn([case.prompt for case in cases], kind)
+    return [ask.answer_text(parts) == case.reference_text for parts, case in zip(answers, cases)]
 
-    By scoring: an answer is given exactly where each of its tokens, the end of the turn included,
-    is the likeliest after those before it.
+
+def vlm_is_correct(model: VLM, cases: Sequence[Case], *, blank: bool = False) -> list[bool]:
+    """Return for each case whether a VLM with its own vision tower gives the reference text.
+
+    The VLM scores the reference: greedy decoding gives it exactly if every token, including the end
+    of the turn, is the likeliest after those before it.
+
+    Args:
+        blank: replace images by gray.
 
     Raises:
-        ValueError: pictures of another size than its tower reads; names the first.
+        ValueError: an image has another size than the tower reads; names the first such case.
     """
-    from starflow2_jax.data import chat_layout  # heavy
-
-    side, pixels = vlm.grid_side(reader.cfg, reader.model_config), reader.cfg["image"]["pixels"]
-    for case in given:
-        for part in case.given:
-            if not isinstance(part, str) and part.shape != (pixels, pixels, 3):
-                raise ValueError(f"case {case.id}: a picture {part.shape}, the VLM reads {pixels}")
-    held = chat_layout.open_tokenizer(reader.tokenizer_folder)
-    right: list[bool] = []
-    asked = [case.record for case in given]
-    rows = scoring_batches.batches(asked, held, side, size=min(_ROWS, len(asked)), blank=blank)
-    for batch, count in rows:
-        found = readers.score(reader, batch)
-        right += (np.asarray(found["wrong"])[:count, 0] == 0).tolist()
-    return right
+    pixels = model.cfg["image"]["pixels"]
+    for case in cases:
+        for image in case.prompt_images:
+            if image.shape != (pixels, pixels, 3):
+                raise ValueError(
+                    f"case {case.id} has an image of shape {image.shape}, but the VLM reads images "
+                    f"of {pixels} x {pixels} pixels"
+                )
+    records = [case.record for case in cases]
+    correct: list[bool] = []
+    for batch, count in scoring_batches.batches(
+        records,
+        chat_layout.open_tokenizer(model.tokenizer_folder),
+        grid_side(model.cfg, model.model_config),
+        size=min(_VLM_BATCH_SIZE, len(records)),
+        blank=blank,
+    ):
+        wrong = np.asarray(vlm.score(model, batch)["wrong"])
+        correct += (wrong[:count, 0] == 0).tolist()
+    return correct

@@ -148,6 +148,9 @@ def test_curves_pass_over_what_is_not_finite():
     steps, values = plots.series(rows, "nats_per_dim")
     assert steps.tolist() == values.tolist() == [1, 2, 4, 5]
     assert plots.likelihood(rows, gaussian=9.0).startswith(b"\x89PNG")
-    assert plots.likelihood([{"step": 1}], None) is None and plots.parts([{"step": 1}]) is None
+    assert (
+        plots.likelihood([{"step": 1}], None) is None
+        and plots.training_curves([{"step": 1}]) is None
+    )
     smooth = plots.smooth(np.full(200, 7.0))
     assert np.allclose(smooth, 7) and math.isclose(plots.smooth(np.array([3.0]))[0], 3)

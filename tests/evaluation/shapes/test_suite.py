@@ -1,4 +1,4 @@
-"""The tasks of the shapes world: an oracle scores 1 everywhere, and baselines as they should."""
+"""The shapes suite: an oracle scores 1 everywhere, and baselines score as they should."""
 
 import dataclasses
 import json
@@ -8,195 +8,213 @@ import pytest
 
 from starflow2_jax.data import records
 from starflow2_jax.data.manifest import DatasetError
-from starflow2_jax.evaluation.shapes import accuracy, cases, contact_sheets, editing, report, suite
+from starflow2_jax.evaluation import stats
+from starflow2_jax.evaluation.shapes import (
+    accuracy,
+    cases as cases_lib,
+    contact_sheets,
+    editing,
+    report,
+    suite,
+)
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import generator, holdout, tasks as shapes_tasks
 
 PIXELS = 64
-ASKED = ("generation", "understanding", "editing", "reasoning")
+SECTIONS = ("generation", "understanding", "editing", "reasoning")
 
 
 @pytest.fixture(scope="module")
-def given():
-    return cases.drawn(0, 4, PIXELS)
+def cases():
+    return cases_lib.generate(0, 4, PIXELS)
 
 
-def key(prompt):
+def prompt_key(prompt):
     return tuple(part if isinstance(part, str) else part.tobytes() for part in prompt)
 
 
-def oracle(given):
-    """Answers every case as it should be; what it does not know with an empty ground and "?"."""
-    known = {key(case.given): case for case in given}
-    ground = generator.draw(generator.Scene("cream", 0.0, ()), PIXELS)
+def oracle(cases):
+    """Return an `AnswerFn` that answers every case with its reference.
 
-    def ask(prompts, kind):
-        rows = []
+    It answers unknown prompts with an empty background and "?".
+    """
+    cases_by_prompt = {prompt_key(case.prompt): case for case in cases}
+    background = generator.draw(generator.Scene("cream", 0.0, ()), PIXELS)
+
+    def answer(prompts, kind):
+        answers = []
         for prompt in prompts:
-            asked = [part for part in prompt if not isinstance(part, Part)]
-            case = known.get(key(asked))
-            picture = ground if case is None else case.picture
-            drawn = Part("image", image=picture, log_likelihood=-1.0)
-            words = Part("text", text="?" if case is None else case.words, log_likelihood=-1.0)
-            rows.append({"picture": [drawn], "words": [words], "both": [drawn, words]}[kind])
-        return rows
+            case = cases_by_prompt.get(prompt_key(p for p in prompt if not isinstance(p, Part)))
+            pixels = background if case is None else case.reference_image
+            text = "?" if case is None else case.reference_text
+            image_part = Part("image", image=pixels, log_likelihood=-1.0)
+            text_part = Part("text", text=text, log_likelihood=-1.0)
+            parts = {"image": [image_part], "text": [text_part], "both": [image_part, text_part]}
+            answers.append(parts[kind])
+        return answers
 
-    return ask
+    return answer
 
 
-def through(images):
+def perfect_codec(images):
     return images
 
 
 @pytest.fixture(scope="module")
-def measured(given):
-    return suite.run(given, oracle(given), only=ASKED, keeps=through)
+def oracle_run(cases):
+    return suite.run(cases, oracle(cases), only=SECTIONS, reconstruct_fn=perfect_codec)
 
 
 def scores(table):
-    return {part: None if t is None else t["mean"]["right"] for part, t in table.items()}
+    return {part: None if t is None else t["mean"]["correct"] for part, t in table.items()}
 
 
-ALL, NONE = {"seen": 1.0, "withheld": 1.0}, {"seen": 0.0, "withheld": 0.0}
+ALL, NONE = {"seen": 1.0, "held_out": 1.0}, {"seen": 0.0, "held_out": 0.0}
 
 
 @pytest.mark.fast
-def test_an_oracle_is_right_in_everything(measured):
-    sections = measured[0]["sections"]
+def test_an_oracle_is_correct_in_everything(oracle_run):
+    sections = oracle_run[0]["sections"]
     for name in ("generation", "understanding", "reasoning"):
         assert scores(sections[name]["score"]) == ALL, name
-    assert scores(sections["reasoning"]["picture"]["score"]) == ALL
+    assert scores(sections["reasoning"]["image"]["score"]) == ALL
     for measure in editing.MEASURES:
         assert scores(sections["editing"][measure]["score"]) == ALL
-        assert scores(sections["editing"][measure]["ceilings"]["as_drawn"]) == ALL
-    assert sections["editing"]["psnr_rest"]["score"] == pytest.approx(68.1, abs=0.1)
+        assert scores(sections["editing"][measure]["ceilings"]["reference_image"]) == ALL
+    assert sections["editing"]["psnr_outside_edit"]["score"] == pytest.approx(68.1, abs=0.1)
     assert set(sections["generation"]["score"]["seen"]["tags"]) == set(generator.TAGS)
-    assert set(sections["generation"]["score"]["withheld"]["tags"]) == set(cases.NAMED)
+    assert set(sections["generation"]["score"]["held_out"]["tags"]) == set(cases_lib.PAIR_TAGS)
     for name in ("generation", "editing", "reasoning"):
-        assert all(sample.right and not sample.why for sample in measured[1][name])
+        assert all(sample.correct and not sample.reason for sample in oracle_run[1][name])
 
 
-def test_baselines_do_not_reach_it(measured):
-    sections = measured[0]["sections"]
-    drawn = sections["generation"]["baselines"]
-    assert scores(drawn["blank_picture"]) == NONE
-    for name in ("shuffled", "chance", "one_picture"):
-        assert all(value < 0.7 for value in scores(drawn[name]).values()), name
-    # The oracle's pictures are the right ones, so that two baselines are one.
-    assert drawn["shuffled"] == drawn["chance"]
+def test_baselines_do_not_reach_the_oracle(oracle_run):
+    sections = oracle_run[0]["sections"]
+    generation = sections["generation"]["baselines"]
+    assert scores(generation["blank_image"]) == NONE
+    for name in ("shuffled", "chance", "constant_image"):
+        assert all(value < 0.7 for value in scores(generation[name]).values()), name
+    # The oracle's images are the references, so two baselines are the same.
+    assert generation["shuffled"] == generation["chance"]
     edits = sections["editing"]
     assert scores(edits["changed"]["baselines"]["copy"]) == NONE
-    assert scores(edits["kept"]["baselines"]["copy"]) == ALL
-    for name in ("copy", "blind", "blank_picture"):
+    assert scores(edits["preserved"]["baselines"]["copy"]) == ALL
+    for name in ("copy", "blank_source", "blank_image"):
         assert scores(edits["both"]["baselines"][name]) == NONE, name
-    assert scores(edits["kept"]["baselines"]["blank_picture"]) == NONE
-    for name in ("understanding", "reasoning"):
-        beside = sections[name]["baselines"]
-        blind = "blank_picture" if name == "understanding" else "blind"
-        assert scores(beside[blind]) == NONE
-        for other in ("chance", "most_frequent"):
-            assert all(0 < value < 1 for value in scores(beside[other]).values())
-    # The model that answers at once is asked without a picture to draw, and knows the words.
-    assert scores(sections["reasoning"]["baselines"]["without_picture"]) == ALL
+    assert scores(edits["preserved"]["baselines"]["blank_image"]) == NONE
+    for section, blank in (("understanding", "blank_image"), ("reasoning", "blank_source")):
+        baselines = sections[section]["baselines"]
+        assert scores(baselines[blank]) == NONE
+        for name in ("chance", "most_frequent"):
+            assert all(0 < value < 1 for value in scores(baselines[name]).values())
+    # The oracle needs no intermediate image to know the text.
+    assert scores(sections["reasoning"]["baselines"]["direct_answer"]) == ALL
 
 
-@pytest.mark.fast
-def test_edits_are_judged_by_what_changes_and_what_stays(given):
-    case = next(c for c in given if c.tag == "recolor" and len(c.scenes[0].objects) == 3)
+def test_edits_are_judged_by_what_changes_and_what_stays(cases):
+    case = next(c for c in cases if c.tag == "recolor" and len(c.scenes[0].objects) == 3)
     source, target = case.scenes
-    draw = lambda scene: generator.draw(scene, PIXELS)
-    judged = lambda scene: editing.judge(draw(scene), case)
-    assert judged(target) == {"changed": True, "kept": True, "both": True, "why": ""}
-    assert judged(source)["changed"] is False and judged(source)["kept"] is True
-    assert judged(source)["why"].startswith("expected")
+
+    def judge(scene):
+        return editing.judge(generator.draw(scene, PIXELS), case)
+
+    assert judge(target) == {"changed": True, "preserved": True, "both": True, "reason": ""}
+    assert judge(source)["changed"] is False and judge(source)["preserved"] is True
+    assert judge(source)["reason"].startswith("expected")
     # What stays may not move, nor go, and nothing may come.
     a, b, c = target.objects
     swapped = (a, dataclasses.replace(b, x=c.x, y=c.y), dataclasses.replace(c, x=b.x, y=b.y))
-    moved = dataclasses.replace(target, objects=swapped)
-    told = judged(moved)
-    assert told["changed"] and not told["kept"] and not told["both"]
-    assert "is not where it was" in told["why"]
-    gone = judged(dataclasses.replace(target, objects=(a, b)))
-    assert not gone["changed"] and not gone["kept"]
-    taken = {o.shape for o in (*source.objects, *target.objects)}
-    rng = np.random.default_rng(0)
-    new = generator.place_object(
-        rng, target.objects, min(set(generator.SHAPES) - taken), "pink", "small"
+    verdict = judge(dataclasses.replace(target, objects=swapped))
+    assert verdict["changed"] and not verdict["preserved"] and not verdict["both"]
+    assert "is not where it was" in verdict["reason"]
+    verdict = judge(dataclasses.replace(target, objects=(a, b)))
+    assert not verdict["changed"] and not verdict["preserved"]
+    used_shapes = {o.shape for o in (*source.objects, *target.objects)}
+    extra = generator.place_object(
+        np.random.default_rng(0),
+        target.objects,
+        min(set(generator.SHAPES) - used_shapes),
+        "pink",
+        "small",
     )
-    more = judged(dataclasses.replace(target, objects=(*target.objects, new)))
-    assert more["changed"] and more["kept"] and not more["both"]
-    assert more["why"] == "4 objects, expected 3"
+    verdict = judge(dataclasses.replace(target, objects=(*target.objects, extra)))
+    assert verdict["changed"] and verdict["preserved"] and not verdict["both"]
+    assert verdict["reason"] == "4 objects, expected 3"
 
 
-def test_cases_say_what_is_withheld(given):
-    for case in given:
+def test_cases_name_what_of_them_is_held_out(cases):
+    for case in cases:
         if case.task == "t2i":
-            named = case.scenes[0].objects if case.tag in cases.NAMED else ()
-            assert case.seen == (not any(map(holdout.is_withheld_pair, named)))
+            named = case.scenes[0].objects if case.tag in cases_lib.PAIR_TAGS else ()
+            assert case.is_held_out == any(map(holdout.is_withheld_pair, named))
         else:
-            assert case.withheld == case.record.meta["withheld"]
-    count = lambda task, seen: sum(c.task == task and c.seen == seen for c in given)
-    for task, tags in cases.TAGS.items():
-        assert count(task, True) == 4 * len(tags), task
-    assert count("t2i", False) == 4 and count("question", False) == 2 * 8
-    assert count("text", False) == 2 * 2
-    assert len({case.id for case in given}) == len(given)
-    again = cases.drawn(0, 4, PIXELS, ["edit"])
-    assert [c.id for c in again] == [c.id for c in given if c.task == "edit"]
-    assert {c.record.src for c in again} == {f"shapes:{cases.FIRST_SEED}"}
+            assert case.holdout == case.record.meta["withheld"]
+
+    def count(task, held_out):
+        return sum(c.task == task and c.is_held_out == held_out for c in cases)
+
+    for task, tags in cases_lib.TAGS.items():
+        assert count(task, False) == 4 * len(tags), task
+    assert count("t2i", True) == 4 and count("question", True) == 2 * 8
+    assert count("text", True) == 2 * 2
+    assert len({case.id for case in cases}) == len(cases)
+    edits = cases_lib.generate(0, 4, PIXELS, ["edit"])
+    assert [c.id for c in edits] == [c.id for c in cases if c.task == "edit"]
+    assert {c.record.src for c in edits} == {f"shapes:{cases_lib.FIRST_SEED}"}
 
 
-def test_folders_give_the_cases_of_their_records(tmp_path, given):
+def test_folders_provide_the_cases_of_their_records(tmp_path, cases):
     tasks = ["t2i", "question", "multi"]
-    made = list(shapes_tasks.make_records(5, 96, PIXELS, tasks=tasks))
-    records.write(tmp_path / "mixed", made)
-    edits = [case.record for case in given if case.task == "edit" and case.seen]
+    records.write(tmp_path / "mixed", shapes_tasks.make_records(5, 96, PIXELS, tasks=tasks))
+    edits = [case.record for case in cases if case.task == "edit" and not case.is_held_out]
     records.write(tmp_path / "edits", edits)
-    found = cases.read([str(tmp_path / "mixed"), str(tmp_path / "edits")])
-    assert {c.task for c in found} == {"t2i", "question", "edit"}
-    assert len(found) == 64 + len(edits)
-    few = cases.read([str(tmp_path / "mixed")], n=2)
-    kinds = [(c.task, c.tag, c.seen) for c in few]
-    assert all(kinds.count(kind) <= 2 for kind in kinds)
+    loaded = cases_lib.read([str(tmp_path / "mixed"), str(tmp_path / "edits")])
+    assert {c.task for c in loaded} == {"t2i", "question", "edit"}
+    assert len(loaded) == 64 + len(edits)
+    limited = cases_lib.read([str(tmp_path / "mixed")], n=2)
+    groups = [(c.task, c.tag, c.is_held_out) for c in limited]
+    assert all(groups.count(group) <= 2 for group in groups)
     records.write(tmp_path / "none", shapes_tasks.make_records(0, 4, PIXELS, tasks=["multi"]))
-    with pytest.raises(DatasetError, match="no record of the shapes world with a task of t2i"):
-        cases.read([str(tmp_path / "none")])
+    with pytest.raises(DatasetError, match=r"no record of the shapes benchmark has one of .* t2i"):
+        cases_lib.read([str(tmp_path / "none")])
 
 
-@pytest.mark.fast
-def test_means_weigh_tags_alike(given):
-    own = [c for c in given if c.task == "t2i" and c.seen]
-    own = [c for c in own if c.tag == "colors"][:1] + [c for c in own if c.tag != "colors"]
-    right = [c.tag == "colors" for c in own]
-    table = accuracy.table(own, right)
-    assert table["mean"]["right"] == pytest.approx(1 / 6, abs=1e-4)
-    assert table["tags"]["colors"] == accuracy.share([True])
-    # One colour of six tags is as good as far fewer than its 21 cases.
-    alike = 36 / (1 + 5 / 4)
-    low, high = table["mean"]["right_95"]
-    assert (low, high) == tuple(accuracy.wilson(alike / 6, alike))
-    others = accuracy.others(own)
-    assert all(i not in rest and rest for i, rest in enumerate(others))
-    assert all(own[j].tag == own[i].tag for i, rest in enumerate(others[1:], 1) for j in rest)
-    partners = accuracy.partners(own)
-    assert sorted(partners[1:]) == list(range(1, len(own)))
+def test_means_weigh_tags_alike(cases):
+    captions = [c for c in cases if c.task == "t2i" and not c.is_held_out]
+    colors = [c for c in captions if c.tag == "colors"][:1]
+    subset = colors + [c for c in captions if c.tag != "colors"]
+    correct = [c.tag == "colors" for c in subset]
+    table = accuracy.by_tag(subset, correct)
+    assert table["mean"]["correct"] == pytest.approx(1 / 6, abs=1e-4)
+    assert table["tags"]["colors"] == stats.accuracy([True])
+    # One color of six tags is worth far fewer cases than its 21.
+    effective_count = 36 / (1 + 5 / 4)
+    expected = stats.wilson_interval(effective_count / 6, effective_count)
+    assert table["mean"]["correct_95"] == expected
+    others = accuracy.other_cases(subset)
+    assert all(i not in group and group for i, group in enumerate(others))
+    assert all(
+        subset[j].tag == subset[i].tag for i, group in enumerate(others[1:], 1) for j in group
+    )
+    next_cases = accuracy.next_in_tag(subset)
+    assert sorted(next_cases[1:]) == list(range(1, len(subset)))
 
 
-def test_page_lines_and_sheets(tmp_path, measured):
-    result, samples = measured
+def test_page_lines_and_sheets_show_the_result(tmp_path, oracle_run):
+    result, samples = oracle_run
     result = {**result, "not_run": {"likelihood": "no <model>"}}
-    shown = contact_sheets.make(samples)
-    assert set(shown) == {"generation_best", "generation_random", "understanding", "editing",
-                          "reasoning"}  # fmt: skip
-    wrong = [s._replace(right=False, why="found none") for s in samples["generation"]]
+    sheets = contact_sheets.make(samples)
+    assert set(sheets) == {"generation_best", "generation_random", "understanding", "editing",
+                           "reasoning"}  # fmt: skip
+    wrong = [s._replace(correct=False, reason="found none") for s in samples["generation"]]
     assert "generation_failed" in contact_sheets.make({"generation": wrong})
-    # Source, drawn and right, twice a row.
-    assert shown["editing"].shape[1] == 4 + 6 * (2 * PIXELS + 4)
-    report.write(tmp_path / "page.html", result, shown)
+    # Source, generated and reference image, twice a row.
+    assert sheets["editing"].shape[1] == 4 + 6 * (2 * PIXELS + 4)
+    report.write(tmp_path / "page.html", result, sheets)
     page = (tmp_path / "page.html").read_text()
-    assert page.count("data:image/png;base64") == len(shown) and "<html" in page
-    assert "no &lt;model&gt;" in page and "color attr" in page and "own tower" in page
-    told = "\n".join(report.lines(result))
-    assert "generation, seen: 1.000 (" in told and "not run: likelihood" in told
-    assert "editing, kept, withheld: 1.000" in told
-    json.dumps([report.told(s) for rows in samples.values() for s in rows])
+    assert page.count("data:image/png;base64") == len(sheets) and "<html" in page
+    assert "no &lt;model&gt;" in page and "color attr" in page and "own vision tower" in page
+    lines = "\n".join(report.summary_lines(result))
+    assert "generation, seen: 1.000 (" in lines and "not run: likelihood" in lines
+    assert "editing, preserved, held out: 1.000" in lines
+    json.dumps([report.sample_row(s) for group in samples.values() for s in group])

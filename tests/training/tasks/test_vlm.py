@@ -189,10 +189,10 @@ def test_an_exported_reader_answers_like_its_run(folders, trained, tmp_path):
             held.cfg, held.model_config, tokenizer=held.tokenizer_folder, threads=1
         )
         score = lambda batch, held=held: readers.score(held, batch)
-        told.append(vqa.answers(score, options, batch_size=4))
+        told.append(vqa.score_answers(score, options, batch_size=4))
     # One answer a record that has words to learn, whatever rows it shares.
     assert len(told[0]) == 40 and told[0] == told[1]
-    table = vqa.summarise(told[0])
+    table = vqa.summarize(told[0])
     assert table["all"]["count"] == 40 and 0 < table["all"]["most_frequent"] < 1
     small = tmp_path / "small"
     readers.export(first, str(small), dtype="bfloat16")
@@ -219,9 +219,3 @@ def test_wrong_experiments_are_named(folders):
         vlm.model_config(experiment(folders, **{"image.pixels": 20}))
     with pytest.raises(ValueError, match="this task trains exactly"):
         registry.build(experiment(folders, **{"train.trainable": ("vlm",)}), grid)
-
-
-def test_intervals_of_shares():
-    low, high = vqa.wilson(95, 100)
-    assert low == pytest.approx(0.8882, abs=1e-3) and high == pytest.approx(0.9785, abs=1e-3)
-    assert vqa.wilson(0, 0) == [0.0, 1.0]

@@ -1,0 +1,73 @@
+"""Figures with their 95% intervals: accuracies, means, and ratios of sums.
+
+A figure `name` is stored with its interval `[low, high]` as `name_95`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Z_95 = 1.96  # two-sided 95% point of the standard normal distribution
+
+
+def wilson_interval(correct: float, count: float) -> list[float]:
+    """Return the 95% interval of a binomial proportion (Wilson's score interval).
+
+    Both numbers may be fractions, as those of a weighted mean are, which
+    `scipy.stats.binomtest` does not accept.
+    """
+    if not count:
+        return [0.0, 1.0]
+    share = correct / count
+    center = share + Z_95**2 / (2 * count)
+    half_width = Z_95 * math.sqrt(share * (1 - share) / count + (Z_95 / (2 * count)) ** 2)
+    scale = 1 + Z_95**2 / count
+    low, high = (center - half_width) / scale, (center + half_width) / scale
+    return [round(float(max(low, 0.0)), 4), round(float(min(high, 1.0)), 4)]
+
+
+def accuracy(correct: Sequence[float]) -> dict[str, Any]:
+    """Return `count`, the share `correct` and its interval.
+
+    Args:
+        correct: one verdict, or one number in [0, 1], for each case.
+    """
+    count, total = len(correct), float(sum(correct))
+    share = round(total / count, 4) if count else None
+    return {"count": count, "correct": share, "correct_95": wilson_interval(total, count)}
+
+
+def mean(values: Sequence[float] | np.ndarray, name: str) -> dict[str, Any]:
+    """Return the mean of independent values as `name`, and its interval (None of one value)."""
+    values = np.asarray(values, np.float64)
+    average, interval = float(values.mean()), None
+    if len(values) > 1:
+        half_width = Z_95 * float(values.std(ddof=1)) / math.sqrt(len(values))
+        interval = [average - half_width, average + half_width]
+    return {name: average, f"{name}_95": interval}
+
+
+def nll_ratio(nll: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+    """Return the sum of `nll` over that of `counts`, with the interval of the delta method.
+
+    Args:
+        nll: negative log-likelihoods in nats [records].
+        counts: numbers of dimensions or tokens that they cover [records].
+    """
+    total, records = counts.sum(), len(nll)
+    ratio, interval = float(nll.sum() / total), None
+    if records > 1:
+        square = np.square(nll - ratio * counts).sum() * records / (records - 1)
+        half_width = Z_95 * float(np.sqrt(square) / total)
+        interval = [round(ratio - half_width, 5), round(ratio + half_width, 5)]
+    return {"records": records, "nll": round(ratio, 5), "nll_95": interval}
+
+
+def format_figure(row: Mapping[str, Any], name: str, spec: str, interval: bool = True) -> str:
+    """Format a figure as "value (low to high)", each by the format `spec`."""
+    text, bounds = f"{row[name]:{spec}}", row.get(f"{name}_95")
+    if interval and bounds:
+        text += f" ({bounds[0]:{spec}} to {bounds[1]:{spec}})"
+    return text
