@@ -7,6 +7,7 @@ from scipy.stats import binomtest
 from starflow2_jax.evaluation import stats
 
 
+@pytest.mark.fast
 def test_wilson_intervals_are_those_of_scipy():
     for correct, count in ((95, 100), (3, 10), (0, 5), (5, 5), (1, 1)):
         expected = binomtest(correct, count).proportion_ci(method="wilson")
@@ -18,6 +19,7 @@ def test_wilson_intervals_are_those_of_scipy():
     assert 0 < low < 2.5 / 7.25 < high < 1
 
 
+@pytest.mark.fast
 def test_accuracies_and_means_are_rounded_only_where_they_say_so():
     assert stats.accuracy([True, False, True]) == {
         "count": 3, "correct": 0.6667, "correct_95": stats.wilson_interval(2, 3)

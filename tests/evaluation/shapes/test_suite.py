@@ -111,6 +111,7 @@ def test_baselines_do_not_reach_the_oracle(oracle_run):
     assert scores(sections["reasoning"]["baselines"]["direct_answer"]) == ALL
 
 
+@pytest.mark.fast
 def test_edits_are_judged_by_what_changes_and_what_stays(cases):
     case = next(c for c in cases if c.tag == "recolor" and len(c.scenes[0].objects) == 3)
     source, target = case.scenes
@@ -179,6 +180,7 @@ def test_folders_provide_the_cases_of_their_records(tmp_path, cases):
         cases_lib.read([str(tmp_path / "none")])
 
 
+@pytest.mark.fast
 def test_means_weigh_tags_alike(cases):
     captions = [c for c in cases if c.task == "t2i" and not c.is_held_out]
     colors = [c for c in captions if c.tag == "colors"][:1]
