@@ -34,49 +34,31 @@ _SPLASH = {"fwd": 2, "dkv": 4, "dq": 3}
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective operation between devices.
+    """A collective operation between devices."""
 
-    Attributes:
-        kind: One of `KINDS`.
-        axes: Mesh axes that it crosses, joined by `+`; `SLICES` for an exchange between the hosts
-            of several TPU slices.
-        group: Positions in the flattened mesh of one group of devices, or the slices.
-        bytes: Bytes of the result of an all-gather, else of the operand, on one device.
-        sizes: Elements of each of its arrays.
-        wire: Bytes that a device sends in a ring.
-        times: Number of times per step.
-        source: The operation of the jax program.
-    """
-
-    kind: str
+    kind: str  # one of `KINDS`
+    # Mesh axes that it crosses, joined by `+`; `SLICES` for an exchange between the hosts of
+    # several TPU slices
     axes: str
-    group: tuple[int, ...]
-    bytes: int
-    sizes: tuple[int, ...]
-    wire: float
-    times: float
-    source: str
+    group: tuple[int, ...]  # positions in the flattened mesh of one group of devices, or the slices
+    bytes: int  # bytes of the result of an all-gather, else of the operand, on one device
+    sizes: tuple[int, ...]  # elements of each of its arrays
+    wire: float  # bytes that a device sends in a ring
+    times: float  # number of times per step
+    source: str  # the operation of the jax program
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """The cost of a step for one device.
+    """The cost of a step for one device."""
 
-    Attributes:
-        flops: FLOPs of matrix products.
-        kernel_flops: The part of them in attention kernels, from their shapes.
-        bytes: Bytes read from and written to main memory.
-        operations: (flops, bytes, times) of each operation, for a roofline estimate.
-        collectives: All collective operations.
-        unknown_loops: Names of loops with an unknown trip count.
-    """
-
-    flops: float
-    kernel_flops: float
-    bytes: float
+    flops: float  # FLOPs of matrix products
+    kernel_flops: float  # the part of them in attention kernels, from their shapes
+    bytes: float  # bytes read from and written to main memory
+    # (flops, bytes, times) of each operation, for a roofline estimate
     operations: tuple[tuple[float, float, float], ...]
-    collectives: tuple[Collective, ...]
-    unknown_loops: tuple[str, ...]
+    collectives: tuple[Collective, ...]  # all collective operations
+    unknown_loops: tuple[str, ...]  # names of loops with an unknown trip count
 
 
 def analyze(

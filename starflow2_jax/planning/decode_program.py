@@ -26,19 +26,12 @@ from starflow2_jax.training.tasks import flow as flow_task, registry, starflow2
 
 @dataclass(frozen=True)
 class LoweredDecoding:
-    """A lowered program.
+    """A lowered program."""
 
-    Attributes:
-        lowered: The program.
-        declared: Bytes of its arguments per device, by purpose.
-        tokens: Number of tokens that it generates.
-        steps: Trip count of a loop whose length depends on the sampled values.
-    """
-
-    lowered: jax.stages.Lowered
-    declared: Mapping[str, int]
-    tokens: int
-    steps: int = 1
+    lowered: jax.stages.Lowered  # the program
+    declared: Mapping[str, int]  # bytes of its arguments per device, by purpose
+    tokens: int  # number of tokens that it generates
+    steps: int = 1  # trip count of a loop whose length depends on the sampled values
 
 
 def lower(cfg: Mapping[str, Any], device_mesh: Mesh, rows: int) -> LoweredDecoding:

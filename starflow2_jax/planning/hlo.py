@@ -22,21 +22,13 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclass(frozen=True)
 class Shape:
-    """An array of the program.
+    """An array of the program."""
 
-    Attributes:
-        dtype: Name of the element type in HLO.
-        dims: Sizes of the dimensions.
-        order: Dimensions from the fastest to the slowest in memory.
-        tile: The first tile of the layout, () for none.
-        space: Memory space; 0 is the main memory (HBM), the rest are memories of the chip.
-    """
-
-    dtype: str
-    dims: tuple[int, ...]
-    order: tuple[int, ...] = ()
-    tile: tuple[int, ...] = ()
-    space: int = 0
+    dtype: str  # name of the element type in HLO
+    dims: tuple[int, ...]  # sizes of the dimensions
+    order: tuple[int, ...] = ()  # dimensions from the fastest to the slowest in memory
+    tile: tuple[int, ...] = ()  # the first tile of the layout, () for none
+    space: int = 0  # memory space; 0 is the main memory (HBM), the rest are memories of the chip
 
     @property
     def bytes(self) -> int:

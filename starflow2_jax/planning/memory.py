@@ -17,31 +17,22 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes per device.
+    """Bytes per device."""
 
-    Attributes:
-        declared: Bytes by purpose: params, ema, optimizer, frozen, batch.
-        activations: Our estimate of the saved activations, a part of the temporaries.
-        capacity: Memory of the device.
-        unused: Declared bytes that the program does not read. They occupy memory all the same.
-        padding: Bytes that the tiles of the chip add to the arguments.
-        arguments, outputs, aliased, temporaries, code: Figures of the compiler.
-        peak: The sum of these and `unused`; None if the compiler refuses the program.
-        over: Missing bytes; 0 if the program fits.
-    """
-
-    declared: Mapping[str, int]
-    activations: float
-    capacity: float
+    declared: Mapping[str, int]  # bytes by purpose: params, ema, optimizer, frozen, batch
+    activations: float  # our estimate of the saved activations, a part of the temporaries
+    capacity: float  # memory of the device
+    # Declared bytes that the program does not read. They occupy memory all the same.
     unused: int = 0
-    padding: int = 0
-    arguments: int | None = None
-    outputs: int | None = None
-    aliased: int | None = None
-    temporaries: int | None = None
-    code: int | None = None
+    padding: int = 0  # bytes that the tiles of the chip add to the arguments
+    arguments: int | None = None  # figures of the compiler
+    outputs: int | None = None  # likewise
+    aliased: int | None = None  # likewise
+    temporaries: int | None = None  # likewise
+    code: int | None = None  # likewise
+    # The sum of these and `unused`; None if the compiler refuses the program
     peak: float | None = None
-    over: float = 0.0
+    over: float = 0.0  # missing bytes; 0 if the program fits
 
     @property
     def fits(self) -> bool:

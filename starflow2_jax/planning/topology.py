@@ -22,23 +22,14 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """The figures of one device: a chip, or a part of one if jax sees parts. 0 means unknown.
+    """The figures of one device: a chip, or a part of one if jax sees parts. 0 means unknown."""
 
-    Attributes:
-        flops: Dense bfloat16 FLOP/s.
-        memory: Bytes.
-        bandwidth: Bytes/s of the memory.
-        link: Bytes/s over one link to a neighbor, in one direction.
-        network: Bytes/s of this device's share of the data center network.
-        wraps: Size of a slice dimension from which its ends are linked.
-    """
-
-    flops: float
-    memory: float
-    bandwidth: float
-    link: float
-    network: float
-    wraps: int = 0
+    flops: float  # dense bfloat16 FLOP/s
+    memory: float  # bytes
+    bandwidth: float  # bytes/s of the memory
+    link: float  # bytes/s over one link to a neighbor, in one direction
+    network: float  # bytes/s of this device's share of the data center network
+    wraps: int = 0  # size of a slice dimension from which its ends are linked
 
 
 # Per chip, from cloud.google.com/tpu/docs (pages v5e, v5p, v6e, tpu7x, "system architecture"):
@@ -69,23 +60,14 @@ LOCAL = ("cpu", "gpu")
 
 @dataclass(frozen=True)
 class Topology:
-    """The devices to compile for.
+    """The devices to compile for."""
 
-    Attributes:
-        name: Name of the machine.
-        kind: A key of `TPUS` or `GPUS`, or the platform.
-        devices: The jax devices.
-        chip: The figures of one device.
-        slices: Number of TPU slices.
-        shape: Shape of one slice, () for local devices.
-    """
-
-    name: str
-    kind: str
-    devices: tuple
-    chip: Chip
-    slices: int = 1
-    shape: tuple[int, ...] = ()
+    name: str  # name of the machine
+    kind: str  # a key of `TPUS` or `GPUS`, or the platform
+    devices: tuple  # the jax devices
+    chip: Chip  # the figures of one device
+    slices: int = 1  # number of TPU slices
+    shape: tuple[int, ...] = ()  # shape of one slice, () for local devices
 
     def bandwidth(self, members: Sequence) -> float:
         """Return the bytes/s that a device can send in a ring over `members`, 0 if unknown.

@@ -18,18 +18,12 @@ _MAX_LINE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """The identity of a process in a job.
+    """The identity of a process in a job."""
 
-    Attributes:
-        coordinator: HOST:PORT of process 0.
-        num_processes: Number of processes of the job.
-        process: Index of this process, from 0.
-        local_devices: Ids of the machine's accelerators that this process uses; None for all.
-    """
-
-    coordinator: str
-    num_processes: int
-    process: int
+    coordinator: str  # HOST:PORT of process 0
+    num_processes: int  # number of processes of the job
+    process: int  # index of this process, from 0
+    # Ids of the machine's accelerators that this process uses; None for all
     local_devices: tuple[int, ...] | None = None
 
 
