@@ -216,18 +216,15 @@ def features(values: flags.FlagValues) -> dict[str, Any]:
     from starflow2_jax.latents import sd_vae_t5
 
     out = _required(values, "out")
-    written = sd_vae_t5.write(
-        out,
-        _required(values, "data"),
-        vae=values.vae,
-        t5=values.t5,
+    options = sd_vae_t5.FeatureOptions(
         text_length=values.text_length,
         pixels=values.pixels or 256,
         patch=values.patch,
         batch_size=values.batch_size,
         device=values.device,
-        overwrite=values.overwrite,
     )
+    data, overwrite = _required(values, "data"), values.overwrite
+    written = sd_vae_t5.write(out, data, options, vae=values.vae, t5=values.t5, overwrite=overwrite)
     arrays = {name: a["shape"] for name, a in written.features["arrays"].items()}
     return {"out": out, "records": written.records, "bytes": written.bytes, "arrays": arrays}
 

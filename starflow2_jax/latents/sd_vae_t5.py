@@ -11,7 +11,8 @@ import importlib.util
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,17 +24,32 @@ from starflow2_jax.data.manifest import DatasetError, Importer, Manifest, sha256
 VERSION = "1"
 
 
+@dataclass(frozen=True)
+class FeatureOptions:
+    """Options of an encoding.
+
+    Attributes:
+        text_length: L; longer captions are cut, and counted in the log.
+        pixels: images are scaled and cropped to this side first.
+        patch: latent pixels on a side of one token; T = (pixels / 8 / patch)^2 for SD-VAE.
+        batch_size: rows at once; the last batch is padded, so that all have one shape.
+        device: torch device.
+    """
+
+    text_length: int = 128
+    pixels: int = 256
+    patch: int = 1
+    batch_size: int = 8
+    device: str = "cpu"
+
+
 def write(
     out: str | os.PathLike[str],
     data: str | os.PathLike[str],
+    options: FeatureOptions,
     *,
     vae: str | None,
     t5: str | None,
-    text_length: int = 128,
-    pixels: int = 256,
-    patch: int = 1,
-    batch_size: int = 8,
-    device: str = "cpu",
     overwrite: bool = False,
 ) -> Manifest:
     """Encode every record of the dataset `data` into the arrays folder `out`.
@@ -44,13 +60,9 @@ def write(
     Args:
         out: folder of the arrays.
         data: folder of the dataset.
+        options: sizes and device.
         vae: folder of a diffusers AutoencoderKL, or None for no latents.
         t5: folder of a T5 encoder with its tokenizer, or None for no text features.
-        text_length: L; longer captions are cut, and counted in the log.
-        pixels: images are scaled and cropped to this side first.
-        patch: latent pixels on a side of one token; T = (pixels / 8 / patch)^2 for SD-VAE.
-        batch_size: rows at once; the last batch is padded, so that all have one shape.
-        device: torch device.
         overwrite: replace a folder of arrays at `out`.
 
     Raises:
@@ -66,46 +78,50 @@ def write(
     features: dict[str, Any] = {}
     encode_images = encode_texts = None
     if vae:
-        encode_images, features["vae"] = _open_vae(vae, patch, device)
-        features["vae"]["pixels"] = pixels
+        encode_images, features["vae"] = _open_vae(vae, options)
     if t5:
-        encode_texts, features["t5"] = _open_t5(t5, text_length, device)
-        null = encode_texts([""] * batch_size)[0][0]
+        encode_texts, features["t5"] = _open_t5(t5, options)
+        null = encode_texts([""] * options.batch_size)[0][0]
         features["null_text"] = null[: np.flatnonzero(null.any(1))[-1] + 1].tolist()
-
-    def rows() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-        num_truncated = 0
-        for start in range(0, len(dataset), batch_size):
-            indices = range(start, min(start + batch_size, len(dataset)))
-            batch = [dataset[i] for i in indices]
-            padded = batch + [batch[-1]] * (batch_size - len(batch))
-            arrays: dict[str, np.ndarray] = {}
-            if encode_images:
-                crops = []
-                for i, record in zip(indices, batch):
-                    location = f"{dataset.location(i)} (id {record.id!r})"
-                    crops.append(images.center_crop(records.target_image(record, location), pixels))
-                crops += [crops[-1]] * (batch_size - len(batch))
-                mean, logvar = encode_images(np.stack(crops))
-                arrays |= {"latent_mean": mean, "latent_logvar": logvar}
-            if encode_texts:
-                arrays["text"], lengths = encode_texts([records.text(r) for r in padded])
-                num_truncated += sum(n > text_length for n in lengths[: len(batch)])
-            for k, record in enumerate(batch):
-                yield record.id, {name: values[k] for name, values in arrays.items()}
-        if num_truncated:
-            logging.warning(
-                "%d captions were longer than %d tokens and were cut", num_truncated, text_length
-            )
-
     return array_store.write(
         out,
-        rows(),
+        _encode_records(dataset, options, encode_images, encode_texts),
         dataset.manifest,
-        importer=Importer("features", VERSION, {"batch_size": batch_size}),
+        importer=Importer("features", VERSION, {"batch_size": options.batch_size}),
         features=features,
         overwrite=overwrite,
     )
+
+
+def _encode_records(
+    dataset: records.Dataset,
+    options: FeatureOptions,
+    encode_images: Callable | None,
+    encode_texts: Callable | None,
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yield id and arrays of each record."""
+    size, num_truncated = options.batch_size, 0
+    for start in range(0, len(dataset), size):
+        indices = range(start, min(start + size, len(dataset)))
+        batch = [dataset[i] for i in indices]
+        padded = batch + [batch[-1]] * (size - len(batch))
+        arrays: dict[str, np.ndarray] = {}
+        if encode_images:
+            crops = []
+            for i, record in zip(indices, batch):
+                location = f"{dataset.location(i)} (id {record.id!r})"
+                image = records.target_image(record, location)
+                crops.append(images.center_crop(image, options.pixels))
+            crops += [crops[-1]] * (size - len(batch))
+            arrays["latent_mean"], arrays["latent_logvar"] = encode_images(np.stack(crops))
+        if encode_texts:
+            arrays["text"], lengths = encode_texts([records.text(r) for r in padded])
+            num_truncated += sum(n > options.text_length for n in lengths[: len(batch)])
+        for k, record in enumerate(batch):
+            yield record.id, {name: values[k] for name, values in arrays.items()}
+    if num_truncated:
+        message = "%d captions were longer than %d tokens and were cut"
+        logging.warning(message, num_truncated, options.text_length)
 
 
 def to_tokens(latents: np.ndarray, patch: int) -> np.ndarray:
@@ -121,12 +137,13 @@ def to_tokens(latents: np.ndarray, patch: int) -> np.ndarray:
     return np.ascontiguousarray(tokens, np.float32)
 
 
-def _open_vae(folder: str, patch: int, device: str):
+def _open_vae(folder: str, options: FeatureOptions) -> tuple[Callable, dict[str, Any]]:
     import torch
     from diffusers import AutoencoderKL
 
     _check_folder(folder, "AutoencoderKL")
     model = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    device, patch = options.device, options.patch
     model = model.to(device, torch.float32).eval()
     scale = float(model.config.scaling_factor)
     shift = float(getattr(model.config, "shift_factor", None) or 0.0)
@@ -145,16 +162,17 @@ def _open_vae(folder: str, patch: int, device: str):
         return to_tokens(mean.cpu().numpy(), patch), to_tokens(logvar.cpu().numpy(), patch)
 
     spec = {"files": _fingerprints(folder), "scale": scale, "shift": shift, "patch": patch}
-    return encode, spec
+    return encode, spec | {"pixels": options.pixels}
 
 
-def _open_t5(folder: str, length: int, device: str):
+def _open_t5(folder: str, options: FeatureOptions) -> tuple[Callable, dict[str, Any]]:
     import torch
     from transformers import AutoTokenizer, T5EncoderModel
 
     _check_folder(folder, None)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = T5EncoderModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    device, length = options.device, options.text_length
     model = model.to(device, torch.float32).eval()
 
     @torch.inference_mode()

@@ -80,10 +80,9 @@ def test_latents_and_text_equal_the_public_models(models, data, tmp_path):
     from diffusers import AutoencoderKL
     from transformers import AutoTokenizer, T5EncoderModel
 
-    settings = dict(
-        vae=str(models / "vae"), t5=str(models / "t5"), text_length=5, pixels=16, batch_size=2
-    )
-    sd_vae_t5.write(tmp_path / "f", data, **settings)
+    options = sd_vae_t5.FeatureOptions(text_length=5, pixels=16, batch_size=2)
+    vae_folder, t5_folder = str(models / "vae"), str(models / "t5")
+    sd_vae_t5.write(tmp_path / "f", data, options, vae=vae_folder, t5=t5_folder)
     dataset = records.read(data)
     stored = array_store.read(tmp_path / "f", dataset.manifest)
     assert [s.records for s in stored.manifest.shards] == [
@@ -119,24 +118,25 @@ def test_latents_and_text_equal_the_public_models(models, data, tmp_path):
     assert np.array(features["null_text"]).shape == (1, 8)
     assert str(models) not in json.dumps(features)
 
-    sd_vae_t5.write(tmp_path / "again", data, **settings)
+    sd_vae_t5.write(tmp_path / "again", data, options, vae=vae_folder, t5=t5_folder)
     for name in os.listdir(tmp_path / "f"):
         assert (tmp_path / "f" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_wrong_folders_are_named(models, data, tmp_path):
+    options = sd_vae_t5.FeatureOptions()
     for kwargs, message in (
         (dict(vae=None, t5=None), "nothing to compute"),
         (dict(vae=str(tmp_path), t5=None), r"no config\.json"),
         (dict(vae=str(models / "t5"), t5=None), "not the config of an AutoencoderKL"),
     ):
         with pytest.raises(DatasetError, match=message):
-            sd_vae_t5.write(tmp_path / "f", data, **kwargs)
+            sd_vae_t5.write(tmp_path / "f", data, options, **kwargs)
     with pytest.raises(DatasetError, match="exists"):
-        sd_vae_t5.write(data, data, vae=str(models / "vae"), t5=None)
+        sd_vae_t5.write(data, data, options, vae=str(models / "vae"), t5=None)
 
 
 def test_without_the_extra_the_error_names_it(data, tmp_path, monkeypatch):
     monkeypatch.setattr(sd_vae_t5.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DatasetError, match=r"starflow2_jax\[features\]"):
-        sd_vae_t5.write(tmp_path / "f", data, vae="x", t5=None)
+        sd_vae_t5.write(tmp_path / "f", data, sd_vae_t5.FeatureOptions(), vae="x", t5=None)

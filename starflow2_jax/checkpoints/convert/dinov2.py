@@ -172,12 +172,13 @@ def view(source: Mapping[str, StoredTensor], cfg: DinoConfig) -> dict[str, Any]:
         ValueError: Names are missing, unexpected or misshapen; they are listed together.
     """
     pieces = table(cfg)
+    shapes = published_shapes(pieces)
+    tokens = [name for name in (_CLASS, _POSITIONS, _REGISTERS) if name in shapes]
+    shapes |= {name: (1, *shapes[name]) for name in tokens}
     source = {name: tensor for name, tensor in source.items() if name != _UNUSED}
-    for name in (_CLASS, _POSITIONS, _REGISTERS):
-        if name in source and source[name].shape[:1] == (1,):
-            source[name] = _without_leading_axis(source[name])
     summary = "the tensors are not the DINOv2 that config.json describes"
-    raise_problems(summary, compare(source, published_shapes(pieces)))
+    raise_problems(summary, compare(source, shapes))
+    source |= {name: _without_leading_axis(source[name]) for name in tokens}
     return to_tree(pieces, source, declare(cfg))
 
 
