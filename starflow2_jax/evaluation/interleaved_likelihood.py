@@ -13,7 +13,6 @@ import numpy as np
 
 from starflow2_jax.data.records import Img, Record, Text
 from starflow2_jax.evaluation import scoring_batches, stats
-from starflow2_jax.evaluation.shapes.cases import Case
 from starflow2_jax.inference.model import Model
 from starflow2_jax.latents import codec as latent_codec
 from starflow2_jax.mesh import make_mesh
@@ -30,26 +29,6 @@ PROTOCOL = (
     "image or end a turn; noise of row i by fold_in(fold_in(key(seed), 0), i); 95% over records "
     "(ratio of sums, by the delta method)"
 )
-
-
-def measure(
-    model: Model, cases: Sequence[Case], *, batch_size: int = 32, seed: int = 0
-) -> dict[str, Any]:
-    """Return `measure_records` for each task, for `seen` and `held_out` cases separately."""
-    figures: dict[str, Any] = {}
-    for task in dict.fromkeys(case.task for case in cases):
-        parts = {
-            name: [c.record for c in cases if c.task == task and c.is_held_out == held_out]
-            for name, held_out in (("seen", False), ("held_out", True))
-        }
-        # The smaller part is filled up to the batch size of the larger, so both share one program.
-        size = min(batch_size, max(map(len, parts.values())))
-        figures[task] = {
-            name: measure_records(model, records, batch_size=size, seed=seed)
-            for name, records in parts.items()
-            if records
-        }
-    return figures
 
 
 def measure_records(
@@ -81,7 +60,7 @@ def measure_records(
 
 
 def measure_text_skill(
-    model: Model, cases: Sequence[Case], *, batch_size: int = 32
+    model: Model, records: Sequence[Record], *, batch_size: int = 32
 ) -> dict[str, Any]:
     """Compare a model on text without images with the frozen VLM that it was trained from.
 
@@ -89,7 +68,6 @@ def measure_text_skill(
         Of the `model` and of the `vlm` by itself the NLL per token and the share of records that
         greedy decoding reproduces (`exact_match`); and the `difference` of the two NLLs.
     """
-    records = [case.record for case in cases]
     batch_size = min(batch_size, len(records))
     sums = score_records(model, records, batch_size=batch_size)[0]
     vlm_sums = _score_with_vlm(model, records, batch_size)

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from starflow2_jax.data import chat_layout, image_batches, packed_batches, records
 from starflow2_jax.data.records import Img, Record
-from starflow2_jax.evaluation.shapes import ask
+from starflow2_jax.evaluation import ask
 from starflow2_jax.inference import flow_sampler, options as inference_options
 from starflow2_jax.inference.flow_sampler import FlowModel, FlowSampling
 from starflow2_jax.inference.model import Model

@@ -105,8 +105,8 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
     names = [name.replace("_", " ") for name in baselines]
     table = [["", "records", "correct (95%)", "most frequent", *names]]
     for name, row in result["kinds"].items():
-        others = [f"{figures[name]['correct']:.3f}" for figures in baselines.values()]
-        table.append([name, *_cells(row), f"{row['most_frequent']:.3f}", *others])
+        scores = [f"{figures[name]['correct']:.3f}" for figures in baselines.values()]
+        table.append([name, *_cells(row), f"{row['most_frequent']:.3f}", *scores])
     for name, row in result["by_holdout"].items():
         table.append([f"held out: {name}", *_cells(row)])
     widths = [max(len(row[i]) for row in table if i < len(row)) for i in range(len(table[0]))]

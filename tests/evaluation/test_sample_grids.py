@@ -9,8 +9,7 @@ from helpers.starflow2_folders import PIXELS
 
 from starflow2_jax import params
 from starflow2_jax.data import images, records
-from starflow2_jax.evaluation import sample_grids
-from starflow2_jax.evaluation.shapes import ask
+from starflow2_jax.evaluation import ask, sample_grids
 from starflow2_jax.inference import load
 from starflow2_jax.latents import batch_encoder, codec
 from starflow2_jax.mesh import make_mesh

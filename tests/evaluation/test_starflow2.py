@@ -12,8 +12,8 @@ from helpers.starflow2_folders import PIXELS
 
 from starflow2_jax import evaluate
 from starflow2_jax.data import chat_layout, records
-from starflow2_jax.evaluation import interleaved_likelihood, scoring_batches, vqa
-from starflow2_jax.evaluation.shapes import ask, cases as cases_lib, suite, vqa as shapes_vqa
+from starflow2_jax.evaluation import ask, interleaved_likelihood, scoring_batches, vqa
+from starflow2_jax.evaluation.shapes import cases as cases_lib, suite, vqa as shapes_vqa
 from starflow2_jax.inference import load, vlm
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import tasks as shapes_tasks
@@ -125,13 +125,11 @@ def test_likelihood_of_records_is_that_of_their_parts(model):
 
 def test_text_skill_of_the_vlm_is_that_of_other_programs(parts, model):
     """Compare with the VLM's own program, and with the Pretzel without its skips."""
-    cases = cases_lib.generate(0, 2, PIXELS, ["text"])
-    skill = interleaved_likelihood.measure_text_skill(model, cases, batch_size=4)
+    rows = [case.record for case in cases_lib.generate(0, 2, PIXELS, ["text"])]
+    skill = interleaved_likelihood.measure_text_skill(model, rows, batch_size=4)
     reference = vlm.load(str(parts[0] / "vlm"))
     nll = tokens = 0.0
-    for batch, count in scoring_batches.batches(
-        [c.record for c in cases], model.tokenizer, 4, size=4
-    ):
+    for batch, count in scoring_batches.batches(rows, model.tokenizer, 4, size=4):
         images = np.zeros((len(batch["ids"]), 1, PIXELS, PIXELS, 3), np.uint8)
         scores = vlm.score(reference, {**batch, "images": images})
         nll += scores["nll"][:count].sum()
@@ -139,7 +137,7 @@ def test_text_skill_of_the_vlm_is_that_of_other_programs(parts, model):
     assert skill["vlm"]["nll"] == pytest.approx(nll / tokens, abs=2e-5)
     zero_skip = jax.tree.map(np.zeros_like, model.params["skip"])
     without_skip = dataclasses.replace(model, params={**model.params, "skip": zero_skip})
-    same = interleaved_likelihood.measure_text_skill(without_skip, cases, batch_size=6)
+    same = interleaved_likelihood.measure_text_skill(without_skip, rows, batch_size=6)
     assert same["model"]["nll"] == pytest.approx(skill["vlm"]["nll"], abs=2e-5)
     assert abs(same["difference"]["nll"]) < 2e-5
     difference = skill["model"]["nll"] - skill["vlm"]["nll"]

@@ -55,25 +55,25 @@ def other_cases(cases: Sequence[Case]) -> list[list[int]]:
 
     If a case is the only one with its tag, all cases count as its group.
     """
-    groups, others = group_by_tag(cases), []
+    groups, rows = group_by_tag(cases), []
     for i, case in enumerate(cases):
         group = groups[case.tag, case.is_held_out]
         group = group if len(group) > 1 else list(range(len(cases)))
         position = group.index(i)
-        others.append((group[position + 1 :] + group[:position])[:MAX_OTHERS] or [i])
-    return others
+        rows.append((group[position + 1 :] + group[:position])[:MAX_OTHERS] or [i])
+    return rows
 
 
 def next_in_tag(cases: Sequence[Case]) -> list[int]:
     """Return for each case the next one with the same tag, cyclically."""
-    return [others[0] for others in other_cases(cases)]
+    return [group[0] for group in other_cases(cases)]
 
 
 def shuffled(cases: Sequence[Case], correct_for: Callable[[int, int], bool]) -> list[float]:
     """Return for each case the share of its `other_cases` whose answer is correct for it."""
     return [
-        sum(correct_for(j, i) for j in others) / len(others)
-        for i, others in enumerate(other_cases(cases))
+        sum(correct_for(j, i) for j in group) / len(group)
+        for i, group in enumerate(other_cases(cases))
     ]
 
 

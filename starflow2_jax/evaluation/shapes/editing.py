@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.evaluation import codec
-from starflow2_jax.evaluation.shapes import accuracy, ask
-from starflow2_jax.evaluation.shapes.ask import AnswerFn
+from starflow2_jax.evaluation import ask, codec
+from starflow2_jax.evaluation.shapes import accuracy
 from starflow2_jax.evaluation.shapes.cases import Case, Sample, with_blank_images
 from starflow2_jax.evaluation.shapes.text_to_image import CEILINGS, ReconstructFn
 from starflow2_jax.shapes import detector
@@ -32,7 +31,7 @@ BASELINES = {
 
 
 def measure(
-    cases: Sequence[Case], answer_fn: AnswerFn, reconstruct_fn: ReconstructFn | None = None
+    cases: Sequence[Case], answer_fn: ask.AnswerFn, reconstruct_fn: ReconstructFn | None = None
 ) -> tuple[dict[str, Any], list[Sample]]:
     """Make every edit once and score the images.
 
@@ -121,10 +120,10 @@ def _split_measures(cases: Sequence[Case], verdicts: Sequence[dict[str, Any]]) -
     return tables
 
 
-def _generate(cases: Sequence[Case], answer_fn: AnswerFn):
+def _generate(cases: Sequence[Case], answer_fn: ask.AnswerFn):
     """Return the image part of the answer to each case."""
     answers = answer_fn([case.prompt for case in cases], "image")
-    return [ask.answer_image(parts, case) for parts, case in zip(answers, cases)]
+    return [ask.answer_image(parts, case.id) for parts, case in zip(answers, cases)]
 
 
 def _psnr_outside_edit(image: np.ndarray, case: Case) -> float:

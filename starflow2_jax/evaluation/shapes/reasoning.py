@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from starflow2_jax.evaluation.shapes import accuracy, ask, vqa
-from starflow2_jax.evaluation.shapes.ask import AnswerFn
+from starflow2_jax.evaluation import ask
+from starflow2_jax.evaluation.shapes import accuracy, vqa
 from starflow2_jax.evaluation.shapes.cases import Case, Sample, with_blank_images
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import detector
@@ -20,7 +20,7 @@ BASELINES = {
 CEILINGS = {"reference_image": "the answer after the reference image in place of the generated one"}
 
 
-def measure(cases: Sequence[Case], answer_fn: AnswerFn) -> tuple[dict[str, Any], list[Sample]]:
+def measure(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> tuple[dict[str, Any], list[Sample]]:
     """Answer every case after generating an image, and at once.
 
     Returns:
@@ -30,7 +30,7 @@ def measure(cases: Sequence[Case], answer_fn: AnswerFn) -> tuple[dict[str, Any],
     answers = answer_fn([case.prompt for case in cases], "both")
     texts = [ask.answer_text(parts) for parts in answers]
     correct = [text == case.reference_text for text, case in zip(texts, cases)]
-    images = [ask.answer_image(parts, case) for parts, case in zip(answers, cases)]
+    images = [ask.answer_image(parts, case.id) for parts, case in zip(answers, cases)]
     verdicts = [detector.judge(part.image, case.facts) for part, case in zip(images, cases)]
     references = [detector.judge(case.reference_image, case.facts).correct for case in cases]
     blank = [with_blank_images(case) for case in cases]

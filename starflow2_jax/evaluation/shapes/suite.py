@@ -14,16 +14,14 @@ from typing import Any
 import numpy as np
 
 from starflow2_jax.checkpoints import model_folder
-from starflow2_jax.evaluation import codec, interleaved_likelihood
+from starflow2_jax.evaluation import ask, codec, interleaved_likelihood
 from starflow2_jax.evaluation.shapes import (
     accuracy,
-    ask,
     editing,
     reasoning,
     text_to_image,
     vqa,
 )
-from starflow2_jax.evaluation.shapes.ask import AnswerFn
 from starflow2_jax.evaluation.shapes.cases import TAGS, Case, Sample
 from starflow2_jax.evaluation.shapes.text_to_image import ReconstructFn
 from starflow2_jax.inference import vlm
@@ -50,7 +48,7 @@ _EXTRA_TOKENS = 4
 _LIKELIHOOD_BATCH_SIZE = 32
 
 
-def make_answer_fn(model: Model, cases: Sequence[Case], **options: Any) -> AnswerFn:
+def make_answer_fn(model: Model, cases: Sequence[Case], **options: Any) -> ask.AnswerFn:
     """Return `ask.make_answer_fn` with room for the longest reference text of the cases."""
     lengths = [len(model.tokenizer.encode(case.reference_text)) for case in cases]
     return ask.make_answer_fn(model, max_tokens=max(lengths, default=0) + _EXTRA_TOKENS, **options)
@@ -120,7 +118,7 @@ def load_reference_vlms(
 
 def run(
     cases: Sequence[Case],
-    answer_fn: AnswerFn,
+    answer_fn: ask.AnswerFn,
     *,
     only: Sequence[str] = SECTIONS,
     not_run: Mapping[str, str] | None = None,
@@ -158,12 +156,10 @@ def run(
             continue
         on_section(name)
         if name == "likelihood":
-            sections[name] = interleaved_likelihood.measure(
-                model, subset, batch_size=_LIKELIHOOD_BATCH_SIZE, seed=seed
-            )
+            sections[name] = _measure_likelihood(model, subset, seed)
         elif name == "text":
             sections[name] = interleaved_likelihood.measure_text_skill(
-                model, subset, batch_size=_LIKELIHOOD_BATCH_SIZE
+                model, [case.record for case in subset], batch_size=_LIKELIHOOD_BATCH_SIZE
             )
         elif name in ("generation", "editing"):
             measure = SCORED_SECTIONS[name].measure
@@ -180,6 +176,26 @@ def run(
         "protocol": protocol(),
     }
     return result, samples
+
+
+def _measure_likelihood(model: Model, cases: Sequence[Case], seed: int) -> dict[str, Any]:
+    """Return `interleaved_likelihood.measure_records` by task, for `seen` and `held_out` cases."""
+    figures: dict[str, Any] = {}
+    for task in dict.fromkeys(case.task for case in cases):
+        parts = {
+            name: [c.record for c in cases if c.task == task and c.is_held_out == held_out]
+            for name, held_out in (("seen", False), ("held_out", True))
+        }
+        # The smaller part is filled up to the batch size of the larger, so both share one program.
+        batch_size = min(_LIKELIHOOD_BATCH_SIZE, max(map(len, parts.values())))
+        figures[task] = {
+            name: interleaved_likelihood.measure_records(
+                model, records, batch_size=batch_size, seed=seed
+            )
+            for name, records in parts.items()
+            if records
+        }
+    return figures
 
 
 def _measure_references(cases: Sequence[Case], references: Mapping[str, VLM]) -> dict[str, Any]:

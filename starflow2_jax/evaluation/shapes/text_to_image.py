@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.evaluation import codec
-from starflow2_jax.evaluation.shapes import accuracy, ask
-from starflow2_jax.evaluation.shapes.ask import AnswerFn
+from starflow2_jax.evaluation import ask, codec
+from starflow2_jax.evaluation.shapes import accuracy
 from starflow2_jax.evaluation.shapes.cases import Case, Sample
 from starflow2_jax.shapes import detector
 
@@ -27,7 +26,7 @@ CEILINGS = {
 
 
 def measure(
-    cases: Sequence[Case], answer_fn: AnswerFn, reconstruct_fn: ReconstructFn | None = None
+    cases: Sequence[Case], answer_fn: ask.AnswerFn, reconstruct_fn: ReconstructFn | None = None
 ) -> tuple[dict[str, Any], list[Sample]]:
     """Generate one image for every caption and score the images.
 
@@ -36,7 +35,7 @@ def measure(
         samples.
     """
     answers = answer_fn([case.prompt for case in cases], "image")
-    parts = [ask.answer_image(answer, case) for answer, case in zip(answers, cases)]
+    parts = [ask.answer_image(answer, case.id) for answer, case in zip(answers, cases)]
     generated = [detector.detect(part.image) for part in parts]
     references = [detector.detect(case.reference_image) for case in cases]
     blanks = [

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from starflow2_jax.data import chat_layout
-from starflow2_jax.evaluation import scoring_batches
-from starflow2_jax.evaluation.shapes import accuracy, ask
-from starflow2_jax.evaluation.shapes.ask import AnswerFn
+from starflow2_jax.evaluation import ask, scoring_batches
+from starflow2_jax.evaluation.shapes import accuracy
 from starflow2_jax.evaluation.shapes.cases import Case, Sample, with_blank_images, with_images_of
 from starflow2_jax.inference import vlm
 from starflow2_jax.inference.vlm import VLM
@@ -31,7 +30,7 @@ REFERENCES = {
 }
 
 
-def measure(cases: Sequence[Case], answer_fn: AnswerFn) -> tuple[dict[str, Any], list[Sample]]:
+def measure(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> tuple[dict[str, Any], list[Sample]]:
     """Answer every question once, and once more under each baseline.
 
     Returns:
@@ -69,7 +68,7 @@ def shuffle_images(cases: Sequence[Case]) -> list[Case]:
     return [with_images_of(c, cases[j]) for c, j in zip(cases, accuracy.next_in_tag(cases))]
 
 
-def is_correct(cases: Sequence[Case], answer_fn: AnswerFn, kind: str = "text") -> list[bool]:
+def is_correct(cases: Sequence[Case], answer_fn: ask.AnswerFn, kind: str = "text") -> list[bool]:
     """Return for each case whether it is answered with its reference text."""
     answers = answer_fn([case.prompt for case in cases], kind)
     return [ask.answer_text(parts) == case.reference_text for parts, case in zip(answers, cases)]

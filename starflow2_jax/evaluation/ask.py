@@ -1,9 +1,8 @@
-"""Batched answers of a STARFlow2 to the prompts of evaluation cases."""
+"""Batched answers of a STARFlow2 to prompts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from starflow2_jax.evaluation.shapes.cases import Case
 from starflow2_jax.inference import generate
 from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.options import make_options
@@ -76,15 +75,18 @@ def answer_text(parts: Sequence[Part]) -> str:
     return " ".join(part.text for part in parts if part.kind == "text").strip()
 
 
-def answer_image(parts: Sequence[Part], case: Case) -> Part:
+def answer_image(parts: Sequence[Part], name: str) -> Part:
     """Return the image of an answer.
 
+    Args:
+        name: of the prompt, for the error message.
+
     Raises:
-        ValueError: the answer has no image, or its image has no pixels; names the case.
+        ValueError: the answer has no image, or its image has no pixels.
     """
     for part in parts:
         if part.kind == "image" and part.image is not None:
             return part
     raise ValueError(
-        f"case {case.id}: the answer has no image with pixels; name the codec's folder with --fae"
+        f"{name}: the answer has no image with pixels; name the codec's folder with --fae"
     )
