@@ -203,11 +203,7 @@ def sample_preset(
 
 
 def train_experiment(cfg: Mapping[str, Any], repeats: int, rates: Result) -> Result:
-    """Time the training step of an experiment on one random batch.
-
-    Raises:
-        ValueError: If the configuration is invalid.
-    """
+    """Time the training step of an experiment on one random batch."""
     from starflow2_jax import config
     from starflow2_jax.mesh import host_rows, make_mesh
     from starflow2_jax.training.program import to_device
@@ -253,9 +249,6 @@ def read_data(folder: str, rows: int, repeats: int) -> Result:
     """Time the decoding of a dataset folder, in one thread and in the loader's threads.
 
     All images are scaled and cropped to squares of the first image's short side.
-
-    Raises:
-        DatasetError: If the folder is not a dataset.
     """
     from starflow2_jax.data import image_batches, records
 
@@ -272,11 +265,7 @@ def read_data(folder: str, rows: int, repeats: int) -> Result:
 
 
 def read_model(path: str, repeats: int) -> Result:
-    """Time the reading of a workdir, a step or a model folder, including its digests.
-
-    Raises:
-        FileNotFoundError, ValueError: If there is no model, or it is damaged.
-    """
+    """Time the reading of a workdir, a step or a model folder, including its digests."""
     from starflow2_jax.inference import flow_sampler
 
     before = status_mb("VmRSS")

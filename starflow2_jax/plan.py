@@ -112,23 +112,13 @@ def plan(
     """Return the rows of a plan, one per layout, or with `tries` those of a search.
 
     If there are several layouts, one that does not suit the model or the devices gets a row with
-    the error.
+    the error. A layout may take minutes; `callback` gets the rows so far after each one.
 
     Args:
-        cfg: A resolved, checked configuration.
-        topology: Name of the machine.
-        layouts: Keys of `mesh.LAYOUTS`.
         mesh: Mesh of a single layout; by default one that suits it.
         program: `train` or `generate`.
         batch: Rows to generate; by default one per device.
         tries: Number of programs that a search compiles; 0 for no search.
-        with_codegen: Generate machine code too.
-        callback: Called with the rows so far after each layout, which may take minutes.
-
-    Raises:
-        ValueError: If the topology does not exist, or the topology, mesh, batch, layout and model
-            do not fit together.
-        RuntimeError: If libtpu is not installed.
     """
     from starflow2_jax.planning import estimate, search
     from starflow2_jax.planning.topology import find

@@ -47,14 +47,7 @@ PROMPT_TOKENS, TEXT_TOKENS = 128, 64
 
 
 def experiment(stage: str, size: str, rows: int, dtype: str) -> dict[str, Any]:
-    """Return the configuration of a stage.
-
-    Args:
-        stage: A key of `STAGES`.
-        size: A key of `starflow2.PRESETS`.
-        rows: Rows of the global batch.
-        dtype: Dtype of matmuls and of the frozen VLM.
-    """
+    """Return the configuration of a stage; `dtype` is that of matmuls and of the frozen VLM."""
     cfg = config.plain()
     settings = {**STAGES[stage], **(TINY[stage] if size == "tiny" else {})}
     cfg["task"], cfg["name"] = "starflow2", f"{stage}_{size}"
@@ -107,12 +100,8 @@ def rows_of_images(cfg: dict[str, Any], model: PretzelConfig, count: int) -> dic
 def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
     """Time the training step of a stage on the default devices, in layout `fsdp`.
 
-    Returns:
-        The entries of `timing.measure`, `tokens_per_s`, `mfu` of the devices' bfloat16 peak, and
-        `needs_gib`, the memory of the compiled step per device.
-
-    Raises:
-        ValueError: If the step does not fit into the memory of the device.
+    The row has the entries of `timing.measure`, `tokens_per_s`, `mfu` of the devices' bfloat16
+    peak, and `needs_gib`, the memory of the compiled step per device.
     """
     peak = throughput.peak_flops()
     device_mesh = make_mesh("fsdp=-1")
@@ -164,9 +153,6 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
 
     The weights are stored in `dtype`. The bound is the time to read the weights and the cache at
     the machine's best bandwidth.
-
-    Args:
-        rates: The result of `timing.machine_rates`.
 
     Returns:
         `image_...` and `text_...`: milliseconds of one image and of `TEXT_TOKENS` tokens, tokens

@@ -90,12 +90,9 @@ def compile_timed(function: Any, *args: Any) -> tuple[Callable, float]:
 def machine_rates(repeats: int = 9, side: int = 2048, pairs: int = 20) -> Result:
     """Return the matmul rates and memory bandwidths of the default device.
 
-    Args:
-        repeats: Timed runs of each measurement.
-        side: Rows and columns of the matrices of the matmul rates.
-        pairs: Number of pairs of a 512 x 2048 and a 2048 x 512 float32 matrix (8 MiB together).
-            They are copied, summed, and multiplied with a vector one after another, as a decode
-            step does. 20 pairs exceed the caches of a CPU.
+    Bandwidths are measured with `pairs` of a 512 x 2048 and a 2048 x 512 float32 matrix (8 MiB
+    together), which are copied, summed, and multiplied with a vector one after another, as a decode
+    step does. 20 pairs exceed the caches of a CPU.
     """
     rates: Result = {}
     for dtype in ("float32", "bfloat16"):

@@ -64,14 +64,7 @@ class StepCost:
 def analyze(
     module: Module, mesh_shape: Mapping[str, int], slices: int = 1, default_trips: int = 1
 ) -> StepCost:
-    """Return the cost of a compiled program.
-
-    Args:
-        module: The parsed text of the program.
-        mesh_shape: Sizes of the mesh axes, in order of the program's devices.
-        slices: Number of TPU slices.
-        default_trips: Trip count of loops whose count the text does not tell.
-    """
+    """Return the cost of a program; loops of unknown length count `default_trips` times."""
     unknown_loops: list[str] = []
     operations, collectives = [], []
     kernel_flops = 0.0
@@ -132,10 +125,8 @@ def _contracted(lhs, dimensions):
 
 
 def _convolution_flops(instruction, operands):
-    """Return the FLOPs of a convolution, without the positions of the kernel that meet padding.
-
-    TPU programs express products with batch dimensions as convolutions that mostly meet padding.
-    """
+    # TPU programs express products with batch dimensions as convolutions that mostly meet padding,
+    # so only positions of the kernel inside the input count.
     lhs_labels, rest = instruction.attribute("dim_labels").split("_", 1)
     rhs_labels, out_labels = rest.split("->")
     lhs, rhs = operands[:2]
@@ -163,7 +154,6 @@ def _convolution_flops(instruction, operands):
 
 
 def _kernel_flops(instruction, shapes):
-    """Return the FLOPs of a library call or a Pallas kernel, from its name and shapes."""
     target = instruction.attribute("custom_call_target").strip('"')
     operands = [shape.dims for shape in shapes]
     if "gemm" in target or "matmul" in target:
@@ -222,7 +212,7 @@ def _users(called, name):
 
 
 def _bytes_read(module, called, parameter, shapes):
-    """Return the bytes read of a fusion's operand: the slices, if all its uses are slices."""
+    # Only slices are read of an operand if all its uses are slices.
     total = sum(map(_main_memory_bytes, shapes))
     if not total:
         return 0.0
@@ -250,7 +240,7 @@ def _bytes_read(module, called, parameter, shapes):
 
 
 def _bytes_written(module, called, shapes):
-    """Return the bytes of a fusion's results: the slice, if an array is updated in place."""
+    # Only a slice is written of an array that is updated in place.
     root = called.root
     parts = [called.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
     if len(parts) != len(shapes):
@@ -281,7 +271,6 @@ def _kind(instruction: Instruction) -> str:
 
 
 def _find_collectives(module, computation, instruction):
-    """Yield (scope, collective, name of its computation), also for those inside fusions."""
     if _kind(instruction):
         yield computation, instruction, computation.name
     elif instruction.opcode == "fusion":
@@ -291,10 +280,7 @@ def _find_collectives(module, computation, instruction):
 
 
 def _is_new(counted, body, instruction):
-    """Return True the first time a collective is met, and remember it.
-
-    TPU programs spread one collective over several fusions with the same channel.
-    """
+    # TPU programs spread one collective over several fusions with the same channel.
     channel = instruction.attribute("channel_id")
     key = (body.name, channel or instruction.name)
     if key in counted:
@@ -312,11 +298,7 @@ _LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{([\d,{}]*
 
 
 def replica_groups(instruction: Instruction, devices: int) -> list[tuple[int, ...]]:
-    """Return the groups of device positions that exchange with one another.
-
-    Raises:
-        ValueError: If they are written in an unknown form.
-    """
+    """Return the groups of device positions that exchange with one another."""
     text = instruction.attributes
 
     def numbers(text):

@@ -38,12 +38,7 @@ def lower(cfg: Mapping[str, Any], device_mesh: Mesh, rows: int) -> LoweredDecodi
     """Lower the sequential sampling of `rows` images with the experiment's guidance.
 
     The program of STARFlow2 is the decode loop over the patches of one image per row, after a
-    prompt that fills the row. Weights are float32, those of a VLM in `frozen_dtype`; the batch is
-    sharded over data and fsdp.
-
-    Raises:
-        ValueError: If the task has no planned decoding, the mesh does not divide the rows, or the
-            layout does not fit a weight.
+    prompt that fills the row. Weights are float32, those of a VLM in `frozen_dtype`.
     """
     programs = {"flow": _lower_flow, "starflow2": _lower_starflow2}
     task = registry.kind(cfg)

@@ -30,11 +30,8 @@ TENSOR = 8
 def default_mesh(layout: str, topology: Topology, model: Mapping[str, Any] | None = None) -> str:
     """Return a mesh that suits a layout, on all devices of a topology.
 
-    Args:
-        layout: A key of `mesh.LAYOUTS`.
-        topology: The machine.
-        model: The `model` group of the experiment. The tensor axis divides its heads, because
-            otherwise no attention kernel applies and every layer exchanges keys and values.
+    The tensor axis divides the heads of the `model` group, because otherwise no attention kernel
+    applies and every layer exchanges keys and values.
     """
     count, slices = len(topology.devices), topology.slices
     heads = filter(None, config.find_nested(model or {}, "heads", "kv_heads"))
@@ -51,10 +48,7 @@ def default_mesh(layout: str, topology: Topology, model: Mapping[str, Any] | Non
 
 
 def model_flops(cfg: Mapping[str, Any]) -> float:
-    """Return the FLOPs of a training step without rematerialization.
-
-    Causal attention counts as the plain path computes it: 5/8 of the square for long rows.
-    """
+    """Return the FLOPs of a step without rematerialization; causal attention counts 5/8."""
     plain = {**cfg, "layout": "dp", "train": {**cfg["train"], "microbatches": 1}}
     # The products inside attention kernels cannot be counted in a jaxpr.
     plain |= {"attention": "plain", "model": config.set_nested(cfg["model"], remat="none")}
@@ -77,15 +71,7 @@ def plan_row(
     *args: Any,
     with_codegen: bool = False,
 ) -> Row:
-    """Run `train_step` or `generate`, for TPUs in a subprocess and without code generation.
-
-    Args:
-        function: Name of the function.
-        cfg: A resolved, checked configuration.
-        topology: The machine.
-        args: Further arguments of the function.
-        with_codegen: Compile in this process, including code generation.
-    """
+    """Run `train_step` or `generate`, for TPUs in a subprocess and without code generation."""
     if with_codegen or not topology.shape:
         return globals()[function](cfg, topology, *args)
     return partial_compile.run_in_subprocess(_run, function, dict(cfg), topology.name, args)
@@ -104,14 +90,7 @@ def train_step(
 ) -> Row:
     """Compile an experiment's training step for a topology under its `layout` and `mesh`.
 
-    Args:
-        cfg: A resolved, checked configuration.
-        topology: The machine.
-        step_flops: The result of `model_flops`, if it is known.
-        with_codegen: Generate machine code too. A plan reads only its size.
-
-    Raises:
-        ValueError: If the configuration, the mesh and the layout do not fit together.
+    `step_flops` is the result of `model_flops`, if it is known.
     """
     device_mesh = make_mesh(cfg["mesh"], topology.devices)
     mesh = device_mesh.shape
@@ -181,11 +160,7 @@ def _settings(cfg, topology, mesh, rows):
 def _compile(
     lowered, device_mesh, topology, declared, activations, default_trips=1, with_codegen=True
 ):
-    """Compile a lowered program; return its memory and, unless it is too large, its cost.
-
-    Raises:
-        RuntimeError: If the compiler is newer than jax, which then cannot read its programs.
-    """
+    """Compile a lowered program; return its memory and, unless it is too large, its cost."""
     start_time, start_cpu, chip = time.perf_counter(), time.process_time(), topology.chip
     try:
         if with_codegen:

@@ -164,11 +164,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def parse(text: str) -> Module:
-    """Parse the text of a program.
-
-    Raises:
-        ValueError: If the text has no entry computation.
-    """
+    """Parse the text of a program; raise ValueError if it has no entry computation."""
     computations: dict[str, Computation] = {}
     current = entry = None
     # The metadata of a Pallas kernel spans several lines.

@@ -12,10 +12,7 @@ import numpy as np
 
 
 def sub_jaxprs(equation: Any) -> Iterator[tuple[Any, float]]:
-    """Yield the jaxprs inside an equation with the number of times each one runs.
-
-    A loop of unknown length counts once.
-    """
+    """Yield the jaxprs inside an equation and how often they run (unknown loops once)."""
     name, params = equation.primitive.name, equation.params
     times = params["length"] if name == "scan" else 1
     if name == "shard_map":
@@ -54,11 +51,7 @@ def saved_activation_bytes(jaxpr: Any, rows: int, shards: int) -> float:
     Counted are the stacked outputs of the loops over layers, which a jaxpr knows exactly, with a
     dimension that is a multiple of `rows`. Activations outside loops and inside the backward pass
     of one layer are left to the compiler. Reversed loops return gradients and do not count.
-
-    Args:
-        jaxpr: The jaxpr of a training step.
-        rows: Rows of the batch or, with microbatches, of one microbatch.
-        shards: Number of shards of the batch.
+    `rows` are those of one microbatch, and `shards` is the number of shards of the batch.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0

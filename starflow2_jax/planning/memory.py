@@ -65,15 +65,7 @@ def declared_bytes(program: Any) -> dict[str, int]:
 def from_compiler(
     stats: Any, module: Module, declared: Mapping[str, int], activations: float, capacity: float
 ) -> MemoryUse:
-    """Return the memory of a compiled program.
-
-    Args:
-        stats: The result of `Compiled.memory_analysis()`.
-        module: The parsed text of the program.
-        declared: The result of `declared_bytes`.
-        activations: Estimated bytes of saved activations.
-        capacity: Bytes of the device, 0 if unknown.
-    """
+    """Return the memory of a program; `stats` is the result of `Compiled.memory_analysis()`."""
     arguments = [s for i in module.entry.parameters().values() for s in i.shapes]
     bytes_read = sum(shape.bytes for shape in arguments)
     unused = sum(declared.values()) - bytes_read

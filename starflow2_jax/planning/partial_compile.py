@@ -50,9 +50,6 @@ def compile_without_codegen(lowered: Any) -> Any:
     """Return a `PartialExecutable`, or the compiled program if the compiler finishes first.
 
     The compiler may continue in a thread of this process; see `run_in_subprocess`.
-
-    Raises:
-        JaxRuntimeError: As `lowered.compile()`, for example if the program is too large.
     """
     folder = pathlib.Path(tempfile.mkdtemp(prefix="plan_"))
     outcome: dict[str, Any] = {}
@@ -114,12 +111,7 @@ def read_dump(folder: pathlib.Path) -> PartialExecutable | None:
 def run_in_subprocess(function: Callable[..., Any], *args: Any) -> Any:
     """Return `function(*args)`, computed in a new process that is killed afterwards.
 
-    Args:
-        function: A function of a module. It, its arguments and its result must be picklable.
-        args: Its arguments.
-
-    Raises:
-        RuntimeError: If the process ends without a result. Errors of the function are raised here.
+    The function, its arguments and its result must be picklable. Its errors are raised here.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

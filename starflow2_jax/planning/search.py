@@ -52,9 +52,6 @@ def search(
 
     Candidates whose weights, optimizer and saved activations exceed the memory are dropped. Of the
     rest, `tries` are compiled, in order of FLOPs per token and then of devices per weight.
-
-    Raises:
-        ValueError: If no candidate can fit.
     """
     ranked, num_refused = [], 0
     for candidate in candidates(cfg, topology, layouts):

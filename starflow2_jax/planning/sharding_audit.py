@@ -29,16 +29,8 @@ def unexpected_collectives(
     `tensor` leaves to a device; and over `context` the keys and values. Reported are therefore
     activations that cross devices because their sharding is lost on the way, and weights of which
     all layers are gathered at once. A large weight must be sharded if the layout has mesh axes
-    for it.
-
-    Args:
-        declared: ParamSpecs of the model.
-        cost: The cost of the compiled step.
-        module: The parsed text of the compiled step.
-        device_mesh: The mesh of the step.
-        layout: A key of `mesh.LAYOUTS`.
-        large: Bytes below which nothing is reported.
-        trained: Names of the trained subtrees, None for all. A step need not read the rest.
+    for it. Nothing is reported below `large` bytes. Subtrees that are not in `trained` need not be
+    read by the step.
     """
     lines = []
     layer_sizes = _layer_sizes(declared, device_mesh, layout)

@@ -90,11 +90,7 @@ class Topology:
 
 
 def parse(name: str) -> tuple[str, str, int]:
-    """Parse a name such as `v5e:16x16*2` into kind, shape of a slice, and number of slices.
-
-    Raises:
-        ValueError: If there is no such machine; lists similar ones.
-    """
+    """Parse a name such as `v5e:16x16*2` into kind, shape of a slice, and number of slices."""
 
     def num_chips(shape):
         return math.prod(int(n) for n in shape.split("x"))

@@ -25,11 +25,7 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an er
 
 
 def parse_verb(argv: list[str], verbs: Mapping[str, str]) -> str:
-    """Return the verb of a command line, its first argument.
-
-    Raises:
-        app.UsageError: If it is missing or unknown; lists all verbs.
-    """
+    """Return the verb of a command line, its first argument."""
     usage = "\n".join(f"  {verb:10} {description}" for verb, description in verbs.items())
     if len(argv) < 2:
         raise app.UsageError(f"a verb is needed:\n{usage}")
@@ -55,10 +51,7 @@ def explain(argv: list[str], error: Exception) -> str:
 
 
 def quote_keywords(arg: str) -> str:
-    """Return `--config.init.from=X` as `--config.init['from']=X`.
-
-    config_flags parses keys as Python attributes, and `from` is a keyword.
-    """
+    """Return `--config.init.from=X` as `--config.init['from']=X`, as `from` is a keyword."""
     name, equals, value = arg.partition("=")
     first, *keys = name.split(".")
     if first.lstrip("-") != "config" or first == "config":

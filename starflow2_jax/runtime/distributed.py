@@ -74,11 +74,7 @@ _session: _Session | None = None
 
 
 def detect(environ: Mapping[str, str]) -> ProcessInfo | None:
-    """Return the index and coordinator of this process, or None for a single process.
-
-    Raises:
-        ValueError: If a variable is missing, is not a number, or contradicts another one.
-    """
+    """Return the index and coordinator of this process, or None for a single process."""
     tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"
     slurm = {"SLURM_PROCID", "SLURM_JOB_ID"} <= set(environ) and int(tasks) > 1
     variables = {name: environ[name] for name in (ADDRESS, COUNT, INDEX) if environ.get(name)}
@@ -112,14 +108,8 @@ def _slurm_address(nodes: str, job: str) -> str:
 
 
 def _local_devices(environ: Mapping[str, str], slurm: bool) -> tuple[int, ...] | None:
-    """Return the ids of the accelerators that this process uses, or None for all it sees.
-
-    Under SLURM, tasks that all see the devices of their node (`--gres`) split them evenly. A task
-    with devices of its own (`--gpus-per-task`) keeps them.
-
-    Raises:
-        ValueError: If JAX_LOCAL_DEVICE_IDS is not a list of numbers.
-    """
+    # Under SLURM, tasks that all see the devices of their node (`--gres`) split them evenly. A task
+    # with devices of its own (`--gpus-per-task`) keeps them. None stands for all visible devices.
     device_ids = environ.get("JAX_LOCAL_DEVICE_IDS")
     if device_ids:
         if not re.fullmatch(r"\d+(,\d+)*", device_ids):
@@ -226,12 +216,8 @@ def _all_gather(session: _Session, name: str, value: Any) -> list[Any]:
 def assert_equal_across_processes(label: str, value: Any) -> None:
     """Raise on every process if the processes do not all pass the same value.
 
-    Args:
-        label: Name of the value for the message.
-        value: Anything that JSON can represent.
-
-    Raises:
-        ValueError: On every process; names the first process that differs, and the keys.
+    The value is anything that JSON can represent; the error names the first process that differs,
+    and the keys.
     """
     if _session is None:
         return
@@ -253,9 +239,6 @@ def wait_for_all(timeout: int = 3600) -> None:
     """Return once every process has called this; at once in a single process.
 
     Call it after compiling: compile times differ, and collectives on CPUs give up after 30 s.
-
-    Args:
-        timeout: Seconds. A process that fails in the meantime ends all of them.
     """
     if _session is not None:
         _client().wait_at_barrier(f"{_PREFIX}/{next(_session.exchange_ids)}", timeout * 1000)
@@ -340,10 +323,7 @@ def preemption_handler() -> Callable[[int], bool]:
 
 
 def abort_all(error: BaseException | str) -> None:
-    """End this process and all other ones of its job; return if it is a single process.
-
-    The caller has printed the error.
-    """
+    """End all processes of the job after the caller has printed the error."""
     session = _session
     if session is None or session.ending.is_set():
         return

@@ -37,10 +37,7 @@ class Connection:
 
 
 def rendezvous(info: ProcessInfo, timeout: float) -> dict[int, Connection]:
-    """Wait until all processes are connected.
-
-    Args:
-        timeout: Seconds after which every process gives up.
+    """Wait until all processes are connected, at most `timeout` seconds.
 
     Returns:
         On process 0 a connection to each other process, by its index; elsewhere one to process 0.
@@ -63,11 +60,7 @@ def send(connection: Connection, **message: Any) -> None:
 
 
 def receive(connection: Connection) -> dict[str, Any] | None:
-    """Return the next message, or None if the other end is closed.
-
-    Raises:
-        TimeoutError: If the connection has a time limit and it expires.
-    """
+    """Return the next message, or None if the other end is closed."""
     try:
         line = connection.file.readline(_MAX_LINE_BYTES)
         return json.loads(line) if line.endswith(b"\n") else None
