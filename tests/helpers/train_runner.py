@@ -26,7 +26,6 @@ from starflow2_jax import train
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.data import image_batches, packed_batches
 from starflow2_jax.runtime import distributed
-from starflow2_jax.training import program as programs
 
 if "OBJECT_STORE" in os.environ:
     import object_store
@@ -40,7 +39,7 @@ only_process, _, event = event.rpartition("@")
 kind, _, step = event.partition(":")
 if only_process not in ("", process):
     kind = ""
-save, restore, to_device = orbax.save, orbax.restore, programs.to_device
+save, restore, to_device = orbax.save, orbax.restore, train.to_device
 
 
 def die():
@@ -112,7 +111,7 @@ replace(orbax, "save", save_and_die)
 replace(orbax, "restore", restore_and_note)
 replace(image_batches, "batches", note_ids(image_batches.batches))
 replace(packed_batches, "batches", note_ids(packed_batches.batches))
-replace(programs, "to_device", to_device_and_die)
+replace(train, "to_device", to_device_and_die)
 if kind == "stop":
     replace(distributed, "preemption_handler", lambda: lambda number: number == int(step))
 train.train(config, workdir)

@@ -10,10 +10,9 @@ from helpers.tiny_flow import experiment
 from starflow2_jax import mesh, params, train
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.data import records
-from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.shapes import generator
 from starflow2_jax.training import init_from
-from starflow2_jax.training.logging import run_log
+from starflow2_jax.training.run_data import RunData
 from starflow2_jax.training.tasks import registry
 
 
@@ -125,21 +124,19 @@ def test_weights_of_another_model_are_listed(source, tmp_path):
         init_from.init_from_checkpoint(other, None, str(tmp_path / "nowhere"))
 
 
-def test_evaluation_in_training_fits_its_batch_to_the_mesh(colors, tmp_path):
+def test_evaluation_in_training_fits_its_batch_to_the_mesh(colors):
     """10 rows at a time do not divide over 8 devices; the figures are those of one device."""
     rows = {}
     for name, devices in (("one", 1), ("eight", 8)):
         cfg = with_data(colors, **{"evaluate.batch_size": 10, "evaluate.rows": 13})
+        cfg["eval_data"] = cfg["data"]
         grid = mesh.make_mesh("data=-1", jax.devices()[:devices])
         program = registry.build(cfg, grid)
         with jax.set_mesh(grid):
             state, frozen = program.init(jax.random.key(0))
             state = dataclasses.replace(state, ema=jax.tree.map(lambda a: a + 0.01, state.ema))
-            opened = run_log.open(tmp_path / name, cfg)
-            options = image_batch_options(cfg, program.task.model_config, "data")
-            train._evaluate(program, state, frozen, opened, 3, options)
-        run_log.close(opened)
-        (rows[name],) = run_log.read(tmp_path / name)
-    assert set(rows["one"]) == set(rows["eight"]) and "eval/nats_per_dim" in rows["one"]
+            data = RunData(program.task, None, {})
+            rows[name] = train.evaluate(program, state.ema, frozen, data)
+    assert set(rows["one"]) == set(rows["eight"]) and "nats_per_dim" in rows["one"]
     for name, value in rows["one"].items():
         assert rows["eight"][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name

@@ -1,0 +1,49 @@
+"""Whether a workdir can be resumed by a configuration and its data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from starflow2_jax import config
+from starflow2_jax.checkpoints import orbax, steps
+from starflow2_jax.runtime import distributed
+from starflow2_jax.training.logging import run_log
+from starflow2_jax.training.run_data import RunData, fingerprints
+
+# Keys that may change when a run is resumed: they affect placement and logging, not the result. The
+# contents of frozen models are compared instead of their paths.
+RESUMABLE_KEYS = (
+    *("layout", "mesh", "attention", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
+    *("distributed.", "teacher.path", "init.fae", "fae.path", "fae.lpips", "vlm.path"),
+)
+# These may change as well if the data are the same.
+DATA_PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", "eval_data.")
+
+
+def check_workdir(workdir: epath.Path, cfg: Mapping[str, Any], data: RunData) -> int | None:
+    """Return the newest step to resume from, None in a new workdir.
+
+    Raises:
+        ValueError: The workdir has another configuration or other data, or its newest step is
+            incomplete.
+    """
+    newest = {"newest step": steps.latest(workdir)}
+    distributed.assert_equal_across_processes(f"what they see in {workdir}", newest)
+    steps.check_copied(workdir)
+    newest_step = steps.latest(workdir)
+    saved = run_log.read_config(workdir)
+    if saved is None:
+        return newest_step
+    saved_data = newest_step is not None and fingerprints(orbax.read_meta(workdir)["data"])
+    same_data = saved_data == data.fingerprints
+    may_change = RESUMABLE_KEYS + (DATA_PATH_KEYS if same_data else ())
+    differing = [row for row in config.differences(saved, cfg) if not row.startswith(may_change)]
+    if differing:
+        raise ValueError(f"{workdir} holds another configuration:\n  " + "\n  ".join(differing))
+    if newest_step is not None and not same_data:
+        raise ValueError(
+            f"{workdir}: the data have changed since step {newest_step}: fingerprints {saved_data} "
+            f"then, {data.fingerprints} now"
+        )
+    return newest_step
