@@ -5,14 +5,18 @@ import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from absl import flags
-from helpers.paths import EXPERIMENTS
+from helpers.paths import EXPERIMENTS, GOLDEN
 from ml_collections import config_flags
 
 from starflow2_jax import config, mesh
+from starflow2_jax.checkpoints import model_folder, orbax
+from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.runtime import cli
+from starflow2_jax.training.logging import run_log
 from starflow2_jax.training.tasks import registry
 
 VARIANTS = ["tarflow_pixels:tiny", "tarflow_pixels:cifar", "tarflow_pixels:in64",
@@ -229,3 +233,41 @@ def test_settings_that_every_causal_model_shares():
     assert config.model_group(cfg) == expected
     del cfg["attention"]  # saved before there was a choice
     assert "attention" not in config.model_group(cfg)
+
+
+def old_names(cfg):
+    """Return a configuration as it was stored before its keys got their present names."""
+    old = json.loads(json.dumps(cfg))
+    for name, new_name in config.RENAMED.items():
+        (group, key), (new_group, new_key) = name.split("."), new_name.split(".")
+        old.setdefault(group, {})[key] = old[new_group].pop(new_key)
+        if not old[new_group]:
+            del old[new_group]
+    return old
+
+
+@pytest.mark.fast
+def test_a_configuration_from_before_the_renaming_is_read():
+    old = json.loads((GOLDEN / "config_before_renaming.json").read_text())
+    cfg = config.upgrade(old)
+    config.check(cfg)
+    assert set(config.flat(cfg)) == set(config.KEYS) and config.upgrade(cfg) == cfg
+    assert old_names(cfg) == old
+    assert cfg["train"]["trainable"] == ["adapter", "shallow", "deep", "skip"]
+    assert cfg["cfg_dropout"] == {"text": 0.1, "all": 0.0} and "drop" not in cfg
+
+
+def test_runs_and_folders_from_before_the_renaming_are_read(tmp_path):
+    """Their files hold the old keys; every reader gives the present ones."""
+    cfg = changed(**{"data.blank_images": True, "train.trainable": ["flow"]})
+    writer = orbax.open(tmp_path / "run")
+    state = {"params": {"a": np.ones(2, np.float32)}, "ema": {"a": np.ones(2, np.float32)}}
+    orbax.save(writer, 1, state, {"config": old_names(cfg), "step": 1})
+    orbax.close(writer)
+    run_log.save_config(tmp_path / "run", old_names(cfg))
+    model_folder.write_folder(tmp_path / "folder", state["ema"], old_names(cfg))
+    assert run_log.read_config(tmp_path / "run") == cfg
+    assert orbax.read_meta(tmp_path / "run")["config"] == cfg
+    assert open_model(tmp_path / "run").config == cfg
+    assert model_folder.read_config(tmp_path / "folder") == cfg
+    assert config.differences(run_log.read_config(tmp_path / "run"), cfg) == []
