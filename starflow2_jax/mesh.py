@@ -1,14 +1,16 @@
-"""The device mesh and the named layouts.
+"""The device mesh and the named sharding layouts.
 
-Weights name the logical axis of every dimension (`embed`, `heads`, `mlp`, ...). A layout is a table
-from logical axis to mesh axis, so comparing two layouts is comparing two small dictionaries.
-Activations follow the mesh alone: a batch is cut over `data` and `fsdp`, positions over `context`,
-heads and hidden channels over `tensor`; a mesh axis of size 1 cuts nothing.
+A parameter names the logical axis of each of its dimensions (`embed`, `heads`, `mlp`, ...). A
+layout is a table from logical axes to mesh axes, so comparing two layouts means comparing two small
+dictionaries. Activations depend on the mesh alone: a batch is sharded over `data` and `fsdp`,
+positions over `context`, heads and hidden channels over `tensor`. A mesh axis of size 1 shards
+nothing.
 
-`context` works under every layout, for the full-sequence passes of training and evaluation: what is
-kept of a layer is cut by position, queries stay where they are, keys and values are gathered for
-each layer. It is for rows of which a device cannot hold one; where rows abound, cut those: a causal
-mask leaves the first positions' devices waiting for the last ones'. Decoding does not use it.
+`context` works with every layout, for the full-sequence passes of training and evaluation. What a
+layer stores is sharded by position; queries stay where they are, and keys and values are gathered
+for each layer. Use it for rows that do not fit on a device. If there are enough rows, shard those
+instead: with a causal mask the devices of the first positions wait for those of the last. Decoding
+does not use it.
 
 A *slice* is a set of devices with fast links: a TPU slice, elsewhere the devices of one process.
 """
@@ -22,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "context", "tensor")
 
-# In order of preference: a mesh axis cuts one dimension of a weight.
+# In order of preference: a mesh axis shards one dimension of a parameter.
 _FSDP = {"embed": "fsdp", "mlp": "fsdp"}
 _TENSOR = {a: "tensor" for a in ("heads", "kv_heads", "mlp", "vocab", "text")}
 LAYOUTS: dict[str, dict[str, str]] = {
@@ -30,7 +32,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
     "fsdp": _FSDP,
     "tp": _TENSOR,
     "fsdp_tp": {**_FSDP, **_TENSOR},
-    # Weights are gathered over fast links only: what crosses slices is the gradient, once a step.
+    # Parameters are gathered over fast links only; gradients cross slices, once a step.
     "hybrid": _FSDP,
 }
 
@@ -43,10 +45,10 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`"data=2,fsdp=-1"` to `{"data": 2, "fsdp": -1}`.
+    """Parse `"data=2,fsdp=-1"` to `{"data": 2, "fsdp": -1}`.
 
     Raises:
-        ValueError: an entry that is not `axis=size`, an unknown axis, or one named twice.
+        ValueError: An entry is not `axis=size`, or names an axis twice.
     """
     sizes: dict[str, int] = {}
     for entry in filter(None, text.replace(" ", "").split(",")):
@@ -62,17 +64,17 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(
     sizes: Mapping[str, int] | str | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh over `AXES` whose axes are all `AxisType.Auto`.
+    """Return a mesh over `AXES` whose axes are all `AxisType.Auto`.
 
     Args:
-        sizes: size of each named axis, 1 where left out; one of them may be -1 and takes what is
-            left. None puts every device on `data`.
-        devices: the devices to use, all of them by default. Several TPU slices are laid along
-            `data`, or along `fsdp` where their number does not divide `data`.
+        sizes: size of each axis, 1 by default. One of them may be -1, for all remaining devices.
+            None puts every device on `data`.
+        devices: the devices to use, by default all of them. Several TPU slices lie along `data`, or
+            along `fsdp` if their number does not divide `data`.
 
     Raises:
-        ValueError: an unknown axis, two -1, a product that is not the number of devices, or slices
-            whose number divides neither `data` nor `fsdp`.
+        ValueError: An axis is unknown, two sizes are -1, their product is not the number of
+            devices, or the number of slices divides neither `data` nor `fsdp`.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = parse_mesh(sizes) if isinstance(sizes, str) else dict(sizes or {"data": -1})
@@ -90,89 +92,103 @@ def make_mesh(
             f"mesh: {dict(zip(AXES, shape))} needs {int(np.prod(shape))} devices, "
             f"{len(devices)} are there"
         )
-    return Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    axis_types = (AxisType.Auto,) * len(AXES)
+    return Mesh(_arrange_devices(shape, devices), AXES, axis_types=axis_types)
 
 
-def _arranged(shape, devices):
-    """Devices so that neighbours on a mesh axis are neighbours on the machine."""
+def _arrange_devices(shape, devices):
+    """Order devices so that neighbors on a mesh axis are neighbors on the machine."""
     from jax.experimental import mesh_utils
 
     slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     if slices == 1:
         # A dimension of the machine may be shared by two mesh axes, whatever the kind of chip.
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    over = next((n for n, size in enumerate(shape[:2]) if size % slices == 0), None)
-    if over is None:
+    dimension = next((n for n, size in enumerate(shape[:2]) if size % slices == 0), None)
+    if dimension is None:
         raise ValueError(
             f"mesh: {dict(zip(AXES, shape))}: neither data nor fsdp is a multiple of the "
             f"{slices} slices"
         )
-    across = [slices if n == over else 1 for n in range(len(shape))]
-    inside = [size // ways for size, ways in zip(shape, across)]
+    across_slices = [slices if n == dimension else 1 for n in range(len(shape))]
+    inside_slices = [size // parts for size, parts in zip(shape, across_slices)]
     return mesh_utils.create_hybrid_device_mesh(
-        inside, across, devices, allow_split_physical_axes=True
+        inside_slices, across_slices, devices, allow_split_physical_axes=True
     )
 
 
 def slice_of(device: jax.Device) -> int:
-    """Which slice a device is in."""
+    """Return the number of the slice that a device belongs to."""
     number = getattr(device, "slice_index", None)
     if number is not None:
         return number
     return 0 if device.platform == "tpu" else device.process_index
 
 
-def check_layout(layout: str, mesh: Mesh) -> None:
-    """Raises ValueError for an unknown layout, or `hybrid` where `fsdp` leaves a slice."""
+def check_layout(layout: str, device_mesh: Mesh) -> None:
+    """Check a layout's name, and for `hybrid` that `fsdp` stays inside slices.
+
+    Raises:
+        ValueError: The layout is unknown, or `fsdp` crosses slices.
+    """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: {layout!r} is not one of {', '.join(LAYOUTS)}")
-    if layout == "hybrid" and isinstance(mesh, Mesh):
-        where = np.vectorize(slice_of)(mesh.devices)
-        if (where != where[:, :1]).any():
+    if layout == "hybrid" and isinstance(device_mesh, Mesh):
+        slices = np.vectorize(slice_of)(device_mesh.devices)
+        if (slices != slices[:, :1]).any():
             raise ValueError(
-                f"layout 'hybrid': mesh axis fsdp={mesh.shape['fsdp']} crosses slices (of TPUs, "
-                f"else processes): put their number, {len(np.unique(where))}, on data"
+                f"layout 'hybrid': mesh axis fsdp={device_mesh.shape['fsdp']} crosses slices (of "
+                f"TPUs, else processes): put their number, {len(np.unique(slices))}, on data"
             )
 
 
 def weight_spec(
-    name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, layout: str
+    name: str,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    device_mesh: Mesh,
+    layout: str,
 ) -> PartitionSpec:
-    """Where one weight lives under a layout.
+    """Return the PartitionSpec of a parameter under a layout.
+
+    Args:
+        name: of the parameter, for error messages.
+        axes: the logical axis of each dimension.
 
     Raises:
-        ValueError: an unknown layout, or a mesh axis that does not divide the dimension it is to
-            cut; names the weight, the dimension and the axis.
+        ValueError: The layout is unknown, or a mesh axis does not divide the dimension that it
+            shards; names the parameter, the dimension and the axis.
     """
-    check_layout(layout, mesh)
-    cut: dict[str, str] = {}
+    check_layout(layout, device_mesh)
+    mesh_axes: dict[str, str] = {}
     for logical, axis in LAYOUTS[layout].items():
-        if logical in axes and axis not in cut.values():
-            cut[logical] = axis
+        if logical in axes and axis not in mesh_axes.values():
+            mesh_axes[logical] = axis
     spec = []
     for dimension, (size, logical) in enumerate(zip(shape, axes)):
-        axis = cut.get(logical)
-        if axis is not None and size % mesh.shape[axis]:
+        axis = mesh_axes.get(logical)
+        if axis is not None and size % device_mesh.shape[axis]:
             raise ValueError(
                 f"layout {layout!r}: weight {name} has {size} in dimension {dimension} "
-                f"({logical}), which mesh axis {axis!r} of size {mesh.shape[axis]} does not divide"
+                f"({logical}), which mesh axis {axis!r} of size {device_mesh.shape[axis]} does not "
+                f"divide"
             )
         spec.append(axis)
     return PartitionSpec(*spec)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over `data` and `fsdp`; the other dimensions whole."""
-    return NamedSharding(mesh, PartitionSpec(ACTIVATIONS["batch"]))
+def batch_sharding(device_mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a batch: rows over `data` and `fsdp`."""
+    return NamedSharding(device_mesh, PartitionSpec(ACTIVATIONS["batch"]))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The same value on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+def replicated(device_mesh: Mesh) -> NamedSharding:
+    """Return the sharding that puts the whole value on every device."""
+    return NamedSharding(device_mesh, PartitionSpec())
 
 
 def to_host(a: jax.Array) -> np.ndarray:
-    """The whole of an array. Where other processes hold parts of it, all of them have to call."""
+    """Gather an array to the host. If it is spread over processes, all of them must call this."""
     if a.is_fully_addressable or a.is_fully_replicated:
         return np.asarray(a)
     from jax.experimental import multihost_utils
@@ -180,26 +196,32 @@ def to_host(a: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(a, tiled=True)
 
 
-def check_batch(rows: int, mesh: Mesh, what: str = "train.batch_size") -> None:
-    """Raises ValueError where the mesh's batch axes do not divide the number of rows."""
-    ways = int(np.prod([mesh.shape[axis] for axis in ACTIVATIONS["batch"]]))
-    if rows % ways:
+def _batch_shards(device_mesh: Mesh) -> int:
+    return int(np.prod([device_mesh.shape[axis] for axis in ACTIVATIONS["batch"]]))
+
+
+def check_batch(rows: int, device_mesh: Mesh, name: str = "train.batch_size") -> None:
+    """Raise ValueError if the mesh's batch axes do not divide the number of rows."""
+    shards = _batch_shards(device_mesh)
+    if rows % shards:
         raise ValueError(
-            f"{what}={rows} is not divisible by data x fsdp = {mesh.shape['data']} x "
-            f"{mesh.shape['fsdp']} = {ways}"
+            f"{name}={rows} is not divisible by data x fsdp = {device_mesh.shape['data']} x "
+            f"{device_mesh.shape['fsdp']} = {shards}"
         )
 
 
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`, for which the program being traced is meant: by `jax.set_mesh`, which
-    may hold devices of another machine, else the default device's.
+    """Return `cpu`, `gpu` or `tpu`: the platform of the program that is being traced.
+
+    The mesh of `jax.set_mesh` decides, which may consist of devices of another machine; without
+    one, the default device.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
-def activation_ways() -> dict[str, int]:
-    """Into how many parts the mesh set by `jax.set_mesh` cuts each of `ACTIVATIONS`."""
+def activation_shards() -> dict[str, int]:
+    """Return into how many shards the mesh of `jax.set_mesh` cuts each of `ACTIVATIONS`."""
     shape = jax.sharding.get_abstract_mesh().shape
     return {
         name: int(np.prod([shape.get(axis, 1) for axis in axes]))
@@ -207,39 +229,39 @@ def activation_ways() -> dict[str, int]:
     }
 
 
-def host_rows(rows: int, mesh: Mesh) -> np.ndarray:
-    """Which rows of a global batch this process holds, in order: int [n].
+def host_rows(rows: int, device_mesh: Mesh) -> np.ndarray:
+    """Return the rows of a global batch that this process holds, in order: int [n].
 
-    Processes along `data` and `fsdp` share the rows out; those that differ along `tensor` or
-    `context` alone hold the same ones. On a TPU slice they need not be one block.
+    Processes along `data` and `fsdp` have different rows; those that differ along `tensor` or
+    `context` alone have the same ones. On a TPU slice the rows need not be one block.
     """
-    where = batch_sharding(mesh).addressable_devices_indices_map((rows,))
-    blocks = sorted({(index[0].start or 0, index[0].stop or rows) for index in where.values()})
+    indices = batch_sharding(device_mesh).addressable_devices_indices_map((rows,))
+    blocks = sorted({(index[0].start or 0, index[0].stop or rows) for index in indices.values()})
     return np.concatenate([np.arange(*block) for block in blocks])
 
 
-def place_rows(local: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The global array of a batch, from this process's rows of it (`host_rows`)."""
-    ways = int(np.prod([mesh.shape[axis] for axis in ACTIVATIONS["batch"]]))
-    mine = host_rows(ways, mesh).tolist()
-    size = len(local) // len(mine)
+def place_rows(local: np.ndarray, device_mesh: Mesh) -> jax.Array:
+    """Return the global array of a batch, given this process's rows of it (see `host_rows`)."""
+    shards = _batch_shards(device_mesh)
+    local_shards = host_rows(shards, device_mesh).tolist()
+    shard_rows = len(local) // len(local_shards)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        first = mine.index((index[0].start or 0) // size) * size
-        return local[first : first + size]
+        first = local_shards.index((index[0].start or 0) // shard_rows) * shard_rows
+        return local[first : first + shard_rows]
 
-    shape = (size * ways, *local.shape[1:])
-    return jax.make_array_from_callback(shape, batch_sharding(mesh), read)
+    shape = (shard_rows * shards, *local.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(device_mesh), read)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pin an activation to the mesh set by `jax.set_mesh`; without one, x as it is.
+    """Pin an activation's sharding on the mesh of `jax.set_mesh`; without a mesh, return x.
 
     Args:
-        x: any array; names: one of `ACTIVATIONS` or None for each of its leading dimensions.
+        names: one of `ACTIVATIONS`, or None, for each of the leading dimensions.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    abstract_mesh = jax.sharding.get_abstract_mesh()
+    if abstract_mesh.empty or abstract_mesh.size == 1:
         return x
     spec = PartitionSpec(*(None if name is None else ACTIVATIONS[name] for name in names))
     return jax.lax.with_sharding_constraint(x, spec)

@@ -15,38 +15,42 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
-from starflow2_jax.mesh import weight_spec
+from starflow2_jax import mesh
 
 Tree = Mapping[str, Any]
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """All zeros."""
+    """Return zeros."""
     del key
     return jnp.zeros(shape, dtype)
 
 
 def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """All ones."""
+    """Return ones."""
     del key
     return jnp.ones(shape, dtype)
 
 
 def normal(std: float) -> Init:
-    """Independent Gaussians of standard deviation `std`."""
-    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+    """Return an initializer of independent Gaussians with standard deviation `std`."""
+
+    def init(key, shape, dtype):
+        return std * jax.random.normal(key, shape, dtype)
+
+    return init
 
 
 def fan_in(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Uniform in ±1/sqrt(inputs) for [..., inputs, outputs], as PyTorch's linear layers."""
+    """Draw uniformly from ±1/sqrt(inputs) for [..., inputs, outputs], as PyTorch's Linear does."""
     bound = shape[-2] ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One declared array: its shape, the logical axis of each dimension, and its initialiser."""
+    """A declared parameter: its shape, the logical axis of each dimension, and its initializer."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -58,12 +62,12 @@ class ParamSpec:
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Nested dict to `{"blocks/0/start": leaf}`, in sorted order."""
+    """Flatten a nested dict to `{"blocks/0/start": leaf}`, in sorted order."""
     return dict(sorted(traverse_util.flatten_dict(tree, sep="/").items()))
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Invert `flatten`."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
@@ -72,63 +76,67 @@ def _map(function: Callable[[str, Any], Any], tree: Tree) -> dict[str, Any]:
 
 
 def init(key: jax.Array, tree: Tree, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Draw every declared weight. Under `jax.jit` with `out_shardings` they are born sharded.
+    """Draw every declared parameter; under `jax.jit` with `out_shardings`, directly sharded.
 
-    A weight's key is folded from its name, so that adding one weight changes no other.
+    The key of a parameter is folded from its name, so that adding one changes no other.
     """
 
-    def draw(name: str, weight: ParamSpec) -> jax.Array:
-        return weight.init(jax.random.fold_in(key, zlib.crc32(name.encode())), weight.shape, dtype)
+    def draw(name: str, spec: ParamSpec) -> jax.Array:
+        return spec.init(jax.random.fold_in(key, zlib.crc32(name.encode())), spec.shape, dtype)
 
     return _map(draw, tree)
 
 
-def shardings(tree: Tree, mesh: Mesh, layout: str) -> dict[str, Any]:
-    """NamedShardings of every declared weight.
+def shardings(tree: Tree, device_mesh: Mesh, layout: str) -> dict[str, Any]:
+    """Return the NamedSharding of every declared parameter.
 
     Raises:
-        ValueError: the layout does not fit a weight (see `mesh.weight_spec`).
+        ValueError: The layout does not fit a parameter (see `mesh.weight_spec`).
     """
-    return _map(
-        lambda name, w: NamedSharding(mesh, weight_spec(name, w.shape, w.axes, mesh, layout)),
-        tree,
-    )
+
+    def sharding(name: str, spec: ParamSpec) -> NamedSharding:
+        partition = mesh.weight_spec(name, spec.shape, spec.axes, device_mesh, layout)
+        return NamedSharding(device_mesh, partition)
+
+    return _map(sharding, tree)
 
 
 def abstract(
-    tree: Tree, mesh: Mesh | None = None, layout: str = "dp", dtype: Any = jnp.float32
+    tree: Tree, device_mesh: Mesh | None = None, layout: str = "dp", dtype: Any = jnp.float32
 ) -> dict[str, Any]:
-    """ShapeDtypeStructs of every declared weight, with shardings where a mesh is given."""
-    if mesh is None:
-        return _map(lambda _, w: jax.ShapeDtypeStruct(w.shape, dtype), tree)
-    where = flatten(shardings(tree, mesh, layout))
-    return _map(lambda name, w: jax.ShapeDtypeStruct(w.shape, dtype, sharding=where[name]), tree)
+    """Return a ShapeDtypeStruct of every declared parameter, with a sharding if there is a mesh."""
+    placed = {} if device_mesh is None else flatten(shardings(tree, device_mesh, layout))
+
+    def struct(name: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=placed.get(name))
+
+    return _map(struct, tree)
 
 
 def count(tree: Tree) -> int:
-    """Number of parameters in a tree of ParamSpecs, arrays or ShapeDtypeStructs."""
+    """Count the parameters in a tree of ParamSpecs, arrays or ShapeDtypeStructs."""
     return sum(int(np.prod(leaf.shape)) for leaf in flatten(tree).values())
 
 
 def split(tree: Tree, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Top-level subtrees in `names`, and the others.
+    """Split a tree into the top-level subtrees in `names` and the rest.
 
     Raises:
-        ValueError: a name that the tree does not have.
+        ValueError: The tree does not have one of the names.
     """
     missing = [name for name in names if name not in tree]
     if missing:
         raise ValueError(f"params: no subtree {missing[0]!r}; there are {', '.join(sorted(tree))}")
-    chosen = {k: v for k, v in tree.items() if k in names}
-    return chosen, {k: v for k, v in tree.items() if k not in names}
+    selected = {name: subtree for name, subtree in tree.items() if name in names}
+    return selected, {name: subtree for name, subtree in tree.items() if name not in names}
 
 
-def table(tree: Tree, extra: Callable[[str], str] = lambda name: "") -> list[str]:
-    """Lines for people: name, shape, parameters, and what `extra` says of each; the sum last."""
+def table(tree: Tree, note: Callable[[str], str] = lambda name: "") -> list[str]:
+    """Return lines with the name, shape, count and note of every parameter, and the total."""
     rows = [
-        (name, "x".join(map(str, leaf.shape)) or "scalar", count({name: leaf}), extra(name))
+        (name, "x".join(map(str, leaf.shape)) or "scalar", count({name: leaf}), note(name))
         for name, leaf in flatten(tree).items()
     ]
-    wide = max(len(row[0]) for row in rows)
-    lines = [f"{n:{wide}}  {s:>18}  {c:>14,}  {e}".rstrip() for n, s, c, e in rows]
-    return [*lines, f"{'total':{wide}}  {'':>18}  {count(tree):>14,}"]
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{n:{width}}  {s:>18}  {c:>14,}  {e}".rstrip() for n, s, c, e in rows]
+    return [*lines, f"{'total':{width}}  {'':>18}  {count(tree):>14,}"]

@@ -64,7 +64,7 @@ def evaluate(
     Raises:
         ValueError: no row is left after masking.
     """
-    place = functools.partial(place_rows, mesh=program.mesh)
+    place = functools.partial(place_rows, device_mesh=program.mesh)
     totals: dict[str, float] = {}
     for batch in batches:
         ids, mask = _rows(batch, place)
@@ -92,7 +92,7 @@ def per_image(
     """
     mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
     cfg, flow = model.cfg, model.model_config
-    place = functools.partial(place_rows, mesh=mesh)
+    place = functools.partial(place_rows, device_mesh=mesh)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def measure(params, batch, ids, mask):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from starflow2_jax.mesh import ACTIVATIONS, activation_ways, constrain, platform
+from starflow2_jax.mesh import ACTIVATIONS, activation_shards, constrain, platform
 
 KERNELS = ("auto", "plain", "splash", "cudnn")
 # The plain path processes queries in this many chunks, each against the keys up to its end. With
@@ -75,7 +75,7 @@ def grouped_query_attention(
         out = _softmax_attention(q, k, v, mask)
         return out.reshape(batch_size, heads, length, channels)
     chunks = CAUSAL_CHUNKS if length % CAUSAL_CHUNKS == 0 and length >= 16 * CAUSAL_CHUNKS else 1
-    if activation_ways()["length"] > 1:
+    if activation_shards()["length"] > 1:
         # The queries are sharded by position already: a chunk of them would lie on few devices.
         k, v, chunks = constrain(k, "batch", "heads"), constrain(v, "batch", "heads"), 1
     first_query, chunk_len, outputs = num_keys - length, length // chunks, []
@@ -132,7 +132,7 @@ def select_kernel(kernel: str, q: jax.Array, k: jax.Array) -> str:
 
 def _unsupported_reason(kernel, q, k):
     """Return why a kernel does not support these arrays, empty if it does."""
-    shards, heads, length = activation_ways(), k.shape[-3], q.shape[-2]
+    shards, heads, length = activation_shards(), k.shape[-3], q.shape[-2]
     if k.ndim != 4 or length != k.shape[-2]:
         return "keys and queries must be of the same positions"
     if q.shape[0] % shards["batch"] or heads % shards["heads"]:
@@ -195,7 +195,7 @@ def _splash(q, k, v, segments, interpret):
     )
 
     mesh = jax.sharding.get_abstract_mesh()
-    shards = activation_ways()
+    shards = activation_shards()
     heads, length = q.shape[1] // shards["heads"], q.shape[2]
     block = next(
         size for size in range(LARGEST_BLOCK, 0, -LANES) if (length // shards["length"]) % size == 0

@@ -1,9 +1,9 @@
-"""From a batch of records to what a flow reads: tokens with noise, text, labels.
+"""From a batch of records to the inputs of a flow: tokens with noise, text, labels.
 
 Every random number of a row comes from its own key, fold_in(fold_in(key(seed), step), row), so that
 nothing depends on batch size, microbatches, mesh or hosts.
 
-Axes: B rows, T tokens, D token channels, L text positions, E text channels.
+B rows, T tokens, D token channels, L text positions, E text channels.
 """
 
 from collections.abc import Mapping
@@ -20,79 +20,84 @@ Batch = Mapping[str, jax.Array]
 
 
 def abstract_batch(cfg: Mapping[str, Any], model: FlowConfig, rows: int) -> dict[str, Any]:
-    """Shapes and dtypes of a device batch of an experiment with `rows` rows."""
+    """Return the arrays of a device batch of an experiment with `rows` rows."""
 
-    def of(shape, dtype):
+    def array(dtype, *shape):
         return jax.ShapeDtypeStruct((rows, *shape), dtype)
 
     pixels = cfg["image"]["pixels"]
     if pixels:
-        batch = {"image": of((pixels, pixels, 3), jnp.uint8)}
+        batch = {"image": array(jnp.uint8, pixels, pixels, 3)}
     else:
-        latent = of((model.tokens, model.channels), jnp.float32)
-        batch = {"latent_mean": latent, "latent_logvar": latent}
+        latents = array(jnp.float32, model.tokens, model.channels)
+        batch = {"latent_mean": latents, "latent_logvar": latents}
     if model.classes:
-        batch["label"] = of((), jnp.int32)
+        batch["label"] = array(jnp.int32)
     if model.text_channels and cfg["text"]["vocabulary"]:
-        batch["tokens"] = of((model.text_length,), jnp.int32)
+        batch["tokens"] = array(jnp.int32, model.text_length)
     elif model.text_channels:
-        batch["text"] = of((model.text_length, model.text_channels), jnp.float32)
+        batch["text"] = array(jnp.float32, model.text_length, model.text_channels)
     return batch
 
 
 def row_keys(seed: int, step: Any, rows: jax.Array) -> jax.Array:
-    """One key a row, [B]; rows are ids in the global batch."""
+    """Return the key of each row [B]; `rows` are ids in the global batch."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
 def images(batch: Batch, keys: jax.Array, flip: bool) -> jax.Array:
-    """Images float32 [B, H, W, 3] in [-1, 1], with `flip` half of the rows mirrored."""
-    image = batch["image"]
-    if flip:
-        mirrored = jax.vmap(jax.random.bernoulli)(keys)
-        image = jnp.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
-    return scale_pixels(image)
+    """Return images float32 [B, H, W, 3] in [-1, 1], half of them mirrored if `flip`."""
+    return scale_pixels(_mirror(batch["image"], keys) if flip else batch["image"])
 
 
-def tokens(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any], train: bool) -> jax.Array:
-    """Data tokens float32 [B, T, D] with the experiment's noise; mirrored rows in training.
+def _mirror(image: jax.Array, keys: jax.Array) -> jax.Array:
+    """Mirror each image with probability 1/2."""
+    mirrored = jax.vmap(jax.random.bernoulli)(keys)
+    return jnp.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
 
-    Pixels lie in [-1, 1]. Gaussian noise is added to them as it is; uniform noise is the
-    dequantisation (value + U[0, 1)) / 128 - 1 of the bits/dim protocol (TarFlow).
+
+def tokens(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any], training: bool) -> jax.Array:
+    """Return data tokens float32 [B, T, D] with the experiment's noise, mirrored in training.
+
+    Pixels lie in [-1, 1] before Gaussian noise. Uniform noise is the dequantization
+    (value + U[0, 1)) / 128 - 1 of the bits/dim protocol (TarFlow, arXiv 2412.06329).
     """
-    noise, image_cfg = cfg["noise"], cfg["image"]
-    draw = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
+    noise, image_options = cfg["noise"], cfg["image"]
+    # Of each row: for mirroring or the posterior, for the noise, and for dropping conditions.
+    keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
     if "image" in batch:
-        image = batch["image"]
-        if train and image_cfg["flip"]:
-            mirrored = jax.vmap(jax.random.bernoulli)(draw[:, 0])
-            image = jnp.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
-        args = (image_cfg["patch"], image_cfg["channel_order"])
-        x = patchify(image, *args).astype(jnp.float32)
+        flip = training and image_options["flip"]
+        image = _mirror(batch["image"], keys[:, 0]) if flip else batch["image"]
+        x = patchify(image, image_options["patch"], image_options["channel_order"])
+        x = x.astype(jnp.float32)
         if noise["kind"] == "uniform":
-            uniform = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:]))(draw[:, 1])
+            uniform = jax.vmap(lambda key: jax.random.uniform(key, x.shape[1:]))(keys[:, 1])
             return (x + uniform) / 128 - 1
         x = scale_pixels(x)
     else:
         mean, log_variance = batch["latent_mean"], batch["latent_logvar"]
-        posterior = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(draw[:, 0])
-        x = mean + jnp.exp(0.5 * log_variance) * posterior
+        normal = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys[:, 0])
+        x = mean + jnp.exp(0.5 * log_variance) * normal
     if noise["kind"] == "none":
         return x
-    normal = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(draw[:, 1])
+    normal = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys[:, 1])
     return x + noise["sigma"] * normal
 
 
 def conditions(
-    params: Tree, batch: Batch, keys: jax.Array, drop: float, null_text: Any = 0.0
+    params: Tree, batch: Batch, keys: jax.Array, dropout: float, null_text: Any = 0.0
 ) -> Conditioning:
-    """Return `text` [B, L, E] and `labels` [B], each None where the experiment has none.
+    """Return `text` [B, L, E] and `labels` [B], each None if the experiment has none.
 
-    A share `drop` of the rows loses both: label -1, and text replaced by that of an empty prompt,
-    `null_text` [L, E].
+    A share `dropout` of the rows loses both: their label is -1, and their text is that of the empty
+    prompt, `null_text` [L, E].
     """
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(jax.random.split(key, 3)[2], drop))(keys)
+
+    def drop(key):
+        return jax.random.bernoulli(jax.random.split(key, 3)[2], dropout)
+
+    dropped = jax.vmap(drop)(keys)
     labels, text = batch.get("label"), batch.get("text")
     if labels is not None:
         labels = jnp.where(dropped, -1, labels)
@@ -104,10 +109,10 @@ def conditions(
 
 
 def pad_text(features: Any, model: FlowConfig) -> jax.Array:
-    """Features [n, E] of a short text as float32 [L, E], zeros behind; None gives all zeros.
+    """Pad features [n, E] of a short text with zeros to float32 [L, E]; None gives zeros.
 
     Raises:
-        ValueError: more positions or other channels than the model's text has.
+        ValueError: There are more positions or other channels than the model's text has.
     """
     shape = (model.text_length, model.text_channels)
     if features is None:
@@ -119,6 +124,6 @@ def pad_text(features: Any, model: FlowConfig) -> jax.Array:
 
 
 def embed_tokens(params: Tree, tokens: jax.Array) -> jax.Array:
-    """Trained embedding [B, L, E] of token ids int32 [B, L]; id 0 is padding and gives zeros."""
+    """Embed token ids int32 [B, L] as [B, L, E]; id 0 is padding and gives zeros."""
     table = params["text"]["embed"]
     return table[tokens] * (tokens > 0)[..., None].astype(table.dtype)
