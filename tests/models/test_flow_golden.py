@@ -48,8 +48,8 @@ def weights_of(golden, options, dtype, without=()):
 
 @partial(jax.jit, static_argnames="cfg")
 def losses(params, x, cfg, penalty, conditioning):
-    each, sums = flow_loss(params, x, cfg, conditioning, latent_penalty=penalty)
-    return each.sum() / x.size, sums
+    row_losses, sums = flow_loss(params, x, cfg, conditioning, latent_penalty=penalty)
+    return row_losses.sum() / x.size, sums
 
 
 def grad_norms(grads, cfg, names):
@@ -84,7 +84,7 @@ def tarflow_values(golden, dtype, conditional, head_dim):
     x = patchify(jnp.asarray(golden["x"], dtype).transpose(0, 2, 3, 1), 4, "channel_first")
     noise = jnp.asarray(golden["z_noise"], dtype)
     y, drop = jnp.asarray(golden["y"]), jnp.asarray(golden["y_drop"])
-    picture = lambda t: unpatchify(t, (4, 4), 4, "channel_first").transpose(0, 3, 1, 2)
+    to_image = lambda t: unpatchify(t, (4, 4), 4, "channel_first").transpose(0, 3, 1, 2)
     values = {}
     cases = {"y": y, "ydrop": drop, "ynone": None} if conditional else {"ynone": None}
     names = golden["param_names/cond" if conditional else "param_names/uncond"]
@@ -99,7 +99,7 @@ def tarflow_values(golden, dtype, conditional, head_dim):
             f"{case}/z": outputs[-1],
             f"{case}/logdet": sum(log_dets) / (x.shape[1] * x.shape[2]),
             f"{case}/loss": loss,
-            f"{case}/grad_x": picture(grads[1]),
+            f"{case}/grad_x": to_image(grads[1]),
             f"{case}/grad_norms": grad_norms(grads[0], cfg, names),
             **{f"{case}/block_out_{i}": outputs[i + 1] for i in range(4)},
         }
@@ -111,19 +111,19 @@ def tarflow_values(golden, dtype, conditional, head_dim):
         Guidance, rule="linear_log_scale", temperature_on="unconditional", all_blocks=True
     )
     plain, info = sample()
-    values |= {f"sample/seq_{i}": picture(t) for i, t in enumerate(info["tokens"])}
-    values["sample/g0"] = picture(plain)
+    values |= {f"sample/seq_{i}": to_image(t) for i, t in enumerate(info["tokens"])}
+    values["sample/g0"] = to_image(plain)
     if conditional:
-        values["sample/g0_ynone"] = picture(sample(labels=None)[0])
+        values["sample/g0_ynone"] = to_image(sample(labels=None)[0])
         for annealed in (False, True):
             tail = "_annealed" if annealed else ""
             for what in ("ab", "a", "b"):
                 g = guide(1.5, what=what, annealed=annealed)
-                values[f"sample/g1.5_{what}{tail}"] = picture(sample(g)[0])
+                values[f"sample/g1.5_{what}{tail}"] = to_image(sample(g)[0])
             g = guide(1.5, temperature=0.7, annealed=annealed)
-            values[f"sample/g1.5_ab_temp0.7{tail}"] = picture(sample(g)[0])
+            values[f"sample/g1.5_ab_temp0.7{tail}"] = to_image(sample(g)[0])
     else:
-        values["sample/g1_ab_temp0.5"] = picture(sample(guide(1.0, temperature=0.5))[0])
+        values["sample/g1_ab_temp0.5"] = to_image(sample(guide(1.0, temperature=0.5))[0])
     if head_dim == 64:
         values["adamw_losses"] = adamw_losses(params, x, cfg, Conditioning(labels=labels), 0.0)[0]
     return values
@@ -137,16 +137,16 @@ def tolerance_32(key):
 @pytest.mark.parametrize("kind", ["cond", "uncond"])
 def test_tarflow_float32(kind):
     golden = read("tarflow_tiny.npz")
-    ours = tarflow_values(golden, np.float32, kind == "cond", 64)
-    check_all(ours, golden, f"f32/{kind}/", tolerance_32)
+    values = tarflow_values(golden, np.float32, kind == "cond", 64)
+    check_all(values, golden, f"f32/{kind}/", tolerance_32)
 
 
 @pytest.mark.parametrize("kind", ["cond", "uncond"])
 @pytest.mark.parametrize("prefix, head_dim", [("f64", 64), ("f64_hd16", 16)])
 def test_tarflow_float64(x64, kind, prefix, head_dim):
     golden = read("tarflow_tiny.npz")
-    ours = tarflow_values(golden, np.float64, kind == "cond", head_dim)
-    check_all(ours, golden, f"{prefix}/{kind}/", lambda key: 1e-10)
+    values = tarflow_values(golden, np.float64, kind == "cond", head_dim)
+    check_all(values, golden, f"{prefix}/{kind}/", lambda key: 1e-10)
 
 
 def channels_last(golden, name, dtype):
@@ -169,9 +169,9 @@ def forward_values(params, cfg, x, grid, text, names=None):
     loss, sums = losses(params, x, cfg, 0.0, conditioning)
     log_det = sum(sums[f"log_det/{i}"] for i in range(4))
     z, _ = flow.forward(params, x, cfg, conditioning)
-    picture = lambda t: unpatchify(t, grid, 1, "channel_last").transpose(0, 3, 1, 2)
+    to_image = lambda t: unpatchify(t, grid, 1, "channel_last").transpose(0, 3, 1, 2)
     values = {
-        "z": picture(z),
+        "z": to_image(z),
         "loss": loss,
         "loss_z": sums["half_square"].sum() / x.size,
         "loss_logdet": -log_det.sum() / x.size,
@@ -181,7 +181,7 @@ def forward_values(params, cfg, x, grid, text, names=None):
     if names is not None:
         mean = lambda p, x: losses(p, x, cfg, 0.0, conditioning)[0]
         grads = jax.grad(mean, argnums=(0, 1))(params, x)
-        values["grad_x"] = picture(grads[1])
+        values["grad_x"] = to_image(grads[1])
         values["grad_norms"] = grad_norms(grads[0], cfg, names)
     return values
 
@@ -193,11 +193,11 @@ def starflow_values(golden, dtype):
     x, grid = channels_last(golden, "x", dtype)
     names = golden["param_names"]
     values = {f"fwd/{k}": v for k, v in forward_values(params, cfg, x, grid, text, names).items()}
-    for case, name, given in (
+    for case, name, case_text in (
         ("fwd_rect", "x_rect", text), ("fwd_wide", "x_wide", text), ("fwd_txt5", "x", text[:, :5])
     ):  # fmt: skip
-        other = forward_values(params, cfg, *channels_last(golden, name, dtype), given)
-        values |= {f"{case}/{k}": v for k, v in other.items()}
+        case_values = forward_values(params, cfg, *channels_last(golden, name, dtype), case_text)
+        values |= {f"{case}/{k}": v for k, v in case_values.items()}
     outputs, _ = flow.forward_blocks(params, x, cfg, Conditioning(text=text))
     for i, tokens in enumerate(outputs):
         values[f"fwd/block_out_{i}"] = tokens.reshape(2, 8, 8, 4)
@@ -213,24 +213,24 @@ def starflow_values(golden, dtype):
 
     noise, _ = channels_last(golden, "z_noise", dtype)
     rect, rect_grid = channels_last(golden, "z_noise_rect", dtype)
-    picture = lambda t, g=grid: unpatchify(t, g, 1, "channel_last").transpose(0, 3, 1, 2)
+    to_image = lambda t, g=grid: unpatchify(t, g, 1, "channel_last").transpose(0, 3, 1, 2)
     sample = partial(inverse, params, noise, cfg, Conditioning(text=text))
     guide = partial(Guidance, 2.5, text=null)
     guided, info = sample(guidance=guide())
-    values |= {f"sample/g2.5_seq_{i}": picture(t) for i, t in enumerate(info["tokens"])}
+    values |= {f"sample/g2.5_seq_{i}": to_image(t) for i, t in enumerate(info["tokens"])}
     values |= {
-        "sample/g0": picture(sample()[0]),
-        "sample/g0_temp0.8": picture(sample(temperature=0.8)[0]),
-        "sample/g0_rect": picture(
+        "sample/g0": to_image(sample()[0]),
+        "sample/g0_temp0.8": to_image(sample(temperature=0.8)[0]),
+        "sample/g0_rect": to_image(
             inverse(params, rect, cfg, Conditioning(text=text, grid=rect_grid))[0], rect_grid
         ),
-        "sample/g2.5": picture(guided),
-        "sample/g2.5_temp0.8": picture(sample(guidance=guide(temperature=0.8))[0]),
+        "sample/g2.5": to_image(guided),
+        "sample/g2.5_temp0.8": to_image(sample(guidance=guide(temperature=0.8))[0]),
     }
     for size, threshold in ((16, 1e-3), (16, 1e-6), (16, 0), (64, 1e-6)):
         name = f"sample/jacobi_bs{size}_th{threshold}"
         runs = [sample(jacobi=Jacobi(size, threshold), guidance=g) for g in (None, guide())]
-        values[f"{name}_g0"], values[f"{name}_g2.5"] = (picture(x) for x, _ in runs)
+        values[f"{name}_g0"], values[f"{name}_g2.5"] = (to_image(x) for x, _ in runs)
         values[f"{name}_iters"] = np.array([int(info["passes"].sum()) for _, info in runs])
     return values
 
@@ -249,10 +249,10 @@ def test_starflow_float32():
 
 def test_starflow_float64(x64):
     golden = read("starflow_tiny.npz")
-    ours = starflow_values(golden, np.float64)
+    all_values = starflow_values(golden, np.float64)
     exact = tolerance_iterations(lambda key: 1e-10)
-    check_all(ours, golden, "f64_exact_rope/", exact)
-    # The peer's rope frequencies are float32 here, ours float64: 1e-8.
+    check_all(all_values, golden, "f64_exact_rope/", exact)
+    # The peer's rope frequencies are float32 here, all_values float64: 1e-8.
     variants = {
         "exp_scale": {"use_softplus": 0},
         "noclip": {"soft_clip": 0},
@@ -264,12 +264,12 @@ def test_starflow_float64(x64):
         x, grid = channels_last(golden, "x", np.float64)
         noise, _ = channels_last(golden, "z_noise", np.float64)
         values = forward_values(params, cfg, x, grid, text)
-        drawn = unpatchify(
+        image = unpatchify(
             inverse(params, noise, cfg, Conditioning(text=text))[0], grid, 1, "channel_last"
         )
-        values["sample_g0"] = drawn.transpose(0, 3, 1, 2)
-        ours |= {f"variant_{option}/{k}": v for k, v in values.items()}
-    check_all(ours, golden, "f64/", tolerance_iterations(lambda key: 1e-8))
+        values["sample_g0"] = image.transpose(0, 3, 1, 2)
+        all_values |= {f"variant_{option}/{k}": v for k, v in values.items()}
+    check_all(all_values, golden, "f64/", tolerance_iterations(lambda key: 1e-8))
 
 
 @pytest.mark.fast

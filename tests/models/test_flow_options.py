@@ -15,7 +15,8 @@ from helpers.paths import GOLDEN
 from starflow2_jax.checkpoints.convert import starflow as public
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import Jacobi, inverse
-from starflow2_jax.models import attention, flow, patches
+from starflow2_jax.models import flow, patches
+from starflow2_jax.models.attention import grouped_query_attention
 from starflow2_jax.models.flow import Conditioning, FlowConfig
 from starflow2_jax.params import flatten, ones, unflatten
 
@@ -73,23 +74,23 @@ forward = jax.jit(flow.forward, static_argnames="cfg")
 
 def config_of(case):
     """The flow of a row, 2 x 2 tokens of 2 channels in training."""
-    own = dict(case)
-    grid, text, positions = own.pop("grid"), own.pop("text"), own.pop("positions")
+    options = dict(case)
+    grid, text, positions = options.pop("grid"), options.pop("text"), options.pop("positions")
     if text != "none":
-        own |= {"text_channels": 3, "text_length": TEXT_LENGTH, "text_blocks": text}
-    own |= {"positions": "learned"} if positions == "learned" else {"rope_pairs": positions}
-    return FlowConfig(side=2, channels=2, width=40, head_dim=20, **own), grid
+        options |= {"text_channels": 3, "text_length": TEXT_LENGTH, "text_blocks": text}
+    options |= {"positions": "learned"} if positions == "learned" else {"rope_pairs": positions}
+    return FlowConfig(side=2, channels=2, width=40, head_dim=20, **options), grid
 
 
 def random_params(cfg, seed=0, dtype=np.float64):
-    """Every weight away from where it is born: norms near their own centre, linears by fan-in."""
-    rng, drawn = np.random.default_rng(seed), {}
+    """Return parameters off their initial values: norms near theirs, linears scaled by fan-in."""
+    rng, params = np.random.default_rng(seed), {}
     for name, weight in flatten(flow.declare(cfg)).items():
-        wide = name.split("/")[-1] == "weight" and "norm" not in name
-        spread = 0.7 * weight.shape[-2] ** -0.5 if wide else 0.2
+        is_matrix = name.split("/")[-1] == "weight" and "norm" not in name
+        spread = 0.7 * weight.shape[-2] ** -0.5 if is_matrix else 0.2
         value = float(weight.init is ones) + spread * rng.standard_normal(weight.shape)
-        drawn[name] = jnp.asarray(np.asarray(value, dtype))
-    return unflatten(drawn)
+        params[name] = jnp.asarray(np.asarray(value, dtype))
+    return unflatten(params)
 
 
 def inputs_of(cfg, grid, seed=0, dtype=np.float64, rows=2):
@@ -110,10 +111,10 @@ def inputs_of(cfg, grid, seed=0, dtype=np.float64, rows=2):
 @pytest.mark.fast
 def test_every_pair_of_options_is_covered():
     impossible = {("prefix", "none"), ("learned", (2, 3))}  # learned positions fix T
-    for (a, of_a), (b, of_b) in itertools.combinations(OPTIONS.items(), 2):
-        for pair in itertools.product(of_a, of_b):
-            met = any(case[a] == pair[0] and case[b] == pair[1] for case in CASES)
-            assert met or pair in impossible, (a, b, pair)
+    for (a, values_a), (b, values_b) in itertools.combinations(OPTIONS.items(), 2):
+        for pair in itertools.product(values_a, values_b):
+            covered = any(case[a] == pair[0] and case[b] == pair[1] for case in CASES)
+            assert covered or pair in impossible, (a, b, pair)
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
@@ -132,10 +133,10 @@ def test_log_det_is_that_of_the_jacobian_and_the_inverse_inverts(x64, case):
 
     jacobian, (z, log_det) = both(params, x, conditioning)
     size = x.shape[1] * x.shape[2]
-    whole = np.asarray(jacobian).reshape(2, size, 2, size)
-    assert not whole[0, :, 1].any() and not whole[1, :, 0].any()  # rows do not mix
+    matrix = np.asarray(jacobian).reshape(2, size, 2, size)
+    assert not matrix[0, :, 1].any() and not matrix[1, :, 0].any()  # rows do not mix
     for row in range(2):
-        sign, expected = np.linalg.slogdet(whole[row, :, row])
+        sign, expected = np.linalg.slogdet(matrix[row, :, row])
         assert sign == 1 and abs(expected - log_det[row]) < 1e-9
     assert abs(float(log_det[0])) > 0.01
     call = partial(inverse, cfg=cfg, conditioning=conditioning)
@@ -143,8 +144,8 @@ def test_log_det_is_that_of_the_jacobian_and_the_inverse_inverts(x64, case):
     assert error(back, x) < 1e-9
     assert not info["residual"].any()
     tokens = x.shape[1]
-    drawn, info = call(params, z, jacobi=Jacobi(tokens, threshold=0.0, max_iterations=tokens))
-    assert error(drawn, back) < 1e-12
+    by_jacobi, info = call(params, z, jacobi=Jacobi(tokens, threshold=0.0, max_iterations=tokens))
+    assert error(by_jacobi, back) < 1e-12
     assert info["passes"].tolist() == [tokens if depth else 0 for depth in cfg.layers]
 
 
@@ -203,23 +204,23 @@ def test_stored_option_cases(x64, name):
         (loss, (z, log_det)), grad = jax.value_and_grad(mean, has_aux=True)(x)
         return {"z": z, "log_det": log_det, "loss": loss, "grad_x": grad}
 
-    ours = run(params, x, conditioning)
-    ours["sample"], _ = inverse(params, noise, cfg, conditioning)
+    values = run(params, x, conditioning)
+    values["sample"], _ = inverse(params, noise, cfg, conditioning)
     if "sample_guided" in golden:
         guidance = Guidance(float(golden["guidance"]), text=jnp.asarray(golden["null_text"]))
-        drawn = inverse(params, noise, cfg, conditioning, guidance=guidance)
-        ours["sample_guided"] = drawn[0]
+        guided = inverse(params, noise, cfg, conditioning, guidance=guidance)
+        values["sample_guided"] = guided[0]
     patch = options["patch_size"]
-    picture = lambda t: patches.unpatchify(t, grid, patch, "channel_last").transpose(0, 3, 1, 2)
+    to_image = lambda t: patches.unpatchify(t, grid, patch, "channel_last").transpose(0, 3, 1, 2)
     for key in ("z", "sample"):
-        ours[f"{key}_image"] = picture(ours[key])
+        values[f"{key}_image"] = to_image(values[key])
     image = jnp.asarray(golden["x_image"]).transpose(0, 2, 3, 1)
-    ours["x"] = patches.patchify(image, patch, "channel_last")
+    values["x"] = patches.patchify(image, patch, "channel_last")
     compared = set(golden) - {"options", "grid", "noise", "text", "null_text", "labels", "guidance"}
     compared = {key for key in compared if not key.startswith("params/")} - {"x_image"}
-    assert compared == set(ours)
+    assert compared == set(values)
     for key in sorted(compared):
-        assert error(ours[key], golden[key]) < 1e-10, key
+        assert error(values[key], golden[key]) < 1e-10, key
 
 
 # --------------------------------------------------------------- conditions when sampling
@@ -259,13 +260,13 @@ def test_guided_jacobi_equals_guided_sequential(x64, conditioned):
     params = random_params(cfg)
     z, conditioning = inputs_of(cfg, grid)
     draw = partial(inverse, params, z, cfg, conditioning, guidance=Guidance(1.5))
-    drawn, info = draw(jacobi=Jacobi(4, 0.0, 4))
-    assert error(drawn, draw()[0]) < 1e-12
+    exact, info = draw(jacobi=Jacobi(4, 0.0, 4))
+    assert error(exact, draw()[0]) < 1e-12
     assert info["passes"].tolist() == [8, 8]
     # A loose threshold stops early, a tight one is near.
     loose, info = draw(jacobi=Jacobi(4, 1e-2, 4))
     assert info["passes"].sum() < 16 and (info["residual"] < 1e-2).all()
-    assert error(loose, drawn) < 1
+    assert error(loose, exact) < 1
     with pytest.raises(ValueError, match="block and max_iterations must be at least 1"):
         draw(jacobi=Jacobi(0))
 
@@ -310,12 +311,12 @@ def test_explicit_positions_of_the_deep_block(x64):
     cfg, grid = config_of(CASES[2])
     params = random_params(cfg)
     x, conditioning = inputs_of(cfg, grid)
-    own = flow.block_positions(cfg.block(-1), grid, TEXT_LENGTH)
-    assert own.shape == (TEXT_LENGTH + 5, 3)
+    positions = flow.block_positions(cfg.block(-1), grid, TEXT_LENGTH)
+    assert positions.shape == (TEXT_LENGTH + 5, 3)
     plain = forward(params, x, cfg, conditioning)[0]
-    explicit = conditioning.replace(positions=jnp.asarray(own))
+    explicit = conditioning.replace(positions=jnp.asarray(positions))
     assert error(forward(params, x, cfg, explicit)[0], plain) < 1e-12
-    moved = conditioning.replace(positions=jnp.asarray(own) * 3)
+    moved = conditioning.replace(positions=jnp.asarray(positions) * 3)
     z = forward(params, x, cfg, moved)[0]
     assert error(z, plain) > 1e-4
     back = inverse(params, z, cfg, moved)[0]
@@ -332,10 +333,8 @@ def test_causal_attention_in_parts_is_causal_attention(x64):
         weights = np.exp(np.where(mask, scores, -np.inf))
         weights /= weights.sum(-1, keepdims=True)
         expected = np.einsum("bkgts,bksd->bkgtd", weights, v).reshape(q.shape)
-        assert error(attention.grouped_query_attention(q, k, v, None), expected) < 1e-12
-        assert (
-            error(attention.grouped_query_attention(q, k, v, jnp.asarray(mask)), expected) < 1e-12
-        )
+        assert error(grouped_query_attention(q, k, v, None), expected) < 1e-12
+        assert error(grouped_query_attention(q, k, v, jnp.asarray(mask)), expected) < 1e-12
 
 
 # ------------------------------------------------------------------------------ bad input

@@ -1,4 +1,4 @@
-"""The Pretzel: equal to its parts while nothing crosses, causal, exact, of the published size."""
+"""The Pretzel: equal to its parts while the skips are zero, causal, exact, of published size."""
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,7 @@ from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.losses.interleaved import Stage
 
 STAGE1, STAGE2, STAGE3 = Stage(True, False), Stage(False, True), Stage(True, True)
-PACKED = [
-    [T2I, I2T],
-    [EDIT, TEXT],
-    [REASON, TEXT],
-]
+PACKED = [[T2I, I2T], [EDIT, TEXT], [REASON, TEXT]]
 
 
 def terms(params, batch, cfg, stage, **options):
@@ -28,12 +24,12 @@ def terms(params, batch, cfg, stage, **options):
     return interleaved.loss_terms(params, batch, x, cfg, stage, **options)
 
 
-# ----------------------------------------------------------------------- nothing crosses at first
+# ------------------------------------------------------------------------------ with zero skips
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_text_without_crossings_is_the_vlm_bit_for_bit(dtype):
+def test_text_with_zero_skips_is_the_vlm_bit_for_bit(dtype):
     cfg = pretzel_batch.model(compute_dtype=dtype)
     params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
     batch = pretzel_batch.batch(PACKED)
@@ -75,7 +71,7 @@ def test_text_is_the_vlms_across_row_lengths(length):
 
 
 def prefix_nats(params, batch, cfg):
-    """Nats of the first image of each row as `flow.forward` says, without its constant."""
+    """Return the nats of each row's first image by `flow.forward`, without the constant."""
     x = jnp.asarray(batch["latent_mean"])
     mask = attention.segment_mask(jnp.asarray(batch["segments"]))
     is_image = batch["image"] >= 0
@@ -99,13 +95,13 @@ def prefix_nats(params, batch, cfg):
 
 
 def first_image_nats(params, batch, cfg, stage):
-    found = jax.jit(lambda p: terms(p, batch, cfg, stage))(params)
-    nats = found.half_square - sum(found.log_dets)
+    result = jax.jit(lambda p: terms(p, batch, cfg, stage))(params)
+    nats = result.half_square - sum(result.log_dets)
     return np.asarray(nats)[:, 0] / (cfg.patches * cfg.flow.channels)
 
 
 @pytest.mark.parametrize("stage", [STAGE1, STAGE3])
-def test_images_without_crossings_are_starflows(stage):
+def test_images_with_zero_skips_are_starflows(stage):
     cfg = pretzel_batch.model()
     params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
     batch = pretzel_batch.batch([[T2I, I2T], [T2I], [EDIT]])
@@ -116,14 +112,14 @@ def test_images_without_crossings_are_starflows(stage):
     assert not np.allclose(expected[0], expected[2], atol=1e-2)
 
 
-def test_images_without_crossings_are_starflows_in_float64(x64):
+def test_images_with_zero_skips_are_starflows_in_float64(x64):
     cfg = pretzel_batch.model(compute_dtype="float64")
     params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
     batch = pretzel_batch.batch([[T2I, I2T], [EDIT]], dtype=np.float64)
     expected = prefix_nats(params, batch, cfg)
     assert expected.dtype == np.float64
-    got = first_image_nats(params, batch, cfg, STAGE3)
-    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
+    actual = first_image_nats(params, batch, cfg, STAGE3)
+    np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 # --------------------------------------------------------------------------------------- causality
@@ -150,13 +146,13 @@ def test_every_pair_of_positions_is_causal(into, x64):
 
     by_text, by_u = zip(*jax.jit(jax.jacrev(outputs, (0, 1)))(text, jnp.asarray(u)))
     allowed = np.asarray(mask[0])
-    # What stands at a position is an embedding or a patch, never both.
-    for found, here in ((by_text, ~is_image[0]), (by_u, is_image[0])):
-        for part in found:
-            reached = np.abs(np.asarray(part)[:, :, 0]).max((1, 3))
-            held = segments[0] > 0
-            expected = allowed & here[None]
-            np.testing.assert_array_equal((reached > 0)[held], expected[held])
+    # The input of a position is an embedding or a patch, never both.
+    for jacobians, is_input in ((by_text, ~is_image[0]), (by_u, is_image[0])):
+        for jacobian in jacobians:
+            reached = np.abs(np.asarray(jacobian)[:, :, 0]).max((1, 3))
+            in_segment = segments[0] > 0
+            expected = allowed & is_input[None]
+            np.testing.assert_array_equal((reached > 0)[in_segment], expected[in_segment])
 
 
 def test_an_image_sees_all_of_itself_and_nothing_later(x64):
@@ -165,8 +161,8 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     batch = pretzel_batch.batch([[EDIT, T2I]], length=48, dtype=np.float64)
 
     def nats(x):
-        found = interleaved.loss_terms(params, batch, x, cfg, STAGE3, text_targets=8)
-        return (found.half_square - sum(found.log_dets))[0], found.nll[0]
+        result = interleaved.loss_terms(params, batch, x, cfg, STAGE3, text_targets=8)
+        return (result.half_square - sum(result.log_dets))[0], result.nll[0]
 
     images, tokens = jax.jit(jax.jacrev(nats))(jnp.asarray(batch["latent_mean"]))
     by_image = np.abs(np.asarray(images))[:3, 0, :3].max((2, 3)) > 0
@@ -174,15 +170,15 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     expected = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1]], bool)
     np.testing.assert_array_equal(by_image, expected)
     assert (np.abs(np.asarray(images))[[0, 1, 2], 0, [0, 1, 2]] > 0).all()
-    found = jax.jit(lambda p: terms(p, batch, cfg, STAGE3, text_targets=8))(params)
-    at, held = np.asarray(found.target_index)[0], np.asarray(found.token)[0]
-    before = np.abs(np.asarray(tokens))[held, 0, :3].max((2, 3)) > 0
+    result = jax.jit(lambda p: terms(p, batch, cfg, STAGE3, text_targets=8))(params)
+    index, is_token = np.asarray(result.target_index)[0], np.asarray(result.token)[0]
+    reached = np.abs(np.asarray(tokens))[is_token, 0, :3].max((2, 3)) > 0
     first = [int(np.argmax(batch["image"][0] == m * cfg.patches)) for m in range(3)]
     last = [f + cfg.patches - 1 for f in first]
-    for number, position in enumerate(at[held]):
+    for number, position in enumerate(index[is_token]):
         for m in range(3):
             same = batch["segments"][0, first[m]] == batch["segments"][0, position]
-            assert before[number, m] == (same and position >= last[m])
+            assert reached[number, m] == (same and position >= last[m])
 
 
 # --------------------------------------------------------------------------------------- likelihood
@@ -198,72 +194,69 @@ def test_log_det_is_the_jacobians(x64):
 def test_packed_rows_equal_rows_of_one_record(x64):
     cfg = pretzel_batch.model(compute_dtype="float64")
     params = pretzel_batch.drawn(cfg)
-    records = [
-        T2I,
-        I2T,
-        EDIT,
-        TEXT,
-        REASON,
-    ]
+    records = [T2I, I2T, EDIT, TEXT, REASON]
     packed = pretzel_batch.batch([records[:3], records[3:]], length=64, dtype=np.float64)
-    apart = pretzel_batch.batch([[record] for record in records], length=36, dtype=np.float64)
+    separate = pretzel_batch.batch([[record] for record in records], length=36, dtype=np.float64)
 
     @jax.jit
     def loss(params, batch):
-        found = interleaved.loss_terms(params, batch, batch["latent_mean"], cfg, STAGE3)
-        made = interleaved.row_metrics(found, batch, STAGE3)
+        result = interleaved.loss_terms(params, batch, batch["latent_mean"], cfg, STAGE3)
+        metrics = interleaved.row_metrics(result, batch, STAGE3)
         totals = jax.tree.map(jnp.sum, interleaved.target_counts(batch, STAGE3))
-        each = interleaved.per_example_loss(made, totals, text_weight=0.7, latent_penalty=1e-2)
-        return each.sum(), found
+        losses = interleaved.per_example_loss(metrics, totals, text_weight=0.7, latent_penalty=1e-2)
+        return losses.sum(), result
 
-    (a, one), (b, many) = (
-        jax.value_and_grad(loss, has_aux=True)(params, batch) for batch in (packed, apart)
-    )
-    (a, of_one), (b, of_many) = a, b
-    np.testing.assert_allclose(float(a), float(b), rtol=1e-10)
-    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(many)):
-        np.testing.assert_allclose(left, right, rtol=1e-8, atol=1e-12)
-    images = [np.asarray(t.half_square - sum(t.log_dets)) for t in (of_one, of_many)]
-    np.testing.assert_allclose(
-        *(nats[np.asarray(t.image)] for nats, t in zip(images, (of_one, of_many))), rtol=1e-10
-    )
-    np.testing.assert_allclose(
-        *(np.asarray(t.nll)[np.asarray(t.token)] for t in (of_one, of_many)), rtol=1e-10
-    )
-    assert np.asarray(of_one.image).sum() == 4 and np.asarray(of_one.token).sum() > 15
+    loss_and_grad = jax.value_and_grad(loss, has_aux=True)
+    (packed_loss, packed_terms), packed_grads = loss_and_grad(params, packed)
+    (separate_loss, separate_terms), separate_grads = loss_and_grad(params, separate)
+    np.testing.assert_allclose(float(packed_loss), float(separate_loss), rtol=1e-10)
+    for a, b in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(separate_grads)):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12)
+
+    def image_nats(terms):
+        return np.asarray(terms.half_square - sum(terms.log_dets))[np.asarray(terms.image)]
+
+    def token_nats(terms):
+        return np.asarray(terms.nll)[np.asarray(terms.token)]
+
+    for nats in (image_nats, token_nats):
+        np.testing.assert_allclose(nats(packed_terms), nats(separate_terms), rtol=1e-10)
+    assert len(image_nats(packed_terms)) == 4 and len(token_nats(packed_terms)) > 15
 
 
 def test_without_an_image_before_it_the_adapter_changes_no_image():
     cfg = pretzel_batch.model()
-    before = pretzel_batch.drawn(cfg, zero=("skip",))
-    after = {**before, "adapter": pretzel_batch.drawn(cfg, 5)["adapter"]}
+    zero_adapter = pretzel_batch.drawn(cfg, zero=("skip",))
+    open_adapter = {**zero_adapter, "adapter": pretzel_batch.drawn(cfg, 5)["adapter"]}
     batch = pretzel_batch.batch([[T2I], [EDIT]], length=40)
     read = jax.jit(lambda p: terms(p, batch, cfg, STAGE3))
-    nats = [np.asarray(f.half_square - sum(f.log_dets)) for f in map(read, (before, after))]
+    nats = [
+        np.asarray(t.half_square - sum(t.log_dets)) for t in map(read, (zero_adapter, open_adapter))
+    ]
     np.testing.assert_array_equal(nats[0][0], nats[1][0])
     assert nats[0][1, 0] == nats[1][1, 0] and nats[0][1, 1] != nats[1][1, 1]
 
 
-def test_text_loss_stops_where_it_is_told_to():
+def test_gradient_of_the_text_into_the_flow_can_be_stopped():
     cfg = pretzel_batch.model()
     params, batch = pretzel_batch.drawn(cfg), pretzel_batch.batch([[I2T]], length=40)
-    for into in (True, False):
-        read = lambda p: terms(p, batch, cfg, STAGE3, text_into_flow=into).nll.sum()  # noqa: B023
+    for into_flow in (True, False):
+        read = lambda p: terms(p, batch, cfg, STAGE3, text_into_flow=into_flow).nll.sum()  # noqa: B023
         grads = jax.jit(jax.grad(read))(params)
         size = {name: max(np.abs(g).max() for g in jax.tree.leaves(t)) for name, t in grads.items()}
         assert size["adapter"] > 0 and size["skip"] > 0
-        assert (size["deep"] > 0) == into and (size["shallow"] > 0) == into
+        assert (size["deep"] > 0) == into_flow and (size["shallow"] > 0) == into_flow
 
 
 def test_chunks_and_limits_of_targets_change_nothing():
     cfg = pretzel_batch.model()
     params, batch = pretzel_batch.drawn(cfg), pretzel_batch.batch(PACKED)
     read = lambda **options: jax.jit(lambda p: terms(p, batch, cfg, STAGE3, **options).nll)(params)
-    whole, most = np.asarray(read()), int(np.asarray(read() != 0).sum(1).max())
-    cut = np.asarray(read(text_targets=most, text_chunk=5))
-    np.testing.assert_allclose(cut, whole[:, :most], rtol=1e-5, atol=1e-6)
+    unlimited, max_count = np.asarray(read()), int(np.asarray(read() != 0).sum(1).max())
+    limited = np.asarray(read(text_targets=max_count, text_chunk=5))
+    np.testing.assert_allclose(limited, unlimited[:, :max_count], rtol=1e-5, atol=1e-6)
     # More targets than room: never a smaller loss.
-    assert np.isnan(np.asarray(read(text_targets=most - 1))).any()
+    assert np.isnan(np.asarray(read(text_targets=max_count - 1))).any()
 
 
 # --------------------------------------------------------------------------------- sizes and errors
@@ -315,7 +308,7 @@ def test_the_deep_block_reads_forwards(blocks):
         ({"flow": {"layers": (1, 1, 0)}}, "no layers"),
     ],
 )
-def test_a_model_that_cannot_be(changes, words):
+def test_invalid_configs_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         pretzel_batch.model(**changes)
     with pytest.raises(ValueError, match=r"large.*tiny, small, paper"):

@@ -1,4 +1,4 @@
-"""Several crossings: none of them when zero, causal, one of them the Pretzel, cached alike."""
+"""Several crossings: the VLM's text while they are zero, causality, exactness, cached steps."""
 
 import dataclasses
 
@@ -54,15 +54,15 @@ def test_text_of_a_new_model_is_the_vlms():
     text, u = embeddings_and_latents(params, batch, cfg)
     blank = jnp.where((batch["image"] >= 0)[..., None], 0, text)
     mask = attention.segment_mask(jnp.asarray(batch["segments"]))
-    ours = jax.jit(lambda p: forward(p, backbone_inputs(batch, u), cfg)[0])
-    theirs = jax.jit(
+    crossings_states = jax.jit(lambda p: forward(p, backbone_inputs(batch, u), cfg)[0])
+    vlm_states = jax.jit(
         lambda p: qwen.apply_layers(p["vlm"], blank, cfg.vlm, batch["positions"], mask)[0]
     )
-    expected = np.asarray(theirs(params))
+    expected = np.asarray(vlm_states(params))
     # To the last bits: the two are compiled to other programs.
-    np.testing.assert_allclose(ours(params), expected, rtol=1e-6, atol=1e-6)
-    crossed = {**params, "skip": pretzel_batch.drawn(cfg, 1)["skip"]}
-    assert np.abs(np.asarray(ours(crossed)) - expected).max() > 1e-2
+    np.testing.assert_allclose(crossings_states(params), expected, rtol=1e-6, atol=1e-6)
+    with_skips = {**params, "skip": pretzel_batch.drawn(cfg, 1)["skip"]}
+    assert np.abs(np.asarray(crossings_states(with_skips)) - expected).max() > 1e-2
 
 
 def test_every_pair_of_positions_is_causal(x64):
@@ -82,11 +82,13 @@ def test_every_pair_of_positions_is_causal(x64):
 
     by_text, by_u = zip(*jax.jit(jax.jacrev(outputs, (0, 1)))(text, u))
     allowed = np.asarray(attention.segment_mask(jnp.asarray(segments))[0])
-    held = segments[0] > 0
-    for found, here in ((by_text, ~is_image[0]), (by_u, is_image[0])):
-        for part in found:
-            reached = np.abs(np.asarray(part)[:, :, 0]).max((1, 3)) > 0
-            np.testing.assert_array_equal(reached[held], (allowed & here[None])[held])
+    in_segment = segments[0] > 0
+    for jacobians, is_input in ((by_text, ~is_image[0]), (by_u, is_image[0])):
+        for jacobian in jacobians:
+            reached = np.abs(np.asarray(jacobian)[:, :, 0]).max((1, 3)) > 0
+            np.testing.assert_array_equal(
+                reached[in_segment], (allowed & is_input[None])[in_segment]
+            )
 
 
 def test_an_image_sees_all_of_itself_and_nothing_later(x64):
@@ -95,8 +97,8 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     batch = pretzel_batch.batch([[EDIT, T2I]], length=48, dtype=np.float64)
 
     def nats(x):
-        found = interleaved.loss_terms(params, batch, x, cfg, BOTH, text_targets=8)
-        return (found.half_square - sum(found.log_dets))[0]
+        terms = interleaved.loss_terms(params, batch, x, cfg, BOTH, text_targets=8)
+        return (terms.half_square - sum(terms.log_dets))[0]
 
     by_x = np.abs(np.asarray(jax.jit(jax.jacrev(nats))(jnp.asarray(batch["latent_mean"]))))
     by_image = by_x[:3, 0, :3].max((2, 3)) > 0
@@ -115,7 +117,7 @@ def test_cached_steps_equal_the_parallel_forward():
 
 
 @pytest.mark.fast
-def test_groups_hold_every_layer_once():
+def test_groups_contain_every_layer_once():
     assert crossings.layer_groups(5, 2) == [(0, 3), (3, 5)]
     assert crossings.layer_groups(5, 4) == [(0, 2), (2, 3), (3, 4), (4, 5)]
 
@@ -127,6 +129,6 @@ def test_groups_hold_every_layer_once():
         ({"crossings": 2, "skips": ("vlm",)}, "needs both skips"),
     ],
 )
-def test_what_cannot_cross_is_refused(changes, words):
+def test_impossible_crossings_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(pretzel_batch.model(crossings=1), **changes)

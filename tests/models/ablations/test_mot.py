@@ -22,26 +22,26 @@ from starflow2_jax.params import count as count_params
 
 
 @pytest.mark.fast
-def test_text_beside_no_image_is_the_vlms():
+def test_text_without_images_is_the_vlms():
     cfg = model()
     params = random_params(cfg)
     batch = pretzel_batch.batch([[TEXT], [TEXT, TEXT]], length=24, places=1)
-    found = jax.jit(lambda p: terms(p, batch, cfg))(params)
+    result = jax.jit(lambda p: terms(p, batch, cfg))(params)
 
     @jax.jit
-    def theirs(params):
+    def vlm_log_probs(params):
         h = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
         mask = attention.segment_mask(jnp.asarray(batch["segments"]))
         h, _ = qwen.apply_layers(params["vlm"], h, cfg.vlm, batch["positions"], mask)
         return jax.nn.log_softmax(qwen.logits(params["vlm"], h, cfg.vlm))
 
-    logs = np.asarray(theirs(params))
-    at, held = np.asarray(found.target_index), np.asarray(found.token)
+    log_probs = np.asarray(vlm_log_probs(params))
+    index, is_token = np.asarray(result.target_index), np.asarray(result.token)
     for b in range(2):
-        where = at[b][held[b]]
-        expected = -logs[b, where, batch["ids"][b, where + 1]]
-        np.testing.assert_allclose(found.nll[b][held[b]], expected, rtol=1e-5, atol=1e-5)
-    assert held.sum() > 4
+        positions = index[b][is_token[b]]
+        expected = -log_probs[b, positions, batch["ids"][b, positions + 1]]
+        np.testing.assert_allclose(result.nll[b][is_token[b]], expected, rtol=1e-5, atol=1e-5)
+    assert is_token.sum() > 4
 
 
 def test_every_pair_of_positions_is_causal(x64):
@@ -54,7 +54,7 @@ def test_every_pair_of_positions_is_causal(x64):
     )
     batch = pretzel_batch.batch([[record, T2I]], length=32, dtype=np.float64)
     segments, is_image = batch["segments"], batch["image"] >= 0
-    begins = batch["ids"] == TOKENIZER.vision_start
+    image_starts = batch["ids"] == TOKENIZER.vision_start
     mask = attention.segment_mask(jnp.asarray(segments))
     u = random_latents(batch, cfg.flow.channels)
     text = qwen.embed(params["vlm"], batch["ids"], cfg.vlm)
@@ -64,15 +64,15 @@ def test_every_pair_of_positions_is_causal(x64):
         return [output[0] for output in heads(params, states, cfg)]
 
     by_text, by_u = zip(*jax.jit(jax.jacrev(outputs, (0, 1)))(text, jnp.asarray(u)))
-    drawn_at = (begins | is_image)[0]
-    # Only a text that is read as such, or a patch, stands at a position; only the expert's
-    # positions draw, only the VLM's speak.
-    for found, here in ((by_text, ~drawn_at), (by_u, is_image[0])):
-        for part, speaks in zip(found, (drawn_at, drawn_at, ~drawn_at)):
-            reached = np.abs(np.asarray(part)[:, :, 0]).max((1, 3)) > 0
-            asked = (segments[0] > 0) & speaks
-            expected = np.asarray(mask[0]) & here[None]
-            np.testing.assert_array_equal(reached[asked], expected[asked])
+    by_expert = (image_starts | is_image)[0]
+    # A position has a text embedding or a patch as its input. The image head reads the expert's
+    # positions, the text head those of the VLM.
+    for jacobians, is_input in ((by_text, ~by_expert), (by_u, is_image[0])):
+        for jacobian, is_output in zip(jacobians, (by_expert, by_expert, ~by_expert)):
+            reached = np.abs(np.asarray(jacobian)[:, :, 0]).max((1, 3)) > 0
+            compared = (segments[0] > 0) & is_output
+            expected = np.asarray(mask[0]) & is_input[None]
+            np.testing.assert_array_equal(reached[compared], expected[compared])
 
 
 def test_an_image_sees_all_of_itself_and_nothing_later(x64):
@@ -81,8 +81,8 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     batch = pretzel_batch.batch([[EDIT, T2I]], length=48, dtype=np.float64)
 
     def nats(x):
-        found = terms(params, batch, cfg, x)
-        return (found.half_square - sum(found.log_dets))[0], found.nll[0]
+        result = terms(params, batch, cfg, x)
+        return (result.half_square - sum(result.log_dets))[0], result.nll[0]
 
     images, tokens = jax.jit(jax.jacrev(nats))(jnp.asarray(batch["latent_mean"]))
     by_image = np.abs(np.asarray(images))[:3, 0, :3].max((2, 3)) > 0
@@ -130,9 +130,9 @@ def test_cached_steps_equal_the_parallel_forward():
 @pytest.mark.parametrize("name", ["tiny", "small", "paper"])
 def test_trained_parameters_are_the_pretzels_within_five_percent(name):
     count = lambda tree: count_params({n: t for n, t in tree.items() if n != "vlm"})
-    ours = count(mot.declare(mot.preset(name)))
-    theirs = count(starflow2.declare(starflow2.preset(name)))
-    assert abs(ours / theirs - 1) < 0.05
+    mixture = count(mot.declare(mot.preset(name)))
+    pretzel = count(starflow2.declare(starflow2.preset(name)))
+    assert abs(mixture / pretzel - 1) < 0.05
 
 
 @pytest.mark.fast

@@ -360,7 +360,7 @@ def test_every_layout_is_tried():
         ({"train.trainable": ()}, "train.trainable is empty"),
         ({"model.flow.wide": 3}, r"unknown key 'model\.flow\.wide'"),
         ({"model.vlm.wide": 3}, r"unknown key 'model\.vlm\.wide'"),
-        ({"model.kind": "moe"}, r"model\.kind='moe' is not one of pretzel, mot"),
+        ({"model.kind": "moe"}, r"model\.kind='moe' is not one of pretzel, crossings, mot"),
         ({"model.skipping": 3}, r"unknown key 'model\.skipping'"),
         ({"vlm.path": "/nowhere"}, "nowhere"),
     ],
