@@ -274,7 +274,10 @@ def _noisy_tokens_fn(cfg: Config) -> Callable[[Batch, int, int], np.ndarray]:
         for name in preprocess.abstract_batch(cfg, model_config(cfg), 1)
         if name in ("image", "latent_mean", "latent_logvar")
     ]
-    add_noise = jax.jit(lambda batch, keys: preprocess.tokens(batch, keys, cfg, False))
+
+    @jax.jit
+    def add_noise(batch, keys):
+        return preprocess.tokens(batch, keys, cfg, False)
 
     def tokens(batch: Batch, number: int, seed: int) -> np.ndarray:
         arrays = {name: np.asarray(batch[name]) for name in names}

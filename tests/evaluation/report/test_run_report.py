@@ -1,4 +1,4 @@
-"""The report: one file with everything in it, from what lies in a workdir."""
+"""The report: one file without external resources, written from the files of a workdir."""
 
 import base64
 import html
@@ -28,7 +28,7 @@ def settings():
     return cfg
 
 
-def a_run(workdir, steps=40):
+def write_run(workdir, steps=40):
     cfg = settings()
     run_log.save_config(workdir, cfg)
     records = run_log.open(workdir, cfg)
@@ -46,41 +46,41 @@ def a_run(workdir, steps=40):
 
 
 def embedded(page):
-    """The pictures inside a page, by their alternative text."""
-    found = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]+)"', page)
-    return {alt: Image.open(io.BytesIO(base64.b64decode(data))) for alt, data in found}
+    """Return the images inside a page, by their alternative text."""
+    images = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]+)"', page)
+    return {alt: Image.open(io.BytesIO(base64.b64decode(data))) for alt, data in images}
 
 
-def test_report_holds_pictures_figures_command_and_configuration(tmp_path, monkeypatch):
-    told = ["/a/python", "-m", "train", "--workdir", "a b", "--config.name=<x> --y", "--json"]
-    monkeypatch.setattr(run_log.sys, "orig_argv", told)
-    path = run_report.write(a_run(tmp_path))
+def test_report_contains_images_figures_command_and_configuration(tmp_path, monkeypatch):
+    argv = ["/a/python", "-m", "train", "--workdir", "a b", "--config.name=<x> --y", "--json"]
+    monkeypatch.setattr(run_log.sys, "orig_argv", argv)
+    path = run_report.write(write_run(tmp_path))
     page = path.read_text()
     assert path == tmp_path / "report.html"
-    pictures = embedded(page)
-    assert set(pictures) == {
+    images = embedded(page)
+    assert set(images) == {
         *("samples, step 40", "step 10", "step 20", "step 30", "step 40"),
         *("nats per dimension", "loss, log-determinants, gradient norm, learning rate, speed"),
     }
-    newest = np.asarray(pictures["samples, step 40"])
+    newest = np.asarray(images["samples, step 40"])
     assert (newest[20, 20] == 40).all()
-    assert pictures["nats per dimension"].width > 1000
-    # Nothing outside the file is asked for, and the name is text, not markup.
+    assert images["nats per dimension"].width > 1000
+    # The page loads no other file, and the name is text, not markup.
     assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page
     assert "<h1>a &lt;run&gt; &amp; more</h1>" in page and "a <run>" not in page
     assert "step 40 of 40, finished" in page
     assert f"<b>{1 + 2 / 40 + 0.1:.4f}</b><span>nats/dim, evaluation data</span>" in page
-    # A flag a line, quoted so that a shell reads the same words again.
-    (shown,) = re.findall(r"<pre>(python[^<]*)</pre>", page)
-    assert len(shown.splitlines()) == 4
-    assert shlex.split(html.unescape(shown).replace("\\\n", "")) == ["python", *told[1:]]
+    # The command has one flag on each line, quoted so that a shell reads the same arguments.
+    (command,) = re.findall(r"<pre>(python[^<]*)</pre>", page)
+    assert len(command.splitlines()) == 4
+    assert shlex.split(html.unescape(command).replace("\\\n", "")) == ["python", *argv[1:]]
     assert "image.patch" in page and "pixels along the side of a token" in page
     assert f"jax {run_log.environment()['versions']['jax']}" in page
 
 
-def test_report_shows_what_was_measured_and_the_baseline(tmp_path):
-    a_run(tmp_path)
-    measured = {
+def test_report_shows_likelihoods_and_their_baseline(tmp_path):
+    write_run(tmp_path)
+    result = {
         "model": {"path": "x", "step": 40, "sha256": "0" * 64},
         "data": {"path": "data/test"},
         "rows": 500,
@@ -98,7 +98,7 @@ def test_report_shows_what_was_measured_and_the_baseline(tmp_path):
     }  # fmt: skip
     folder = tmp_path / "evaluation"
     folder.mkdir()
-    (folder / "likelihood_00000040_test.json").write_text(json.dumps(measured))
+    (folder / "likelihood_00000040_test.json").write_text(json.dumps(result))
     page = run_report.write(tmp_path).read_text()
     assert "1.2500 (1.2000 to 1.3000)" in page and "step 40, data/test" in page
     assert "Bits/dim are not comparable: trained with gaussian noise." in page
@@ -109,7 +109,7 @@ def test_report_shows_what_was_measured_and_the_baseline(tmp_path):
     assert (tmp_path / "report.html").read_text() == page
 
 
-def test_report_of_a_run_that_has_just_begun(tmp_path):
+def test_report_of_a_run_without_steps(tmp_path):
     run_log.save_config(tmp_path, settings())
     page = run_report.write(tmp_path).read_text()
     assert "step 0 of 40" in page and "finished" not in page and embedded(page) == {}
@@ -117,33 +117,33 @@ def test_report_of_a_run_that_has_just_begun(tmp_path):
     assert "Commands and machine" in run_report.write(tmp_path).read_text()
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_a_folder_of_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config.json: it is not the folder of a r"):
         run_report.write(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wide_grids_are_made_smaller(tmp_path):
-    a_run(tmp_path, steps=10)
+def test_wide_grids_are_scaled_down(tmp_path):
+    write_run(tmp_path, steps=10)
     Image.new("RGB", (3000, 300), "red").save(tmp_path / "samples" / "00000020.png")
-    pictures = embedded(run_report.write(tmp_path).read_text())
-    assert pictures["samples, step 20"].size == (1200, 120)
-    assert pictures["step 20"].size == (480, 48)
+    images = embedded(run_report.write(tmp_path).read_text())
+    assert images["samples, step 20"].size == (1200, 120)
+    assert images["step 20"].size == (480, 48)
 
 
-def test_grids_of_other_names_have_headings_of_their_own(tmp_path):
-    opened = run_log.open(a_run(tmp_path, steps=10), settings())
+def test_grids_of_each_name_have_a_heading(tmp_path):
+    log = run_log.open(write_run(tmp_path, steps=10), settings())
     images = np.full((2, 8, 8, 3), 7, np.uint8)
     for name in ("answers", "edits"):
-        run_log.samples(opened, 10, images, ["what is it? > a circle", ">"], name=name, columns=2)
-    run_log.close(opened)
+        run_log.samples(log, 10, images, ["what is it? > a circle", ">"], name=name, columns=2)
+    run_log.close(log)
     page = run_report.write(tmp_path).read_text()
     assert {"samples, step 10", "answers, step 10", "edits, step 10"} <= set(embedded(page))
-    at = [page.index(f"<h2>{name}</h2>") for name in ("Samples", "Answers", "Edits")]
-    assert at == sorted(at)
+    positions = [page.index(f"<h2>{name}</h2>") for name in ("Samples", "Answers", "Edits")]
+    assert positions == sorted(positions)
 
 
-def test_curves_pass_over_what_is_not_finite():
+def test_curves_leave_out_values_that_are_not_finite():
     rows = [{"step": s, "nats_per_dim": None if s == 3 else float(s)} for s in range(1, 6)]
     steps, values = plots.series(rows, "nats_per_dim")
     assert steps.tolist() == values.tolist() == [1, 2, 4, 5]
