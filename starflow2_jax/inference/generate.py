@@ -33,7 +33,6 @@ from starflow2_jax.inference.session import (
     TurnStart,
     extend,
     new_session,
-    special_tokens,
     truncate_rows,
     turn_start,
 )
@@ -63,7 +62,7 @@ def generate(
     u, _ = shallow_forward(model.params, np.concatenate(latents), cfg)
     row_u = np.split(u, np.cumsum([len(x) for x in latents])[:-1])
     reserved = options.max_tokens + options.image_limit * (cfg.patches + 2) + 1
-    session = extend(session, rows, row_u, cfg, model.tokenizer, reserved)
+    session = extend(model, session, rows, row_u, reserved)
     state = _reset_counters(model, session.state, options, continues=continue_from is not None)
     session = dataclasses.replace(session, state=state)
     start = turn_start(session)
@@ -160,8 +159,7 @@ def _start_session(model: Model, batch_size: int, options: GenerateOptions) -> S
         raise ValueError(f"samples: {len(samples)} numbers for {batch_size} rows")
     key = jax.random.key(options.seed)
     return new_session(
-        model.decode_params,
-        model.model_config,
+        model,
         keys=jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(samples)),
         null=options.null if options.needs_null_branch else "",
         cache_size=options.cache or 0,
@@ -182,8 +180,7 @@ def _reset_counters(
         len(token), decode_loop.BEGIN_IMAGE if begins_image else decode_loop.TEXT, np.int32
     )
     if continues:
-        turn_ends = special_tokens(model.tokenizer, model.model_config).turn_ends
-        mode[np.isin(token, turn_ends) & ~is_image] = decode_loop.ENDED
+        mode[np.isin(token, model.special_tokens.turn_ends) & ~is_image] = decode_loop.ENDED
 
     def full(value: int) -> jax.Array:
         return jnp.full(len(token), value, jnp.int32)
@@ -205,7 +202,6 @@ def _decode_turn(
     Returns:
         the session, the sampled items of every row, and why each row ended.
     """
-    cfg, special = model.model_config, special_tokens(model.tokenizer, model.model_config)
     max_steps = jnp.int32(_STOP_CHUNK if options.stop else decode_loop.CHUNK)
     sampling = _sampling_params(session, options)
     state = session.state
@@ -218,8 +214,8 @@ def _decode_turn(
             session.keys,
             sampling,
             max_steps,
-            cfg=cfg,
-            special=special,
+            cfg=model.model_config,
+            special=model.special_tokens,
         )
         token, u, log_probs = map(np.asarray, (output.token, output.u, output.log_probs))
         for b, row in enumerate(items):
@@ -227,13 +223,13 @@ def _decode_turn(
             row += map(SampledItem, token[b, :count].tolist(), u[b, :count], log_probs[b, :count])
         kept_ids = {}
         for b in set(range(len(items))) - stopped if options.stop else ():
-            size = find_stop(model.tokenizer, items[b], options.stop, special)
+            size = find_stop(model, items[b], options.stop)
             if size is not None:
                 items[b] = items[b][:size]
                 kept_ids[b] = [item.token for item in items[b]]
         if kept_ids:
             stopped |= kept_ids.keys()
-            state = truncate_rows(state, start, kept_ids, cfg, special)
+            state = truncate_rows(model, state, start, kept_ids)
     finish = ["stop" if b in stopped else "end" for b in range(len(items))]
     if options.max_tokens:
         for b in np.flatnonzero(np.asarray(state.mode) == decode_loop.OUT_OF_TOKENS):

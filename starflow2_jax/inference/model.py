@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from starflow2_jax.inference import decode_loop
+from starflow2_jax.inference.sampling import SpecialTokens
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.params import Tree
@@ -40,6 +41,19 @@ class Model:
     def decode_params(self) -> Tree:
         """A copy of the parameters, laid out for the decode loop, made on first use."""
         return decode_loop.prepare_params(self.params)
+
+    @functools.cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """The token ids that the decode loop treats specially."""
+        tokenizer, vlm = self.tokenizer, self.model_config.vlm
+        delimiters = (tokenizer.vision_end, tokenizer.image, tokenizer.turn_start)
+        return SpecialTokens(
+            vision_start=tokenizer.vision_start,
+            vision_end=tokenizer.vision_end,
+            turn_ends=(tokenizer.turn_end, tokenizer.pad),
+            banned=(*delimiters, vlm.video_token),
+            vocab_size=min(tokenizer.vocab_size, vlm.vocab),
+        )
 
 
 def flow_is_trained(model: Model) -> bool:

@@ -6,7 +6,7 @@ Axes: N patches, D latent channels.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,18 +17,13 @@ from starflow2_jax.inference.image_latents import shallow_forward, shallow_inver
 from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.options import GenerateOptions
 from starflow2_jax.inference.prompts import Part
-from starflow2_jax.inference.sampling import SpecialTokens
 from starflow2_jax.inference.session import (
     Session,
     TurnStart,
     advance_counters,
     select_rows,
-    special_tokens,
 )
 from starflow2_jax.latents import codec
-
-if TYPE_CHECKING:  # heavy
-    from starflow2_jax.data.chat_layout import Tokenizer
 
 
 class SampledItem(NamedTuple):
@@ -82,19 +77,11 @@ class Results:
         )
 
 
-def find_stop(
-    tokenizer: "Tokenizer",
-    items: Sequence[SampledItem],
-    stop: Sequence[str],
-    special: SpecialTokens,
-) -> int | None:
+def find_stop(model: Model, items: Sequence[SampledItem], stop: Sequence[str]) -> int | None:
     """Return how many items precede the first stop text; None if no text contains one."""
-    delimiters = (
-        decode_loop.PATCH,
-        special.vision_start,
-        special.vision_end,
-        *special.turn_ends,
-    )
+    tokenizer, special = model.tokenizer, model.special_tokens
+    image_tokens = (decode_loop.PATCH, special.vision_start, special.vision_end)
+    delimiters = (*image_tokens, *special.turn_ends)
     begin = 0
     for i in range(len(items) + 1):
         if i < len(items) and items[i].token not in delimiters:
@@ -127,12 +114,9 @@ def collect_results(
         items: sampled items of every row.
         finish: why each row ended.
     """
-    special = special_tokens(model.tokenizer, model.model_config)
     rows, images, totals = [], [], []
     for row_items, reason in zip(items, finish):
-        parts, row_images, total = _split_into_parts(
-            model.tokenizer, row_items, special, model.model_config.patches
-        )
+        parts, row_images, total = _split_into_parts(model, row_items)
         if reason == "length" and parts:
             parts[-1] = dataclasses.replace(parts[-1], truncated=True)
         rows.append(parts)
@@ -158,9 +142,10 @@ def collect_results(
 
 
 def _split_into_parts(
-    tokenizer: "Tokenizer", items: Sequence[SampledItem], special: SpecialTokens, patches: int
+    model: Model, items: Sequence[SampledItem]
 ) -> tuple[list[Part], list[np.ndarray], np.ndarray]:
     """Return the parts of a row, u [N, D] of each of its images, and the nats [3] of all items."""
+    special = model.special_tokens
     parts: list[Part] = []
     images: list[np.ndarray] = []
     text_items: list[SampledItem] = []
@@ -175,7 +160,7 @@ def _split_into_parts(
     def end_text() -> None:
         if text_items:
             tokens = tuple(item.token for item in text_items)
-            text = tokenizer.decode(tokens)
+            text = model.tokenizer.decode(tokens)
             parts.append(Part("text", text=text, tokens=tokens, **likelihoods(text_items)))
             text_items.clear()
 
@@ -183,7 +168,7 @@ def _split_into_parts(
         total = total + item.log_probs
         if item.token == decode_loop.PATCH:
             patch_items.append(item)
-            if len(patch_items) == patches:
+            if len(patch_items) == model.model_config.patches:
                 images.append(np.stack([patch.u for patch in patch_items]))
                 parts.append(Part("image", delimiters=opening_nats, **likelihoods(patch_items)))
                 patch_items = []
@@ -238,12 +223,12 @@ def _denoise_images(model, session, items, x, start) -> np.ndarray:
             f"denoise needs a model that was trained with Gaussian noise, but this one was trained "
             f"with noise.kind={noise['kind']!r}, noise.sigma={noise['sigma']!r}"
         )
-    special, clean = special_tokens(model.tokenizer, cfg), []
+    vision_start, clean = model.special_tokens.vision_start, []
     shallow_params = {"shallow": model.params["shallow"]}
     for b, row_items in enumerate(items):
         tokens = [item.token for item in row_items]
-        for t in (t for t, token in enumerate(tokens) if token == special.vision_start):
-            counters = advance_counters(tokens[: t + 1], start, b, cfg, special)
+        for t in (t for t, token in enumerate(tokens) if token == vision_start):
+            counters = advance_counters(model, start, b, tokens[: t + 1])
             vlm_position = int(start.state.next_vlm_position[b]) + counters["position_steps"]
             flow_index = int(start.state.flow_index[b]) + counters["flow_steps"]
             image = jnp.asarray(x[len(clean)])
@@ -253,7 +238,7 @@ def _denoise_images(model, session, items, x, start) -> np.ndarray:
                 session.state,
                 b,
                 ImageStart(
-                    token=jnp.int32(special.vision_start),
+                    token=jnp.int32(vision_start),
                     slot=jnp.int32(start.slot + t + 1),
                     vlm_position=jnp.int32(vlm_position),
                     flow_index=jnp.int32(flow_index),

@@ -16,9 +16,8 @@ import numpy as np
 
 from starflow2_jax.inference import decode_loop
 from starflow2_jax.inference.decode_loop import DecodeState
+from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.prompts import Part, to_messages
-from starflow2_jax.inference.sampling import SpecialTokens
-from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.models.layers import KVCache
 from starflow2_jax.params import Tree
 
@@ -85,34 +84,16 @@ class TurnStart:
     slot: int
 
 
-def special_tokens(tokenizer: "Tokenizer", cfg: BackboneConfig) -> SpecialTokens:
-    """Return the token ids that the decode loop treats specially."""
-    delimiters = (tokenizer.vision_end, tokenizer.image, tokenizer.turn_start)
-    return SpecialTokens(
-        vision_start=tokenizer.vision_start,
-        vision_end=tokenizer.vision_end,
-        turn_ends=(tokenizer.turn_end, tokenizer.pad),
-        banned=(*delimiters, cfg.vlm.video_token),
-        vocab_size=min(tokenizer.vocab_size, cfg.vlm.vocab),
-    )
-
-
 def new_session(
-    params: Tree,
-    cfg: BackboneConfig,
-    keys: jax.Array,
-    null: str,
-    cache_size: int,
-    has_fixed_cache: bool,
+    model: Model, keys: jax.Array, null: str, cache_size: int, has_fixed_cache: bool
 ) -> Session:
     """Return a session whose rows have read nothing.
 
     Args:
-        params: parameters in the layout of `decode_loop.prepare_params`.
         null: null prompt of the unconditional branch; "" without that branch.
         has_fixed_cache: False lets the caches grow on demand.
     """
-    batch_size = len(keys)
+    params, batch_size = model.decode_params, len(keys)
     return Session(
         params=params,
         keys=keys,
@@ -121,7 +102,7 @@ def new_session(
         part_counts=(0,) * batch_size,
         has_fixed_cache=has_fixed_cache,
         state=decode_loop.empty_state(
-            params, cfg, batch_size, cache_size, has_null_branch=bool(null)
+            params, model.model_config, batch_size, cache_size, has_null_branch=bool(null)
         ),
     )
 
@@ -156,11 +137,10 @@ def layout_parts(
 
 
 def extend(
+    model: Model,
     session: Session,
     rows: Sequence[Sequence[Part]],
     u: Sequence[np.ndarray],
-    cfg: BackboneConfig,
-    tokenizer: "Tokenizer",
     reserved: int,
 ) -> Session:
     """Read new parts of every row into the caches, except for the last item, which stays pending.
@@ -174,7 +154,7 @@ def extend(
     """
     state = jax.tree.map(np.asarray, session.state.replace(caches=None))
     sequences = [
-        _new_sequence(session, state, b, branch, rows[b], u[b], cfg, tokenizer)
+        _new_sequence(model, session, state, b, branch, rows[b], u[b])
         for branch in range(len(session.branches))
         for b in range(session.batch_size)
     ]
@@ -183,8 +163,10 @@ def extend(
     session = _ensure_slots(session, longest, padded, reserved)
     caches, valid = session.state.caches, session.state.valid
     if longest:
-        inputs = _pad_sequences(sequences, padded, cfg.flow.channels, state.u.dtype)
-        caches, valid = decode_loop.prefill(session.params, caches, valid, inputs, cfg=cfg)
+        inputs = _pad_sequences(sequences, padded, state.u)
+        caches, valid = decode_loop.prefill(
+            session.params, caches, valid, inputs, cfg=model.model_config
+        )
     else:  # The next steps take the arrays over.
         caches, valid = jax.tree.map(jnp.copy, (caches, valid))
     conditional = sequences[: session.batch_size]
@@ -219,10 +201,11 @@ def _open_role(parts: Sequence[Part], previous: str) -> str:
     return "none" if all(part.role == "none" for part in parts) else "assistant"
 
 
-def _new_sequence(session, state, b, branch, parts, u, cfg, tokenizer) -> dict[str, Any]:
+def _new_sequence(model, session, state, b, branch, parts, u) -> dict[str, Any]:
     """Return the pending and the new items of row b in one branch, with absolute positions."""
     from starflow2_jax.data import chat_layout
 
+    cfg, tokenizer = model.model_config, model.tokenizer
     r = branch * session.batch_size + b
     position, flow_index = int(state.next_vlm_position[r]), int(state.flow_index[r])
     null, role = session.branches[branch], session.open_roles[b]
@@ -243,8 +226,8 @@ def _new_sequence(session, state, b, branch, parts, u, cfg, tokenizer) -> dict[s
     has_pending, token = state.token[b] >= 0, int(state.token[b])
     if not has_pending and not len(items.ids):
         raise ValueError(f"row {b}: the prompt is empty, so there is nothing to generate from")
-    turn_ends = special_tokens(tokenizer, cfg).turn_ends
-    if has_pending and parts and token in turn_ends and not state.is_image[b]:
+    ends_turn = token in model.special_tokens.turn_ends and not state.is_image[b]
+    if has_pending and parts and ends_turn:
         if not len(items.ids) or items.ids[0] != tokenizer.turn_end:
             raise ValueError(
                 f"row {b}: the turn of {role} has ended; continue with a part of another role"
@@ -271,12 +254,12 @@ def _new_sequence(session, state, b, branch, parts, u, cfg, tokenizer) -> dict[s
     return {**sequence, "next_vlm_position": end, "flow_index": flow_end}
 
 
-def _pad_sequences(sequences, length, channels, dtype) -> decode_loop.DecodeInputs:
+def _pad_sequences(sequences, length, u) -> decode_loop.DecodeInputs:
     """Return all but the last item of each row, padded on the right."""
     count = len(sequences)
     inputs = decode_loop.DecodeInputs(
         ids=np.zeros((count, length), np.int32),
-        u=np.zeros((count, length, channels), dtype),
+        u=np.zeros((count, length, u.shape[-1]), u.dtype),
         is_image=np.zeros((count, length), bool),
         is_real=np.zeros((count, length), bool),
         vlm_positions=np.zeros((count, length, 3), np.int32),
@@ -360,11 +343,7 @@ def select_rows(session: Session, rows: Sequence[int]) -> Session:
 
 
 def advance_counters(
-    sampled_ids: Sequence[int],
-    start: TurnStart,
-    b: int,
-    cfg: BackboneConfig,
-    special: SpecialTokens,
+    model: Model, start: TurnStart, b: int, sampled_ids: Sequence[int]
 ) -> dict[str, int]:
     """Return the counters of row b after some sampled items.
 
@@ -375,6 +354,7 @@ def advance_counters(
         `position_steps` and `flow_steps`, by how much `next_vlm_position` and `flow_index` have
         grown; the values of `part_index` and `index_in_part`.
     """
+    cfg, special = model.model_config, model.special_tokens
     position_steps = flow_steps = patches = 0
     part_index, index_in_part = int(start.state.part_index[b]), int(start.state.index_in_part[b])
     for token in sampled_ids:
@@ -402,11 +382,7 @@ def advance_counters(
 
 
 def truncate_rows(
-    state: DecodeState,
-    start: TurnStart,
-    kept_ids: Mapping[int, Sequence[int]],
-    cfg: BackboneConfig,
-    special: SpecialTokens,
+    model: Model, state: DecodeState, start: TurnStart, kept_ids: Mapping[int, Sequence[int]]
 ) -> DecodeState:
     """Return a state in which some rows keep only their first sampled items, and are done.
 
@@ -417,7 +393,7 @@ def truncate_rows(
     host = jax.tree.map(np.array, state.replace(caches=None))
     before = start.state
     for b, ids in kept_ids.items():
-        counters = advance_counters(ids, start, b, cfg, special)
+        counters = advance_counters(model, start, b, ids)
         for r in range(b, len(host.next_vlm_position), len(host.token)):
             # The last item that stays is pending again.
             host.valid[r, start.slot + len(ids) :] = False

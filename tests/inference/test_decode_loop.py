@@ -381,7 +381,7 @@ def test_every_item_has_a_key_of_its_own():
     """Check that the first patch of a part does not share the key of the token before it."""
     model = tiny_decode_model.model()
     keys = jax.random.split(jax.random.key(0), 1)
-    state = session.new_session(model.decode_params, model.model_config, keys, "", 64, True).state
+    state = session.new_session(model, keys, "", 64, True).state
     key_data = set()
     for part in range(3):
         for number in range(model.model_config.patches):
@@ -421,7 +421,7 @@ def test_tokens_are_sampled_from_the_top_k_and_the_top_p():
     first = len(prompt.ids)
     np.testing.assert_array_equal(items.ids[0, first:], tokens)
     logits = np.array(parallel(model, items)[2][0, first - 1 : -1])
-    ids = session.special_tokens(model.tokenizer, model.model_config)
+    ids = model.special_tokens
     logits[:, [*ids.banned, ids.vision_start, *range(ids.vocab_size, VOCAB)]] = -np.inf
     assert len(tokens) and tuple(logits.argmax(-1)) == tokens
 

@@ -287,7 +287,7 @@ def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(x64):
     options = {"images": 2, "max_tokens": 2, "seed": 4, "temperature": 1.0, "guidance": 1.0}
     results = model.generate(["ab", "hello"], **options)
     sigma, cfg = 0.3, model.model_config
-    special = session.special_tokens(model.tokenizer, cfg)
+    special = model.special_tokens
     prompts = [[Part("text", "user", text)] for text in ("ab", "hello")]
     row = [*prompts[0], *results[0]]
     images = [part for part in row if part.kind == "image"]
