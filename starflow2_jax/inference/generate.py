@@ -241,11 +241,7 @@ def _sampling_params(session: Session, options: GenerateOptions) -> SamplingPara
     dtype = jnp.promote_types(session.state.u.dtype, jnp.float32)
     guidance = None
     if session.null:
-        guidance = Guidance(
-            jnp.asarray(options.guidance, dtype),
-            rule=options.rule,
-            temperature_on="unconditional",
-        )
+        guidance = Guidance(jnp.asarray(options.guidance, dtype), rule=options.rule)
     return SamplingParams(
         temperature=jnp.asarray(options.temperature, dtype),
         top_k=jnp.int32(options.top_k),

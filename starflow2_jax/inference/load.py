@@ -23,7 +23,7 @@ from starflow2_jax.checkpoints.open_model import SavedModel, open_model
 from starflow2_jax.inference import flow_sampler
 from starflow2_jax.inference.api import STARFlow2
 from starflow2_jax.inference.flow_sampler import FlowModel
-from starflow2_jax.latents import codec as codecs
+from starflow2_jax.latents.codec import Codec, load as load_codec
 from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.training.tasks import starflow2
 
@@ -80,7 +80,7 @@ def load_starflow2(
     if vlm:
         _check_digest(path, "VLM", vlm, teacher_weights.identity(vlm), saved.frozen.get("vlm"))
     model_config = starflow2.model_config(cfg)
-    codec = codecs.load(fae) if fae else None
+    codec = load_codec(fae) if fae else None
     if codec is not None:
         _check_latent_shape(path, fae, codec, model_config)
         _check_digest(path, "codec", fae, codec.sha256, saved.frozen.get("fae"))
@@ -145,9 +145,7 @@ def _check_digest(path: str, name: str, folder: str, actual: str, expected: str 
         )
 
 
-def _check_latent_shape(
-    path: str, fae: str, codec: codecs.Codec, model_config: BackboneConfig
-) -> None:
+def _check_latent_shape(path: str, fae: str, codec: Codec, model_config: BackboneConfig) -> None:
     actual = (codec.model.tokens, codec.model.latent)
     expected = (model_config.patches, model_config.flow.channels)
     if actual != expected:
