@@ -136,4 +136,4 @@ def open_model(path: str | Path) -> SavedModel:
     workdir, step = steps.locate(location)
     step = steps.find(workdir, step).step
     metadata = orbax.read_meta(workdir, step)
-    return SavedModel(str(workdir), step, metadata["config"], metadata)
+    return SavedModel(str(workdir), step, metadata.get("config", {}), metadata)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from starflow2_jax.checkpoints import model_folder, orbax, steps
+from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.params import flatten
 from starflow2_jax.training.program import Program, TrainState
 
@@ -36,26 +36,26 @@ def init_from_checkpoint(
         ValueError: Its subtrees, names or shapes differ from this program's (all differences are
             listed), or an earlier stage used another VLM or another codec's latents.
     """
-    task, folder = program.task, str(model_folder.locate(path))
+    task, saved = program.task, open_model(path)
 
     def without_foreign(tree):
         return {name: subtree for name, subtree in tree.items() if name not in task.foreign}
 
     specs = without_foreign(program.abstract_state.params)
-    if not model_folder.is_folder(folder):
-        part = "ema" if ema else "params"
-        restored, metadata = orbax.restore(*steps.locate(folder), {part: specs}, only=(part,))
-        loaded = restored[part]
-    elif task.load_start:
-        loaded = _fit(task.load_start(folder), specs, folder)
+    if saved.is_folder and task.load_start:
+        loaded = _fit(task.load_start(saved.path), specs, saved.path)
     else:
-        metadata = model_folder.read_config(folder)
-        layout, declared = program.cfg["layout"], without_foreign(task.declared)
-        params = model_folder.read_folder(folder, declared, program.mesh, layout, np.float32)
-        loaded = {name: params[name] for name in specs}
+        loaded = saved.read_params(
+            without_foreign(task.declared),
+            program.mesh,
+            program.cfg["layout"],
+            dtype=np.float32,
+            ema=ema,
+            subtrees=tuple(specs),
+        )
     if task.foreign:
         identity = task.frozen_identity() if identity is None else identity
-        _check_frozen(path, metadata.get("frozen") or {}, identity)
+        _check_frozen(path, saved.frozen, identity)
     params = {**state.params, **loaded}
     return state.replace(params=params, ema=jax.tree.map(lambda a: a.copy(), params))
 

@@ -28,7 +28,11 @@ def folder(codec, tmp_path_factory):
 
 def built(cfg, codec=None):
     grid = mesh.make_mesh(cfg["mesh"], jax.devices()[:1])
-    program = build_program(cfg, grid, fae_step.make_pixels_task(cfg, codec))
+    if cfg["task"] == "fae_features":
+        task = fae_step.make_features_task(cfg)
+    else:
+        task = fae_step.make_pixels_task(cfg, codec)
+    program = build_program(cfg, grid, task)
     return program, *program.init(jax.random.key(5))
 
 
