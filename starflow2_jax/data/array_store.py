@@ -39,11 +39,7 @@ _decoder = msgspec.msgpack.Decoder(Arrays)
 
 
 def encode(id: str, arrays: dict[str, np.ndarray]) -> bytes:
-    """Encode one row.
-
-    Raises:
-        DatasetError: a dtype outside `Dtype`, or a value that is not finite.
-    """
+    """Encode one row; DatasetError for a dtype outside `Dtype` or a value that is not finite."""
     row = {}
     for name, array in arrays.items():
         array = np.ascontiguousarray(array)
@@ -59,11 +55,7 @@ def encode(id: str, arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def decode(data: bytes, location: str) -> tuple[str, dict[str, np.ndarray]]:
-    """Decode one row to its id and its arrays, which are read-only views.
-
-    Raises:
-        DatasetError: a damaged row; names `location` and the array.
-    """
+    """Decode one row to its id and its arrays, which are read-only views."""
     try:
         row = _decoder.decode(data)
     except msgspec.MsgspecError as error:
@@ -90,21 +82,11 @@ def write(
     features: dict[str, Any],
     overwrite: bool = False,
 ) -> Manifest:
-    """Write a folder of arrays, and return its manifest.
+    """Write a folder of arrays, sharded like the records of `parent`, and return its manifest.
 
-    All rows must have the same names, dtypes and shapes; these go into the manifest's
-    `features["arrays"]`, next to the caller's `features` and the fingerprint of the parent.
-
-    Args:
-        path: folder to make.
-        rows: (id, arrays) of each record, in the order of the records.
-        parent: manifest of the records; the arrays get its sharding.
-        importer, features: for the manifest.
-        overwrite: replace an existing dataset folder.
-
-    Raises:
-        DatasetError: rows that differ in shape, more or fewer rows than records, an existing
-            `path`.
+    `rows` are the (id, arrays) of each record, in order. All rows must have the same names, dtypes
+    and shapes; these go into the manifest's `features["arrays"]`, next to the caller's `features`
+    and the fingerprint of the parent.
     """
     spec: dict[str, dict[str, Any]] = {}
 
@@ -130,11 +112,7 @@ def write(
 
 
 class StoredArrays:
-    """The rows of a folder of arrays: `len`, `[i]` -> (id, arrays); safe in threads.
-
-    Raises:
-        DatasetError: not a folder of arrays, or one made from another dataset than `parent`.
-    """
+    """The rows of a folder of arrays: `len`, `[i]` -> (id, arrays); safe in threads."""
 
     def __init__(self, path: str | os.PathLike[str], parent: Manifest):
         self.manifest = manifest.load(path, kind="arrays")

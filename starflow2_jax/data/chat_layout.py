@@ -23,47 +23,31 @@ _CACHED_CHARACTERS = 200
 
 
 def byte_tokens(text: str, length: int, location: str = "text") -> np.ndarray:
-    """Encode `text` as UTF-8 bytes + 1, padded with 0 at the end: int32 [length].
-
-    Raises:
-        DatasetError: a text of more than `length` bytes, naming `location`.
-    """
+    """Encode `text` as UTF-8 bytes + 1, padded with 0 at the end: int32 [length]."""
     data = text.encode("utf-8")
     if len(data) > length:
         raise DatasetError(
             f"{location}: the text has {len(data)} bytes, but text_length is {length}: "
             f"{text[:80]!r}"
         )
-    tokens = np.zeros(length, np.int32)
-    tokens[: len(data)] = np.frombuffer(data, np.uint8)
-    tokens[: len(data)] += 1
-    return tokens
+    tokens = np.frombuffer(data, np.uint8).astype(np.int32) + 1
+    return np.pad(tokens, (0, length - len(data)))
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer reduced to what the chat layout needs.
+    """A tokenizer reduced to what the chat layout needs."""
 
-    Attributes:
-        encode: converts text to ids; the names of special tokens in a text are ordinary text.
-        decode: converts ids to text without special tokens.
-        turn_start, turn_end, vision_start, vision_end: ids of the delimiters.
-        image: id of an image slot.
-        pad: id at positions after the last record of a row.
-        opening: ids before the first turn of a conversation without a system turn.
-        vocab_size: number of ids.
-    """
-
-    encode: Callable[[str], tuple[int, ...]]
-    decode: Callable[[Sequence[int]], str]
+    encode: Callable[[str], tuple[int, ...]]  # reads the names of special tokens as ordinary text
+    decode: Callable[[Sequence[int]], str]  # leaves out special tokens
     turn_start: int
     turn_end: int
     vision_start: int
     vision_end: int
-    image: int
-    pad: int
-    opening: tuple[int, ...]
-    vocab_size: int
+    image: int  # id of an image slot
+    pad: int  # id at positions after the last record of a row
+    opening: tuple[int, ...]  # ids before the first turn of a conversation without a system turn
+    vocab_size: int  # number of ids
 
 
 class MessagePart(NamedTuple):
@@ -75,30 +59,17 @@ class MessagePart(NamedTuple):
 
 
 class TokenSequence(NamedTuple):
-    """A conversation as a sequence of T text tokens and image slots.
+    """A conversation as a sequence of T text tokens and image slots."""
 
-    Attributes:
-        ids: int32 [T]; image slots have the id `Tokenizer.image`.
-        image_index: int32 [T], the image of each slot; -1 for text.
-        patch_index: int32 [T], the patch of that image; -1 for text.
-        is_target: bool [T], true where the item is a training target.
-        part_index: int32 [T], the part that each item comes from, with adjacent texts joined; -1
-            for delimiters.
-    """
-
-    ids: np.ndarray
-    image_index: np.ndarray
-    patch_index: np.ndarray
-    is_target: np.ndarray
-    part_index: np.ndarray
+    ids: np.ndarray  # int32 [T]; image slots have the id `Tokenizer.image`
+    image_index: np.ndarray  # int32 [T], the image of each slot; -1 for text
+    patch_index: np.ndarray  # int32 [T], the patch of that image; -1 for text
+    is_target: np.ndarray  # bool [T], true where the item is a training target
+    part_index: np.ndarray  # int32 [T], the part of each item, texts joined; -1 for delimiters
 
 
 def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """Open the tokenizer of a local folder, without network access and without running its code.
-
-    Raises:
-        DatasetError: no tokenizer in the folder, or one without the delimiters of Qwen's chat.
-    """
+    """Open the tokenizer of a local folder, without network access and without running its code."""
     import transformers  # heavy
 
     try:
@@ -174,30 +145,19 @@ def apply_chat_template(
 
     Args:
         parts: parts in order; adjacent parts with the same role form a turn.
-        tokenizer: tokenizer of the text and the delimiters.
         image_tokens: N, slots of an image.
         null: "text" empties the texts of the user, and "all" drops the user's images too. The
             result is the unconditional input of classifier-free guidance.
         closed: end the last turn; otherwise it can be continued. An empty text opens a turn.
         open_role: role of the turn that is already open when the parts continue a conversation.
-
-    Raises:
-        ValueError: an unknown `null`.
     """
     if null not in NULL_CONDITIONS:
         raise ValueError(f"null={null!r} is not one of {', '.join(NULL_CONDITIONS)}")
-    ids: list[int] = []
-    image_index: list[int] = []
-    patch_index: list[int] = []
-    is_target: list[bool] = []
-    part_index: list[int] = []
+    items: list[tuple[int, int, int, bool, int]] = []  # the fields of TokenSequence
 
     def write(tokens: Sequence[int], target: bool, image: int = -1, part: int = -1) -> None:
-        ids.extend(tokens)
-        image_index.extend([image] * len(tokens))
-        patch_index.extend(range(len(tokens)) if image >= 0 else [-1] * len(tokens))
-        is_target.extend([target] * len(tokens))
-        part_index.extend([part] * len(tokens))
+        for patch, token in enumerate(tokens):
+            items.append((token, image, patch if image >= 0 else -1, target, part))
 
     def end_turn(role: str, target: bool) -> None:
         if role != "none":
@@ -226,13 +186,10 @@ def apply_chat_template(
         ends_in_target = part.loss
     if closed:
         end_turn(role, ends_in_target)
-    return TokenSequence(
-        ids=np.asarray(ids, np.int32),
-        image_index=np.asarray(image_index, np.int32),
-        patch_index=np.asarray(patch_index, np.int32),
-        is_target=np.asarray(is_target, bool),
-        part_index=np.asarray(part_index, np.int32),
+    ids, image_index, patch_index, is_target, part_index = (
+        np.asarray(items, np.int32).reshape(-1, 5).T.copy()
     )
+    return TokenSequence(ids, image_index, patch_index, is_target.astype(bool), part_index)
 
 
 def _join_texts(parts: Sequence[MessagePart], null: str) -> list[MessagePart]:

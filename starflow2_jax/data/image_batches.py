@@ -21,27 +21,16 @@ _ENTRY_KEYS = ("path", "weight", "latents", "features")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageBatchOptions(MixtureOptions):
-    """The keys of `cfg.data` for batches of single images.
+    """The keys of `cfg.data` for batches of single images."""
 
-    Attributes:
-        labels: add `label`, read from `meta.label` of each record.
-        text: "bytes" adds `tokens`, "features" adds `text`.
-        text_length: L; with bytes, a longer text is an error.
-        features: folder of stored text features (`prepare features`); may equal `latents`.
-    """
-
-    labels: bool = False
-    text: str = "none"
-    text_length: int = 0
-    features: str = ""
+    labels: bool = False  # add `label`, read from `meta.label` of each record
+    text: str = "none"  # "bytes" adds `tokens`, "features" adds `text`
+    text_length: int = 0  # L; with bytes, a longer text is an error
+    features: str = ""  # folder of stored text features (`prepare features`); may equal `latents`
 
 
 def parse_options(cfg_data: Mapping[str, Any]) -> ImageBatchOptions:
-    """Read `cfg.data`; keys that are None keep their defaults.
-
-    Raises:
-        ValueError: an unknown key (with the nearest one), or a value that is not allowed.
-    """
+    """Read `cfg.data`; keys that are None keep their defaults."""
     values = {key: value for key, value in cfg_data.items() if value is not None}
     known = [field.name for field in dataclasses.fields(ImageBatchOptions)]
     mixture.refuse_unknown_keys(values, known, "data")
@@ -66,12 +55,7 @@ def batches(
     start_step: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield training batches without end; see `sampler.training_batches`.
-
-    Raises:
-        ValueError: a wrong option, or rows that a batch does not have.
-        DatasetError: a damaged or unsuitable folder or record, named.
-    """
+    """Yield training batches without end; see `sampler.training_batches`."""
     options = parse_options(cfg_data)
     return sampler.training_batches(
         _open_sources(options),

@@ -23,21 +23,13 @@ MAX_BYTES = 64 << 20
 
 
 def header(data: bytes, location: str) -> tuple[Format, int, int]:
-    """Return format, height and width of an encoded image, before EXIF orientation.
-
-    Raises:
-        DatasetError: not a JPEG, PNG or WebP image, or one over the limits; names `location`.
-    """
+    """Return format, height and width of an encoded image, before EXIF orientation."""
     with _open(data, location) as image:
         return _FORMATS[image.format], image.height, image.width
 
 
 def decode(data: bytes, location: str) -> np.ndarray:
-    """Decode a JPEG, PNG or WebP image to upright RGB: uint8 [H, W, 3].
-
-    Raises:
-        DatasetError: another format, an image over the limits, or damaged data; names `location`.
-    """
+    """Decode a JPEG, PNG or WebP image to upright RGB: uint8 [H, W, 3]."""
     with _open(data, location) as image:
         try:
             # Transposing copies even an upright image, so the orientation tag is read first.
@@ -73,11 +65,7 @@ def center_crop(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def square(pixels: np.ndarray, side: int, resize: str, location: str) -> np.ndarray:
-    """Return uint8 [side, side, 3]; only `resize` "center_crop" accepts images of any size.
-
-    Raises:
-        DatasetError: an image of another size, naming `location`.
-    """
+    """Return uint8 [side, side, 3]; only `resize` "center_crop" accepts images of any size."""
     if resize == "center_crop" and pixels.shape[:2] != (side, side):
         pixels = center_crop(pixels, side)
     if pixels.shape[:2] != (side, side):
@@ -113,9 +101,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert(
-            "RGB"
-        )
+        upper_bytes = np.asarray(image).astype(np.uint32) >> 8
+        return Image.fromarray(upper_bytes.astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -87,9 +87,8 @@ def make(
 
 def encode(manifest: Manifest) -> bytes:
     """Return the bytes of `dataset.json`: fields as declared, dicts sorted, a final newline."""
-    return (
-        msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2) + b"\n"
-    )
+    compact = msgspec.json.encode(manifest, order="deterministic")
+    return msgspec.json.format(compact, indent=2) + b"\n"
 
 
 def fingerprint(manifest: Manifest) -> str:
@@ -110,10 +109,6 @@ def load(path: str | os.PathLike[str], kind: Literal["records", "arrays"] = "rec
     """Read the manifest of the dataset folder `path` and check it against the shard sizes.
 
     This is cheap, since only file sizes are checked; `verify` reads everything.
-
-    Raises:
-        DatasetError: no such folder or manifest, a wrong field, totals that do not add up, or a
-            shard that is missing or has another size than in the manifest.
     """
     folder = epath.Path(path)
     file = folder / FILE_NAME
@@ -135,8 +130,7 @@ def load(path: str | os.PathLike[str], kind: Literal["records", "arrays"] = "rec
                 f"{file}: `{name}` is {getattr(manifest, name)} but its shards add up to {total}"
             )
     for shard in manifest.shards:
-        problem = _size_problem(folder, shard)
-        if problem:
+        if problem := _size_problem(folder, shard):
             raise DatasetError(problem)
     return manifest
 
@@ -145,12 +139,9 @@ def verify(path: str | os.PathLike[str], manifest: Manifest) -> Iterator[str]:
     """Yield one line for every shard whose size or sha256 differs from its `manifest`."""
     folder = epath.Path(path)
     for shard in manifest.shards:
-        problem = _size_problem(folder, shard)
-        if problem:
+        if problem := _size_problem(folder, shard):
             yield problem
-            continue
-        digest = sha256_file(folder / shard.path)
-        if digest != shard.sha256:
+        elif (digest := sha256_file(folder / shard.path)) != shard.sha256:
             yield (
                 f"{folder / shard.path}: sha256 is {digest}, the manifest says {shard.sha256}: "
                 "the file changed after it was written"

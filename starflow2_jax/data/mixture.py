@@ -17,31 +17,19 @@ from starflow2_jax.data.records import Dataset
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtureOptions:
-    """Options of every kind of batch.
+    """Options of every kind of batch."""
 
-    Attributes:
-        path: one dataset folder; exactly one of `path` and `mixture` is set.
-        mixture: several folders, as mappings `{path, weight, ...}` with the folders of arrays of
-            each; a weight is a share of the examples.
-        pixels: side of the square images; any other size is an error unless `resize` is set.
-        resize: "center_crop" scales the short side to `pixels` and crops the center; or "none".
-        latents: folder of stored latents (`prepare latents` or `prepare features`), which replace
-            the images.
-        shuffle: shuffle globally, in another order every epoch; otherwise keep the folder's order.
-        seed: seed of the shuffle, below 2**32.
-        threads: reading threads, each making whole batches; 0 reads in the caller's thread.
-        skip_bad: how many different bad examples each host may replace by their neighbor, logged.
-    """
-
-    path: str = ""
+    path: str = ""  # one dataset folder; exactly one of `path` and `mixture` is set
+    # Several folders, as mappings `{path, weight, ...}` with the folders of arrays of each. A
+    # weight is a share of the examples.
     mixture: tuple[Mapping[str, Any], ...] = ()
-    pixels: int = 0
-    resize: str = "none"
-    latents: str = ""
-    shuffle: bool = True
-    seed: int = 0
-    threads: int = 4
-    skip_bad: int = 0
+    pixels: int = 0  # side of the square images; any other size is an error unless `resize` is set
+    resize: str = "none"  # "center_crop" scales the short side to `pixels`, then crops; or "none"
+    latents: str = ""  # folder of stored latents (from `prepare`), which replace the images
+    shuffle: bool = True  # globally, in another order every epoch; or keep the folder's order
+    seed: int = 0  # seed of the shuffle, below 2**32
+    threads: int = 4  # reading threads, each making whole batches; 0 reads in the caller's thread
+    skip_bad: int = 0  # different bad examples that each host may replace by their neighbors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +50,7 @@ class Source:
 
 
 def entries(options: MixtureOptions, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the checked entries of the mixture, or one entry for `path`, with all of `keys`.
-
-    Raises:
-        ValueError: both or neither of `path` and `mixture`, an unknown key, a weight that is not
-            positive, or no image size for a folder without latents.
-    """
+    """Return the checked entries of the mixture, or one entry for `path`, with all of `keys`."""
     if bool(options.path) == bool(options.mixture):
         raise ValueError("data.path or data.mixture: exactly one of them must be given")
     single = {key: getattr(options, key) for key in keys if key != "weight"}
@@ -78,9 +61,8 @@ def entries(options: MixtureOptions, keys: Sequence[str]) -> list[dict[str, Any]
     for entry in options.mixture or (single,):
         refuse_unknown_keys(entry, keys, "data.mixture[]")
         entry = {**dict.fromkeys(keys, ""), "weight": 1.0, **entry}
-        entry["weight"] = float(entry["weight"])
-        if not entry["weight"] > 0:
-            weight = entry["weight"]
+        weight = entry["weight"] = float(entry["weight"])
+        if not weight > 0:
             raise ValueError(f"data.mixture[]: the weight of {entry['path']} is {weight}, not > 0")
         if not entry["latents"] and not options.pixels:
             raise ValueError(f"data.pixels must be set to read the images of {entry['path']}")
@@ -89,10 +71,7 @@ def entries(options: MixtureOptions, keys: Sequence[str]) -> list[dict[str, Any]
 
 
 def describe(sources: Sequence[Source], **details: Any) -> dict[str, Any]:
-    """Return the number of records, `details`, and what identifies the folders and their arrays.
-
-    These are the `fingerprints` of the manifests, and the `features` in the manifests of arrays.
-    """
+    """Return the number of records, `details`, the folders' fingerprints and arrays' features."""
     folders = [f for source in sources for f in (source.latents, source.text_features) if f]
     return {
         "records": sum(len(source.records) for source in sources),

@@ -12,12 +12,7 @@ if TYPE_CHECKING:
 def image_batch_options(
     cfg: Mapping[str, Any], model_config: Any, group: str = "eval_data", **changes: Any
 ) -> dict[str, Any]:
-    """Return options of `data.image_batches`.
-
-    Args:
-        group: `data` or `eval_data`.
-        changes: options that differ from the configuration.
-    """
+    """Return options of `data.image_batches`; `group` is `data` or `eval_data`."""
     options = {name: value for name, value in cfg[group].items() if name != "blank_images"}
     options["pixels"] = cfg["image"]["pixels"]
     options["text_length"] = getattr(model_config, "text_length", 0)
@@ -34,15 +29,7 @@ def packed_batch_options(
     annotator: RegionAnnotator | None = None,
     **changes: Any,
 ) -> PackedBatchOptions:
-    """Return options of `data.packed_batches`.
-
-    Args:
-        group: `data` or `eval_data`.
-        tokenizer: path of its folder.
-        grid_side: rows (= columns) of an image's patches.
-        annotator: adds region labels.
-        changes: options that differ from the configuration.
-    """
+    """Return options of `data.packed_batches`; `group` is `data` or `eval_data`."""
     from starflow2_jax.data.packed_batches import PackedBatchOptions  # heavy
     from starflow2_jax.data.packing import PackingSpec
 

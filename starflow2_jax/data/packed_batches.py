@@ -48,26 +48,17 @@ class RegionAnnotator(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedBatchOptions(MixtureOptions):
-    """The keys of `cfg.data` for interleaved rows, and the sizes that the model determines.
+    """The keys of `cfg.data` for interleaved rows, and the sizes that the model determines."""
 
-    Attributes:
-        tokenizer: tokenizer folder, see `chat_layout.open_tokenizer`.
-        packing: size of a row.
-        grid_side: rows (= columns) of an image's patches.
-        blank_images: replace all images by gray, to measure what text alone can tell.
-        annotator: adds `region` and `region_words`.
-        drop_text: share of the records with a target image whose user texts are emptied. In
-            training only; seed, step and row decide which records these are.
-        drop_all: the same share for records that lose the user's texts and images.
-    """
-
-    tokenizer: str
-    packing: PackingSpec
-    grid_side: int
-    blank_images: bool = False
-    annotator: RegionAnnotator | None = None
+    tokenizer: str  # tokenizer folder, see `chat_layout.open_tokenizer`
+    packing: PackingSpec  # size of a row
+    grid_side: int  # rows (= columns) of an image's patches
+    blank_images: bool = False  # replace all images by gray, to measure what text alone can tell
+    annotator: RegionAnnotator | None = None  # adds `region` and `region_words`
+    # Share of the records with a target image whose user texts are emptied. In training only; seed,
+    # step and row decide which records these are.
     drop_text: float = 0.0
-    drop_all: float = 0.0
+    drop_all: float = 0.0  # the same share for records that lose the user's texts and images
 
 
 class _RowImage(NamedTuple):
@@ -86,12 +77,7 @@ def batches(
     start_step: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield training batches without end; see `sampler.training_batches`.
-
-    Raises:
-        ValueError: a wrong option, or rows that a batch does not have.
-        DatasetError: a damaged or unsuitable folder or record, named.
-    """
+    """Yield training batches without end; see `sampler.training_batches`."""
     return sampler.training_batches(
         _open_sources(options),
         functools.partial(_read_row, options, chat_layout.open_tokenizer(options.tokenizer)),
@@ -127,11 +113,7 @@ def describe(options: PackedBatchOptions) -> dict[str, Any]:
 def build_packed_row(
     sequences: Sequence[TokenSequence], spec: PackingSpec, grid_side: int, pad: int
 ) -> dict[str, np.ndarray]:
-    """Build the arrays of one row of records, without its images, with id `pad` after the last.
-
-    Raises:
-        ValueError: more positions or images than the row has room for.
-    """
+    """Build the arrays of one row of records, without its images, with id `pad` after the last."""
     length, patches = spec.seq_len, grid_side * grid_side
     row = {
         "ids": np.full(length, pad, np.int32),
@@ -165,11 +147,7 @@ def build_packed_row(
 def read_image(
     options: PackedBatchOptions, record: Record, index: int, location: str
 ) -> np.ndarray:
-    """Decode image `index` of `record.imgs`, or make the gray one: uint8 [pixels, pixels, 3].
-
-    Raises:
-        DatasetError: an image that cannot be decoded or has another size, naming `location`.
-    """
+    """Decode image `index` of `record.imgs`, or make the gray one: uint8 [pixels, pixels, 3]."""
     if options.blank_images:
         return np.full((options.pixels, options.pixels, 3), 128, np.uint8)
     location = f"{location} (id {record.id!r}), image {index}"

@@ -27,17 +27,11 @@ _ARRAYS = ("lengths", "images", "items", "ends")
 
 @dataclasses.dataclass(frozen=True)
 class PackingSpec:
-    """The size of a training row.
+    """The size of a training row."""
 
-    Attributes:
-        seq_len: T, positions of a row, shared by all its records.
-        image_tokens: N, positions of an image without its two delimiters.
-        max_images: M, images of a row at most; 0 for as many as fit.
-    """
-
-    seq_len: int
-    image_tokens: int
-    max_images: int = 0
+    seq_len: int  # T, positions of a row, shared by all its records
+    image_tokens: int  # N, positions of an image without its two delimiters
+    max_images: int = 0  # M, images of a row at most; 0 for as many as fit
 
     @property
     def image_slots(self) -> int:
@@ -47,21 +41,13 @@ class PackingSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PackingPlan:
-    """Rows of records: `plan[k]` gives the records of row k.
+    """Rows of records: `plan[k]` gives the records of row k."""
 
-    Attributes:
-        lengths: int32 [records], in positions.
-        images: int32 [records], number of images.
-        items: int32 [records], the records of row 0, then of row 1, ...
-        ends: int64 [rows], the end of each row in `items`.
-        spec: size of a row.
-    """
-
-    lengths: np.ndarray
-    images: np.ndarray
-    items: np.ndarray
-    ends: np.ndarray
-    spec: PackingSpec
+    lengths: np.ndarray  # int32 [records], in positions
+    images: np.ndarray  # int32 [records], number of images
+    items: np.ndarray  # int32 [records], the records of row 0, then of row 1, ...
+    ends: np.ndarray  # int64 [rows], the end of each row in `items`
+    spec: PackingSpec  # size of a row
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -89,11 +75,7 @@ def pack(
 ) -> PackingPlan:
     """Pack records of `lengths` positions and `images` images first fit, in a random order.
 
-    Equal arguments give an equal plan.
-
-    Raises:
-        DatasetError: a record longer than a row, or with more images; names the first one, and the
-            number of such records.
+    Equal arguments give an equal plan. A record that does not fit into a row is an error.
     """
     sizes = np.stack([np.asarray(lengths, np.int32), np.asarray(images, np.int32)], -1)
     capacity = np.asarray([spec.seq_len, spec.image_slots])
@@ -133,9 +115,6 @@ def load_or_make_plan(
     """Load the packing plan of a dataset folder, or make it and store it next to the manifest.
 
     `tokenizer` is a folder, see `chat_layout.open_tokenizer`. Returns the plan's file and the plan.
-
-    Raises:
-        DatasetError: no dataset, a record longer than a row, or a damaged plan.
     """
     dataset = records.read(path)
     inputs = {

@@ -67,15 +67,7 @@ _decoder = msgspec.msgpack.Decoder(Record)
 
 
 def image_blob(data: bytes, location: str) -> ImageBlob:
-    """Wrap the bytes of an encoded image.
-
-    Args:
-        data: a JPEG, PNG or WebP file.
-        location: names the image in error messages.
-
-    Raises:
-        DatasetError: data that are not an image within the limits of `images`.
-    """
+    """Wrap the bytes of a JPEG, PNG or WebP file, which error messages call `location`."""
     fmt, height, width = images.header(data, location)
     return ImageBlob(fmt, height, width, data, hashlib.sha256(data).hexdigest())
 
@@ -91,9 +83,7 @@ def text_to_image(
 def encode(record: Record) -> bytes:
     """Check a record against the schema and encode it; equal records give equal bytes.
 
-    Raises:
-        DatasetError: a wrong field; names the record's id and the field's path, such as
-            `$.segs[0].i`.
+    A DatasetError names the record's id and the path of the wrong field, such as `$.segs[0].i`.
     """
     # Struct constructors do not validate; decoding does.
     data = _encoder.encode(record)
@@ -102,11 +92,7 @@ def encode(record: Record) -> bytes:
 
 
 def decode(data: bytes, location: str) -> Record:
-    """Decode a payload.
-
-    Raises:
-        DatasetError: a wrong field; names `location` and the field's path.
-    """
+    """Decode a payload; a DatasetError names `location` and the path of the wrong field."""
     try:
         return _decoder.decode(data)
     except msgspec.MsgspecError as error:
@@ -116,13 +102,7 @@ def decode(data: bytes, location: str) -> Record:
 def check(record: Record, location: str, pixels: bool = False) -> None:
     """Check what the schema cannot express: image indices, headers, hashes, at least one target.
 
-    Args:
-        record: a record that matches the schema.
-        location: names the record in error messages.
-        pixels: also decode every image.
-
-    Raises:
-        DatasetError: a problem; names `location` and the segment or image.
+    With `pixels`, also decode every image. A DatasetError names `location` and segment or image.
     """
     for number, segment in enumerate(record.segs):
         if isinstance(segment, Img) and segment.i >= len(record.imgs):
@@ -152,11 +132,7 @@ def text(record: Record) -> str:
 
 
 def target_index(record: Record, location: str) -> int:
-    """Return the index in `record.imgs` of the one image that is a target.
-
-    Raises:
-        DatasetError: no target image, or several; names `location`.
-    """
+    """Return the index in `record.imgs` of the image that is a target, which must be one."""
     targets = [s.i for s in record.segs if isinstance(s, Img) and s.loss]
     if len(targets) != 1 or targets[0] >= len(record.imgs):
         raise DatasetError(f"{location}: expected one image with loss=True, found {len(targets)}")
@@ -164,7 +140,7 @@ def target_index(record: Record, location: str) -> int:
 
 
 def target_image(record: Record, location: str) -> np.ndarray:
-    """Decode the one image that is a target: uint8 [H, W, 3]; errors as in `target_index`."""
+    """Decode the one image that is a target: uint8 [H, W, 3]."""
     return images.decode(record.imgs[target_index(record, location)].data, location)
 
 
@@ -183,9 +159,7 @@ def write(
     The folder appears only when it is complete; an error leaves the disk unchanged.
 
     Args:
-        path: folder to make.
         records: in the order to store; may be a generator, since only one record is in memory.
-        importer: the importer that made the records, for the manifest.
         sources: sha256 of each source file, or a function called after the last record.
         classes: names of the classes that `meta["label"]` numbers.
         shard_bytes: a new shard starts after this many payload bytes.
@@ -241,12 +215,7 @@ class Dataset:
 
 
 def read(path: str | os.PathLike[str]) -> Dataset:
-    """Open a dataset folder.
-
-    Raises:
-        DatasetError: no manifest, or shards whose sizes differ from it; later, on access, a record
-            that cannot be read or decoded, naming shard and index.
-    """
+    """Open a dataset folder, after a check of the manifest and the sizes of the shards."""
     return Dataset(path)
 
 

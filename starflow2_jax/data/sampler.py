@@ -39,16 +39,10 @@ def training_batches(
     """Yield training batches without end, starting with that of `start_step`.
 
     Args:
-        sources: opened folders.
         read_example: reads one example of a source; DatasetError marks a bad one.
-        options: shuffle, seed, threads and skip_bad.
         batch_size: examples in the global batch.
-        start_step: number of the first batch.
         rows: rows of each global batch that this host makes, in order (`mesh.host_rows`); None for
             all of them.
-
-    Raises:
-        ValueError: rows that a batch does not have.
     """
     host_rows = _check_rows(rows, batch_size)
     read = _with_skip_budget(sources, read_example, options.skip_bad)
@@ -73,8 +67,7 @@ def eval_batches(
 
     Adds `row` int32 [b], the position of each row in the pass, and `mask` float32 [b], which is 0
     for the rows that fill the last batch (id "") and for bad examples within the `skip_bad`
-    budget. Arguments and errors are those of `training_batches`; shuffle and weights have no
-    effect.
+    budget. Arguments are those of `training_batches`; shuffle and weights have no effect.
     """
     host_rows = _check_rows(rows, batch_size)
     read = _with_skip_budget(sources, read_example, options.skip_bad)

@@ -34,17 +34,12 @@ def write(
     """Write the dataset folder `path` from `payloads`, in order, and return its manifest.
 
     Args:
-        path: local folder to make. Copy it to object storage when it is complete.
+        path: local folder to make.
         payloads: encoded records; an exception raised by this iterator leaves the disk unchanged.
         make_manifest: builds the manifest from the finished shards, once all payloads are written.
         counts: records of each shard, for a dataset parallel to another one; the payloads must be
             exactly as many. Without it a new shard starts after `shard_bytes` of payload.
-        shard_bytes: payload bytes after which a shard is full.
         overwrite: replace an existing dataset folder (and only a dataset folder).
-
-    Raises:
-        DatasetError: the folder exists, there are no payloads, or their number does not fit
-            `counts`.
     """
     if "://" in os.fspath(path):
         raise DatasetError(
@@ -173,7 +168,6 @@ def _write_shards(
 def write_file(file: pathlib.Path, payloads: Iterable[bytes], number: int) -> None:
     """Write, close and sync one file of payloads; remove the file if that fails."""
     writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
-    done = False
     try:
         try:
             for payload in payloads:
@@ -181,10 +175,9 @@ def write_file(file: pathlib.Path, payloads: Iterable[bytes], number: int) -> No
         finally:
             _close(writer, number)
         sync(file)
-        done = True
-    finally:
-        if not done:
-            file.unlink(missing_ok=True)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
 
 
 def _close(writer: ArrayRecordWriter, number: int) -> None:

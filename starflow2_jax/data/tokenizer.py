@@ -42,9 +42,6 @@ def train(data: str | os.PathLike[str], size: int) -> str:
     """Train a tokenizer of `size` ids on the texts of a dataset, and return its tokenizer.json.
 
     Equal data give an equal tokenizer.
-
-    Raises:
-        DatasetError: no dataset, or a size too small for all bytes and special tokens.
     """
     import tokenizers  # heavy
 
@@ -74,15 +71,8 @@ def write(
 ) -> None:
     """Write a folder with the tokenizer, the chat template and an image processor.
 
-    Args:
-        text: tokenizer.json, from `train`.
-        folder: folder to make.
-        patch: side of a patch of the vision tower, in pixels.
-        merge: side of the square of patches that form one feature.
-        frames: video frames of a patch.
-
-    Raises:
-        FileExistsError: the folder exists.
+    `text` is tokenizer.json. A patch of the vision tower has `patch` pixels a side and `frames`
+    video frames; a square of `merge` x `merge` patches forms one feature.
     """
     folder = Path(folder)
     if folder.exists():

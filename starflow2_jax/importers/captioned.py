@@ -33,15 +33,10 @@ _MAX_EXPANSION = 200
 
 @dataclasses.dataclass
 class MissingCaptions:
-    """A budget of images without a caption; the import stops when it is exceeded.
+    """A budget of images without a caption; the import stops when it is exceeded."""
 
-    Attributes:
-        allowed: number of images that may be left out.
-        keys: the images that were left out.
-    """
-
-    allowed: int = 0
-    keys: list[str] = dataclasses.field(default_factory=list)
+    allowed: int = 0  # number of images that may be left out
+    keys: list[str] = dataclasses.field(default_factory=list)  # the images that were left out
 
     def skip(self, location: str) -> None:
         """Count one image; DatasetError once more than `allowed` captions are missing."""
@@ -60,11 +55,8 @@ def webdataset(
     """Yield the records of WebDataset tars (`.tar`, `.tar.gz`), in the order of the archives.
 
     The members of one example are adjacent and share a key, their path up to the first dot of the
-    file name: `000123.jpg`, `000123.txt`. Members of other kinds are ignored.
-
-    Raises:
-        DatasetError: a damaged or truncated archive, a path outside the archive, a link or device,
-            a member over the size limit, an image of another format, no caption, a repeated key.
+    file name: `000123.jpg`, `000123.txt`. Members of other kinds are ignored; links, devices and
+    paths outside the archive are errors.
     """
     for tar in tars:
         name = os.path.basename(os.fspath(tar))
@@ -89,10 +81,6 @@ def folder(root: str | os.PathLike[str], missing: MissingCaptions) -> Iterator[R
 
     Subfolders are read too; the order is that of the relative paths. Links are not followed out of
     the folder.
-
-    Raises:
-        DatasetError: no images, two images with one name, a link that leads out, no caption, an
-            image of another format.
     """
     root = pathlib.Path(root).resolve()
     files = _folder_files(root)
@@ -125,9 +113,6 @@ def examples(
     Encoded images are stored unchanged, and uint8 [H, W, 1 or 3] as PNG. The caption is `text_key`
     or, without it, "a photo of a ..." with the name of the class `label_key`. The number of that
     class goes to `meta.label`.
-
-    Raises:
-        DatasetError: a missing key, naming the existing ones, or a value of another kind.
     """
     if text_key is None and label_key is None:
         raise DatasetError(f"{src}: no caption; name a text feature or a class feature")
@@ -157,9 +142,8 @@ def tfds(
 ) -> tuple[Sequence[Mapping[str, Any]], list[str] | None, str]:
     """Open a TensorFlow Datasets set stored as array_record, without TensorFlow.
 
-    Returns:
-        The source for `examples` (images still encoded), the class names of `label_key` or None,
-        and the full name with version.
+    Returns the source for `examples` (images still encoded), the class names of `label_key` or
+    None, and the full name with version.
     """
     import tensorflow_datasets
 
@@ -192,11 +176,7 @@ def label_by_caption(
 ) -> tuple[list[str], Iterator[Record]]:
     """Make a class of each distinct caption, in sorted order. Calls `make` twice.
 
-    Returns:
-        The captions and the records, each with its class number in `meta.label`.
-
-    Raises:
-        DatasetError: more than MAX_CLASSES distinct captions.
+    Returns the captions and the records, each with its class number in `meta.label`.
     """
     captions: set[str] = set()
     for record in make():

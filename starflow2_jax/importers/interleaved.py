@@ -40,16 +40,12 @@ class ImageRoot:
     An image is found by its path in the folder or, if it only has a URL, by the stem of a file: its
     name in the dataset, the sha256 of the URL, the last part of the URL, or the key of img2dataset
     (whose tables `*.parquet` are read). A stem that two files share finds neither.
-
-    Attributes:
-        keep_text: leave out a missing image only, not its whole record.
-        missing, left_out: number of missing images, and of records left out because of them.
     """
 
     path: str = ""
-    keep_text: bool = False
-    missing: int = 0
-    left_out: int = 0
+    keep_text: bool = False  # leave out a missing image only, not its whole record
+    missing: int = 0  # number of missing images
+    left_out: int = 0  # number of records left out because of them
 
     def __post_init__(self):
         self._files: dict[str, pathlib.Path] = {}
@@ -96,12 +92,7 @@ class ImageRoot:
 
 
 def bagel_t2i(files: Sequence[str | os.PathLike[str]], caption: str = "all") -> Iterator[Record]:
-    """Yield text-to-image records of BAGEL's parquet, for every caption or the one named `caption`.
-
-    Raises:
-        DatasetError: another schema, captions that are not a JSON object, no caption of that name,
-            an image of another format.
-    """
+    """Yield text-to-image records of BAGEL's parquet: of every caption, or of that name only."""
     for src, location, row in _rows(files, ("image", "captions")):
         captions = _json(row["captions"], f"{location}: captions")
         if not isinstance(captions, dict) or not captions:
@@ -118,9 +109,6 @@ def bagel_edit(files: Sequence[str | os.PathLike[str]]) -> Iterator[Record]:
     """Yield editing records of BAGEL's parquet: image, instruction, image, ...
 
     Every image but the first is a target. An instruction is the first of its paraphrases.
-
-    Raises:
-        DatasetError: another schema, or numbers of images and instructions that do not match.
     """
     for src, location, row in _rows(files, ("image_list", "instruction_list")):
         encoded, instructions = row["image_list"] or [], row["instruction_list"] or []
@@ -137,12 +125,7 @@ def bagel_edit(files: Sequence[str | os.PathLike[str]]) -> Iterator[Record]:
 
 
 def llava(files: Sequence[str | os.PathLike[str]], root: ImageRoot) -> Iterator[Record]:
-    """Yield conversations of LLaVA's jsonl (or one JSON list); the answers are targets.
-
-    Raises:
-        DatasetError: a line that is not a JSON object, an unknown role, or different numbers of
-            images and `<image>` placeholders.
-    """
+    """Yield conversations of LLaVA's jsonl (or one JSON list); the answers are targets."""
     for src, location, row in _json_rows(files):
         turns = row.get("conversations")
         if not isinstance(turns, list) or not turns:
@@ -154,11 +137,7 @@ def llava(files: Sequence[str | os.PathLike[str]], root: ImageRoot) -> Iterator[
 
 
 def obelics(files: Sequence[str | os.PathLike[str]], root: ImageRoot) -> Iterator[Record]:
-    """Yield documents of OBELICS: texts and images in the page's order, all of them targets.
-
-    Raises:
-        DatasetError: another schema, or lists of different lengths.
-    """
+    """Yield documents of OBELICS: texts and images in the page's order, all of them targets."""
     for src, location, row in _rows(files, ("images", "texts", "metadata")):
         metadata = _json(row["metadata"], f"{location}: metadata")
         names = [(m or {}).get("formatted_filename", "") for m in metadata]
@@ -179,9 +158,6 @@ def huggingface(
 
     With a column `messages` or `conversations`, these are conversations over `images` (or `image`);
     otherwise text-to-image pairs of `image_key` and `text_key` (by default `text` or `caption`).
-
-    Raises:
-        DatasetError: no such folder, several splits, none of these columns, images without bytes.
     """
     folder = pathlib.Path(folder)
     if (folder / "dataset_dict.json").exists():

@@ -17,21 +17,13 @@ from starflow2_jax.importers import captioned, interleaved
 
 
 class ImportSource(NamedTuple):
-    """The records of an import and their provenance.
+    """The records of an import and their provenance."""
 
-    Attributes:
-        make: yields the records; may be called twice.
-        importer: importer and its options, for the manifest.
-        hashes: sha256 of each source file.
-        classes: names of the classes.
-        counts: counts of skipped data, called after the last record.
-    """
-
-    make: Callable[[], Iterator[Record]]
-    importer: Importer
-    hashes: dict[str, str]
-    classes: list[str] | None = None
-    counts: Callable[[], dict[str, int]] = dict
+    make: Callable[[], Iterator[Record]]  # yields the records; may be called twice
+    importer: Importer  # importer and its options, for the manifest
+    hashes: dict[str, str]  # sha256 of each source file
+    classes: list[str] | None = None  # names of the classes
+    counts: Callable[[], dict[str, int]] = dict  # of skipped data; called after the last record
 
 
 def _webdataset(values: flags.FlagValues) -> ImportSource:

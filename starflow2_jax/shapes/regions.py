@@ -39,15 +39,10 @@ class Region(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RegionLabels:
-    """The `RegionAnnotator` of packed batches for the shapes benchmark.
+    """The `RegionAnnotator` of packed batches for the shapes benchmark."""
 
-    Attributes:
-        max_regions: R, regions of an image at most; further ones are left out.
-        max_words: W, token ids of a description at most; longer ones are cut.
-    """
-
-    max_regions: int
-    max_words: int
+    max_regions: int  # R, regions of an image at most; further ones are left out
+    max_words: int  # W, token ids of a description at most; longer ones are cut
 
     def __call__(
         self, record: Record, image: int, tokenizer: Tokenizer, grid_side: int, location: str
