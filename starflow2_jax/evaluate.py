@@ -8,10 +8,10 @@ python -m starflow2_jax.evaluate report --workdir runs/cifar
 python -m starflow2_jax.evaluate all --model runs/stage3 --n 16 --out evaluation/
 """  # noqa: E501
 
+import dataclasses
 import functools
 import itertools
 import json
-import time
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from etils import epath
 
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.config import nearest
-from starflow2_jax.data import image_batches, records
+from starflow2_jax.data import image_batches, manifest, records
 from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.evaluation import (
     codec as codec_evaluation,
@@ -30,7 +30,7 @@ from starflow2_jax.evaluation import (
     vqa,
 )
 from starflow2_jax.evaluation.report import run_report
-from starflow2_jax.evaluation.result_files import fingerprint
+from starflow2_jax.evaluation.result_files import ResultFile
 from starflow2_jax.evaluation.shapes import cases, contact_sheets, report, suite
 from starflow2_jax.inference import load, options as inference_options, vlm
 from starflow2_jax.inference.flow_sampler import FlowModel, load_flow
@@ -120,10 +120,16 @@ def _require(values: flags.FlagValues, verb: str, *names: str) -> None:
         raise ValueError(f"{verb}: {flags_needed} {'is' if len(names) == 1 else 'are'} needed")
 
 
-def _output_path(
-    values: flags.FlagValues, model: dict[str, Any], name: str, data: str, suffix: str = ".json"
-) -> epath.Path | None:
-    return result_files.output_path(values.out, model, name, data, suffix, values.overwrite)
+def _open_result(
+    values: flags.FlagValues, name: str, data: str, suffix: str = ".json"
+) -> ResultFile:
+    return result_files.open_result(
+        values.model, values.out, name, data, suffix=suffix, overwrite=values.overwrite
+    )
+
+
+def _describe_data(path: str) -> dict[str, str]:
+    return {"path": path, "fingerprint": manifest.fingerprint(manifest.load(path))}
 
 
 def write_report(values: flags.FlagValues) -> Output:
@@ -147,24 +153,21 @@ def evaluate_likelihood(values: flags.FlagValues) -> Output:
             f"likelihood: {values.model}: task={task!r}, expected a flow or task={load.TASK!r}"
         )
     device_mesh = make_mesh(values.mesh)
-    source = result_files.describe_model(values.model)
     model = load_flow(values.model, device_mesh, values.layout)
     options, codec = _flow_data_options(model, values)
     data = batch_encoder.describe(image_batches.describe(options), codec, "--data")
     _check_encoder(model, data)
-    out = _output_path(values, source, "likelihood", options["path"] or "mixture")
+    file = _open_result(values, "likelihood", options["path"] or "mixture")
     num_shards = device_mesh.shape["data"] * device_mesh.shape["fsdp"]
     default_size = -(-model.cfg["evaluate"]["batch_size"] // num_shards) * num_shards
     batch_size = values.batch_size or default_size
     check_batch(batch_size, device_mesh, "--batch_size")
-    start_time = time.time()
     batches = image_batches.eval_batches(
         options, batch_size=batch_size, rows=host_rows(batch_size, device_mesh)
     )
     batches = batch_encoder.encoded(likelihood.limit(batches, values.rows, batch_size), codec)
     nll, parts = likelihood.per_image(model, batches, device_mesh)
     result = {
-        "model": source,
         "data": {
             "path": str(options["path"]),
             "fingerprints": data["fingerprints"],
@@ -178,7 +181,7 @@ def evaluate_likelihood(values: flags.FlagValues) -> Output:
         "baselines": _gaussian_baseline(model, options, codec, values, batch_size),
         "protocol": likelihood.protocol(model.cfg, model.model_config),
     }
-    result, written = result_files.write(result, out, start_time)
+    result, written = file.write(result)
     return result, [*likelihood.summary_lines(result), *written]
 
 
@@ -266,22 +269,19 @@ def _record_likelihood(values: flags.FlagValues) -> Output:
     """Measure the images and the text of a dataset's records under a STARFlow2."""
     if not values.data:
         raise ValueError("likelihood: --data is needed: a dataset folder of interleaved records")
-    source = result_files.describe_model(values.model)
-    out = _output_path(values, source, "rows_likelihood", values.data)
-    start_time, seed = time.time(), values["seed"].value
+    file, seed = _open_result(values, "rows_likelihood", values.data), values["seed"].value
     model = _load_starflow2(values)
     rows = list(itertools.islice(records.read(values.data), values.rows))
     batch_size = min(values.batch_size or 32, len(rows))
     figures = interleaved_likelihood.measure_records(model, rows, batch_size=batch_size, seed=seed)
     result = {
-        "model": source,
-        "data": {"path": values.data, "fingerprint": fingerprint(values.data)},
+        "data": _describe_data(values.data),
         "sections": {"likelihood": {"records": {"all": figures}}},
         "not_run": {},
         "options": {"batch_size": batch_size, "seed": seed},
         "protocol": {"likelihood": interleaved_likelihood.PROTOCOL},
     }
-    result, written = result_files.write(result, out, start_time)
+    result, written = file.write(result)
     return result, [*report.summary_lines(result), *written]
 
 
@@ -291,9 +291,7 @@ def _record_likelihood(values: flags.FlagValues) -> Output:
 def evaluate_vlm(values: flags.FlagValues) -> Output:
     """Measure how many questions about images a VLM answers correctly."""
     _require(values, "understanding", "model", "data")
-    source = result_files.describe_model(values.model)
-    out = _output_path(values, source, "understanding", values.data)
-    start_time = time.time()
+    file = _open_result(values, "understanding", values.data)
 
     def score(path, **changes):
         model = vlm.load(path)
@@ -312,29 +310,26 @@ def evaluate_vlm(values: flags.FlagValues) -> Output:
     if values.blind:
         baselines["text_only_baseline"] = vqa.summarize(score(values.blind))
     result = {
-        "model": source,
-        "data": {"path": values.data, "fingerprint": fingerprint(values.data)},
+        "data": _describe_data(values.data),
         "kinds": vqa.summarize(answers),
         "by_holdout": vqa.summarize_by_holdout(answers),
         "baselines": baselines,
         "protocol": vqa.PROTOCOL,
     }
-    result, written = result_files.write(result, out, start_time)
+    result, written = file.write(result)
     return result, [*vqa.summary_lines(result), *written]
 
 
 def evaluate_codec(values: flags.FlagValues) -> Output:
     """Measure the fidelity of a codec's images and, with --fit, a linear probe of its latents."""
     _require(values, "codec", "model", "data")
-    source = result_files.describe_model(values.model)
     codec = latent_codec.load(values.model)
-    out = _output_path(values, source, "codec", values.data)
-    if out and out.suffix != ".json":
-        raise ValueError(f"--out {out}: expected a name that ends in .json")
-    grid = out.with_suffix(".png") if out else None
+    file, seed = _open_result(values, "codec", values.data), values["seed"].value
+    if file.path and file.path.suffix != ".json":
+        raise ValueError(f"--out {file.path}: expected a name that ends in .json")
+    grid = file.path.with_suffix(".png") if file.path else None
     if grid:
         result_files.refuse_existing(grid, values.overwrite)
-    seed, start_time = values["seed"].value, time.time()
     figures, images = codec_evaluation.measure_fidelity(
         codec,
         values.data,
@@ -342,24 +337,24 @@ def evaluate_codec(values: flags.FlagValues) -> Output:
         sigma=values.sigma,
         seed=seed,
         resize=values.resize,
-        keep=values.pictures if out else 0,
+        keep=values.pictures if grid else 0,
     )
     probe = None
     if values.fit:
         probe = {
-            "fit": {"path": values.fit, "fingerprint": fingerprint(values.fit)},
+            "fit": _describe_data(values.fit),
             **codec_evaluation.measure_probe(
                 codec, values.fit, values.data, rows=values.rows, resize=values.resize
             ),
         }
     result = {
-        "model": {**source, "encoder": codec.sha256},
-        "data": {"path": values.data, "fingerprint": fingerprint(values.data)},
+        "model": {**file.model, "encoder": codec.sha256},
+        "data": _describe_data(values.data),
         **figures,
         "probe": probe,
         "protocol": codec_evaluation.protocol(codec, values.sigma, seed, values.resize),
     }
-    result, written = result_files.write(result, out, start_time)
+    result, written = file.write(result)
     if grid:
         image_grid.save_grid(grid, images, columns=12)
         written.append(f"written    {grid}")
@@ -374,13 +369,14 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
     verb = "all" if with_page else "shapes"
     _require(values, verb, "model")
     sections = _sections(values)
-    source = result_files.describe_model(values.model)
     folders = values.data.split(",") if values.data else []
     data_name = "-".join(epath.Path(folder).name for folder in folders) or "drawn"
-    out = _output_path(values, source, verb, data_name, "" if with_page else ".json")
-    if with_page and out is None:
-        raise ValueError("all: --out is needed: a folder for the page and the sheets")
-    start_time, seed = time.time(), values["seed"].value
+    file = _open_result(values, verb, data_name, "" if with_page else ".json")
+    folder, seed = file.path, values["seed"].value
+    if with_page:
+        if folder is None:
+            raise ValueError("all: --out is needed: a folder for the page and the sheets")
+        file = dataclasses.replace(file, path=folder / "shapes.json")
     model = _load_starflow2(values)
     pixels = model.codec.model.pixels if model.codec else model.cfg["image"]["pixels"] or 64
     if folders:
@@ -412,24 +408,22 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
         on_section=lambda section: logging.info("%s ...", section),
     )
     result = {
-        "model": source,
         "data": {
             "path": values.data or f"generated from seed {seed}",
-            "fingerprints": [fingerprint(folder) for folder in folders],
+            "fingerprints": [_describe_data(path)["fingerprint"] for path in folders],
         },
         "options": options,
         **result,
         "not_run": {**result["not_run"], **missing_references},
         "samples": {name: [*map(report.sample_row, rows)] for name, rows in samples.items()},
     }
-    file = out / "shapes.json" if with_page else out
-    result, written = result_files.write(result, file, start_time)
+    result, written = file.write(result)
     if with_page:
         sheets = contact_sheets.make(samples, seed)
         for name, sheet in sheets.items():
-            (out / f"{name}.png").write_bytes(image_grid.png(sheet))
-        report.write(out / "report.html", result, sheets)
-        written = [f"written    {out}: report.html, shapes.json, {len(sheets)} sheets"]
+            (folder / f"{name}.png").write_bytes(image_grid.png(sheet))
+        report.write(folder / "report.html", result, sheets)
+        written = [f"written    {folder}: report.html, shapes.json, {len(sheets)} sheets"]
     return result, [*report.summary_lines(result), *written]
 
 

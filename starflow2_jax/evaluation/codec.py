@@ -4,6 +4,7 @@ Shapes: N images, H x W pixels, T patches in raster order, D latent channels, F 
 """
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -73,15 +74,8 @@ def parse_scenes(meta: Mapping[str, Any]) -> list[Scene]:
 
 def _batches(images: Iterator[SceneImage], limit: int | None) -> Iterator[list[SceneImage]]:
     """Yield the first `limit` images in lists of `BATCH_SIZE`."""
-    batch: list[SceneImage] = []
-    for number, image in enumerate(images):
-        if number == limit:
-            break
-        batch.append(image)
-        if len(batch) == BATCH_SIZE:
-            yield batch
-            batch = []
-    if batch:
+    images = itertools.islice(images, limit)
+    while batch := list(itertools.islice(images, BATCH_SIZE)):
         yield batch
 
 
@@ -192,11 +186,8 @@ def measure_fidelity(
     n = count * codec.model.tokens
     std = np.sqrt(square / n - np.square(total / n))
     figures = {name: stats.mean(values, "psnr") for name, values in sorted(psnr_values.items())}
-    figures["latent_std"] = {
-        "min": float(std.min()),
-        "mean": float(std.mean()),
-        "max": float(std.max()),
-    }
+    std = {"min": float(std.min()), "mean": float(std.mean()), "max": float(std.max())}
+    figures["latent_std"] = std
     return {"images": count, **figures}, np.asarray(examples)
 
 
