@@ -16,8 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
+from starflow2_jax.checkpoints import digest
 from starflow2_jax.checkpoints.tensor_files import (
     INDEX_FILE,
     SAFETENSORS_NAMES,
@@ -172,14 +174,14 @@ def _write_files(
 
 def _write(path: Path, parts: Iterator[Any]) -> str:
     """Write and flush a file. Return its sha256."""
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with path.open("wb") as stream:
         for part in parts:
             stream.write(part)
-            digest.update(part)
+            sha256.update(part)
         stream.flush()
         os.fsync(stream.fileno())
-    return digest.hexdigest()
+    return sha256.hexdigest()
 
 
 def safetensors_parts(tensors: Mapping[str, StoredTensor]) -> Iterator[Any]:
@@ -258,14 +260,8 @@ def verify(path: str | Path) -> list[str]:
         raise ValueError(f"{file} is not a list of digests: {error}") from error
     files = sorted(file.name for file in Path(path).glob("*.safetensors"))
     problems = [f"{name} is not in {DIGEST_FILE}" for name in files if name not in expected]
-    for name, digest in expected.items():
-        if not (Path(path) / name).exists():
-            problems.append(f"{name} is missing")
-            continue
-        with (Path(path) / name).open("rb") as stream:
-            actual = hashlib.file_digest(stream, "sha256").hexdigest()
-        if actual != digest:
-            problems.append(f"{name} has sha256 {actual}, expected {digest}")
+    for name, problem in digest.mismatches(epath.Path(path), expected).items():
+        problems.append(f"{name} {'is missing' if problem == 'missing' else f'has {problem}'}")
     return problems
 
 
