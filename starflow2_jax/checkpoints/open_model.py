@@ -21,20 +21,14 @@ EXPORTED_METADATA = ("classes", "null_text", "frozen")
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model on disk. Its weights are not read until `read_params` or `open_params` is called.
+    """A model on disk. Its weights are not read until `read_params` or `open_params` is called."""
 
-    Attributes:
-        path: the workdir of the run, or the model folder; `pretrained/NAME` is resolved.
-        step: number of the checkpoint's step; None for a model folder.
-        config: the resolved configuration of the experiment that trained the model.
-        metadata: `classes` (names of the classes), `null_text` (features of the empty prompt),
-            `frozen` (sha256 of every frozen model it was trained with, by name), and everything
-            else that a checkpoint's `meta` contains.
-    """
-
-    path: str
-    step: int | None
-    config: dict[str, Any]
+    path: str  # the workdir of the run, or the model folder; `pretrained/NAME` is resolved
+    step: int | None  # number of the checkpoint's step; None for a model folder
+    config: dict[str, Any]  # the resolved configuration of the experiment that trained the model
+    # `classes` (names of the classes), `null_text` (features of the empty prompt), `frozen` (sha256
+    # of every frozen model it was trained with, by name), and everything else that a checkpoint's
+    # `meta` contains
     metadata: dict[str, Any]
 
     @property

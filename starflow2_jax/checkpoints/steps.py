@@ -20,19 +20,13 @@ FOLDER = "checkpoints"
 
 
 class StepFolder(NamedTuple):
-    """One folder under `WORKDIR/checkpoints`.
+    """One folder under `WORKDIR/checkpoints`."""
 
-    Attributes:
-        step: number of the step.
-        status: `sealed` (committed, with digests), `unsealed` (committed, but the process was
-            killed before it wrote digests) or `leftover` (never committed, or its commit file was
-            lost; never restored).
-        path: the folder.
-    """
-
-    step: int
+    step: int  # number of the step
+    # `sealed` (committed, with digests), `unsealed` (committed, but the process was killed before
+    # it wrote digests) or `leftover` (never committed, or its commit file was lost; never restored)
     status: str
-    path: epath.Path
+    path: epath.Path  # the folder
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

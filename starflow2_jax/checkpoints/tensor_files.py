@@ -41,18 +41,12 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor on disk (or in a mapping) that is read on request.
+    """A tensor on disk (or in a mapping) that is read on request."""
 
-    Attributes:
-        shape: its shape.
-        dtype: its dtype.
-        location: the file it is stored in, for error messages.
-        read: `read()` returns the tensor, `read(index)` the slice `index` of it.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    location: str
+    shape: tuple[int, ...]  # its shape
+    dtype: np.dtype  # its dtype
+    location: str  # the file it is stored in, for error messages
+    # `read()` returns the tensor, `read(index)` the slice `index` of it
     read: Callable[..., np.ndarray]
 
     @property

@@ -230,18 +230,14 @@ def draw_grids(
 
 @dataclass(frozen=True)
 class GridInputs:
-    """Everything but the weights that a training run draws its grids with.
-
-    Attributes:
-        prompts: by kind, as from `read_prompts`.
-        gather: replicates an array on every device of the training's mesh.
-    """
+    """Everything but the weights that a training run draws its grids with."""
 
     cfg: Mapping[str, Any]
     model_config: BackboneConfig
     tokenizer: chat_layout.Tokenizer
     codec: Codec
-    prompts: Mapping[str, Sequence[Prompt]]
+    prompts: Mapping[str, Sequence[Prompt]]  # by kind, as from `read_prompts`
+    # Replicates an array on every device of the training's mesh
     gather: Callable[[jax.Array], jax.Array]
 
 

@@ -41,78 +41,47 @@ BRANCH_FIELDS = ("valid", "vlm_position", "next_vlm_position", "flow_index")
 
 @struct.dataclass
 class DecodeState:
-    """The state of every row.
+    """The state of every row."""
 
-    Attributes:
-        caches: key-value caches of the VLM and of the deep flow.
-        valid: bool [R, S], the slots that belong to each row.
-        token: int32 [B], the pending item's id; -1 before a row's first item.
-        u: [B, D], the pending item's patch.
-        is_image: bool [B], whether the pending item is a patch.
-        vlm_position: int32 [R, 3], the pending item's VLM position.
-        next_vlm_position: int32 [R], VLM position of the text or image after the pending one.
-        flow_index: int32 [R], number of tokens and whole images, the pending one included: the
-            third coordinate of the deep flow's next position.
-        mode: int32 [B], `TEXT`, `IMAGE`, ...
-        patch: int32 [B], number of the next patch.
-        tokens_left: int32 [B], tokens that may still be sampled.
-        images_left: int32 [B], images that may still be begun.
-        images_required: int32 [B], images that must still be begun.
-        part_index: int32 [B], number of the next item's part, which determines its noise.
-        index_in_part: int32 [B], number of the next token within that part, likewise.
-    """
-
-    caches: tuple[KVCache, ...]
-    valid: jax.Array
-    token: Any
-    u: Any
-    is_image: Any
-    vlm_position: Any
-    next_vlm_position: Any
+    caches: tuple[KVCache, ...]  # key-value caches of the VLM and of the deep flow
+    valid: jax.Array  # bool [R, S], the slots that belong to each row
+    token: Any  # int32 [B], the pending item's id; -1 before a row's first item
+    u: Any  # [B, D], the pending item's patch
+    is_image: Any  # bool [B], whether the pending item is a patch
+    vlm_position: Any  # int32 [R, 3], the pending item's VLM position
+    next_vlm_position: Any  # int32 [R], VLM position of the text or image after the pending one
+    # int32 [R], number of tokens and whole images, the pending one included: the third coordinate
+    # of the deep flow's next position
     flow_index: Any
-    mode: Any
-    patch: Any
-    tokens_left: Any
-    images_left: Any
-    images_required: Any
-    part_index: Any
-    index_in_part: Any
+    mode: Any  # int32 [B], `TEXT`, `IMAGE`, ...
+    patch: Any  # int32 [B], number of the next patch
+    tokens_left: Any  # int32 [B], tokens that may still be sampled
+    images_left: Any  # int32 [B], images that may still be begun
+    images_required: Any  # int32 [B], images that must still be begun
+    part_index: Any  # int32 [B], number of the next item's part, which determines its noise
+    index_in_part: Any  # int32 [B], number of the next token within that part, likewise
 
 
 @struct.dataclass
 class DecodeInputs:
-    """New items to read.
+    """New items to read."""
 
-    Attributes:
-        ids: int32 [R, T].
-        u: [R, T, D].
-        is_image: bool [R, T].
-        is_real: bool [R, T], False for padding.
-        vlm_positions: int32 [R, T, 3].
-        next_flow_positions: int32 [R, T, 3], the deep flow's positions of the items to predict.
-    """
-
-    ids: Any
-    u: Any
-    is_image: Any
-    is_real: Any
-    vlm_positions: Any
-    next_flow_positions: Any
+    ids: Any  # int32 [R, T]
+    u: Any  # [R, T, D]
+    is_image: Any  # bool [R, T]
+    is_real: Any  # bool [R, T], False for padding
+    vlm_positions: Any  # int32 [R, T, 3]
+    next_flow_positions: Any  # int32 [R, T, 3], the deep flow's positions of the items to predict
 
 
 @struct.dataclass
 class StepOutput:
-    """Items that were sampled in every step of a chunk.
+    """Items that were sampled in every step of a chunk."""
 
-    Attributes:
-        token: int32 [B, CHUNK], token ids, `PATCH` or `EMPTY`.
-        u: [B, CHUNK, D], patches, zeros for tokens.
-        log_probs: [B, CHUNK, 3], nats under the plain model, under the density that was sampled
-            from, and under the unconditional branch.
-    """
-
-    token: jax.Array
-    u: jax.Array
+    token: jax.Array  # int32 [B, CHUNK], token ids, `PATCH` or `EMPTY`
+    u: jax.Array  # [B, CHUNK, D], patches, zeros for tokens
+    # [B, CHUNK, 3], nats under the plain model, under the density that was sampled from, and under
+    # the unconditional branch
     log_probs: jax.Array
 
 

@@ -36,19 +36,12 @@ def score_step(
 
 
 class ImageStart(NamedTuple):
-    """The begin of an image within a decoded row.
+    """The begin of an image within a decoded row."""
 
-    Attributes:
-        token: id of the `<|vision_start|>` before the image.
-        slot: the slot of that token in the caches.
-        vlm_position: VLM position of the image.
-        flow_index: number of tokens and images before the image.
-    """
-
-    token: Any
-    slot: Any
-    vlm_position: Any
-    flow_index: Any
+    token: Any  # id of the `<|vision_start|>` before the image
+    slot: Any  # the slot of that token in the caches
+    vlm_position: Any  # VLM position of the image
+    flow_index: Any  # number of tokens and images before the image
 
 
 @partial(jax.jit, static_argnames="cfg")

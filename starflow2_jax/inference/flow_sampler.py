@@ -28,50 +28,30 @@ from starflow2_jax.training.tasks import flow as flow_task
 
 @dataclass(frozen=True)
 class FlowModel:
-    """A trained flow of images (TarFlow, STARFlow).
+    """A trained flow of images (TarFlow, STARFlow)."""
 
-    Attributes:
-        cfg: the resolved configuration of the training run.
-        model_config: sizes and options of the flow.
-        params: every parameter subtree.
-        source: the path, or the run and its step, that the model was loaded from.
-        classes: names of the classes, if they are known.
-        null_text: text features [n, E] of the empty prompt; zeros if None.
-        frozen: sha256 of every frozen model that the flow was trained with, by name (`fae`).
-    """
-
-    cfg: Mapping[str, Any]
-    model_config: FlowConfig
-    params: Mapping[str, Any]
-    source: str = ""
-    classes: tuple[str, ...] = ()
-    null_text: Any = None
+    cfg: Mapping[str, Any]  # the resolved configuration of the training run
+    model_config: FlowConfig  # sizes and options of the flow
+    params: Mapping[str, Any]  # every parameter subtree
+    source: str = ""  # the path, or the run and its step, that the model was loaded from
+    classes: tuple[str, ...] = ()  # names of the classes, if they are known
+    null_text: Any = None  # text features [n, E] of the empty prompt; zeros if None
+    # sha256 of every frozen model that the flow was trained with, by name (`fae`)
     frozen: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FlowSampling:
-    """Options of `generate`.
+    """Options of `generate`."""
 
-    Attributes:
-        guidance: guidance weight; 0 is none.
-        rule: guidance rule, see `guidance.Guidance`.
-        guidance_temperature: attention temperature with guidance.
-        temperature: attention temperature without guidance.
-        jacobi: settings of Jacobi iteration; None samples sequentially.
-        denoise: apply a score step, if the flow was trained with Gaussian noise.
-        seed: image i of a call is drawn from fold_in(key(seed), i).
-        batch: number of images drawn at a time.
-    """
-
-    guidance: float = 0.0
-    rule: str = "product"
-    guidance_temperature: float = 1.0
-    temperature: float = 1.0
-    jacobi: Jacobi | None = None
-    denoise: bool = True
-    seed: int = 0
-    batch: int = 16
+    guidance: float = 0.0  # guidance weight; 0 is none
+    rule: str = "product"  # guidance rule, see `guidance.Guidance`
+    guidance_temperature: float = 1.0  # attention temperature with guidance
+    temperature: float = 1.0  # attention temperature without guidance
+    jacobi: Jacobi | None = None  # settings of Jacobi iteration; None samples sequentially
+    denoise: bool = True  # apply a score step, if the flow was trained with Gaussian noise
+    seed: int = 0  # image i of a call is drawn from fold_in(key(seed), i)
+    batch: int = 16  # number of images drawn at a time
 
 
 def load_flow(path: str, device_mesh: Mesh | None = None, layout: str = "dp") -> FlowModel:

@@ -17,28 +17,23 @@ TEMPERATURE_ON = ("all", "unconditional")
 
 @struct.dataclass
 class Guidance:
-    """Strength and rule by which predictions move away from those of the null condition.
+    """Strength and rule by which predictions move away from those of the null condition."""
 
-    Attributes:
-        weight: w; 0 is no guidance. It is traced, so another value does not recompile.
-        text: null text features [B or 1, L, E]; None stands for zeros, as padding.
-        temperature: temperature of the attention logits in the passes of `temperature_on`.
-        rule: `product` is p_c^(1+w) p_u^(-w) with the scale ratio clipped at 1 (STARFlow);
-            `linear_log_scale` and `linear_scale` extrapolate the mean and the (log-)scale.
-        what: the linear rules change the scale (a), the mean (b) or both.
-        annealed: w grows linearly along the sequence, w (i + 1) / predictions (TarFlow).
-        temperature_on: `all` passes (STARFlow) or the `unconditional` one (TarFlow).
-        all_blocks: also double blocks that read no condition, which matters where only the
-            temperature differs (TarFlow without classes).
-    """
-
-    weight: Any
+    weight: Any  #: w; 0 is no guidance. It is traced, so another value does not recompile.
+    #: Null text features [B or 1, L, E]; None stands for zeros, as padding
     text: jax.Array | None = None
-    temperature: Any = 1.0
+    temperature: Any = 1.0  #: temperature of the attention logits in the passes of `temperature_on`
+    #: `product` is p_c^(1+w) p_u^(-w) with the scale ratio clipped at 1 (STARFlow);
+    #: `linear_log_scale` and `linear_scale` extrapolate the mean and the (log-)scale
     rule: str = struct.field(pytree_node=False, default="product")
+    #: The linear rules change the scale (a), the mean (b) or both
     what: str = struct.field(pytree_node=False, default="ab")
+    #: w grows linearly along the sequence, w (i + 1) / predictions (TarFlow)
     annealed: bool = struct.field(pytree_node=False, default=False)
+    #: `all` passes (STARFlow) or the `unconditional` one (TarFlow)
     temperature_on: str = struct.field(pytree_node=False, default="all")
+    #: Also double blocks that read no condition, which matters where only the temperature differs
+    #: (TarFlow without classes)
     all_blocks: bool = struct.field(pytree_node=False, default=False)
 
 

@@ -40,25 +40,15 @@ class Jacobi:
 
 @struct.dataclass
 class _Chain:
-    """Inputs that every prediction of one block shares.
+    """Inputs that every prediction of one block shares."""
 
-    Attributes:
-        params: the block's parameters, its layers unstacked.
-        block: the block's configuration.
-        prefix_len: number of text positions before y_0.
-        embedding_offset: sum of class and position embeddings, added to every token embedding.
-        rope_tables: cosines and sines of all positions, or None.
-        temperature: temperature of the attention logits, a number or [R].
-        guidance: the guidance of this block, or None.
-    """
-
-    params: Tree
-    block: BlockConfig = struct.field(pytree_node=False)
-    prefix_len: int = struct.field(pytree_node=False)
-    embedding_offset: Any
-    rope_tables: Any
-    temperature: Any
-    guidance: Guidance | None
+    params: Tree  #: the block's parameters, its layers unstacked
+    block: BlockConfig = struct.field(pytree_node=False)  #: the block's configuration
+    prefix_len: int = struct.field(pytree_node=False)  #: number of text positions before y_0
+    embedding_offset: Any  #: sum of class and position embeddings, added to every token embedding
+    rope_tables: Any  #: cosines and sines of all positions, or None
+    temperature: Any  #: temperature of the attention logits, a number or [R]
+    guidance: Guidance | None  #: the guidance of this block, or None
 
 
 def inverse(

@@ -20,22 +20,14 @@ if TYPE_CHECKING:  # heavy
 
 @dataclass(frozen=True)
 class Model:
-    """A trained STARFlow2.
+    """A trained STARFlow2."""
 
-    Attributes:
-        cfg: the resolved configuration of the training run.
-        model_config: sizes and options of the network.
-        params: every parameter subtree, the VLM's included.
-        codec: the latent codec of images; None to read and return latents only.
-        source: the path that the model was loaded from.
-    """
-
-    cfg: Mapping[str, Any]
-    model_config: BackboneConfig
-    params: Mapping[str, Any]
+    cfg: Mapping[str, Any]  #: the resolved configuration of the training run
+    model_config: BackboneConfig  #: sizes and options of the network
+    params: Mapping[str, Any]  #: every parameter subtree, the VLM's included
     tokenizer: "Tokenizer"
-    codec: Codec | None = None
-    source: str = ""
+    codec: Codec | None = None  #: the latent codec of images; None to read and return latents only
+    source: str = ""  #: the path that the model was loaded from
 
     @functools.cached_property
     def decode_params(self) -> Tree:

@@ -19,50 +19,33 @@ class GenerateOptions:
     """Options of `STARFlow2.generate`.
 
     A continued session keeps the `seed`, `samples`, `null` and `cache` of its first call.
-
-    Attributes:
-        n: samples per prompt.
-        best_of: candidates per sample; the one with the largest log-likelihood is returned.
-        best_of_gain: rank candidates by the log-likelihood minus the unconditional one.
-        seed: row i draws its noise from fold_in(key(seed), i).
-        samples: numbers to use in place of i, one per row.
-        max_tokens: maximum number of text tokens, end-of-turn tokens included.
-        images: exact number of images; None lets the model decide, up to `max_images`.
-        max_images: maximum number of images if `images` is None.
-        image_start: begin the answer with an image.
-        stop: texts that end a row. They are cut off, together with the token they begin in.
-        temperature: temperature of text tokens; 0 is greedy.
-        top_k: sample from the k most likely tokens; 0 is all of them.
-        top_p: sample from the most likely tokens that hold this probability mass.
-        guidance: guidance weight of patches; 0 is none.
-        rule: guidance rule, see `guidance.Guidance`.
-        null: condition of the unconditional branch: `text` omits the user's text, `all` the user's
-            images too.
-        image_temperature: factor on the standard deviation of patches.
-        jacobi: settings of the shallow flow's Jacobi inversion; None inverts it sequentially.
-        denoise: apply a score step to images before they are decoded.
-        cache: positions of the key-value cache; None allocates what is needed, and more on demand.
     """
 
-    n: int = 1
-    best_of: int = 1
-    best_of_gain: bool = False
-    seed: int = 0
-    samples: tuple[int, ...] | None = None
-    max_tokens: int = 256
+    n: int = 1  #: samples per prompt
+    best_of: int = 1  #: candidates per sample; the one with the largest log-likelihood is returned
+    best_of_gain: bool = False  #: rank candidates by the log-likelihood minus the unconditional one
+    seed: int = 0  #: row i draws its noise from fold_in(key(seed), i)
+    samples: tuple[int, ...] | None = None  #: numbers to use in place of i, one per row
+    max_tokens: int = 256  #: maximum number of text tokens, end-of-turn tokens included
+    #: Exact number of images; None lets the model decide, up to `max_images`
     images: int | None = None
-    max_images: int = 4
-    image_start: bool = False
+    max_images: int = 4  #: maximum number of images if `images` is None
+    image_start: bool = False  #: begin the answer with an image
+    #: Texts that end a row. They are cut off, together with the token they begin in.
     stop: tuple[str, ...] = ()
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    guidance: float = 0.0
-    rule: str = "product"
+    temperature: float = 0.0  #: temperature of text tokens; 0 is greedy
+    top_k: int = 0  #: sample from the k most likely tokens; 0 is all of them
+    top_p: float = 1.0  #: sample from the most likely tokens that hold this probability mass
+    guidance: float = 0.0  #: guidance weight of patches; 0 is none
+    rule: str = "product"  #: guidance rule, see `guidance.Guidance`
+    #: Condition of the unconditional branch: `text` omits the user's text, `all` the user's images
+    #: too
     null: str = "text"
-    image_temperature: float = 1.0
+    image_temperature: float = 1.0  #: factor on the standard deviation of patches
+    #: Settings of the shallow flow's Jacobi inversion; None inverts it sequentially
     jacobi: Jacobi | None = None
-    denoise: bool = False
+    denoise: bool = False  #: apply a score step to images before they are decoded
+    #: Positions of the key-value cache; None allocates what is needed, and more on demand
     cache: int | None = None
 
     def __post_init__(self):

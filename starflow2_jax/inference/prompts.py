@@ -19,37 +19,26 @@ ROLES = ("none", "system", "user", "assistant")
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A text or an image of a conversation.
+    """A text or an image of a conversation."""
 
-    Attributes:
-        kind: `text` or `image`.
-        role: the speaker of the turn that the part belongs to.
-        text: the text of a text part.
-        tokens: the token ids of a generated text.
-        image: uint8 [H, W, 3]; None without a codec.
-        latent: the noisy latents [N, D] of a generated image, which the model reads and scores.
-        log_likelihood: nats under the plain model (no guidance, temperature 1, no truncation),
-            conditioned on all earlier parts. For an image it is that of the noisy latents, before
-            any denoising.
-        sampling_log_likelihood: nats under the density that was sampled from; 0 for greedy tokens.
-        unconditional_log_likelihood: nats under the plain model given the null prompt, if that
-            branch was run.
-        delimiters: nats of the sampled delimiters of the part (an image's `<|vision_start|>`, the
-            end of the turn after the last part). No other field includes them.
-        truncated: True if the token limit cut the part off.
-    """
-
-    kind: str
-    role: str = "assistant"
-    text: str = ""
-    tokens: tuple[int, ...] = ()
-    image: np.ndarray | None = None
+    kind: str  #: `text` or `image`
+    role: str = "assistant"  #: the speaker of the turn that the part belongs to
+    text: str = ""  #: the text of a text part
+    tokens: tuple[int, ...] = ()  #: the token ids of a generated text
+    image: np.ndarray | None = None  #: uint8 [H, W, 3]; None without a codec
+    #: The noisy latents [N, D] of a generated image, which the model reads and scores
     latent: np.ndarray | None = None
+    #: Nats under the plain model (no guidance, temperature 1, no truncation), conditioned on all
+    #: earlier parts. For an image it is that of the noisy latents, before any denoising.
     log_likelihood: float | None = None
+    #: Nats under the density that was sampled from; 0 for greedy tokens
     sampling_log_likelihood: float | None = None
+    #: Nats under the plain model given the null prompt, if that branch was run
     unconditional_log_likelihood: float | None = None
+    #: Nats of the sampled delimiters of the part (an image's `<|vision_start|>`, the end of the
+    #: turn after the last part). No other field includes them.
     delimiters: float = 0.0
-    truncated: bool = False
+    truncated: bool = False  #: true if the token limit cut the part off
 
     @property
     def is_counted(self) -> bool:

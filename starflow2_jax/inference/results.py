@@ -27,36 +27,24 @@ from starflow2_jax.latents import codec
 
 
 class SampledItem(NamedTuple):
-    """A sampled token or patch.
+    """A sampled token or patch."""
 
-    Attributes:
-        token: the token id, or `decode_loop.PATCH`.
-        u: the patch [D]; zeros for a token.
-        log_probs: nats [3] as in `decode_loop.StepOutput`.
-    """
-
-    token: int
-    u: np.ndarray
-    log_probs: np.ndarray
+    token: int  #: the token id, or `decode_loop.PATCH`
+    u: np.ndarray  #: the patch [D]; zeros for a token
+    log_probs: np.ndarray  #: nats [3] as in `decode_loop.StepOutput`
 
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """Generated parts of every row, and the session to continue from.
+    """Generated parts of every row, and the session to continue from."""
 
-    Attributes:
-        rows: lists of parts.
-        finish: why each row ended: `end` (the model ended its turn, or all images are there),
-            `stop` (one of the stop texts) or `length` (the token limit; the last part is marked as
-            truncated).
-        total: log-likelihood in nats of everything that was sampled, delimiters included.
-        session: the rows and their caches; used when the results are continued.
-    """
-
-    rows: list[list[Part]]
+    rows: list[list[Part]]  #: lists of parts
+    #: Why each row ended: `end` (the model ended its turn, or all images are there), `stop` (one of
+    #: the stop texts) or `length` (the token limit; the last part is marked as truncated)
     finish: list[str]
+    #: Log-likelihood in nats of everything that was sampled, delimiters included
     total: list[float]
-    session: Session
+    session: Session  #: the rows and their caches; used when the results are continued
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -16,40 +16,24 @@ from starflow2_jax.training.losses.flow import HALF_LOG_2_PI
 
 
 class SpecialTokens(NamedTuple):
-    """Token ids that the loop treats specially.
+    """Token ids that the loop treats specially."""
 
-    Attributes:
-        vision_start: begins an image.
-        vision_end: ends an image.
-        turn_ends: any of these ends the row's turn.
-        banned: never sampled.
-        vocab_size: number of ids that the tokenizer has.
-    """
-
-    vision_start: int
-    vision_end: int
-    turn_ends: tuple[int, ...]
-    banned: tuple[int, ...]
-    vocab_size: int
+    vision_start: int  #: begins an image
+    vision_end: int  #: ends an image
+    turn_ends: tuple[int, ...]  #: any of these ends the row's turn
+    banned: tuple[int, ...]  #: never sampled
+    vocab_size: int  #: number of ids that the tokenizer has
 
 
 @struct.dataclass
 class SamplingParams:
-    """Sampling parameters. They are traced, so other values do not recompile.
+    """Sampling parameters. They are traced, so other values do not recompile."""
 
-    Attributes:
-        temperature: temperature of tokens; 0 is greedy.
-        top_k: number of the most likely tokens to sample from; 0 is all of them.
-        top_p: probability mass of the most likely tokens to sample from; 1 is all of them.
-        image_temperature: factor on the standard deviation of patches.
-        guidance: guidance of patches; None without an unconditional branch.
-    """
-
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    image_temperature: Any
-    guidance: Guidance | None
+    temperature: Any  #: temperature of tokens; 0 is greedy
+    top_k: Any  #: number of the most likely tokens to sample from; 0 is all of them
+    top_p: Any  #: probability mass of the most likely tokens to sample from; 1 is all of them
+    image_temperature: Any  #: factor on the standard deviation of patches
+    guidance: Guidance | None  #: guidance of patches; None without an unconditional branch
 
 
 def sample_patch(

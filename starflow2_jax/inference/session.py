@@ -31,24 +31,15 @@ LENGTH_STEP, CACHE_STEP = 16, 64
 
 @dataclass(frozen=True)
 class Session:
-    """A batch of rows and the caches that hold what they have read.
+    """A batch of rows and the caches that hold what they have read."""
 
-    Attributes:
-        params: parameters in the layout of `decode_loop.prepare_params`.
-        null: null prompt of the unconditional branch; "" without that branch.
-        open_roles: the role whose turn is open in each row; "" before its first part.
-        part_counts: number of parts of each row.
-        has_fixed_cache: True if the caches keep their size.
-        state: the state of the decode loop.
-    """
-
-    params: Tree
+    params: Tree  # parameters in the layout of `decode_loop.prepare_params`
     keys: jax.Array
-    null: str
-    open_roles: tuple[str, ...]
-    part_counts: tuple[int, ...]
-    has_fixed_cache: bool
-    state: DecodeState
+    null: str  # null prompt of the unconditional branch; "" without that branch
+    open_roles: tuple[str, ...]  # the role whose turn is open in each row; "" before its first part
+    part_counts: tuple[int, ...]  # number of parts of each row
+    has_fixed_cache: bool  # true if the caches keep their size
+    state: DecodeState  # the state of the decode loop
 
     @property
     def batch_size(self) -> int:
@@ -73,15 +64,10 @@ class Session:
 
 @dataclass(frozen=True)
 class TurnStart:
-    """The point at which a turn's generation began.
+    """The point at which a turn's generation began."""
 
-    Attributes:
-        state: the state of the decode loop, copied to the host, without caches.
-        slot: the slot into which the pending item is read.
-    """
-
-    state: DecodeState
-    slot: int
+    state: DecodeState  # the state of the decode loop, copied to the host, without caches
+    slot: int  # the slot into which the pending item is read
 
 
 def new_session(

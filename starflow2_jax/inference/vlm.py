@@ -25,19 +25,12 @@ from starflow2_jax.training.tasks import vlm
 
 @dataclass(frozen=True)
 class VLM:
-    """A trained vision-language model.
+    """A trained vision-language model."""
 
-    Attributes:
-        cfg: the resolved configuration of the training run.
-        model_config: sizes and options of the network.
-        params: parameters of the language model and its vision tower.
-        tokenizer_folder: folder of the tokenizer.
-    """
-
-    cfg: Mapping[str, Any]
-    model_config: QwenConfig
-    params: Mapping[str, Any]
-    tokenizer_folder: str
+    cfg: Mapping[str, Any]  # the resolved configuration of the training run
+    model_config: QwenConfig  # sizes and options of the network
+    params: Mapping[str, Any]  # parameters of the language model and its vision tower
+    tokenizer_folder: str  # folder of the tokenizer
 
 
 def load(path: str) -> VLM:

@@ -37,22 +37,14 @@ TASKS = ("fae_features", "fae_pixels")
 
 @dataclass(frozen=True)
 class Codec:
-    """A latent codec with the frozen tower whose features it encodes.
+    """A latent codec with the frozen tower whose features it encodes."""
 
-    Attributes:
-        cfg: the resolved configuration of its experiment.
-        model: configuration of the codec.
-        teacher: configuration of the tower.
-        params: `encoder`, `feature_decoder`, `latent` and `teacher`, and `pixel_decoder` once that
-            is trained.
-        sha256: digest of everything that a latent depends on.
-    """
-
-    cfg: Mapping[str, Any]
-    model: fae.FAEConfig
-    teacher: Teacher
+    cfg: Mapping[str, Any]  # the resolved configuration of its experiment
+    model: fae.FAEConfig  # configuration of the codec
+    teacher: Teacher  # configuration of the tower
+    # `encoder`, `feature_decoder`, `latent` and `teacher`, and `pixel_decoder` once that is trained
     params: Mapping[str, Any]
-    sha256: str
+    sha256: str  # digest of everything that a latent depends on
 
 
 def load(path: str) -> Codec:

@@ -26,21 +26,13 @@ VERSION = "1"
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """Options of an encoding.
+    """Options of an encoding."""
 
-    Attributes:
-        text_length: L; longer captions are cut, and counted in the log.
-        pixels: images are scaled and cropped to this side first.
-        patch: latent pixels on a side of one token; T = (pixels / 8 / patch)^2 for SD-VAE.
-        batch_size: rows at once; the last batch is padded, so that all have one shape.
-        device: torch device.
-    """
-
-    text_length: int = 128
-    pixels: int = 256
-    patch: int = 1
-    batch_size: int = 8
-    device: str = "cpu"
+    text_length: int = 128  # L; longer captions are cut, and counted in the log
+    pixels: int = 256  # images are scaled and cropped to this side first
+    patch: int = 1  # latent pixels on a side of one token; T = (pixels / 8 / patch)^2 for SD-VAE
+    batch_size: int = 8  # rows at once; the last batch is padded, so that all have one shape
+    device: str = "cpu"  # torch device
 
 
 def write(

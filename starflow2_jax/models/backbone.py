@@ -22,47 +22,31 @@ from starflow2_jax.params import Tree
 
 @struct.dataclass
 class BackboneInputs:
-    """The items of interleaved rows.
+    """The items of interleaved rows."""
 
-    Attributes:
-        ids: int [B, T], token ids; any value at patches.
-        latents: [B, T, D], u of the patch at each position, zeros at text.
-        adapter_input: [B, T, D], the latents as the adapter reads them, detached in training; None
-            leaves the adapter out, and the VLM reads zeros at patches.
-        is_image: bool [B, T], True at patches.
-        positions: int [B, T, 3], M-RoPE positions of the VLM.
-        next_positions: int [B, T, 3], (row, column, k) in the deep flow of the items to predict.
-        mask, segments: as in `attention.grouped_query_attention`; both None is causal.
-        text_embeddings: [B, T, V] in place of the VLM's embeddings of `ids`.
-    """
-
-    ids: Any
-    latents: Any
+    ids: Any  #: int [B, T], token ids; any value at patches
+    latents: Any  #: [B, T, D], u of the patch at each position, zeros at text
+    #: [B, T, D], the latents as the adapter reads them, detached in training; None leaves the
+    #: adapter out, and the VLM reads zeros at patches
     adapter_input: Any
-    is_image: Any
-    positions: Any
-    next_positions: Any
-    mask: Any = None
-    segments: Any = None
-    text_embeddings: Any = None
+    is_image: Any  #: bool [B, T], True at patches
+    positions: Any  #: int [B, T, 3], M-RoPE positions of the VLM
+    next_positions: Any  #: int [B, T, 3], (row, column, k) in the deep flow of the items to predict
+    mask: Any = None  #: as in `attention.grouped_query_attention`; both None is causal
+    segments: Any = None  #: likewise
+    text_embeddings: Any = None  #: [B, T, V] in place of the VLM's embeddings of `ids`
 
 
 @struct.dataclass
 class BackboneOutputs:
-    """The states at every position, from which the heads predict the next item.
+    """The states at every position, from which the heads predict the next item."""
 
-    Attributes:
-        vlm_states: y [B, T, V], after the VLM's final norm.
-        flow_states: h [B, T, C], before the flow's final norm; None if the flow was left out.
-        vlm_skip_ratio: float [B, T], share of the VLM's skip in the flow's input at patches; None
-            without that skip.
-        caches: the extended caches, None without.
-    """
-
-    vlm_states: jax.Array
+    vlm_states: jax.Array  #: y [B, T, V], after the VLM's final norm
+    #: H [B, T, C], before the flow's final norm; None if the flow was left out
     flow_states: jax.Array | None
+    #: Float [B, T], share of the VLM's skip in the flow's input at patches; None without that skip
     vlm_skip_ratio: jax.Array | None = None
-    caches: tuple[KVCache, ...] | None = None
+    caches: tuple[KVCache, ...] | None = None  #: the extended caches, None without
 
 
 class BackboneConfig(Protocol):

@@ -27,19 +27,13 @@ INVERSE_SOFTPLUS_OF_1 = 0.541324854612918
 
 @struct.dataclass
 class Conditioning:
-    """The inputs of a flow besides its tokens.
+    """The inputs of a flow besides its tokens."""
 
-    Attributes:
-        text: features [B or 1, L, E], zeros at padding.
-        labels: int32 [B]; -1 and None are the null class.
-        grid: (rows, columns) of the image, square by default.
-        positions: RoPE coordinates [N, A] of the deep block's inputs, by default those of
-            `block_positions`.
-    """
-
-    text: Any = None
-    labels: Any = None
+    text: Any = None  #: features [B or 1, L, E], zeros at padding
+    labels: Any = None  #: int32 [B]; -1 and None are the null class
+    #: (rows, columns) of the image, square by default
     grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
+    #: RoPE coordinates [N, A] of the deep block's inputs, by default those of `block_positions`
     positions: Any = None
 
 

@@ -8,57 +8,40 @@ from starflow2_jax.models.layers import LayerConfig
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Every option of the two published families.
+    """Every option of the two published families."""
 
-    Attributes:
-        side: rows (= columns) of the training grid; RoPE and learned positions refer to it.
-        channels: D, channels of one token.
-        width, deep_width: C of the blocks and, if it differs, of the deep block.
-        layers: number of layers of each block from the data to the noise; 0 is an identity block.
-        start: what the first token is predicted from. `token`: a trained start vector. `shift`: the
-            first token passes unchanged. `prefix`: the last text position, in every block with
-            text (blocks without text have a start vector).
-        order: `R2L` or `L2R`, the parity of the blocks that read the tokens in reverse.
-        positions: `rope` or `learned`.
-        scale: `softplus` or `exp` of the first half of the head's output.
-        soft_clip: c of c tanh(v / c) on the head's output; 0 disables it.
-        classes: number of classes, 0 for none.
-        text_channels, text_length: E and L, 0 for none.
-        text_blocks: blocks that read the text, `deep` or `all`.
-        bias: whether the linears of attention and MLP have a bias.
-        compute_dtype: dtype of matmuls; None is that of the parameters.
-        remat: a name in `layers.REMAT`.
-        attention: a name in `attention.KERNELS`.
-    """
-
-    side: int
-    channels: int
-    width: int
+    side: int  #: rows (= columns) of the training grid; RoPE and learned positions refer to it
+    channels: int  #: D, channels of one token
+    width: int  #: C of the blocks and, if it differs, of the deep block
+    #: Number of layers of each block from the data to the noise; 0 is an identity block
     layers: tuple[int, ...]
-    deep_width: int | None = None
+    deep_width: int | None = None  #: likewise
     head_dim: int = 64
     heads: int | None = None
     kv_heads: int | None = None
+    #: What the first token is predicted from. `token`: a trained start vector. `shift`: the first
+    #: token passes unchanged. `prefix`: the last text position, in every block with text (blocks
+    #: without text have a start vector).
     start: str = "token"
-    order: str = "R2L"
-    positions: str = "rope"
+    order: str = "R2L"  #: `R2L` or `L2R`, the parity of the blocks that read the tokens in reverse
+    positions: str = "rope"  #: `rope` or `learned`
     rope_pairs: str = "interleaved"
-    scale: str = "softplus"
-    soft_clip: float = 0.0
+    scale: str = "softplus"  #: `softplus` or `exp` of the first half of the head's output
+    soft_clip: float = 0.0  #: c of c tanh(v / c) on the head's output; 0 disables it
     final_norm: bool = False
-    classes: int = 0
-    text_channels: int = 0
-    text_length: int = 0
-    text_blocks: str = "deep"
+    classes: int = 0  #: number of classes, 0 for none
+    text_channels: int = 0  #: E and L, 0 for none
+    text_length: int = 0  #: likewise
+    text_blocks: str = "deep"  #: blocks that read the text, `deep` or `all`
     norm: str = "layer_norm"
-    bias: bool = True
+    bias: bool = True  #: whether the linears of attention and MLP have a bias
     qk_norm: bool = False
     post_norm: bool = False
     gated_mlp: bool = False
     mlp_ratio: int = 4
-    compute_dtype: str | None = None
-    remat: str = "none"
-    attention: str = "auto"
+    compute_dtype: str | None = None  #: dtype of matmuls; None is that of the parameters
+    remat: str = "none"  #: a name in `layers.REMAT`
+    attention: str = "auto"  #: a name in `attention.KERNELS`
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))

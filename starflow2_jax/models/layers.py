@@ -25,31 +25,26 @@ PANEL = 64
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Shape and options of one layer.
-
-    Attributes:
-        norm: `layer_norm`, `rms_norm` (scales by weight) or `rms_norm_offset` (by 1 + weight).
-        gated: whether the MLP is down(act(gate x) * up x) rather than down(act(up x)).
-        rope_pairs: channel pairs that RoPE rotates, `interleaved` or `half` (see `rotate`).
-        attention: a name in `attention.KERNELS`.
-    """
+    """Shape and options of one layer."""
 
     width: int
     heads: int
     kv_heads: int
     head_dim: int
     mlp_width: int
+    # `layer_norm`, `rms_norm` (scales by weight) or `rms_norm_offset` (by 1 + weight)
     norm: str = "layer_norm"
     norm_eps: float = 1e-5
     activation: str = "gelu"
-    gated: bool = False
+    gated: bool = False  # whether the MLP is down(act(gate x) * up x) rather than down(act(up x))
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
     qk_norm: bool = False
     post_norm: bool = False
+    # Channel pairs that RoPE rotates, `interleaved` or `half` (see `rotate`)
     rope_pairs: str = "interleaved"
-    attention: str = "auto"
+    attention: str = "auto"  # a name in `attention.KERNELS`
 
     def __post_init__(self):
         for field, allowed in (
@@ -70,15 +65,11 @@ class KVCache:
 
     A single row has no batch axis: with an axis of size one, XLA's fusions on a CPU copy the whole
     cache at every step.
-
-    Attributes:
-        keys, values: one [B, K, S, D] array per layer.
-        length: int32 [], number of positions that are filled.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    length: jax.Array
+    keys: tuple[jax.Array, ...]  # one [B, K, S, D] array per layer
+    values: tuple[jax.Array, ...]  # likewise
+    length: jax.Array  # int32 [], number of positions that are filled
 
 
 def empty_cache(

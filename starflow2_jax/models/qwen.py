@@ -26,16 +26,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class QwenConfig:
-    """Shape and options, as in a checkpoint's config.json.
-
-    Attributes:
-        sections: number of the D / 2 channel pairs that rotate by time, row and column.
-        tied: whether the head shares the embedding's weights.
-        vision: the vision tower, None for a model of text alone.
-        compute_dtype: dtype of matmuls; None is that of the parameters.
-        remat: a name in `layers.REMAT`.
-        attention: a name in `attention.KERNELS`.
-    """
+    """Shape and options, as in a checkpoint's config.json."""
 
     vocab: int
     width: int
@@ -43,19 +34,20 @@ class QwenConfig:
     heads: int
     kv_heads: int
     mlp_width: int
-    vision: VisionConfig | None = None
+    vision: VisionConfig | None = None  # the vision tower, None for a model of text alone
+    # Number of the D / 2 channel pairs that rotate by time, row and column
     sections: tuple[int, int, int] = (16, 24, 24)
     rope_base: float = 1e6
     norm_eps: float = 1e-6
     activation: str = "silu"
-    tied: bool = False
+    tied: bool = False  # whether the head shares the embedding's weights
     image_token: int = 151655
     video_token: int = 151656
     vision_start_token: int = 151652
     vision_end_token: int = 151653
-    compute_dtype: str | None = None
-    remat: str = "none"
-    attention: str = "auto"
+    compute_dtype: str | None = None  # dtype of matmuls; None is that of the parameters
+    remat: str = "none"  # a name in `layers.REMAT`
+    attention: str = "auto"  # a name in `attention.KERNELS`
 
     def __post_init__(self):
         object.__setattr__(self, "sections", tuple(self.sections))

@@ -30,31 +30,22 @@ ATTEND_ALL = np.ones((1, 1), bool)
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Shape of the tower.
-
-    Attributes:
-        out_width: width of the language model.
-        patch, frames: pixels on a side and frames in depth of a patch.
-        merge: a feature is made of merge x merge patches.
-        window: side of an attention window in pixels.
-        full_layers: indices of the layers that attend to the whole image.
-        remat: a name in `layers.REMAT`.
-    """
+    """Shape of the tower."""
 
     depth: int
     width: int
     heads: int
     mlp_width: int
-    out_width: int
-    full_layers: tuple[int, ...]
-    patch: int = 14
-    frames: int = 2
+    out_width: int  # width of the language model
+    full_layers: tuple[int, ...]  # indices of the layers that attend to the whole image
+    patch: int = 14  # pixels on a side and frames in depth of a patch
+    frames: int = 2  # likewise
     channels: int = 3
-    merge: int = 2
-    window: int = 112
+    merge: int = 2  # a feature is made of merge x merge patches
+    window: int = 112  # side of an attention window in pixels
     activation: str = "silu"
     compute_dtype: str | None = None
-    remat: str = "none"
+    remat: str = "none"  # a name in `layers.REMAT`
 
     def __post_init__(self):
         object.__setattr__(self, "full_layers", tuple(self.full_layers))
@@ -154,32 +145,21 @@ def patchify(image: Any, cfg: VisionConfig, max_pixels: int = MAX_PIXELS) -> Any
 
 @struct.dataclass
 class AttentionGroups:
-    """Sets of patches that attend to each other.
+    """Sets of patches that attend to each other."""
 
-    Attributes:
-        index: int32 [groups, longest], the patches of each group, -1 behind a shorter group.
-        flat_index: int32 [N], the place of every patch in the flattened index.
-    """
-
-    index: Any
-    flat_index: Any
+    index: Any  # int32 [groups, longest], the patches of each group, -1 behind a shorter group
+    flat_index: Any  # int32 [N], the place of every patch in the flattened index
 
 
 @struct.dataclass
 class VisionPlan:
-    """The order and grouping of the patches of images, a function of their sizes alone.
+    """The order and grouping of the patches of images, a function of their sizes alone."""
 
-    Attributes:
-        order, restore: int32 [N / U], blocks in order of window, and the inverse.
-        angles: float32 [N, D / 2], RoPE angles of the patches in order of window.
-        windows, frames: the groups of the windowed and of the full layers.
-    """
-
-    order: Any
-    restore: Any
-    angles: Any
-    windows: AttentionGroups
-    frames: AttentionGroups
+    order: Any  # int32 [N / U], blocks in order of window, and the inverse
+    restore: Any  # likewise
+    angles: Any  # float32 [N, D / 2], RoPE angles of the patches in order of window
+    windows: AttentionGroups  # the groups of the windowed and of the full layers
+    frames: AttentionGroups  # likewise
 
 
 def _consecutive_groups(sizes: np.ndarray) -> AttentionGroups:

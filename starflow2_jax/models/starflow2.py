@@ -35,27 +35,20 @@ SUBTREES = ("adapter", "shallow", "deep", "skip")
 
 @dataclass(frozen=True)
 class PretzelConfig:
-    """The two streams and the connections between them.
+    """The two streams and the connections between them."""
 
-    Attributes:
-        vlm: the language model, without its vision tower.
-        flow: the shallow blocks and, last, the deep block, which has `start="prefix"` and reads in
-            raster order as the VLM does (see `flow_config`).
-        adapter: `mlp` (two linears with a GELU between them) or `linear`, from D to V.
-        adapter_width: hidden channels of the MLP, 0 for V.
-        adapter_std: standard deviation of the last layer's initial weights; 0 starts the adapter at
-            zero.
-        skips: names of the skip connections, of `vlm` (W_vlm) and `deep` (W_D).
-        skip_into: where W_vlm y is added, to the `latent` channels before W_in or to the `width`
-            after it; the paper adds it to the latents.
-    """
-
-    vlm: QwenConfig
+    vlm: QwenConfig  #: the language model, without its vision tower
+    #: The shallow blocks and, last, the deep block, which has `start="prefix"` and reads in raster
+    #: order as the VLM does (see `flow_config`)
     flow: FlowConfig
-    adapter: str = "mlp"
-    adapter_width: int = 0
+    adapter: str = "mlp"  #: `mlp` (two linears with a GELU between them) or `linear`, from D to V
+    adapter_width: int = 0  #: hidden channels of the MLP, 0 for V
+    #: Standard deviation of the last layer's initial weights; 0 starts the adapter at zero
     adapter_std: float = 0.0
+    #: Names of the skip connections, of `vlm` (W_vlm) and `deep` (W_D)
     skips: tuple[str, ...] = ("vlm", "deep")
+    #: Where W_vlm y is added, to the `latent` channels before W_in or to the `width` after it; the
+    #: paper adds it to the latents
     skip_into: str = "latent"
 
     kind = "pretzel"

@@ -17,23 +17,14 @@ from starflow2_jax.params import Tree, flatten, unflatten
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of a published tensor that form one leaf of our tree, or one layer of it.
+    """Rows of a published tensor that form one leaf of our tree, or one layer of it."""
 
-    Attributes:
-        name: name of the published tensor.
-        shape: shape of these rows in the published tensor.
-        first_row: index of the first of these rows.
-        leaf: name of our leaf.
-        layer: index on the leaf's leading axis; None for a leaf that is not stacked.
-        transposed: True if the leaf is the transpose (in, out) of the rows (out, in).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    first_row: int
-    leaf: str
-    layer: int | None
-    transposed: bool
+    name: str  # name of the published tensor
+    shape: tuple[int, ...]  # shape of these rows in the published tensor
+    first_row: int  # index of the first of these rows
+    leaf: str  # name of our leaf
+    layer: int | None  # index on the leaf's leading axis; None for a leaf that is not stacked
+    transposed: bool  # true if the leaf is the transpose (in, out) of the rows (out, in)
 
 
 def published_shapes(pieces: Sequence[Piece]) -> dict[str, tuple[int, ...]]:

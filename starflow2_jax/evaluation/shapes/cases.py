@@ -35,27 +35,19 @@ FIRST_SEED = 1_000_000
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One evaluation case.
-
-    Attributes:
-        holdout: what of it was excluded from training, as from `holdout.withheld_kind`.
-        prompt: texts and images uint8 [H, W, 3] of the user, in order.
-        reference_text: text of the correct answer, "" if that is an image alone.
-        reference_image: image of the correct answer, uint8 [H, W, 3], or None.
-        facts: GenEval metadata that a generated image is checked against, or None.
-        scenes: scenes of the record's images, in order, except for zoomed ones.
-    """
+    """One evaluation case."""
 
     id: str
     task: str
     tag: str
-    holdout: str
+    holdout: str  # what of it was excluded from training, as from `holdout.withheld_kind`
     record: Record
-    prompt: tuple[str | np.ndarray, ...]
-    reference_text: str
-    reference_image: np.ndarray | None
+    prompt: tuple[str | np.ndarray, ...]  # texts and images uint8 [H, W, 3] of the user, in order
+    reference_text: str  # text of the correct answer, "" if that is an image alone
+    reference_image: np.ndarray | None  # image of the correct answer, uint8 [H, W, 3], or None
+    # GenEval metadata that a generated image is checked against, or None
     facts: Mapping[str, Any] | None
-    scenes: tuple[Scene, ...]
+    scenes: tuple[Scene, ...]  # scenes of the record's images, in order, except for zoomed ones
 
     @property
     def prompt_text(self) -> str:

@@ -35,17 +35,14 @@ WIDTHS = {"tiny": 192, "small": 400, "paper": 2240}
 
 @dataclass(frozen=True)
 class MoTConfig:
-    """The VLM, the shallow flow, and the sizes of the expert.
-
-    Attributes:
-        flow: the Pretzel's shallow blocks and, in place of its deep block, a block of no layers,
-            whose place the expert takes (see `starflow2.flow_config`).
-        width, mlp_width: C, and hidden channels of the expert's MLPs; the expert has the VLM's
-            heads and number of layers.
-    """
+    """The VLM, the shallow flow, and the sizes of the expert."""
 
     vlm: QwenConfig
+    # The Pretzel's shallow blocks and, in place of its deep block, a block of no layers, whose
+    # place the expert takes (see `starflow2.flow_config`)
     flow: FlowConfig
+    # C, and hidden channels of the expert's MLPs; the expert has the VLM's heads and number of
+    # layers
     width: int
     mlp_width: int
 

@@ -32,39 +32,30 @@ _ATTEND_ALL = np.ones((1, 1), bool)
 
 @dataclass(frozen=True)
 class FAEConfig:
-    """Sizes of the encoder, the feature decoder and the pixel decoder.
-
-    Attributes:
-        side: rows (= columns) of the grid of patches.
-        latent: D.
-        activation: of the encoder, `gelu` or `silu`; the paper does not name it.
-        decoder_mlp, pixel_mlp: hidden channels of the SwiGLUs: two thirds of four times the width,
-            rounded up to a multiple of eight.
-        patch: side in pixels of the square that one token decodes to.
-        noise: standard deviation of the Gaussian noise on the features from which the pixel decoder
-            learns; 0.4 is for DINOv2, other teachers scale it by the norm of their features.
-        compute_dtype: dtype of matmuls; None is that of the parameters.
-        remat: a name in `layers.REMAT`.
-    """
+    """Sizes of the encoder, the feature decoder and the pixel decoder."""
 
     feature_width: int
-    side: int
-    latent: int
+    side: int  # rows (= columns) of the grid of patches
+    latent: int  # D
     encoder_heads: int
     encoder_head_dim: int
     decoder_layers: int
     decoder_heads: int
     decoder_head_dim: int
+    # Hidden channels of the SwiGLUs: two thirds of four times the width, rounded up to a multiple
+    # of eight
     decoder_mlp: int
     pixel_layers: int
     pixel_width: int
     pixel_heads: int
-    pixel_mlp: int
-    patch: int
-    activation: str = "gelu"
+    pixel_mlp: int  # likewise
+    patch: int  # side in pixels of the square that one token decodes to
+    activation: str = "gelu"  # of the encoder, `gelu` or `silu`; the paper does not name it
+    # Standard deviation of the Gaussian noise on the features from which the pixel decoder learns;
+    # 0.4 is for DINOv2, other teachers scale it by the norm of their features
     noise: float = 0.4
-    compute_dtype: str | None = None
-    remat: str = "none"
+    compute_dtype: str | None = None  # dtype of matmuls; None is that of the parameters
+    remat: str = "none"  # a name in `layers.REMAT`
 
     def __post_init__(self):
         for field, allowed in (("activation", _ACTIVATIONS), ("remat", layers.REMAT)):

@@ -25,32 +25,24 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class DinoConfig:
-    """Sizes of a DINOv2, with registers (arXiv 2309.16588) or without.
-
-    Attributes:
-        side: rows (= columns) of the grid of trained position embeddings; other grids are
-            interpolated from it.
-        antialias: whether that interpolation is antialiased.
-        gated: whether the MLP is a SwiGLU (of `activation`).
-        registers: number of register tokens.
-        compute_dtype: dtype of matmuls; None is that of the parameters.
-        remat: a name in `layers.REMAT`, for gradients with respect to the image.
-    """
+    """Sizes of a DINOv2, with registers (arXiv 2309.16588) or without."""
 
     width: int
     layers: int
     heads: int
     mlp_width: int
     patch: int = 14
+    # Rows (= columns) of the grid of trained position embeddings; other grids are interpolated from
+    # it
     side: int = 37
-    registers: int = 0
-    gated: bool = False
+    registers: int = 0  # number of register tokens
+    gated: bool = False  # whether the MLP is a SwiGLU (of `activation`)
     activation: str = "gelu"
     qkv_bias: bool = True
     norm_eps: float = 1e-6
-    antialias: bool = False
-    compute_dtype: str | None = None
-    remat: str = "none"
+    antialias: bool = False  # whether that interpolation is antialiased
+    compute_dtype: str | None = None  # dtype of matmuls; None is that of the parameters
+    remat: str = "none"  # a name in `layers.REMAT`, for gradients with respect to the image
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -109,19 +101,13 @@ def preset(name: str, **changes: Any) -> DinoConfig:
 
 @struct.dataclass
 class DinoFeatures:
-    """The tower's output, after its final norm.
+    """The tower's output, after its final norm."""
 
-    Attributes:
-        patches: [B, T, C].
-        class_token: [B, C].
-        registers: [B, R, C].
-        hidden: [L + 1, B, N, C], the tokens before the first layer and after each, without the
-            final norm; None unless requested.
-    """
-
-    patches: jax.Array
-    class_token: jax.Array
-    registers: jax.Array
+    patches: jax.Array  # [B, T, C]
+    class_token: jax.Array  # [B, C]
+    registers: jax.Array  # [B, R, C]
+    # [L + 1, B, N, C], the tokens before the first layer and after each, without the final norm;
+    # None unless requested
     hidden: jax.Array | None = None
 
 

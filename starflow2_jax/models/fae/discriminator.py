@@ -17,15 +17,11 @@ from starflow2_jax.params import Tree
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """Sizes of the discriminator.
+    """Sizes of the discriminator."""
 
-    Attributes:
-        widths: output channels of the convolutions, each of which halves the sides.
-        groups: number of groups of the group norms.
-    """
-
+    # Output channels of the convolutions, each of which halves the sides
     widths: tuple[int, ...] = (64, 128, 256, 512)
-    groups: int = 32
+    groups: int = 32  # number of groups of the group norms
     compute_dtype: str | None = None
 
     def __post_init__(self):

@@ -34,16 +34,11 @@ RANDOM_INIT_TOWERS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Teacher:
-    """A tower and the size of its input.
+    """A tower and the size of its input."""
 
-    Attributes:
-        kind: one of `KINDS`.
-        pixels: side of the square image, after resizing.
-    """
-
-    kind: str
+    kind: str  # one of `KINDS`
     tower: dinov2.DinoConfig | qwen_vision.VisionConfig
-    pixels: int
+    pixels: int  # side of the square image, after resizing
 
     def __post_init__(self):
         if self.pixels % self.feature_pixels or self.pixels < self.feature_pixels:
