@@ -1,7 +1,7 @@
-"""Every configuration key, documented once, and the check that names a wrong one.
+"""Every configuration key with its default, meaning and check; the groups as typed objects.
 
-An experiment file's `get_config(variant)` starts from `default()` and changes what differs. `model`
-is free-form here: its keys are the fields of the model's config dataclass (see `build`).
+An experiment file's `get_config(variant)` starts from `default()` and sets what differs. The group
+`model` has no fixed keys: they are the fields of the model's config dataclass (see `build`).
 """
 
 import dataclasses
@@ -11,19 +11,27 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
-# Not settings: the model's own keys, and what travels with a model folder.
-APART = ("model", "name", "classes", "null_text")
+# Not settings: the model's own keys, and the entries that a model folder adds.
+NON_SETTINGS = ("model", "name", "classes", "null_text")
 BYTE_VOCABULARY = 257
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key's default, its meaning, and what its value must satisfy."""
+    """A key's default, its meaning, its validation, and the values that are expected."""
 
     default: Any
     doc: str
-    valid: Callable[[Any], bool] = lambda value: True
-    wanted: str = ""
+    is_valid: Callable[[Any], bool] = lambda value: True
+    expected: str = ""
+
+
+def _is_whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _positive(default, doc):
@@ -35,16 +43,8 @@ def _count(default, doc):
 
 
 def _number(default, doc, low=0.0, high=float("inf")):
-    wanted = f"a number from {low:g} to {high:g}" if high < float("inf") else f"at least {low:g}"
-    return Key(default, doc, lambda v: _is_number(v) and low <= v <= high, wanted)
-
-
-def _is_whole(value):
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    expected = f"a number from {low:g} to {high:g}" if high < float("inf") else f"at least {low:g}"
+    return Key(default, doc, lambda v: _is_number(v) and low <= v <= high, expected)
 
 
 def _choice(default, doc, *allowed):
@@ -61,17 +61,17 @@ def _text(default, doc):
 
 _DATA = {
     "path": _text("", "dataset folder"),
-    "mixture": Key((), "instead of one path: a list of {path, weight, latents}"),
-    "resize": _choice("none", "what to do with other sizes", "none", "center_crop"),
+    "mixture": Key((), "several datasets instead of one path: a list of {path, weight, latents}"),
+    "resize": _choice("none", "how to treat images of another size", "none", "center_crop"),
     "labels": _flag(False, "read meta.label as the class"),
     "text": _choice(
         "none", "captions as UTF-8 bytes or as stored features", "none", "bytes", "features"
     ),
     "latents": _text("", "dataset folder of latents parallel to `path`, read instead of pixels"),
     "features": _text("", "dataset folder of text features parallel to `path`"),
-    "shuffle": _flag(True, "a new global order every epoch"),
+    "shuffle": _flag(True, "draw a new global order for every epoch"),
     "threads": _positive(4, "decoding threads"),
-    "blank_images": _flag(False, "grey images in place of those of interleaved rows"),
+    "blank_images": _flag(False, "gray images instead of those of interleaved rows"),
     "skip_bad": _count(0, "records that may fail to decode before the run stops"),
 }
 
@@ -80,25 +80,25 @@ TASKS = ("flow", "fae_features", "fae_pixels", "vlm", "starflow2")
 KEYS: dict[str, Key] = {
     "task": _choice(
         "flow",
-        "what is trained: a flow, a module of the latent codec, a model that reads, STARFlow2",
+        "kind of training: a flow, a module of the latent codec, a VLM, STARFlow2",
         *TASKS,
     ),
-    "seed": _count(0, "seed of weights, data order, noise, drops and samples"),
+    "seed": _count(0, "seed of weights, data order, noise, dropout and samples"),
     "compute_dtype": _choice("float32", "dtype of matmuls", "float32", "bfloat16", "float64"),
     "frozen_dtype": _choice("float32", "dtype of a frozen VLM", "float32", "bfloat16"),
     "attention": _choice(
         "auto",
-        "kernel of causal attention; auto: what the platform has (models/attention.py)",
+        "kernel of causal attention; auto: the one of the platform (models/attention.py)",
         *("auto", "plain", "splash", "cudnn"),
     ),
-    "layout": _text("dp", "where weights live: a name in mesh.LAYOUTS"),
-    "mesh": _text("data=-1", "devices along each mesh axis, -1 takes the rest"),
-    "image.pixels": _count(0, "height = width of the images, 0 where latents are read"),
+    "layout": _text("dp", "sharding of the parameters: a name in mesh.LAYOUTS"),
+    "mesh": _text("data=-1", "devices along each mesh axis; -1 takes the rest"),
+    "image.pixels": _count(0, "height = width of the images; 0 if latents are read"),
     "image.patch": _positive(1, "pixels along the side of a token"),
     "image.channel_order": _choice(
         "channel_first", "order inside a token", "channel_first", "channel_last"
     ),
-    "image.flip": _flag(False, "mirror half of the rows, drawn anew at each step"),
+    "image.flip": _flag(False, "mirror half of the rows, at random in each step"),
     "text.vocabulary": Key(
         0,
         "rows of the trained token embedding; 0: features are read",
@@ -107,28 +107,30 @@ KEYS: dict[str, Key] = {
     ),
     "text.tokenizer": _text("", "folder of the tokenizer of interleaved rows"),
     "text.length": _positive(256, "positions of an interleaved row"),
-    "text.images": _count(0, "images of an interleaved row, 0 as many as fit"),
-    "text.max_targets": _count(0, "text tokens of a row that are learnt at most, 0 for its length"),
-    "text.logit_chunk": _positive(256, "positions of a row whose logits are held at a time"),
+    "text.images": _count(0, "most images of an interleaved row; 0: as many as fit"),
+    "text.max_targets": _count(0, "most target tokens of a row; 0: no limit"),
+    "text.logit_chunk": _positive(256, "positions of a row whose logits are computed at a time"),
     "noise.kind": _choice("gaussian", "noise added to the data", "gaussian", "uniform", "none"),
     "noise.sigma": _number(0.05, "standard deviation of gaussian noise"),
     "cfg_dropout.text": _number(0.1, "share of rows that lose text and label", 0.0, 1.0),
-    "cfg_dropout.all": _number(0.0, "share of interleaved records that lose images, too", 0.0, 1.0),
-    "vlm.text_loss_weight": _number(1.0, "weight of the text; 0: the tower is trained alone"),
-    "vlm.train_tower": _flag(True, "whether the tower learns; False: it stays as it is"),
-    "vlm.region_loss_weight": _number(
-        0.0, "weight of the words of its region, named from each feature"
+    "cfg_dropout.all": _number(
+        0.0, "share of interleaved records that also lose their images", 0.0, 1.0
     ),
-    "vlm.pixel_loss_weight": _number(0.1, "weight of pixels read back from the tower's features"),
+    "vlm.text_loss_weight": _number(1.0, "weight of the text; 0: the tower is trained alone"),
+    "vlm.train_tower": _flag(True, "train the vision tower; False: it does not change"),
+    "vlm.region_loss_weight": _number(
+        0.0, "weight of predicting the words of its region from each feature"
+    ),
+    "vlm.pixel_loss_weight": _number(0.1, "weight of predicting pixels from the tower's features"),
     "vlm.path": _text("", "folder of the VLM as published; empty: drawn from the seed"),
-    "loss.text_weight": _number(1.0, "weight of nats a token against nats a latent channel"),
-    "loss.text_into_flow": _flag(True, "the text's gradient reaches the flow through its skip"),
+    "loss.text_weight": _number(1.0, "weight of nats per token against nats per latent channel"),
+    "loss.text_into_flow": _flag(True, "let the text's gradient reach the flow through its skip"),
     "loss.latent_penalty": _number(1e-4, "weight of the mean square before every block"),
     "teacher.kind": _choice("dinov2", "the codec's frozen tower", "dinov2", "qwen"),
     "teacher.path": _text(
         "", "its folder as published, or pretrained/NAME; empty: a tiny one, drawn from the seed"
     ),
-    "teacher.pixels": _positive(64, "side to which images are resized for the tower"),
+    "teacher.pixels": _positive(64, "side of the images that the tower sees"),
     "fae.path": _text(
         "", "workdir or model folder of the codec that encodes a flow's images and draws its grids"
     ),
@@ -137,23 +139,27 @@ KEYS: dict[str, Key] = {
         0.0, "noise on unit-variance latents from which the feature decoder learns"
     ),
     "fae.train_on_decoded_features": _flag(
-        False, "pixels from decoded latents, with latent_noise, instead of noisy tower features"
+        False, "learn pixels from decoded latents with latent_noise, not from noisy tower features"
     ),
     "fae.l1": _number(0.0, "weight of the mean absolute error of pixels"),
     "fae.l2": _number(1.0, "weight of their mean square error"),
     "fae.perceptual": _number(1.0, "weight of the perceptual distance"),
     "fae.lpips": _text("", "safetensors of LPIPS or VGG16; empty: distance of tower features"),
-    "fae.gan": _number(0.1, "weight of the discriminator's judgement"),
-    "fae.gan_start": _count(0, "step from which there is a discriminator"),
-    "fae.lecam": _number(1e-3, "weight of LeCam's regulariser of the discriminator"),
-    "fae.discriminator_widths": Key((64, 128, 256, 512), "channels; each halves the sides"),
-    "fae.discriminator_groups": _positive(32, "groups of its norms; divides all but the first"),
+    "fae.gan": _number(0.1, "weight of the adversarial loss"),
+    "fae.gan_start": _count(0, "first step with a discriminator"),
+    "fae.lecam": _number(1e-3, "weight of LeCam's regularizer of the discriminator"),
+    "fae.discriminator_widths": Key(
+        (64, 128, 256, 512), "channels of the convolutions, each of which halves the sides"
+    ),
+    "fae.discriminator_groups": _positive(
+        32, "groups of its norms; must divide all widths but the first"
+    ),
     "fae.statistics_decay": _number(0.999, "decay of the latents' mean and std", 0.0, 1.0),
     **{f"data.{name}": key for name, key in _DATA.items()},
     **{f"eval_data.{name}": key for name, key in _DATA.items()},
     "train.batch_size": _positive(64, "rows of the global batch"),
     "train.steps": _positive(1000, "optimizer steps"),
-    "train.microbatches": _positive(1, "parts of a batch whose gradients are added up in turn"),
+    "train.microbatches": _positive(1, "parts of a batch whose gradients are accumulated"),
     "train.ema": _number(0.999, "decay of the averaged weights", 0.0, 1.0),
     "train.trainable": Key(("flow",), "top-level subtrees that are trained; the rest is frozen"),
     "optim.lr": _number(1e-4, "peak learning rate"),
@@ -171,26 +177,32 @@ KEYS: dict[str, Key] = {
     "log.trackers": Key((), "any of tensorboard, wandb, trackio"),
     "log.project": _text("starflow2_jax", "project name for wandb and trackio"),
     "log.profile_steps": Key((), "(first, last) step of a profiler trace"),
-    "sample.every": _count(500, "steps between sample grids, 0 for none"),
+    "sample.every": _count(500, "steps between sample grids; 0: none"),
     "sample.count": _positive(16, "images in a grid"),
-    "sample.prompts": Key((), "captions of the grid in turn; of the evaluation data where empty"),
+    "sample.prompts": Key(
+        (), "captions of the grid, repeated; empty: those of the evaluation data"
+    ),
     "sample.guidance": _number(0.0, "guidance weight"),
     "sample.guidance_rule": _choice(
         "product", "guidance rule", "product", "linear_log_scale", "linear_scale"
     ),
     "sample.image_temperature": _number(1.0, "STARFlow2: factor on the noise of patches", 1e-3),
-    "sample.denoise": _flag(True, "a score step after sampling where noise is gaussian"),
-    "evaluate.every": _count(500, "steps between evaluations, 0 for none but the last"),
+    "sample.denoise": _flag(True, "denoise samples by a score step if the noise is gaussian"),
+    "evaluate.every": _count(500, "steps between evaluations; 0: only at the end"),
     "evaluate.rows": _positive(1000, "rows of the evaluation data that are used"),
     "evaluate.batch_size": _positive(50, "rows evaluated at a time"),
     "checkpoint.every": _positive(500, "steps between checkpoints"),
     "checkpoint.keep": _positive(3, "newest checkpoints that are kept"),
-    "checkpoint.keep_every": _count(0, "steps whose multiples are kept for good, 0 for none"),
+    "checkpoint.keep_every": _count(
+        0, "keep checkpoints at multiples of this step for good; 0: none"
+    ),
     "distributed.rendezvous_timeout": _positive(
         45, "seconds for all processes to meet at the coordinator"
     ),
     "distributed.initialization": _positive(45, "seconds for jax to join them"),
-    "distributed.heartbeat": _positive(20, "seconds of silence after which one is taken for lost"),
+    "distributed.heartbeat": _positive(
+        20, "seconds of silence after which a process counts as lost"
+    ),
     "distributed.shutdown": _positive(30, "seconds to wait for the others at the end"),
     "init.from": _text("", "workdir or model folder whose weights start this run"),
     "init.fae": _text("", "workdir or model folder of the codec whose pixel decoder is trained"),
@@ -218,14 +230,14 @@ RENAMED = {
 
 
 def default() -> Any:
-    """An ml_collections ConfigDict with every key at its default and an empty `model`."""
-    from ml_collections import ConfigDict  # not needed where a plain mapping is given
+    """Return an ml_collections ConfigDict with every key at its default and an empty `model`."""
+    from ml_collections import ConfigDict  # heavy
 
     return ConfigDict(plain())
 
 
 def plain() -> dict[str, Any]:
-    """The same as nested dicts."""
+    """Return the defaults as nested dicts."""
     cfg: dict[str, Any] = {"model": {}, "name": ""}
     for name, key in KEYS.items():
         group = cfg
@@ -237,21 +249,21 @@ def plain() -> dict[str, Any]:
 
 
 def flat(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mapping to dotted keys; those of `APART` left out."""
-    rows: dict[str, Any] = {}
+    """Flatten a nested mapping to dotted keys, without those of `NON_SETTINGS`."""
+    values: dict[str, Any] = {}
 
     def walk(prefix, group):
         for name, value in group.items():
             dotted = f"{prefix}{name}"
-            if dotted in APART:
+            if dotted in NON_SETTINGS:
                 continue
             if hasattr(value, "items") and dotted not in KEYS:
                 walk(f"{dotted}.", value)
             else:
-                rows[dotted] = value
+                values[dotted] = value
 
     walk("", cfg)
-    return rows
+    return values
 
 
 def upgrade(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +292,7 @@ def unknown_key(name: str) -> str:
 
 
 def nearest(word: str, words: Any) -> str:
-    """`; did you mean ...?` for an unknown word, empty where nothing is near."""
+    """Return `; did you mean ...?` for an unknown word, or nothing if no word is close."""
     close = difflib.get_close_matches(word, list(words), 1, 0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -289,14 +301,15 @@ def check(cfg: Mapping[str, Any]) -> None:
     """Check names and values of a whole experiment configuration.
 
     Raises:
-        ValueError: names the unknown, missing or bad key, what was expected, and the nearest name.
+        ValueError: A key is unknown, missing or has a bad value; names the key, the expected value
+            and the nearest name.
     """
     values = flat(cfg)
     for name, value in values.items():
         if name not in KEYS:
             raise ValueError(unknown_key(name))
-        if not KEYS[name].valid(value):
-            raise ValueError(f"config: {name}={value!r} must be {KEYS[name].wanted}")
+        if not KEYS[name].is_valid(value):
+            raise ValueError(f"config: {name}={value!r} must be {KEYS[name].expected}")
     missing = [name for name in KEYS if name not in values]
     if missing:
         raise ValueError(f"config: key {missing[0]!r} is missing")
@@ -308,10 +321,10 @@ def check(cfg: Mapping[str, Any]) -> None:
 
 
 def build(kind: type[Config], group: Mapping[str, Any], prefix: str) -> Config:
-    """A frozen config dataclass from a mapping.
+    """Build a frozen config dataclass from a mapping.
 
     Raises:
-        ValueError: a key that the dataclass does not have, or one it needs and was not given.
+        ValueError: The dataclass does not have a key, or a key without a default is missing.
     """
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for name in group:
@@ -410,8 +423,8 @@ def run_config(cfg: Mapping[str, Any]) -> RunConfig:
 
 
 def model_group(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` group of a causal model, with `compute_dtype` and `attention` where they are not
-    the default. Configurations saved before there was a choice of kernel lack `attention`.
+    """Return the `model` group of a causal model, with `compute_dtype` and `attention` if they are
+    not the default. Configurations saved before there was a choice of kernel lack `attention`.
     """
     group = dict(cfg["model"])
     if cfg["compute_dtype"] != "float32":
@@ -422,7 +435,7 @@ def model_group(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_dict(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain nested dict (tuples as lists), as saved beside the metrics and in checkpoints."""
+    """Return a plain nested dict (tuples as lists), as it is saved in runs and checkpoints."""
 
     def plain(value):
         if hasattr(value, "items"):
@@ -433,22 +446,19 @@ def to_dict(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` of every key that differs, `model` included."""
+    """Return `key: old -> new` for every key that differs, including those of `model`."""
 
-    def rows(cfg):
-        plain = to_dict(cfg)
-        return {**flat(plain), **{f"model.{k}": v for k, v in plain.get("model", {}).items()}}
+    def values(cfg):
+        nested = to_dict(cfg)
+        return {**flat(nested), **{f"model.{k}": v for k, v in nested.get("model", {}).items()}}
 
-    a, b = rows(old), rows(new)
-    gone = "(absent)"
+    a, b = values(old), values(new)
+    absent = "(absent)"
     return [
-        f"{name}: {a.get(name, gone)!r} -> {b.get(name, gone)!r}"
+        f"{name}: {a.get(name, absent)!r} -> {b.get(name, absent)!r}"
         for name in sorted({*a, *b})
-        if a.get(name, gone) != b.get(name, gone)
+        if a.get(name, absent) != b.get(name, absent)
     ]
-
-
-# ------------------------------------------------------- keys at any depth of the `model` group
 
 
 def set_nested(group: Mapping[str, Any], **values: Any) -> dict[str, Any]:

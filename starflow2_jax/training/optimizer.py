@@ -1,5 +1,6 @@
 """AdamW or Muon with warm-up, cosine decay and clipping, all by optax; averaged weights."""
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import optax
 import optax.contrib
 from jax.sharding import Mesh
 
+from starflow2_jax.config import OptimConfig
 from starflow2_jax.mesh import replicated
 from starflow2_jax.params import Tree, flatten, unflatten
 
@@ -17,38 +19,36 @@ from starflow2_jax.params import Tree, flatten, unflatten
 _MUON_RMS = 0.2
 
 
-def schedule(cfg: Mapping[str, Any], steps: int) -> optax.Schedule:
+def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
     """Return the learning rate by step: linear to `optim.lr`, then a cosine to `optim.final_lr`."""
     return optax.warmup_cosine_decay_schedule(
-        init_value=cfg["lr"] / (cfg["warmup"] + 1),
-        peak_value=cfg["lr"],
-        warmup_steps=cfg["warmup"],
-        decay_steps=max(steps, cfg["warmup"] + 1),
-        end_value=min(cfg["final_lr"], cfg["lr"]),
+        init_value=cfg.lr / (cfg.warmup + 1),
+        peak_value=cfg.lr,
+        warmup_steps=cfg.warmup,
+        decay_steps=max(steps, cfg.warmup + 1),
+        end_value=min(cfg.final_lr, cfg.lr),
     )
 
 
-def optimizer(cfg: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
-    """Return the gradient transformation of an experiment's `optim` group.
+def optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Return the gradient transformation of an experiment.
 
     With `muon_lr` the stacked matrices of the layers [L, in, out] are trained by Muon (Jordan et
     al. 2024, as in optax), whose updates are orthogonal, and all other weights by AdamW.
     """
-    clip = optax.clip_by_global_norm(cfg["clip"]) if cfg["clip"] else optax.identity()
+    clip = optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity()
     learning_rate = schedule(cfg, steps)
-    if not cfg["muon_lr"]:
-        adamw = optax.adamw(
-            learning_rate, cfg["b1"], cfg["b2"], cfg["eps"], weight_decay=cfg["weight_decay"]
-        )
+    if not cfg.muon_lr:
+        adamw = optax.adamw(learning_rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay)
         return optax.chain(clip, adamw)
     muon = optax.contrib.muon(
-        schedule({**cfg, "lr": cfg["muon_lr"]}, steps),
-        beta=cfg["b1"],
-        eps=cfg["eps"],
-        weight_decay=cfg["weight_decay"],
-        adam_b1=cfg["b1"],
-        adam_b2=cfg["b2"],
-        adam_weight_decay=cfg["weight_decay"],
+        schedule(dataclasses.replace(cfg, lr=cfg.muon_lr), steps),
+        beta=cfg.b1,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+        adam_b1=cfg.b1,
+        adam_b2=cfg.b2,
+        adam_weight_decay=cfg.weight_decay,
         adam_learning_rate=learning_rate,
         muon_weight_dimension_numbers=_stacked_matrices,
         consistent_rms=_MUON_RMS,

@@ -19,6 +19,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
+from starflow2_jax.config import RunConfig, run_config
 from starflow2_jax.mesh import batch_sharding, check_batch, place_rows, replicated
 from starflow2_jax.params import (
     Tree,
@@ -99,9 +100,10 @@ def build_program(cfg: Mapping[str, Any], device_mesh: Mesh, task: Task) -> Prog
         ValueError: The mesh does not divide the batch, or the layout does not fit a parameter;
             names the key.
     """
-    layout, rows = cfg["layout"], cfg["train"]["batch_size"]
+    layout, seed, settings = cfg["layout"], cfg["seed"], run_config(cfg)
+    rows = settings.train.batch_size
     check_batch(rows, device_mesh)
-    check_batch(rows // cfg["train"]["microbatches"], device_mesh, "rows of a microbatch")
+    check_batch(rows // settings.train.microbatches, device_mesh, "rows of a microbatch")
     state_specs, frozen_specs = split_params(task.declared, task.trainable + task.carried)
     everywhere, batch_rows = replicated(device_mesh), batch_sharding(device_mesh)
     params_shardings = param_shardings(state_specs, device_mesh, layout)
@@ -136,15 +138,13 @@ def build_program(cfg: Mapping[str, Any], device_mesh: Mesh, task: Task) -> Prog
         task=task,
         init=load_and_init,
         step=jax.jit(
-            partial(step, cfg=cfg, task=task),
+            partial(step, seed=seed, settings=settings, task=task),
             in_shardings=(state_shardings, frozen_shardings, batch_rows),
             out_shardings=(state_shardings, everywhere),
             donate_argnums=0,
         ),
-        evaluate=jax.jit(partial(evaluate, seed=cfg["seed"], task=task), out_shardings=everywhere),
-        reconstruct=jax.jit(
-            partial(reconstruct, seed=cfg["seed"], task=task), out_shardings=everywhere
-        ),
+        evaluate=jax.jit(partial(evaluate, seed=seed, task=task), out_shardings=everywhere),
+        reconstruct=jax.jit(partial(reconstruct, seed=seed, task=task), out_shardings=everywhere),
         abstract_state=jax.tree.map(place, abstract_state, state_shardings),
         abstract_frozen=abstract_params(frozen_specs, device_mesh, layout, task.frozen_dtype),
         abstract_batch={name: place(a, batch_rows) for name, a in task.abstract_batch.items()},
@@ -157,8 +157,8 @@ def _pick(tree: Tree, names: Iterable[str]) -> dict[str, Any]:
 
 def init_state(key: jax.Array, loaded: Tree, *, specs: Tree, task: Task) -> TrainState:
     """Draw the state of step 0, all but the subtrees in `loaded`."""
-    drawn = {name: tree for name, tree in specs.items() if name not in loaded}
-    params = {**init_params(key, drawn), **loaded}
+    random_specs = {name: tree for name, tree in specs.items() if name not in loaded}
+    params = {**init_params(key, random_specs), **loaded}
     # A copy: the step donates both.
     ema = jax.tree.map(jnp.copy, params)
     opt_state = task.optimizer.init(_pick(params, task.trainable))
@@ -166,25 +166,28 @@ def init_state(key: jax.Array, loaded: Tree, *, specs: Tree, task: Task) -> Trai
 
 
 def step(
-    state: TrainState, frozen: Tree, batch: Batch, *, cfg: Mapping[str, Any], task: Task
+    state: TrainState,
+    frozen: Tree,
+    batch: Batch,
+    *,
+    seed: int,
+    settings: RunConfig,
+    task: Task,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Run one training step on a global batch."""
-    rows = cfg["train"]["batch_size"]
-    keys = preprocess.row_keys(cfg["seed"], state.step, jnp.arange(rows))
+    rows, microbatches = settings.train.batch_size, settings.train.microbatches
+    keys = preprocess.row_keys(seed, state.step, jnp.arange(rows))
     context = StepContext(frozen, state, task.batch_totals(batch))
 
     def share_of_loss(params, batch, keys):
         loss, sums, observed = task.loss(params, batch, keys, context)
         return loss, ({"loss": loss, **jax.tree.map(jnp.sum, sums)}, observed)
 
+    trainable = _pick(state.params, task.trainable)
     grads, (metrics, observed) = accumulate(
-        share_of_loss,
-        _pick(state.params, task.trainable),
-        (batch, keys),
-        rows,
-        cfg["train"]["microbatches"],
+        share_of_loss, trainable, (batch, keys), rows, microbatches
     )
-    return update(state, grads, metrics, observed, cfg=cfg, task=task)
+    return update(state, grads, metrics, observed, settings=settings, task=task)
 
 
 def evaluate(
@@ -215,7 +218,7 @@ def update(
     metrics: Mapping[str, jax.Array],
     observed: Any,
     *,
-    cfg: Mapping[str, Any],
+    settings: RunConfig,
     task: Task,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Return the state after a step, and `metrics` with the gradient norm and learning rate.
@@ -232,8 +235,7 @@ def update(
     params = _pick(state.params, grads)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, params, step=state.step)
     params = optax.apply_updates(params, updates)
-    decay = cfg["train"]["ema"]
-    ema = optimizer.update_ema(_pick(state.ema, grads), params, decay, state.step)
+    ema = optimizer.update_ema(_pick(state.ema, grads), params, settings.train.ema, state.step)
     if task.track:
         params |= task.track(state.params, observed["params"], metrics, state.step)
         ema |= task.track(state.ema, observed["ema"], metrics, state.step)
@@ -241,7 +243,7 @@ def update(
     def keep_finite(new, old):
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-    learning_rate = optimizer.schedule(cfg["optim"], cfg["train"]["steps"])(state.step)
+    learning_rate = optimizer.schedule(settings.optim, settings.train.steps)(state.step)
     state = TrainState(
         state.step + 1,
         {**state.params, **keep_finite(params, _pick(state.params, params))},

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from starflow2_jax.checkpoints.convert import lpips, teacher as teacher_weights
+from starflow2_jax.config import run_config
 from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.latents import codec as latent_codec
 from starflow2_jax.latents.codec import Codec
@@ -60,7 +61,8 @@ def make_pixels_task(cfg: Mapping[str, Any], codec: Codec | None = None) -> Task
 def _make_task(
     cfg: Mapping[str, Any], model: Any, objective: Objective, teacher: Any, codec: Codec | None
 ) -> Task:
-    train, rows = cfg["train"], cfg["train"]["batch_size"]
+    settings = run_config(cfg)
+    rows = settings.train.batch_size
     state_subtrees = objective.trained + objective.tracked
     check_trainable(cfg, state_subtrees)
     frozen_specs = split_params(objective.declared, state_subtrees)[1]
@@ -89,7 +91,7 @@ def _make_task(
         inputs = objective.prepare(params, batch, keys, False)
         return to_pixels(objective.reconstruct(params, inputs), "none")
 
-    tx = optimizer.optimizer(cfg["optim"], train["steps"])
+    tx = optimizer.optimizer(settings.optim, settings.train.steps)
     return Task(
         model_config=model,
         declared=objective.declared,

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from starflow2_jax import config
+from starflow2_jax.config import run_config
 from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.models import flops, flow
 from starflow2_jax.models.flow import FlowConfig
@@ -80,7 +81,8 @@ def make_task(cfg: Mapping[str, Any], *, null_text: Any = None) -> Task:
     model = model_config(cfg)
     declared = declare(cfg, model)
     null_text = preprocess.pad_text(null_text, model)
-    train, rows = cfg["train"], cfg["train"]["batch_size"]
+    settings = run_config(cfg)
+    rows = settings.train.batch_size
 
     def row_losses(params, batch, keys, training):
         x = preprocess.tokens(batch, keys, cfg, training)
@@ -103,8 +105,8 @@ def make_task(cfg: Mapping[str, Any], *, null_text: Any = None) -> Task:
     return Task(
         model_config=model,
         declared=declared,
-        trainable=tuple(split_params(declared, tuple(train["trainable"]))[0]),
-        optimizer=optimizer.optimizer(cfg["optim"], train["steps"]),
+        trainable=tuple(split_params(declared, settings.train.trainable)[0]),
+        optimizer=optimizer.optimizer(settings.optim, settings.train.steps),
         load_params=partial(init_frozen, cfg, declared),
         abstract_batch=preprocess.abstract_batch(cfg, model, rows),
         loss=loss,

@@ -22,6 +22,7 @@ from starflow2_jax.checkpoints.convert import (
     teacher as teacher_weights,
 )
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config
+from starflow2_jax.config import run_config
 from starflow2_jax.data.options import packed_batch_options
 from starflow2_jax.models import flops, qwen, starflow2
 from starflow2_jax.models.ablations.crossings import CrossingsConfig
@@ -84,8 +85,12 @@ def _stored_vlm_fields(fields: Mapping[str, Any], folder: str) -> dict[str, Any]
                 f"config: model.vlm.{name}={value!r}, but the model in vlm.path={folder!r} has "
                 f"{stored[name]!r}"
             )
-    own = {"remat": fields.get("remat", "none"), "attention": fields.get("attention", "auto")}
-    return {**fields, **stored, **own}
+    return {
+        **fields,
+        **stored,
+        "remat": fields.get("remat", "none"),
+        "attention": fields.get("attention", "auto"),
+    }
 
 
 def max_images(cfg: Mapping[str, Any], model: BackboneConfig) -> int:
@@ -181,8 +186,8 @@ def make_task(cfg: Mapping[str, Any], *, vlm: Tree | None = None) -> Task:
     """
     model = model_config(cfg)
     declared = model.declare()
-    train = cfg["train"]
-    trainable = tuple(split_params(declared, tuple(train["trainable"]))[0])
+    settings = run_config(cfg)
+    trainable = tuple(split_params(declared, settings.train.trainable)[0])
     stage = interleaved.stage_of(trainable, model)
     if not (stage.images or stage.text):
         raise ValueError("config: train.trainable is empty")
@@ -226,7 +231,7 @@ def make_task(cfg: Mapping[str, Any], *, vlm: Tree | None = None) -> Task:
         declared=declared,
         trainable=trainable,
         carried=tuple(n for n in starflow2.SUBTREES if n in declared and n not in trainable),
-        optimizer=optimizer.optimizer(cfg["optim"], train["steps"]),
+        optimizer=optimizer.optimizer(settings.optim, settings.train.steps),
         load_params=load_params,
         loaded=("vlm",) if "vlm" in trainable else (),
         frozen_dtype=vlm_dtype,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from starflow2_jax import config
 from starflow2_jax.checkpoints import model_folder
+from starflow2_jax.config import run_config
 from starflow2_jax.data.options import packed_batch_options
 from starflow2_jax.models import qwen, qwen_vision
 from starflow2_jax.models.qwen import QwenConfig
@@ -91,7 +92,8 @@ def make_task(cfg: Mapping[str, Any]) -> Task:
     model = model_config(cfg)
     declared = declare(model)
     check_trainable(cfg, tuple(declared))
-    train, rows = cfg["train"], cfg["train"]["batch_size"]
+    settings = run_config(cfg)
+    rows = settings.train.batch_size
 
     def batch_totals(batch):
         tokens = jnp.maximum(text_loss.targets(batch).sum(), 1)
@@ -112,7 +114,7 @@ def make_task(cfg: Mapping[str, Any]) -> Task:
         del keys
         return vlm.row_metrics(params, batch, cfg["vlm"], model)
 
-    tx = optimizer.optimizer(cfg["optim"], train["steps"])
+    tx = optimizer.optimizer(settings.optim, settings.train.steps)
     return Task(
         model_config=model,
         declared=declared,
