@@ -1,4 +1,4 @@
-"""Every configuration key with its default, meaning and check; the groups as typed objects.
+"""Every configuration key with its default, its meaning and the check of its value.
 
 An experiment file's `get_config(variant)` starts from `default()` and sets what differs. The group
 `model` has no fixed keys: they are the fields of the model's config dataclass (see `build`).
@@ -335,91 +335,6 @@ def build(kind: type[Config], group: Mapping[str, Any], prefix: str) -> Config:
             raise ValueError(f"config: key '{prefix}.{name}' is missing")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
     return kind(**values)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The group `train`."""
-
-    batch_size: int
-    steps: int
-    microbatches: int
-    ema: float
-    trainable: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """The group `optim`."""
-
-    lr: float
-    muon_lr: float
-    final_lr: float
-    warmup: int
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip: float
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """The group `log`."""
-
-    every: int
-    trackers: tuple[str, ...]
-    project: str
-    profile_steps: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """The group `sample`."""
-
-    every: int
-    count: int
-    prompts: tuple[str, ...]
-    guidance: float
-    guidance_rule: str
-    image_temperature: float
-    denoise: bool
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """The group `evaluate`."""
-
-    every: int
-    rows: int
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """The group `checkpoint`."""
-
-    every: int
-    keep: int
-    keep_every: int
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The groups of keys that the training loop reads."""
-
-    train: TrainConfig
-    optim: OptimConfig
-    log: LogConfig
-    sample: SampleConfig
-    evaluate: EvaluateConfig
-    checkpoint: CheckpointConfig
-
-
-def run_config(cfg: Mapping[str, Any]) -> RunConfig:
-    """Return the groups of a checked configuration as typed objects."""
-    groups = {f.name: build(f.type, cfg[f.name], f.name) for f in dataclasses.fields(RunConfig)}
-    return RunConfig(**groups)
 
 
 def model_group(cfg: Mapping[str, Any]) -> dict[str, Any]:

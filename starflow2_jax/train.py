@@ -17,7 +17,6 @@ from ml_collections import config_flags
 
 from starflow2_jax import config, params
 from starflow2_jax.checkpoints import orbax
-from starflow2_jax.config import RunConfig, run_config
 from starflow2_jax.evaluation import likelihood, sample_grids
 from starflow2_jax.evaluation.report import run_report
 from starflow2_jax.inference.flow_sampler import FlowModel
@@ -28,6 +27,7 @@ from starflow2_jax.training import run_data
 from starflow2_jax.training.init_from import init_from_checkpoint
 from starflow2_jax.training.logging import run_log, throughput
 from starflow2_jax.training.program import Program, TrainState, build_program, to_device
+from starflow2_jax.training.run_config import RunConfig, run_config
 from starflow2_jax.training.run_data import RunData
 from starflow2_jax.training.tasks import registry
 from starflow2_jax.training.tasks.task import Task
@@ -284,7 +284,7 @@ def train_loop(run: Run, state: TrainState, first_step: int) -> int:
             log_step(run, pending, window)
             pending = None
         for action in actions:
-            with throughput.pause(run.log.clock, after=metrics):
+            with throughput.pause(run.log.clock, wait_for=metrics):
                 action(run, state, number)
         if stopped:
             break
@@ -301,7 +301,7 @@ def log_step(run: Run, pending: PendingStep, window: list[dict[str, float]]) -> 
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not values["finite"]:
         arrays = {name: array for name, array in batch.items() if name != "id"}
-        path = run_log.dump(run.workdir, number, arrays, batch["id"], values)
+        path = run_log.dump_batch(run.workdir, number, arrays, batch["id"], values)
         raise RuntimeError(
             f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']} is not "
             f"finite; the batch (ids {', '.join(batch['id'][:4])}, ...) is in {path}; weights "
@@ -311,8 +311,8 @@ def log_step(run: Run, pending: PendingStep, window: list[dict[str, float]]) -> 
     if number % run.config.log.every == 0 or number == run.config.train.steps:
         row = summarize(window, run.program.task)
         row |= throughput.rates(run.log.clock, number, **run.speed)
-        run_log.row(run.log, number, row)
-        run_log.progress(run.log, number, run.config.train.steps, row)
+        run_log.write_row(run.log, number, row)
+        run_log.print_progress(run.log, number, run.config.train.steps, row)
         window.clear()
 
 
@@ -346,16 +346,16 @@ def actions_after(run: Run, number: int, stopped: bool) -> list[Callable]:
 def log_samples(run: Run, state: TrainState, number: int) -> None:
     """Draw the grids of samples and log them."""
     for name, images, captions, columns in run.draw_samples(state):
-        run_log.samples(run.log, number, images, captions, name=name, columns=columns)
+        run_log.write_samples(run.log, number, images, captions, name=name, columns=columns)
     distributed.wait_for_all()
 
 
 def log_evaluation(run: Run, state: TrainState, number: int) -> None:
     """Evaluate the averaged parameters on the evaluation data and log the metrics."""
     values = evaluate(run.program, state.ema, run.frozen, run.data)
-    run_log.row(run.log, number, {f"eval/{name}": value for name, value in values.items()})
+    run_log.write_row(run.log, number, {f"eval/{name}": value for name, value in values.items()})
     name, value = next(iter(values.items()))
-    run_log.say(run.log, f"step {number}: evaluation {name} {value:.4f}")
+    run_log.print_line(run.log, f"step {number}: evaluation {name} {value:.4f}")
 
 
 def save_checkpoint(run: Run, state: TrainState, number: int) -> None:

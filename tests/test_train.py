@@ -93,7 +93,7 @@ def test_sigterm_saves_and_the_same_command_resumes(data, tmp_path):
         process = start(cfg, workdir)
         deadline = time.time() + 200
         at = stopped[-1] if stopped else 0
-        while not any(row["step"] > at for row in run_log.read(workdir)):
+        while not any(row["step"] > at for row in run_log.read_rows(workdir)):
             assert process.poll() is None and time.time() < deadline
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)

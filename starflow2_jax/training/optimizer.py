@@ -11,9 +11,9 @@ import optax
 import optax.contrib
 from jax.sharding import Mesh
 
-from starflow2_jax.config import OptimConfig
 from starflow2_jax.mesh import replicated
 from starflow2_jax.params import Tree, flatten, unflatten
+from starflow2_jax.training.run_config import OptimConfig
 
 # Root mean square of an update of Muon at a learning rate of 1: about that of AdamW.
 _MUON_RMS = 0.2

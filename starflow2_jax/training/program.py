@@ -19,7 +19,6 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from starflow2_jax.config import RunConfig, run_config
 from starflow2_jax.mesh import batch_sharding, check_batch, place_rows, replicated
 from starflow2_jax.params import (
     Tree,
@@ -29,6 +28,7 @@ from starflow2_jax.params import (
     split as split_params,
 )
 from starflow2_jax.training import optimizer, preprocess
+from starflow2_jax.training.run_config import RunConfig, run_config
 
 if TYPE_CHECKING:
     from starflow2_jax.training.tasks.task import Task

@@ -80,5 +80,5 @@ def state_of(workdir, number, cfg):
 
 def rows_of(workdir):
     """Return the metric rows of a run without those that depend on the clock."""
-    rows = run_log.read(workdir)
+    rows = run_log.read_rows(workdir)
     return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]

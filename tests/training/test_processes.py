@@ -120,7 +120,7 @@ def finish(process, expected=0, timeout=900):
 
 
 def losses(workdir):
-    return {row["step"]: row["loss"] for row in run_log.read(workdir) if "loss" in row}
+    return {row["step"]: row["loss"] for row in run_log.read_rows(workdir) if "loss" in row}
 
 
 def ids_of(notes):
@@ -186,7 +186,7 @@ def test_sigterm_on_one_process_saves_once_and_ends_all(make, tmp_path):
     run = tmp_path / "run"
     process = start(cfg, run)
     deadline = time.time() + 600
-    while not run_log.read(run):
+    while not run_log.read_rows(run):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.2)
     children = subprocess.check_output(["pgrep", "-f", f"{RUNNER} {tmp_path}/run.json"]).split()
@@ -311,7 +311,7 @@ def compare_processes(build, folder, layout, steps, shapes, shown):
         finish(start(cfg, folder / shape, shape))
         rows[shape] = [
             (row["step"], row.get("loss", row.get("eval/nats_per_dim")))
-            for row in run_log.read(folder / shape)
+            for row in run_log.read_rows(folder / shape)
         ]
     assert len(rows["1x8"]) >= steps and rows["1x8"][-1][1] != rows["1x8"][0][1]
     for shape in shapes:

@@ -40,7 +40,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
     cfg = run_log.read_config(workdir)
     if cfg is None:
         raise FileNotFoundError(f"{workdir} has no {run_log.CONFIG}: it is not the folder of a run")
-    rows = run_log.read(workdir)
+    rows = run_log.read_rows(workdir)
     likelihoods = _read_likelihoods(workdir)
     gaussian = _gaussian_baseline(rows, likelihoods)
     title = cfg.get("name") or workdir.resolve().name

@@ -1,4 +1,4 @@
-"""Many images in one picture, with captions."""
+"""Grids of images with captions."""
 
 import io
 import math
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """PNG of uint8 [H, W, 3]."""
+    """Encode uint8 [H, W, 3] as PNG."""
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "PNG", optimize=True)
     return data.getvalue()
@@ -23,7 +23,7 @@ def save_grid(
     captions: Sequence[str] | None = None,
     columns: int | None = None,
 ) -> None:
-    """Writes images uint8 [n, H, W, 3] as one PNG; arguments as in `grid`."""
+    """Write images uint8 [n, H, W, 3] as one PNG; see `grid`."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(grid(images, captions, columns)))
@@ -32,15 +32,15 @@ def save_grid(
 def grid(
     images: np.ndarray, captions: Sequence[str] | None = None, columns: int | None = None
 ) -> np.ndarray:
-    """Images uint8 [n, H, W, 3] as one picture uint8 [rows, columns, 3] on white.
+    """Arrange images uint8 [n, H, W, 3] in one image uint8 [rows, columns, 3] on white.
 
     Small images are enlarged by a whole factor, so that every pixel stays visible.
 
     Args:
-      columns: by default eight, where there are too few for two such rows a square.
+        columns: by default eight, or a square if there are too few images for two such rows.
 
     Raises:
-      ValueError: images of another shape or dtype, or not one caption an image.
+        ValueError: The images have another shape or dtype, or there is not one caption per image.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
@@ -52,7 +52,7 @@ def grid(
     scale = max(1, round((112 if captions else 64) / width))
     height, width, gap = height * scale, width * scale, 4
     font, line_height = ImageFont.load_default(11), 14
-    lines = [_wrapped(text, width) for text in captions or [""] * count]
+    lines = [_wrap(text, width) for text in captions or [""] * count]
     step = height + gap + line_height * max(map(len, lines))
     rows = -(-count // columns)
     sheet = Image.new("RGB", (gap + columns * (width + gap), gap + rows * step), "white")
@@ -60,7 +60,7 @@ def grid(
     for i, pixels in enumerate(images):
         left, top = gap + i % columns * (width + gap), gap + i // columns * step
         image = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
-        # A thin frame, or a white image would be lost on the white sheet.
+        # A thin frame: a white image would be invisible on the white sheet.
         pen.rectangle((left - 1, top - 1, left + width, top + height), outline="#cccccc")
         sheet.paste(image, (left, top))
         for n, line in enumerate(lines[i]):
@@ -68,6 +68,6 @@ def grid(
     return np.asarray(sheet)
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    """At most five lines of a caption that fit below an image of `width` pixels."""
+def _wrap(text: str, width: int) -> list[str]:
+    """Wrap a caption to at most five lines that fit below an image of `width` pixels."""
     return textwrap.wrap(text, max(8, width // 6), max_lines=5, placeholder=" ...")

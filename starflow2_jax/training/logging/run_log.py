@@ -1,14 +1,14 @@
-"""A run's records of itself.
+"""The log of a run in its workdir.
 
-    WORKDIR/metrics.jsonl        one JSON object a row: `step` and figures; nan and inf are null
+    WORKDIR/metrics.jsonl        one JSON object per row: `step` and metrics; nan and inf are null
             config.json          the resolved configuration
-            run.json             the run's id, and of every start: command, machine, versions
+            run.json             id of the run; command, machine and versions of every start
             samples/00000500.png grids of generated images, NAME_00000500.png for other names
             nonfinite/           the batch of a step whose loss or gradient was not finite
-            tensorboard/ ...     what `log.trackers` asks for
+            tensorboard/ ...     files of the trackers in `log.trackers`
 
-Process 0 alone writes, save in `dump`; on the others every function returns at once. WORKDIR may be
-gs://: `metrics.jsonl` is then kept in a local file and uploaded by `upload`, at each checkpoint.
+Only process 0 writes, except in `dump_batch`; on the others every function returns at once. WORKDIR
+may be gs://. Then `metrics.jsonl` is a local file, which `upload` copies at each checkpoint.
 """
 
 import contextlib
@@ -33,7 +33,8 @@ import numpy as np
 from etils import epath
 
 from starflow2_jax import config
-from starflow2_jax.training.logging import image_grid, throughput, trackers
+from starflow2_jax.training.logging import image_grid, throughput
+from starflow2_jax.training.logging.trackers import Tracker, open_trackers
 
 METRICS, CONFIG, RUN = "metrics.jsonl", "config.json", "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -41,13 +42,13 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 @dataclasses.dataclass
 class Log:
-    """What `open` returns: open file, trackers, and the clock of the progress line."""
+    """An open log: its file, its trackers, and the clock of the progress line."""
 
     workdir: epath.Path
     writes: bool
     path: Path | None = None
     file: BinaryIO | None = None
-    fan_out: list[trackers.Tracker] = dataclasses.field(default_factory=list)
+    trackers: list[Tracker] = dataclasses.field(default_factory=list)
     clock: throughput.Clock = dataclasses.field(default_factory=throughput.Clock)
     unfinished_line: bool = False
 
@@ -57,7 +58,7 @@ def _remote(path: epath.Path) -> bool:
 
 
 def _write(path: epath.Path, data: bytes) -> None:
-    """Writes a file whole or not at all; an object store does so by itself."""
+    """Write a file completely or not at all, as an object store does by itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if _remote(path):
         path.write_bytes(data)
@@ -75,25 +76,25 @@ def _json(value: Any) -> bytes:
 
 
 def open(workdir: epath.PathLike, cfg: Mapping[str, Any], *, step: int = 0) -> Log:
-    """Opens a run's records: cuts rows past `step`, opens trackers, notes this start in `run.json`.
+    """Open the log of a run: remove rows after `step`, open trackers, add this start to `run.json`.
 
     Args:
-      cfg: the resolved experiment configuration (`log.trackers`, `log.project` are read here).
-      step: the restored step, 0 for a new run.
+        cfg: the resolved configuration, of which `log.trackers` and `log.project` are read here.
+        step: the restored step, 0 for a new run.
 
     Raises:
-      ValueError: an unknown tracker or one that is not installed, or a damaged `metrics.jsonl`.
+        ValueError: A tracker is unknown or not installed, or `metrics.jsonl` is damaged.
     """
     workdir = epath.Path(workdir)
     if jax.process_index():
         return Log(workdir, writes=False)
-    cut(workdir, step)
+    truncate(workdir, step)
     starts, run_id = [], secrets.token_hex(4)
     if (workdir / RUN).exists():
-        before = json.loads((workdir / RUN).read_text())
-        starts, run_id = before["starts"], before["id"]
-    # Opened before anything is noted, so that a tracker that fails leaves no trace.
-    fan_out = trackers.open(
+        run = json.loads((workdir / RUN).read_text())
+        starts, run_id = run["starts"], run["id"]
+    # Before anything is written, so that a tracker that fails leaves no trace.
+    opened_trackers = open_trackers(
         cfg["log"]["trackers"],
         workdir,
         project=cfg["log"]["project"],
@@ -102,7 +103,7 @@ def open(workdir: epath.PathLike, cfg: Mapping[str, Any], *, step: int = 0) -> L
         config=config.to_dict(cfg),
     )
     _write(workdir / RUN, _json({"id": run_id, "starts": [*starts, _start(step)]}))
-    log = Log(workdir, writes=True, path=Path(str(workdir / METRICS)), fan_out=fan_out)
+    log = Log(workdir, writes=True, path=Path(str(workdir / METRICS)), trackers=opened_trackers)
     if _remote(workdir):
         log.path = Path(tempfile.mkdtemp(prefix="metrics_")) / METRICS
         if (workdir / METRICS).exists():
@@ -113,34 +114,34 @@ def open(workdir: epath.PathLike, cfg: Mapping[str, Any], *, step: int = 0) -> L
 
 
 def upload(log: Log) -> None:
-    """Brings a remote workdir's `metrics.jsonl` up to date; to be called at each checkpoint."""
+    """Copy `metrics.jsonl` to a remote workdir; call it at each checkpoint."""
     if log.writes and _remote(log.workdir):
         _write(log.workdir / METRICS, log.path.read_bytes())
 
 
 def close(log: Log) -> None:
-    """Uploads, and closes file and trackers. May be called twice."""
+    """Upload, and close file and trackers. It may be called twice."""
     if not log.writes or log.file.closed:
         return
     _end_line(log)
     upload(log)
     log.file.close()
-    for tracker in log.fan_out:
+    for tracker in log.trackers:
         tracker.end()
 
 
 def _start(step: int) -> dict[str, Any]:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"time": now, "step": step, "command": command_line(), **environment()}
+    start_time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"time": start_time, "step": step, "command": command_line(), **environment()}
 
 
 def command_line() -> str:
-    """The command that started this process."""
+    """Return the command that started this process."""
     return shlex.join([os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]])
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on besides the code's arguments: versions, machine and devices."""
+    """Return versions, machine and devices, which results depend on besides the command."""
     versions = {"python": platform.python_version()}
     for name in ("starflow2_jax", *PACKAGES):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -160,21 +161,22 @@ def environment() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- rows
 
 
-def row(log: Log, step: int, values: Mapping[str, Any]) -> None:
-    """Writes one row of figures and sends it to the trackers.
+def write_row(log: Log, step: int, values: Mapping[str, Any]) -> None:
+    """Write one row of metrics and send it to the trackers.
 
     Args:
-      values: name -> number or 0-d array; names of evaluations begin with `eval/`.
+        values: name -> number or 0-d array; names of evaluations begin with `eval/`.
 
     Raises:
-      ValueError: a value that is not one number; OSError: the disk is full.
+        ValueError: A value is not one number.
+        OSError: The disk is full.
     """
     if not log.writes:
         return
     plain = {name: _number(name, value) for name, value in values.items()}
     line = {"step": int(step), **{k: v if math.isfinite(v) else None for k, v in plain.items()}}
     log.file.write((json.dumps(line, allow_nan=False) + "\n").encode())
-    for tracker in log.fan_out:
+    for tracker in log.trackers:
         tracker.scalars(int(step), plain)
 
 
@@ -185,13 +187,13 @@ def _number(name: str, value: Any) -> int | float:
     return int(array.item()) if array.dtype.kind in "biu" else float(array.item())
 
 
-def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl`, an empty list where there is none.
+def read_rows(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """Return the rows of `metrics.jsonl`, an empty list if there is none.
 
-    A last line without its line end was cut off by a kill and is left out.
+    A last line without a line end was cut off by a kill and is left out.
 
     Raises:
-      ValueError: another line that is not a row; names file and line.
+        ValueError: Another line is not a row; names file and line.
     """
     path = epath.Path(workdir) / METRICS
     if not path.exists():
@@ -209,43 +211,44 @@ def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def cut(workdir: epath.PathLike, step: int) -> None:
-    """Removes rows past `step`, and a half-written last one, from `metrics.jsonl`."""
+def truncate(workdir: epath.PathLike, step: int) -> None:
+    """Remove rows after `step`, and a partly written last one, from `metrics.jsonl`."""
     path = epath.Path(workdir) / METRICS
     if not path.exists() or jax.process_index():
         return
-    kept = [json.dumps(values) + "\n" for values in read(workdir) if values["step"] <= step]
-    text = "".join(kept).encode()
+    rows = [json.dumps(row) + "\n" for row in read_rows(workdir) if row["step"] <= step]
+    text = "".join(rows).encode()
     if text != path.read_bytes():
         _write(path, text)
 
 
 def save_config(workdir: epath.PathLike, cfg: Mapping[str, Any]) -> None:
-    """Writes `config.json`."""
+    """Write `config.json`."""
     if not jax.process_index():
         _write(epath.Path(workdir) / CONFIG, _json(config.to_dict(cfg)))
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
-    """The configuration that `save_config` wrote, None where there is none."""
+    """Return the configuration that `save_config` wrote, or None."""
     path = epath.Path(workdir) / CONFIG
     return config.upgrade(json.loads(path.read_text())) if path.exists() else None
 
 
-def dump(
+def dump_batch(
     workdir: epath.PathLike,
     step: int,
     batch: Mapping[str, Any],
     ids: Sequence[str],
     metrics: Mapping[str, Any],
 ) -> epath.Path:
-    """Keeps the batch of a step that was not finite, for each process its own rows.
+    """Save the batch of a step that was not finite; each process saves its own rows.
 
-    Writes `nonfinite/STEP[_pPROCESS].npz` with the arrays of `batch` (the host's, numpy) and a
-    `.json` with step, ids and metrics.
+    Args:
+        batch: numpy arrays of this host. They go to `nonfinite/STEP[_pPROCESS].npz`; step, ids and
+            metrics go to a `.json` with the same name.
 
     Returns:
-      path of the `.npz`.
+        The path of the `.npz`.
     """
     process = f"_p{jax.process_index()}" if jax.process_count() > 1 else ""
     path = epath.Path(workdir) / "nonfinite" / f"{int(step):08d}{process}.npz"
@@ -263,11 +266,11 @@ def dump(
 # --------------------------------------------------------------------------------------- progress
 
 
-def progress(log: Log, step: int, steps: int, values: Mapping[str, Any]) -> None:
-    """Shows one line: rewritten in place on a terminal, a line of its own elsewhere.
+def print_progress(log: Log, step: int, steps: int, values: Mapping[str, Any]) -> None:
+    """Print one line: rewritten in place on a terminal, a new line elsewhere.
 
     Args:
-      values: any of `loss`, `nats_per_dim`, and what `speed.rates` gives.
+        values: any of `loss`, `nats_per_dim`, and the entries of `throughput.rates`.
     """
     if not log.writes:
         return
@@ -287,11 +290,11 @@ def progress(log: Log, step: int, steps: int, values: Mapping[str, Any]) -> None
         print(f"\r\x1b[2K{line}", end="", flush=True)
         log.unfinished_line = True
     else:
-        say(log, line)
+        print_line(log, line)
 
 
-def say(log: Log, text: str) -> None:
-    """Prints a line of its own, below the progress line."""
+def print_line(log: Log, text: str) -> None:
+    """Print a line below the progress line."""
     if log.writes:
         _end_line(log)
         print(text, flush=True)
@@ -304,17 +307,17 @@ def _end_line(log: Log) -> None:
 
 
 def _short(value: float) -> str:
-    """12,345 as `12.3k`."""
+    """Format 12,345 as `12.3k`."""
     for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.1f}{unit}"
     return f"{value:.0f}"
 
 
-# --------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- images
 
 
-def samples(
+def write_samples(
     log: Log,
     step: int,
     images: np.ndarray,
@@ -323,13 +326,13 @@ def samples(
     name: str = "samples",
     columns: int | None = None,
 ) -> epath.Path | None:
-    """Writes a grid of images uint8 [n, H, W, 3] under `samples/` and sends it to the trackers."""
+    """Write a grid of images uint8 [n, H, W, 3] to `samples/` and send it to the trackers."""
     if not log.writes:
         return None
     pixels = image_grid.grid(images, captions, columns)
     prefix = "" if name == "samples" else f"{name}_"
     path = log.workdir / "samples" / f"{prefix}{int(step):08d}.png"
     _write(path, image_grid.png(pixels))
-    for tracker in log.fan_out:
-        tracker.picture(int(step), name, pixels)
+    for tracker in log.trackers:
+        tracker.image(int(step), name, pixels)
     return path

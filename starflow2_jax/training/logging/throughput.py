@@ -1,6 +1,6 @@
-"""How fast a run goes: steps, tokens and FLOPs a second, and the share of what the devices can do.
+"""The speed of a run: steps, tokens and FLOPs per second, and the utilization of the devices.
 
-MFU (model FLOPs utilisation) counts the FLOPs of the model itself, not those of rematerialisation.
+MFU (model FLOPs utilization) counts the FLOPs of the model itself, without rematerialization.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 peak of one device, as the makers state it, by a part of `device_kind`.
+# Dense bfloat16 peak of one device, as its maker states it, by a part of `device_kind`.
 PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -30,53 +30,59 @@ PEAKS = {
 
 @dataclasses.dataclass
 class Clock:
-    """Counts time from `start` on, less the pauses."""
+    """A clock that counts the time since `start` without the pauses.
 
-    began: tuple[int, float] | None = None
+    Attributes:
+        first, last: (step, time) of the start and of the last call of `rates`.
+        paused: seconds of pauses since `last`.
+    """
+
+    first: tuple[int, float] | None = None
     last: tuple[int, float] | None = None
     paused: float = 0.0
 
 
 def start(clock: Clock, step: int) -> None:
-    """Begins to count, best once the first step with its compilation is done."""
-    clock.began = clock.last = (step, time.perf_counter())
+    """Start to count, ideally after the first step and its compilation."""
+    clock.first = clock.last = (step, time.perf_counter())
     clock.paused = 0.0
 
 
 @contextlib.contextmanager
-def pause(clock: Clock, after: Any = None) -> Iterator[None]:
-    """Time spent inside (sampling, evaluating, saving) is not counted by `rates`.
+def pause(clock: Clock, wait_for: Any = None) -> Iterator[None]:
+    """Exclude the time inside (sampling, evaluating, saving) from `rates`.
 
     Args:
-      after: arrays of the step in flight, waited for before the pause begins: or else that step
-        would run inside it, and the next rate would be too high.
+        wait_for: arrays of the step in flight. The pause begins when they are ready; otherwise that
+            step would run inside the pause, and the next rate would be too high.
     """
-    jax.block_until_ready(after)
-    began = time.perf_counter()
+    jax.block_until_ready(wait_for)
+    start_time = time.perf_counter()
     try:
         yield
     finally:
-        clock.paused += time.perf_counter() - began
+        clock.paused += time.perf_counter() - start_time
 
 
 def rates(
     clock: Clock, step: int, *, tokens: int, flops: float = 0.0, peak: float = 0.0
 ) -> dict[str, float]:
-    """Speed since the last call or `start`; empty where neither was before.
+    """Return the speed since the last call or `start`, nothing if there was neither.
 
     Args:
-      tokens, flops: of one step over the global batch; peak: FLOP/s of all devices together.
+        tokens, flops: of one step over the global batch.
+        peak: FLOP/s of all devices together.
 
     Returns:
-      `seconds_per_step`, `tokens_per_second` and, where given, `flops_per_second` and `mfu`.
+        `seconds_per_step` and `tokens_per_second`; `flops_per_second` and `mfu` if they are known.
     """
     if clock.last is None:
         start(clock, step)
     if step <= clock.last[0]:
         return {}
-    now = time.perf_counter()
-    seconds = max(now - clock.last[1] - clock.paused, 1e-9) / (step - clock.last[0])
-    clock.last, clock.paused = (step, now), 0.0
+    time_now = time.perf_counter()
+    seconds = max(time_now - clock.last[1] - clock.paused, 1e-9) / (step - clock.last[0])
+    clock.last, clock.paused = (step, time_now), 0.0
     speed = {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds}
     if flops:
         speed["flops_per_second"] = flops / seconds
@@ -86,15 +92,17 @@ def rates(
 
 
 def seconds_left(clock: Clock, step: int, steps: int) -> float | None:
-    """Until `steps` at the pace so far, its pauses included; None before any step was counted."""
-    if clock.began is None or step <= clock.began[0]:
+    """Return the seconds until `steps` at the pace so far, pauses included; None at the start."""
+    if clock.first is None or step <= clock.first[0]:
         return None
-    return (time.perf_counter() - clock.began[1]) / (step - clock.began[0]) * (steps - step)
+    return (time.perf_counter() - clock.first[1]) / (step - clock.first[0]) * (steps - step)
 
 
 def peak_flops() -> float:
-    """FLOP/s of all devices together: the stated bfloat16 peak, or for other kinds (a CPU) the
-    float32 matmul rate measured here, in about a second.
+    """Return the FLOP/s of all devices together.
+
+    This is the stated bfloat16 peak or, for other devices such as CPUs, the rate of a float32
+    matmul, which takes about a second to measure.
     """
     device = jax.devices()[0]
     for kind, peak in PEAKS.items():
@@ -106,13 +114,13 @@ def peak_flops() -> float:
 
 
 def _matmul_rate(size: int = 1024, repeats: int = 8) -> float:
-    """Best measured float32 rate of one device, FLOP/s."""
+    """Measure the best float32 FLOP/s of one device."""
     a = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices()[0])
     multiply = jax.jit(jnp.matmul)
     multiply(a, a).block_until_ready()
     best = float("inf")
     for _ in range(repeats):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         multiply(a, a).block_until_ready()
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.perf_counter() - start_time)
     return 2 * size**3 / best

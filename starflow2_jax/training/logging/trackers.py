@@ -1,6 +1,6 @@
-"""Fan-out of a run's figures and pictures to TensorBoard, Weights & Biases and trackio.
+"""Send a run's metrics and images to TensorBoard, Weights & Biases and trackio.
 
-Each is opened once, by process 0, and imported only if `log.trackers` names it.
+Each tracker is opened once, by process 0, and imported only if `log.trackers` names it.
 """
 
 import importlib
@@ -14,15 +14,15 @@ from starflow2_jax.config import nearest
 
 
 class Tracker(NamedTuple):
-    """Where figures and pictures (uint8 [H, W, 3]) go."""
+    """A destination of metrics and of images uint8 [H, W, 3]."""
 
     name: str
     scalars: Callable[[int, Mapping[str, float]], None]
-    picture: Callable[[int, str, np.ndarray], None]
+    image: Callable[[int, str, np.ndarray], None]
     end: Callable[[], None]
 
 
-def open(
+def open_trackers(
     names: Sequence[str],
     workdir: epath.PathLike,
     *,
@@ -31,15 +31,17 @@ def open(
     step: int,
     config: Mapping[str, Any],
 ) -> list[Tracker]:
-    """Opens the trackers that are named.
+    """Open the trackers in `names`.
 
     Args:
-      project: groups runs in wandb and trackio; run_id: stays the same when a run is resumed.
-      step: where the run goes on; figures past it, of an earlier start, are superseded.
-      config: the resolved configuration, plain.
+        project: groups runs in wandb and trackio.
+        run_id: stays the same when a run is resumed.
+        step: the step from which the run continues; rows after it, of an earlier start, are
+            superseded.
+        config: the resolved configuration, as nested dicts.
 
     Raises:
-      ValueError: an unknown tracker, or one whose package is not installed.
+        ValueError: A tracker is unknown, or its package is not installed.
     """
     for name in names:
         if name not in _OPEN:
@@ -73,11 +75,11 @@ def _tensorboard(workdir, project, run_id, step, config) -> Tracker:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
 
-    def picture(step, name, pixels):
+    def image(step, name, pixels):
         writer.add_image(name, pixels, step, dataformats="HWC")
         writer.flush()
 
-    return Tracker("tensorboard", scalars, picture, writer.close)
+    return Tracker("tensorboard", scalars, image, writer.close)
 
 
 def _wandb(workdir, project, run_id, step, config) -> Tracker:
@@ -87,29 +89,29 @@ def _wandb(workdir, project, run_id, step, config) -> Tracker:
     run = wandb.init(
         project=project, name=workdir.name, id=run_id, resume="allow", config=config, dir=local
     )
-    # A step column of our own: wandb drops rows whose internal step goes back, as on a resume.
+    # An explicit step column: wandb drops rows whose internal step decreases, as on a resume.
     run.define_metric("*", step_metric="step")
 
-    def picture(step, name, pixels):
+    def image(step, name, pixels):
         run.log({"step": step, name: wandb.Image(pixels)})
 
     return Tracker(
-        "wandb", lambda step, values: run.log({**values, "step": step}), picture, run.finish
+        "wandb", lambda step, values: run.log({**values, "step": step}), image, run.finish
     )
 
 
 def _trackio(workdir, project, run_id, step, config) -> Tracker:
     del step
     trackio = _package("trackio", "trackio")
-    # A run is resumed by its name, and folders of several projects may share theirs.
+    # trackio resumes a run by its name, and folders of several projects may have the same name.
     name = f"{workdir.name}-{run_id}"
     run = trackio.init(project=project, name=name, config=config, resume="allow", embed=False)
 
-    def picture(step, name, pixels):
+    def image(step, name, pixels):
         run.log({name: trackio.Image(pixels)}, step=step)
 
     return Tracker(
-        "trackio", lambda step, values: run.log(dict(values), step=step), picture, run.finish
+        "trackio", lambda step, values: run.log(dict(values), step=step), image, run.finish
     )
 
 

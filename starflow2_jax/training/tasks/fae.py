@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from starflow2_jax.checkpoints.convert import lpips, teacher as teacher_weights
-from starflow2_jax.config import run_config
 from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.latents import codec as latent_codec
 from starflow2_jax.latents.codec import Codec
@@ -24,6 +23,7 @@ from starflow2_jax.params import (
 from starflow2_jax.training import optimizer
 from starflow2_jax.training.losses import fae
 from starflow2_jax.training.losses.fae import Objective
+from starflow2_jax.training.run_config import run_config
 from starflow2_jax.training.tasks.task import Task, check_trainable
 
 

@@ -8,7 +8,6 @@ import jax
 from jax.sharding import Mesh
 
 from starflow2_jax import config
-from starflow2_jax.config import run_config
 from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.models import flops, flow
 from starflow2_jax.models.flow import FlowConfig
@@ -21,6 +20,7 @@ from starflow2_jax.params import (
 )
 from starflow2_jax.training import optimizer, preprocess
 from starflow2_jax.training.losses.flow import flow_loss, per_dim
+from starflow2_jax.training.run_config import run_config
 from starflow2_jax.training.tasks.task import Task
 
 

@@ -22,7 +22,6 @@ from starflow2_jax.checkpoints.convert import (
     teacher as teacher_weights,
 )
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config
-from starflow2_jax.config import run_config
 from starflow2_jax.data.options import packed_batch_options
 from starflow2_jax.models import flops, qwen, starflow2
 from starflow2_jax.models.ablations.crossings import CrossingsConfig
@@ -39,6 +38,7 @@ from starflow2_jax.params import (
 )
 from starflow2_jax.training import optimizer
 from starflow2_jax.training.losses import interleaved
+from starflow2_jax.training.run_config import run_config
 from starflow2_jax.training.tasks.task import Task
 
 KINDS = {kind.kind: kind for kind in (PretzelConfig, CrossingsConfig, MoTConfig)}

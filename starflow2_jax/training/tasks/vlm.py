@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from starflow2_jax import config
 from starflow2_jax.checkpoints import model_folder
-from starflow2_jax.config import run_config
 from starflow2_jax.data.options import packed_batch_options
 from starflow2_jax.models import qwen, qwen_vision
 from starflow2_jax.models.qwen import QwenConfig
@@ -17,6 +16,7 @@ from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.params import ParamSpec, Tree, count as count_params, zeros
 from starflow2_jax.training import optimizer
 from starflow2_jax.training.losses import text as text_loss, vlm
+from starflow2_jax.training.run_config import run_config
 from starflow2_jax.training.tasks.task import Task, check_trainable
 
 # Regions of an image, at most four objects and the background, and words of each.

@@ -36,11 +36,11 @@ def write_run(workdir, steps=40):
         nats = 1 + 2 / step
         row = {"loss": nats - 0.9, "nats_per_dim": nats, "grad_norm": 3 / step, "lr": 1e-4}
         row |= {"log_det/0": 0.1 * step, "log_det/1": -0.1, "tokens_per_second": 4321.5}
-        run_log.row(records, step, row)
+        run_log.write_row(records, step, row)
         if step % 10 == 0:
-            run_log.row(records, step, {"eval/nats_per_dim": nats + 0.1})
+            run_log.write_row(records, step, {"eval/nats_per_dim": nats + 0.1})
             images = np.full((4, 8, 8, 3), step, np.uint8)
-            run_log.samples(records, step, images, ["red", "green", "blue", "white"])
+            run_log.write_samples(records, step, images, ["red", "green", "blue", "white"])
     run_log.close(records)
     return workdir
 
@@ -134,8 +134,11 @@ def test_wide_grids_are_scaled_down(tmp_path):
 def test_grids_of_each_name_have_a_heading(tmp_path):
     log = run_log.open(write_run(tmp_path, steps=10), settings())
     images = np.full((2, 8, 8, 3), 7, np.uint8)
+    captions = ["what is it? > a circle", ">"]
     for name in ("answers", "edits"):
-        run_log.samples(log, 10, images, ["what is it? > a circle", ">"], name=name, columns=2)
+        run_log.write_samples(
+            log, 10, images, ["what is it? > a circle", ">"], name=name, columns=2
+        )
     run_log.close(log)
     page = run_report.write(tmp_path).read_text()
     assert {"samples, step 10", "answers, step 10", "edits, step 10"} <= set(embedded(page))

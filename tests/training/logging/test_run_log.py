@@ -29,14 +29,14 @@ def settings(*trackers):
 
 def test_rows_are_appended_and_read_back(tmp_path):
     first = run_log.open(tmp_path, settings())
-    run_log.row(first, 1, {"loss": jnp.float32(1.5), "finite": np.bool_(True)})
-    run_log.row(first, 2, {"loss": float("nan"), "eval/nats_per_dim": jnp.bfloat16(2)})
+    run_log.write_row(first, 1, {"loss": jnp.float32(1.5), "finite": np.bool_(True)})
+    run_log.write_row(first, 2, {"loss": float("nan"), "eval/nats_per_dim": jnp.bfloat16(2)})
     run_log.close(first)
     run_log.close(first)
     second = run_log.open(tmp_path, settings(), step=2)
-    run_log.row(second, 3, {"loss": 1})
+    run_log.write_row(second, 3, {"loss": 1})
     run_log.close(second)
-    assert run_log.read(tmp_path) == [
+    assert run_log.read_rows(tmp_path) == [
         {"step": 1, "loss": 1.5, "finite": 1},
         {"step": 2, "loss": None, "eval/nats_per_dim": 2.0},
         {"step": 3, "loss": 1},
@@ -50,18 +50,18 @@ def test_rows_are_appended_and_read_back(tmp_path):
 def test_a_value_that_is_not_one_number_is_named(tmp_path):
     records = run_log.open(tmp_path, settings())
     with pytest.raises(ValueError, match=r"log: loss is float32\[2\], expected one number"):
-        run_log.row(records, 1, {"loss": jnp.ones(2)})
+        run_log.write_row(records, 1, {"loss": jnp.ones(2)})
     with pytest.raises(ValueError, match="log: note is"):
-        run_log.row(records, 1, {"note": "text"})
-    assert run_log.read(tmp_path) == []
+        run_log.write_row(records, 1, {"note": "text"})
+    assert run_log.read_rows(tmp_path) == []
 
 
 def test_cut_keeps_rows_up_to_the_restored_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 0.1 * step}) + "\n" for step in (1, 2, 2, 3, 4)]
     path.write_text("".join(lines) + '{"step": 5, "lo')
-    assert [row["step"] for row in run_log.read(tmp_path)] == [1, 2, 2, 3, 4]
-    run_log.cut(tmp_path, 2)
+    assert [row["step"] for row in run_log.read_rows(tmp_path)] == [1, 2, 2, 3, 4]
+    run_log.truncate(tmp_path, 2)
     assert path.read_text() == "".join(lines[:3])
     # Opening at a restored step cuts by itself, and leaves nothing else behind.
     run_log.close(run_log.open(tmp_path, settings(), step=1))
@@ -72,9 +72,9 @@ def test_cut_keeps_rows_up_to_the_restored_step(tmp_path):
 def test_opening_drops_a_half_written_line_before_it_appends(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
     records = run_log.open(tmp_path, settings(), step=7)
-    run_log.row(records, 8, {"loss": 2.0})
+    run_log.write_row(records, 8, {"loss": 2.0})
     run_log.close(records)
-    assert run_log.read(tmp_path) == [{"step": 7, "loss": 1.0}, {"step": 8, "loss": 2.0}]
+    assert run_log.read_rows(tmp_path) == [{"step": 7, "loss": 1.0}, {"step": 8, "loss": 2.0}]
 
 
 def test_a_damaged_line_is_an_error_and_stays(tmp_path):
@@ -94,7 +94,7 @@ records = run_log.open(sys.argv[1], config.default())
 step = 0
 while True:
     step += 1
-    run_log.row(records, step, {"loss": step / 3, "grad_norm": 1 / step})
+    run_log.write_row(records, step, {"loss": step / 3, "grad_norm": 1 / step})
 """
 
 
@@ -106,7 +106,7 @@ def test_rows_outlive_kill_9(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    steps = [row["step"] for row in run_log.read(tmp_path)]
+    steps = [row["step"] for row in run_log.read_rows(tmp_path)]
     assert len(steps) > 100 and steps == list(range(1, len(steps) + 1))
 
 
@@ -122,7 +122,7 @@ def test_config_is_saved_and_differs_by_key(tmp_path):
 
 def test_dump_keeps_the_batch(tmp_path):
     batch = {"image": np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3), "id": ["a", "b"]}
-    path = run_log.dump(tmp_path, 12, batch, ["a", "b"], {"loss": jnp.nan, "finite": False})
+    path = run_log.dump_batch(tmp_path, 12, batch, ["a", "b"], {"loss": jnp.nan, "finite": False})
     with np.load(path) as saved:
         np.testing.assert_array_equal(saved["image"], batch["image"])
         assert saved.files == ["image"]
@@ -133,9 +133,9 @@ def test_dump_keeps_the_batch(tmp_path):
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(run_log.jax, "process_index", lambda: 1)
     records = run_log.open(tmp_path, settings("tensorboard"))
-    run_log.row(records, 1, {"loss": 1.0})
-    run_log.progress(records, 1, 2, {"loss": 1.0})
-    assert run_log.samples(records, 1, np.zeros((1, 4, 4, 3), np.uint8)) is None
+    run_log.write_row(records, 1, {"loss": 1.0})
+    run_log.print_progress(records, 1, 2, {"loss": 1.0})
+    assert run_log.write_samples(records, 1, np.zeros((1, 4, 4, 3), np.uint8)) is None
     run_log.upload(records)
     run_log.close(records)
     run_log.save_config(tmp_path, settings())
@@ -147,13 +147,13 @@ def test_a_remote_workdir_is_uploaded_at_checkpoints(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 9}\n')
     records = run_log.open(tmp_path, settings(), step=1)
-    run_log.row(records, 2, {"loss": 1.0})
-    assert [row["step"] for row in run_log.read(tmp_path)] == [1]
+    run_log.write_row(records, 2, {"loss": 1.0})
+    assert [row["step"] for row in run_log.read_rows(tmp_path)] == [1]
     run_log.upload(records)
-    assert [row["step"] for row in run_log.read(tmp_path)] == [1, 2]
-    run_log.row(records, 3, {"loss": 1.0})
+    assert [row["step"] for row in run_log.read_rows(tmp_path)] == [1, 2]
+    run_log.write_row(records, 3, {"loss": 1.0})
     run_log.close(records)
-    assert [row["step"] for row in run_log.read(tmp_path)] == [1, 2, 3]
+    assert [row["step"] for row in run_log.read_rows(tmp_path)] == [1, 2, 3]
 
 
 def test_tensorboard_gets_figures_and_pictures(tmp_path):
@@ -161,8 +161,8 @@ def test_tensorboard_gets_figures_and_pictures(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
     records = run_log.open(tmp_path, settings("tensorboard"))
-    run_log.row(records, 3, {"loss": 1.25})
-    run_log.samples(records, 3, np.zeros((2, 8, 8, 3), np.uint8))
+    run_log.write_row(records, 3, {"loss": 1.25})
+    run_log.write_samples(records, 3, np.zeros((2, 8, 8, 3), np.uint8))
     run_log.close(records)
     data = next((tmp_path / "tensorboard").iterdir()).read_bytes()
     found = {}
@@ -193,8 +193,8 @@ def test_hosted_trackers_get_figures_pictures_and_one_run_id(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, name, package)
     for step in (0, 3):
         records = run_log.open(tmp_path / "my_run", settings(name), step=step)
-        run_log.row(records, step + 1, {"loss": 1.25})
-        run_log.samples(records, step + 1, np.zeros((1, 64, 64, 3), np.uint8))
+        run_log.write_row(records, step + 1, {"loss": 1.25})
+        run_log.write_samples(records, step + 1, np.zeros((1, 64, 64, 3), np.uint8))
         run_log.close(records)
     steps = [values.get("step", step) for step, values in (c for c in calls if c != "finish")]
     assert steps == [1, 1, 4, 4] and calls.count("finish") == 2
@@ -221,7 +221,7 @@ def test_rates_leave_out_pauses(monkeypatch):
     now[0] += 4
     waited = []
     monkeypatch.setattr(throughput.jax, "block_until_ready", waited.append)
-    with throughput.pause(clock, after="metrics"):
+    with throughput.pause(clock, wait_for="metrics"):
         assert waited == ["metrics"]
         now[0] += 50
     got = throughput.rates(clock, 3, tokens=64, flops=1e9, peak=2e9)
@@ -248,9 +248,9 @@ def test_progress_is_plain_lines_in_a_file_and_one_line_on_a_terminal(tmp_path, 
     for stream in (io.StringIO(), Terminal()):
         monkeypatch.setattr(sys, "stdout", stream)
         records = run_log.open(tmp_path, settings())
-        run_log.progress(records, 50, 200, values)
-        run_log.progress(records, 51, 200, {"loss": float("nan")})
-        run_log.say(records, "saved")
+        run_log.print_progress(records, 50, 200, values)
+        run_log.print_progress(records, 51, 200, {"loss": float("nan")})
+        run_log.print_line(records, "saved")
         run_log.close(records)
         text = stream.getvalue()
         line = "step 50/200 (25%)  loss 1.5000  nats/dim 2.2500  12.3k tokens/s  MFU 42%"
