@@ -136,9 +136,7 @@ def test_grids_of_each_name_have_a_heading(tmp_path):
     images = np.full((2, 8, 8, 3), 7, np.uint8)
     captions = ["what is it? > a circle", ">"]
     for name in ("answers", "edits"):
-        run_log.write_samples(
-            log, 10, images, ["what is it? > a circle", ">"], name=name, columns=2
-        )
+        run_log.write_samples(log, 10, images, captions, name=name, columns=2)
     run_log.close(log)
     page = run_report.write(tmp_path).read_text()
     assert {"samples, step 10", "answers, step 10", "edits, step 10"} <= set(embedded(page))
