@@ -68,7 +68,7 @@ class KVCache:
     """
 
     keys: tuple[jax.Array, ...]  # one [B, K, S, D] array per layer
-    values: tuple[jax.Array, ...]  # likewise
+    values: tuple[jax.Array, ...]
     length: jax.Array  # int32 [], number of positions that are filled
 
 

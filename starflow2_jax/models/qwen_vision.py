@@ -39,7 +39,7 @@ class VisionConfig:
     out_width: int  # width of the language model
     full_layers: tuple[int, ...]  # indices of the layers that attend to the whole image
     patch: int = 14  # pixels on a side and frames in depth of a patch
-    frames: int = 2  # likewise
+    frames: int = 2
     channels: int = 3
     merge: int = 2  # a feature is made of merge x merge patches
     window: int = 112  # side of an attention window in pixels
@@ -156,10 +156,10 @@ class VisionPlan:
     """The order and grouping of the patches of images, a function of their sizes alone."""
 
     order: Any  # int32 [N / U], blocks in order of window, and the inverse
-    restore: Any  # likewise
+    restore: Any
     angles: Any  # float32 [N, D / 2], RoPE angles of the patches in order of window
     windows: AttentionGroups  # the groups of the windowed and of the full layers
-    frames: AttentionGroups  # likewise
+    frames: AttentionGroups
 
 
 def _consecutive_groups(sizes: np.ndarray) -> AttentionGroups:

@@ -26,10 +26,10 @@ class MemoryUse:
     unused: int = 0
     padding: int = 0  # bytes that the tiles of the chip add to the arguments
     arguments: int | None = None  # figures of the compiler
-    outputs: int | None = None  # likewise
-    aliased: int | None = None  # likewise
-    temporaries: int | None = None  # likewise
-    code: int | None = None  # likewise
+    outputs: int | None = None
+    aliased: int | None = None
+    temporaries: int | None = None
+    code: int | None = None
     # The sum of these and `unused`; None if the compiler refuses the program
     peak: float | None = None
     over: float = 0.0  # missing bytes; 0 if the program fits

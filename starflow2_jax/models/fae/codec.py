@@ -48,7 +48,7 @@ class FAEConfig:
     pixel_layers: int
     pixel_width: int
     pixel_heads: int
-    pixel_mlp: int  # likewise
+    pixel_mlp: int
     patch: int  # side in pixels of the square that one token decodes to
     activation: str = "gelu"  # of the encoder, `gelu` or `silu`; the paper does not name it
     # Standard deviation of the Gaussian noise on the features from which the pixel decoder learns;
