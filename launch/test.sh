@@ -19,7 +19,7 @@ options=()
 while [ $# -gt 0 ]; do
   case $1 in
     --parity | --plan | --release | --docs) extras+=("${1#--}") ;;
-    --fast) options+=(-m fast) ;;
+    --fast) options+=(-m "fast and not slow") ;;
     --slow) options+=(-m "") ;;
     --)
       shift
