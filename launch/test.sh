@@ -46,7 +46,7 @@ python_only='extend-exclude = ["*.md"]'
 
 # Two workers on two cores: libraries with thread pools of their own get one thread in each.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}
-# Each worker goes through one half of the tests and then takes from the other's end, so that what
-# a file's tests share is mostly made once.
-exec "$venv_python" -m pytest -n 2 --dist worksteal --durations 25 \
+# A worker takes whole files, so that what a file's tests share is made once; tests/conftest.py
+# sorts them.
+exec "$venv_python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25 \
   ${options[@]+"${options[@]}"} < /dev/null

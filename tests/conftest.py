@@ -8,9 +8,23 @@ import tempfile
 import jax
 import pytest
 from helpers import cpu_devices, starflow2_folders, tiny_fae
+from helpers.paths import TESTS
 
 cpu_devices.configure()
 PROGRAMS = pytest.StashKey[str]()
+# `launch/test.sh` gives each worker one file after the other. With the longest files first, the
+# short ones fill the time until the last worker is done.
+LONGEST_FILES = (
+    *("training/test_processes.py", "test_train.py", "models/test_flow_golden.py"),
+    *(
+        "training/tasks/test_starflow2.py",
+        "inference/test_generate.py",
+        "training/tasks/test_fae.py",
+    ),
+    *("inference/test_decode_loop.py", "training/tasks/test_vlm.py", "training/test_program.py"),
+    *("training/tasks/test_fae_start.py", "test_plan.py", "latents/test_batch_encoder.py"),
+    *("planning/test_cost.py", "evaluation/test_starflow2.py", "experiments/test_ablations.py"),
+)
 
 
 def pytest_configure(config):
@@ -23,6 +37,11 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(items):
+    order = {TESTS / name: number for number, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def pytest_unconfigure(config):
@@ -48,13 +67,13 @@ def room_for_programs():
         jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def parts(tmp_path_factory):
     """A folder with a tiny VLM in `vlm` and a tiny codec in `fae`, and a STARFlow2 run of both."""
     return starflow2_folders.make_parts(tmp_path_factory.mktemp("starflow2"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def codec():
     """A random codec of 16 pixels."""
     return tiny_fae.codec()

@@ -85,7 +85,6 @@ def test_files_import_one_another_in_no_cycle(file_imports):
     assert not names, " imports ".join(names)
 
 
-@pytest.mark.xfail(strict=False, reason="modules are being moved")
 def test_folders_import_one_another_in_no_cycle(file_imports):
     boxes = {}
     for path, targets in file_imports.items():
@@ -93,7 +92,6 @@ def test_folders_import_one_another_in_no_cycle(file_imports):
     assert not cycle(boxes), " imports ".join(cycle(boxes))
 
 
-@pytest.mark.xfail(strict=False, reason="modules are being moved")
 def test_a_module_imports_from_its_own_layer_and_those_before(file_imports):
     upwards = [
         f"{path.relative_to(PACKAGE)} imports {target.relative_to(PACKAGE)}"
@@ -104,7 +102,6 @@ def test_a_module_imports_from_its_own_layer_and_those_before(file_imports):
     assert not upwards, "imports against the order of LAYERS:\n" + "\n".join(sorted(upwards))
 
 
-@pytest.mark.xfail(strict=False, reason="modules are being moved")
 def test_a_command_imports_no_other(file_imports):
     commands = {path for path in file_imports if box(path) == "commands"}
     pairs = [

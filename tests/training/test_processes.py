@@ -86,6 +86,14 @@ def joint(tmp_path_factory):
     return build
 
 
+@pytest.fixture(scope="module")
+def unbroken(make, tmp_path_factory):
+    """Six steps of one process: the run, and the folder of its notes."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    finish(start(make(train__steps=6), folder / "run", "1x8", notes=folder / "notes"))
+    return folder / "run", folder / "notes"
+
+
 @pytest.fixture
 def experiment(request):
     """`make` or `joint`, by the name that a test is parametrized with."""
@@ -158,11 +166,9 @@ def assert_same_run(moved, whole, notes, whole_notes, steps, tolerance=1e-5):
         assert ids == seen[number], number
 
 
-def test_two_processes_killed_and_moved_to_one_lose_nothing(make, tmp_path):
+def test_two_processes_killed_and_moved_to_one_lose_nothing(make, unbroken, tmp_path):
     """One of two is killed after step 4; the other ends with a message; one process goes on."""
-    cfg = make(train__steps=6)
-    whole, run = tmp_path / "whole" / "run", tmp_path / "moved" / "run"
-    finish(start(cfg, whole, "1x8", notes=tmp_path / "w"))
+    cfg, run = make(train__steps=6), tmp_path / "moved" / "run"
     output = finish(start(cfg, run, "2x4", "1@before:4", tmp_path / "a"), expected=137)
     assert "process 1 (" in output and "exited without an error (killed" in output
     assert output.splitlines()[-1].startswith(
@@ -175,8 +181,9 @@ def test_two_processes_killed_and_moved_to_one_lose_nothing(make, tmp_path):
     output = finish(start(cfg, run, "1x8", notes=tmp_path / "b"))
     assert f"resumed {run} at step 2" in output
     assert_restored(tmp_path / "b", run, 2, cfg)
-    assert_same_run(run, whole, tmp_path / "b", tmp_path / "w", 6)
-    assert_same_run(run, whole, tmp_path / "a", tmp_path / "w", 6)
+    whole, whole_notes = unbroken
+    assert_same_run(run, whole, tmp_path / "b", whole_notes, 6)
+    assert_same_run(run, whole, tmp_path / "a", whole_notes, 6)
 
 
 def test_sigterm_on_one_process_saves_once_and_ends_all(make, tmp_path):
@@ -350,7 +357,7 @@ def test_losses_of_processes_equal_those_of_one(experiment, request, tmp_path, l
     [{"1x8": 3, "1x1": 6}, pytest.param({"2x4": 3, "4x2": 4, "1x1": 6}, marks=pytest.mark.slow)],
     ids=len,
 )
-def test_a_chain_of_shapes_in_an_object_store(make, tmp_path, monkeypatch, stops):
+def test_a_chain_of_shapes_in_an_object_store(make, unbroken, tmp_path, monkeypatch, stops):
     """Where nothing can be renamed or appended to; and what `convert` says of it."""
     (tmp_path / "objects").mkdir()
     server, url = object_store.serve(tmp_path / "objects")
@@ -359,8 +366,7 @@ def test_a_chain_of_shapes_in_an_object_store(make, tmp_path, monkeypatch, stops
     for name, value in store.items():
         monkeypatch.setenv(name, value)
     object_store.use()
-    cfg, whole = make(train__steps=6, checkpoint__every=2), tmp_path / "whole"
-    finish(start(cfg, whole, "1x8", notes=tmp_path / "w"))
+    cfg, (whole, whole_notes) = make(train__steps=6), unbroken
     run, before = epath.Path("gs://bucket/runs/a"), None
     for shape, stop in stops.items():
         place = {"notes": tmp_path / shape, "beside": tmp_path / "beside" / shape}
@@ -371,7 +377,7 @@ def test_a_chain_of_shapes_in_an_object_store(make, tmp_path, monkeypatch, stops
         assert step_folders.latest(run) == stop
         before = stop
     for shape in stops:
-        assert_same_run(run, whole, tmp_path / shape, tmp_path / "w", 6)
+        assert_same_run(run, whole, tmp_path / shape, whole_notes, 6)
     assert (run / "report.html").exists()
     reports = orbax.verify(run)
     assert [r.step for r in reports][-1] == 6

@@ -52,6 +52,16 @@ def run(cfg, steps=3, devices=None):
 
 
 @pytest.fixture(scope="module")
+def stage1():
+    return run(experiment(1))
+
+
+@pytest.fixture(scope="module")
+def stage2():
+    return run(experiment(2))
+
+
+@pytest.fixture(scope="module")
 def stage3():
     return run(experiment())
 
@@ -65,8 +75,8 @@ def check_moved(first, after, trains):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_stage_changes_its_subtrees_alone(stage):
-    losses, state, metrics, first, (before, after) = run(experiment(stage))
+def test_a_stage_changes_its_subtrees_alone(stage, request):
+    losses, state, metrics, first, (before, after) = request.getfixturevalue(f"stage{stage}")
     assert np.isfinite(losses).all() and sorted(state.params) == sorted(starflow2.SUBTREES)
     check_moved(first, state, STAGES[stage])
     jax.tree.map(np.testing.assert_array_equal, before, after)
@@ -205,8 +215,8 @@ def save(workdir, state, frozen=None):
     orbax.close(writer)
 
 
-def test_a_stage_starts_from_the_one_before(tmp_path):
-    _, before, *_ = run(experiment(1), steps=1)
+def test_a_stage_starts_from_the_one_before(stage1, tmp_path):
+    _, before, *_ = stage1
     save(tmp_path / "stage1", before)
     _, program, fresh, _ = begin(experiment(2))
     for ema in (True, False):
@@ -219,8 +229,8 @@ def test_a_stage_starts_from_the_one_before(tmp_path):
     assert not any(np.any(m) for m in jax.tree.leaves(begun.opt_state[1][0].mu))
 
 
-def test_a_stage_starts_from_a_model_folder(tmp_path):
-    _, before, *_ = run(experiment(3), steps=1)
+def test_a_stage_starts_from_a_model_folder(stage3, tmp_path):
+    _, before, *_ = stage3
     held = {name: before.ema[name] for name in starflow2.SUBTREES}
     _, program, fresh, _ = begin(experiment(3))
     for name, frozen in (("own", {}), ("other", {"vlm": "0" * 64})):
