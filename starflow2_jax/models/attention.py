@@ -36,7 +36,7 @@ def grouped_query_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array | None,
+    mask: jax.Array | np.ndarray | None,
     temperature: Any = 1.0,
     segments: jax.Array | None = None,
     kernel: str = "plain",

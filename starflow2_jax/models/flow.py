@@ -118,7 +118,7 @@ def apply_layers(
     h: jax.Array,
     block: BlockConfig,
     positions: Any,
-    mask: jax.Array | None = None,
+    mask: Any = None,
     *,
     segments: jax.Array | None = None,
     cache: KVCache | None = None,
@@ -177,8 +177,8 @@ def embed_tokens(params: Tree, x: jax.Array, block: BlockConfig) -> jax.Array:
     return linear(params["proj_in"], x.astype(compute_dtype(params, block.flow)))
 
 
-def embed_class(params: Tree, labels: jax.Array | None, block: BlockConfig) -> jax.Array | float:
-    """Embed labels int32 [B] as [B, 1, C]; -1 and None are the null class, the mean of all."""
+def embed_class(params: Tree, labels: jax.Array | None, block: BlockConfig) -> Any:
+    """Embed labels int32 [B] as [B, 1, C], 0.0 without classes; -1 and None are the mean of all."""
     if not block.flow.classes:
         return 0.0
     table = params["class_embed"]
@@ -190,7 +190,7 @@ def embed_class(params: Tree, labels: jax.Array | None, block: BlockConfig) -> j
     return embedding.astype(dtype)[:, None]
 
 
-def embed_positions(params: Tree, block: BlockConfig) -> jax.Array | float:
+def embed_positions(params: Tree, block: BlockConfig) -> Any:
     """Return the learned positions [T, C] in the order of the block, 0.0 with RoPE."""
     if block.flow.positions == "rope":
         return 0.0
@@ -212,7 +212,7 @@ def predict_gaussian(
     Args:
         params: one block's parameters.
         x: tokens [B, T, D] in the order of the block.
-        conditioning: with a grid; its `positions` are those of this block.
+        conditioning: its `positions` are those of this block.
     """
     cfg, batch_size = block.flow, x.shape[0]
     inputs = x
@@ -230,7 +230,8 @@ def predict_gaussian(
         h = jnp.concatenate([embed_text(params, conditioning.text, batch_size, block), h], 1)
     positions = conditioning.positions
     if positions is None:
-        positions = block_positions(block, conditioning.grid, text_length)
+        grid = resolve_grid(x.shape[1], conditioning.grid)
+        positions = block_positions(block, grid, text_length)
     h, _ = apply_layers(params, h, block, positions)
     first = text_length - 1 if block.start == "prefix" else text_length
     scale, mean = head(params, h[:, first:], block)
@@ -278,8 +279,8 @@ def apply_blocks(
         log_det = jnp.zeros(x.shape[0], z.dtype)
         if block.depth:
             is_deep = i == len(cfg.layers) - 1
-            block_conditioning = conditioning if is_deep else conditioning.replace(positions=None)
-            z, log_det = block_forward(params[str(i)], z, block, block_conditioning)
+            inputs = conditioning if is_deep else dataclasses.replace(conditioning, positions=None)
+            z, log_det = block_forward(params[str(i)], z, block, inputs)
         outputs.append(z)
         log_dets.append(log_det)
     return outputs, log_dets
@@ -308,7 +309,7 @@ def forward(
         ValueError: text or labels that the model has no use for, missing text, or a wrong shape.
     """
     outputs, log_dets = forward_blocks(params, x, cfg, conditioning)
-    return outputs[-1], sum(log_dets)
+    return outputs[-1], sum(log_dets[1:], log_dets[0])
 
 
 def check_inputs(
@@ -331,4 +332,4 @@ def check_inputs(
         raise ValueError(f"text: expected [B, L, {cfg.text_channels}], got {list(text.shape)}")
     if conditioning.labels is not None and not cfg.classes:
         raise ValueError("labels: the model has no classes")
-    return conditioning.replace(grid=resolve_grid(shape[1], conditioning.grid))
+    return dataclasses.replace(conditioning, grid=resolve_grid(shape[1], conditioning.grid))

@@ -241,8 +241,8 @@ def shallow_forward(
         The tokens [I, N, D] before each block and after the last, which is u, in raster order; the
         log_det [I] of each block in nats; both in at least float32.
     """
-    conditioning = Conditioning(grid=flow.resolve_grid(x.shape[1], None))
-    return flow.apply_blocks(params["shallow"], x, cfg.flow, len(cfg.flow.layers) - 1, conditioning)
+    num_shallow = len(cfg.flow.layers) - 1
+    return flow.apply_blocks(params["shallow"], x, cfg.flow, num_shallow, Conditioning())
 
 
 def latents_at_positions(u: jax.Array, image: jax.Array) -> jax.Array:
