@@ -283,7 +283,7 @@ def export(
         FileNotFoundError: `processor` has no tokenizer.
         FileExistsError, OSError: See `model_folder.write_tensors`.
     """
-    tensors = public_view(params, cfg)
+    tensors = to_published(table(cfg), params, declare(cfg))
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) != 1:
         raise ValueError(f"params: expected one dtype, got {', '.join(sorted(map(str, dtypes)))}")
@@ -295,12 +295,3 @@ def export(
         if "tokenizer_config.json" not in texts:
             raise FileNotFoundError(f"{processor} holds no tokenizer_config.json")
     write_tensors(folder, tensors, texts, overwrite=overwrite)
-
-
-def public_view(params: Tree, cfg: QwenConfig) -> dict[str, StoredTensor]:
-    """Return the published tensors of a tree, assembled when they are read.
-
-    Raises:
-        ValueError: `params` is not a tree of `cfg`; all differences are listed.
-    """
-    return to_published(table(cfg), params, declare(cfg))
