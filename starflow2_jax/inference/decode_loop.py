@@ -63,18 +63,6 @@ class DecodeState:
 
 
 @struct.dataclass
-class DecodeInputs:
-    """New items to read."""
-
-    ids: Any  # int32 [R, T]
-    u: Any  # [R, T, D]
-    is_image: Any  # bool [R, T]
-    is_real: Any  # bool [R, T], False for padding
-    vlm_positions: Any  # int32 [R, T, 3]
-    next_flow_positions: Any  # int32 [R, T, 3], the deep flow's positions of the items to predict
-
-
-@struct.dataclass
 class StepOutput:
     """Items that were sampled in every step of a chunk."""
 
@@ -126,39 +114,44 @@ def empty_state(
 
 @partial(jax.jit, static_argnames="cfg")
 def prefill(
-    params: Tree, caches: Any, valid: jax.Array, inputs: DecodeInputs, *, cfg: BackboneConfig
+    params: Tree,
+    caches: Any,
+    valid: jax.Array,
+    inputs: BackboneInputs,
+    is_real: jax.Array,
+    *,
+    cfg: BackboneConfig,
 ) -> tuple[Any, jax.Array]:
     """Read items [R, T] into T free slots of the caches; return the caches and `valid`."""
-    _, _, caches, valid = forward_cached(params, caches, valid, inputs, cfg)
+    _, _, caches, valid = forward_cached(params, caches, valid, inputs, is_real, cfg)
     return caches, valid
 
 
 def forward_cached(
-    params: Tree, caches: Any, valid: jax.Array, inputs: DecodeInputs, cfg: BackboneConfig
+    params: Tree,
+    caches: Any,
+    valid: jax.Array,
+    inputs: BackboneInputs,
+    is_real: jax.Array,
+    cfg: BackboneConfig,
 ) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
     """Run both streams over new items.
 
     Args:
         params: from `prepare_params`.
         caches: key-value caches with at least T free slots.
+        inputs: the new items [R, T]; the adapter's input and the mask are filled in.
+        is_real: bool [R, T], False for padding.
 
     Returns:
         VLM states y [R, T, V], flow states h [R, T, C], caches, valid.
     """
     first, count = caches[0].length, inputs.ids.shape[1]
-    valid = jax.lax.dynamic_update_slice_in_dim(valid, inputs.is_real, first, 1)
+    valid = jax.lax.dynamic_update_slice_in_dim(valid, is_real, first, 1)
     slots = jnp.arange(valid.shape[1])
     mask = valid[:, None, :] & (slots <= first + jnp.arange(count)[:, None])
-    backbone_inputs = BackboneInputs(
-        ids=inputs.ids,
-        latents=inputs.u,
-        adapter_input=inputs.u,
-        is_image=inputs.is_image,
-        positions=inputs.vlm_positions,
-        next_positions=inputs.next_flow_positions,
-        mask=mask,
-    )
-    states = cfg.forward(params, backbone_inputs, caches=caches)
+    inputs = inputs.replace(adapter_input=inputs.latents, mask=mask)
+    states = cfg.forward(params, inputs, caches=caches)
     return states.vlm_states, states.flow_states, states.caches, valid
 
 
@@ -216,15 +209,16 @@ def _decode_step(params, state, keys, sampling, cfg, special):
     is_patch = (state.mode == IMAGE) & (state.patch < cfg.patches)
     row, column = jnp.divmod(jnp.where(is_patch, state.patch, 0), cfg.flow.side)
     next_flow_position = jnp.stack([tile(row), tile(column), state.flow_index], -1)
-    inputs = DecodeInputs(
+    inputs = BackboneInputs(
         ids=tile(state.token)[:, None],
-        u=tile(state.u)[:, None],
+        latents=tile(state.u)[:, None],
+        adapter_input=None,
         is_image=tile(state.is_image)[:, None],
-        is_real=tile(is_active)[:, None],
-        vlm_positions=state.vlm_position[:, None],
-        next_flow_positions=next_flow_position[:, None],
+        positions=state.vlm_position[:, None],
+        next_positions=next_flow_position[:, None],
     )
-    y, h, caches, valid = forward_cached(params, state.caches, state.valid, inputs, cfg)
+    is_real = tile(is_active)[:, None]
+    y, h, caches, valid = forward_cached(params, state.caches, state.valid, inputs, is_real, cfg)
     y, h = y[:, 0], h[:, 0]
     step_keys = item_keys(keys, state, is_patch)
     scale, mean = starflow2.image_head(params, h, cfg)

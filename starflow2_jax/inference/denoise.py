@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from starflow2_jax.inference import decode_loop
 from starflow2_jax.inference.decode_loop import DecodeState
 from starflow2_jax.models import flow, starflow2
-from starflow2_jax.models.backbone import BackboneConfig
+from starflow2_jax.models.backbone import BackboneConfig, BackboneInputs
 from starflow2_jax.models.flow import Conditioning, FlowConfig
 from starflow2_jax.params import Tree
 
@@ -89,22 +89,22 @@ def image_score_step(
     positions = start.vlm_position + jnp.stack([0 * patch, rows, columns], -1)
     token_position = jnp.full((1, 3), start.vlm_position - 1)
     # Item n predicts patch n: the inputs are the begin token and all patches but the last.
-    inputs = decode_loop.DecodeInputs(
+    inputs = BackboneInputs(
         ids=jnp.full((1, cfg.patches), start.token),
-        u=None,
+        latents=None,
+        adapter_input=None,
         is_image=(patch > 0)[None],
-        is_real=jnp.ones((1, cfg.patches), bool),
-        vlm_positions=jnp.concatenate([token_position, positions[:-1]])[None],
-        next_flow_positions=jnp.stack([rows, columns, jnp.full_like(patch, start.flow_index)], -1)[
-            None
-        ],
+        positions=jnp.concatenate([token_position, positions[:-1]])[None],
+        next_positions=jnp.stack([rows, columns, jnp.full_like(patch, start.flow_index)], -1)[None],
     )
+
+    is_real = jnp.ones((1, cfg.patches), bool)
 
     def log_density(x: jax.Array) -> Any:
         outputs, log_dets = starflow2.shallow_forward(shallow_params, x[None], cfg)
         u = outputs[-1]
-        shifted = inputs.replace(u=jnp.pad(u[:, :-1], ((0, 0), (1, 0), (0, 0))))
-        _, h, _, _ = decode_loop.forward_cached(decode_params, caches, valid, shifted, cfg)
+        shifted = inputs.replace(latents=jnp.pad(u[:, :-1], ((0, 0), (1, 0), (0, 0))))
+        _, h, _, _ = decode_loop.forward_cached(decode_params, caches, valid, shifted, is_real, cfg)
         scale, mean = starflow2.image_head(decode_params, h, cfg)
         z = (u - mean) / scale
         return sum(log_dets).sum() - (0.5 * jnp.square(z) + jnp.log(scale)).sum()

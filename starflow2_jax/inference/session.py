@@ -18,6 +18,7 @@ from starflow2_jax.inference import decode_loop
 from starflow2_jax.inference.decode_loop import DecodeState
 from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.prompts import Part, to_messages
+from starflow2_jax.models.backbone import BackboneInputs
 from starflow2_jax.models.layers import KVCache
 from starflow2_jax.params import Tree
 
@@ -149,9 +150,9 @@ def extend(
     session = _ensure_slots(session, longest, padded, reserved)
     caches, valid = session.state.caches, session.state.valid
     if longest:
-        inputs = _pad_sequences(sequences, padded, state.u)
+        inputs, is_real = _pad_sequences(sequences, padded, state.u)
         caches, valid = decode_loop.prefill(
-            session.params, caches, valid, inputs, cfg=model.model_config
+            session.params, caches, valid, inputs, is_real, cfg=model.model_config
         )
     else:  # The next steps take the arrays over.
         caches, valid = jax.tree.map(jnp.copy, (caches, valid))
@@ -167,9 +168,9 @@ def extend(
         caches=caches,
         valid=valid,
         token=jnp.asarray([s["ids"][-1] for s in conditional], jnp.int32),
-        u=jnp.asarray(np.stack([s["u"][-1] for s in conditional])),
+        u=jnp.asarray(np.stack([s["latents"][-1] for s in conditional])),
         is_image=jnp.asarray([s["is_image"][-1] for s in conditional]),
-        vlm_position=jnp.asarray(np.stack([s["vlm_positions"][-1] for s in sequences])),
+        vlm_position=jnp.asarray(np.stack([s["positions"][-1] for s in sequences])),
         next_vlm_position=jnp.asarray([s["next_vlm_position"] for s in sequences], jnp.int32),
         flow_index=jnp.asarray([s["flow_index"] for s in sequences], jnp.int32),
         part_index=jnp.asarray(part_index, jnp.int32),
@@ -203,10 +204,10 @@ def _new_sequence(model, session, state, b, branch, parts, u) -> dict[str, Any]:
     flow_offset = np.array([0, 0, flow_index])
     sequence = {
         "ids": items.ids,
-        "u": values,
+        "latents": values,
         "is_image": is_image,
-        "vlm_positions": chat_layout.vlm_positions(items, cfg.flow.side) + position,
-        "next_flow_positions": chat_layout.flow_positions(items, cfg.flow.side) + flow_offset,
+        "positions": chat_layout.vlm_positions(items, cfg.flow.side) + position,
+        "next_positions": chat_layout.flow_positions(items, cfg.flow.side) + flow_offset,
         "is_counted": items.patch_index <= 0,
     }
     has_pending, token = state.token[b] >= 0, int(state.token[b])
@@ -221,42 +222,43 @@ def _new_sequence(model, session, state, b, branch, parts, u) -> dict[str, Any]:
         # The model ended its turn itself, by whatever token: that one is the delimiter.
         token = tokenizer.turn_end
         sequence = {name: array[1:] for name, array in sequence.items()}
-        sequence["vlm_positions"] = sequence["vlm_positions"] - 1
-        sequence["next_flow_positions"] = sequence["next_flow_positions"] - np.array([0, 0, 1])
+        sequence["positions"] = sequence["positions"] - 1
+        sequence["next_positions"] = sequence["next_positions"] - np.array([0, 0, 1])
     end = position
     if len(sequence["ids"]):
-        end = int(sequence["vlm_positions"][-1, 0]) + 1
+        end = int(sequence["positions"][-1, 0]) + 1
     flow_end = flow_index + int(sequence["is_counted"].sum())
     if has_pending:
         pending = {
             "ids": np.array([token], np.int32),
-            "u": state.u[b : b + 1],
+            "latents": state.u[b : b + 1],
             "is_image": state.is_image[b : b + 1],
-            "vlm_positions": state.vlm_position[r : r + 1],
-            "next_flow_positions": np.array([[0, 0, flow_index]], np.int32),
+            "positions": state.vlm_position[r : r + 1],
+            "next_positions": np.array([[0, 0, flow_index]], np.int32),
             "is_counted": np.zeros(1, bool),
         }
         sequence = {name: np.concatenate([pending[name], sequence[name]]) for name in sequence}
     return {**sequence, "next_vlm_position": end, "flow_index": flow_end}
 
 
-def _pad_sequences(sequences, length, u) -> decode_loop.DecodeInputs:
-    """Return all but the last item of each row, padded on the right."""
+def _pad_sequences(sequences, length, u) -> tuple[BackboneInputs, np.ndarray]:
+    """Return all but the last item of each row, padded on the right, and which items are real."""
     count = len(sequences)
-    inputs = decode_loop.DecodeInputs(
+    is_real = np.zeros((count, length), bool)
+    inputs = BackboneInputs(
         ids=np.zeros((count, length), np.int32),
-        u=np.zeros((count, length, u.shape[-1]), u.dtype),
+        latents=np.zeros((count, length, u.shape[-1]), u.dtype),
+        adapter_input=None,
         is_image=np.zeros((count, length), bool),
-        is_real=np.zeros((count, length), bool),
-        vlm_positions=np.zeros((count, length, 3), np.int32),
-        next_flow_positions=np.zeros((count, length, 3), np.int32),
+        positions=np.zeros((count, length, 3), np.int32),
+        next_positions=np.zeros((count, length, 3), np.int32),
     )
     for r, sequence in enumerate(sequences):
         size = len(sequence["ids"]) - 1
-        inputs.is_real[r, :size] = True
-        for name in ("ids", "u", "is_image", "vlm_positions", "next_flow_positions"):
+        is_real[r, :size] = True
+        for name in ("ids", "latents", "is_image", "positions", "next_positions"):
             getattr(inputs, name)[r, :size] = sequence[name][:-1]
-    return inputs
+    return inputs, is_real
 
 
 # ------------------------------------------------------------------------------------- the caches

@@ -73,14 +73,15 @@ def check_log_det(cfg, params):
 def check_cached_steps(cfg, params, batch, tolerance=1e-4):
     """Cached steps give the scales, means and logits of the parallel forward."""
     u = jnp.asarray(random_latents(batch, cfg.flow.channels, seed=1), jnp.float32)
-    items = decode_loop.DecodeInputs(
+    items = BackboneInputs(
         ids=jnp.asarray(batch["ids"]),
-        u=u,
+        latents=u,
+        adapter_input=None,
         is_image=jnp.asarray(batch["image"] >= 0),
-        is_real=jnp.asarray(batch["segments"] > 0),
-        vlm_positions=jnp.asarray(batch["positions"]),
-        next_flow_positions=jnp.asarray(batch["flow_positions"]),
+        positions=jnp.asarray(batch["positions"]),
+        next_positions=jnp.asarray(batch["flow_positions"]),
     )
+    is_real = jnp.asarray(batch["segments"] > 0)
     row_batch = {**batch, "segments": np.where(batch["segments"] > 0, 1, 0)}
 
     @jax.jit
@@ -89,7 +90,7 @@ def check_cached_steps(cfg, params, batch, tolerance=1e-4):
 
     @jax.jit
     def step(prepared, caches, valid, item):
-        y, h, caches, valid = decode_loop.forward_cached(prepared, caches, valid, item, cfg)
+        y, h, caches, valid = decode_loop.forward_cached(prepared, caches, valid, *item, cfg)
         text = starflow2.text_states(prepared, y, h, cfg)
         logits = starflow2.text_logits(prepared, text, cfg)
         return (*starflow2.image_head(prepared, h, cfg), logits), caches, valid
@@ -98,12 +99,12 @@ def check_cached_steps(cfg, params, batch, tolerance=1e-4):
     prepared = decode_loop.prepare_params(params)
     state = decode_loop.empty_state(prepared, cfg, *items.ids.shape, has_null_branch=False)
     caches, valid = state.caches, state.valid
-    cut = lambda i, n: jax.tree.map(lambda leaf: leaf[:, i : i + n], items)
-    caches, valid = decode_loop.prefill(prepared, caches, valid, cut(0, 3), cfg=cfg)
+    cut = lambda i, n: jax.tree.map(lambda leaf: leaf[:, i : i + n], (items, is_real))
+    caches, valid = decode_loop.prefill(prepared, caches, valid, *cut(0, 3), cfg=cfg)
     close = partial(np.testing.assert_allclose, atol=tolerance, rtol=tolerance)
     for t in range(3, items.ids.shape[1]):
         outputs, caches, valid = step(prepared, caches, valid, cut(t, 1))
-        rows = np.asarray(items.is_real[:, t])
+        rows = np.asarray(is_real[:, t])
         for output, reference in zip(outputs, expected):
             close(np.asarray(output)[rows, 0], reference[rows, t])
     assert all(reference.std() > 0.05 for reference in expected)

@@ -50,7 +50,7 @@ def assert_same(actual, expected, tolerance=1e-10):
 
 
 def build_inputs(model, rows):
-    """Return the decode inputs of whole rows, padded on the right, and which items are real."""
+    """Return the inputs of whole rows, padded on the right, and which items are real."""
     sequences = [
         session.layout_parts(row, TOKENIZER, model.model_config.patches, null, "")
         for row, null in rows
@@ -66,14 +66,14 @@ def build_inputs(model, rows):
     fields = [
         {
             "ids": sequence.ids,
-            "u": np.where(
+            "latents": np.where(
                 (sequence.patch_index >= 0)[:, None],
                 images[np.maximum(sequence.image_index, 0), np.maximum(sequence.patch_index, 0)],
                 0,
             ),
             "is_image": sequence.patch_index >= 0,
-            "vlm_positions": layouts.vlm_positions(sequence, SIDE),
-            "next_flow_positions": layouts.flow_positions(sequence, SIDE),
+            "positions": layouts.vlm_positions(sequence, SIDE),
+            "next_positions": layouts.flow_positions(sequence, SIDE),
         }
         for sequence, images in zip(sequences, u)
     ]
@@ -86,7 +86,7 @@ def build_inputs(model, rows):
 
     is_real = np.stack([np.arange(length) < len(row["ids"]) for row in fields])
     stacked_fields = {name: stack(name) for name in fields[0]}
-    return decode_loop.DecodeInputs(is_real=jnp.asarray(is_real), **stacked_fields), is_real
+    return BackboneInputs(adapter_input=None, **stacked_fields), is_real
 
 
 def heads(params, y, h, cfg):
@@ -95,22 +95,15 @@ def heads(params, y, h, cfg):
     return scale, mean, logits
 
 
-def parallel(model, decode_inputs):
+def parallel(model, inputs, is_real):
     """Return the heads' outputs at every position of the rows, read at once."""
     cfg = model.model_config
 
     @jax.jit
     def forward(params):
-        inputs = BackboneInputs(
-            ids=decode_inputs.ids,
-            latents=decode_inputs.u,
-            adapter_input=decode_inputs.u,
-            is_image=decode_inputs.is_image,
-            positions=decode_inputs.vlm_positions,
-            next_positions=decode_inputs.next_flow_positions,
-            mask=segment_mask(jnp.asarray(decode_inputs.is_real, jnp.int32)),
-        )
-        states = starflow2.forward(params, inputs, cfg)
+        mask = segment_mask(jnp.asarray(is_real, jnp.int32))
+        masked = inputs.replace(adapter_input=inputs.latents, mask=mask)
+        states = starflow2.forward(params, masked, cfg)
         return heads(params, states.vlm_states, states.flow_states, cfg)
 
     return [np.asarray(output) for output in forward(model.params)]
@@ -132,17 +125,17 @@ def test_cached_steps_equal_the_parallel_forward():
     inputs, is_real = build_inputs(model, rows)
     assert (inputs.is_image[:2].sum(1) == 12).all() and len({r.sum() for r in is_real}) > 2
 
-    expected = parallel(model, inputs)
+    expected = parallel(model, inputs, is_real)
     decode_params = decode_loop.prepare_params(params)
     shape = (4, inputs.ids.shape[1])
     state = decode_loop.empty_state(decode_params, cfg, *shape, has_null_branch=False)
     caches, valid = state.caches, state.valid
-    select = lambda i, n: jax.tree.map(lambda leaf: leaf[:, i : i + n], inputs)
-    caches, valid = decode_loop.prefill(decode_params, caches, valid, select(0, 5), cfg=cfg)
+    select = lambda i, n: jax.tree.map(lambda leaf: leaf[:, i : i + n], (inputs, is_real))
+    caches, valid = decode_loop.prefill(decode_params, caches, valid, *select(0, 5), cfg=cfg)
 
     @jax.jit
     def step(params, caches, valid, item):
-        y, h, caches, valid = decode_loop.forward_cached(params, caches, valid, item, cfg)
+        y, h, caches, valid = decode_loop.forward_cached(params, caches, valid, *item, cfg)
         return heads(params, y, h, cfg), caches, valid
 
     for t in range(5, inputs.ids.shape[1]):
@@ -416,11 +409,12 @@ def test_tokens_are_sampled_from_the_top_k_and_the_top_p():
     assert sampled[0][0].tokens != sampled[1][0].tokens
     # Greedy tokens are the most likely allowed tokens of the teacher-forced row.
     tokens = greedy[0][0].tokens
-    items, _ = build_inputs(model, [([Part("text", "user", "hello"), greedy[0][0]], "none")])
+    row = [Part("text", "user", "hello"), greedy[0][0]]
+    inputs, is_real = build_inputs(model, [(row, "none")])
     prompt = session.layout_parts([Part("text", "user", "hello")], TOKENIZER, 4, "", "")
     first = len(prompt.ids)
-    np.testing.assert_array_equal(items.ids[0, first:], tokens)
-    logits = np.array(parallel(model, items)[2][0, first - 1 : -1])
+    np.testing.assert_array_equal(inputs.ids[0, first:], tokens)
+    logits = np.array(parallel(model, inputs, is_real)[2][0, first - 1 : -1])
     ids = model.special_tokens
     logits[:, [*ids.banned, ids.vision_start, *range(ids.vocab_size, VOCAB)]] = -np.inf
     assert len(tokens) and tuple(logits.argmax(-1)) == tokens
