@@ -45,12 +45,7 @@ class Verdict(NamedTuple):
 
 
 def judge(pixels: np.ndarray, facts: Mapping[str, Any]) -> Verdict:
-    """Check an image against GenEval metadata.
-
-    Args:
-        pixels: [H, W, 3], uint8 or floats in [-1, 1]; sides of 32 to 128.
-        facts: `include` and `exclude` as in `check_facts`.
-    """
+    """Check an image, as in `detect` and with sides of 32 to 128, against GenEval metadata."""
     return check_facts(detect(pixels), facts)
 
 
@@ -61,19 +56,15 @@ def check_facts(objects: Sequence[DetectedObject], facts: Mapping[str, Any]) -> 
     `color` if it has one; with `position` [relation, index], one of them must have that relation to
     one of entry `index`. No entry of `exclude` may have `count` objects or more. Other objects are
     allowed, as in GenEval; unlike there, `exclude` may have a color too.
-
-    Raises:
-        ValueError: metadata of another form, or with an unknown class or color.
     """
     include, exclude = list(facts.get("include", [])), list(facts.get("exclude", []))
     if not include and not exclude:
         raise ValueError("facts: expected include or exclude, found neither")
     groups = [[item for item in objects if _matches(item, entry)] for entry in include]
     for entry, group in zip(include, groups):
-        if len(group) < entry.get("count", 1):
-            return Verdict(
-                False, f"expected {_name(entry)} >= {entry.get('count', 1)}, found {len(group)}"
-            )
+        count = entry.get("count", 1)
+        if len(group) < count:
+            return Verdict(False, f"expected {_name(entry)} >= {count}, found {len(group)}")
     for entry in exclude:
         count = sum(_matches(item, entry) for item in objects)
         if count >= entry["count"]:
@@ -86,12 +77,10 @@ def check_facts(objects: Sequence[DetectedObject], facts: Mapping[str, Any]) -> 
             raise ValueError(f"facts: position {entry['position']}, expected [relation, index]")
         pairs = [(a, b) for a in group for b in groups[index] if a is not b]
         if not any(relation in box_relations(a, b) for a, b in pairs):
-            detected = sorted({r for a, b in pairs for r in box_relations(a, b)})
-            return Verdict(
-                False,
-                f"expected {_name(entry)} {relation} {_name(include[index])}, "
-                f"found {' and '.join(detected) or 'no relation'}",
-            )
+            relations = sorted({r for a, b in pairs for r in box_relations(a, b)})
+            detected = " and ".join(relations) or "no relation"
+            expected = f"{_name(entry)} {relation} {_name(include[index])}"
+            return Verdict(False, f"expected {expected}, found {detected}")
     return Verdict(True, "")
 
 
@@ -109,11 +98,7 @@ def box_relations(first: DetectedObject, second: DetectedObject) -> set[str]:
 
 
 def detect(pixels: np.ndarray) -> list[DetectedObject]:
-    """Detect the objects of an image [H, W, 3] (uint8, or floats in [-1, 1]), from top to bottom.
-
-    Raises:
-        ValueError: another shape or dtype, or a side under 16.
-    """
+    """Detect the objects of an image [H, W, 3], uint8 or floats in [-1, 1], from top to bottom."""
     image = _to_levels(pixels)
     height, width = image.shape[:2]
     difference, noise = _subtract_background(image)
@@ -121,55 +106,29 @@ def detect(pixels: np.ndarray) -> list[DetectedObject]:
     # Half of the contrast nearby is the edge of an antialiased object, whatever its color. Small
     # images of close objects need more to separate them.
     nearby = _dilate(distance, max(1, round(min(height, width) / 32)))
-    candidates, unknown = [], []
+    candidates: list[list[DetectedObject]] = []
     for share in _EDGE_SHARES:
         foreground = distance > np.maximum(_CONTRAST, share * nearby)
-        candidates.append(_foreground_objects(image, difference, distance, noise, foreground))
-        unknown.append(sum(item.shape == OTHER for item in candidates[-1]))
-        if not unknown[-1]:
+        labels, count = _connected_components(foreground)
+        objects = []
+        for region in (labels == number for number in range(1, count + 1)):
+            if region.sum() < _MIN_AREA * height * width:
+                continue
+            core = _core(region, distance)
+            contrast = difference[core].mean(0)
+            near = _dilate(region, 1) & ~_dilate(foreground & ~region, 1)
+            coverage = np.where(near, difference @ contrast / (contrast @ contrast), 0.0)
+            noise_error = near.sum() * noise**2 / (contrast @ contrast)
+            x0, y0, x1, y1 = Image.fromarray(region).getbbox()
+            shape, (x, y) = _fit_shape(coverage, (x0, y0, x1, y1), noise_error)
+            color = _nearest_color(image[core].mean(0))
+            box = (x0 / width, y0 / height, x1 / width, y1 / height)
+            objects.append(DetectedObject(shape, color, x / width, y / height, box))
+        candidates.append(objects)
+        if all(item.shape != OTHER for item in objects):
             break
-    objects = candidates[int(np.argmin(unknown))]
+    objects = min(candidates, key=lambda items: sum(item.shape == OTHER for item in items))
     return sorted(objects, key=lambda item: (item.y, item.x))
-
-
-def _foreground_objects(
-    image: np.ndarray,
-    difference: np.ndarray,
-    distance: np.ndarray,
-    noise: float,
-    foreground: np.ndarray,
-) -> list[DetectedObject]:
-    """Return the object of each connected region of `foreground` bool [H, W].
-
-    Args:
-        image: levels [H, W, 3].
-        difference: difference to the background [H, W, 3]; distance: its blurred norm [H, W].
-        noise: standard deviation of the noise, in levels.
-        foreground: true for the pixels of objects.
-    """
-    height, width = foreground.shape
-    labels, count = _connected_components(foreground)
-    objects = []
-    for number in range(1, count + 1):
-        region = labels == number
-        if region.sum() < _MIN_AREA * height * width:
-            continue
-        core = _core(region, distance)
-        contrast = difference[core].mean(0)
-        near = _dilate(region, 1) & ~_dilate((labels > 0) & ~region, 1)
-        coverage = np.where(near, difference @ contrast / (contrast @ contrast), 0.0)
-        noise_error = near.sum() * noise**2 / (contrast @ contrast)
-        shape, (x, y) = _fit_shape(coverage, region, noise_error)
-        rows, columns = np.nonzero(region.any(1))[0], np.nonzero(region.any(0))[0]
-        box = (
-            columns[0] / width,
-            rows[0] / height,
-            (columns[-1] + 1) / width,
-            (rows[-1] + 1) / height,
-        )
-        color = _nearest_color(image[core].mean(0))
-        objects.append(DetectedObject(shape, color, x / width, y / height, box))
-    return objects
 
 
 def _to_levels(pixels: np.ndarray) -> np.ndarray:
@@ -187,10 +146,7 @@ def _to_levels(pixels: np.ndarray) -> np.ndarray:
 
 
 def _subtract_background(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return the difference to the background, and the standard deviation of the noise, in levels.
-
-    The background is a plane fitted to the border, without the border's outliers.
-    """
+    """Return the difference to a plane fitted to the border, and the deviation of the noise."""
     height, width = image.shape[:2]
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     terms = np.stack([np.ones_like(x), y, x], -1)
@@ -228,11 +184,8 @@ def _dilate(image: np.ndarray, reach: int) -> np.ndarray:
 
 
 def _connected_components(flags: np.ndarray) -> tuple[np.ndarray, int]:
-    """Number the regions of flags that are connected by sides, and count them.
-
-    The result is int32 [H, W], from 1, with 0 where no flag is set. The runs of each row are joined
-    to those that they touch in the row above.
-    """
+    """Number the regions of flags that are connected by sides from 1, int32 [H, W]; count them."""
+    # The runs of each row are joined to those that they touch in the row above.
     parents = [0]
 
     def root(label: int) -> int:
@@ -286,15 +239,14 @@ def _lab(levels: np.ndarray) -> np.ndarray:
 
 
 def _fit_shape(
-    coverage: np.ndarray, region: np.ndarray, noise_error: float
+    coverage: np.ndarray, box: tuple[int, int, int, int], noise_error: float
 ) -> tuple[str, tuple[float, float]]:
     """Return the shape that fits the coverage [H, W] best, and its center (x, y) in pixels.
 
     `noise_error` is the squared error that noise alone causes; it is subtracted from that of a fit.
     """
-    rows, columns = np.nonzero(region.any(1))[0], np.nonzero(region.any(0))[0]
-    top, left = max(rows[0] - 2, 0), max(columns[0] - 2, 0)
-    crop = coverage[top : rows[-1] + 3, left : columns[-1] + 3]
+    left, top = max(box[0] - 2, 0), max(box[1] - 2, 0)
+    crop = coverage[top : box[3] + 2, left : box[2] + 2]
     height, width = crop.shape
     area = max(crop.sum(), 1.0)
     y = (crop.sum(1) @ (np.arange(height) + 0.5)) / area

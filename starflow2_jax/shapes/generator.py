@@ -83,16 +83,13 @@ def draw(scene: Scene, pixels: int) -> np.ndarray:
 def mask(
     shape: str, size: tuple[int, int], center: tuple[float, float], radius: float
 ) -> Image.Image:
-    """Draw a shape as 255 on 0, not antialiased.
-
-    `size` is (width, height); all lengths are in pixels.
-    """
+    """Draw a shape as 255 on 0, not antialiased; `size` is (width, height), all in pixels."""
     image = Image.new("L", size, 0)
     pen = ImageDraw.Draw(image)
     if shape in ("circle", "ring"):
-        _disc(pen, center, 0.9 * radius, 255)
+        pen.circle(center, 0.9 * radius, fill=255)
         if shape == "ring":
-            _disc(pen, center, 0.45 * radius, 0)
+            pen.circle(center, 0.45 * radius, fill=0)
     else:
         x, y = center
         pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _OUTLINES[shape]], fill=255)
@@ -164,52 +161,45 @@ def relation(first: Object, second: Object) -> str | None:
 def caption(scene: Scene, tag: str, wording: int = 0) -> str:
     """Describe what `tag` is about, in one of `WORDINGS` wordings; 0 is GenEval's."""
     a, b = scene.objects[0], scene.objects[-1]
-    if tag == "single_object":
-        phrase = with_article(a.shape)
-    elif tag == "colors":
-        phrase = with_article(f"{a.color} {a.shape}")
-    elif tag == "counting":
-        phrase = f"{NUMBERS[len(scene.objects)]} {plural(a.shape)}"
-    elif tag == "two_object":
-        phrase = f"{with_article(a.shape)} and {with_article(b.shape)}"
-    elif tag == "position":
-        phrase = f"{with_article(a.shape)} {relation(a, b)} {with_article(b.shape)}"
-    elif tag == "color_attr":
-        phrase = (
-            f"{with_article(f'{a.color} {a.shape}')} and {with_article(f'{b.color} {b.shape}')}"
-        )
-    else:
+    first, second = with_article(a.shape), with_article(b.shape)
+    colored = [with_article(f"{item.color} {item.shape}") for item in (a, b)]
+    phrases = {
+        "single_object": first,
+        "two_object": f"{first} and {second}",
+        "counting": f"{NUMBERS[len(scene.objects)]} {plural(a.shape)}",
+        "colors": colored[0],
+        "position": f"{first} {relation(a, b)} {second}",
+        "color_attr": " and ".join(colored),
+    }
+    if tag not in phrases:
         raise ValueError(f"unknown tag {tag!r}, expected one of {', '.join(TAGS)}")
-    if wording == 0:
-        return f"a photo of {phrase}"
-    if wording == 1:
-        return f"{phrase} on a {scene.background} background"
-    if wording == 2:
-        verb = "are" if tag == "counting" else "is"
-        return f"there {verb} {phrase} in the picture"
-    raise ValueError(f"wording {wording}, expected 0 to {WORDINGS - 1}")
+    verb = "are" if tag == "counting" else "is"
+    wordings = (
+        f"a photo of {phrases[tag]}",
+        f"{phrases[tag]} on a {scene.background} background",
+        f"there {verb} {phrases[tag]} in the picture",
+    )
+    if wording not in range(WORDINGS):
+        raise ValueError(f"wording {wording}, expected 0 to {WORDINGS - 1}")
+    return wordings[wording]
 
 
 def geneval_facts(scene: Scene, tag: str) -> dict[str, object]:
     """Return the GenEval metadata of a scene: what an image must and must not show."""
     a, b = scene.objects[0], scene.objects[-1]
-    include: list[dict[str, object]] = [{"class": a.shape, "count": 1}]
-    meta: dict[str, object] = {"tag": tag, "include": include}
+    first: dict[str, object] = {"class": a.shape, "count": 1}
+    second: dict[str, object] = {"class": b.shape, "count": 1}
+    meta: dict[str, object] = {"tag": tag, "include": [first]}
     if tag in ("colors", "color_attr"):
-        include[0]["color"] = a.color
+        first["color"], second["color"] = a.color, b.color
     if tag == "counting":
-        include[0]["count"] = len(scene.objects)
+        first["count"] = len(scene.objects)
         meta["exclude"] = [{"class": a.shape, "count": len(scene.objects) + 1}]
     elif tag == "position":
         # The relation belongs to the second entry and points back to the first.
-        include[:] = [
-            {"class": b.shape, "count": 1},
-            {"class": a.shape, "count": 1, "position": [relation(a, b), 0]},
-        ]
-    elif tag == "two_object":
-        include.append({"class": b.shape, "count": 1})
-    elif tag == "color_attr":
-        include.append({"class": b.shape, "count": 1, "color": b.color})
+        meta["include"] = [second, {**first, "position": [relation(a, b), 0]}]
+    elif tag in ("two_object", "color_attr"):
+        meta["include"] = [first, second]
     meta["prompt"] = caption(scene, tag)
     return meta
 
@@ -246,11 +236,7 @@ def classes(label: str) -> list[str]:
 
 
 def class_number(scene: Scene, tag: str, label: str) -> int:
-    """Return the class number of a scene.
-
-    Raises:
-        ValueError: objects of several kinds, unless `label` is "tag".
-    """
+    """Return the class number of a scene, whose objects are of one kind or `label` is "tag"."""
     if label == "tag":
         return TAGS.index(tag)
     kinds = {(item.color, item.shape) for item in scene.objects}
@@ -308,20 +294,10 @@ def plural(noun: str) -> str:
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-def _disc(pen: ImageDraw.ImageDraw, center: tuple[float, float], radius: float, fill: int) -> None:
-    x, y = center
-    pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-
-
-def _star_corners(count: int, start: float, radii: Sequence[float]) -> list[tuple[float, float]]:
-    """Return corners around the center with alternating radii.
-
-    `start` is the angle of the first one, in turns clockwise from the top.
-    """
+def _star_outline() -> list[tuple[float, float]]:
     corners = []
-    for k in range(count):
-        angle = 2 * math.pi * (start + k / count)
-        radius = radii[k % len(radii)]
+    for k in range(10):
+        angle, radius = 2 * math.pi * (k / 10), 0.42 if k % 2 else 1.0
         corners.append((radius * math.sin(angle), -radius * math.cos(angle)))
     return corners
 
@@ -340,16 +316,11 @@ _OUTLINES = {
     "square": [(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)],
     "triangle": [(0.0, -0.9), (0.95, 0.75), (-0.95, 0.75)],
     "diamond": [(0.0, -1.0), (0.7, 0.0), (0.0, 1.0), (-0.7, 0.0)],
-    "star": _star_corners(10, 0.0, (1.0, 0.42)),
-    "cross": [
-        (sign_x * x, sign_y * y)
-        for sign_x, sign_y, corner in (
-            (1, -1, [(0.28, 0.9), (0.28, 0.28), (0.9, 0.28)]),
-            (1, 1, [(0.9, 0.28), (0.28, 0.28), (0.28, 0.9)]),
-            (-1, 1, [(0.28, 0.9), (0.28, 0.28), (0.9, 0.28)]),
-            (-1, -1, [(0.9, 0.28), (0.28, 0.28), (0.28, 0.9)]),
-        )
-        for x, y in corner
+    "star": _star_outline(),
+    "cross": [  # a corner, turned four times
+        (x * cos - y * sin, x * sin + y * cos)
+        for cos, sin in ((1, 0), (0, 1), (-1, 0), (0, -1))
+        for x, y in ((0.28, -0.9), (0.28, -0.28), (0.9, -0.28))
     ],
     "heart": _heart_outline(),
 }

@@ -32,10 +32,9 @@ def is_withheld_pair(item: Object) -> bool:
 
 
 def is_withheld_combination(first: Object, relation: str, second: Object) -> bool:
-    """Return whether two pairs are withheld in this relation.
+    """Return whether two pairs are withheld in this relation, seen from either object.
 
-    The result is the same from either object's side. Training shows every two shapes, and every two
-    colors, in every relation.
+    Training shows every two shapes, and every two colors, in every relation.
     """
     if relation in ("right of", "below"):
         first, relation, second = second, _INVERSE[relation], first

@@ -1,22 +1,17 @@
 """The `shapes` format of `prepare import`: flags -> records of the synthetic benchmark."""
 
-from collections.abc import Iterator
+import functools
 
 from absl import flags
 
 from starflow2_jax.data.manifest import DatasetError, Importer
-from starflow2_jax.data.records import Record
 from starflow2_jax.importers import captioned
 from starflow2_jax.importers.registry import ImportSource
 from starflow2_jax.shapes import generator, tasks
 
 
 def shapes_source(values: flags.FlagValues) -> ImportSource:
-    """Return the records that the flags of `prepare import` ask for.
-
-    Raises:
-        DatasetError: an unknown tag, or classes of records that have none.
-    """
+    """Return the records that the flags of `prepare import` ask for."""
     count, pixels = values.n or 10_000, values.pixels or 32
     unknown = [tag for tag in values.tags if tag not in generator.TAGS]
     if unknown or not values.tags:
@@ -28,17 +23,16 @@ def shapes_source(values: flags.FlagValues) -> ImportSource:
     if values.label != "none" and not only_t2i:
         raise DatasetError(f"--label {values.label}: only --tasks t2i has classes")
 
-    def make() -> Iterator[Record]:
-        return tasks.make_records(
-            values.seed,
-            count,
-            pixels,
-            tasks=values.tasks,
-            tags=values.tags,
-            withheld=values.withheld,
-            label=label,
-        )
-
+    make = functools.partial(
+        tasks.make_records,
+        values.seed,
+        count,
+        pixels,
+        tasks=values.tasks,
+        tags=values.tags,
+        withheld=values.withheld,
+        label=label,
+    )
     options = {
         "label": values.label,
         "seed": values.seed,

@@ -61,9 +61,6 @@ def find_regions(record: Record, image: int, location: str) -> list[Region]:
 
     The description of an object gives the number of objects of its kind, size, color, shape and,
     between two objects, its relation to the other one.
-
-    Raises:
-        DatasetError: a record without scenes, naming `location`.
     """
     meta = record.meta
     try:

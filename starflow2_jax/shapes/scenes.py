@@ -71,10 +71,7 @@ def place_in_relation(
 def describe(scene: Scene, wording: int = 0, *, reverse: bool = False) -> str:
     """Describe a scene: background, objects and, between two objects, their relation.
 
-    Args:
-        scene: the scene.
-        wording: 0, 1, or 2 for a list of tags.
-        reverse: begin with the last object.
+    Wording 2 is a list of tags. With `reverse`, begin with the last object.
     """
     if wording not in range(generator.WORDINGS):
         raise ValueError(f"wording {wording}, expected 0 to {generator.WORDINGS - 1}")
@@ -112,11 +109,8 @@ def scene_facts(
 ) -> dict[str, object]:
     """Return GenEval metadata that ask for exactly the objects of a scene.
 
-    Args:
-        scene: the scene that an image must show.
-        prompt: prompt of the metadata.
-        removed: objects whose kinds must not be more frequent than in `scene`.
-        relation: two of the objects and the relation that they must have.
+    The kinds of `removed` objects must not be more frequent than in `scene`; `relation` is that of
+    two of the objects.
     """
     kinds = Counter((item.shape, item.color) for item in scene.objects)
     include: list[dict[str, object]] = [

@@ -53,19 +53,12 @@ Mentions = tuple[Object | holdout.Combination, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class UntrainedText:
-    """A text in the assistant's turn that is not a target."""
-
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Draft:
     """A record before its images are drawn."""
 
     tag: str  # variant of the task
     user: tuple[str | Scene, ...]
-    assistant: tuple[str | UntrainedText | Scene | Zoom, ...]
+    assistant: tuple[str | Text | Scene | Zoom, ...]  # a Text is not a target
     scenes: tuple[Scene, ...]  # of the images, in order
     mentioned: Mentions = ()  # objects and combinations that only the text mentions
     geneval: dict[str, object] | None = None  # what the last image must and must not show
@@ -87,14 +80,11 @@ def caption(rng: np.random.Generator, wording: int, tag: str) -> Draft:
 def _describe(
     rng: np.random.Generator, scene: Scene, wording: int
 ) -> tuple[str, tuple[Object, ...]]:
-    """Return a description, and the objects in it that the scene does not show.
-
-    The last wording is a list of tags, each with the shape first and the number last. One of them
-    has the color of one object and the shape of another, and the number zero.
-
-    The order matters, since a model learns to look up a word right after the word it depends on: a
-    shape after its color in the first wordings, in the tags a color after its shape.
-    """
+    """Return a description, and the objects in it that the scene does not show."""
+    # The last wording is a list of tags, one of which has the color of one object, the shape of
+    # another, and the number zero. The order matters, since a model learns to look up a word right
+    # after the word it depends on: a shape after its color in the first wordings, in the tags a
+    # color after its shape.
     description = describe(scene, wording, reverse=bool(rng.integers(2)))
     pairs = {(item.shape, item.color) for item in scene.objects}
     absent = sorted({(a, b) for a, _ in pairs for _, b in pairs} - pairs)
@@ -127,9 +117,10 @@ def dialog(rng: np.random.Generator, wording: int, tag: str) -> Draft:
 def quiz(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     """Draft image -> questions and answers in one turn, half of them terse, to train more a row."""
     scene, answers, mentioned = _ask_several(rng, tag, _QUIZ_QUESTIONS, terse=0.5)
-    turn: list[str | UntrainedText] = []
-    for line, (prompt, answer) in enumerate(answers.items()):
-        turn += [UntrainedText(f"{chr(10) if line else ''}{prompt}"), f" {answer}"]
+    turn: list[str | Text] = []
+    for prompt, answer in answers.items():
+        start = "\n" if turn else ""
+        turn += [Text(f"{start}{prompt}", False, "assistant"), f" {answer}"]
     prompt = request("quiz", wording)
     facts = scene_facts(scene, prompt)
     return Draft(tag, (scene, prompt), tuple(turn), (scene,), mentioned, facts)
@@ -138,11 +129,7 @@ def quiz(rng: np.random.Generator, wording: int, tag: str) -> Draft:
 def _ask_several(
     rng: np.random.Generator, tag: str, number: int, *, terse: float
 ) -> tuple[Scene, dict[str, str], Mentions]:
-    """Return a scene, the answers to up to `number` questions, and the objects they mention.
-
-    A share `terse` of the questions has the terse form. With the tag "groups", the scene has
-    several objects of one kind.
-    """
+    """Return a scene, the answers to up to `number` questions, and the objects they mention."""
     if tag == "distinct":
         # Most scenes have two objects, since only those have questions about their relation.
         count = int(rng.choice([1, 2, 2, 2, 2, 3, 4]))
@@ -168,10 +155,7 @@ def _ask_several(
 def _ask(
     rng: np.random.Generator, scene: Scene, wording: int, tag: str, *, terse: bool = False
 ) -> tuple[str, str, Mentions]:
-    """Return a question, its answer, and the objects that it mentions.
-
-    All objects of the scene differ from one another, except for the tag "count".
-    """
+    """Return a question, its answer, and the objects that it mentions."""
     mentioned: Mentions = ()
     if tag == "count":
         key = pick(rng, ("shape", "color"))
@@ -371,9 +355,6 @@ def make_records(
     as JSON `scenes`, in the order of the images (a zoomed one has none), and `geneval`, what the
     last scene must and must not show, except for multi and text. `tags` are those of caption and
     t2i; `label` and the `meta` of t2i are those of `generator.make_records`.
-
-    Raises:
-        ValueError: an unknown task or choice.
     """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
@@ -403,8 +384,8 @@ def _draw_record(draft: Draft, task: str, id: str, seed: int, pixels: int) -> Re
     for role, parts in turns:
         for part in parts:
             loss = role == "assistant"
-            if isinstance(part, UntrainedText):
-                segments.append(Text(part.text, False, role))
+            if isinstance(part, Text):
+                segments.append(part)
             elif isinstance(part, str):
                 segments.append(Text(part, loss, role))
             else:
