@@ -1,1 +1,1 @@
-"""What a trained model is worth: likelihoods with their protocol, and a run's report."""
+"""Evaluation of trained models: likelihoods, codecs, question answering, samples and reports."""

@@ -197,7 +197,7 @@ def test_an_exported_reader_answers_like_its_run(folders, trained, tmp_path):
     small = tmp_path / "small"
     readers.export(first, str(small), dtype="bfloat16")
     assert readers.load(str(small)).params["embed"]["weight"].dtype == jnp.float32
-    with pytest.raises(ValueError, match="no folder that `convert export` made"):
+    with pytest.raises(ValueError, match="a folder that `convert export` made of one"):
         readers.load(other_folder(tmp_path, first))
 
 
