@@ -70,7 +70,7 @@ def room_for_programs():
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
     """A folder with a tiny VLM in `vlm` and a tiny codec in `fae`, and a STARFlow2 run of both."""
-    return starflow2_folders.make_parts(tmp_path_factory.mktemp("starflow2"))
+    return starflow2_folders.make(tmp_path_factory.mktemp("starflow2"))
 
 
 @pytest.fixture(scope="session")

@@ -1,26 +1,30 @@
-"""Ours beside the golden arrays: every stored key of a prefix is computed and compared."""
+"""Comparison with the golden arrays of the published code."""
 
 import numpy as np
 
 
-def error(ours, reference) -> float:
-    """max |ours - reference| relative to max(1, max |reference|)."""
+def error(values, reference) -> float:
+    """Return max |values - reference| relative to max(1, max |reference|)."""
     reference = np.asarray(reference, np.float64)
-    difference = np.abs(np.asarray(ours, np.float64) - reference).max()
+    difference = np.abs(np.asarray(values, np.float64) - reference).max()
     return float(difference / max(1.0, np.abs(reference).max()))
 
 
-def check_all(ours, golden, prefix, tolerance):
-    """Compare every key below `prefix`; one without a value of ours fails.
+def check_all(values, golden, prefix, tolerance):
+    """Compare every golden key that starts with `prefix`; each needs a value.
 
     Args:
-        ours: key below the prefix -> array; tolerance: function of the key.
+        values: arrays by the rest of the key.
+        golden: the open file of golden arrays.
+        prefix: the start of the keys.
+        tolerance: function of the rest of the key.
     """
     keys = [k.removeprefix(prefix) for k in golden.files if k.startswith(prefix)]
-    missing = [k for k in keys if k not in ours]
+    missing = [k for k in keys if k not in values]
     assert keys and not missing, f"{prefix}: not computed: {missing}"
     for key in keys:
         reference = golden[prefix + key]
-        assert np.shape(ours[key]) == reference.shape, (key, np.shape(ours[key]), reference.shape)
-        off = error(ours[key], reference)
-        assert off <= tolerance(key), f"{prefix}{key}: off by {off:.2e} > {tolerance(key):.0e}"
+        shape = np.shape(values[key])
+        assert shape == reference.shape, (key, shape, reference.shape)
+        difference, limit = error(values[key], reference), tolerance(key)
+        assert difference <= limit, f"{prefix}{key}: off by {difference:.2e} > {limit:.0e}"

@@ -1,4 +1,4 @@
-"""A very small STARFlow2 and interleaved rows for it, shared by tests."""
+"""A very small STARFlow2, random parameters for any backbone, and packed interleaved rows."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ FLOW = {"side": SIDE, "channels": CHANNELS, "width": 40, "head_dim": 20, "layers
 
 
 def model(**changes):
-    """Two streams of two layers; float64 with compute_dtype in `changes`."""
+    """Return the configuration of two streams of two layers, with some fields changed."""
     dtype = {"compute_dtype": changes.pop("compute_dtype", None)}
     vlm = qwen.QwenConfig(
         vocab=VOCAB,
@@ -33,20 +33,20 @@ def model(**changes):
     return kind(vlm, starflow2.flow_config(vlm.width, **sizes), **changes)
 
 
-def drawn(cfg, seed=0, shake=0.3, zero=()):
-    """Weights with nothing at zero but the subtrees in `zero`; float32, or float64 under x64."""
+def random_params(cfg, seed=0, noise=0.3, zero=()):
+    """Return parameters that are zero only in the subtrees `zero`; float64 under x64."""
     tree = params.init(jax.random.key(seed), cfg.declare())
     dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
     rng = np.random.default_rng(seed)
 
-    def change(path, leaf):
+    def add_noise(path, leaf):
         leaf = np.asarray(leaf, dtype)
         if path[0].key in zero:
             return np.zeros_like(leaf)
-        size = shake / max(leaf.shape[-2] if leaf.ndim > 1 else 10, 1) ** 0.5
+        size = noise / max(leaf.shape[-2] if leaf.ndim > 1 else 10, 1) ** 0.5
         return leaf + size * rng.standard_normal(leaf.shape).astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(change, tree)
+    return jax.tree_util.tree_map_with_path(add_noise, tree)
 
 
 def _encode(text):
@@ -70,7 +70,7 @@ T2I = (MessagePart("user", "ab"), MessagePart("assistant", 0, True))
 I2T = (MessagePart("user", 0), MessagePart("user", "what?"), MessagePart("assistant", "cd.", True))
 EDIT = (MessagePart("user", 0, True), MessagePart("user", "e"), MessagePart("assistant", 1, True))
 TEXT = (MessagePart("user", "hi"), MessagePart("assistant", "yo", True))
-# Thoughts, a picture, an answer.
+# A thought, an image and an answer.
 REASON = (
     *(MessagePart("user", "f"), MessagePart("user", 0), MessagePart("assistant", "g", True)),
     *(MessagePart("assistant", 1, True), MessagePart("assistant", "h", True)),
@@ -78,20 +78,22 @@ REASON = (
 
 
 def batch(packed, length=64, places=4, seed=0, dtype=np.float32):
-    """Arrays of rows, each a list of records, with random latents.
+    """Return the arrays of packed rows, each a list of records, with random latents.
 
-    The images of a record have the same latents wherever it is packed.
+    The images of a record have the same latents in whichever row it is packed.
     """
-    room, made = packing.PackingSpec(length, PATCHES, places), []
+    spec, rows = packing.PackingSpec(length, PATCHES, places), []
     mean = np.zeros((len(packed), places, PATCHES, CHANNELS), dtype)
     for b, records in enumerate(packed):
-        laid = [chat_layout.apply_chat_template(record, TOKENIZER, PATCHES) for record in records]
-        made.append(packed_batches.build_packed_row(laid, room, SIDE, TOKENIZER.pad))
-        m = 0
+        layouts = [
+            chat_layout.apply_chat_template(record, TOKENIZER, PATCHES) for record in records
+        ]
+        rows.append(packed_batches.build_packed_row(layouts, spec, SIDE, TOKENIZER.pad))
+        image = 0
         for record in records:
             rng = np.random.default_rng((seed, len(record), len(str(record))))
             for _ in range(sum(isinstance(p.content, int) for p in record)):
-                mean[b, m] = rng.standard_normal(mean.shape[2:])
-                m += 1
-    found = {name: np.stack([row[name] for row in made]) for name in made[0]}
-    return {**found, "latent_mean": mean, "latent_logvar": np.full_like(mean, -80.0)}
+                mean[b, image] = rng.standard_normal(mean.shape[2:])
+                image += 1
+    arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return {**arrays, "latent_mean": mean, "latent_logvar": np.full_like(mean, -80.0)}

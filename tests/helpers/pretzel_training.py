@@ -5,13 +5,11 @@ from starflow2_jax import config
 from starflow2_jax.models import starflow2
 
 ROWS = 8
-
-
 STAGES = {1: ("shallow", "deep"), 2: ("adapter",), 3: ("adapter", "shallow", "deep", "skip")}
 
 
 def experiment(stage=3, **changes):
-    """A very small stage, as a plain dict."""
+    """Return the configuration of a stage, with dotted keys changed."""
     cfg = config.default()
     cfg.task, cfg.train.trainable = "starflow2", STAGES[stage]
     cfg.model.update(starflow2.options(pretzel_batch.model()))
@@ -24,7 +22,7 @@ def experiment(stage=3, **changes):
 
 
 def batch_of(seed=0):
-    """Rows with more and fewer targets of each kind; the last one is padding."""
+    """Return rows with targets of every kind; the last row is padding."""
     kinds = [
         [pretzel_batch.T2I],
         [pretzel_batch.I2T, pretzel_batch.TEXT],

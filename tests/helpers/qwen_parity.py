@@ -1,4 +1,4 @@
-"""Ours beside transformers: what both make of a case, and how far they are apart."""
+"""Comparison of Qwen2.5-VL with transformers: both compute a case, every array is compared."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 
 def from_state(state, cfg):
-    """Return our tree of a published state dict."""
+    """Return the parameter tree of a published state dict."""
     renamed = {}
     for name, array in state.items():
         name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
@@ -55,13 +55,13 @@ def vision_hidden_states(params, patches, plan, cfg):
     return jnp.stack(states)
 
 
-def ours(params, cfg, given):
-    """Return what `torch_qwen.reference` returns."""
-    positions = qwen.rope_indices(given["ids"], cfg, given["grids"], given["valid"])[0]
+def compute_outputs(params, cfg, case):
+    """Return the arrays that `torch_qwen.reference` returns."""
+    positions = qwen.rope_indices(case["ids"], cfg, case["grids"], case["valid"])[0]
     patches = plan = None
-    if len(given["grids"]):
-        patches, plan = given["patches"], qwen_vision.plan(given["grids"], cfg.vision)
-    outputs = compute(params, given["ids"], given["valid"], positions, patches, plan, cfg)
+    if len(case["grids"]):
+        patches, plan = case["patches"], qwen_vision.plan(case["grids"], cfg.vision)
+    outputs = compute(params, case["ids"], case["valid"], positions, patches, plan, cfg)
     return {"positions": positions, **outputs}
 
 
@@ -81,7 +81,7 @@ def compute(params, ids, valid, positions, patches, plan, cfg):
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def step(params, unstacked, ids, patches, plan, positions, mask, cache, cfg):
-    """Logits of new tokens against a cache."""
+    """Return the logits of new tokens and the extended cache."""
     h = qwen.embed_multimodal(params, ids, cfg, patches, plan)
     states, cache = qwen.apply_layers(
         {**params, "layers": unstacked}, h, cfg, positions, mask, cache=cache
@@ -89,28 +89,30 @@ def step(params, unstacked, ids, patches, plan, positions, mask, cache, cfg):
     return qwen.logits(params, states, cfg), cache
 
 
-def check(params, cfg, given, reference):
-    """Every array is as the reference; what padding sees is nobody's business."""
-    made, valid = ours(params, cfg, given), given["valid"]
-    np.testing.assert_array_equal(made["positions"], reference["positions"])
-    for key in made:
+def check(params, cfg, case, reference):
+    """Compare every array with the reference, at valid positions only."""
+    outputs, valid = compute_outputs(params, cfg, case), case["valid"]
+    np.testing.assert_array_equal(outputs["positions"], reference["positions"])
+    for key in outputs:
         if key == "positions":
             continue
-        mine, theirs = np.asarray(made[key]), reference[key]
-        assert mine.shape == theirs.shape, key
+        values, expected = np.asarray(outputs[key]), reference[key]
+        assert values.shape == expected.shape, key
         if key == "hidden":
-            pairs = [(a[valid], b[valid]) for a, b in zip(mine, theirs)]
+            pairs = [(a[valid], b[valid]) for a, b in zip(values, expected)]
         elif key == "vision":
-            pairs = list(zip(mine, theirs))
+            pairs = list(zip(values, expected))
         else:
-            pairs = [(mine, theirs)] if key == "features" else [(mine[valid], theirs[valid])]
+            mask = ... if key == "features" else valid
+            pairs = [(values[mask], expected[mask])]
         for i, pair in enumerate(pairs):
             assert error(*pair) <= TOLERANCE, f"{key} {i}: off by {error(*pair):.2e}"
 
 
-def prompt_of(given, cfg):
-    positions, following = qwen.rope_indices(given["ids"], cfg, given["grids"], given["valid"])
-    patches = given["patches"] if len(given["grids"]) else None
+def make_prompt(case, cfg):
+    """Return the prompt of a case for `qwen_decode`."""
+    positions, next_positions = qwen.rope_indices(case["ids"], cfg, case["grids"], case["valid"])
+    patches = case["patches"] if len(case["grids"]) else None
     return qwen_decode.Prompt(
-        given["ids"], given["valid"], positions, following, patches, given["grids"]
+        case["ids"], case["valid"], positions, next_positions, patches, case["grids"]
     )

@@ -13,9 +13,7 @@ from helpers.tiny_fae import make_run
 from starflow2_jax import config, params
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.checkpoints.convert import qwen as qwen_weights, teacher as teacher_weights
-from starflow2_jax.inference import (
-    vlm as readers,
-)
+from starflow2_jax.inference import vlm
 from starflow2_jax.latents import codec
 from starflow2_jax.models import qwen, qwen_vision, starflow2
 from starflow2_jax.models.fae import codec as fae
@@ -23,8 +21,8 @@ from starflow2_jax.models.fae import codec as fae
 PIXELS = 16
 
 
-def make_parts(root):
-    """Folders of a tiny VLM with its tokenizer and of a tiny codec, and a run of both."""
+def make(root):
+    """Write a tiny VLM in `vlm`, a tiny codec in `fae` and a run of both; return (root, run)."""
     _, tokenizer_folder = interleaved_dataset.make(root, count=8, pixels=PIXELS, patch=4, merge=1)
     tokenizer = json.loads(Path(tokenizer_folder, "tokenizer.json").read_text())
     tower = qwen_vision.VisionConfig(
@@ -40,7 +38,7 @@ def make_parts(root):
     vlm_params = params.init(jax.random.key(1), qwen.declare(vlm_config))
     cfg = config.default()
     cfg.task, cfg.image.pixels = "vlm", PIXELS
-    readers.export(readers.VLM(cfg, vlm_config, vlm_params, tokenizer_folder), str(root / "vlm"))
+    vlm.export(vlm.VLM(cfg, vlm_config, vlm_params, tokenizer_folder), str(root / "vlm"))
     features_codec = codec.load(make_run(root / "features", 0))
     decoder = params.init(jax.random.key(2), fae.declare(features_codec.model)["pixel_decoder"])
     full_codec = dataclasses.replace(
@@ -51,8 +49,8 @@ def make_parts(root):
     return root, save_run(root / "run", root, features_codec)
 
 
-def save_run(workdir, root, latent_codec, shake=0.3, **frozen):
-    """A checkpoint as a short training of stage 3 would leave it."""
+def save_run(workdir, root, latent_codec, noise=0.3, **frozen):
+    """Write the checkpoint of a run of stage 3, and return its folder."""
     cfg = config.default()
     cfg.task, cfg.train.trainable = "starflow2", starflow2.SUBTREES
     sizes = {"side": 2, "channels": 4, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
@@ -66,7 +64,7 @@ def save_run(workdir, root, latent_codec, shake=0.3, **frozen):
     rng = np.random.default_rng(0)
     trained = {
         name: jax.tree.map(
-            lambda a: a + shake * rng.standard_normal(a.shape, np.float32), tree[name]
+            lambda a: a + noise * rng.standard_normal(a.shape, np.float32), tree[name]
         )
         for name in starflow2.SUBTREES
     }
@@ -80,4 +78,5 @@ def save_run(workdir, root, latent_codec, shake=0.3, **frozen):
 
 
 def qwen_config(root):
+    """Return the configuration of the VLM in `root`."""
     return qwen_weights.load(root / "vlm", only=("embed",))[0]

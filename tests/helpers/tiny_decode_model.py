@@ -1,9 +1,9 @@
-"""A very small STARFlow2 whose every path is open, and a tokenizer of letters, shared by tests."""
+"""A very small STARFlow2 for decoding, with a tokenizer of single letters."""
 
-import jax
 import numpy as np
 
-from starflow2_jax import config, params
+from helpers.pretzel_batch import random_params
+from starflow2_jax import config
 from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.inference.api import STARFlow2
 from starflow2_jax.inference.prompts import Part
@@ -11,11 +11,11 @@ from starflow2_jax.models import qwen, starflow2
 
 SIDE, CHANNELS = 2, 3
 LETTERS = "abcdefghijklmnopqrstuvwxyz .?!\nAB"
-FIRST = 7
-VOCAB = FIRST + len(LETTERS) + 1  # one id beyond the tokenizer's
+FIRST_LETTER = 7
+VOCAB = FIRST_LETTER + len(LETTERS) + 1  # one id beyond the tokenizer's
 TOKENIZER = Tokenizer(
-    encode=lambda text: tuple(FIRST + LETTERS.index(c) for c in text),
-    decode=lambda ids: "".join(LETTERS[i - FIRST] for i in ids if i >= FIRST),
+    encode=lambda text: tuple(FIRST_LETTER + LETTERS.index(c) for c in text),
+    decode=lambda ids: "".join(LETTERS[i - FIRST_LETTER] for i in ids if i >= FIRST_LETTER),
     turn_start=1,
     turn_end=2,
     vision_start=3,
@@ -27,8 +27,8 @@ TOKENIZER = Tokenizer(
 )
 
 
-def model(seed=0, shake=0.4, fae=None, **changes):
-    """Two streams of two layers; weights float32, or float64 under x64."""
+def model(seed=0, noise=0.4, codec=None, **changes):
+    """Return a model of two streams of two layers, none of whose parameters is zero."""
     vlm = qwen.QwenConfig(
         vocab=VOCAB,
         width=32,
@@ -43,24 +43,20 @@ def model(seed=0, shake=0.4, fae=None, **changes):
         vision_end_token=4,
     )
     sizes = {"side": SIDE, "channels": CHANNELS, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
-    shape = starflow2.PretzelConfig(vlm, starflow2.flow_config(vlm.width, **sizes), **changes)
-    tree = params.init(jax.random.key(seed), starflow2.declare(shape))
-    dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
-    rng = np.random.default_rng(seed)
-
-    def change(leaf):
-        size = shake / max(leaf.shape[-2] if leaf.ndim > 1 else 10, 1) ** 0.5
-        return np.asarray(leaf, dtype) + size * rng.standard_normal(leaf.shape).astype(dtype)
-
     cfg = config.default()
     cfg.task, cfg.noise.sigma = "starflow2", 0.1
-    return STARFlow2(config.to_dict(cfg), shape, jax.tree.map(change, tree), TOKENIZER, fae)
+    model_config = starflow2.PretzelConfig(
+        vlm, starflow2.flow_config(vlm.width, **sizes), **changes
+    )
+    tree = random_params(model_config, seed, noise)
+    return STARFlow2(config.to_dict(cfg), model_config, tree, TOKENIZER, codec)
 
 
 def latent(seed):
-    """Of an image [N, D]."""
+    """Return random latents [N, D] of an image."""
     return np.random.default_rng(seed).standard_normal((SIDE * SIDE, CHANNELS))
 
 
-def picture(seed, role="user"):
+def image_part(seed, role="user"):
+    """Return a message part of random latents."""
     return Part("image", role, latent=latent(seed))

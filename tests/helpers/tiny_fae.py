@@ -17,8 +17,7 @@ from starflow2_jax.training import program as step
 from starflow2_jax.training.tasks import registry
 
 ROWS = 8
-
-
+SIDE = 16
 TINY = {
     "encoder_heads": 2, "encoder_head_dim": 8, "decoder_layers": 1, "decoder_heads": 2,
     "decoder_head_dim": 8, "decoder_mlp": 16, "pixel_layers": 1, "pixel_width": 16,
@@ -27,7 +26,7 @@ TINY = {
 
 
 def experiment(**changes):
-    """Stage one on 16 pixels, seen at 16 by the drawn tower: 2 x 2 features, as a plain dict."""
+    """Return a configuration of stage one: 16 pixels, a random teacher, 2 x 2 features."""
     cfg = config.default()
     cfg.task = "fae_features"
     model = fae.preset("tiny", side=2, patch=8, **TINY)
@@ -42,15 +41,16 @@ def experiment(**changes):
 
 
 def batch_of(seed=0):
+    """Return a host batch of random images."""
     rng = np.random.default_rng(seed)
     return {"image": rng.integers(0, 256, (ROWS, 16, 16, 3)).astype(np.uint8), "id": ["x"] * ROWS}
 
 
 def run(cfg, steps=4, devices=None, batches=None):
-    """(losses, state, frozen) after some steps."""
-    grid = mesh.make_mesh(cfg["mesh"], devices or jax.devices()[:1])
-    with jax.set_mesh(grid):
-        program = registry.build(cfg, grid, dry_run=True)
+    """Train for some steps, and return the losses, the state and the frozen parameters."""
+    device_mesh = mesh.make_mesh(cfg["mesh"], devices or jax.devices()[:1])
+    with jax.set_mesh(device_mesh):
+        program = registry.build(cfg, device_mesh, dry_run=True)
         state, frozen = program.init(jax.random.key(cfg["seed"]))
         losses = []
         for i in range(steps):
@@ -61,7 +61,7 @@ def run(cfg, steps=4, devices=None, batches=None):
 
 
 def pixel_experiment(**changes):
-    """Stage two, its discriminator from step 2 on."""
+    """Return a configuration of stage two, with a discriminator from step 2 on."""
     base = {
         "task": "fae_pixels", "train.trainable": ("pixel_decoder", "discriminator", "lecam"),
         "fae.l1": 1.0, "fae.gan_start": 2, "fae.discriminator_widths": (4, 8),
@@ -71,6 +71,7 @@ def pixel_experiment(**changes):
 
 
 def run_config(data, kind=experiment, **changes):
+    """Return the configuration of a short run of `kind` on a dataset."""
     base = {
         "checkpoint.every": 2, "checkpoint.keep": 9, "log.every": 1, "evaluate.every": 3,
         "evaluate.rows": 16, "evaluate.batch_size": 8, "data.path": str(data),
@@ -81,11 +82,8 @@ def run_config(data, kind=experiment, **changes):
     return cfg
 
 
-SIDE = 16
-
-
 def codec():
-    """A codec of 16 pixels, as it is drawn."""
+    """Return a random codec of 16 pixels."""
     cfg = experiment(task="fae_pixels", **{"teacher.kind": "qwen"})
     model = model_config(cfg)
     teacher = teacher_weights.teacher_config(cfg, model)
@@ -94,13 +92,13 @@ def codec():
 
 
 def dataset(path, count=30, pixels=SIDE, tags=("single_object", "counting"), seed=0, **options):
-    made = generator.make_records(seed, count, pixels, tags=tags, **options)
-    records.write(path, made)
+    """Write a dataset of the shapes benchmark, and return its path."""
+    records.write(path, generator.make_records(seed, count, pixels, tags=tags, **options))
     return str(path)
 
 
 def make_run(workdir, seed):
-    """A workdir with a checkpoint, as a short training would leave it."""
+    """Write the checkpoint of a run of stage one, and return its folder."""
     cfg = experiment(seed=seed)
     program = registry.build(cfg, mesh.make_mesh("data=1", jax.devices()[:1]), dry_run=True)
     state, _ = program.init(jax.random.key(seed))

@@ -8,7 +8,7 @@ ROWS = 16
 
 
 def experiment(**changes):
-    """A tiny conditional TarFlow on 8x8 pixels, as a plain dict."""
+    """Return the configuration of a class-conditional TarFlow, with dotted keys changed."""
     cfg = config.default()
     cfg.model.update(
         {
@@ -24,6 +24,7 @@ def experiment(**changes):
 
 
 def batch_of(rows=ROWS, seed=0):
+    """Return a host batch of random images."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (rows, 8, 8, 3)).astype(np.uint8)
     return {"image": images, "label": np.arange(rows, dtype=np.int32) % 3, "id": ["x"] * rows}

@@ -1,4 +1,4 @@
-"""Configurations of a small STARFlow whose sizes all differ."""
+"""Configurations of a small STARFlow whose sizes all differ, so that a size names an axis."""
 
 from starflow2_jax import config
 
@@ -9,13 +9,11 @@ MESHES = {
     "tp": "data=2,tensor=4",
     "hybrid": "data=2,fsdp=4",
 }
-
-
 ROWS = 40
 
 
 def experiment(layout="fsdp", mesh=None, depth=2, **changes):
-    """A small STARFlow whose rows and lengths are no size of a weight."""
+    """Return a configuration whose batch size and lengths are no size of a parameter."""
     cfg = config.default()
     cfg.name = "small"
     cfg.model.update(

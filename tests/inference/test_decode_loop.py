@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_decode_model
-from helpers.tiny_decode_model import CHANNELS, SIDE, TOKENIZER, VOCAB, picture
+from helpers.tiny_decode_model import CHANNELS, SIDE, TOKENIZER, VOCAB, image_part
 
 from starflow2_jax.data import chat_layout as layouts
 from starflow2_jax.inference import decode_loop, sampling, session
@@ -22,14 +22,14 @@ from starflow2_jax.models.backbone import BackboneInputs
 
 MIXED = [
     "hello",
-    [picture(1), "what is it?"],
-    [picture(2), picture(3), "ab"],
+    [image_part(1), "what is it?"],
+    [image_part(2), image_part(3), "ab"],
     [{"role": "system", "content": "be good"}, "x", Part("text", "assistant", "thin")],
     "a",
-    [picture(4)],
+    [image_part(4)],
     [Part("text", "user", "a longer text of the user."), Part("text", "assistant", "b"),
      Part("text", "user", "c")],
-    ["z", picture(5, "assistant")],
+    ["z", image_part(5, "assistant")],
 ]  # fmt: skip
 DRAW = {"max_tokens": 10, "max_images": 2, "temperature": 1.0, "guidance": 1.5, "seed": 3}
 
@@ -118,9 +118,9 @@ def test_cached_steps_equal_the_parallel_forward():
     model = tiny_decode_model.model()
     cfg, params = model.model_config, model.params
     a, b = "user", "assistant"
-    row = [picture(1, a), Part("text", a, "make"), picture(2, b), Part("text", b, "hm"),
-           picture(3, b), Part("text", b, "done")]  # fmt: skip
-    other = [Part("text", a, "draw three"), picture(4, b), picture(5, b), picture(6, b)]
+    row = [image_part(1, a), Part("text", a, "make"), image_part(2, b), Part("text", b, "hm"),
+           image_part(3, b), Part("text", b, "done")]  # fmt: skip
+    other = [Part("text", a, "draw three"), image_part(4, b), image_part(5, b), image_part(6, b)]
     rows = [(row, "none"), (other, "none"), (row, "text"), (other, "all")]
     inputs, is_real = build_inputs(model, rows)
     assert (inputs.is_image[:2].sum(1) == 12).all() and len({r.sum() for r in is_real}) > 2
@@ -173,7 +173,7 @@ def test_a_continued_cache_is_one_long_run_also_after_a_stop_text(x64):
     for row, full in zip(first, plain):
         for part, other in zip(row, full):
             assert not any(s in part.text for s in stop) and other.text.startswith(part.text)
-    next_prompts = ["go on", [picture(7), "and this?"], "draw"]
+    next_prompts = ["go on", [image_part(7), "and this?"], "draw"]
     second = model.generate(next_prompts, continue_from=first, **DRAW)
     third = model.generate(["so?"] * 3, continue_from=second, **DRAW)
 
@@ -211,7 +211,7 @@ def test_a_continued_conversation_is_teacher_forced():
     text_to_stop = next(part.text for row in first for part in row if len(part.text) > 2)
     stopped = model.generate(prompts, **DRAW, stop=(text_to_stop[1:3],))
     assert "stop" in stopped.finish
-    next_prompts = [[picture(7), "and this?"], *["go on"] * 5]
+    next_prompts = [[image_part(7), "and this?"], *["go on"] * 5]
     results = model.generate(
         next_prompts, continue_from=stopped, **{**DRAW, "images": 1, "image_start": True}
     )
@@ -286,7 +286,7 @@ def test_other_sampling_parameters_need_no_other_program(x64):
 
 
 def test_the_null_branch_has_the_images_but_not_the_words_of_the_user():
-    parts = [Part("text", "system", "s"), picture(1), Part("text", "user", "what"),
+    parts = [Part("text", "system", "s"), image_part(1), Part("text", "user", "what"),
              Part("text", "assistant", "yes"), Part("text", "user", "b")]  # fmt: skip
     layouts_by_null = {}
     for null in ("", "text", "all"):

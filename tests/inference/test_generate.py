@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from helpers import tiny_decode_model
 from helpers.starflow2_folders import PIXELS, save_run
-from helpers.tiny_decode_model import picture
+from helpers.tiny_decode_model import image_part
 from PIL import Image
 
 from starflow2_jax import convert, generate as command
@@ -253,7 +253,7 @@ def test_untrained_parts_of_a_checkpoint_are_refused():
         model, params={**model.params, "adapter": zero(model.params["adapter"])}
     )
     with pytest.raises(ValueError, match=r"the adapter is untrained \(last layer is still zero"):
-        blind.generate([[picture(1), "what?"]], images=0)
+        blind.generate([[image_part(1), "what?"]], images=0)
     assert blind.generate(["draw"], images=1, max_tokens=0)[0][0].kind == "image"
     deep = {**model.params["deep"], "proj_out": zero(model.params["deep"]["proj_out"])}
     mute = dataclasses.replace(model, params={**model.params, "deep": deep})

@@ -10,7 +10,7 @@ import pytest
 from helpers import published_qwen, qwen_decode
 from helpers.golden_parity import error
 from helpers.paths import GOLDEN
-from helpers.qwen_parity import TOLERANCE, check, from_state, ours, prompt_of, step
+from helpers.qwen_parity import TOLERANCE, check, compute_outputs, from_state, make_prompt, step
 from peer import torch_qwen
 
 from starflow2_jax.checkpoints.convert.qwen_options import read_options
@@ -54,14 +54,14 @@ def test_golden_states_and_logits(golden, name):
 def test_golden_greedy_tokens(golden, name):
     cfg, params, arrays = golden
     given = case(arrays, name)
-    rows = qwen_decode.generate(params, cfg, prompt_of(given, cfg), max_tokens=64)
+    rows = qwen_decode.generate(params, cfg, make_prompt(given, cfg), max_tokens=64)
     np.testing.assert_array_equal(np.array(rows), given["greedy"])
 
 
 def test_generation_stops_and_draws(golden):
     cfg, params, arrays = golden
     given = case(arrays, "three_left")
-    prompt, greedy = prompt_of(given, cfg), given["greedy"]
+    prompt, greedy = make_prompt(given, cfg), given["greedy"]
     stop = int(greedy[0, 5])
     rows = qwen_decode.generate(params, cfg, prompt, max_tokens=16, stop=[stop])
     for row, whole in zip(rows, greedy[:, :16].tolist()):
@@ -198,11 +198,11 @@ def test_sharded_runs_give_the_same(golden, layout):
     cfg = dataclasses.replace(cfg, width=64, mlp_width=64, vision=vision, sections=(2, 2, 4))
     params = init_params(jax.random.key(0), qwen.declare(cfg))
     given = case(arrays, "one")
-    plain = ours(params, cfg, given)
+    plain = compute_outputs(params, cfg, given)
     mesh = make_mesh(layout[1])
     placed = jax.device_put(params, param_shardings(qwen.declare(cfg), mesh, layout[0]))
     with jax.set_mesh(mesh):
-        spread = ours(placed, cfg, given)
+        spread = compute_outputs(placed, cfg, given)
     assert error(spread["logits"], plain["logits"]) <= TOLERANCE
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import qwen_decode
 from helpers.golden_parity import error
-from helpers.qwen_parity import TOLERANCE, check, from_state, prompt_of, step
+from helpers.qwen_parity import TOLERANCE, check, from_state, make_prompt, step
 from peer import torch_qwen
 
 from starflow2_jax.checkpoints.convert.qwen_options import read_options
@@ -105,7 +105,7 @@ def test_greedy_tokens(torch, name):
     if name == "text":
         given = torch_qwen.inputs([[20], [13]], "left")
     cfg, params = converted(model)
-    rows = qwen_decode.generate(params, cfg, prompt_of(given, cfg), max_tokens=64)
+    rows = qwen_decode.generate(params, cfg, make_prompt(given, cfg), max_tokens=64)
     np.testing.assert_array_equal(np.array(rows), torch_qwen.greedy(model, given))
 
 

@@ -31,7 +31,7 @@ def terms(params, batch, cfg, stage, **options):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_text_with_zero_skips_is_the_vlm_bit_for_bit(dtype):
     cfg = pretzel_batch.model(compute_dtype=dtype)
-    params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
+    params = pretzel_batch.random_params(cfg, zero=("adapter", "skip"))
     batch = pretzel_batch.batch(PACKED)
     is_image = batch["image"] >= 0
     mask = attention.segment_mask(jnp.asarray(batch["segments"]))
@@ -53,14 +53,14 @@ def test_text_with_zero_skips_is_the_vlm_bit_for_bit(dtype):
     expected = np.asarray(vlm_logits(params))
     np.testing.assert_array_equal(np.asarray(pretzel_logits(params)), expected)
     assert expected.std() > 0.1
-    with_skips = {**params, "skip": pretzel_batch.drawn(cfg, 1)["skip"]}
+    with_skips = {**params, "skip": pretzel_batch.random_params(cfg, 1)["skip"]}
     assert not np.array_equal(np.asarray(pretzel_logits(with_skips)), expected)
 
 
 @pytest.mark.parametrize("length", [44, 64])
 def test_text_is_the_vlms_across_row_lengths(length):
     cfg = pretzel_batch.model()
-    params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
+    params = pretzel_batch.random_params(cfg, zero=("adapter", "skip"))
     nll = lambda batch: np.asarray(
         jax.jit(lambda p: terms(p, batch, cfg, STAGE3, text_targets=12).nll)(params)
     )
@@ -103,7 +103,7 @@ def first_image_nats(params, batch, cfg, stage):
 @pytest.mark.parametrize("stage", [STAGE1, STAGE3])
 def test_images_with_zero_skips_are_starflows(stage):
     cfg = pretzel_batch.model()
-    params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
+    params = pretzel_batch.random_params(cfg, zero=("adapter", "skip"))
     batch = pretzel_batch.batch([[T2I, I2T], [T2I], [EDIT]])
     expected = prefix_nats(params, batch, cfg)
     np.testing.assert_allclose(
@@ -114,7 +114,7 @@ def test_images_with_zero_skips_are_starflows(stage):
 
 def test_images_with_zero_skips_are_starflows_in_float64(x64):
     cfg = pretzel_batch.model(compute_dtype="float64")
-    params = pretzel_batch.drawn(cfg, zero=("adapter", "skip"))
+    params = pretzel_batch.random_params(cfg, zero=("adapter", "skip"))
     batch = pretzel_batch.batch([[T2I, I2T], [EDIT]], dtype=np.float64)
     expected = prefix_nats(params, batch, cfg)
     assert expected.dtype == np.float64
@@ -129,7 +129,7 @@ def test_images_with_zero_skips_are_starflows_in_float64(x64):
 def test_every_pair_of_positions_is_causal(into, x64):
     """Row of text, image, text, image, and one more record: what each output depends on."""
     cfg = pretzel_batch.model(skip_into=into, compute_dtype="float64")
-    params = pretzel_batch.drawn(cfg)
+    params = pretzel_batch.random_params(cfg)
     record = (
         *(MessagePart("none", "ab"), MessagePart("none", 0, True)),
         *(MessagePart("none", "c"), MessagePart("none", 1, True)),
@@ -157,7 +157,7 @@ def test_every_pair_of_positions_is_causal(into, x64):
 
 def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     cfg = pretzel_batch.model(compute_dtype="float64")
-    params = pretzel_batch.drawn(cfg)
+    params = pretzel_batch.random_params(cfg)
     batch = pretzel_batch.batch([[EDIT, T2I]], length=48, dtype=np.float64)
 
     def nats(x):
@@ -188,12 +188,12 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
 def test_log_det_is_the_jacobians(x64):
     """An image of a row behind another one, through the shallow and the deep flow."""
     cfg = pretzel_batch.model(compute_dtype="float64")
-    check_log_det(cfg, pretzel_batch.drawn(cfg))
+    check_log_det(cfg, pretzel_batch.random_params(cfg))
 
 
 def test_packed_rows_equal_rows_of_one_record(x64):
     cfg = pretzel_batch.model(compute_dtype="float64")
-    params = pretzel_batch.drawn(cfg)
+    params = pretzel_batch.random_params(cfg)
     records = [T2I, I2T, EDIT, TEXT, REASON]
     packed = pretzel_batch.batch([records[:3], records[3:]], length=64, dtype=np.float64)
     separate = pretzel_batch.batch([[record] for record in records], length=36, dtype=np.float64)
@@ -226,8 +226,8 @@ def test_packed_rows_equal_rows_of_one_record(x64):
 
 def test_without_an_image_before_it_the_adapter_changes_no_image():
     cfg = pretzel_batch.model()
-    zero_adapter = pretzel_batch.drawn(cfg, zero=("skip",))
-    open_adapter = {**zero_adapter, "adapter": pretzel_batch.drawn(cfg, 5)["adapter"]}
+    zero_adapter = pretzel_batch.random_params(cfg, zero=("skip",))
+    open_adapter = {**zero_adapter, "adapter": pretzel_batch.random_params(cfg, 5)["adapter"]}
     batch = pretzel_batch.batch([[T2I], [EDIT]], length=40)
     read = jax.jit(lambda p: terms(p, batch, cfg, STAGE3))
     nats = [
@@ -239,7 +239,7 @@ def test_without_an_image_before_it_the_adapter_changes_no_image():
 
 def test_gradient_of_the_text_into_the_flow_can_be_stopped():
     cfg = pretzel_batch.model()
-    params, batch = pretzel_batch.drawn(cfg), pretzel_batch.batch([[I2T]], length=40)
+    params, batch = pretzel_batch.random_params(cfg), pretzel_batch.batch([[I2T]], length=40)
     for into_flow in (True, False):
         read = lambda p: terms(p, batch, cfg, STAGE3, text_into_flow=into_flow).nll.sum()  # noqa: B023
         grads = jax.jit(jax.grad(read))(params)
@@ -250,7 +250,7 @@ def test_gradient_of_the_text_into_the_flow_can_be_stopped():
 
 def test_chunks_and_limits_of_targets_change_nothing():
     cfg = pretzel_batch.model()
-    params, batch = pretzel_batch.drawn(cfg), pretzel_batch.batch(PACKED)
+    params, batch = pretzel_batch.random_params(cfg), pretzel_batch.batch(PACKED)
     read = lambda **options: jax.jit(lambda p: terms(p, batch, cfg, STAGE3, **options).nll)(params)
     unlimited, max_count = np.asarray(read()), int(np.asarray(read() != 0).sum(1).max())
     limited = np.asarray(read(text_targets=max_count, text_chunk=5))

@@ -39,7 +39,7 @@ def embeddings_and_latents(params, batch, cfg):
 @pytest.mark.fast
 def test_one_crossing_is_the_pretzel():
     cfg = pretzel_batch.model(crossings=1)
-    params, batch = pretzel_batch.drawn(cfg), pretzel_batch.batch(PACKED)
+    params, batch = pretzel_batch.random_params(cfg), pretzel_batch.batch(PACKED)
     inputs = backbone_inputs(batch, embeddings_and_latents(params, batch, cfg)[1])
     pretzel = jax.jit(lambda params: starflow2.forward(params, inputs, cfg))(params)
     expected = (pretzel.vlm_states, pretzel.flow_states)
@@ -50,7 +50,10 @@ def test_one_crossing_is_the_pretzel():
 
 def test_text_of_a_new_model_is_the_vlms():
     cfg = pretzel_batch.model(crossings=2)
-    params, batch = pretzel_batch.drawn(cfg, zero=("adapter", "skip")), pretzel_batch.batch(PACKED)
+    params, batch = (
+        pretzel_batch.random_params(cfg, zero=("adapter", "skip")),
+        pretzel_batch.batch(PACKED),
+    )
     text, u = embeddings_and_latents(params, batch, cfg)
     blank = jnp.where((batch["image"] >= 0)[..., None], 0, text)
     mask = attention.segment_mask(jnp.asarray(batch["segments"]))
@@ -61,13 +64,13 @@ def test_text_of_a_new_model_is_the_vlms():
     expected = np.asarray(vlm_states(params))
     # To the last bits: the two are compiled to other programs.
     np.testing.assert_allclose(crossings_states(params), expected, rtol=1e-6, atol=1e-6)
-    with_skips = {**params, "skip": pretzel_batch.drawn(cfg, 1)["skip"]}
+    with_skips = {**params, "skip": pretzel_batch.random_params(cfg, 1)["skip"]}
     assert np.abs(np.asarray(crossings_states(with_skips)) - expected).max() > 1e-2
 
 
 def test_every_pair_of_positions_is_causal(x64):
     cfg = pretzel_batch.model(crossings=2, compute_dtype="float64")
-    params = pretzel_batch.drawn(cfg)
+    params = pretzel_batch.random_params(cfg)
     record = (
         *(MessagePart("none", "ab"), MessagePart("none", 0, True)),
         *(MessagePart("none", "c"), MessagePart("none", 1, True)),
@@ -93,7 +96,7 @@ def test_every_pair_of_positions_is_causal(x64):
 
 def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     cfg = pretzel_batch.model(crossings=2, compute_dtype="float64")
-    params = pretzel_batch.drawn(cfg)
+    params = pretzel_batch.random_params(cfg)
     batch = pretzel_batch.batch([[EDIT, T2I]], length=48, dtype=np.float64)
 
     def nats(x):
@@ -107,13 +110,13 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
 
 def test_log_likelihood_is_that_of_the_jacobian(x64):
     cfg = pretzel_batch.model(crossings=2, compute_dtype="float64")
-    check_log_det(cfg, pretzel_batch.drawn(cfg))
+    check_log_det(cfg, pretzel_batch.random_params(cfg))
 
 
 def test_cached_steps_equal_the_parallel_forward():
     cfg = pretzel_batch.model(crossings=2)
     batch = pretzel_batch.batch([[REASON], [T2I]], length=48)
-    check_cached_steps(cfg, pretzel_batch.drawn(cfg), batch)
+    check_cached_steps(cfg, pretzel_batch.random_params(cfg), batch)
 
 
 @pytest.mark.fast

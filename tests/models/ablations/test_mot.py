@@ -12,8 +12,8 @@ from helpers.backbone_checks import (
     heads,
     random_latents,
 )
-from helpers.pretzel_batch import EDIT, REASON, T2I, TEXT, TOKENIZER
-from helpers.tiny_mot import model, random_params, terms
+from helpers.pretzel_batch import EDIT, REASON, T2I, TEXT, TOKENIZER, random_params
+from helpers.tiny_mot import model, terms
 
 from starflow2_jax.data.chat_layout import MessagePart
 from starflow2_jax.models import attention, qwen, starflow2

@@ -150,7 +150,7 @@ def test_eight_devices_equal_one(stage3, layout, sizes):
 
 def test_a_part_that_is_empty_contributes_nothing():
     cfg = pretzel_batch.model()
-    params = pretzel_batch.drawn(cfg)
+    params = pretzel_batch.random_params(cfg)
     stage = interleaved.Stage(True, True)
     text = pretzel_batch.batch([[pretzel_batch.TEXT], [pretzel_batch.TEXT]], length=40, places=3)
     images = pretzel_batch.batch([[pretzel_batch.T2I], [pretzel_batch.EDIT]], length=40, places=3)
