@@ -26,12 +26,12 @@ RATES = {"matmul_float32_gflops": 100.0, "copy_gb_per_s": 10.0, "sum_gb_per_s": 
 @pytest.fixture
 def tiny(monkeypatch):
     text = dict(text_channels=5, text_length=3)
-    own = {
+    presets = {
         "peer_tarflow": flow.tarflow(4, 3, 64, (1, 1)),
         "peer_starflow": flow.FlowConfig(side=4, channels=3, width=64, layers=(1, 2), **text),
     }
-    monkeypatch.setattr(bench, "PRESETS", own)
-    return own
+    monkeypatch.setattr(bench, "PRESETS", presets)
+    return presets
 
 
 @pytest.mark.fast
@@ -92,10 +92,10 @@ def test_the_presets_are_the_peers_work():
 
 
 def values(*words):
-    own = flags.FlagValues()
-    bench.define(own)
-    own(["bench", *words])
-    return own
+    parsed = flags.FlagValues()
+    bench.define(parsed)
+    parsed(["bench", *words])
+    return parsed
 
 
 def test_command_prints_json_and_lines(tiny, capsys, monkeypatch):
@@ -171,12 +171,12 @@ def timed_where_little_more_than_jax_is(verb):
 
 
 def test_a_stages_decoding_is_timed_where_little_more_than_jax_is():
-    drawn = timed_where_little_more_than_jax_is("sample")
+    row = timed_where_little_more_than_jax_is("sample")
     for name, items in (("image", 64), ("text", stages.TEXT_TOKENS)):
-        rate, ms = drawn[f"{name}_tokens_per_s"], drawn[f"{name}_ms"]
+        rate, ms = row[f"{name}_tokens_per_s"], row[f"{name}_ms"]
         assert rate == pytest.approx(2 * items * 1000 / ms)
-        assert drawn[f"{name}_bound_ms"] > 0 and drawn[f"{name}_share_of_bound"] > 0
-    assert drawn["image_peak_mb"] > 0
+        assert row[f"{name}_bound_ms"] > 0 and row[f"{name}_share_of_bound"] > 0
+    assert row["image_peak_mb"] > 0
 
 
 @pytest.mark.slow
@@ -188,49 +188,51 @@ def test_a_stages_step_is_timed_where_little_more_than_jax_is():
 
 
 def test_rows_of_a_stage_fit_its_step():
-    """What is timed above but for its time: compiling takes most of it."""
+    """Check the rows only; compiling the timed step takes too long."""
     cfg = stages.experiment("stage3", "tiny", 2, "bfloat16")
     program = registry.build(cfg, mesh.make_mesh("fsdp=-1", jax.devices()[:1]))
     rows = stages.rows_of_images(cfg, program.task.model_config, 2)
-    wanted = {name: (a.shape, a.dtype) for name, a in program.abstract_batch.items()}
-    assert {name: (rows[name].shape, rows[name].dtype) for name in wanted} == wanted
-    for m in range(cfg["text"]["images"]):
-        places = np.flatnonzero(rows["image"][0] // program.task.model_config.patches == m)
-        assert np.array_equal(places, places[0] + np.arange(program.task.model_config.patches))
-        assert rows["image"][0, places[0] - 1] == rows["image"][0, places[-1] + 1] == -1
+    expected = {name: (a.shape, a.dtype) for name, a in program.abstract_batch.items()}
+    assert {name: (rows[name].shape, rows[name].dtype) for name in expected} == expected
+    for image in range(cfg["text"]["images"]):
+        positions = np.flatnonzero(rows["image"][0] // program.task.model_config.patches == image)
+        assert np.array_equal(
+            positions, positions[0] + np.arange(program.task.model_config.patches)
+        )
+        assert rows["image"][0, positions[0] - 1] == rows["image"][0, positions[-1] + 1] == -1
 
 
 @pytest.mark.parametrize("name, file", [("stage1", "stage1_t2i"), ("stage3", "stage3_joint")])
 def test_timed_stages_are_those_of_the_experiments(name, file):
     experiment = runpy.run_path(str(ROOT / "experiments" / f"{file}.py"))["get_config"]
     for size in ("tiny", "paper"):
-        cfg, ours = experiment(size), stages.experiment(name, size, 8, "bfloat16")
+        cfg, timed = experiment(size), stages.experiment(name, size, 8, "bfloat16")
         for group, key in (
             *(("text", key) for key in ("length", "images", "max_targets")),
             *(("train", "trainable"), ("noise", "sigma")),
         ):
-            assert ours[group][key] == cfg[group][key], (size, key)
-        assert ours["model"] == cfg.model.to_dict()
+            assert timed[group][key] == cfg[group][key], (size, key)
+        assert timed["model"] == cfg.model.to_dict()
 
 
 @pytest.mark.fast
 def test_bytes_of_a_decoding_step():
     """7.07 B weights of the VLM's layers, 2.76 B of the deep flow's: 19.7 GB in bfloat16."""
-    found = stages.step_bytes(stages.pretzel.paper(), 1, 448, 2)
-    assert found["image"] == pytest.approx(2 * (6.525e9 + 2.75e9 + 0.05e9), rel=0.02)
-    assert found["text"] - found["image"] == 2 * 152064 * 3584
+    num_bytes = stages.step_bytes(stages.pretzel.paper(), 1, 448, 2)
+    assert num_bytes["image"] == pytest.approx(2 * (6.525e9 + 2.75e9 + 0.05e9), rel=0.02)
+    assert num_bytes["text"] - num_bytes["image"] == 2 * 152064 * 3584
 
 
 FAULTS = """
 import resource, sys
 import numpy as np
 from starflow2_jax.runtime import allocator
-kept = sys.argv[1] == "keep" and allocator.keep_freed_memory()
+is_kept = sys.argv[1] == "keep" and allocator.keep_freed_memory()
 for turn in range(6):
     if turn == 1:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     np.full(2**25, 1.0)
-print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(is_kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
@@ -238,11 +240,11 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_memory_is_not_asked_for_again():
     def faults(how):
         command = [sys.executable, "-c", FAULTS, how]
-        kept, count = subprocess.run(command, capture_output=True, text=True).stdout.split()
-        return kept, int(count)
+        is_kept, count = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        return is_kept, int(count)
 
-    kept, count = faults("keep")
-    if kept == "False":
+    is_kept, count = faults("keep")
+    if is_kept == "False":
         pytest.skip("not glibc, or an accelerator is there")
     assert count < 1000
     assert faults("leave")[1] > 10 * max(count, 1)

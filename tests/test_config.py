@@ -91,13 +91,13 @@ def test_a_missing_key_is_named():
 
 
 def test_model_keys_are_those_of_the_dataclass():
-    given = {"side": 4, "channels": 3, "width": 64, "layers": [1, 2]}
-    assert config.build(FlowConfig, given, "model") == FlowConfig(4, 3, 64, (1, 2))
+    options = {"side": 4, "channels": 3, "width": 64, "layers": [1, 2]}
+    assert config.build(FlowConfig, options, "model") == FlowConfig(4, 3, 64, (1, 2))
     with pytest.raises(ValueError, match=r"unknown key 'model.widht'; did you mean 'width'\?"):
-        config.build(FlowConfig, {**given, "widht": 3}, "model")
-    del given["layers"]
+        config.build(FlowConfig, {**options, "widht": 3}, "model")
+    del options["layers"]
     with pytest.raises(ValueError, match=r"key 'model.layers' is missing"):
-        config.build(FlowConfig, given, "model")
+        config.build(FlowConfig, options, "model")
 
 
 @pytest.mark.parametrize(

@@ -57,31 +57,31 @@ def test_make_mesh():
 @pytest.mark.fast
 def test_weight_spec_and_its_errors():
     mesh = make_mesh("fsdp=4,tensor=2")
-    given = ("mlp_up", (2, 16, 64), ("layers", "embed", "mlp"), mesh)
-    assert weight_spec(*given, "dp") == PartitionSpec(None, None, None)
-    assert weight_spec(*given, "fsdp") == PartitionSpec(None, "fsdp", None)
-    assert weight_spec(*given, "tp") == PartitionSpec(None, None, "tensor")
-    assert weight_spec(*given, "fsdp_tp") == PartitionSpec(None, "fsdp", "tensor")
+    weight = ("mlp_up", (2, 16, 64), ("layers", "embed", "mlp"), mesh)
+    assert weight_spec(*weight, "dp") == PartitionSpec(None, None, None)
+    assert weight_spec(*weight, "fsdp") == PartitionSpec(None, "fsdp", None)
+    assert weight_spec(*weight, "tp") == PartitionSpec(None, None, "tensor")
+    assert weight_spec(*weight, "fsdp_tp") == PartitionSpec(None, "fsdp", "tensor")
     # Where there is no `embed` to cut, fsdp cuts `mlp`.
     bias = ("mlp_up", (2, 64), ("layers", "mlp"), mesh)
     assert weight_spec(*bias, "fsdp") == PartitionSpec(None, "fsdp")
     assert weight_spec(*bias, "fsdp_tp") == PartitionSpec(None, "tensor")
     with pytest.raises(ValueError, match="'fdsp' is not one of dp, fsdp, tp, fsdp_tp, hybrid"):
-        weight_spec(*given, "fdsp")
+        weight_spec(*weight, "fdsp")
     with pytest.raises(
         ValueError,
         match=r"layout 'fsdp': weight mlp_up has 18 in dimension 1 \(embed\), which mesh axis "
         r"'fsdp' of size 4 does not divide",
     ):
-        weight_spec("mlp_up", (2, 18, 64), given[2], mesh, "fsdp")
+        weight_spec("mlp_up", (2, 18, 64), weight[2], mesh, "fsdp")
 
 
 def test_batches_are_cut_over_data_and_fsdp():
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     rows = jax.device_put(np.zeros((8, 3)), batch_sharding(mesh))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 3)}
-    whole = jax.device_put(np.zeros((8, 3)), replicated(mesh))
-    assert {shard.data.shape for shard in whole.addressable_shards} == {(8, 3)}
+    copies = jax.device_put(np.zeros((8, 3)), replicated(mesh))
+    assert {shard.data.shape for shard in copies.addressable_shards} == {(8, 3)}
     check_batch(12, mesh)
     with pytest.raises(
         ValueError, match=r"train.batch_size=10 is not divisible by data x fsdp = 2 x 2 = 4"
@@ -150,14 +150,14 @@ def test_3b_train_step_lowers_and_is_cut_as_the_layout_says(layout):
             if 4 * int(np.prod(leaf.shape)) > 1 << 20:
                 large += 1
                 assert shard == expected_shard(name, leaf.shape, layout), name
-        whole = 4 * params.count(tree)
+        total = 4 * params.count(tree)
         # All but norms, biases and the two ends: an eighth on each device, a quarter in `hybrid`.
-        ways = 4 if layout == "hybrid" else 8
-        assert per_device == whole if layout == "dp" else per_device < 1.01 * whole / ways
+        num_shards = 4 if layout == "hybrid" else 8
+        assert per_device == total if layout == "dp" else per_device < 1.01 * total / num_shards
     assert large >= 4 * (6 * 6 + 1)
     for leaf in jax.tree.leaves(program.abstract_batch):
-        ways = {"dp": 8, "fsdp": 8, "fsdp_tp": 4, "tp": 1, "hybrid": 8}[layout]
-        assert leaf.sharding.shard_shape(leaf.shape)[0] == 1024 // ways
+        num_shards = {"dp": 8, "fsdp": 8, "fsdp_tp": 4, "tp": 1, "hybrid": 8}[layout]
+        assert leaf.sharding.shard_shape(leaf.shape)[0] == 1024 // num_shards
     lowered = program.lower_step()
     out, metrics = lowered.out_info
     assert jax.tree.map(lambda a: (a.shape, a.dtype), out) == jax.tree.map(

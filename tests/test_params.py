@@ -25,33 +25,33 @@ TREE = {
 }
 
 
-def same(ours, others):
-    ours, others = params.flatten(ours), params.flatten(others)
-    assert list(ours) == list(others)
-    for name, array in ours.items():
-        np.testing.assert_array_equal(np.asarray(array), np.asarray(others[name]), err_msg=name)
+def assert_equal(actual, expected):
+    actual, expected = params.flatten(actual), params.flatten(expected)
+    assert list(actual) == list(expected)
+    for name, array in actual.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(expected[name]), err_msg=name)
 
 
 def test_a_weight_depends_on_the_seed_and_its_own_name_alone():
-    drawn = params.init(jax.random.key(0), TREE)
-    same(params.init(jax.random.key(0), TREE), drawn)
+    tree = params.init(jax.random.key(0), TREE)
+    assert_equal(params.init(jax.random.key(0), TREE), tree)
     fewer = {"blocks": {"1": TREE["blocks"]["1"]}, "other": ParamSpec((4, 4), (None, None))}
     again = params.init(jax.random.key(0), fewer)
-    np.testing.assert_array_equal(again["blocks"]["1"]["weight"], drawn["blocks"]["1"]["weight"])
+    np.testing.assert_array_equal(again["blocks"]["1"]["weight"], tree["blocks"]["1"]["weight"])
     # Equal shapes of other names, and equal names of another seed, have other values.
-    assert (drawn["blocks"]["0"]["weight"] != drawn["blocks"]["1"]["weight"]).mean() > 0.99
+    assert (tree["blocks"]["0"]["weight"] != tree["blocks"]["1"]["weight"]).mean() > 0.99
     other = params.init(jax.random.key(1), TREE)
-    assert (drawn["start"] != other["start"]).all()
+    assert (tree["start"] != other["start"]).all()
 
 
 def test_initial_distributions():
-    drawn = params.init(jax.random.key(0), TREE)
-    weight = np.asarray(drawn["blocks"]["0"]["weight"])
+    tree = params.init(jax.random.key(0), TREE)
+    weight = np.asarray(tree["blocks"]["0"]["weight"])
     assert np.abs(weight).max() <= 1 / 8 and np.abs(weight).max() > 0.99 / 8
     assert weight.std() == pytest.approx(1 / 8 / 3**0.5, rel=0.02)
-    assert not np.asarray(drawn["blocks"]["0"]["bias"]).any()
-    assert float(drawn["scale"]) == 1
-    assert np.asarray(drawn["start"]).std() == pytest.approx(0.5, rel=0.4)
+    assert not np.asarray(tree["blocks"]["0"]["bias"]).any()
+    assert float(tree["scale"]) == 1
+    assert np.asarray(tree["start"]).std() == pytest.approx(0.5, rel=0.4)
     # The inputs are the last dimension but one, also where layers are stacked before them.
     stacked = fan_in(jax.random.key(0), (3, 16, 4), jnp.float32)
     assert 0.24 < np.abs(stacked).max() <= 0.25
@@ -59,9 +59,9 @@ def test_initial_distributions():
 
 def test_dtype_of_init_and_abstract(x64):
     for dtype in (jnp.bfloat16, jnp.float64):
-        drawn = params.init(jax.random.key(0), TREE, dtype)
+        tree = params.init(jax.random.key(0), TREE, dtype)
         shapes = params.abstract(TREE, dtype=dtype)
-        pairs = zip(params.flatten(drawn).values(), params.flatten(shapes).values())
+        pairs = zip(params.flatten(tree).values(), params.flatten(shapes).values())
         for array, shape in pairs:
             assert array.dtype == shape.dtype == dtype and array.shape == shape.shape
 
@@ -69,20 +69,20 @@ def test_dtype_of_init_and_abstract(x64):
 @pytest.mark.parametrize(
     "layout, sizes", [("dp", "data=8"), ("fsdp", "fsdp=8"), ("fsdp_tp", "fsdp=4,tensor=2")]
 )
-def test_born_sharded_with_the_values_of_one_device(layout, sizes):
+def test_initialized_shards_have_the_values_of_one_device(layout, sizes):
     mesh = make_mesh(sizes)
-    where = params.shardings(TREE, mesh, layout)
-    build = jax.jit(lambda key: params.init(key, TREE), out_shardings=where)
+    shardings = params.shardings(TREE, mesh, layout)
+    build = jax.jit(lambda key: params.init(key, TREE), out_shardings=shardings)
     compiled = build.lower(jax.random.key(0)).compile()
-    drawn = compiled(jax.random.key(0))
-    same(drawn, params.init(jax.random.key(0), TREE))
+    tree = compiled(jax.random.key(0))
+    assert_equal(tree, params.init(jax.random.key(0), TREE))
     abstract = params.flatten(params.abstract(TREE, mesh, layout))
-    for name, array in params.flatten(drawn).items():
+    for name, array in params.flatten(tree).items():
         assert array.sharding == abstract[name].sharding
         assert array.shape == abstract[name].shape and array.dtype == abstract[name].dtype
     cut = {"dp": (64, 256), "fsdp": (8, 256), "fsdp_tp": (16, 128)}[layout]
     for block in ("0", "1"):
-        array = drawn["blocks"][block]["weight"]
+        array = tree["blocks"][block]["weight"]
         assert {shard.data.shape for shard in array.addressable_shards} == {cut}
     if layout != "dp":
         # No device ever holds a whole weight, 64 KiB: neither as output nor on the way.

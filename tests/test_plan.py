@@ -51,8 +51,8 @@ def test_a_topology_that_does_not_exist(name, words):
 
 @pytest.mark.fast
 def test_local_devices_are_a_topology():
-    found = topology.find("cpu:4")
-    assert found.devices == tuple(jax.devices()[:4]) and found.chip.memory > 2**28
+    local = topology.find("cpu:4")
+    assert local.devices == tuple(jax.devices()[:4]) and local.chip.memory > 2**28
     assert topology.parse("v5e:16x16*2") == ("v5e", "16x16", 2)
     assert len(topology.find("cpu").devices) == 8
 
@@ -60,16 +60,16 @@ def test_local_devices_are_a_topology():
 @pytest.mark.fast
 def test_bandwidth_of_a_ring():
     """Both ways round a closed dimension, one link over an open one, and between slices none."""
-    at = lambda *coords, part=0: SimpleNamespace(coords=coords, slice_index=part)
+    device = lambda *coords, part=0: SimpleNamespace(coords=coords, slice_index=part)
     chip = topology.TPUS["v5p"]
-    of = lambda shape: topology.Topology("", "v5p", (), chip, 1, shape)
-    line = [at(0, 0, z) for z in range(8)]
-    plane = [at(0, y, z) for z in range(8) for y in range(4)]
-    assert of((4, 4, 8)).bandwidth(line) == 2 * chip.link
-    assert of((4, 4, 8)).bandwidth(line[:4]) == chip.link
-    assert of((4, 4, 8)).bandwidth(plane) == 4 * chip.link
-    assert of((2, 2, 1)).bandwidth([at(0, 0, 0), at(1, 0, 0)]) == chip.link
-    assert of((4, 4, 8)).bandwidth([at(0, 0, 0), at(0, 0, 0, part=1)]) == chip.network
+    machine = lambda shape: topology.Topology("", "v5p", (), chip, 1, shape)
+    line = [device(0, 0, z) for z in range(8)]
+    plane = [device(0, y, z) for z in range(8) for y in range(4)]
+    assert machine((4, 4, 8)).bandwidth(line) == 2 * chip.link
+    assert machine((4, 4, 8)).bandwidth(line[:4]) == chip.link
+    assert machine((4, 4, 8)).bandwidth(plane) == 4 * chip.link
+    assert machine((2, 2, 1)).bandwidth([device(0, 0, 0), device(1, 0, 0)]) == chip.link
+    assert machine((4, 4, 8)).bandwidth([device(0, 0, 0), device(0, 0, 0, part=1)]) == chip.network
 
 
 # ---------------------------------------------------------------------------------------- command
@@ -78,10 +78,10 @@ def test_bandwidth_of_a_ring():
 def test_a_plan_of_all_layouts_on_these_devices(tmp_path):
     cfg = experiment()
     rows = plan.plan(cfg, "cpu", ["fsdp", "tp"])
-    told = plan.result(cfg, rows, "cpu", "train")
-    plan.write(tmp_path / "out", told)
-    read = json.loads((tmp_path / "out" / "plan.json").read_text())
-    first, second = read["rows"]
+    result = plan.result(cfg, rows, "cpu", "train")
+    plan.write(tmp_path / "out", result)
+    written = json.loads((tmp_path / "out" / "plan.json").read_text())
+    first, second = written["rows"]
     assert first["mesh"] == {"fsdp": 8} and second["mesh"] == {"tensor": 8}
     assert first["fits"] and first["parameters"]["trained"] > 100_000
     assert first["memory"]["declared"]["params"] < second["memory"]["declared"]["params"] * 1.1
@@ -100,11 +100,11 @@ def test_rates_and_what_is_said_of_a_row_that_does_not_fit():
     row = {"layout": "dp", "mesh": {"data": 4}, "batch": 8, "devices": 4, "fits": True}
     row |= {"device_s": 0.2, "network_s": 0.3, "collectives": [], "flops": 1e12, "bytes": 1e9}
     row |= {"compile_s": 1.0, "memory": _memory(0.0)}
-    found = estimate._rates(row, 4 * chip.flops * 0.15, 3000, machine)
-    assert found["step_s"] == 0.3 and found["step_without_overlap_s"] == 0.5
-    assert found["mfu_bound"] == pytest.approx(0.5) and found["tokens_per_s"] == 10_000
+    rates = estimate._rates(row, 4 * chip.flops * 0.15, 3000, machine)
+    assert rates["step_s"] == 0.3 and rates["step_without_overlap_s"] == 0.5
+    assert rates["mfu_bound"] == pytest.approx(0.5) and rates["tokens_per_s"] == 10_000
     large = {**row, "fits": False, "memory": _memory(2.5 * 2**30), "advice": ["twice the chips"]}
-    text = "\n".join(report.lines([found, large, {**row, "error": "layout 'tp': no"}]))
+    text = "\n".join(report.lines([rates, large, {**row, "error": "layout 'tp': no"}]))
     assert "dp data=4 does not fit by 2.50 GiB a chip; this would help:\n  twice the chips" in text
     assert "dp data=4: layout 'tp': no" in text and "300 to 500 ms" in text
 
@@ -118,8 +118,8 @@ def test_a_program_that_jax_cannot_read_names_the_remedy():
     def as_text():
         raise jax.errors.JaxRuntimeError("INTERNAL: async-update should have 1 operands\n\tstack")
 
-    made = SimpleNamespace(as_text=as_text)
-    lowered = SimpleNamespace(compile=lambda: made)
+    compiled = SimpleNamespace(as_text=as_text)
+    lowered = SimpleNamespace(compile=lambda: compiled)
     words = r"cannot read the program compiled for cpu:8 \(INTERNAL: .* operands\); pip install"
     with pytest.raises(RuntimeError, match=words):
         estimate._compile(lowered, None, topology.find("cpu:8"), {}, 0.0)
@@ -204,22 +204,22 @@ def test_search_names_the_best_that_fits(monkeypatch):
     from starflow2_jax.planning import search
 
     monkeypatch.setattr(estimate, "train_step", row)
-    said = []
-    rows = search.search(experiment(), machine, ["fsdp", "hybrid"], 3, said.append)
+    messages = []
+    rows = search.search(experiment(), machine, ["fsdp", "hybrid"], 3, messages.append)
     assert len(rows) == len(tried) == 3 and rows[0]["tokens_per_s"] == 3.0
     assert {remat for _, remat, _ in tried} == {"none"}  # fewest FLOPs a token where memory allows
-    assert "0 cannot" not in said[0]  # 20 rows do not divide by 8
+    assert "0 cannot" not in messages[0]  # 20 rows do not divide by 8
     chip = topology.Chip(1e12, 1000.0, 1e9, 1e9, 1e9)
     small = topology.Topology("cpu", "cpu", machine.devices, chip)
     with pytest.raises(ValueError, match="nothing fits cpu: 8 devices of"):
-        search.search(experiment(), small, ["fsdp"], 3, said.append)
+        search.search(experiment(), small, ["fsdp"], 3, messages.append)
 
 
 def test_what_the_compiler_has_written_before_machine_code(tmp_path):
     """Arrays of main memory alone count (color 0); nothing is read of what is half written."""
-    at = lambda name: tmp_path / f"module_0003.jit_step.after_optimizations{name}.txt"
+    dump = lambda name: tmp_path / f"module_0003.jit_step.after_optimizations{name}.txt"
     assert partial_compile.read_dump(tmp_path) is None
-    at("-buffer-assignment").write_text(
+    dump("-buffer-assignment").write_text(
         "BufferAssignment:\n"
         "allocation 0: size 64, output shape is |f32[16]|, maybe-live-out:\n"
         " value: <1 add @0> (size=64,offset=0): f32[16]\n"
@@ -228,20 +228,23 @@ def test_what_the_compiler_has_written_before_machine_code(tmp_path):
         "allocation 3: size 4096, color 1, preallocated-temp:\n"
         "allocation 4: size 1024, preallocated-temp:\n"
     )
-    at("-memory-usage-report").write_text(
+    dump("-memory-usage-report").write_text(
         "Memory Space: default (color=0)\nTotal bytes: 1856 (1.8KiB)\n"
         "Memory Space: vmem (color=1)\nTotal bytes: 4096 (4.0KiB)\n"
     )
-    program = at("_after_buffer_assignment")
+    program = dump("_after_buffer_assignment")
     inner = "HloModule jit_step\n\n%inner (b: f32[64]) -> f32[16] {\n}\n\n"
     for part in (inner, inner + "ENTRY %main (a: f32[64]) -> f32[16] {\n  %a = f32[64]{0}"):
         program.write_text(part)
         assert partial_compile.read_dump(tmp_path) is None
     program.write_text(inner + "ENTRY %main (a: f32[64]) -> f32[16] {\n}\n\n")
-    found = partial_compile.read_dump(tmp_path)
-    assert found.as_text().startswith("HloModule") and found.memory_analysis() is found
-    assert (found.argument_size_in_bytes, found.output_size_in_bytes) == (768, 320)
-    assert (found.alias_size_in_bytes, found.temp_size_in_bytes) == (256, 1024)
+    program_dump = partial_compile.read_dump(tmp_path)
+    assert (
+        program_dump.as_text().startswith("HloModule")
+        and program_dump.memory_analysis() is program_dump
+    )
+    assert (program_dump.argument_size_in_bytes, program_dump.output_size_in_bytes) == (768, 320)
+    assert (program_dump.alias_size_in_bytes, program_dump.temp_size_in_bytes) == (256, 1024)
 
 
 def test_a_process_of_its_own_hands_back_what_it_found_or_why_not():
@@ -291,9 +294,9 @@ def test_splash_compiles_for_a_tpu_and_arguments_are_exact():
     cfg = experiment("fsdp", "fsdp=2,tensor=2", depth=2, **changes)
     (row,) = plan.plan(cfg, "v5e:2x2", ["fsdp"])
     assert row["kernel_flops"] > 0 and row["fits"] and row["mfu_bound"] > 0
-    held = row["memory"]
-    assert held["unused"] == 0
-    assert sum(held["declared"].values()) + held["padding"] == held["arguments"]
+    memory = row["memory"]
+    assert memory["unused"] == 0
+    assert sum(memory["declared"].values()) + memory["padding"] == memory["arguments"]
     model = model_config(cfg)
     expected = executed_step(model, cfg["train"]["batch_size"], model.tokens)
     # The kernel looks at its whole block, the plain path at 5/8 of it, and multiplies twice more
@@ -332,11 +335,11 @@ def test_a_plan_without_machine_code_is_that_of_the_whole():
     """Only the code's own bytes are missing, and what it keeps in memory for itself."""
     cfg = experiment("fsdp", "fsdp=4", depth=2, compute_dtype="bfloat16")
     (quick,) = plan.plan(cfg, "v5e:2x2", ["fsdp"])
-    (whole,) = plan.plan(cfg, "v5e:2x2", ["fsdp"], with_codegen=True)
+    (full,) = plan.plan(cfg, "v5e:2x2", ["fsdp"], with_codegen=True)
     same = ("flops", "kernel_flops", "bytes", "collectives", "unexpected", "fits", "step_s")
-    assert {name: quick[name] for name in same} == {name: whole[name] for name in same}
-    ours, all_of_it = quick["memory"], whole["memory"]
+    assert {name: quick[name] for name in same} == {name: full[name] for name in same}
+    quick_memory, full_memory = quick["memory"], full["memory"]
     same = ("declared", "arguments", "outputs", "aliased", "padding", "unused", "capacity")
-    assert {name: ours[name] for name in same} == {name: all_of_it[name] for name in same}
-    assert ours["code"] == 0 < all_of_it["code"]
-    assert 0 <= all_of_it["peak"] - all_of_it["code"] - ours["peak"] < 64 * 2**20
+    assert {name: quick_memory[name] for name in same} == {name: full_memory[name] for name in same}
+    assert quick_memory["code"] == 0 < full_memory["code"]
+    assert 0 <= full_memory["peak"] - full_memory["code"] - quick_memory["peak"] < 64 * 2**20

@@ -47,8 +47,8 @@ def test_rows_and_checkpoints_of_a_run(unbroken):
     rows = rows_of(workdir)
     assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in rows if "eval/nats_per_dim" in r] == [3, 6]
-    found = [(s.step, s.status) for s in steps.steps(workdir)]
-    assert found == [(2, "sealed"), (4, "sealed"), (6, "sealed")]
+    saved = [(s.step, s.status) for s in steps.steps(workdir)]
+    assert saved == [(2, "sealed"), (4, "sealed"), (6, "sealed")]
     assert run_log.read_config(workdir) == cfg
 
 
@@ -59,7 +59,7 @@ KILLS = ["after:2", "writing:4", "before:4", "after:4", "writing:6"]
     "kill", [k if k == "writing:4" else pytest.param(k, marks=pytest.mark.slow) for k in KILLS]
 )
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(unbroken, tmp_path, kill):
-    cfg, whole = unbroken
+    cfg, unbroken_run = unbroken
     workdir = tmp_path / "run"
     finish(start(cfg, workdir, kill), expected=-signal.SIGKILL)
     newest = steps.latest(workdir)
@@ -67,20 +67,20 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(unbroken, tmp_path, kill
     output = finish(start(cfg, workdir))
     if newest != 6:
         assert f"resumed {workdir} at step {newest}" in output
-    assert_equal_runs(whole, workdir, cfg)
+    assert_equal_runs(unbroken_run, workdir, cfg)
 
 
 def test_resume_on_other_meshes(unbroken, tmp_path):
-    cfg, whole = unbroken
+    cfg, unbroken_run = unbroken
     workdir = tmp_path / "run"
     cfg = {**cfg, "sample": {**cfg["sample"], "every": 0}}  # samples need a program of their own
     for devices, event in ((8, "after:2"), (4, "after:4")):
         fsdp = {**cfg, "layout": "fsdp", "mesh": f"fsdp={devices}"}
         finish(start(fsdp, workdir, event, devices=devices), expected=-signal.SIGKILL)
     assert "resumed" in finish(start({**cfg, "layout": "dp", "mesh": "data=1"}, workdir))
-    moved, stayed = rows_of(workdir), rows_of(whole)
-    assert [r["step"] for r in moved] == [r["step"] for r in stayed]
-    for a, b in zip(moved, stayed):
+    resumed_rows, expected_rows = rows_of(workdir), rows_of(unbroken_run)
+    assert [r["step"] for r in resumed_rows] == [r["step"] for r in expected_rows]
+    for a, b in zip(resumed_rows, expected_rows):
         name = "loss" if "loss" in a else "eval/nats_per_dim"
         assert abs(a[name] - b[name]) <= 1e-5, (a["step"], a[name], b[name])
 
@@ -93,15 +93,15 @@ def test_sigterm_saves_and_the_same_command_resumes(data, tmp_path):
     for _ in range(2):
         process = start(cfg, workdir)
         deadline = time.time() + 200
-        at = stopped[-1] if stopped else 0
-        while not any(row["step"] > at for row in run_log.read_rows(workdir)):
+        last_stop = stopped[-1] if stopped else 0
+        while not any(row["step"] > last_stop for row in run_log.read_rows(workdir)):
             assert process.poll() is None and time.time() < deadline
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         output = finish(process)
         stopped.append(steps.latest(workdir))
-        assert f"stopped by SIGTERM at step {stopped[-1]}" in output
-    assert f"resumed {workdir} at step {stopped[0]}" in output
+        assert f"stopped by SIGTERM last_stop step {stopped[-1]}" in output
+    assert f"resumed {workdir} last_stop step {stopped[0]}" in output
     assert stopped[1] > stopped[0] > 0
 
 
@@ -124,19 +124,19 @@ def test_changed_data_are_refused_and_moved_data_are_not(unbroken, data, tmp_pat
     cfg, workdir = unbroken
     moved = tmp_path / "moved"
     shutil.copytree(data, moved)
-    there = {**cfg, "data": {**cfg["data"], "path": str(moved)}}
-    train.train(there, str(workdir))
+    moved_cfg = {**cfg, "data": {**cfg["data"], "path": str(moved)}}
+    train.train(moved_cfg, str(workdir))
     assert "finished" in capsys.readouterr().out
     shutil.rmtree(moved)
     rows = generator.make_records(9, 40, 8, tags=("single_object",), label="color")
     records.write(moved, rows, classes=generator.classes("color"))
     with pytest.raises(ValueError, match=r"data.path"):
-        train.train(there, str(workdir))
+        train.train(moved_cfg, str(workdir))
     # The same folder with other data in it.
     shutil.copytree(workdir, tmp_path / "run")
-    run_log.save_config(tmp_path / "run", there)
+    run_log.save_config(tmp_path / "run", moved_cfg)
     with pytest.raises(ValueError, match="the data have changed since step 6: fingerprints"):
-        train.train(there, str(tmp_path / "run"))
+        train.train(moved_cfg, str(tmp_path / "run"))
 
 
 def test_a_step_that_is_not_finite_stops_with_ids_and_a_dump(data, tmp_path):
@@ -155,8 +155,8 @@ def test_warm_start_takes_the_averaged_weights(unbroken, tmp_path):
     cfg = {**cfg, "init": {**cfg["init"], "from": str(source), "ema": True}}
     cfg = {**cfg, "optim": {**cfg["optim"], "lr": 0.0, "final_lr": 0.0}}
     finish(start(cfg, tmp_path / "run", "after:2"), expected=-signal.SIGKILL)
-    taken, given = state_of(tmp_path / "run", 2, cfg), state_of(source, 6, cfg)
-    jax.tree.map(np.testing.assert_array_equal, taken.params, given.ema)
+    started, averaged = state_of(tmp_path / "run", 2, cfg), state_of(source, 6, cfg)
+    jax.tree.map(np.testing.assert_array_equal, started.params, averaged.ema)
 
 
 @pytest.mark.fast

@@ -51,7 +51,7 @@ class Store:
 
 
 class _Writer(io.BytesIO):
-    """What is written becomes an object when the file is closed."""
+    """A file whose contents become an object when it is closed."""
 
     def __init__(self, store, name):
         super().__init__()
