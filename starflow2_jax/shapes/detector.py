@@ -3,8 +3,7 @@
 An object is a connected region that differs from the background, which is estimated from the
 border. Its color is the nearest of the benchmark's eight in CIELAB; its shape is the one whose
 drawing, at the region's center of mass and area, differs least from the coverage of each pixel. A
-color or shape that resembles none of the benchmark's is called `other`. Nothing here is learned.
-Objects are expected not to touch one another, nor to fill the border.
+color or shape that resembles none is `other`. Objects must not touch, nor fill the border.
 """
 
 import functools
@@ -221,9 +220,8 @@ def _core(region: np.ndarray, distance: np.ndarray) -> np.ndarray:
 
 def _nearest_color(level: np.ndarray) -> str:
     """Return the name of the benchmark's color that is nearest to levels [3], or `OTHER`."""
-    distances = np.linalg.norm(
-        _lab(np.array(list(generator.COLORS.values()))) - _lab(level), axis=-1
-    )
+    palette = _lab(np.array(list(generator.COLORS.values())))
+    distances = np.linalg.norm(palette - _lab(level), axis=-1)
     nearest = int(distances.argmin())
     return list(generator.COLORS)[nearest] if distances[nearest] <= _MAX_COLOR_DISTANCE else OTHER
 
@@ -251,17 +249,14 @@ def _fit_shape(
     area = max(crop.sum(), 1.0)
     y = (crop.sum(1) @ (np.arange(height) + 0.5)) / area
     x = (crop.sum(0) @ (np.arange(width) + 0.5)) / area
+    fine_size = (width * _SUPERSAMPLE, height * _SUPERSAMPLE)
     fits = []
     for shape in generator.SHAPES:
         unit_area, dx, dy = _moments(shape)
         radius = np.sqrt(area / unit_area)
         center = (x - dx * radius, y - dy * radius)
-        fine = generator.mask(
-            shape,
-            (width * _SUPERSAMPLE, height * _SUPERSAMPLE),
-            (center[0] * _SUPERSAMPLE, center[1] * _SUPERSAMPLE),
-            radius * _SUPERSAMPLE,
-        )
+        fine_center = (center[0] * _SUPERSAMPLE, center[1] * _SUPERSAMPLE)
+        fine = generator.mask(shape, fine_size, fine_center, radius * _SUPERSAMPLE)
         drawing = np.asarray(fine.resize((width, height), Image.Resampling.BOX)) / 255
         misfit = (((crop - drawing) ** 2).sum() - noise_error) / area
         fits.append((misfit, shape, (center[0] + left, center[1] + top)))

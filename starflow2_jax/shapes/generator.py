@@ -2,8 +2,7 @@
 
 Images and captions follow from a seed. The `Scene` describes an image completely, so generation can
 be judged without another model. Captions come in three wordings; the facts behind them have
-GenEval's metadata format (https://github.com/djghosh13/geneval): `tag`, `include`, `exclude`,
-`prompt`.
+GenEval's metadata format (https://github.com/djghosh13/geneval).
 """
 
 import dataclasses
@@ -99,9 +98,8 @@ def mask(
 def random_scene(rng: np.random.Generator, tag: str) -> Scene:
     """Sample a scene that fits a GenEval `tag`.
 
-    single_object, colors: one object. counting: two to four of one shape and color. two_object,
-    position, color_attr: two objects of different shapes; for color_attr also of different colors,
-    for position in a clear relation.
+    It has one object, for counting two to four of one kind, or two of different shapes; those of
+    color_attr also differ in color, and those of position are in a clear relation.
     """
     if tag not in TAGS:
         raise ValueError(f"unknown tag {tag!r}, expected one of {', '.join(TAGS)}")
@@ -126,10 +124,8 @@ def random_scene(rng: np.random.Generator, tag: str) -> Scene:
                 break
             objects.append(placed)
         background, ramp = pick(rng, list(BACKGROUNDS)), round(float(rng.uniform(-12, 12)), 2)
-        result = Scene(background, ramp, tuple(objects))
-        if len(objects) < len(kinds) or (tag == "position" and relation(*objects) is None):
-            continue
-        return result
+        if len(objects) == len(kinds) and (tag != "position" or relation(*objects)):
+            return Scene(background, ramp, tuple(objects))
 
 
 def place_object(

@@ -22,7 +22,6 @@ def shapes_source(values: flags.FlagValues) -> ImportSource:
     only_t2i = values.tasks == ["t2i"]
     if values.label != "none" and not only_t2i:
         raise DatasetError(f"--label {values.label}: only --tasks t2i has classes")
-
     make = functools.partial(
         tasks.make_records,
         values.seed,

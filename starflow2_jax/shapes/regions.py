@@ -2,8 +2,7 @@
 
 Grounded words teach a vision tower far faster than captions, which describe a whole image at once.
 The background needs a description too; otherwise the tower is free to give background patches
-object-like features. Records of the shapes benchmark store the scenes that this needs: `meta.scene`
-of one image, `meta.scenes` of several.
+object-like features. The records' `meta.scene` or `meta.scenes` describe the images.
 """
 
 import dataclasses

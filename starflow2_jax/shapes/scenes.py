@@ -79,13 +79,10 @@ def describe(scene: Scene, wording: int = 0, *, reverse: bool = False) -> str:
     kinds = Counter((item.size, item.color, item.shape) for item in objects)
     parts = []
     for (size, color, shape), count in kinds.items():
-        if wording == 2:
-            parts.append(f"{plural(shape) if count > 1 else shape} {color} {size}")
-            parts[-1] += f" {generator.NUMBERS[count]}"
-        elif count == 1:
-            parts.append(f"a {size} {color} {shape}")
-        else:
-            parts.append(f"{generator.NUMBERS[count]} {size} {color} {plural(shape)}")
+        noun = plural(shape) if count > 1 else shape
+        number = "a" if count == 1 and wording != 2 else generator.NUMBERS[count]
+        words = (noun, color, size, number) if wording == 2 else (number, size, color, noun)
+        parts.append(" ".join(words))
     relation = generator.relation(*objects) if len(objects) == 2 else None
     if relation and len(parts) == 2:
         phrase = f"{parts[0]} {relation} {parts[1]}"

@@ -143,10 +143,8 @@ def _ask_several(
         shuffled = [scene.objects[k] for k in rng.permutation(len(scene.objects))]
         shuffled_scene = dataclasses.replace(scene, objects=tuple(shuffled))
         wording = int(rng.integers(generator.WORDINGS))
-        is_terse = bool(rng.random() < terse)
-        prompt, answer, mentioned = _ask(
-            rng, shuffled_scene, wording, pick(rng, tags), terse=is_terse
-        )
+        is_terse, key = bool(rng.random() < terse), pick(rng, tags)
+        prompt, answer, mentioned = _ask(rng, shuffled_scene, wording, key, terse=is_terse)
         answers[prompt] = answer
         all_mentioned += mentioned
     return scene, answers, tuple(all_mentioned)
@@ -198,15 +196,13 @@ def edit(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     a, b = scene.objects[0], scene.objects[-1]
     words = {"a": definite(a), "b": definite(b)}
     required_relation = None
-    if tag == "recolor":
-        new = dataclasses.replace(a, color=pick(rng, _absent(scene, "color")))
-        words["color"], target = new.color, _replace(scene, a, new)
-    elif tag == "remove":
+    if tag == "remove":
         target = _replace(scene, a, None)
-    elif tag == "replace":
-        kind = {key: pick(rng, _absent(scene, key)) for key in ("shape", "color")}
-        new = dataclasses.replace(a, **kind)
-        words["new"], target = indefinite(new), _replace(scene, a, new)
+    elif tag in ("recolor", "replace"):
+        keys = ("color",) if tag == "recolor" else ("shape", "color")
+        new = dataclasses.replace(a, **{key: pick(rng, _absent(scene, key)) for key in keys})
+        words |= {"color": new.color, "new": indefinite(new)}
+        target = _replace(scene, a, new)
     else:
         relation = pick(rng, generator.RELATIONS)
         if tag == "move":
@@ -254,14 +250,11 @@ def multi(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     number = int(rng.integers(2, 4))
     if tag == "same_shape":
         scenes = [distinct_scene(rng, 1) for _ in range(number)]
+        items = [scene.objects[0] for scene in scenes]
         if rng.integers(2):
-            shape = scenes[0].objects[0].shape
-            scenes = [
-                _replace(scene, item, dataclasses.replace(item, shape=shape))
-                for scene in scenes
-                for item in scene.objects
-            ]
-        is_same = len({scene.objects[0].shape for scene in scenes}) == 1
+            items = [dataclasses.replace(item, shape=items[0].shape) for item in items]
+            scenes = [_replace(s, s.objects[0], item) for s, item in zip(scenes, items)]
+        is_same = len({item.shape for item in items}) == 1
         prompt, answer = request(tag, wording), "yes" if is_same else "no"
     elif tag == "which_shows":
         scenes = [distinct_scene(rng, int(rng.integers(1, 4))) for _ in range(number)]
@@ -318,13 +311,7 @@ _MAKERS: dict[str, tuple[Callable[[np.random.Generator, int, str], Draft], Seque
 TASKS = ("caption", "question", "edit", "reason", "multi", "text", "t2i", "dialog", "quiz")
 
 
-def make_draft(
-    seed: int,
-    index: int,
-    task: str,
-    withheld: str = "none",
-    tags: Sequence[str] = generator.TAGS,
-) -> Draft:
+def make_draft(seed: int, index: int, task: str, withheld: str, tags: Sequence[str]) -> Draft:
     """Return draft `index` of a task other than t2i; `tags` are those of captions."""
     make, task_tags = _MAKERS[task]
     tags = tags if task == "caption" else task_tags
@@ -378,21 +365,20 @@ def make_records(
 def _draw_record(draft: Draft, task: str, id: str, seed: int, pixels: int) -> Record:
     segments: list[Text | Img] = []
     blobs = []
-    turns = [("user", draft.user), ("assistant", draft.assistant)]
+    parts = [("user", part) for part in draft.user]
+    parts += [("assistant", part) for part in draft.assistant]
     for prompt, answer in draft.more:
-        turns += [("user", (prompt,)), ("assistant", (answer,))]
-    for role, parts in turns:
-        for part in parts:
-            loss = role == "assistant"
-            if isinstance(part, Text):
-                segments.append(part)
-            elif isinstance(part, str):
-                segments.append(Text(part, loss, role))
-            else:
-                is_zoom = isinstance(part, Zoom)
-                image = part.draw(pixels) if is_zoom else generator.draw(part, pixels)
-                segments.append(Img(len(blobs), loss, role))
-                blobs.append(records.image_blob(images.encode_png(image), id))
+        parts += [("user", prompt), ("assistant", answer)]
+    for role, part in parts:
+        loss = role == "assistant"
+        if isinstance(part, Text):
+            segments.append(part)
+        elif isinstance(part, str):
+            segments.append(Text(part, loss, role))
+        else:
+            image = part.draw(pixels) if isinstance(part, Zoom) else generator.draw(part, pixels)
+            segments.append(Img(len(blobs), loss, role))
+            blobs.append(records.image_blob(images.encode_png(image), id))
     meta = {
         "task": task,
         "tag": draft.tag,
