@@ -1,4 +1,4 @@
-"""The latent codec: counts at paper size, its rules in closed form, and that it learns."""
+"""The latent codec: parameters at paper size, its functions in closed form, and learning."""
 
 import dataclasses
 import math
@@ -48,9 +48,9 @@ def params():
 
 @pytest.fixture(scope="module")
 def features():
-    """Tokens that few numbers describe: 3 dimensions in 24 channels."""
-    low = jax.random.normal(jax.random.key(1), (4, TOY.tokens, 3))
-    return low @ jax.random.normal(jax.random.key(2), (3, TOY.feature_width))
+    """Features of rank 3 in 24 channels."""
+    factors = jax.random.normal(jax.random.key(1), (4, TOY.tokens, 3))
+    return factors @ jax.random.normal(jax.random.key(2), (3, TOY.feature_width))
 
 
 def keys(seed, rows=4):
@@ -77,15 +77,15 @@ def test_paper_lowers_under_every_layout(layout):
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     params = abstract_params(codec.declare(PAPER), mesh, layout, jnp.bfloat16)
     shape = (8, PAPER.tokens, PAPER.feature_width)
-    given = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
+    abstract_features = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
 
-    def whole(params, features):
+    def round_trip(params, features):
         mean, log_variance = codec.encode(params, features, PAPER)
-        rebuilt = codec.decode_features(params, mean, PAPER)
-        return log_variance, rebuilt, codec.decode_pixels(params, rebuilt, PAPER)
+        decoded = codec.decode_features(params, mean, PAPER)
+        return log_variance, decoded, codec.decode_pixels(params, decoded, PAPER)
 
     with jax.set_mesh(mesh):
-        out = jax.jit(whole).lower(params, given).out_info
+        out = jax.jit(round_trip).lower(params, abstract_features).out_info
     assert [o.shape for o in out] == [(8, 256, 32), (8, 256, 1536), (8, 256, 256, 3)]
     assert {o.dtype for o in out} == {jnp.dtype(jnp.float32)}
 
@@ -93,17 +93,17 @@ def test_paper_lowers_under_every_layout(layout):
 def test_layouts_give_the_numbers_of_one_device(params, features):
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
 
-    def whole(params, features):
+    def round_trip(params, features):
         mean, log_variance = codec.encode(params, features, TOY)
-        rebuilt = codec.decode_features(params, mean, TOY)
-        return log_variance, rebuilt, codec.decode_pixels(params, rebuilt, TOY)
+        decoded = codec.decode_features(params, mean, TOY)
+        return log_variance, decoded, codec.decode_pixels(params, decoded, TOY)
 
-    alone = jax.jit(whole)(params, features)
-    where = param_shardings(codec.declare(TOY), mesh, "fsdp_tp")
+    single_device = jax.jit(round_trip)(params, features)
+    shardings = param_shardings(codec.declare(TOY), mesh, "fsdp_tp")
     placed = jax.device_put(features, batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        cut = jax.jit(whole)(jax.device_put(params, where), placed)
-    for a, b in zip(alone, cut):
+        sharded = jax.jit(round_trip)(jax.device_put(params, shardings), placed)
+    for a, b in zip(single_device, sharded):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -113,19 +113,21 @@ def test_layouts_give_the_numbers_of_one_device(params, features):
 @pytest.mark.fast
 def test_encoder_by_hand(params, features):
     """Softmax attention of every head, plus the parallel linear, GELU, head; in float64."""
-    own = {k: np.asarray(v, np.float64) for k, v in flatten(params["encoder"]).items()}
+    encoder = {k: np.asarray(v, np.float64) for k, v in flatten(params["encoder"]).items()}
     x = np.asarray(features, np.float64)
-    line = lambda name, x: x @ own[f"{name}/weight"] + own[f"{name}/bias"]
-    q, k, v = (line(n, x) for n in ("query", "key", "value"))
+    linear = lambda name, x: x @ encoder[f"{name}/weight"] + encoder[f"{name}/bias"]
+    q, k, v = (linear(n, x) for n in ("query", "key", "value"))
     heads = []
     for h in range(TOY.encoder_heads):
-        cut = slice(h * TOY.encoder_head_dim, (h + 1) * TOY.encoder_head_dim)
-        scores = q[..., cut] @ k[..., cut].swapaxes(1, 2) / math.sqrt(TOY.encoder_head_dim)
+        channels = slice(h * TOY.encoder_head_dim, (h + 1) * TOY.encoder_head_dim)
+        scores = (
+            q[..., channels] @ k[..., channels].swapaxes(1, 2) / math.sqrt(TOY.encoder_head_dim)
+        )
         scores = np.exp(scores - scores.max(-1, keepdims=True))
-        heads.append(scores / scores.sum(-1, keepdims=True) @ v[..., cut])
-    summed = np.concatenate(heads, -1) + line("parallel", x)
+        heads.append(scores / scores.sum(-1, keepdims=True) @ v[..., channels])
+    summed = np.concatenate(heads, -1) + linear("parallel", x)
     erf = np.vectorize(math.erf)
-    out = line("head", summed * 0.5 * (1 + erf(summed / math.sqrt(2))))
+    out = linear("head", summed * 0.5 * (1 + erf(summed / math.sqrt(2))))
     mean, log_variance = codec.posterior(params, features, TOY)
     np.testing.assert_allclose(mean, out[..., :6], atol=1e-5)
     np.testing.assert_allclose(log_variance, out[..., 6:], atol=1e-5)
@@ -156,19 +158,19 @@ def test_bad_configs():
 
 
 def test_posterior_sample():
-    """A draw is mean + std noise; its noise is the row's own, whatever the batch."""
+    """A sample is mean + std noise, and the noise of a row does not depend on the batch."""
     mean = jnp.arange(4.0)[:, None, None] * jnp.ones((4, 1000, 6))
     log_variance = jnp.full_like(mean, 2 * math.log(0.3))
-    drawn = codec.sample(keys(0), mean, log_variance)
+    sampled = codec.sample(keys(0), mean, log_variance)
     noise = jax.vmap(lambda key: jax.random.normal(key, (1000, 6)))(keys(0))
-    np.testing.assert_allclose(drawn, mean + 0.3 * noise, atol=1e-6)
+    np.testing.assert_allclose(sampled, mean + 0.3 * noise, atol=1e-6)
     alone = codec.sample(keys(0)[2:3], mean[2:3], log_variance[2:3])
-    np.testing.assert_array_equal(alone[0], drawn[2])
-    np.testing.assert_allclose((drawn - mean).std(), 0.3, rtol=0.02)
+    np.testing.assert_array_equal(alone[0], sampled[2])
+    np.testing.assert_allclose((sampled - mean).std(), 0.3, rtol=0.02)
 
 
-def test_statistics_normalise_latents(params, features):
-    """Measured statistics give unit variance to samples, and change nothing that is decoded."""
+def test_statistics_normalize_latents(params, features):
+    """Measured statistics give samples unit variance and do not change what is decoded."""
     mean, log_variance = codec.posterior(params, features, TOY)
     parts = [codec.moments(mean[i : i + 2], log_variance[i : i + 2]) for i in (0, 2)]
     sums = jax.tree.map(lambda a, b: a + b, *parts)
@@ -180,8 +182,8 @@ def test_statistics_normalise_latents(params, features):
     np.testing.assert_allclose(sums["sum"] / sums["count"], 0, atol=1e-5)
     np.testing.assert_allclose(sums["square"] / sums["count"], 1, rtol=1e-5)
     np.testing.assert_allclose(codec.denormalize(measured, unit), mean, atol=1e-5)
-    before = codec.decode_features(params, codec.encode(params, features, TOY)[0], TOY)
-    np.testing.assert_allclose(codec.decode_features(measured, unit, TOY), before, atol=1e-4)
+    expected = codec.decode_features(params, codec.encode(params, features, TOY)[0], TOY)
+    np.testing.assert_allclose(codec.decode_features(measured, unit, TOY), expected, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------- losses
@@ -192,9 +194,9 @@ def test_kl_closed_form():
     """Against torch's formula by hand, by Monte Carlo, and zero for the prior."""
     mean, variance = 0.7, 0.3
     shape = (2, 3, 5)
-    ours = losses.kl(jnp.full(shape, mean), jnp.full(shape, math.log(variance)))
+    actual = losses.kl(jnp.full(shape, mean), jnp.full(shape, math.log(variance)))
     one = 0.5 * (mean**2 + variance - 1 - math.log(variance))
-    np.testing.assert_allclose(ours, 15 * one, rtol=1e-6)
+    np.testing.assert_allclose(actual, 15 * one, rtol=1e-6)
     x = np.random.default_rng(0).normal(mean, variance**0.5, 400_000)
     sampled = np.mean(0.5 * (x**2 - (x - mean) ** 2 / variance - math.log(variance)))
     np.testing.assert_allclose(one, sampled, rtol=0.02)
@@ -257,39 +259,41 @@ def test_discriminator(params):
     assert count_params(discriminator.declare(discriminator.DiscriminatorConfig())) == 2_762_945
     with pytest.raises(ValueError, match="multiples of groups=32"):
         discriminator.DiscriminatorConfig(widths=(8, 40))
-    args = (critic, images, images + 1, discriminator.lecam_start(), CRITIC)
-    loss, parts = losses.discriminator_loss(*args, lecam=0.5)
+    arguments = (critic, images, images + 1, discriminator.lecam_start(), CRITIC)
+    loss, parts = losses.discriminator_loss(*arguments, lecam=0.5)
     np.testing.assert_allclose(loss, parts["hinge"] + 0.5 * parts["lecam"], rtol=1e-6)
     np.testing.assert_allclose(parts["real"], logits.mean((1, 2)), rtol=1e-5)
-    into = jax.grad(
-        lambda fake: losses.discriminator_loss(args[0], images, fake, *args[3:])[0].sum()
+    into_fake = jax.grad(
+        lambda fake: losses.discriminator_loss(arguments[0], images, fake, *arguments[3:])[0].sum()
     )(images)
-    assert not into.any()
+    assert not into_fake.any()
 
 
 def test_pixel_loss(params, features):
-    """Every weighted term is there, weighs what it should, and reaches every weight."""
+    """Every weighted term counts by its weight and has a gradient to every parameter."""
     image = jnp.tanh(jax.random.normal(jax.random.key(4), (4, 16, 16, 3)))
     critic = init_params(jax.random.key(0), discriminator.declare(CRITIC))
-    chosen = losses.PixelWeights(l1=0.5, l2=2.0, perceptual=3.0, gan=0.25)
+    weights = losses.PixelWeights(l1=0.5, l2=2.0, perceptual=3.0, gan=0.25)
     functions = {
         "perceptual": lambda a, b: perceptual.token_distance([a[:, 0]], [b[:, 0]]),
         "logits": lambda x: discriminator.forward(critic, x, CRITIC),
     }
 
-    def loss(own, chosen=chosen, **given):
-        given = given or functions
-        full = {**params, "pixel_decoder": own}
-        return losses.pixel_loss(full, features, image, keys(6), TOY, chosen, **given)
+    def loss(decoder_params, weights=weights, **terms):
+        terms = terms or functions
+        full = {**params, "pixel_decoder": decoder_params}
+        return losses.pixel_loss(full, features, image, keys(6), TOY, weights, **terms)
 
     rows, decoded, parts = loss(params["pixel_decoder"])
     by_hand = 0.5 * parts["l1"] + 2 * parts["l2"] + 3 * parts["perceptual"] + 0.25 * parts["gan"]
     np.testing.assert_allclose(rows, by_hand, rtol=1e-6)
     np.testing.assert_allclose(parts["l1"], jnp.abs(decoded - image).mean((1, 2, 3)), rtol=1e-5)
-    gradients = jax.jit(jax.grad(lambda own: loss(own)[0].sum()))(params["pixel_decoder"])
-    still = [n for n, g in flatten(gradients).items() if not jnp.abs(g).max() > 0]
+    gradients = jax.jit(jax.grad(lambda decoder_params: loss(decoder_params)[0].sum()))(
+        params["pixel_decoder"]
+    )
+    without_gradient = [n for n, g in flatten(gradients).items() if not jnp.abs(g).max() > 0]
     # Softmax is blind to what adds the same to every score.
-    assert still in ([], ["layers/key/bias"]), still
+    assert without_gradient in ([], ["layers/key/bias"]), without_gradient
     plain = losses.PixelWeights(l1=1, l2=0, perceptual=0, gan=0)
     clean, _, parts = loss(params["pixel_decoder"], plain, sigma=0.0)
     assert set(parts) == {"l1", "count"}
@@ -301,38 +305,38 @@ def test_pixel_loss(params, features):
 
 @pytest.mark.fast
 def test_learns_in_a_few_steps(params, features):
-    """decode(encode) of a toy batch, then pixels; the gradient reaches all that is trained."""
+    """A toy batch of features, then of pixels; every trained parameter has a gradient."""
     image = jnp.tanh(features[..., :3]).reshape(4, 4, 4, 3).repeat(4, 1).repeat(4, 2)
     trained, fixed = split_params(params, ("encoder", "feature_decoder"))
     tx = optax.adam(1e-2)
 
-    def features_loss(own, key):
-        full = {**own, **fixed}
-        drawn = jax.random.split(key, 4)
-        return losses.feature_loss(full, features, drawn, TOY, beta=1e-5)[0].mean()
+    def features_loss(trainable, key):
+        full = {**trainable, **fixed}
+        row_keys = jax.random.split(key, 4)
+        return losses.feature_loss(full, features, row_keys, TOY, beta=1e-5)[0].mean()
 
-    def pixels_loss(own, key):
-        full = {**params, "pixel_decoder": own}
-        drawn = jax.random.split(key, 4)
-        chosen = losses.PixelWeights(l2=1, perceptual=0, gan=0)
-        return losses.pixel_loss(full, features, image, drawn, TOY, chosen)[0].mean()
+    def pixels_loss(trainable, key):
+        full = {**params, "pixel_decoder": trainable}
+        row_keys = jax.random.split(key, 4)
+        weights = losses.PixelWeights(l2=1, perceptual=0, gan=0)
+        return losses.pixel_loss(full, features, image, row_keys, TOY, weights)[0].mean()
 
-    for loss, own in ((features_loss, trained), (pixels_loss, params["pixel_decoder"])):
+    for loss, trainable in ((features_loss, trained), (pixels_loss, params["pixel_decoder"])):
 
         @jax.jit
-        def step(own, state, key, loss=loss):
-            value, gradients = jax.value_and_grad(loss)(own, key)
+        def step(trainable, state, key, loss=loss):
+            value, gradients = jax.value_and_grad(loss)(trainable, key)
             updates, state = tx.update(gradients, state)
-            return optax.apply_updates(own, updates), state, value, gradients
+            return optax.apply_updates(trainable, updates), state, value, gradients
 
-        state, values = tx.init(own), []
+        state, values = tx.init(trainable), []
         for i in range(40):
-            own, state, value, gradients = step(own, state, jax.random.key(i))
+            trainable, state, value, gradients = step(trainable, state, jax.random.key(i))
             values.append(float(value))
             if i == 0:
                 flat = flatten(gradients)
-                still = [n for n, g in flat.items() if not jnp.abs(g).max() > 0]
-                assert all(n.endswith("key/bias") for n in still), still
+                without_gradient = [n for n, g in flat.items() if not jnp.abs(g).max() > 0]
+                assert all(n.endswith("key/bias") for n in without_gradient), without_gradient
         assert np.mean(values[-5:]) < 0.3 * values[0], values[::8]
 
 

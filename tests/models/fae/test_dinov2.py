@@ -1,4 +1,4 @@
-"""DINOv2 beside transformers: live where torch is installed, and beside stored arrays everywhere.
+"""DINOv2 equals transformers: live if torch is installed, and by stored arrays everywhere.
 
 `PYTHONPATH=.:tests python tests/models/fae/test_dinov2.py` writes `golden/dinov2_tiny.npz` anew.
 """
@@ -87,10 +87,10 @@ def check(cfg, params, cases):
     for image, hidden, last in cases.values():
         run = jax.jit(dinov2.forward, static_argnums=2, static_argnames="hidden")
         out = run(params, image, cfg, hidden=True)
-        ours = jnp.concatenate([out.class_token[:, None], out.registers, out.patches], 1)
-        assert out.hidden.shape == hidden.shape and ours.shape == last.shape
+        tokens = jnp.concatenate([out.class_token[:, None], out.registers, out.patches], 1)
+        assert out.hidden.shape == hidden.shape and tokens.shape == last.shape
         assert out.registers.shape[1] == cfg.registers
-        errors = [error(a, b) for a, b in zip(out.hidden, hidden)] + [error(ours, last)]
+        errors = [error(a, b) for a, b in zip(out.hidden, hidden)] + [error(tokens, last)]
         assert max(errors) <= TOLERANCE, errors
         worst = max(worst, *errors)
     return worst
@@ -98,16 +98,16 @@ def check(cfg, params, cases):
 
 def golden(variant):
     with np.load(GOLDEN) as file:
-        mine = {
+        arrays = {
             k.removeprefix(f"{variant}/"): file[k]
             for k in file.files
             if k.startswith(f"{variant}/")
         }
-    tensors = {k.removeprefix("tensors/"): v for k, v in mine.items() if k.startswith("tensors/")}
+    tensors = {k.removeprefix("tensors/"): v for k, v in arrays.items() if k.startswith("tensors/")}
     cases = {
-        s: tuple(mine[f"{s[0]}x{s[1]}/{k}"] for k in ("image", "hidden", "last")) for s in SIZES
+        s: tuple(arrays[f"{s[0]}x{s[1]}/{k}"] for k in ("image", "hidden", "last")) for s in SIZES
     }
-    return json.loads(str(mine["config"])), tensors, cases
+    return json.loads(str(arrays["config"])), tensors, cases
 
 
 @pytest.fixture(scope="module")
@@ -142,26 +142,26 @@ def test_resampling_as_torch(inputs, outputs, antialias):
     if inputs == outputs:
         assert np.allclose(matrix, np.eye(inputs))
     torch = pytest.importorskip("torch")
-    given = torch.eye(inputs)[None, :, :, None].expand(1, inputs, inputs, inputs).contiguous()
+    identity = torch.eye(inputs)[None, :, :, None].expand(1, inputs, inputs, inputs).contiguous()
     size = (outputs, inputs)
-    theirs = torch.nn.functional.interpolate(
-        given, size=size, mode="bicubic", align_corners=False, antialias=antialias
+    expected = torch.nn.functional.interpolate(
+        identity, size=size, mode="bicubic", align_corners=False, antialias=antialias
     )
-    assert np.abs(theirs[0, :, :, 0].numpy().T - matrix).max() < 1e-5
+    assert np.abs(expected[0, :, :, 0].numpy().T - matrix).max() < 1e-5
 
 
 def test_mesh_and_dtype(folder):
-    """Every layout holds the numbers that one device holds, in the dtype asked for."""
-    cfg, whole = loader.load(folder)
+    """Every layout has the values of one device, in the requested dtype."""
+    cfg, single_device = loader.load(folder)
     mesh = make_mesh("fsdp=4,tensor=2")
     for layout in LAYOUTS:
-        _, cut = loader.load(folder, mesh, layout)
-        for name, leaf in flatten(cut).items():
-            np.testing.assert_array_equal(np.asarray(leaf), flatten(whole)[name])
-    where = flatten(param_shardings(dinov2.declare(cfg), mesh, layout))
-    assert all(leaf.sharding == where[name] for name, leaf in flatten(cut).items())
-    _, half = loader.load(folder, dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
+        _, sharded = loader.load(folder, mesh, layout)
+        for name, leaf in flatten(sharded).items():
+            np.testing.assert_array_equal(np.asarray(leaf), flatten(single_device)[name])
+    shardings = flatten(param_shardings(dinov2.declare(cfg), mesh, layout))
+    assert all(leaf.sharding == shardings[name] for name, leaf in flatten(sharded).items())
+    _, bfloat16_params = loader.load(folder, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(bfloat16_params)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_gradient_reaches_the_image_and_remat_changes_nothing(folder):
@@ -179,14 +179,14 @@ def test_gradient_reaches_the_image_and_remat_changes_nothing(folder):
 
 
 def test_preprocess():
-    """A grey image keeps its colour through the resize, and the scale is ImageNet's."""
-    grey = jnp.full((1, 32, 32, 3), 0.2)
-    out = dinov2.preprocess(grey, 28)
+    """A gray image keeps its color through the resize, and the scale is ImageNet's."""
+    gray = jnp.full((1, 32, 32, 3), 0.2)
+    out = dinov2.preprocess(gray, 28)
     assert out.shape == (1, 28, 28, 3)
     expected = (0.6 - np.array(dinov2.PIXEL_MEAN)) / np.array(dinov2.PIXEL_STD)
     np.testing.assert_allclose(out[0, 3, 5], expected, rtol=1e-5)
     np.testing.assert_allclose(
-        dinov2.preprocess(grey), jnp.broadcast_to(out[:, :1, :1], grey.shape), rtol=1e-5
+        dinov2.preprocess(gray), jnp.broadcast_to(out[:, :1, :1], gray.shape), rtol=1e-5
     )
 
 
@@ -264,12 +264,12 @@ def test_bad_files_and_images(folder, tmp_path):
 
 if __name__ == "__main__":
     arrays = {}
-    for each in VARIANTS:
-        config, tensors, cases = reference(each)
-        arrays[f"{each}/config"] = np.array(json.dumps(config))
-        arrays |= {f"{each}/tensors/{name}": tensor for name, tensor in tensors.items()}
+    for variant in VARIANTS:
+        config, tensors, cases = reference(variant)
+        arrays[f"{variant}/config"] = np.array(json.dumps(config))
+        arrays |= {f"{variant}/tensors/{name}": tensor for name, tensor in tensors.items()}
         for (height, width), case in cases.items():
-            names = (f"{each}/{height}x{width}/{name}" for name in ("image", "hidden", "last"))
+            names = (f"{variant}/{height}x{width}/{name}" for name in ("image", "hidden", "last"))
             arrays |= dict(zip(names, case))
     np.savez_compressed(GOLDEN, **arrays)
     print(f"{GOLDEN}: {GOLDEN.stat().st_size} bytes")
