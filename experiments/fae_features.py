@@ -1,13 +1,12 @@
 """python -m starflow2_jax.train --config experiments/fae_features.py:tiny --workdir runs/fae_features
 
-The latent codec, first training: encoder and feature decoder from a frozen tower's features.
+The latent codec FAE, first training: encoder and feature decoder, from a frozen tower's features.
 Variants:
-    tiny   64x64 shapes and a Qwen-style tower: --config.teacher.path=pretrained/vlm_tiny is the
-           shipped one, with no path it is drawn from the seed; another small one also by
-           --config.teacher.kind and the model's sizes. Little noise on the latents: it bounds what
-           they keep of the features, and the pixel decoder learns to bear more of it.
+    tiny   64x64 shapes and the shipped Qwen-style tower (teacher.path=pretrained/vlm_tiny; without a
+           path the tower is drawn from the seed). The latents have little noise, which limits what
+           they keep of the features; the pixel decoder learns to tolerate more.
            Data: prepare import --format shapes --pixels 64 --tasks t2i --n 40000 --withheld leave_out
-    paper  256x256 images seen at 224 pixels by DINOv2-g/14 (paper.md 2.2). Accelerators only.
+    paper  256x256 images, seen at 224 pixels by DINOv2-g/14 (arXiv 2512.07829). Accelerators only.
            Data: prepare import of 256x256 images; --config.teacher.path=FOLDER of the tower
 """  # noqa: E501
 
@@ -18,7 +17,7 @@ from starflow2_jax.models.fae import codec
 
 
 def get_config(variant: str = "tiny"):
-    """The resolved configuration of a variant."""
+    """Return the configuration of a variant."""
     cfg = config.default()
     cfg.name, cfg.task = f"fae_features_{variant}", "fae_features"
     model = codec.preset(variant)

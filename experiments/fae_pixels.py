@@ -1,15 +1,15 @@
 """python -m starflow2_jax.train --config experiments/fae_pixels.py:tiny --config.init.fae=runs/fae_features --workdir runs/fae_pixels
 
-The latent codec, second training: pixels from the features of `fae_features.py`'s tower, with noise
-on them; `init.fae` names that run, from which encoder, feature decoder and tower are taken. Then on
-reconstructed features: the same with --config.fae.train_on_decoded_features --config.init.from=runs/fae_pixels
-and a workdir of its own. --config.fae.lpips=FILE names a safetensors file of LPIPS or VGG16; without
-it the perceptual distance is that of the tower's features.
+The latent codec FAE, second training: pixels from the noisy features of a tower. `init.fae` names the
+run of `fae_features.py`, whose encoder, feature decoder and tower are used. To continue on decoded
+features, run it again with --config.fae.train_on_decoded_features --config.init.from=runs/fae_pixels
+and another workdir. --config.fae.lpips=FILE names a safetensors file of LPIPS or VGG16; without it
+the perceptual distance compares features of the tower.
 Variants:
-    tiny   64x64 shapes, on reconstructed features at once, from latents with noise of 0.2, by L1 and
-           L2 alone: flat shapes have no texture that a discriminator or a perceptual distance could
-           restore, both cost PSNR and steps, of which a CPU has few.
-    paper  256x256 images (paper.md 2.2); accelerators only.
+    tiny   64x64 shapes, from the start on decoded features with latent noise 0.2, by L1 and L2 alone.
+           Flat shapes have no texture that a discriminator or a perceptual distance could restore;
+           both cost PSNR, and steps that a CPU cannot afford.
+    paper  256x256 images (arXiv 2512.07829); accelerators only.
 """  # noqa: E501
 
 import dataclasses
@@ -19,7 +19,7 @@ from starflow2_jax.models.fae import codec
 
 
 def get_config(variant: str = "tiny"):
-    """The resolved configuration of a variant."""
+    """Return the configuration of a variant."""
     cfg = config.default()
     cfg.name, cfg.task = f"fae_pixels_{variant}", "fae_pixels"
     model = codec.preset(variant)
@@ -39,7 +39,7 @@ def _tiny(cfg):
     cfg.optim.muon_lr = 1e-2
     cfg.fae.train_on_decoded_features, cfg.fae.latent_noise = True, 0.2
     cfg.fae.gan, cfg.fae.perceptual = 0.0, 0.0
-    # Still declared, so that --config.fae.gan=0.1 is all that turns it on.
+    # Declared all the same, so that --config.fae.gan=0.1 is enough to turn it on.
     cfg.fae.discriminator_widths, cfg.fae.gan_start = (32, 64, 128), 1000
     cfg.sample.every, cfg.sample.count = 400, 48
     cfg.evaluate.every, cfg.evaluate.rows = 400, 200

@@ -1,12 +1,13 @@
 """python -m starflow2_jax.train --config experiments/stage1_t2i.py:tiny --workdir runs/stage1
 
-STARFlow2, stage 1: from text to images. The flows learn behind a frozen VLM that reads text alone;
-its adapter and the skips are off (paper.md 1.5). Variants:
+STARFlow2, stage 1: text to image. The flows are trained behind a frozen VLM that reads only text;
+adapter and skips are off (arXiv 2605.08029). Variants:
     tiny   8x8x16 latents of 64-pixel shapes, the VLM of experiments/vlm_tiny.py. CPU.
     small  256-pixel images, Qwen2.5-VL-3B, a flow of 0.2 B. A few accelerators.
-    paper  256-pixel images, Qwen2.5-VL-7B, 3.637 B trained. Many accelerators.
-Data: of tiny what launch/data_tiny.sh draws, encoded while it trains; else prepare import of images
-with captions, then prepare latents. --config.vlm.path=FOLDER of the VLM, as published.
+    paper  256-pixel images, Qwen2.5-VL-7B, 3.637 B trained parameters. Many accelerators.
+Data: tiny uses the output of launch/data_tiny.sh and encodes it during training. The others need
+prepare import of images with captions, then prepare latents, and --config.vlm.path=FOLDER of the
+published VLM.
 """
 
 from starflow2_jax import config
@@ -14,7 +15,7 @@ from starflow2_jax.models import starflow2
 
 
 def get_config(variant: str = "tiny"):
-    """The resolved configuration of a variant."""
+    """Return the configuration of a variant."""
     cfg = config.default()
     cfg.name, cfg.task = f"stage1_t2i_{variant}", "starflow2"
     cfg.model.update(starflow2.options(starflow2.preset(variant)))
@@ -44,7 +45,7 @@ def _large(cfg):
     cfg.data.path, cfg.data.latents = "data_cache/t2i", "data_cache/t2i_latents"
     cfg.eval_data.path = "data_cache/t2i_test"
     cfg.eval_data.latents = "data_cache/t2i_test_latents"
-    # An image costs 258 positions, its caption about 100; a multiple of 128 for splash attention.
+    # An image takes 258 positions, its caption about 100. Splash attention needs multiples of 128.
     cfg.text.length, cfg.text.images = 1536, 4
     cfg.optim.lr, cfg.optim.final_lr = 1e-4, 1e-6
     cfg.train.ema, cfg.log.every = 0.9999, 100
@@ -59,6 +60,6 @@ def _small(cfg):
 
 def _paper(cfg):
     _large(cfg)
-    # No grids: one device would hold all 30 GB of weights, twice.
-    # 800 M pairs (paper.md 1.5), four a row: a batch of 1,024 images.
+    # No sample grids: one device would have to hold all 30 GB of weights twice.
+    # 800 M pairs, four per row: a batch of 1,024 images.
     cfg.train.batch_size, cfg.train.steps, cfg.optim.warmup = 256, 780_000, 5000

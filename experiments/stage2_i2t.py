@@ -1,14 +1,14 @@
 """python -m starflow2_jax.train --config experiments/stage2_i2t.py:tiny --workdir runs/stage2
 
-STARFlow2, stage 2: from images to text. The adapter learns to show the frozen VLM what the frozen
-shallow flow makes of an image; no deep flow is run (paper.md 1.5). It starts from stage 1.
-Variants, as in stage1_t2i.py:
-    tiny   18.7 K trained
-    small  4.26 M trained
-    paper  12.97 M trained
-Data: of tiny what launch/data_tiny.sh draws, encoded while it trains; else prepare import of images
-with captions, questions and answers, then prepare latents.
---config.init.from=WORKDIR of stage 1; --config.vlm.path as there.
+STARFlow2, stage 2: image to text. The adapter learns to feed the output of the frozen shallow flow
+to the frozen VLM; the deep flow does not run (arXiv 2605.08029). It starts from stage 1.
+Variants, as in stage1_t2i.py, with their trained parameters:
+    tiny   18.7 K
+    small  4.26 M
+    paper  12.97 M
+Data: tiny uses the output of launch/data_tiny.sh and encodes it during training. The others need
+prepare import of images with captions, questions and answers, then prepare latents.
+--config.init.from=WORKDIR of stage 1; --config.vlm.path as in stage 1.
 """
 
 from starflow2_jax import config
@@ -16,12 +16,12 @@ from starflow2_jax.models import starflow2
 
 
 def get_config(variant: str = "tiny"):
-    """The resolved configuration of a variant."""
+    """Return the configuration of a variant."""
     cfg = config.default()
     cfg.name, cfg.task = f"stage2_i2t_{variant}", "starflow2"
     cfg.model.update(starflow2.options(starflow2.preset(variant)))
     cfg.train.trainable = ("adapter",)
-    # As in stages 1 and 3: what it reads there is noisy (paper.md 10).
+    # The noise of stages 1 and 3, whose latents the adapter reads.
     cfg.noise.sigma, cfg.cfg_dropout.text = 0.3, 0.0
     cfg.init["from"] = "runs/stage1"
     cfg.sample.every, cfg.sample.denoise = 0, False
@@ -60,6 +60,6 @@ def _small(cfg):
 
 def _paper(cfg):
     _large(cfg)
-    # No grids: one device would hold all 30 GB of weights, twice.
-    # 200 M pairs (paper.md 1.5), about four a row.
+    # No sample grids: one device would have to hold all 30 GB of weights twice.
+    # 200 M pairs, about four per row.
     cfg.train.batch_size, cfg.train.steps = 256, 195_000

@@ -1,14 +1,15 @@
 """python -m starflow2_jax.train --config experiments/stage3_joint.py:tiny --workdir runs/stage3
 
-STARFlow2, stage 3: everything but the VLM learns jointly, the skips from zero (paper.md 1.5), on a
-mixture of generation, understanding, editing and interleaved reasoning. It starts from stage 2.
-Variants, as in stage1_t2i.py:
-    tiny   2.25 M trained
-    small  0.21 B trained
-    paper  3.661 B trained
-Data: of tiny what launch/data_tiny.sh draws, encoded while it trains; else prepare import of each
-part of the mixture, then prepare latents.
---config.init.from=WORKDIR of stage 2; --config.vlm.path as there.
+STARFlow2, stage 3: everything but the VLM is trained jointly, the skips from zero (arXiv
+2605.08029), on a mixture of generation, understanding, editing and interleaved reasoning. It starts
+from stage 2.
+Variants, as in stage1_t2i.py, with their trained parameters:
+    tiny   2.25 M
+    small  0.21 B
+    paper  3.661 B
+Data: tiny uses the output of launch/data_tiny.sh and encodes it during training. The others need
+prepare import of each part of the mixture, then prepare latents.
+--config.init.from=WORKDIR of stage 2; --config.vlm.path as in stage 1.
 """
 
 from starflow2_jax import config
@@ -16,7 +17,7 @@ from starflow2_jax.models import starflow2
 
 
 def get_config(variant: str = "tiny"):
-    """The resolved configuration of a variant."""
+    """Return the configuration of a variant."""
     cfg = config.default()
     cfg.name, cfg.task = f"stage3_joint_{variant}", "starflow2"
     cfg.model.update(starflow2.options(starflow2.preset(variant)))
@@ -28,19 +29,21 @@ def get_config(variant: str = "tiny"):
     return cfg
 
 
-def _parts(kind, latents=False, **shares):
-    """Dataset folders by their shares of the rows, with their latents where these are stored."""
-    folder = lambda name: f"data_cache/{name}{kind}"
-    stored = lambda name: {"latents": f"{folder(name)}_latents"} if latents else {}
-    return tuple(
-        {"path": folder(name), "weight": share, **stored(name)} for name, share in shares.items()
-    )
+def _mixture(suffix, latents=False, **weights):
+    """Return dataset folders with their weights, and with stored latents if there are any."""
+    entries = []
+    for name, weight in weights.items():
+        path = f"data_cache/{name}{suffix}"
+        entries.append({"path": path, "weight": weight})
+        if latents:
+            entries[-1]["latents"] = f"{path}_latents"
+    return tuple(entries)
 
 
 def _tiny(cfg):
     cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
-    cfg.data.mixture = _parts("64", t2i=0.4, i2t=0.25, edit=0.15, reasoning=0.15, text=0.05)
-    cfg.eval_data.mixture = _parts("64_test", t2i=1.0, i2t=1.0, edit=1.0, reasoning=1.0, text=1.0)
+    cfg.data.mixture = _mixture("64", t2i=0.4, i2t=0.25, edit=0.15, reasoning=0.15, text=0.05)
+    cfg.eval_data.mixture = _mixture("64_test", t2i=1.0, i2t=1.0, edit=1.0, reasoning=1.0, text=1.0)
     cfg.text.length, cfg.text.images = 256, 2
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 300, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 50
@@ -55,8 +58,8 @@ def _large(cfg):
     cfg.layout, cfg.mesh = "fsdp", "fsdp=-1"
     cfg.model.flow.remat = cfg.model.vlm.remat = "full"
     shares = {"t2i": 0.5, "i2t": 0.25, "edit": 0.15, "reasoning": 0.1}
-    cfg.data.mixture = _parts("", latents=True, **shares)
-    cfg.eval_data.mixture = _parts("_test", latents=True, **shares)
+    cfg.data.mixture = _mixture("", latents=True, **shares)
+    cfg.eval_data.mixture = _mixture("_test", latents=True, **shares)
     cfg.text.length, cfg.text.images, cfg.text.max_targets = 2048, 6, 1024
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 5e-5, 1e-6, 1000
     cfg.train.ema, cfg.log.every = 0.9999, 100
@@ -71,6 +74,6 @@ def _small(cfg):
 
 def _paper(cfg):
     _large(cfg)
-    # No grids: one device would hold all 30 GB of weights, twice.
-    # 80 M records (paper.md 1.5), about four a row.
+    # No sample grids: one device would have to hold all 30 GB of weights twice.
+    # 80 M records, about four per row.
     cfg.train.batch_size, cfg.train.steps = 256, 78_000

@@ -1,7 +1,7 @@
 """python -m starflow2_jax.train --config experiments/starflow_t2i.py:tiny --workdir runs/starflow
 
-STARFlow from text to images. Variants:
-    tiny  32x32 shapes as 4x4 pixel patches, captions as bytes through a trained embedding.
+STARFlow, text to image. Variants:
+    tiny  32x32 shapes as 4x4 pixel patches, captions as bytes with a trained embedding.
           Data: prepare import --format shapes
     3b    the released 3,858,281,544-parameter configuration at 256x256: SD-VAE latents [1024, 4]
           and T5-XL features [128, 2048] from records. Accelerators only.
@@ -12,7 +12,7 @@ from starflow2_jax import config
 
 
 def get_config(variant: str = "tiny"):
-    """The resolved configuration of a variant."""
+    """Return the configuration of a variant."""
     cfg = config.default()
     cfg.name = f"starflow_t2i_{variant}"
     cfg.model.update({"order": "L2R", "soft_clip": 4.0, "final_norm": True})

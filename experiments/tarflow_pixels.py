@@ -1,12 +1,12 @@
 """python -m starflow2_jax.train --config experiments/tarflow_pixels.py:tiny --workdir runs/tiny
 
 TarFlow on pixels. Variants:
-    tiny   16x16 shapes, one object each, conditioned on colour and shape; a few minutes on 2 cores.
+    tiny   16x16 shapes, one object each, conditioned on color and shape; a few minutes on 2 cores.
            Data: prepare import --format shapes --pixels 16 --tags single_object --label pair
     cifar  32x32 photographs, conditioned on the class; about 10 minutes on 2 cores.
            Data: prepare import --format webdataset --label caption
-    in64   64x64 ImageNet, unconditional, the recipe of the published 2.99 bits/dim (paper.md 4.2):
-           256 rows, 200 epochs, uniform dequantisation. Accelerators only.
+    in64   64x64 ImageNet, unconditional, the recipe of the published 2.99 bits/dim
+           (arXiv 2412.06329): 256 rows, 200 epochs, uniform dequantisation. Accelerators only.
            Data: prepare import of 64x64 images (box-downsampled ILSVRC 2012)
 """
 
@@ -14,10 +14,10 @@ from starflow2_jax import config
 
 
 def get_config(variant: str = "tiny"):
-    """The resolved configuration of a variant."""
+    """Return the configuration of a variant."""
     cfg = config.default()
     cfg.name = f"tarflow_pixels_{variant}"
-    # What makes a flow a TarFlow: no start token, learned positions, exponential scale.
+    # A TarFlow has no start token, learned positions and an exponential scale.
     cfg.model.update({"start": "shift", "positions": "learned", "scale": "exp"})
     cfg.train.trainable = ("flow",)
     cfg.loss.latent_penalty = 0.0
@@ -32,7 +32,7 @@ def _pixels(cfg, pixels, patch):
 
 
 def _tiny(cfg):
-    # Inside a token a block only scales and shifts: patches of 2 draw edges that 4 would blur.
+    # Within a token a block only scales and shifts: patches of 4 would blur edges.
     _pixels(cfg, 16, 2)
     cfg.model.update({"width": 192, "layers": (2, 2, 2, 2), "head_dim": 64, "classes": 64})
     cfg.data.path, cfg.eval_data.path = "data_cache/shapes16", "data_cache/shapes16_test"

@@ -1,8 +1,8 @@
 """python -m starflow2_jax.train --config experiments/vlm_tiny.py --workdir runs/vlm_tiny
 
-A small vision-language model of Qwen2.5-VL's shape, with its own tower and tokenizer, that reads
-the shapes world: captions, questions, dialogs, several pictures, text. STARFlow2's `tiny` stands on
-it. Data and tokenizer (python -m starflow2_jax.prepare ...):
+A small vision-language model with the architecture of Qwen2.5-VL, its own tower and tokenizer. It
+is trained on the shapes benchmark: captions, questions, dialogs, several images, text. STARFlow2's
+`tiny` variants build on it. Data and tokenizer (python -m starflow2_jax.prepare ...):
     import --format shapes --pixels 64 --withheld leave_out --tasks TASKS --n N --seed S --out OUT
         OUT                      TASKS                                              N      S
         data_cache/vlm_caption   caption                                            15000  7
@@ -14,9 +14,10 @@ it. Data and tokenizer (python -m starflow2_jax.prepare ...):
     tokenizer --data data_cache/vlm_words --vocabulary 640 --tower_patch 8 --tower_merge 1 \\
         --out data_cache/tokenizer
 Variants:
-    tower  first: the tower alone, by words of what each patch shows, and pixels (runs/vlm_tower)
-    tiny   then the language, from that run and its tower as it is
-    blind  the same without seeing: grey pictures; what words alone can tell
+    tower  first: the vision tower alone, by the words of each patch's region and by pixels
+           (runs/vlm_tower)
+    tiny   then the language model, from that run, with its tower frozen
+    blind  the same on gray images, as a baseline that uses text alone
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import dataclasses
 from starflow2_jax import config
 from starflow2_jax.models import qwen_vision, starflow2
 
-# The stream that the tiny STARFlow2 reads with, and its tower.
+# The VLM of the tiny STARFlow2, with its tower.
 MODEL = dataclasses.replace(
     starflow2.preset("tiny").vlm,
     vision=qwen_vision.VisionConfig(
@@ -42,16 +43,16 @@ MODEL = dataclasses.replace(
 
 
 def get_config(variant: str = "tiny"):
-    """The resolved configuration of a variant."""
+    """Return the configuration of a variant."""
     cfg = config.default()
     cfg.name, cfg.task = f"vlm_{variant}", "vlm"
     cfg.model.update(dataclasses.asdict(MODEL))
     cfg.image.pixels = 64
     cfg.text.tokenizer, cfg.text.length, cfg.text.images = "data_cache/tokenizer", 288, 3
     cfg.data.mixture = (
-        # The next word of a caption is where the last one is: the first step of an answer.
+        # Captions teach the first step: naming what is seen, in order.
         {"path": "data_cache/vlm_caption", "weight": 2.0},
-        # A quiz tells more in a row than anything; dialogs ask the same as users do.
+        # A quiz has the most targets per row; dialogs ask as users do.
         {"path": "data_cache/vlm_quiz", "weight": 4.0},
         {"path": "data_cache/vlm_dialog", "weight": 1.0},
         {"path": "data_cache/vlm_mixed", "weight": 1.0},
@@ -62,7 +63,7 @@ def get_config(variant: str = "tiny"):
     cfg.train.trainable = ("vlm", "pixel_probe")
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 2400, 0.998
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1.5e-3, 1e-5, 150
-    # With AdamW alone the tower had not told shapes apart after a hundred thousand pictures.
+    # With AdamW alone the tower did not distinguish shapes after a hundred thousand images.
     cfg.optim.muon_lr, cfg.optim.b2, cfg.optim.weight_decay = 1e-2, 0.98, 0.01
     cfg.sample.every = 0
     cfg.log.every = 20
@@ -83,7 +84,7 @@ def _tower(cfg):
 
 def _tiny(cfg):
     cfg.init["from"] = "runs/vlm_tower"
-    # Answers alone would make the tower forget shapes, and the latent codec needs its pixels.
+    # Training on answers would make the tower forget shapes, and the latent codec needs its pixels.
     cfg.vlm.train_tower, cfg.vlm.region_loss_weight, cfg.vlm.pixel_loss_weight = False, 0.3, 0.0
 
 
