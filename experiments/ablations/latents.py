@@ -1,10 +1,10 @@
-"""What a row's flow learns in place of the codec's latents: pixels, or its tower's raw features.
+"""What the flow of an ablation learns instead of the codec's latents: pixels, or tower features.
 
-Both are scaled to unit variance channel by channel, by what the first training pictures are, so
-that the same noise means the same. They lie beside a dataset as the codec's latents do, made once,
-shard by shard, by whoever finds them missing.
+Both are scaled to unit variance in every channel, measured on the first training images, so that
+the same noise has the same effect. They are stored next to a dataset as the codec's latents are,
+and the first run that needs them writes them, shard by shard.
 
-Axes: I images, N patches, D channels.
+I images, N patches, D channels.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from starflow2_jax.latents import codec as codecs, write
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.models.patches import patchify, scale_pixels
 
-# Pixels along the side of a patch, of a picture made so small that it has the codec's patches.
+# Pixels along the side of a patch. Images are scaled to have as many patches as the codec's.
 PATCH = 4
-# Pictures by which channels are scaled.
-MEASURED = 512
-# Of a variance that is none.
+# Images on which the scale of the channels is measured.
+NUM_MEASURED = 512
+# Log-variance of latents without noise.
 LOG_ZERO = -80.0
 
 Encode = Callable[[np.ndarray], np.ndarray]
@@ -33,15 +33,17 @@ Encode = Callable[[np.ndarray], np.ndarray]
 def make(
     kind: str, cfg: Mapping[str, Any], side: int, entries: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Makes the latents that entries `{path, latents}` name, where they are not there yet.
+    """Write the latents that entries `{path, latents}` name, if they do not exist yet.
 
     Args:
-        kind: `fae`, `pixels` or `features`; cfg: a row's, whose first training data give the scale,
-            with `fae.path` of the codec (none: its latents must be there); side: sqrt(N).
+        kind: `fae`, `pixels` or `features`.
+        cfg: the configuration of a row. Its first training data give the scale, and `fae.path`
+            names the codec; without it the codec's latents must exist.
+        side: sqrt(N).
 
     Raises:
-        DatasetError: a folder with latents of another encoder or dataset.
-        ValueError, FileNotFoundError: as `codec.load`.
+        DatasetError: A folder has latents of another encoder or dataset.
+        ValueError, FileNotFoundError: See `codec.load`.
     """
     if kind == "fae" and not cfg["fae"]["path"]:
         return
@@ -55,8 +57,8 @@ def make(
         shape = [side * side, len(mean)]
         about = {"sha256": digest.hexdigest(), "pixels": pixels, "shape": shape, "kind": kind}
 
-        def encode(pictures):
-            x = (raw(pictures) - mean) / std
+        def encode(batch):
+            x = (raw(batch) - mean) / std
             return x, np.full_like(x, LOG_ZERO)
 
     for entry in entries:
@@ -64,42 +66,45 @@ def make(
 
 
 def _pixels(side: int) -> tuple[Encode, int, str]:
-    """Patches of pictures, the pictures' side, and what the encoder is."""
+    """Return an encoder to patches of pixels, the side of its images, and its name."""
 
-    def encode(pictures):
-        return np.asarray(patchify(pictures.astype(np.float32), PATCH, "channel_last"))
+    def encode(batch):
+        return np.asarray(patchify(batch.astype(np.float32), PATCH, "channel_last"))
 
     return encode, side * PATCH, "pixels"
 
 
 def _features(path: str) -> tuple[Encode, int, str]:
-    """Features of a codec's tower, the side of the pictures that it sees, and what it is."""
+    """Return an encoder to features of a codec's tower, the side of its images, and its name."""
     codec = codecs.load(path)
-    run = jax.jit(lambda params, x: teachers.features(params, scale_pixels(x), codec.teacher))
 
-    def encode(pictures):
-        found = []
-        for first in range(0, len(pictures), codecs.BATCH):
-            some = pictures[first : first + codecs.BATCH]
-            # Every batch is of one size, for one program.
-            filled = np.pad(some, ((0, codecs.BATCH - len(some)), *((0, 0),) * 3))
-            found.append(np.asarray(run(codec.params["teacher"], filled))[: len(some)])
-        return np.concatenate(found)
+    @jax.jit
+    def features(params, batch):
+        return teachers.features(params, scale_pixels(batch), codec.teacher)
+
+    def encode(batch):
+        parts = []
+        for first in range(0, len(batch), codecs.BATCH):
+            rows = batch[first : first + codecs.BATCH]
+            # One batch size, one compiled program.
+            padded = np.pad(rows, ((0, codecs.BATCH - len(rows)), *((0, 0),) * 3))
+            parts.append(np.asarray(features(codec.params["teacher"], padded))[: len(rows)])
+        return np.concatenate(parts)
 
     return encode, codec.teacher.pixels, f"tower of {codec.sha256}"
 
 
 def _scale(raw: Encode, pixels: int, path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation float32 [D] over the first pictures of a dataset."""
-    shown = itertools.islice(_pictures(path, pixels), MEASURED)
-    x = raw(np.stack(list(shown))).astype(np.float64)
+    """Return mean and standard deviation float32 [D] over the first images of a dataset."""
+    first_images = itertools.islice(_read_images(path, pixels), NUM_MEASURED)
+    x = raw(np.stack(list(first_images))).astype(np.float64)
     mean, std = x.mean((0, 1)), x.std((0, 1))
     return mean.astype(np.float32), np.maximum(std, 1e-6).astype(np.float32)
 
 
-def _pictures(path: str, pixels: int):
+def _read_images(path: str, pixels: int):
     dataset = records.read(path)
     for number in range(len(dataset)):
         for blob in dataset[number].imgs:
-            picture = images.decode(blob.data, dataset.location(number))
-            yield images.center_crop(picture, pixels)
+            image = images.decode(blob.data, dataset.location(number))
+            yield images.center_crop(image, pixels)

@@ -1,4 +1,4 @@
-"""One run of the ablation table: latents where they are missing, training, scores.
+"""One run of the ablation table: write missing latents, train, measure.
 
 python -m experiments.ablations.one --variant tiny --row mot_frozen --seed 1 --workdir runs/x
 """
@@ -22,36 +22,40 @@ from . import latents, rows, scores, table
 def run(
     cfg: dict[str, Any], kind: str, held_out: tuple, workdir: str, *, fae: str = ""
 ) -> dict[str, Any]:
-    """Trains and measures; writes and gives the result.
+    """Train and measure; write the result and return it.
 
     Args:
-        kind: of latents; held_out: as `rows.held_out`; fae: the codec that makes them.
+        kind: of latents.
+        held_out: see `rows.held_out`.
+        fae: the codec that makes the latents.
 
     Raises:
-        ValueError, OSError, RuntimeError: as `train.train`, `latents.make` and `scores.measure`.
-        RuntimeError: training was told to stop before its last step; nothing is measured then.
+        ValueError, OSError, RuntimeError: See `train.train`, `latents.make` and `scores.measure`.
+        RuntimeError: Training stopped before its last step; nothing is measured.
     """
-    began = time.time()
+    start_time = time.time()
     model = starflow2.model_config(cfg)
-    there = [e for e in held_out if not e.get("text") or epath.Path(e["path"]).exists()]
-    made = {**cfg, "fae": {**cfg["fae"], "path": fae or cfg["fae"]["path"]}}
-    latents.make(kind, made, model.flow.side, [*cfg["data"]["mixture"], *there])
-    training = time.time()
+    eval_entries = [e for e in held_out if not e.get("text") or epath.Path(e["path"]).exists()]
+    with_codec = {**cfg, "fae": {**cfg["fae"], "path": fae or cfg["fae"]["path"]}}
+    latents.make(kind, with_codec, model.flow.side, [*cfg["data"]["mixture"], *eval_entries])
+    training_start = time.time()
     train.train(cfg, workdir)
-    reached, wanted = steps.latest(workdir) or 0, cfg["train"]["steps"]
-    if reached < wanted:
-        raise RuntimeError(f"{workdir}: training was stopped at step {reached} of {wanted}; "
-                           "the same command goes on")  # fmt: skip
+    last_step, num_steps = steps.latest(workdir) or 0, cfg["train"]["steps"]
+    if last_step < num_steps:
+        raise RuntimeError(
+            f"{workdir}: training was stopped at step {last_step} of {num_steps}; the same command "
+            "resumes it"
+        )
     trained = params.split(model.declare(), tuple(cfg["train"]["trainable"]))[0]
-    scoring = time.time()
+    scoring_start = time.time()
     result = {
         "config": cfg,
         "trained": params.count(trained),
-        **scores.measure(workdir, there),
+        **scores.measure(workdir, eval_entries),
         "seconds": {
-            "latents": round(training - began, 1),
-            "training": round(scoring - training, 1),
-            "scores": round(time.time() - scoring, 1),
+            "latents": round(training_start - start_time, 1),
+            "training": round(scoring_start - training_start, 1),
+            "scores": round(time.time() - scoring_start, 1),
         },
         "command": run_log.command_line(),
         **run_log.environment(),
@@ -60,15 +64,15 @@ def run(
     return result
 
 
-def main(words: list[str]) -> None:
-    """See the module's docstring."""
+def main(argv: list[str]) -> None:
+    """Parse the flags and run."""
     values = flags.FLAGS
-    if words or not values.row or not values.workdir:
-        raise ValueError("--row and --workdir are needed, and no other words")
+    if argv or not values.row or not values.workdir:
+        raise ValueError("--row and --workdir are needed, and no other arguments")
     cfg = rows.settings(values, values.row, values["seed"].value or 0)
     codec = values.fae or rows.configuration(values.variant, "pretzel").fae.path
-    held = rows.held_out(values.variant, values.row, data=values.data)
-    run(cfg, rows.ROWS[values.row].latents, held, values.workdir, fae=codec)
+    held_out = rows.held_out(values.variant, values.row, data=values.data)
+    run(cfg, rows.ROWS[values.row].latents, held_out, values.workdir, fae=codec)
 
 
 if __name__ == "__main__":

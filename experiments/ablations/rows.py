@@ -1,21 +1,20 @@
 """python -m experiments.ablations.run --variant tiny
 
-Rows of the ablation table. A row is experiments/stage3_joint.py with one thing changed, and one
-run: all that the row trains learns jointly on stage 3's data, from weights drawn from the seed,
-beside the VLM and the latent codec that the variant's stages use. Rows whose flows differ in shape
-could not begin from one trained flow, and a rival that began from nothing beside a Pretzel that did
-not would prove nothing; so all of them begin from nothing. By `rows.py:VARIANT/ROW` it is an
-experiment of its own:
+Rows of the ablation table. A row is experiments/stage3_joint.py with one change, and one run: all
+trainable parts are trained jointly on stage 3's data from random weights, with the VLM and the
+latent codec of the variant's stages. Rows whose flows differ in shape cannot start from one trained
+flow, and comparing them with a Pretzel that does would prove nothing; so every row starts from
+scratch. `rows.py:VARIANT/ROW` is also an experiment:
 python -m starflow2_jax.train --config experiments/ablations/rows.py:tiny/mot_frozen --workdir W
 
 The budget of every run:
     tiny   400 steps of 8 rows (of 256 positions, two images at most), Muon at 1e-2, AdamW at 2e-3
     small  20,000 steps of 64 rows, peak rate 1e-4; the row itself is that of stage3_joint.py:small
-Of the rows of tiny 45% teach to read, of those of stage 3 25%: so short a run would not learn it.
-Rows of a seed see the same records, noise and drops in the same order. The core rows have three
-seeds, the others one. Trained weights are those of the Pretzel within 5% but for the rows that say
-otherwise: where the VLM is trained, with four crossings, and on features of many channels. A VLM
-that is trained learns at the rates of all the rest.
+In tiny, 45% of the rows are image to text (25% in stage 3); with less, so short a run would not
+learn it. All rows with the same seed see the same records, noise and dropout in the same order. The
+core rows have three seeds, the others one. The number of trained parameters is that of the Pretzel
+within 5%, except where the VLM is trained, with four crossings, and on features of many channels. A
+trained VLM has the learning rates of everything else.
 """
 
 import runpy
@@ -35,12 +34,12 @@ from starflow2_jax.models.ablations import mot
 STAGE3 = Path(__file__).parents[1] / "stage3_joint.py"
 VARIANTS = ("tiny", "small")
 SEEDS = 3
-# Channels of latents that are not the codec's: 4 x 4 pixels; the features of the codec's tower.
+# Channels of the latents that replace the codec's: 4 x 4 pixels, or features of its tower.
 CHANNELS = {
     "pixels": {"tiny": 48, "small": 48},
     "features": {"tiny": 128, "small": 1536},
 }
-# Layers of every block, as many in all as the stages' flow has.
+# Layers of every block; their sum is that of the stages' flow.
 LAYERS = {
     "tiny": {
         "shallow_1": (2, 5),
@@ -59,13 +58,14 @@ LAYERS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row.
+    """A row of the table.
 
     Attributes:
-        what: for the table; change: of stage 3's configuration, given the variant.
+        what: its label.
+        change: (stage 3's configuration, variant) -> None; applies the change.
         core: whether it has `SEEDS` seeds.
-        latents: what images are: the codec's latents (`fae`), `pixels` or `features`.
-        matched: trains as many weights as the Pretzel within 5%.
+        latents: the flow's data: the codec's latents (`fae`), `pixels` or `features`.
+        matched: it trains as many parameters as the Pretzel within 5%.
         comparable: its image nats are of the same latents with the same noise.
     """
 
@@ -78,7 +78,7 @@ class Row:
 
     @property
     def seeds(self) -> int:
-        """How many."""
+        """Number of seeds."""
         return SEEDS if self.core else 1
 
 
@@ -94,10 +94,10 @@ def _mot(cfg, variant, *, trains):
     cfg.train.trainable = trains
 
 
-def _skips(cfg, variant, *, kept):
+def _skips(cfg, variant, *, skips):
     del variant
-    cfg.model.skips = kept
-    if not kept:
+    cfg.model.skips = skips
+    if not skips:
         cfg.train.trainable = tuple(name for name in cfg.train.trainable if name != "skip")
 
 
@@ -137,9 +137,9 @@ ROWS: dict[str, Row] = {
         core=True,
         matched=False,
     ),
-    "no_skips": Row("no skips: a cascade", partial(_skips, kept=()), core=True),
-    "skip_vlm": Row("skip from the VLM alone", partial(_skips, kept=("vlm",)), core=True),
-    "skip_deep": Row("skip from the flow alone", partial(_skips, kept=("deep",)), core=True),
+    "no_skips": Row("no skips: a cascade", partial(_skips, skips=()), core=True),
+    "skip_vlm": Row("skip from the VLM alone", partial(_skips, skips=("vlm",)), core=True),
+    "skip_deep": Row("skip from the flow alone", partial(_skips, skips=("deep",)), core=True),
     "crossings_2": Row("two crossings", partial(_crossings, count=2)),
     "crossings_4": Row("four crossings", partial(_crossings, count=4), matched=False),
     "vlm_trained": Row("VLM trained", _vlm_trained, matched=False),
@@ -174,7 +174,7 @@ ROWS: dict[str, Row] = {
 
 
 def get_config(which: str = "tiny/pretzel"):
-    """The resolved configuration of `VARIANT/ROW`."""
+    """Return the configuration of `VARIANT/ROW`."""
     variant, _, name = which.partition("/")
     if variant not in VARIANTS or name not in ROWS:
         raise KeyError(which)
@@ -182,15 +182,16 @@ def get_config(which: str = "tiny/pretzel"):
 
 
 def configuration(variant: str, name: str, *, data: str = "data_cache", steps: int = 0) -> Any:
-    """The ConfigDict of a row.
+    """Return the ConfigDict of a row.
 
     Args:
-        data: the folder that holds the datasets of stage 3; steps: 0 for those of the budget.
+        data: folder of stage 3's datasets.
+        steps: of training; 0 for those of the budget.
     """
     row, cfg = ROWS[name], _stage3(variant)
     cfg.name = f"ablation_{variant}_{name}"
     cfg.data.mixture = _moved(cfg.data.mixture, data, row.latents)
-    # What is held out is measured afterwards, by `scores`.
+    # `scores` evaluates after training.
     cfg.eval_data.mixture = ()
     cfg.init["from"] = ""
     cfg.sample.every = cfg.evaluate.every = 0
@@ -205,7 +206,7 @@ def configuration(variant: str, name: str, *, data: str = "data_cache", steps: i
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines the flags that say what a row is, for the commands beside this file."""
+    """Define the flags that select a row, for the commands in this folder."""
     text = flags.DEFINE_string
     flags.DEFINE_enum("variant", "tiny", VARIANTS, "size of models and data", flag_values=values)
     text("data", "data_cache", "folder of stage 3's datasets", flag_values=values)
@@ -215,10 +216,10 @@ def define(values: flags.FlagValues) -> None:
 
 
 def settings(values: flags.FlagValues, name: str, seed: int) -> dict[str, Any]:
-    """The resolved configuration of a run, by the flags of `define`.
+    """Return the configuration of a run, by the flags of `define`.
 
     Raises:
-        ValueError: a row that there is not, or a wrong key.
+        ValueError: The row is unknown, or a key is wrong.
     """
     if name not in ROWS:
         raise ValueError(f"no row {name!r}{config.nearest(name, ROWS)}; rows: {', '.join(ROWS)}")
@@ -232,7 +233,7 @@ def settings(values: flags.FlagValues, name: str, seed: int) -> dict[str, Any]:
 
 
 def held_out(variant: str, name: str, *, data: str = "data_cache") -> tuple[dict[str, Any], ...]:
-    """Stage 3's evaluation data, with the latents of a row, and `text` records without images."""
+    """Return stage 3's evaluation data with a row's latents, and `text` records without images."""
     cfg, kind = _stage3(variant), ROWS[name].latents
     entries = _moved(cfg.eval_data.mixture, data, kind)
     first = Path(entries[0]["path"])
@@ -249,8 +250,11 @@ def _folder(kind):
 
 
 def _moved(mixture, data, kind):
-    """Entries under another folder, each with its latents of a kind beside it."""
-    path = lambda entry: f"{data}/{entry['path'].removeprefix('data_cache/')}"
+    """Return the entries in another folder, each with its latents of a kind."""
+
+    def path(entry):
+        return f"{data}/{entry['path'].removeprefix('data_cache/')}"
+
     return tuple(
         {"path": path(e), "weight": e["weight"], "latents": f"{path(e)}_{_folder(kind)}"}
         for e in mixture
@@ -260,15 +264,15 @@ def _moved(mixture, data, kind):
 def _tiny(cfg):
     cfg.fae.path = "pretrained/fae_tiny"
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 8, 400, 0.98
-    # Near half of the rows teach to read: of stage 3's share so short a run would learn nothing.
+    # More image to text than in stage 3, of which so short a run would learn nothing.
     shares = {"t2i": 0.4, "i2t": 0.45, "edit": 0.05, "reasoning": 0.05, "text": 0.05}
     cfg.data.mixture = tuple(
         {**entry, "weight": share} for name, share in shares.items()
         for entry in cfg.data.mixture if f"/{name}64" in entry["path"]
     )  # fmt: skip
-    # That of stage 2 for the adapter.
+    # The learning rate of stage 2, for the adapter.
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 1e-5, 20
-    # That of stage 1, which begins from nothing too.
+    # The rate of stage 1, which also starts from scratch.
     cfg.optim.muon_lr = 1e-2
     cfg.log.every = 20
 

@@ -1,12 +1,13 @@
-"""What the ablation table compares, from one teacher-forced pass over what is held out.
+"""The metrics of the ablation table, from one teacher-forced pass over held-out data.
 
-image nats     a dimension, of what the assistant draws
-text nats      a token, of what it says where there are pictures
-questions      answered right, word for word: each token the likeliest after those before it
-text alone     nats a token of records without pictures, of the VLM as it came and of the model
+    image_nats     nats per dimension of the images that the assistant draws
+    text_nats      nats per token of its text, in records with images
+    questions      share of questions answered correctly: every token is the likeliest one
+    text_alone     nats per token of records without images, of the trained model and of the initial
+                   one, which is the published VLM
 
-All models see the same noise in the same places. Pictures that are drawn and judged are another
-matter (see `run`). Axes: B rows, K target tokens, S records of a row.
+All models see the same noise. `run` judges generated images separately. B rows, K target tokens, S
+records of a row.
 """
 
 from collections.abc import Iterable, Mapping
@@ -34,107 +35,136 @@ _LATENTS = ("latent_mean", "latent_logvar")
 def measure(
     workdir: str, entries: Iterable[Mapping[str, Any]], *, batch_size: int = 16
 ) -> dict[str, Any]:
-    """Figures of a run, averaged weights: those of this file's head that its data have.
+    """Return the metrics of a run with its averaged parameters.
 
     Args:
-        entries: mappings `{path, latents}` of held-out datasets; with `text`, of records without
-            images, which may be absent.
+        entries: held-out datasets `{path, latents}`; `text` marks those without images.
 
     Raises:
-        FileNotFoundError, ValueError: as `inference.load.load`; a likelihood that is not finite.
+        FileNotFoundError, ValueError: See `inference.load.load`; or a likelihood is not finite.
     """
-    cfg = _settings(workdir)
-    mesh = make_mesh(cfg["mesh"])
-    model = load.load_starflow2(str(workdir), mesh, cfg["layout"])
-    with jax.set_mesh(mesh):
-        score = scorer(model)
-        told, alone, born = [], [], []
-        images = {}
+    cfg = _read_config(workdir)
+    device_mesh = make_mesh(cfg["mesh"])
+    model = load.load_starflow2(str(workdir), device_mesh, cfg["layout"])
+    with jax.set_mesh(device_mesh):
+        score = make_score_fn(model)
+        answers, text_answers, initial_answers = [], [], []
+        image_sums: dict[str, float] = {}
+
+        def evaluate(entry, params, sums):
+            return _score_dataset(model, params, entry, score, batch_size, sums)
+
         for entry in entries:
-            args = (entry, score, batch_size)
             if not entry.get("text"):
-                told += _answers(model, model.params, *args, images)
+                answers += evaluate(entry, model.params, image_sums)
             else:
-                alone += _answers(model, model.params, *args, {})
-                born += _answers(model, newborn(model, mesh), *args, {})
-    return figures(told, images, alone, born)
+                text_answers += evaluate(entry, model.params, {})
+                initial_answers += evaluate(entry, initial_params(model, device_mesh), {})
+    return summarize(answers, image_sums, text_answers, initial_answers)
 
 
-def figures(told: list, images: Mapping[str, float], alone: list, born: list) -> dict[str, Any]:
-    """The table's figures from answers (`vqa.ScoredAnswer`) and summed images."""
-    said = [answer for answer in told if answer.text]
-    asked = [answer for answer in said if answer.task == "question"]
-    found: dict[str, Any] = {}
-    if images.get("count"):
-        found["image_nats"] = float(interleaved.finalize_metrics(dict(images))["nats_per_dim"])
-    for name, group in (("text_nats", said), ("text_alone", alone), ("text_alone_before", born)):
+def summarize(
+    answers: list, image_sums: Mapping[str, float], text_answers: list, initial_answers: list
+) -> dict[str, Any]:
+    """Return the table's metrics from answers (`vqa.ScoredAnswer`) and summed image metrics."""
+    answers = [answer for answer in answers if answer.text]
+    questions = [answer for answer in answers if answer.task == "question"]
+    metrics: dict[str, Any] = {}
+    if image_sums.get("count"):
+        metrics["image_nats"] = float(
+            interleaved.finalize_metrics(dict(image_sums))["nats_per_dim"]
+        )
+    for name, group in (
+        ("text_nats", answers),
+        ("text_alone", text_answers),
+        ("text_alone_before", initial_answers),
+    ):
         if group:
-            found[name] = sum(a.nll for a in group) / sum(a.tokens for a in group)
-    if asked:
-        found["questions"] = sum(answer.correct for answer in asked) / len(asked)
-        found["questions_count"] = len(asked)
-    wrong = [name for name, value in found.items() if not np.isfinite(value)]
-    if wrong:
-        raise ValueError(f"scores: {wrong[0]} is not finite")
-    return found
+            metrics[name] = sum(a.nll for a in group) / sum(a.tokens for a in group)
+    if questions:
+        metrics["questions"] = sum(answer.correct for answer in questions) / len(questions)
+        metrics["questions_count"] = len(questions)
+    not_finite = [name for name, value in metrics.items() if not np.isfinite(value)]
+    if not_finite:
+        raise ValueError(f"scores: {not_finite[0]} is not finite")
+    return metrics
 
 
-def scorer(model: Model):
-    """A function of params and a batch of `data.packed_batches`: of every record [B, S] `tokens`,
-    `wrong` and `nll`, and of every row [B] the sums of `interleaved.row_metrics`."""
+def make_score_fn(model: Model):
+    """Return a function of params and a batch of `data.packed_batches`.
+
+    It gives `tokens`, `wrong` and `nll` of every record [B, S] and the sums of
+    `interleaved.row_metrics` of every row [B].
+    """
     cfg = model.cfg
-    options = {"text_targets": cfg["text"]["max_targets"], "text_chunk": cfg["text"]["logit_chunk"]}
 
     @jax.jit
-    def run(params, batch, rows):
-        # Of the row alone, so that no seed or model has other noise.
+    def score_rows(params, batch, rows):
+        # Keys depend on the row alone, so that all seeds and models see the same noise.
         keys = preprocess.row_keys(1, 0, rows)
-        x = interleaved.sample_latents(batch, keys, cfg)
-        found = interleaved.loss_terms(params, batch, x, model.model_config, _STAGE, **options)
-        return by_record(found, batch["segments"]), interleaved.row_metrics(found, batch, _STAGE)
+        terms = interleaved.loss_terms(
+            params,
+            batch,
+            interleaved.sample_latents(batch, keys, cfg),
+            model.model_config,
+            _STAGE,
+            text_targets=cfg["text"]["max_targets"],
+            text_chunk=cfg["text"]["logit_chunk"],
+        )
+        return by_record(terms, batch["segments"]), interleaved.row_metrics(terms, batch, _STAGE)
 
     def score(params, batch):
         arrays = {name: batch[name] for name in (*_READ, *_LATENTS)}
-        return jax.device_get(run(params, arrays, np.asarray(batch["row"], np.int32)))
+        return jax.device_get(score_rows(params, arrays, np.asarray(batch["row"], np.int32)))
 
     return score
 
 
-def by_record(found: LossTerms, segments: jax.Array) -> dict[str, jax.Array]:
-    """`tokens`, `wrong` (not the likeliest) and `nll` of every record, float32 [B, S]."""
-    number = jnp.arange(1, segments.shape[1] // text.MIN_RECORD_LENGTH + 2)
-    own = jnp.take_along_axis(segments, found.target_index, 1)
-    member = (own[..., None] == number) & found.token[..., None]
-    add = lambda each: jnp.where(member, each.astype(jnp.float32)[..., None], 0).sum(1)
-    tokens = jnp.ones_like(own)
-    return {"tokens": add(tokens), "wrong": add(~found.correct), "nll": add(found.nll)}
+def by_record(terms: LossTerms, segments: jax.Array) -> dict[str, jax.Array]:
+    """Return `tokens`, `wrong` (not the likeliest) and `nll` of every record, float32 [B, S]."""
+    records = jnp.arange(1, segments.shape[1] // text.MIN_RECORD_LENGTH + 2)
+    token_records = jnp.take_along_axis(segments, terms.target_index, 1)
+    is_member = (token_records[..., None] == records) & terms.token[..., None]
+
+    def add(values):
+        return jnp.where(is_member, values.astype(jnp.float32)[..., None], 0).sum(1)
+
+    return {
+        "tokens": add(jnp.ones_like(token_records)),
+        "wrong": add(~terms.correct),
+        "nll": add(terms.nll),
+    }
 
 
-def newborn(model: Model, mesh: Any) -> dict[str, Any]:
-    """Weights as the run began: beside the VLM as it came, which is all that a text without images
-    depends on, since whatever crosses is zero."""
-    cfg, shape = model.cfg, model.model_config
-    tree = {name: part for name, part in shape.declare().items() if name != "vlm"}
-    born = init_params(jax.random.key(0), tree)
-    vlm = starflow2.load_frozen_vlm(cfg, shape, mesh, jnp.dtype(cfg["frozen_dtype"]))
-    return {**born, **vlm}
+def initial_params(model: Model, device_mesh: Any) -> dict[str, Any]:
+    """Return parameters as at the start of the run, with the published VLM.
+
+    On text without images the others have no effect, since all connections start at zero.
+    """
+    cfg, model_config = model.cfg, model.model_config
+    specs = {name: tree for name, tree in model_config.declare().items() if name != "vlm"}
+    dtype = jnp.dtype(cfg["frozen_dtype"])
+    vlm = starflow2.load_frozen_vlm(cfg, model_config, device_mesh, dtype)
+    return {**init_params(jax.random.key(0), specs), **vlm}
 
 
-def _answers(model, params, entry, score, batch_size, images):
-    changes = {"path": entry["path"], "latents": entry["latents"], "mixture": ()}
-    options = starflow2.data_options(model.cfg, model.model_config, **changes)
+def _score_dataset(model, params, entry, score, batch_size, image_sums):
+    """Return the answers of a dataset, and add its image metrics to `image_sums`."""
+    options = starflow2.data_options(
+        model.cfg, model.model_config, path=entry["path"], latents=entry["latents"], mixture=()
+    )
 
-    def each(batch):
+    def score_batch(batch):
         records, sums = score(params, batch)
         for name, value in sums.items():
             total = float((np.asarray(value, np.float64) * batch["mask"]).sum())
-            images[name] = images.get(name, 0.0) + total
+            image_sums[name] = image_sums.get(name, 0.0) + total
         return records
 
-    return vqa.score_answers(each, options, batch_size=batch_size)
+    return vqa.score_answers(score_batch, options, batch_size=batch_size)
 
 
-def _settings(workdir: str) -> Mapping[str, Any]:
+def _read_config(workdir: str) -> Mapping[str, Any]:
     from starflow2_jax.training.logging import run_log
 
     cfg = run_log.read_config(workdir)

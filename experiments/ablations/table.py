@@ -6,12 +6,12 @@ from typing import Any
 
 from .rows import ROWS
 
-# What every run leaves in its folder.
+# The file in every run's folder.
 RESULT = "result.json"
-# By the number of seeds: two-sided 95% points of Student's t with one degree of freedom less.
+# Two-sided 95% points of Student's t by the number of seeds, with one degree of freedom less.
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
            10: 2.262}  # fmt: skip
-FIGURES = {
+METRICS = {
     "image_nats": "image nats/dim",
     "text_nats": "text nats/token",
     "questions": "questions right",
@@ -24,14 +24,16 @@ NOTES = (
     "Lower is better for nats, higher for shares. Intervals are over seeds (Student's t); (1) "
     "marks a single seed, which has none. * trains more weights than the Pretzel by over 5%. † its "
     "images are of other latents or noise, so that their nats are not those of the other rows. "
-    "A figure that was not measured is -."
+    "A metric that was not measured is -."
 )
 
 
 def build(results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """A dict a row of `ROWS`: `row`, `what`, `core`, `seeds` (those that are there), `wanted` (how
-    many there should be), `trained` weights, mean `seconds` of training, and of every figure
-    `mean`, `interval` (half of the 95% interval; None of one seed) and `seeds`.
+    """Return a dict for each row of `ROWS`.
+
+    Its keys are `row`, `what`, `core`, `seeds` (with a result), `wanted` (number of seeds planned),
+    `trained` parameters, mean `seconds` of training, and for every metric `mean`, `interval` (half
+    of the 95% interval; None for one seed) and `seeds`.
 
     Args:
         results: by row and seed, as `one.run` writes them.
@@ -41,25 +43,31 @@ def build(results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[s
 
 def _row(name: str, runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     row = ROWS[name]
-    held = [runs[seed] for seed in sorted(runs)]
-    found: dict[str, Any] = {"row": name, "what": row.what, "core": row.core}
-    found |= {"seeds": sorted(runs), "wanted": row.seeds, "matched": row.matched}
-    found["comparable"] = row.comparable
-    if held:
-        found["trained"] = held[0]["trained"]
-        found["seconds"] = sum(run["seconds"]["training"] for run in held) / len(held)
-    for figure in FIGURES:
-        values = [run[figure] for run in held if run.get(figure) is not None]
+    results = [runs[seed] for seed in sorted(runs)]
+    entry: dict[str, Any] = {
+        "row": name,
+        "what": row.what,
+        "core": row.core,
+        "seeds": sorted(runs),
+        "wanted": row.seeds,
+        "matched": row.matched,
+        "comparable": row.comparable,
+    }
+    if results:
+        entry["trained"] = results[0]["trained"]
+        entry["seconds"] = sum(run["seconds"]["training"] for run in results) / len(results)
+    for metric in METRICS:
+        values = [run[metric] for run in results if run.get(metric) is not None]
         if values:
-            found[figure] = interval(values)
-    return found
+            entry[metric] = interval(values)
+    return entry
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
-    """`mean`, `interval` and `seeds` of one figure.
+    """Return `mean`, `interval` and `seeds` of one metric.
 
     Raises:
-        ValueError: more seeds than `STUDENT` knows.
+        ValueError: There are more seeds than entries of `STUDENT`.
     """
     count, mean = len(values), sum(values) / len(values)
     if count == 1:
@@ -71,23 +79,23 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def markdown(table: Sequence[Mapping[str, Any]], budget: str = "") -> str:
-    """The table for people; the core rows first, as `ROWS` has them."""
-    head = ["row", "seeds", "trained", *FIGURES.values()]
+    """Return the table as markdown, in the order of `ROWS`."""
+    head = ["row", "seeds", "trained", *METRICS.values()]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in table:
         marks = ("" if row["matched"] else "*") + ("" if row["comparable"] else "†")
         cells = [f"{row['what']}{marks}", f"{len(row['seeds'])} of {row['wanted']}"]
         if row["seeds"]:
-            cells += [f"{row['trained']:,}", *(_cell(row.get(figure)) for figure in FIGURES)]
+            cells += [f"{row['trained']:,}", *(_cell(row.get(metric)) for metric in METRICS)]
         else:
-            cells += [NOT_RUN, *("" for _ in FIGURES)]
+            cells += [NOT_RUN, *("" for _ in METRICS)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*([budget, ""] if budget else []), *lines, "", NOTES]) + "\n"
 
 
-def _cell(figure: Mapping[str, Any] | None) -> str:
-    if figure is None:
+def _cell(metric: Mapping[str, Any] | None) -> str:
+    if metric is None:
         return "-"
-    if figure["interval"] is None:
-        return f"{figure['mean']:.3f} (1)"
-    return f"{figure['mean']:.3f} ± {figure['interval']:.3f}"
+    if metric["interval"] is None:
+        return f"{metric['mean']:.3f} (1)"
+    return f"{metric['mean']:.3f} ± {metric['interval']:.3f}"

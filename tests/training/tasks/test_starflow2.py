@@ -238,7 +238,7 @@ def test_a_stage_starts_from_a_model_folder(stage3, tmp_path):
     begun = init_from.init_from_checkpoint(program, fresh, str(tmp_path / "own"))
     jax.tree.map(np.testing.assert_array_equal, begun.params, before.ema)
     jax.tree.map(np.testing.assert_array_equal, begun.ema, before.ema)
-    with pytest.raises(ValueError, match=r"init\.from=.*other' was trained beside another VLM"):
+    with pytest.raises(ValueError, match=r"init\.from=.*other' was trained with another VLM"):
         init_from.init_from_checkpoint(program, fresh, str(tmp_path / "other"))
 
 
@@ -255,10 +255,10 @@ def test_a_stage_refuses_what_is_not_its_own(tmp_path, kind):
         words = r"unexpected: ema\.deep\.start.*of another shape.*ema\.skip\.vlm\.weight"
     elif kind == "vlm":
         save(tmp_path, state, {"vlm": "0" * 64})
-        words = "trained beside another VLM: sha256 000"
+        words = "trained with another VLM: its sha256 is 000"
     else:
         save(tmp_path, state, {"fae": "0" * 64})
-        words = "trained on latents of another codec: sha256 000"
+        words = "trained on latents of another codec: its sha256 is 000"
     with pytest.raises(ValueError, match=words):
         init_from.init_from_checkpoint(program, state, str(tmp_path))
 
