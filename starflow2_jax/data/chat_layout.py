@@ -153,11 +153,15 @@ def apply_chat_template(
     """
     if null not in NULL_CONDITIONS:
         raise ValueError(f"null={null!r} is not one of {', '.join(NULL_CONDITIONS)}")
-    items: list[tuple[int, int, int, bool, int]] = []  # the fields of TokenSequence
+    columns: list[list[int]] = [[] for _ in TokenSequence._fields]
+    ids, image_index, patch_index, is_target, part_index = columns
 
     def write(tokens: Sequence[int], target: bool, image: int = -1, part: int = -1) -> None:
-        for patch, token in enumerate(tokens):
-            items.append((token, image, patch if image >= 0 else -1, target, part))
+        ids.extend(tokens)
+        image_index.extend([image] * len(tokens))
+        patch_index.extend(range(len(tokens)) if image >= 0 else [-1] * len(tokens))
+        is_target.extend([target] * len(tokens))
+        part_index.extend([part] * len(tokens))
 
     def end_turn(role: str, target: bool) -> None:
         if role != "none":
@@ -186,10 +190,8 @@ def apply_chat_template(
         ends_in_target = part.loss
     if closed:
         end_turn(role, ends_in_target)
-    ids, image_index, patch_index, is_target, part_index = (
-        np.asarray(items, np.int32).reshape(-1, 5).T.copy()
-    )
-    return TokenSequence(ids, image_index, patch_index, is_target.astype(bool), part_index)
+    arrays = TokenSequence(*(np.asarray(column, np.int32) for column in columns))
+    return arrays._replace(is_target=arrays.is_target.astype(bool))
 
 
 def _join_texts(parts: Sequence[MessagePart], null: str) -> list[MessagePart]:
