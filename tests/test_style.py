@@ -96,7 +96,6 @@ def test_files_that_are_not_in_the_repository_are_not_named():
     assert not references, "refer to docs/method.md or the arXiv section:\n" + "\n".join(references)
 
 
-@pytest.mark.xfail(strict=False, reason="files are being split")
 def test_files_are_short():
     long = offenders(
         lambda text, tree: [(1, f"{n} lines")] if (n := text.count("\n")) > MAX_LINES else []

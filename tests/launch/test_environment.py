@@ -26,15 +26,15 @@ esac
 
 @pytest.fixture
 def call(tmp_path):
-    """Runs `prepare_environment WORDS` in a folder whose path holds only fake interpreters."""
+    """Run `prepare_environment WORDS` in a folder that has only fake interpreters on its path."""
     for name in ("pyproject.toml", "setup.py"):
         (tmp_path / name).write_text("one\n")
     log = tmp_path / "log"
     path = tmp_path / "path"
     path.mkdir()
     for tool in ("cat", "sed", "mkdir", "cp", "sha256sum", "tr", "bash", "env"):
-        found = subprocess.run(["which", tool], capture_output=True, text=True).stdout.strip()
-        (path / tool).symlink_to(found)
+        executable = subprocess.run(["which", tool], capture_output=True, text=True).stdout.strip()
+        (path / tool).symlink_to(executable)
 
     def python(name, *, version="3.11", too_old=0, pip_status=0):
         text = FAKE.format(version=version, too_old=too_old, pip_status=pip_status, log=log)
@@ -131,18 +131,18 @@ def logging_python(folder, unfinished=0):
 
 
 def folders_of(variant="tiny"):
-    """Every dataset that the stages name."""
-    found = set()
+    """Return the path of every dataset that the stages name."""
+    folders = set()
     for name in ("stage1_t2i", "stage2_i2t", "stage3_joint"):
         cfg = runpy.run_path(str(ROOT / "experiments" / f"{name}.py"))["get_config"](variant)
         for group in (cfg.data, cfg.eval_data):
-            found |= {group.path} - {""} | {entry["path"] for entry in group.mixture}
-    return found
+            folders |= {group.path} - {""} | {entry["path"] for entry in group.mixture}
+    return folders
 
 
 def test_the_tiny_data_are_those_that_the_stages_name(tmp_path):
     python, log = logging_python(tmp_path)
-    made = {}
+    counts = {}
     for words in ([], ["4"]):
         subprocess.run(
             ["bash", ROOT / "launch/data_tiny.sh", *words],
@@ -152,14 +152,14 @@ def test_the_tiny_data_are_those_that_the_stages_name(tmp_path):
         log.unlink()
         flags = [dict(zip(call[4::2], call[5::2])) for call in calls]
         assert all(call[1:4] == ["-m", "starflow2_jax.prepare", "import"] for call in calls)
-        made[len(words)] = {flag["--out"]: flag for flag in flags}
-    assert set(made[0]) == folders_of()
-    for name, flag in made[0].items():
+        counts[len(words)] = {flag["--out"]: flag for flag in flags}
+    assert set(counts[0]) == folders_of()
+    for name, flag in counts[0].items():
         # Never the same pictures to learn from and to be measured with.
         share = 1 if name.endswith("_test") else 4
-        assert int(flag["--n"]) == share * int(made[1][name]["--n"])
+        assert int(flag["--n"]) == share * int(counts[1][name]["--n"])
         assert flag["--pixels"] == "64" and flag["--withheld"] == "leave_out"
-    assert len({flag["--seed"] for flag in made[0].values()}) == len(made[0])
+    assert len({flag["--seed"] for flag in counts[0].values()}) == len(counts[0])
 
 
 def test_too_few_data_is_a_clear_error(tmp_path):

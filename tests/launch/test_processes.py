@@ -30,12 +30,12 @@ def shell(text):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_clean(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
-    # Beside the interpreter, whose folder need not be on the path.
-    beside = pathlib.Path(sys.executable).parent
-    found = shutil.which("shellcheck", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
-    if found is None:
+    # Extras are installed in the interpreter's folder, which may not be on the path.
+    scripts = pathlib.Path(sys.executable).parent
+    shellcheck = shutil.which("shellcheck", path=f"{scripts}{os.pathsep}{os.environ['PATH']}")
+    if shellcheck is None:
         pytest.skip("shellcheck is not installed (extra `test`)")
-    subprocess.run([found, "-x", f"launch/{script.name}"], cwd=LAUNCH.parent, check=True)
+    subprocess.run([shellcheck, "-x", f"launch/{script.name}"], cwd=LAUNCH.parent, check=True)
 
 
 def test_devices_are_shared_out(tmp_path):
@@ -119,9 +119,9 @@ def test_those_that_do_not_end_are_ended(tmp_path):
         (tmp_path / name).write_text(text or (LAUNCH / name).read_text())
     body = shell("[ $JAX_PROCESS_ID = 1 ] && exit 5; trap '' TERM; sleep 300")
     command = ["bash", str(tmp_path / "multi_process.sh"), "2", "--logs", f"{tmp_path}/logs"]
-    began = time.time()
+    start_time = time.time()
     done = subprocess.run([*command, *body], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 5 and time.time() - began < 60
+    assert done.returncode == 5 and time.time() - start_time < 60
     assert "ended by signal 9" in done.stdout
 
 
@@ -152,8 +152,8 @@ def test_slurm_batch_file_with_a_faked_cluster(tmp_path):
         env={**os.environ, **environ}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 1
-    said = "error: the first of 4 processes to end: process 2: no data"
-    assert done.stderr.splitlines()[-1] == said
+    message = "error: the first of 4 processes to end: process 2: no data"
+    assert done.stderr.splitlines()[-1] == message
     assert {f"{i} gpu017:61005 4" for i in range(4)} <= set(done.stdout.splitlines())
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = [line.split()[1] for line in text.splitlines() if line.startswith("#SBATCH")]

@@ -1,4 +1,4 @@
-"""What an answer costs after k generated images: one cache against a loop that encodes again.
+"""The cost of an answer after k generated images: one cache against a loop that encodes again.
 
     python tests/peer/interleaved_cost.py --images 1 2 4 8 --repeats 5
 

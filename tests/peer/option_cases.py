@@ -51,10 +51,10 @@ CASES: dict[str, tuple[dict, dict]] = {  # name -> (options, arguments of `refer
 def compute(name: str) -> dict[str, np.ndarray]:
     """All arrays of one case, keyed without its name; `options` is a 0-d string."""
     options, arguments = CASES[name]
-    found = reference(options, seed=list(CASES).index(name), **arguments)
+    arrays = reference(options, seed=list(CASES).index(name), **arguments)
     keep = {
         key: value.astype(np.float32) if key.startswith("params/") else value
-        for key, value in found.items()
+        for key, value in arrays.items()
         if not key.endswith(("attn_mask", "params/var", "freqs_cos", "freqs_sin"))
     }
     return {"options": np.asarray(json.dumps(options))} | keep

@@ -30,18 +30,18 @@ ROWS = (
 
 
 def commands(row: str, repeats: int) -> tuple[list[str], list[str]]:
-    """The two command lines of a row: ours and torch's."""
+    """Return the command lines of a row: of this package and of torch."""
     name, *options = row.split()
     verb, family = name.split("_")
     shared = [*options, "--repeats", str(repeats)]
-    theirs = [sys.executable, str(HERE / "torch_flow.py"), "--row", name, *shared]
-    ours = [sys.executable, "-m", "starflow2_jax.bench", verb, "--preset", f"peer_{family}"]
+    torch_command = [sys.executable, str(HERE / "torch_flow.py"), "--row", name, *shared]
+    jax_command = [sys.executable, "-m", "starflow2_jax.bench", verb, "--preset", f"peer_{family}"]
     jacobi = {"--jacobi": "--jacobi=16,1e-3"}
-    return [*ours, *(jacobi.get(word, word) for word in shared), "--json"], theirs
+    return [*jax_command, *(jacobi.get(word, word) for word in shared), "--json"], torch_command
 
 
 def run(command: list[str]) -> dict:
-    """What a program printed: a JSON object, its last line or all of it."""
+    """Run a program, and return the JSON object at the end of its output."""
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -50,19 +50,19 @@ def run(command: list[str]) -> dict:
 
 
 def compare(row: str, rounds: int, repeats: int) -> dict:
-    """Medians in ms and torch's time over ours."""
-    ours, theirs = commands(row, repeats)
-    found = [(run(ours), run(theirs)) for _ in range(rounds)]
-    pairs = [(mine["ms"], peer["median_ms"]) for mine, peer in found]
+    """Return the medians in ms, and the time of torch over that of this package."""
+    jax_command, torch_command = commands(row, repeats)
+    results = [(run(jax_command), run(torch_command)) for _ in range(rounds)]
+    pairs = [(jax["ms"], torch["median_ms"]) for jax, torch in results]
     median = [statistics.median(times) for times in zip(*pairs)]
-    ratios = [peer / mine for mine, peer in pairs]
+    ratios = [torch_ms / jax_ms for jax_ms, torch_ms in pairs]
     result = {"row": row, "ours_ms": round(median[0]), "torch_ms": round(median[1])}
     result["ratio"] = round(median[1] / median[0], 2)
     result |= {"ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2)}
-    result["peak_mb"] = [round(max(one[i]["peak_mb"] for one in found)) for i in (0, 1)]
+    result["peak_mb"] = [round(max(one[i]["peak_mb"] for one in results)) for i in (0, 1)]
     for name in ("share_of_matmul_rate", "share_of_bound"):
-        if name in found[0][0]:
-            result[name] = round(statistics.median(mine[name] for mine, _ in found), 2)
+        if name in results[0][0]:
+            result[name] = round(statistics.median(jax[name] for jax, _ in results), 2)
     return result
 
 

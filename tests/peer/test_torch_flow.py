@@ -52,10 +52,10 @@ def build(options: dict, data: dict, run: str):
     return flow, lambda key: torch.from_numpy(data[key]).to(dtype)
 
 
-def close(found, expected, tolerance):
-    found = found.detach().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
-    assert found.shape == expected.shape
-    error = np.max(np.abs(found - expected)) / max(1.0, np.max(np.abs(expected)))
+def close(actual, expected, tolerance):
+    actual = actual.detach().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
+    assert actual.shape == expected.shape
+    error = np.max(np.abs(actual - expected)) / max(1.0, np.max(np.abs(expected)))
     assert error <= tolerance, f"off by {error:.2e}, allowed {tolerance:.0e}"
 
 
@@ -90,14 +90,14 @@ def test_tarflow_forward(run, kind):
     data = golden("tarflow_tiny.npz")
     options = TARFLOW | {"head_dim": 16 if run == "f64_hd16" else 64}
     options |= {"num_classes": 5} if kind == "cond" else {}
-    flow, given = build(options, data, run)
+    flow, array = build(options, data, run)
     assert {f"params/{k}" for k in flow.state_dict()} == {
         k for k in data if k.startswith("params/") and (kind == "cond" or "class" not in k)
     }
     labels = {"y": data["y"], "ydrop": data["y_drop"], "ynone": None}
     for name, y in labels.items() if kind == "cond" else [("ynone", None)]:
         key = f"{run}/{kind}/{name}"
-        image = given("x").requires_grad_()
+        image = array("x").requires_grad_()
         y = None if y is None else torch.from_numpy(y)
         outputs, log_dets = flow(flow.patchify(image), labels=y)
         loss = flow.loss(outputs, log_dets)
@@ -113,7 +113,7 @@ def test_tarflow_forward(run, kind):
     key = f"{run}/{kind}/adamw_losses"
     if key in data:
         y = torch.from_numpy(data["y"]) if kind == "cond" else None
-        tokens = flow.patchify(given("x"))
+        tokens = flow.patchify(array("x"))
         compute = lambda: (flow.loss(*flow(tokens, labels=y)),) * 2
         check_adamw(flow, compute, data[key], data[key], FORWARD[run])
 
@@ -124,7 +124,7 @@ def test_tarflow_samples(run, kind):
     data = golden("tarflow_tiny.npz")
     options = TARFLOW | {"head_dim": 16 if run == "f64_hd16" else 64}
     options |= {"num_classes": 5} if kind == "cond" else {}
-    flow, given = build(options, data, run)
+    flow, array = build(options, data, run)
     prefix, checked = f"{run}/{kind}/sample/", 0
     for key in (k for k in data if k.startswith(prefix) and "seq" not in k):
         name = key.removeprefix(prefix)
@@ -137,7 +137,7 @@ def test_tarflow_samples(run, kind):
             call["temperature"] = float(
                 name.split("temp")[1].split("_")[0] if "temp" in name else 1
             )
-        states, _ = flow.sample(given("z_noise"), **call)
+        states, _ = flow.sample(array("z_noise"), **call)
         close(flow.unpatchify(states[-1]), data[key], SAMPLES[run])
         if name == "g0" and f"{prefix}seq_0" in data:
             for i, state in enumerate(states):
@@ -149,14 +149,14 @@ def test_tarflow_samples(run, kind):
 @pytest.mark.parametrize("run", ["f32", "f64", "f64_exact_rope"])
 def test_starflow_forward(run):
     data = golden("starflow_tiny.npz")
-    flow, given = build(STARFLOW, data, run)
+    flow, array = build(STARFLOW, data, run)
     assert {f"params/{k}" for k in flow.state_dict()} == {k for k in data if k[:7] == "params/"}
     tolerance = ROPE_IN_F32 if run == "f64" else FORWARD[run]
     inputs = {"fwd": ("x", 8, (8, 8)), "fwd_rect": ("x_rect", 8, (4, 8)),
               "fwd_wide": ("x_wide", 8, (4, 16)), "fwd_txt5": ("x", 5, (8, 8))}  # fmt: skip
     for name, (x, length, grid) in inputs.items():
-        key, image = f"{run}/{name}", given(x).requires_grad_()
-        outputs, log_dets = flow(flow.patchify(image), given("y")[:, :length], grid=grid)
+        key, image = f"{run}/{name}", array(x).requires_grad_()
+        outputs, log_dets = flow(flow.patchify(image), array("y")[:, :length], grid=grid)
         loss = flow.loss(outputs, log_dets)
         sums = sum(d.sum(dim=(1, 2)) for d in log_dets)
         close(flow.unpatchify(outputs[-1], grid), data[f"{key}/z"], tolerance)
@@ -169,10 +169,10 @@ def test_starflow_forward(run):
             if i < 4:
                 close(log_dets[i], data[f"{key}/block_logdet_{i}"], tolerance)
     if f"{run}/adamw_losses" in data:
-        tokens = flow.patchify(given("x"))
+        tokens = flow.patchify(array("x"))
 
         def compute():
-            outputs, log_dets = flow(tokens, given("y"))
+            outputs, log_dets = flow(tokens, array("y"))
             plain = flow.loss(outputs, log_dets)
             return plain, plain + 1e-4 * sum(o.pow(2).mean() for o in outputs[:-1])
 
@@ -184,21 +184,21 @@ def test_starflow_forward(run):
 @pytest.mark.parametrize("run", ["f32", "f64", "f64_exact_rope"])
 def test_starflow_samples(run):
     data = golden("starflow_tiny.npz")
-    flow, given = build(STARFLOW, data, run)
+    flow, array = build(STARFLOW, data, run)
     tolerance = ROPE_IN_F32 if run == "f64" else SAMPLES[run]
-    call = {"text": given("y"), "null_text": given("y_uncond")}
+    call = {"text": array("y"), "null_text": array("y_uncond")}
     cases = {"g0": {}, "g2.5": {"guidance": 2.5}, "g0_temp0.8": {"temperature": 0.8},
              "g2.5_temp0.8": {"guidance": 2.5, "temperature": 0.8},
              "g0_rect": {"grid": (4, 8)}}  # fmt: skip
     for name, extra in cases.items():
         grid = extra.get("grid")
-        noise = flow.patchify(given("z_noise_rect" if grid else "z_noise"))
+        noise = flow.patchify(array("z_noise_rect" if grid else "z_noise"))
         states, _ = flow.sample(noise, **call, **extra)
         close(flow.unpatchify(states[-1], grid), data[f"{run}/sample/{name}"], tolerance)
         if f"{run}/sample/{name}_seq_0" in data:
             for i, state in enumerate(states):
                 close(flow.unpatchify(state), data[f"{run}/sample/{name}_seq_{i}"], tolerance)
-    noise = flow.patchify(given("z_noise"))
+    noise = flow.patchify(array("z_noise"))
     for size, threshold in ((16, "0.001"), (16, "1e-06"), (16, "0"), (64, "1e-06")):
         key = f"{run}/sample/jacobi_bs{size}_th{threshold}"
         for i, guidance in enumerate((0.0, 2.5)):
@@ -218,12 +218,12 @@ def test_starflow_variants(name):
         "noclip": {"soft_clip": 0},
         "R2L": {"seq_order": "R2L"},
     }
-    flow, given = build(STARFLOW | change[name], data, "f64")
-    outputs, log_dets = flow(flow.patchify(given("x")), given("y"))
+    flow, array = build(STARFLOW | change[name], data, "f64")
+    outputs, log_dets = flow(flow.patchify(array("x")), array("y"))
     key = f"f64/variant_{name}"
     close(flow.unpatchify(outputs[-1]), data[f"{key}/z"], ROPE_IN_F32)
     close(flow.loss(outputs, log_dets), data[f"{key}/loss"], ROPE_IN_F32)
-    states, _ = flow.sample(flow.patchify(given("z_noise")), given("y"))
+    states, _ = flow.sample(flow.patchify(array("z_noise")), array("y"))
     close(flow.unpatchify(states[-1]), data[f"{key}/sample_g0"], ROPE_IN_F32)
 
 
@@ -233,13 +233,13 @@ def test_option_cases_are_as_stored_and_invertible(name):
     with np.load(path) as stored:
         keys = [key for key in stored.files if key.startswith(f"{name}/")]
         expected = {key.removeprefix(f"{name}/"): stored[key] for key in keys}
-    found = compute(name)
-    assert sorted(found) == sorted(expected)
+    arrays = compute(name)
+    assert sorted(arrays) == sorted(expected)
     options = json.loads(str(expected["options"]))
     assert options == CASES[name][0]
     for key in set(expected) - {"options"}:
-        assert found[key].dtype == expected[key].dtype
-        close(found[key], expected[key], 1e-12)
+        assert arrays[key].dtype == expected[key].dtype
+        close(arrays[key], expected[key], 1e-12)
     flow = torch_flow.Flow(options).double()
     weights = {k[7:]: torch.from_numpy(v) for k, v in expected.items() if k.startswith("params/")}
     assert set(weights) == {k for k, _ in flow.named_parameters()}
@@ -255,13 +255,13 @@ def test_option_cases_are_as_stored_and_invertible(name):
 def test_reference_covers_tarflow_with_labels():
     options = dict(in_channels=2, img_size=4, patch_size=2, channels=16, num_blocks=2,
                    layers_per_block=1, head_dim=8, num_classes=3)  # fmt: skip
-    found = torch_flow.reference(options, seed=0)
-    assert found["params/blocks.1.class_embed"].shape == (3, 1, 16)
-    assert found["x"].shape == found["sample"].shape == (2, 4, 8)
-    assert found["sample_image"].shape == (2, 2, 4, 4)
-    assert np.abs(found["sample_guided"] - found["sample"]).max() > 1e-3
-    close(torch_flow.reference(options, seed=0)["z"], found["z"], 0)
-    assert np.abs(torch_flow.reference(options, seed=1)["z"] - found["z"]).max() > 1e-3
+    arrays = torch_flow.reference(options, seed=0)
+    assert arrays["params/blocks.1.class_embed"].shape == (3, 1, 16)
+    assert arrays["x"].shape == arrays["sample"].shape == (2, 4, 8)
+    assert arrays["sample_image"].shape == (2, 2, 4, 4)
+    assert np.abs(arrays["sample_guided"] - arrays["sample"]).max() > 1e-3
+    close(torch_flow.reference(options, seed=0)["z"], arrays["z"], 0)
+    assert np.abs(torch_flow.reference(options, seed=1)["z"] - arrays["z"]).max() > 1e-3
 
 
 def test_published_sizes():
@@ -295,6 +295,6 @@ def test_timing_rows_print_one_json_object(row, monkeypatch, capsys):
     arguments = f"torch_flow.py --repeats 2 --row {row}".split()
     monkeypatch.setattr(sys, "argv", arguments)
     torch_flow.main()
-    found = json.loads(capsys.readouterr().out)
-    assert found["row"] == arguments[4]
-    assert 0 < found["min_ms"] <= found["median_ms"] <= found["max_ms"]
+    row = json.loads(capsys.readouterr().out)
+    assert row["row"] == arguments[4]
+    assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]

@@ -315,15 +315,15 @@ def reference(
     loss = flow.loss(outputs, log_dets)
     (grad,) = torch.autograd.grad(loss, x)
     sample = flow.sample(noise, **call)[0][-1]
-    found = dict(x=x, noise=noise, z=outputs[-1], sample=sample, loss=loss, grad_x=grad)
-    found |= {f"{k}_image": flow.unpatchify(found[k], grid) for k in ("x", "z", "sample")}
-    found["log_det"] = sum(d.sum(dim=(1, 2)) for d in log_dets)
-    found |= {k: v for k, v in call.items() if k != "grid"} | guided
+    arrays = dict(x=x, noise=noise, z=outputs[-1], sample=sample, loss=loss, grad_x=grad)
+    arrays |= {f"{k}_image": flow.unpatchify(arrays[k], grid) for k in ("x", "z", "sample")}
+    arrays["log_det"] = sum(d.sum(dim=(1, 2)) for d in log_dets)
+    arrays |= {k: v for k, v in call.items() if k != "grid"} | guided
     if guided or flow.o.num_classes:
         states, _ = flow.sample(noise, **call, **guided, guidance=guidance)
-        found |= {"sample_guided": states[-1], "guidance": torch.tensor(guidance)}
-    found |= {f"params/{name}": value for name, value in flow.state_dict().items()}
-    return {k: v.detach().numpy() for k, v in found.items()} | {"grid": np.asarray(grid)}
+        arrays |= {"sample_guided": states[-1], "guidance": torch.tensor(guidance)}
+    arrays |= {f"params/{name}": value for name, value in flow.state_dict().items()}
+    return {k: v.detach().numpy() for k, v in arrays.items()} | {"grid": np.asarray(grid)}
 
 
 TIMED = {
@@ -372,7 +372,7 @@ def main():
     parser.add_argument("--row", required=True, choices=rows)
     parser.add_argument("--batch", type=int, help="default 8 and 4 in training, 1 in sampling")
     parser.add_argument("--guidance", type=float, default=0.0)
-    parser.add_argument("--jacobi", action="store_true", help="blocks of 16, threshold 1e-3")
+    parser.add_argument("--jacobi", action="store_true", help="blocks summarize 16, threshold 1e-3")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     if args.jacobi and args.row != "sample_starflow":
@@ -387,13 +387,13 @@ def main():
         repeat()
         times.append(1000 * (time.perf_counter() - start))
     times = times[-args.repeats :]
-    found = vars(args) | {"batch": batch, "torch": torch.__version__}
-    found["parameters"] = sum(p.numel() for p in flow.parameters())
-    for name, of in (("median", statistics.median), ("min", min), ("max", max)):
-        found[f"{name}_ms"] = round(of(times), 1)
-    found["tokens_per_s"] = round(batch * flow.o.side**2 / found["median_ms"] * 1000, 1)
-    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(json.dumps(found))
+    row = vars(args) | {"batch": batch, "torch": torch.__version__}
+    row["parameters"] = sum(p.numel() for p in flow.parameters())
+    for name, summarize in (("median", statistics.median), ("min", min), ("max", max)):
+        row[f"{name}_ms"] = round(summarize(times), 1)
+    row["tokens_per_s"] = round(batch * flow.o.side**2 / row["median_ms"] * 1000, 1)
+    row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":

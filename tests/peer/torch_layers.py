@@ -45,9 +45,9 @@ class OffsetRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x):
-        wide = widen(x)
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return (wide * (1 + widen(self.weight))).type_as(x)
+        widened = widen(x)
+        widened = widened * torch.rsqrt(widened.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (widened * (1 + widen(self.weight))).type_as(x)
 
 
 class WideLayerNorm(nn.LayerNorm):

@@ -60,12 +60,12 @@ def make(seed=0, tied=False, text=None, vision=None, sections=(1, 1, 2)):
 
 
 def inputs(rows, side, sizes=(), seed=0, values=96):
-    """Token rows padded on `side`, and random patches.
+    """Return token rows padded on `side`, and random patches.
 
     Args:
-        rows: lists of numbers of text tokens and of None, an image of the next of `sizes`.
+        rows: lists of numbers of text tokens and of None, which is an image of the next of `sizes`.
     """
-    rng, left, found = np.random.default_rng(seed), list(sizes), []
+    rng, left, token_rows = np.random.default_rng(seed), list(sizes), []
     for row in rows:
         ids = []
         for part in row:
@@ -74,12 +74,12 @@ def inputs(rows, side, sizes=(), seed=0, values=96):
                 ids += [START, *[IMAGE] * count, END]
             else:
                 ids += rng.integers(3, START, part).tolist()
-        found.append(ids)
-    length = max(map(len, found))
+        token_rows.append(ids)
+    length = max(map(len, token_rows))
     ids, valid = np.full((len(rows), length), PAD), np.zeros((len(rows), length), bool)
-    for i, row in enumerate(found):
-        at = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        ids[i, at], valid[i, at] = row, True
+    for i, row in enumerate(token_rows):
+        columns = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        ids[i, columns], valid[i, columns] = row, True
     grids = np.array(sizes, np.int64).reshape(-1, 3)
     patches = rng.normal(size=(int(grids.prod(1).sum()), values)).astype(np.float32)
     return {"ids": ids.astype(np.int32), "valid": valid, "grids": grids, "patches": patches}
@@ -93,60 +93,60 @@ CASES = {
 }
 
 
-def arguments(given):
-    """A case's inputs as the model's forward takes them."""
+def arguments(case):
+    """Return the inputs of a case as the arguments of the model."""
     import torch
 
-    ids, valid = torch.tensor(given["ids"].astype(np.int64)), given["valid"].astype(np.int64)
-    found = {
+    ids, valid = torch.tensor(case["ids"].astype(np.int64)), case["valid"].astype(np.int64)
+    model_inputs = {
         "input_ids": ids,
         "attention_mask": torch.tensor(valid),
         "mm_token_type_ids": (ids == IMAGE).int(),
     }
-    if len(given["grids"]):
-        found["pixel_values"] = torch.tensor(given["patches"])
-        found["image_grid_thw"] = torch.tensor(given["grids"])
-    return found
+    if len(case["grids"]):
+        model_inputs["pixel_values"] = torch.tensor(case["patches"])
+        model_inputs["image_grid_thw"] = torch.tensor(case["grids"])
+    return model_inputs
 
 
-def positions(model, given):
-    """(positions [3, B, T], next position less length [B, 1])."""
-    found = arguments(given)
-    found.pop("pixel_values", None)
-    return model.model.get_rope_index(**found)
+def positions(model, case):
+    """Return positions [3, B, T], and the next position minus the length [B, 1]."""
+    model_inputs = arguments(case)
+    model_inputs.pop("pixel_values", None)
+    return model.model.get_rope_index(**model_inputs)
 
 
-def reference(model, given):
-    """Everything the model makes of a case, as numpy arrays."""
+def reference(model, case):
+    """Return the outputs of the model for a case, as numpy arrays."""
     import torch
 
-    at = positions(model, given)[0]
-    out = model(**arguments(given), position_ids=at, output_hidden_states=True)
-    found = {
-        "positions": at.numpy().transpose(1, 2, 0),
+    position_ids = positions(model, case)[0]
+    out = model(**arguments(case), position_ids=position_ids, output_hidden_states=True)
+    outputs = {
+        "positions": position_ids.numpy().transpose(1, 2, 0),
         "hidden": torch.stack(out.hidden_states).numpy(),
         "logits": out.logits.numpy(),
     }
-    if len(given["grids"]):
-        grids = torch.tensor(given["grids"])
-        patches = torch.tensor(given["patches"])
-        seen = model.model.visual(patches, grid_thw=grids, output_hidden_states=True)
-        found["vision"] = torch.stack(seen.hidden_states).numpy()
-        found["features"] = seen.pooler_output.numpy()
-    return found
+    if len(case["grids"]):
+        grids = torch.tensor(case["grids"])
+        patches = torch.tensor(case["patches"])
+        vision = model.model.visual(patches, grid_thw=grids, output_hidden_states=True)
+        outputs["vision"] = torch.stack(vision.hidden_states).numpy()
+        outputs["features"] = vision.pooler_output.numpy()
+    return outputs
 
 
-def greedy(model, given, count=64):
-    """The `count` likeliest tokens, one after another, for every row."""
+def greedy(model, case, count=64):
+    """Return `count` greedily decoded tokens of every row."""
     out = model.generate(
-        **arguments(given),
+        **arguments(case),
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=PAD,
     )
-    return out[:, given["ids"].shape[1] :].numpy()
+    return out[:, case["ids"].shape[1] :].numpy()
 
 
 def main():
@@ -159,11 +159,11 @@ def main():
     for name, weight in model.state_dict().items():
         arrays[f"weights/{name}"] = weight.numpy()
     for name in ("text", "one", "three_left"):
-        given = CASES[name]()
-        found = given | reference(model, given)
-        arrays |= {f"{name}/{key}": value for key, value in found.items()}
+        case = CASES[name]()
+        case_arrays = case | reference(model, case)
+        arrays |= {f"{name}/{key}": value for key, value in case_arrays.items()}
         if name != "text":
-            arrays[f"{name}/greedy"] = greedy(model, given).astype(np.int32)
+            arrays[f"{name}/greedy"] = greedy(model, case).astype(np.int32)
     arrays["config"] = np.array(json.dumps(model.config.to_dict(), default=str))
     arrays["transformers"] = np.array(transformers.__version__)
     np.savez_compressed(Path(__file__).parents[1] / "golden" / "qwen_tiny.npz", **arrays)
