@@ -195,9 +195,11 @@ def test_rows_of_a_stage_fit_its_step():
     expected = {name: (a.shape, a.dtype) for name, a in program.abstract_batch.items()}
     assert {name: (rows[name].shape, rows[name].dtype) for name in expected} == expected
     for image in range(cfg["text"]["images"]):
-        positions = np.flatnonzero(rows["image"][0] // program.task.model_config.patches == image)
+        positions = np.flatnonzero(
+            rows["image"][0] // program.task.model_config.num_patches == image
+        )
         assert np.array_equal(
-            positions, positions[0] + np.arange(program.task.model_config.patches)
+            positions, positions[0] + np.arange(program.task.model_config.num_patches)
         )
         assert rows["image"][0, positions[0] - 1] == rows["image"][0, positions[-1] + 1] == -1
 

@@ -68,7 +68,7 @@ def rows_of_images(cfg: dict[str, Any], model: PretzelConfig, count: int) -> dic
 
     A row is one segment. Every image is a target, and up to `text.max_targets` text tokens.
     """
-    length, images, patches = cfg["text"]["length"], cfg["text"]["images"], model.patches
+    length, images, patches = cfg["text"]["length"], cfg["text"]["images"], model.num_patches
     side, rng = model.flow.side, np.random.default_rng(0)
     period = length // images
     image = np.full(length, -1, np.int32)
@@ -165,7 +165,8 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
     laid_out = lambda key: decode_loop.prepare_params(init_params(key, tree, dtype))
     params = jax.jit(laid_out)(jax.random.key(0))
     slots = (
-        -(-(PROMPT_TOKENS + cfg.patches + TEXT_TOKENS) // session.CACHE_STEP) * session.CACHE_STEP
+        -(-(PROMPT_TOKENS + cfg.num_patches + TEXT_TOKENS) // session.CACHE_STEP)
+        * session.CACHE_STEP
     )
     keys = jax.random.split(jax.random.key(1), rows)
     state = decode_loop.empty_state(params, cfg, rows, slots, has_null_branch=False)
@@ -207,7 +208,7 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
     row |= {"prompt": PROMPT_TOKENS, "slots": slots}
     num_bytes = step_bytes(cfg, rows, slots, jnp.dtype(dtype).itemsize)
     for name, mode, steps in (
-        ("image", decode_loop.IMAGE, cfg.patches),
+        ("image", decode_loop.IMAGE, cfg.num_patches),
         ("text", decode_loop.TEXT, TEXT_TOKENS),
     ):
         run = draw(mode, steps)

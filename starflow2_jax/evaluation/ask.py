@@ -56,7 +56,7 @@ def _length(model: Model, prompt: Sequence[Any]) -> int:
     """Return the number of text tokens and image patches of a prompt."""
     texts = [part for part in prompt if isinstance(part, str)]
     num_tokens = sum(len(model.tokenizer.encode(text)) for text in texts)
-    return num_tokens + (len(prompt) - len(texts)) * model.model_config.patches
+    return num_tokens + (len(prompt) - len(texts)) * model.model_config.num_patches
 
 
 def _batch_order(lengths: Sequence[int], batch_size: int) -> list[int]:

@@ -150,7 +150,7 @@ def _concatenate(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndar
 def _encode_images(model: Model, batch: Mapping[str, np.ndarray], keys: jax.Array):
     """Return the batch with latents in place of images, and the noisy latents [B, M, N, D]."""
     encoded = {name: array for name, array in batch.items() if name != "images"}
-    shape = (model.model_config.patches, model.model_config.flow.channels)
+    shape = (model.model_config.num_patches, model.model_config.flow.channels)
     if "images" not in batch:
         x = np.zeros((len(batch["ids"]), 1, *shape), np.float32)
         return {**encoded, "latent_mean": x}, x

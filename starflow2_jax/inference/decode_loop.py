@@ -206,7 +206,7 @@ def _decode_step(params, state, keys, sampling, cfg, special):
         return jnp.tile(a, (len(state.next_vlm_position) // rows, *(1,) * (a.ndim - 1)))
 
     is_active = state.mode < ENDED
-    is_patch = (state.mode == IMAGE) & (state.patch < cfg.patches)
+    is_patch = (state.mode == IMAGE) & (state.patch < cfg.num_patches)
     row, column = jnp.divmod(jnp.where(is_patch, state.patch, 0), cfg.flow.side)
     next_flow_position = jnp.stack([tile(row), tile(column), state.flow_index], -1)
     inputs = BackboneInputs(
@@ -222,7 +222,7 @@ def _decode_step(params, state, keys, sampling, cfg, special):
     y, h = y[:, 0], h[:, 0]
     step_keys = item_keys(keys, state, is_patch)
     scale, mean = starflow2.image_head(params, h, cfg)
-    fraction = (state.patch + 1) / cfg.patches
+    fraction = (state.patch + 1) / cfg.num_patches
     u, patch_log_probs = sample_patch(scale, mean, step_keys, fraction, sampling)
     dtype = patch_log_probs.dtype
 
@@ -270,7 +270,7 @@ def _advance(state, token, u, is_patch, is_forced, cfg, special) -> DecodeState:
     rows = len(token)
     is_active = state.mode < ENDED
     patch, text = is_active & is_patch, is_active & ~is_patch
-    completes = patch & (state.patch + 1 == cfg.patches)
+    completes = patch & (state.patch + 1 == cfg.num_patches)
     begins = text & (token == special.vision_start)
     closes = text & (token == special.vision_end)
     tokens_left = state.tokens_left - (text & ~is_forced)

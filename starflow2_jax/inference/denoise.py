@@ -84,13 +84,13 @@ def image_score_step(
     valid = jax.lax.dynamic_index_in_dim(state.valid, row, 0) & (
         jnp.arange(state.valid.shape[1]) < start.slot
     )
-    patch = jnp.arange(cfg.patches)
+    patch = jnp.arange(cfg.num_patches)
     rows, columns = jnp.divmod(patch, cfg.flow.side)
     positions = start.vlm_position + jnp.stack([0 * patch, rows, columns], -1)
     token_position = jnp.full((1, 3), start.vlm_position - 1)
     # Item n predicts patch n: the inputs are the begin token and all patches but the last.
     inputs = BackboneInputs(
-        ids=jnp.full((1, cfg.patches), start.token),
+        ids=jnp.full((1, cfg.num_patches), start.token),
         latents=None,
         adapter_input=None,
         is_image=(patch > 0)[None],
@@ -98,7 +98,7 @@ def image_score_step(
         next_positions=jnp.stack([rows, columns, jnp.full_like(patch, start.flow_index)], -1)[None],
     )
 
-    is_real = jnp.ones((1, cfg.patches), bool)
+    is_real = jnp.ones((1, cfg.num_patches), bool)
 
     def log_density(x: jax.Array) -> Any:
         outputs, log_dets = starflow2.shallow_forward(shallow_params, x[None], cfg)

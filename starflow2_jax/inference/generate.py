@@ -61,7 +61,7 @@ def generate(
     latents = encode_images(model, rows, session.keys, session.part_counts)
     u, _ = shallow_forward(model.params, np.concatenate(latents), cfg)
     row_u = np.split(u, np.cumsum([len(x) for x in latents])[:-1])
-    reserved = options.max_tokens + options.image_limit * (cfg.patches + 2) + 1
+    reserved = options.max_tokens + options.image_limit * (cfg.num_patches + 2) + 1
     session = extend(model, session, rows, row_u, reserved)
     state = _reset_counters(model, session.state, options, continues=continue_from is not None)
     session = dataclasses.replace(session, state=state)
@@ -105,7 +105,7 @@ def generate_many(
 
 def _check_images(model: Model, rows: Sequence[Sequence[Part]]) -> None:
     """Raise ValueError unless the model can read every image."""
-    expected = (model.model_config.patches, model.model_config.flow.channels)
+    expected = (model.model_config.num_patches, model.model_config.flow.channels)
     for i, row in enumerate(rows):
         for j, part in enumerate(row):
             location = f"prompt {i}, part {j}"

@@ -52,7 +52,7 @@ def encode_images(
                 x = preprocess.tokens(batch, key[None], model.cfg, False)
                 row_latents.append(np.asarray(x)[0])
             part_index += part.is_counted
-        shape = (len(row_latents), model.model_config.patches, model.model_config.flow.channels)
+        shape = (len(row_latents), model.model_config.num_patches, model.model_config.flow.channels)
         latents.append(np.asarray(row_latents, dtype).reshape(shape))
     return latents
 

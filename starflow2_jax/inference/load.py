@@ -147,7 +147,7 @@ def _check_digest(path: str, name: str, folder: str, actual: str, expected: str 
 
 def _check_latent_shape(path: str, fae: str, codec: Codec, model_config: BackboneConfig) -> None:
     actual = (codec.model.tokens, codec.model.latent)
-    expected = (model_config.patches, model_config.flow.channels)
+    expected = (model_config.num_patches, model_config.flow.channels)
     if actual != expected:
         raise ValueError(
             f"{path} generates {expected[0]} x {expected[1]} latents (tokens x channels), but the "

@@ -156,7 +156,7 @@ def _split_into_parts(
         total = total + item.log_probs
         if item.token == decode_loop.PATCH:
             patch_items.append(item)
-            if len(patch_items) == model.model_config.patches:
+            if len(patch_items) == model.model_config.num_patches:
                 images.append(np.stack([patch.u for patch in patch_items]))
                 parts.append(Part("image", delimiters=opening_nats, **likelihoods(patch_items)))
                 patch_items = []

@@ -38,7 +38,7 @@ def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float
     x = encode_images(model, parts, keys, [0] * len(parts))
     batch, part_index = build_batch(model, parts, x)
     terms = _loss_terms(dict(model.params), batch, cfg=model.model_config)
-    dims = model.model_config.patches * model.model_config.flow.channels
+    dims = model.model_config.num_patches * model.model_config.flow.channels
     image_nats = np.asarray(sum(terms.log_dets) - terms.half_square - dims * HALF_LOG_2_PI)
     positions, is_token, nll = (np.asarray(a) for a in (terms.target_index, terms.token, terms.nll))
     result = []
@@ -74,14 +74,16 @@ def build_batch(
 
     tokenizer, cfg = model.tokenizer, model.model_config
     messages = [to_messages(row, lambda text: tuple(tokenizer.encode(text)), True) for row in rows]
-    sequences = [apply_chat_template(row, tokenizer, cfg.patches, closed=False) for row in messages]
+    sequences = [
+        apply_chat_template(row, tokenizer, cfg.num_patches, closed=False) for row in messages
+    ]
     longest = max(len(sequence.ids) for sequence in sequences)
     max_images = max(max(map(len, x)), 1)
-    spec = PackingSpec(-(-longest // LENGTH_STEP) * LENGTH_STEP, cfg.patches, max_images)
+    spec = PackingSpec(-(-longest // LENGTH_STEP) * LENGTH_STEP, cfg.num_patches, max_images)
     packed = [build_packed_row([s], spec, cfg.flow.side, tokenizer.pad) for s in sequences]
     batch = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
     part_index = [sequence.part_index for sequence in sequences]
-    latents = np.zeros((len(rows), max_images, cfg.patches, cfg.flow.channels), x[0].dtype)
+    latents = np.zeros((len(rows), max_images, cfg.num_patches, cfg.flow.channels), x[0].dtype)
     for b, (index, images) in enumerate(zip(part_index, x)):
         batch["target"][b, : len(index)] = index >= 0  # Delimiters are no targets.
         latents[b, : len(images)] = images

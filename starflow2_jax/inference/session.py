@@ -196,7 +196,7 @@ def _new_sequence(model, session, state, b, branch, parts, u) -> dict[str, Any]:
     r = branch * session.batch_size + b
     position, flow_index = int(state.next_vlm_position[r]), int(state.flow_index[r])
     null, role = session.branches[branch], session.open_roles[b]
-    items = layout_parts(parts, tokenizer, cfg.patches, null, role)
+    items = layout_parts(parts, tokenizer, cfg.num_patches, null, role)
     is_image = items.patch_index >= 0
     values = np.zeros((len(items.ids), cfg.flow.channels), state.u.dtype)
     if is_image.any():
@@ -348,7 +348,7 @@ def advance_counters(
     for token in sampled_ids:
         if token == decode_loop.PATCH:
             patches += 1
-            if patches == cfg.patches:
+            if patches == cfg.num_patches:
                 position_steps += cfg.flow.side
                 flow_steps += 1
                 patches = 0

@@ -55,7 +55,7 @@ class BackboneConfig(Protocol):
     Attributes:
         kind: value of `model.kind` in an experiment.
         deep: options of the block that predicts images; its head is that of `flow.head`.
-        patches: N, patches of an image.
+        num_patches: N, patches of an image.
         skips: names of the skip connections, of `vlm` and `deep`.
         stacks: (layer config, number of layers) of every stack that has a KV cache.
         image_subtrees, text_subtrees: subtrees whose training needs the loss of images, of text.
@@ -70,7 +70,7 @@ class BackboneConfig(Protocol):
     @property
     def deep(self) -> BlockConfig: ...
     @property
-    def patches(self) -> int: ...
+    def num_patches(self) -> int: ...
     @property
     def skips(self) -> tuple[str, ...]: ...
     @property

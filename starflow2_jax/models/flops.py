@@ -104,7 +104,7 @@ def interleaved_step(
     # The logits are recomputed in the backward pass.
     total += 6 * text * cfg.vlm.vocab * cfg.vlm.width * num_targets
     shallow = range(len(cfg.flow.layers) - 1)
-    shallow_flops = sum(block_forward(cfg.flow, i, cfg.patches) for i in shallow)
+    shallow_flops = sum(block_forward(cfg.flow, i, cfg.num_patches) for i in shallow)
     total += num_images * passes("shallow" in names) * shallow_flops
     if images:
         total += 6 * count(declared["deep"]) * length

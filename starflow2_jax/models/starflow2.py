@@ -91,7 +91,7 @@ class PretzelConfig:
         return self.flow.block(-1)
 
     @property
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         """Number of patches N of an image."""
         return self.flow.tokens
 

@@ -122,7 +122,7 @@ def _lower_starflow2(cfg, device_mesh, rows):
         )
     declared = {"params": bytes_per_device(prepared), "cache": bytes_per_device(state.caches)}
     declared["batch"] = bytes_per_device(state.replace(caches=None))
-    return LoweredDecoding(lowered, declared, rows * model.patches, model.patches)
+    return LoweredDecoding(lowered, declared, rows * model.num_patches, model.num_patches)
 
 
 def _unstack_layers(params):

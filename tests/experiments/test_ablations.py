@@ -42,7 +42,7 @@ def trained(variant, name):
 def test_a_row_trains_as_many_weights_as_the_pretzel_or_says_so(variant, name):
     first, _, wanted = trained(variant, "pretzel")
     cfg, model, count = trained(variant, name)
-    assert model.patches == starflow2.preset(variant).patches
+    assert model.num_patches == starflow2.preset(variant).num_patches
     near = abs(count / wanted - 1) < 0.05
     assert near or not rows.ROWS[name].matched
     if variant == "tiny":

@@ -47,7 +47,7 @@ def check_log_det(cfg, params):
     """The log-determinant of an image behind another one is that of the Jacobian by autodiff."""
     batch = pretzel_batch.batch([[pretzel_batch.EDIT]], length=40, dtype=np.float64)
     x = jnp.asarray(batch["latent_mean"])
-    first = int(np.argmax(batch["image"][0] == cfg.patches))
+    first = int(np.argmax(batch["image"][0] == cfg.num_patches))
 
     @jax.jit
     def normalize(second_image):
@@ -56,8 +56,8 @@ def check_log_det(cfg, params):
         u = starflow2.latents_at_positions(u.reshape(x.shape), batch["image"])
         states = cfg.forward(params, backbone_inputs(batch, u))
         scale, mean = starflow2.image_head(params, states.flow_states, cfg)
-        predictors = slice(first - 1, first + cfg.patches - 1)
-        patches = u[0, first : first + cfg.patches]
+        predictors = slice(first - 1, first + cfg.num_patches - 1)
+        patches = u[0, first : first + cfg.num_patches]
         return ((patches - mean[0, predictors]) / scale[0, predictors]).ravel()
 
     second_image = x[0, 1].ravel()

@@ -52,7 +52,7 @@ def assert_same(actual, expected, tolerance=1e-10):
 def build_inputs(model, rows):
     """Return the inputs of whole rows, padded on the right, and which items are real."""
     sequences = [
-        session.layout_parts(row, TOKENIZER, model.model_config.patches, null, "")
+        session.layout_parts(row, TOKENIZER, model.model_config.num_patches, null, "")
         for row, null in rows
     ]
     latents_of = lambda row: [p.latent for p in row if p.kind == "image"]
@@ -377,7 +377,7 @@ def test_every_item_has_a_key_of_its_own():
     state = session.new_session(model, keys, "", 64, True).state
     key_data = set()
     for part in range(3):
-        for number in range(model.model_config.patches):
+        for number in range(model.model_config.num_patches):
             item_state = state.replace(
                 part_index=jnp.array([part]), index_in_part=jnp.array([number])
             )
@@ -386,7 +386,7 @@ def test_every_item_has_a_key_of_its_own():
             for is_patch in kinds:
                 key = decode_loop.item_keys(keys, item_state, jnp.array([is_patch]))
                 key_data.add(np.asarray(jax.random.key_data(key)).tobytes())
-    assert len(key_data) == 3 * (model.model_config.patches + 1)
+    assert len(key_data) == 3 * (model.model_config.num_patches + 1)
 
 
 @pytest.mark.fast

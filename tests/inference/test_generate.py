@@ -58,7 +58,7 @@ def test_a_run_and_its_folders_draw_the_same(parts, tmp_path):
 def test_a_long_answer_of_a_loaded_model_needs_one_program(parts, caplog):
     """Check that the output of a chunk of steps has the type of the first input."""
     model = load.load(parts[1])
-    images = decode_loop.CHUNK // model.model_config.patches + 1
+    images = decode_loop.CHUNK // model.model_config.num_patches + 1
     options = {"images": images, "image_start": True, "max_tokens": 1}
     decode_loop.decode_chunk.clear_cache()
     with jax.log_compiles(), caplog.at_level("WARNING"):

@@ -87,17 +87,17 @@ def prefix_nats(params, batch, cfg):
     )
     for b in range(len(x)):
         first = int(np.argmax(batch["image"][b] == 0))
-        positions = jnp.asarray(batch["flow_positions"][b, : first + cfg.patches - 1])
+        positions = jnp.asarray(batch["flow_positions"][b, : first + cfg.num_patches - 1])
         conditioning = Conditioning(text=y[b : b + 1, :first], positions=positions)
         z, log_det = forward(x[b, :1], conditioning)
         nats.append(0.5 * np.square(z).sum() - log_det[0])
-    return np.array(nats) / (cfg.patches * cfg.flow.channels)
+    return np.array(nats) / (cfg.num_patches * cfg.flow.channels)
 
 
 def first_image_nats(params, batch, cfg, stage):
     result = jax.jit(lambda p: terms(p, batch, cfg, stage))(params)
     nats = result.half_square - sum(result.log_dets)
-    return np.asarray(nats)[:, 0] / (cfg.patches * cfg.flow.channels)
+    return np.asarray(nats)[:, 0] / (cfg.num_patches * cfg.flow.channels)
 
 
 @pytest.mark.parametrize("stage", [STAGE1, STAGE3])
@@ -173,8 +173,8 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     result = jax.jit(lambda p: terms(p, batch, cfg, STAGE3, text_targets=8))(params)
     index, is_token = np.asarray(result.target_index)[0], np.asarray(result.token)[0]
     reached = np.abs(np.asarray(tokens))[is_token, 0, :3].max((2, 3)) > 0
-    first = [int(np.argmax(batch["image"][0] == m * cfg.patches)) for m in range(3)]
-    last = [f + cfg.patches - 1 for f in first]
+    first = [int(np.argmax(batch["image"][0] == m * cfg.num_patches)) for m in range(3)]
+    last = [f + cfg.num_patches - 1 for f in first]
     for number, position in enumerate(index[is_token]):
         for m in range(3):
             same = batch["segments"][0, first[m]] == batch["segments"][0, position]

@@ -82,7 +82,7 @@ def compare(model: STARFlow2, k: int, repeats: int) -> dict:
     say = {"images": 0, "max_tokens": ANSWER, "temperature": 1.0}
     prompt, question = "draw pictures", "what do they show?"
     with_images = model.generate([prompt], **draw)
-    items = k * (model.model_config.patches + 2)
+    items = k * (model.model_config.num_patches + 2)
     text = Part("text", "assistant", "x" * items)
     with_text = model.generate([[prompt, text]], **{**say, "max_tokens": 1})
     pixels = [Part("image", "assistant", image=part.image) for part in with_images[0]]

@@ -72,7 +72,7 @@ class MoTConfig:
         return self.flow.block(-1)
 
     @property
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         """Number of patches N of an image."""
         return self.flow.tokens
 
@@ -116,7 +116,7 @@ def declare(cfg: MoTConfig) -> dict[str, Any]:
     expert: dict[str, Any] = {
         "proj_in": layers.declare_linear(channels, width, (None, "embed")),
         "start": ParamSpec((width,), ("embed",), normal(1.0)),
-        "place": ParamSpec((cfg.patches, width), (None, "embed"), normal(1e-2)),
+        "place": ParamSpec((cfg.num_patches, width), (None, "embed"), normal(1e-2)),
         "layers": layers.declare(cfg.layer, cfg.vlm.layers),
         "proj_out": layers.declare_linear(width, 2 * channels, ("embed", None), zeros),
     }

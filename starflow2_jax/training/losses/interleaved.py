@@ -191,7 +191,7 @@ def _deep_terms(params, h, u, patch, image, num_images, cfg):
         return jnp.concatenate([a[:, 1:], jnp.full_like(a[:, :1], fill)], 1)
 
     z = (at_least_float32(shift(u, 0)) - mean) / scale
-    next_image = jnp.where(patch, shift(image, -1) // cfg.patches, -1)
+    next_image = jnp.where(patch, shift(image, -1) // cfg.num_patches, -1)
     # A comparison rather than a matmul, which accelerators would round.
     of_image = next_image[..., None] == jnp.arange(num_images)
 

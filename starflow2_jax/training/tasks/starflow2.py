@@ -99,7 +99,7 @@ def max_images(cfg: Mapping[str, Any], model: BackboneConfig) -> int:
     Raises:
         ValueError: A row has no room for an image.
     """
-    length, patches = cfg["text"]["length"], model.patches
+    length, patches = cfg["text"]["length"], model.num_patches
     count = cfg["text"]["images"] or length // (patches + 2)
     if count * (patches + 2) > length or not count:
         raise ValueError(
@@ -114,7 +114,7 @@ def abstract_batch(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the arrays of a batch, see `losses.interleaved`."""
     row = (cfg["train"]["batch_size"], cfg["text"]["length"])
-    latent = (row[0], max_images(cfg, model), model.patches, model.flow.channels)
+    latent = (row[0], max_images(cfg, model), model.num_patches, model.flow.channels)
     arrays = {
         "ids": (row, jnp.int32),
         "segments": (row, jnp.int32),

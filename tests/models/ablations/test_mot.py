@@ -104,11 +104,11 @@ def test_each_input_of_the_expert_carries_the_position_of_the_patch_it_predicts(
     def expert(place):
         moved = {**params, "deep": {**params["deep"], "place": place}}
         states = mot.forward(moved, backbone_inputs(batch, u), cfg)
-        return states.flow_states[0, first : first + cfg.patches]
+        return states.flow_states[0, first : first + cfg.num_patches]
 
     place = jnp.asarray(params["deep"]["place"])
     plain = np.asarray(expert(place))
-    for number in range(cfg.patches):
+    for number in range(cfg.num_patches):
         changed = (np.asarray(expert(place.at[number].add(1.0))) != plain).any(-1)
         assert int(np.argmax(changed)) == number and changed[number:].all()
 
