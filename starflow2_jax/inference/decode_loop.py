@@ -33,8 +33,6 @@ TEXT, IMAGE, BEGIN_IMAGE, ENDED, OUT_OF_TOKENS = range(5)
 PATCH, EMPTY = -1, -2
 # The maximum number of steps of a chunk, which is the size of its output.
 CHUNK = 64
-
-
 # Fields of `DecodeState` with R rows; the others have B.
 BRANCH_FIELDS = ("valid", "vlm_position", "next_vlm_position", "flow_index")
 

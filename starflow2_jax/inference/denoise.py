@@ -97,7 +97,6 @@ def image_score_step(
         positions=jnp.concatenate([token_position, positions[:-1]])[None],
         next_positions=jnp.stack([rows, columns, jnp.full_like(patch, start.flow_index)], -1)[None],
     )
-
     is_real = jnp.ones((1, cfg.num_patches), bool)
 
     def log_density(x: jax.Array) -> Any:

@@ -35,7 +35,7 @@ class Session:
     """A batch of rows and the caches that hold what they have read."""
 
     params: Tree  # parameters in the layout of `decode_loop.prepare_params`
-    keys: jax.Array
+    keys: jax.Array  # random keys of the rows [B]
     null: str  # null prompt of the unconditional branch; "" without that branch
     open_roles: tuple[str, ...]  # the role whose turn is open in each row; "" before its first part
     part_counts: tuple[int, ...]  # number of parts of each row
