@@ -87,6 +87,10 @@ def bin_folder(wheel, tmp_path_factory):
     return environment / "bin"
 
 
+def test_the_public_modules_pass_pyright():
+    run(sys.executable, "-m", "pyright", "--pythonpath", sys.executable, cwd=ROOT)
+
+
 def test_the_archives_pass_twine_check(dist, wheel):
     archives = sorted(dist.iterdir())
     assert archives == [wheel, dist / f"starflow2_jax-{__version__}.tar.gz"]

@@ -200,7 +200,8 @@ def _layers(chain, h, cache, start):
     count = h.shape[1]
     tables = chain.rope_tables
     if tables is not None:
-        tables = tuple(jax.lax.dynamic_slice_in_dim(t, start, count, -2) for t in tables)
+        cos, sin = (jax.lax.dynamic_slice_in_dim(t, start, count, -2) for t in tables)
+        tables = cos, sin
     size = cache.keys[0].shape[-2]
     mask = (start + jnp.arange(count))[:, None] >= jnp.arange(size)[None, :]
     return layers.apply_layers(

@@ -98,7 +98,7 @@ def table(cfg: QwenConfig) -> list[Piece]:
         transposed = kind == "weight" and not leaf.startswith("embed/") and "norm" not in leaf
         if not layered:
             shape = spec.shape[::-1] if transposed else spec.shape
-            if leaf == "vision/patch/weight":
+            if cfg.vision is not None and leaf == "vision/patch/weight":
                 vision = cfg.vision
                 shape = (vision.width, vision.channels, vision.frames, vision.patch, vision.patch)
             pieces.append(Piece(f"{_NAMES[stem]}.{kind}", shape, 0, leaf, None, transposed))
@@ -149,7 +149,8 @@ def load(
         names = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(f"{folder} holds tensors of {names}; say which dtype to use")
     dtype = np.dtype(dtypes.pop() if dtype is None else dtype)
-    if dtype.itemsize == 8 and not jax.config.jax_enable_x64:
+    # jax adds the attributes of its configuration at run time.
+    if dtype.itemsize == 8 and not jax.config.jax_enable_x64:  # pyright: ignore
         raise ValueError(f"{folder} is {dtype}; enable jax_enable_x64 or give a dtype")
     tree = declare(cfg)
     names = (only,) if isinstance(only, str) else only

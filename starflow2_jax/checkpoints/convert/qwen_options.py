@@ -62,11 +62,13 @@ def read_options(options: Mapping[str, Any], source: str = "config.json") -> Qwe
     if not isinstance(vision, Mapping):
         raise ValueError(f"{source}: vision_config is missing")
 
-    def integer(fields: Mapping[str, Any], prefix: str, key: str, default: int) -> int:
-        value = fields.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{source}: {prefix}{key}={value!r} is not a whole number")
-        return value
+    def integers(fields: Mapping[str, Any], prefix: str, table: tuple) -> dict[str, Any]:
+        values = {}
+        for name, key, default in table:
+            values[name] = value = fields.get(key, default)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{source}: {prefix}{key}={value!r} is not a whole number")
+        return values
 
     def activation(fields: Mapping[str, Any], prefix: str) -> str:
         name = fields.get("hidden_act", "silu")
@@ -76,7 +78,7 @@ def read_options(options: Mapping[str, Any], source: str = "config.json") -> Qwe
         return _ACTIVATIONS[name]
 
     prefix = "" if text is options else "text_config."
-    sizes = {name: integer(text, prefix, key, default) for name, key, default in _TEXT}
+    sizes = integers(text, prefix, _TEXT)
     if text.get("use_sliding_window"):
         raise ValueError(f"{source}: {prefix}use_sliding_window=True is not supported")
     head_dim = text.get("head_dim") or sizes["width"] // max(sizes["heads"], 1)
@@ -96,7 +98,7 @@ def read_options(options: Mapping[str, Any], source: str = "config.json") -> Qwe
         return QwenConfig(
             **sizes,
             vision=VisionConfig(
-                **{n: integer(vision, "vision_config.", key, d) for n, key, d in _VISION},
+                **integers(vision, "vision_config.", _VISION),
                 full_layers=tuple(full),
                 activation=activation(vision, "vision_config."),
             ),
@@ -105,13 +107,13 @@ def read_options(options: Mapping[str, Any], source: str = "config.json") -> Qwe
             norm_eps=float(text.get("rms_norm_eps", 1e-5)),
             activation=activation(text, prefix),
             tied=bool(options.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-            **{name: integer(options, "", key, default) for name, key, default in _TOKENS},
+            **integers(options, "", _TOKENS),
         )
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from error
 
 
-def _rope(text: Mapping[str, Any], source: str, prefix: str) -> tuple[float, tuple[int, ...]]:
+def _rope(text: Mapping[str, Any], source: str, prefix: str) -> tuple[float, Any]:
     """Return the base and the M-RoPE sections."""
     key = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
     rope = text.get(key) or {}

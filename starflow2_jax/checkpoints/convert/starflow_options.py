@@ -97,8 +97,9 @@ def _merge_arguments(arguments: Any) -> dict[str, Any]:
     return merged
 
 
-def _parse(text: str | Path) -> dict[str, Any]:
-    is_text = isinstance(text, str) and ("=" in text or "\n" in text)
+def _parse(source: str | Path) -> dict[str, Any]:
+    text = str(source)
+    is_text = isinstance(source, str) and ("=" in text or "\n" in text)
     if not is_text or ("\n" not in text and Path(text).is_file()):
         path = Path(text)
         if not path.is_file():
@@ -295,7 +296,7 @@ def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> d
             "neither published code has one of them"
         )
     rope = cfg.positions == "rope"
-    options = dict(
+    options: dict[str, Any] = dict(
         img_size=int(image.get("pixels", cfg.side * patch)),
         patch_size=patch,
         in_channels=_divide(cfg.channels, patch**2, "model.channels", "the patch area"),

@@ -38,6 +38,7 @@ def teacher_config(cfg: Mapping[str, Any], model: FAEConfig) -> Teacher:
     else:
         source = str(locate(path) / CONFIG_FILE)
         tower = qwen_options.read_options(read_config(locate(path)), source).vision
+        assert tower is not None, "read_options requires vision_config"
     teacher = Teacher(kind, tower, group["pixels"])
     for name, actual, expected in (
         ("side", teacher.side, model.side),
@@ -77,8 +78,8 @@ def identity(path: str) -> str:
         path: a folder, of which config.json and the safetensors count, or one file.
     """
     digest = hashlib.sha256()
-    path = locate(path)
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    root = locate(path)
+    for file in sorted(root.iterdir()) if root.is_dir() else [root]:
         if file.name == CONFIG_FILE or file.suffix == ".safetensors":
             with file.open("rb") as stream:
                 inner = hashlib.file_digest(stream, "sha256").hexdigest()
