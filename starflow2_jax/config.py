@@ -8,9 +8,12 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 # Not settings: the model's own keys, and the entries that a model folder adds.
 NON_SETTINGS = ("model", "name", "classes", "null_text")
 BYTE_VOCABULARY = 257
@@ -352,7 +355,7 @@ def model_group(cfg: Mapping[str, Any]) -> dict[str, Any]:
 def to_dict(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return a plain nested dict (tuples as lists), as it is saved in runs and checkpoints."""
 
-    def plain(value):
+    def plain(value: Any) -> Any:
         if hasattr(value, "items"):
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, tuple | list) else value

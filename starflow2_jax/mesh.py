@@ -17,6 +17,7 @@ A *slice* is a set of devices with fast links: a TPU slice, elsewhere the device
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -62,7 +63,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(
-    sizes: Mapping[str, int] | str | None = None, devices: Sequence[jax.Device] | None = None
+    sizes: Mapping[str, int] | str | None = None, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """Return a mesh over `AXES` whose axes are all `AxisType.Auto`.
 
@@ -117,7 +118,7 @@ def _arrange_devices(shape, devices):
     )
 
 
-def slice_of(device: jax.Device) -> int:
+def slice_of(device: Any) -> int:
     """Return the number of the slice that a device belongs to."""
     number = getattr(device, "slice_index", None)
     if number is not None:
@@ -160,7 +161,7 @@ def weight_spec(
             shards; names the parameter, the dimension and the axis.
     """
     check_layout(layout, device_mesh)
-    mesh_axes: dict[str, str] = {}
+    mesh_axes: dict[str | None, str] = {}
     for logical, axis in LAYOUTS[layout].items():
         if logical in axes and axis not in mesh_axes.values():
             mesh_axes[logical] = axis
@@ -236,7 +237,8 @@ def host_rows(rows: int, device_mesh: Mesh) -> np.ndarray:
     `context` alone have the same ones. On a TPU slice the rows need not be one block.
     """
     indices = batch_sharding(device_mesh).addressable_devices_indices_map((rows,))
-    blocks = sorted({(index[0].start or 0, index[0].stop or rows) for index in indices.values()})
+    slices = [index[0] for index in indices.values() if index]
+    blocks = sorted({(block.start or 0, block.stop or rows) for block in slices})
     return np.concatenate([np.arange(*block) for block in blocks])
 
 
@@ -246,7 +248,7 @@ def place_rows(local: np.ndarray, device_mesh: Mesh) -> jax.Array:
     local_shards = host_rows(shards, device_mesh).tolist()
     shard_rows = len(local) // len(local_shards)
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         first = local_shards.index((index[0].start or 0) // shard_rows) * shard_rows
         return local[first : first + shard_rows]
 
