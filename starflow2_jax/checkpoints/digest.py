@@ -72,11 +72,7 @@ def write(directory: epath.Path) -> None:
 
 
 def read(directory: epath.Path) -> dict[str, str] | None:
-    """Return the stored digests by file name, or None if there is no sidecar.
-
-    Raises:
-        ValueError: The sidecar itself is damaged.
-    """
+    """Return the stored digests by file name, or None if there is no sidecar."""
     path = directory / SIDECAR
     if not path.exists():
         return None
@@ -88,11 +84,7 @@ def read(directory: epath.Path) -> dict[str, str] | None:
 
 
 def mismatches(directory: epath.Path, expected: dict[str, str]) -> dict[str, str]:
-    """Compare files with their expected digests.
-
-    Returns:
-        A problem for each damaged file, by name: `missing`, or both digests. Empty if all match.
-    """
+    """Return `missing` or both digests for each file that differs from its expected digest."""
     present = [name for name in expected if (directory / name).exists()]
     actual = compute(directory, present)
     problems = {name: "missing" for name in expected if name not in actual}

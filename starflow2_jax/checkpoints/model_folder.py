@@ -75,20 +75,12 @@ def write_folder(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write a model folder.
+    """Write a model folder. If that fails, whatever was at `path` is unchanged.
 
     Args:
-        path: the folder.
         params: nested dict of arrays (numpy or jax, wholly on this host's devices), or of
             `tensor_files.StoredTensor`s, each of which is read when it is written.
-        config: anything JSON can hold; read back by `read_config`.
-        shard_bytes: largest size of one file's tensors.
         overwrite: replace a folder that this function wrote before; nothing else is ever replaced.
-
-    Raises:
-        FileExistsError: Something exists at `path`.
-        OSError: The folder could not be written, e.g. because the disk is full. What was at `path`
-            is unchanged.
     """
     leaves = {name.replace("/", "."): leaf for name, leaf in flatten(params).items()}
     arrays = {n: leaf for n, leaf in leaves.items() if not isinstance(leaf, StoredTensor)}
@@ -105,11 +97,7 @@ def write_tensors(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write a folder of safetensors, text files and the digests of all of them.
-
-    Raises:
-        FileExistsError, OSError: See `write_folder`.
-    """
+    """Write a folder of safetensors, text files and the digests of all of them."""
     path = Path(path)
     if path.exists() and not (overwrite and (path / DIGEST_FILE).exists()):
         reason = f"is there and has no {DIGEST_FILE}" if overwrite else "exists already"
@@ -188,9 +176,6 @@ def safetensors_parts(tensors: Mapping[str, StoredTensor]) -> Iterator[Any]:
     """Yield the bytes of a safetensors file: its header, then each tensor as it is read.
 
     The library's own writer needs all tensors of a file in memory at once.
-
-    Raises:
-        ValueError: The format lacks a dtype, or a tensor differs from its description.
     """
     # Larger dtypes first keeps every tensor aligned.
     names = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
@@ -220,12 +205,7 @@ def safetensors_parts(tensors: Mapping[str, StoredTensor]) -> Iterator[Any]:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Return the configuration that `write_folder` stored.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or no config.json in it.
-        ValueError: The file is not a JSON object.
-    """
+    """Return the configuration that `write_folder` stored."""
     file = Path(path) / CONFIG_FILE
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; is {path} a model folder?")
@@ -242,15 +222,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def verify(path: str | Path) -> list[str]:
-    """Compare a model folder's files with its list of digests.
-
-    Returns:
-        A description of every problem; empty if there is none.
-
-    Raises:
-        FileNotFoundError: There is no list of digests.
-        ValueError: The list cannot be read.
-    """
+    """Compare a model folder's files with its list of digests. Return every problem."""
     file = Path(path) / DIGEST_FILE
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; is {path} a model folder?")
@@ -266,17 +238,9 @@ def verify(path: str | Path) -> list[str]:
 
 
 def open_folder(path: str | Path, tree: Tree, *, check_digests: bool = True) -> dict[str, Any]:
-    """Return the tree of a model folder as tensors that are read on request.
+    """Return a model folder, which holds exactly `tree`, as tensors that are read on request.
 
-    Args:
-        path: the folder.
-        tree: the declared tree; the folder must contain exactly these weights.
-        check_digests: read every file through first and compare its sha256.
-
-    Raises:
-        FileNotFoundError: There is no model folder, or a shard is missing.
-        ValueError: A file is damaged (it is named), or names are missing, unexpected or misshapen
-            (they are listed together).
+    With `check_digests`, every file is read through first to compare its sha256.
     """
     path = Path(path)
     if not path.is_dir():
@@ -305,17 +269,9 @@ def read_folder(
     """Read the parameters of a model folder, each slice straight to the device that needs it.
 
     Args:
-        path: the folder.
         tree: the declared tree; the folder must contain exactly these weights.
-        mesh: devices that the parameters are placed on; the default device if None.
-        layout: name of the sharding layout on `mesh`.
-        dtype: dtype of the result; by default the dtype of the files.
         subtrees: names of the top-level subtrees to read; all of them by default.
         check_digests: read every file through first and compare its sha256.
-
-    Raises:
-        FileNotFoundError, ValueError: See `open_folder`; also for float64 without jax_enable_x64,
-            and for a layout that does not fit a weight.
     """
     opened = open_folder(path, tree, check_digests=check_digests)
     if subtrees is not None:

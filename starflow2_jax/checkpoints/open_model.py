@@ -66,8 +66,6 @@ class SavedModel:
         Args:
             declared: the declared tree. A model folder must hold exactly these weights. A
                 checkpoint holds the trained subtrees only; pass those, or name them in `subtrees`.
-            device_mesh: where the parameters go; the default device if None.
-            layout: name of the sharding layout, a key of `mesh.LAYOUTS`.
             dtype: dtype of the result; by default the dtype on disk.
             ema: read the averaged weights of a checkpoint rather than the raw ones.
             subtrees: names of the top-level subtrees to read; all of them by default.
@@ -114,10 +112,6 @@ def open_model(path: str | Path) -> SavedModel:
     Args:
         path: `WORKDIR`, `WORKDIR/checkpoints/STEP`, a model folder, or `pretrained/NAME`; local or
             an object store's `gs://...` (runs only).
-
-    Raises:
-        FileNotFoundError: there is neither a committed checkpoint nor a model folder at `path`.
-        ValueError: the configuration cannot be read.
     """
     location = str(path) if "://" in str(path) else str(model_folder.locate(path))
     if model_folder.is_folder(location):

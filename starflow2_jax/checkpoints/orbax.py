@@ -28,6 +28,7 @@ from orbax.checkpoint import v1 as ocp
 
 from starflow2_jax.checkpoints import digest, steps
 from starflow2_jax.checkpoints.steps import COMMIT_FILE, StepFolder
+from starflow2_jax.checkpoints.tensor_files import raise_problems
 from starflow2_jax.config import upgrade
 
 # Bytes read and decoded at a time, in addition to the arrays themselves. Orbax's default has no
@@ -134,7 +135,6 @@ def open(workdir: epath.PathLike, *, keep: int | None = 3, keep_every: int | Non
     """Return a writer for `workdir/checkpoints`; create the folder if it is absent.
 
     Args:
-        workdir: the run's directory.
         keep: how many of the newest steps to keep; None keeps all.
         keep_every: steps divisible by this are never removed.
     """
@@ -150,8 +150,6 @@ def save(writer: Writer, step: int, state: Any, meta: Mapping[str, Any]) -> None
     """Start to save `state`. Return once its arrays are on the host, so that they may be donated.
 
     Args:
-        writer: from `open`.
-        step: number of the step.
         state: dataclass or mapping; each field is a pytree of arrays with any sharding. A field
             without arrays (`None`, an empty dict) is not stored, and `restore` returns it as it is
             in the abstract state.
@@ -254,16 +252,7 @@ def _compare(entry: StepFolder, stored: Mapping[str, Any], requested: Mapping[st
             if name in actual and actual[name] != expected[name]
         ],
     }
-    listed = "; ".join(
-        f"{len(names)} {kind}: {_abbreviate(names)}" for kind, names in problems.items() if names
-    )
-    if listed:
-        raise ValueError(f"{entry.path} is the checkpoint of another model or optimizer. {listed}")
-
-
-def _abbreviate(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return ", ".join(names[:20]) + rest
+    raise_problems(f"{entry.path} is the checkpoint of another model or optimizer", problems)
 
 
 def _restore_target(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -286,8 +275,6 @@ def restore(
     """Read a step into the shapes, dtypes and shardings of `abstract_state`.
 
     Args:
-        workdir: the run's directory.
-        step: number of the step; None takes the newest committed one.
         abstract_state: the saved state as ShapeDtypeStructs (or arrays) with the shardings of the
             result, on any mesh; an array without a sharding goes to the first device.
         verify: compare the sha256 of every file that is read before anything is read.
@@ -361,11 +348,9 @@ def show(workdir: epath.PathLike, step: int | None = None) -> list[ArrayInfo]:
 def verify(
     workdir: epath.PathLike, step: int | None = None, *, seal: bool = False
 ) -> list[StepReport]:
-    """Check one step, or all of them, against their digests.
+    """Check one step, or all of them if `step` is None, against their digests.
 
     Args:
-        workdir: the run's directory.
-        step: number of the step; None checks all.
         seal: read every array of an unsealed step through, part by part in host memory, and write
             its digests if all can be read. Nothing else is ever written.
     """
@@ -405,13 +390,7 @@ def check_frozen(
 ) -> None:
     """Refuse to resume a run whose frozen models have changed.
 
-    Args:
-        workdir: the run, for the message.
-        meta: `meta` of its checkpoint.
-        identity: sha256 of every frozen model as it is now, by name.
-
-    Raises:
-        ValueError: A digest differs, or one of the models is missing or new.
+    `identity` has the sha256 of every frozen model as it is now, by name.
     """
     recorded = meta.get("frozen") or {}
     for name in sorted({*recorded, *identity}):

@@ -71,9 +71,6 @@ def check_copied(workdir: epath.PathLike) -> None:
 
     Neither a save nor the removal of an old step leaves that state; an interrupted copy does.
     Silently taking the step before it, or starting from scratch, would lose training.
-
-    Raises:
-        ValueError: The newest step was copied in part.
     """
     entries = steps(workdir)
     if not entries or entries[-1].status != "leftover":
@@ -90,11 +87,7 @@ def check_copied(workdir: epath.PathLike) -> None:
 
 
 def locate(path: epath.PathLike) -> tuple[epath.Path, int | None]:
-    """Split the path of a run (step None) or of one step, `RUN/checkpoints/120`.
-
-    Returns:
-        (workdir, step)
-    """
+    """Split the path of a run, or of one step `RUN/checkpoints/120`, into workdir and step."""
     path = epath.Path(path)
     if path.name.isdecimal() and path.parent.name == FOLDER:
         return path.parent.parent, int(path.name)
@@ -111,11 +104,7 @@ def _broadcast(value: int) -> int:
 
 
 def find(workdir: epath.PathLike, step: int | None) -> StepFolder:
-    """Return the committed folder of `step`, or the newest one if `step` is None.
-
-    Raises:
-        FileNotFoundError: There is no such committed step; the message lists those that exist.
-    """
+    """Return the committed folder of `step`, or the newest one if `step` is None."""
     directory = folder(workdir)
     entries = {entry.step: entry for entry in steps(workdir)}
     good = [entry.step for entry in entries.values() if entry.status != "leftover"]
@@ -170,15 +159,10 @@ def newest_good(workdir: epath.PathLike, other_than: int) -> str:
 
 
 def damaged_files(path: epath.Path, parts: Sequence[str] | None) -> dict[str, str] | None:
-    """Compare the files of a step with their digests. The hosts share the files among them.
+    """Return the problem of each damaged file of a step, or None if the step has no sidecar.
 
-    Args:
-        path: the step's folder.
-        parts: names of the Orbax parts to check, besides the files that belong to no part; all if
-            None.
-
-    Returns:
-        A problem for each damaged file, by name; None if the step has no sidecar.
+    The hosts share the files among them. `parts` names the Orbax parts to check, in addition to the
+    files that belong to no part; None checks all.
     """
     expected = digest.read(path)
     if expected is None:
@@ -198,11 +182,7 @@ def damaged_files(path: epath.Path, parts: Sequence[str] | None) -> dict[str, st
 
 
 def check_files(workdir: epath.PathLike, entry: StepFolder, parts: Sequence[str] | None) -> None:
-    """Check a step's files against their digests; log a warning if the step is unsealed.
-
-    Raises:
-        ValueError: A file or the sidecar is damaged. The message names the newest good step.
-    """
+    """Check a step's files against their digests; log a warning if the step is unsealed."""
     try:
         problems = damaged_files(entry.path, parts)
     except ValueError as error:
@@ -232,14 +212,7 @@ def remove(path: epath.Path) -> None:
 
 
 def retain(workdir: epath.PathLike, saved: int, keep: int | None, keep_every: int | None) -> None:
-    """Remove old steps, and leftovers older than the step that was just committed.
-
-    Args:
-        workdir: the run's directory.
-        saved: number of the step that was just committed.
-        keep: how many of the newest steps to keep; None keeps all.
-        keep_every: steps divisible by this are never removed.
-    """
+    """Remove old steps (see `orbax.open`), and leftovers older than `saved`, the newest step."""
     for entry in steps(workdir):
         if entry.status == "leftover" and entry.step < saved:
             remove(entry.path)

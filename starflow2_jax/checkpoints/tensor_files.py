@@ -58,11 +58,7 @@ class StoredTensor:
 def compare(
     actual: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
 ) -> dict[str, list[str]]:
-    """Compare the names and shapes of arrays with the expected ones.
-
-    Returns:
-        Names and descriptions of the differences, under `missing`, `unexpected` and `misshapen`.
-    """
+    """Return the names and shapes that differ as `missing`, `unexpected` and `misshapen`."""
     return {
         "missing": [name for name in expected if name not in actual],
         "unexpected": [name for name in actual if name not in expected],
@@ -75,12 +71,7 @@ def compare(
 
 
 def raise_problems(summary: str, problems: Mapping[str, Sequence[str]]) -> None:
-    """Raise a ValueError that lists all problems by kind, unless there are none.
-
-    Args:
-        summary: the message's first sentence, without a full stop.
-        problems: descriptions by kind, as `compare` returns them; at most 20 of a kind are listed.
-    """
+    """Raise a ValueError that lists up to 20 problems of each kind, unless there are none."""
     lines = [
         f"{len(names)} {kind}: {', '.join(names[:20])}"
         + (f" and {len(names) - 20} more" if len(names) > 20 else "")
@@ -92,13 +83,7 @@ def raise_problems(summary: str, problems: Mapping[str, Sequence[str]]) -> None:
 
 
 def to_device(tensor: StoredTensor, sharding: Any, dtype: Any) -> jax.Array:
-    """Read a tensor onto devices, each slice straight to the device that needs it.
-
-    Args:
-        tensor: the tensor.
-        sharding: its sharding; the default device if None.
-        dtype: dtype of the result.
-    """
+    """Read a tensor onto devices, each slice straight to the device that needs it."""
     slices: dict[str, np.ndarray] = {}
 
     def read(index: Index) -> np.ndarray:
@@ -153,11 +138,7 @@ def _from_array(name: str, value: Any) -> StoredTensor:
 
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of one safetensors file. None of them is read yet.
-
-    Raises:
-        ValueError: The file is truncated or damaged, or has a tensor of an unknown dtype.
-    """
+    """Return the tensors of one safetensors file. None of them is read yet."""
     import safetensors
 
     try:
@@ -243,12 +224,7 @@ def _read_into(stream: Any, array: np.ndarray) -> None:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return the file of each tensor, from a `model.safetensors.index.json`.
-
-    Raises:
-        ValueError: The index cannot be parsed, or names a tensor twice or a file outside its
-            folder.
-    """
+    """Return the file of each tensor, from a `model.safetensors.index.json`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(name for name, _ in pairs)

@@ -18,16 +18,7 @@ Batch = dict[str, Any]
 
 
 def open(cfg: Mapping[str, Any], model: Any) -> Codec | None:
-    """Return the codec of `fae.path`, or None if the experiment has none.
-
-    Args:
-        cfg: the experiment's configuration.
-        model: configuration of the flow, with `tokens` and `channels`.
-
-    Raises:
-        FileNotFoundError, ValueError: See `codec.load`; also if the flow reads pixels or latents of
-            another shape.
-    """
+    """Return the codec of `fae.path`, checked against the flow `model`, or None without a path."""
     path = cfg["fae"].get("path")
     if not path:
         return None
@@ -47,15 +38,7 @@ def open(cfg: Mapping[str, Any], model: Any) -> Codec | None:
 
 
 def options(data_options: Any, codec: Codec | None) -> Any:
-    """Return options of a data pipeline with which it reads images of the codec's size.
-
-    Args:
-        data_options: a mapping or a dataclass with `pixels` and `mixture`.
-        codec: the codec, if any.
-
-    Raises:
-        ValueError: Only some datasets of the mixture have stored latents.
-    """
+    """Return options of a data pipeline with which it reads images of the codec's size."""
     if codec is None:
         return data_options
     is_mapping = isinstance(data_options, Mapping)
@@ -69,17 +52,10 @@ def options(data_options: Any, codec: Codec | None) -> Any:
 
 
 def describe(description: dict[str, Any], codec: Codec | None, name: str) -> dict[str, Any]:
-    """Add the encoder to a description of data, as the manifest of stored latents names it.
+    """Add the encoder to a pipeline's description, as the manifest of stored latents names it.
 
-    A run can then be resumed from stored latents or by encoding, whichever it started with.
-
-    Args:
-        description: from a pipeline's `describe`.
-        codec: the codec, if any.
-        name: name of the data in errors.
-
-    Raises:
-        DatasetError: Stored latents are those of another encoder.
+    A run can then be resumed from stored latents or by encoding, whichever it started with. `name`
+    is the name of the data in errors.
     """
     if codec is None:
         return description
@@ -101,14 +77,10 @@ def identity(description: Mapping[str, Any]) -> dict[str, str]:
 
 
 def decoder(description: Mapping[str, Any], codec: Codec | None) -> Codec | None:
-    """Return the codec that decodes the latents of data.
+    """Return the codec that decodes the latents of data that a pipeline describes, or None.
 
     That is the codec of `fae.path`, or the one that stored latents were made with if it is still at
-    its path, or None.
-
-    Args:
-        description: from a pipeline's `describe`.
-        codec: the codec of `fae.path`, if any.
+    its path.
     """
     encoders = [row["fae"] for row in description["features"] if "fae" in row]
     path = encoders[0].get("path") if encoders else None
@@ -132,7 +104,6 @@ def encode(batch: Batch, codec: Codec) -> Batch:
             H, W, 3] of packed rows, which becomes [b, M, T, D]. In packed rows, `image` int32 [b,
             L] names the patch at each position, and slots without any patch become zeros. A batch
             with stored latents is returned unchanged.
-        codec: the codec.
     """
     if "latent_mean" in batch:
         return batch

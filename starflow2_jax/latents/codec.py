@@ -48,15 +48,7 @@ class Codec:
 
 
 def load(path: str) -> Codec:
-    """Load a codec; from a checkpoint, with the averaged weights.
-
-    Args:
-        path: the workdir of a codec's training, a step in it, or a model folder.
-
-    Raises:
-        FileNotFoundError: There is no model at `path`.
-        ValueError: The model is damaged or not a codec, or its tower's files have changed.
-    """
+    """Load a codec from a run, a step (both with the averaged weights) or a model folder."""
     saved = open_model(path)
     cfg, frozen = saved.config, saved.frozen
     if saved.task not in TASKS:
@@ -97,11 +89,7 @@ def load(path: str) -> Codec:
 
 
 def export(codec: Codec, path: str, *, overwrite: bool = False) -> None:
-    """Write a model folder that includes the tower.
-
-    Raises:
-        FileExistsError, OSError: See `model_folder.write_folder`.
-    """
+    """Write a model folder that includes the tower."""
     tower = {
         field.name: list(value) if isinstance(value, tuple) else value
         for field in dataclasses.fields(codec.teacher.tower)
@@ -115,12 +103,7 @@ def export(codec: Codec, path: str, *, overwrite: bool = False) -> None:
 def encode(codec: Codec, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and log-variance float32 [B, T, D] of the normalized latents of images.
 
-    Args:
-        codec: the codec.
-        image: uint8 [B, H, W, 3].
-
-    Raises:
-        ValueError: The images have another size or dtype.
+    Images are uint8 [B, H, W, 3].
     """
     side = codec.model.pixels
     if image.shape[1:] != (side, side, 3) or image.dtype != np.uint8:
@@ -147,11 +130,7 @@ def _encode(params, image, *, model, teacher):
 
 
 def decode(codec: Codec, latents: np.ndarray) -> np.ndarray:
-    """Return images uint8 [B, H, W, 3] of normalized latents [B, T, D].
-
-    Raises:
-        ValueError: The codec has no trained pixel decoder.
-    """
+    """Return images uint8 [B, H, W, 3] of normalized latents [B, T, D]."""
     if "pixel_decoder" not in codec.params:
         raise ValueError(f"codec {codec.cfg['name']!r}: it has no pixel decoder (task=fae_pixels)")
     parts = []

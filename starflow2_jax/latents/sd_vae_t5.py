@@ -50,15 +50,8 @@ def write(
     the features [n, E] of the empty caption's tokens.
 
     Args:
-        out: folder of the arrays.
-        data: folder of the dataset.
-        options: sizes and device.
         vae: folder of a diffusers AutoencoderKL, or None for no latents.
         t5: folder of a T5 encoder with its tokenizer, or None for no text features.
-        overwrite: replace a folder of arrays at `out`.
-
-    Raises:
-        DatasetError: A folder is of another kind, or a record has not exactly one target image.
     """
     if not vae and not t5:
         raise DatasetError("nothing to compute: give --vae, --t5 or both")
@@ -142,11 +135,7 @@ def _open_vae(folder: str, options: FeatureOptions) -> tuple[Callable, dict[str,
 
     @torch.inference_mode()
     def encode(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and log-variance [B, T, D] of (latent - shift) * scale.
-
-        Args:
-            batch: uint8 [B, H, W, 3].
-        """
+        """Return [B, T, D] mean and log-variance of (latent - shift) * scale of uint8 images."""
         x = torch.from_numpy(batch).to(device, torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
         posterior = model.encode(x).latent_dist
         mean = (posterior.mean - shift) * scale

@@ -39,9 +39,6 @@ def write(
     """Make the shards of one job, and the manifest once no shard is missing.
 
     Args:
-        out: folder of the latents; it may exist, complete or in part, made by the same encoder.
-        data: folder of the dataset.
-        encode: the encoder.
         encoder: its description in the manifest: `sha256`; `pixels`, the side to which images are
             scaled and cropped; `shape`, [T, D].
         shard: (i, n) for job i of n.
@@ -49,10 +46,6 @@ def write(
     Returns:
         Counts: all `shards`, those `made` and `kept` by this job, and those `missing` because they
         are left to other jobs.
-
-    Raises:
-        DatasetError: `out` holds latents of another encoder or dataset, or is another kind of
-            folder; or an image cannot be decoded.
     """
     job, jobs = shard
     if not 0 <= job < jobs:
@@ -99,11 +92,7 @@ def make_shard(
     encode: Encode,
     encoder: Mapping[str, Any],
 ) -> bool:
-    """Make one shard, after removing what a killed job left of it.
-
-    Returns:
-        False if the shard existed already.
-    """
+    """Make one shard, after removing what a killed job left of it. Return False if it existed."""
     parent = dataset.manifest.shards
     path = folder / shard_name(number, len(parent))
     for stale in folder.glob(f".{path.name}.*"):
@@ -146,16 +135,7 @@ def finish(folder: pathlib.Path, parent: Manifest, encoder: Mapping[str, Any]) -
 
 
 def check_encoder(features: Mapping[str, Any] | None, sha256: str, name: str) -> None:
-    """Check that latents are those of an encoder.
-
-    Args:
-        features: `features` of the latents' manifest.
-        sha256: digest of the encoder.
-        name: name of the data in the error.
-
-    Raises:
-        DatasetError: They belong to another encoder.
-    """
+    """Check that the latents whose manifest has `features` are those of an encoder."""
     stored = ((features or {}).get("fae") or {}).get("sha256")
     if stored != sha256:
         raise DatasetError(
@@ -177,11 +157,7 @@ def shard_name(number: int, count: int) -> str:
 
 
 def complete(folder: pathlib.Path, parent: Manifest, encoder: Mapping[str, Any]) -> bool:
-    """Return True if the folder is finished.
-
-    Raises:
-        DatasetError: It belongs to another encoder or dataset.
-    """
+    """Return True if the folder is finished, after checking its encoder and dataset."""
     if not (folder / manifest_lib.FILE_NAME).exists():
         return False
     _check_same(folder, manifest_lib.load(folder, kind="arrays").features or {}, parent, encoder)

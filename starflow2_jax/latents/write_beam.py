@@ -29,14 +29,8 @@ def write(
     """Make every missing shard, then the manifest. Return counts as `latents.write.write` does.
 
     Args:
-        out: folder of the latents.
-        data: folder of the dataset.
         open_encoder: a module-level function that every worker calls with `fae`.
-        fae: path of the codec.
         options: options of the pipeline, such as `--runner=DataflowRunner`.
-
-    Raises:
-        DatasetError: apache_beam is not installed; or see `latents.write.write`.
     """
     try:
         import apache_beam as beam

@@ -58,11 +58,7 @@ _MODELS = {"dinov2": False, "dinov2_with_registers": True}
 
 
 def read_options(options: Mapping[str, Any]) -> DinoConfig:
-    """Return our configuration of a published `config.json`.
-
-    Raises:
-        ValueError: This is another architecture, a key is missing, or a value is not supported.
-    """
+    """Return our configuration of a published `config.json`."""
     kind = options.get("model_type")
     if kind not in _MODELS:
         raise ValueError(f"config.json: model_type={kind!r} is not one of {', '.join(_MODELS)}")
@@ -106,18 +102,9 @@ def read_options(options: Mapping[str, Any]) -> DinoConfig:
 def load(
     folder: str | Path, mesh: Mesh | None = None, layout: str = "fsdp", dtype: Any = None
 ) -> tuple[DinoConfig, dict[str, Any]]:
-    """Load a published DINOv2, each slice straight to the device that needs it.
+    """Load a published DINOv2 folder, each slice straight to the device that needs it.
 
-    Args:
-        folder: `config.json` and safetensors (one file, or shards with an index).
-        mesh: devices that the weights are placed on; the default device if None.
-        layout: name of the sharding layout on `mesh`.
-        dtype: dtype of the result; by default that of the file.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or a shard is missing.
-        ValueError: This is another architecture; names are missing, unexpected or misshapen (they
-            are listed together); or a file is damaged (see `tensor_files.open_source`).
+    An absent `mesh` means the default device, an absent `dtype` that of the file.
     """
     cfg = read_options(read_config(folder))
     tensors = flatten(view(open_source(folder), cfg))
@@ -166,11 +153,7 @@ def table(cfg: DinoConfig) -> list[Piece]:
 
 
 def view(source: Mapping[str, StoredTensor], cfg: DinoConfig) -> dict[str, Any]:
-    """Return our tree of a published state dict, as tensors that are assembled when read.
-
-    Raises:
-        ValueError: Names are missing, unexpected or misshapen; they are listed together.
-    """
+    """Return our tree of a published state dict, as tensors that are assembled when read."""
     pieces = table(cfg)
     shapes = published_shapes(pieces)
     tokens = [name for name in (_CLASS, _POSITIONS, _REGISTERS) if name in shapes]

@@ -26,17 +26,7 @@ _UNUSED = re.compile(r"classifier\..*|scaling_layer\.(shift|scale)|lins\..*")
 def load(
     mapping_or_path: Mapping[str, Any] | str | Path, dtype: Any = jnp.float32
 ) -> tuple[LPIPSConfig, dict[str, Any]]:
-    """Load the configuration and the parameters of the perceptual distance.
-
-    Args:
-        mapping_or_path: arrays by name, or a path that `tensor_files.open_source` reads.
-        dtype: dtype of the result.
-
-    Raises:
-        ValueError: The file is neither of the two; names are missing, unexpected or misshapen (they
-            are listed together).
-        FileNotFoundError, ImportError: See `tensor_files.open_source`.
-    """
+    """Load the perceptual distance from arrays by name, or from a path for `open_source`."""
     source = open_source(mapping_or_path)
     is_lpips = any(name.startswith("net.slice") for name in source)
     names = {}

@@ -124,20 +124,11 @@ def load(
 ) -> tuple[QwenConfig, dict[str, Any]]:
     """Load a published Qwen2.5-VL, tensor by tensor straight into arrays on their devices.
 
-    The host never holds more than one tensor in addition to the finished arrays.
+    The host never holds more than one tensor in addition to the finished arrays. Names, shapes and
+    options are checked before anything is loaded.
 
     Args:
-        folder: `config.json` and safetensors (one file, or shards with an index).
-        mesh: devices that the weights are placed on; the default device if None.
-        layout: name of the sharding layout on `mesh`.
-        dtype: dtype of the result; by default that of the files.
         only: the top-level subtree, or subtrees, to load, such as `vision`; all by default.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or a shard is missing.
-        ValueError: The architecture or an option is not supported; names are missing, unexpected or
-            misshapen (they are listed together); a file or the index is damaged; or the layout does
-            not fit a weight. All of this is checked before anything is loaded.
     """
     cfg = read_options(read_config(folder), str(Path(folder) / CONFIG_FILE))
     source = _open(folder, cfg)
@@ -272,17 +263,8 @@ def export(
     """Write a folder that `transformers` and `load` can read.
 
     Args:
-        params: arrays, or `StoredTensor`s, each of which is read when it is written.
-        cfg: the model's configuration.
-        folder: where to write.
         processor: a folder whose tokenizer, image processor and chat template are copied.
         extra: further entries of config.json, e.g. `eos_token_id`.
-        overwrite: replace a folder that this function wrote before.
-
-    Raises:
-        ValueError: `params` is not a tree of `cfg`, or `cfg` has no tower.
-        FileNotFoundError: `processor` has no tokenizer.
-        FileExistsError, OSError: See `model_folder.write_tensors`.
     """
     tensors = to_published(table(cfg), params, declare(cfg))
     dtypes = {tensor.dtype for tensor in tensors.values()}

@@ -43,16 +43,7 @@ _TOKENS = (
 
 
 def read_options(options: Mapping[str, Any], source: str = "config.json") -> QwenConfig:
-    """Return our configuration of a `config.json`.
-
-    Args:
-        options: the file's content.
-        source: name of the file in error messages.
-
-    Raises:
-        ValueError: This is another architecture, a value has the wrong type, or the rope,
-            activation or attention is not supported. The message names the field.
-    """
+    """Return our configuration of a `config.json`; `source` names the file in errors."""
     kind = options.get("model_type")
     if kind != _MODEL_TYPE:
         raise ValueError(f"{source}: model_type={kind!r}, expected {_MODEL_TYPE!r}")
@@ -129,11 +120,7 @@ def _rope(text: Mapping[str, Any], source: str, prefix: str) -> tuple[float, Any
 
 
 def public_options(cfg: QwenConfig) -> dict[str, Any]:
-    """Return the `config.json` of `cfg` in the layout of the published files.
-
-    Raises:
-        ValueError: The configuration has no tower, which the published code requires.
-    """
+    """Return the `config.json` of `cfg` in the layout of the published files."""
     if cfg.vision is None:
         raise ValueError("vision: the public model has a tower, the configuration has none")
     activations = {name: key for key, name in _ACTIVATIONS.items()}

@@ -103,20 +103,11 @@ def load(
     mapping_or_path: Mapping[str, Any] | str | Path,
     options: Mapping[str, Any] | str | Path,
 ) -> tuple[FlowConfig, dict[str, Any]]:
-    """Load a published TarFlow or STARFlow.
+    """Load a published TarFlow or STARFlow as numpy arrays in the file's dtype, one at a time.
 
     Args:
         mapping_or_path: arrays by published name, or a path that `tensor_files.open_source` reads.
         options: the run's options, as `starflow_options.read_options` takes them.
-
-    Returns:
-        The configuration, and parameters as numpy arrays in the file's dtype (float32, bfloat16 or
-        float64). Tensors are read one at a time.
-
-    Raises:
-        ValueError: The options are bad; names are missing, unexpected or misshapen (they are listed
-            together); a tensor has another dtype; or the prior variance of a TarFlow is not one.
-        FileNotFoundError, ImportError: See `tensor_files.open_source`.
     """
     source = open_source(mapping_or_path)
     cfg, _ = describe(source, options)
@@ -127,11 +118,7 @@ def load(
 def describe(
     source: Mapping[str, StoredTensor], options: Mapping[str, Any] | str | Path
 ) -> tuple[FlowConfig, dict[str, Any]]:
-    """Return the configuration of an opened state dict, whose names and shapes are checked.
-
-    Returns:
-        (configuration, image), where `image` is that of `starflow_options.image_config`.
-    """
+    """Return configuration and `image_config` of an opened state dict, after checking its names."""
     model_options = read_options(options)[0]
     family = find_family(model_options, set(source))
     shapes = {name: tensor.shape for name, tensor in source.items()}
@@ -174,20 +161,12 @@ def tree_view(source: Mapping[str, StoredTensor], cfg: FlowConfig) -> dict[str, 
 
 
 def public_view(params: Tree, cfg: FlowConfig) -> dict[str, StoredTensor]:
-    """Return the published state dict of a tree, as tensors that are assembled when read.
-
-    Raises:
-        ValueError: `params` is not a tree of `cfg`; all differences are listed.
-    """
+    """Return the published state dict of a tree, as tensors that are assembled when read."""
     return to_published(table(cfg), params, declare(cfg))
 
 
 def export(params: Tree, cfg: FlowConfig) -> dict[str, np.ndarray]:
-    """Return the published state dict without buffers, in the dtype of `params`.
-
-    Raises:
-        ValueError: See `public_view`.
-    """
+    """Return the published state dict without buffers, in the dtype of `params`."""
     return {name: tensor.read() for name, tensor in public_view(params, cfg).items()}
 
 
@@ -199,12 +178,8 @@ def experiment_config(
 ) -> dict[str, Any]:
     """Return the experiment configuration of a converted flow, for `generate` and `evaluate`.
 
-    Args:
-        model: the flow.
-        image: from `starflow_options.image_config`.
-        options: the first result of `starflow_options.read_options`.
-        trainer_options: its second result. The noise is taken from these; its default is that of
-            the family's trainer.
+    `image` is that of `image_config`; the options are the two results of `read_options`. The noise
+    is one of the trainer's options; its default is that of the family's trainer.
     """
     cfg = config.plain()
     cfg["name"] = f"converted {options['family']}"

@@ -51,11 +51,6 @@ def read_options(
     Returns:
         (model options under the constructor's names, with `vae` and `family` if present; the
         trainer's options)
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The text is neither of the two formats, an option has two different values or
-            does not exist in the image flows, or a name is close to that of a model option.
     """
     values = dict(options) if isinstance(options, Mapping) else _parse(options)
     if set(values) == {"arguments"}:
@@ -145,15 +140,11 @@ def _refuse_misspelt(name: str) -> None:
 
 
 def find_family(options: Mapping[str, Any], names: set[str]) -> str:
-    """Return the family of a run, `tarflow` or `starflow`.
+    """Return the family of a run, `tarflow` or `starflow`, from its options and tensor names.
 
     The option `family` decides if it is present. Otherwise class vectors mean TarFlow, and an
     option or a tensor that only STARFlow has means STARFlow. Without any of these it is TarFlow;
     then the two differ only in the order of numbers within a patch.
-
-    Args:
-        options: model options from `read_options`.
-        names: names of the state dict's tensors.
     """
     if options.get("family"):
         return options["family"]
@@ -193,15 +184,7 @@ def flow_config(
     """Return the flow that options describe.
 
     The number of classes and of text channels, which a run takes from its data or text encoder, are
-    read from the tensors' shapes if the options lack them.
-
-    Args:
-        options: model options from `read_options`.
-        family: `tarflow` or `starflow`.
-        shapes: shape of every tensor of the state dict, by name.
-
-    Raises:
-        ValueError: A required option is missing, or a value fits no image flow.
+    read from the `shapes` of the state dict's tensors if the options lack them.
     """
     image = image_config(options, family)
     sizes = dict(
@@ -281,12 +264,7 @@ def _starflow_config(
 def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the constructor's options of a flow: the inverse of `flow_config`.
 
-    Args:
-        cfg: the flow.
-        image: as `image_config` returns it; by default patches of one pixel in STARFlow's order.
-
-    Raises:
-        ValueError: The flow has an option that neither published code has.
+    `image` is that of `image_config`; by default patches of one pixel in STARFlow's order.
     """
     image = dict(image or {})
     patch = int(image.get("patch", 1))

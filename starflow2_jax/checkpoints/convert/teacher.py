@@ -18,17 +18,7 @@ from starflow2_jax.models.fae.teacher import Teacher
 
 
 def teacher_config(cfg: Mapping[str, Any], model: FAEConfig) -> Teacher:
-    """Return the tower of an experiment's `teacher` group. No weight is read.
-
-    Args:
-        cfg: the experiment's configuration.
-        model: the codec that encodes the tower's features.
-
-    Raises:
-        FileNotFoundError: There is no folder at `teacher.path`.
-        ValueError: This is another architecture or a model without a tower, the tower cannot cut
-            the images into patches, or its features have another grid or width than the codec's.
-    """
+    """Return the tower of an experiment's `teacher` group, checked against the codec `model`."""
     group = cfg["teacher"]
     kind, path = group["kind"], group["path"]
     if not path:
@@ -55,11 +45,7 @@ def teacher_config(cfg: Mapping[str, Any], model: FAEConfig) -> Teacher:
 def load(
     cfg: Mapping[str, Any], teacher: Teacher, mesh: Mesh | None = None, layout: str = "dp"
 ) -> dict[str, Any]:
-    """Return the tower's weights in float32: from `teacher.path`, or else drawn from the seed.
-
-    Raises:
-        FileNotFoundError, ValueError: See `dinov2.load` and `qwen.load`.
-    """
+    """Return the tower's weights in float32: from `teacher.path`, or else drawn from the seed."""
     path, tree = cfg["teacher"]["path"], teachers.declare(teacher)
     if not path:
         shardings = None if mesh is None else params.shardings(tree, mesh, layout)
@@ -72,11 +58,7 @@ def load(
 
 
 def identity(path: str) -> str:
-    """Return the sha256 over names and contents of a model's files.
-
-    Args:
-        path: a folder, of which config.json and the safetensors count, or one file.
-    """
+    """Return the sha256 of a file, or of config.json and the safetensors in a folder."""
     digest = hashlib.sha256()
     root = locate(path)
     for file in sorted(root.iterdir()) if root.is_dir() else [root]:

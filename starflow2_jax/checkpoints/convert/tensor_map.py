@@ -45,12 +45,9 @@ def read_rows(source: Mapping[str, StoredTensor], piece: Piece) -> np.ndarray:
 def to_tree(
     pieces: Sequence[Piece], source: Mapping[str, StoredTensor], declared: Tree
 ) -> dict[str, Any]:
-    """Return our tree of a published state dict, as tensors that are assembled when read.
+    """Return our tree of a checked state dict, as tensors that are assembled when read.
 
-    Args:
-        pieces: the table; the pieces of a stacked leaf are in order of layer.
-        source: the published tensors, whose names and shapes have been checked.
-        declared: the declared tree.
+    The pieces of a stacked leaf are in order of layer.
     """
     by_leaf: dict[str, list[Piece]] = {}
     for piece in pieces:
@@ -80,16 +77,7 @@ def to_tree(
 
 
 def to_published(pieces: Sequence[Piece], params: Tree, declared: Tree) -> dict[str, StoredTensor]:
-    """Return the published tensors of our tree, assembled when they are read.
-
-    Args:
-        pieces: the table.
-        params: arrays or `StoredTensor`s.
-        declared: the declared tree.
-
-    Raises:
-        ValueError: `params` is not the declared tree; all differences are listed.
-    """
+    """Return the published tensors of our tree, assembled when they are read."""
     leaves = flatten(params)
     shapes = {leaf: spec.shape for leaf, spec in flatten(declared).items()}
     raise_problems("not the parameters of the configuration", compare(leaves, shapes))
