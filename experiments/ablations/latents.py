@@ -1,4 +1,4 @@
-"""What the flow of an ablation learns instead of the codec's latents: pixels, or tower features.
+"""Data that the flow of an ablation learns instead of the codec's latents: pixels or features.
 
 Both are scaled to unit variance in every channel, measured on the first training images, so that
 the same noise has the same effect. They are stored next to a dataset as the codec's latents are,

@@ -1,4 +1,4 @@
-"""Whether a workdir can be resumed by a configuration and its data."""
+"""Check that a workdir can be resumed by a configuration and its data."""
 
 from collections.abc import Mapping
 from typing import Any

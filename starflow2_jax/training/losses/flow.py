@@ -1,4 +1,4 @@
-"""Exact negative log-likelihood of a flow, as a sum and a count.
+"""The exact negative log-likelihood of a flow, as a sum and a count.
 
 The loss of a global batch is the sum over all of its dimensions divided by their number, so that
 microbatches, devices and hosts add up to the same value.
@@ -25,16 +25,19 @@ def flow_loss(
     *,
     latent_penalty: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """-log p(x) without its constant, plus the latent-norm penalty (paper.md 3.4).
+    """Return -log p(x) without its constant, plus the latent-norm penalty.
+
+        -log p(x) = 1/2 |z|^2 - sum_i log |det dz_i / dz_(i-1)| + const
 
     Args:
-        x: tokens [B, T, D]; latent_penalty: weight of the mean square of the tokens before each
-            block (the data and every intermediate, not z).
+        x: tokens [B, T, D].
+        latent_penalty: weight of the mean square of the input of each block, the data included,
+            z not. Likelihoods leave it out.
 
     Returns:
-        The loss of each row [B], a sum over its dimensions, and what it is made of, each [B]:
-        `count` dimensions, `half_square` of z, `log_det/i` of every block and `latent/i`, the
-        square before it. Likelihoods leave out the penalty.
+        The loss of each row [B], a sum over its dimensions, and its terms, each [B]: `count`
+        dimensions, `half_square` of z, and for every block `log_det/i` and `latent/i`, the square
+        of its input.
     """
     outputs, log_dets = flow.forward_blocks(params, x, cfg, conditioning)
     half_square = 0.5 * jnp.square(outputs[-1]).sum((1, 2))
@@ -53,14 +56,14 @@ def log_likelihood(
     cfg: FlowConfig,
     conditioning: Conditioning | None = None,
 ) -> jax.Array:
-    """log p(x) [B] in nats, the Gaussian's constant included."""
+    """Return log p(x) [B] in nats, with the constant of the Gaussian."""
     z, log_det = flow.forward(params, x, cfg, conditioning)
     dims = x.shape[1] * x.shape[2]
     return log_det - 0.5 * jnp.square(z).sum((1, 2)) - dims * HALF_LOG_2_PI
 
 
 def per_dim(sums: dict[str, Any]) -> dict[str, Any]:
-    """Readable means from summed metrics: nats_per_dim (constant included) and its parts."""
+    """Return means from summed metrics: nats_per_dim (with the constant) and its parts."""
     count = sums["count"]
     blocks = sorted(int(name.split("/")[1]) for name in sums if name.startswith("log_det/"))
     log_det = sum(sums[f"log_det/{i}"] for i in blocks)
