@@ -69,11 +69,6 @@ class SavedModel:
             dtype: dtype of the result; by default the dtype on disk.
             ema: read the averaged weights of a checkpoint rather than the raw ones.
             subtrees: names of the top-level subtrees to read; all of them by default.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: the files are damaged, or do not hold the declared weights (all differences
-                are listed), or the layout does not fit a weight.
         """
         if self.is_folder:
             return model_folder.read_folder(
@@ -90,7 +85,7 @@ class SavedModel:
         """Return parameters in host memory, for a conversion that never needs an accelerator.
 
         The leaves are `tensor_files.StoredTensor`s (read on request) for a model folder, and arrays
-        on the CPU for a checkpoint. Arguments and errors are those of `read_params`.
+        on the CPU for a checkpoint. Arguments are those of `read_params`.
         """
         if self.is_folder:
             return model_folder.open_folder(self.path, declared)

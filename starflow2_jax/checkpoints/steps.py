@@ -130,14 +130,8 @@ def _find_newest(
         note = f"; {skipped} have no {COMMIT_FILE}" if skipped else ""
         raise FileNotFoundError(f"no committed checkpoint in {directory}{note}")
     if skipped:
-        logging.warning(
-            "%s: skipping %s, which have no %s (cut off while saving, or a partial copy); "
-            "taking step %d",
-            directory,
-            skipped,
-            COMMIT_FILE,
-            newest,
-        )
+        message = "%s: skipping %s, without %s (save cut off, or a partial copy); taking step %d"
+        logging.warning(message, directory, skipped, COMMIT_FILE, newest)
     if newest not in entries:
         raise FileNotFoundError(
             f"process {jax.process_index()} does not see step {newest} in {directory}, which "
