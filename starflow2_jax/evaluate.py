@@ -94,11 +94,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    """Run one verb and print its result.
-
-    Raises:
-        ValueError, OSError: the input is bad; no file was overwritten.
-    """
+    """Run one verb and print its result."""
     if argv:
         raise ValueError(f"{verb}: unexpected argument {argv[0]!r}")
     verbs = {
@@ -116,8 +112,8 @@ def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> 
 
 def _require(values: flags.FlagValues, verb: str, *names: str) -> None:
     if not all(values[name].value for name in names):
-        flags_needed = " and ".join(f"--{name}" for name in names)
-        raise ValueError(f"{verb}: {flags_needed} {'is' if len(names) == 1 else 'are'} needed")
+        missing = " and ".join(f"--{name}" for name in names)
+        raise ValueError(f"{verb}: {missing} {'is' if len(names) == 1 else 'are'} needed")
 
 
 def _open_result(
@@ -137,9 +133,6 @@ def write_report(values: flags.FlagValues) -> Output:
     _require(values, "report", "workdir")
     path = run_report.write(values.workdir)
     return {"report": str(path)}, [str(path)]
-
-
-# ------------------------------------------------------------------------------------- likelihood
 
 
 def evaluate_likelihood(values: flags.FlagValues) -> Output:
@@ -188,10 +181,7 @@ def evaluate_likelihood(values: flags.FlagValues) -> Output:
 def _flow_data_options(
     model: FlowModel, values: flags.FlagValues
 ) -> tuple[dict[str, Any], Codec | None]:
-    """Return the options of the data: the run's `eval_data`, or --data and folders parallel to it.
-
-    The second result is the codec that encodes images, if no latents are stored.
-    """
+    """Return the options of the data, and the codec of its images if no latents are stored."""
     changes: dict[str, Any] = {}
     if values.data:
         text = "none"
@@ -246,11 +236,10 @@ def _gaussian_baseline(
         batch_encoder.encoded(likelihood.limit(batches, values.rows, batch_size), codec),
         model.cfg,
     )
+    comparable = not likelihood.not_comparable(model.cfg)
     figures = {
         "nats_per_dim": nats,
-        "bits_per_dim": None
-        if likelihood.not_comparable(model.cfg)
-        else likelihood.bits_per_dim(nats),
+        "bits_per_dim": likelihood.bits_per_dim(nats) if comparable else None,
         "fit": values.fit,
         "fingerprints": image_batches.describe(fit)["fingerprints"],
     }
@@ -266,7 +255,6 @@ def _load_starflow2(values: flags.FlagValues) -> Model:
 
 
 def _record_likelihood(values: flags.FlagValues) -> Output:
-    """Measure the images and the text of a dataset's records under a STARFlow2."""
     if not values.data:
         raise ValueError("likelihood: --data is needed: a dataset folder of interleaved records")
     file, seed = _open_result(values, "rows_likelihood", values.data), values["seed"].value
@@ -283,9 +271,6 @@ def _record_likelihood(values: flags.FlagValues) -> Output:
     }
     result, written = file.write(result)
     return result, [*report.summary_lines(result), *written]
-
-
-# ------------------------------------------------------------------------------- VLMs and codecs
 
 
 def evaluate_vlm(values: flags.FlagValues) -> Output:
@@ -341,12 +326,10 @@ def evaluate_codec(values: flags.FlagValues) -> Output:
     )
     probe = None
     if values.fit:
-        probe = {
-            "fit": _describe_data(values.fit),
-            **codec_evaluation.measure_probe(
-                codec, values.fit, values.data, rows=values.rows, resize=values.resize
-            ),
-        }
+        probe = codec_evaluation.measure_probe(
+            codec, values.fit, values.data, rows=values.rows, resize=values.resize
+        )
+        probe = {"fit": _describe_data(values.fit), **probe}
     result = {
         "model": {**file.model, "encoder": codec.sha256},
         "data": _describe_data(values.data),
@@ -359,9 +342,6 @@ def evaluate_codec(values: flags.FlagValues) -> Output:
         image_grid.save_grid(grid, images, columns=12)
         written.append(f"written    {grid}")
     return result, [*codec_evaluation.summary_lines(result), *written]
-
-
-# ----------------------------------------------------------------------------------------- shapes
 
 
 def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output:
@@ -382,9 +362,7 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
     if folders:
         suite_cases = cases.read(folders, n=values.n)
     else:
-        tasks = list(cases.TAGS)
-        if "likelihood" not in sections:
-            tasks = [suite.TASKS[section] for section in sections]
+        tasks = [*cases.TAGS] if "likelihood" in sections else [suite.TASKS[s] for s in sections]
         suite_cases = cases.generate(seed, values.n or 32, pixels, tasks)
     options = {
         "batch_size": values.batch_size or 96,
@@ -428,7 +406,6 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
 
 
 def _sections(values: flags.FlagValues) -> tuple[str, ...]:
-    """Return the sections of --only, all of them by default; ValueError if one is unknown."""
     for name in values.only:
         if name not in suite.SECTIONS:
             raise ValueError(

@@ -23,13 +23,8 @@ def make_answer_fn(
     """Return a function that answers prompts with a model.
 
     Text is decoded greedily. The noise of an image depends on the seed and on the position of its
-    prompt.
-
-    Args:
-        batch_size: upper bound on the prompts of a batch; no answer depends on it.
-        max_tokens: upper bound on the tokens of an answer's text.
-        image_options: `guidance` and other fields of `inference.options.GenerateOptions`, for
-            answers with an image.
+    prompt; no answer depends on `batch_size`, the upper bound on the prompts of a batch.
+    `image_options` are fields of `inference.options.GenerateOptions` for answers with an image.
     """
     options_by_kind = {
         "image": {"images": 1, "max_tokens": 0, **image_options},
@@ -76,14 +71,7 @@ def answer_text(parts: Sequence[Part]) -> str:
 
 
 def answer_image(parts: Sequence[Part], name: str) -> Part:
-    """Return the image of an answer.
-
-    Args:
-        name: of the prompt, for the error message.
-
-    Raises:
-        ValueError: the answer has no image, or its image has no pixels.
-    """
+    """Return the image of the answer to the prompt `name`; ValueError if it has no pixels."""
     for part in parts:
         if part.kind == "image" and part.image is not None:
             return part

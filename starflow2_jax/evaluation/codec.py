@@ -43,14 +43,7 @@ class SceneImage:
 
 
 def read_images(data: str, side: int, resize: str = "none") -> Iterator[SceneImage]:
-    """Yield every image of a dataset, in order, with `side` x `side` pixels.
-
-    Args:
-        resize: as the configuration key `data.resize`.
-
-    Raises:
-        DatasetError: an image has another size and `resize` is "none".
-    """
+    """Yield every image of a dataset, in order, with `side` x `side` pixels (see `data.resize`)."""
     dataset = records.read(data)
     for index, record in enumerate(dataset):
         location = f"{dataset.location(index)} (id {record.id!r})"
@@ -73,21 +66,13 @@ def parse_scenes(meta: Mapping[str, Any]) -> list[Scene]:
 
 
 def _batches(images: Iterator[SceneImage], limit: int | None) -> Iterator[list[SceneImage]]:
-    """Yield the first `limit` images in lists of `BATCH_SIZE`."""
     images = itertools.islice(images, limit)
     while batch := list(itertools.islice(images, BATCH_SIZE)):
         yield batch
 
 
-# --------------------------------------------------------------------------------- reconstructions
-
-
 def psnr(image: np.ndarray, other: np.ndarray, mask: np.ndarray | None = None) -> float:
-    """Return the peak signal-to-noise ratio in dB of two images uint8 [H, W, 3].
-
-    Args:
-        mask: pixels bool [H, W] to compare; all by default.
-    """
+    """Return the PSNR in dB of two images uint8 [H, W, 3], over the pixels `mask` bool [H, W]."""
     square = np.square(image.astype(np.float64) - other)
     square = square.mean() if mask is None else square[mask].mean()
     return 10 * math.log10(255**2 / max(square, MIN_SQUARE_ERROR))
@@ -121,11 +106,9 @@ def add_noise(latents: np.ndarray, sigma: float, seed: int, first: int) -> np.nd
 def reconstruct(
     codec: Codec, images: np.ndarray, sigma: float, seed: int, first: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Encode and decode images uint8 [N, H, W, 3].
+    """Return posterior means [N, T, D] of images uint8 [N, H, W, 3], and their reconstructions.
 
-    Returns:
-        Posterior means [N, T, D], and the images uint8 [N, H, W, 3] decoded from them without and
-        with noise.
+    The reconstructions are decoded from the means without and with noise.
     """
     latents = latent_codec.encode(codec, images)[0]
     noisy = add_noise(latents, sigma, seed, first)
@@ -144,20 +127,13 @@ def measure_fidelity(
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Measure the PSNR of reconstructions, means over images with their 95% intervals.
 
-    Args:
-        rows: number of images from the start of the dataset, None for all.
-        sigma: standard deviation of the noise on normalized latents.
-        keep: number of images to return.
+    `sigma` is the standard deviation of the noise on normalized latents.
 
     Returns:
         `images`, and `psnr`, `psnr_95` in dB of `mean`, `noisy` and `blank` (the background), and
         of `mean_boxes`, `noisy_boxes`, `blank_boxes` inside the boxes around objects where scenes
         are known; and the standard deviation of the latents over channels. And images uint8
         [3 keep, H, W, 3]: original, decoded from the mean, decoded from the noisy mean, in turn.
-
-    Raises:
-        ValueError: the dataset has no images, or the codec has no pixel decoder.
-        DatasetError: as `read_images`.
     """
     psnr_values: dict[str, list[float]] = {}
     count, total, square, examples = 0, 0.0, 0.0, []
@@ -165,13 +141,9 @@ def measure_fidelity(
         pixels = np.stack([image.pixels for image in batch])
         latents, decoded, decoded_noisy = reconstruct(codec, pixels, sigma, seed, count)
         for k, (original, scene) in enumerate((image.pixels, image.scene) for image in batch):
-            blank = background(original, scene)
+            versions = (decoded[k], decoded_noisy[k], background(original, scene))
             boxes = None if scene is None else object_boxes(scene, len(original))
-            for name, other in (
-                ("mean", decoded[k]),
-                ("noisy", decoded_noisy[k]),
-                ("blank", blank),
-            ):
+            for name, other in zip(("mean", "noisy", "blank"), versions):
                 psnr_values.setdefault(name, []).append(psnr(original, other))
                 if boxes is not None and boxes.any():
                     value = psnr(original, other, boxes)
@@ -189,9 +161,6 @@ def measure_fidelity(
     std = {"min": float(std.min()), "mean": float(std.mean()), "max": float(std.max())}
     figures["latent_std"] = std
     return {"images": count, **figures}, np.asarray(examples)
-
-
-# ------------------------------------------------------------------------------------ linear probe
 
 
 def encode_single_objects(
@@ -223,19 +192,12 @@ def measure_probe(
 ) -> dict[str, Any]:
     """Measure how well logistic regression reads color and shape of single objects from latents.
 
-    Held-out (color, shape) pairs are not fitted to, and are reported separately.
-
-    Args:
-        fit: dataset of the shapes benchmark to fit to.
-        data: dataset of the shapes benchmark to test on.
-        rows: number of images with one object, from the start of each dataset; None for all.
+    It is fitted to the first `rows` images with one object of `fit`, without held-out (color,
+    shape) pairs, and tested on those of `data`.
 
     Returns:
         `fit_images`; and for each of `probe_features` and each property, `seen` and `held_out`:
         `accuracy` with its 95% interval, and `images`; None without such images.
-
-    Raises:
-        ValueError: a dataset has no image with one object.
     """
     fit_latents, fit_objects = encode_single_objects(codec, fit, rows, resize)
     latents, objects = encode_single_objects(codec, data, rows, resize)
@@ -268,15 +230,11 @@ def measure_probe(
 def classify(
     fit_features: np.ndarray, fit_labels: np.ndarray, features: np.ndarray, classes: int
 ) -> np.ndarray:
-    """Predict classes int [M] by logistic regression.
+    """Predict classes int [M] of features [M, F] by logistic regression fitted to [N, F].
 
     Features are standardized by the mean and deviation of `fit_features`. The weights start from
     zero and minimize cross entropy + `PROBE_WEIGHT_DECAY` / 2 |weights|^2 by L-BFGS, so the result
     is a function of the data.
-
-    Args:
-        fit_features, fit_labels: [N, F] and int [N], to fit to.
-        features: [M, F], to predict from.
     """
     mean, std = fit_features.mean(0), fit_features.std(0)
 

@@ -64,9 +64,7 @@ def measure_text_skill(
 ) -> dict[str, Any]:
     """Compare a model on text without images with the frozen VLM that it was trained from.
 
-    Returns:
-        Of the `model` and of the `vlm` by itself the NLL per token and the share of records that
-        greedy decoding reproduces (`exact_match`); and the `difference` of the two NLLs.
+    `exact_match` is the share of records that greedy decoding reproduces.
     """
     batch_size = min(batch_size, len(records))
     sums = score_records(model, records, batch_size=batch_size)[0]
@@ -113,26 +111,15 @@ def score_records(
     null: str = "none",
     blank: bool = False,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Score records with teacher forcing.
+    """Score records with teacher forcing (`null`, `blank` as in `scoring_batches.batches`).
 
-    Args:
-        null, blank: as in `scoring_batches.batches`.
-
-    Returns:
-        `interleaved.row_metrics` of every record, float64 [records], and the noisy latents
-        [I, N, D] of the target images.
-
-    Raises:
-        ValueError: the records have images and the model has no codec.
+    The results are `interleaved.row_metrics` of every record, float64 [records], and the noisy
+    latents [I, N, D] of the target images.
     """
     sums, latents, row = [], [], 0
+    side = model.model_config.flow.side
     for batch, count in scoring_batches.batches(
-        records,
-        model.tokenizer,
-        model.model_config.flow.side,
-        size=batch_size,
-        null=null,
-        blank=blank,
+        records, model.tokenizer, side, size=batch_size, null=null, blank=blank
     ):
         keys = preprocess.row_keys(seed, 0, np.arange(row, row + len(batch["ids"])))
         batch, x = _encode_images(model, batch, keys)

@@ -31,13 +31,7 @@ LEVELS = 128
 
 
 def limit(batches: Iterable[Batch], rows: int | None, batch_size: int) -> Iterator[dict[str, Any]]:
-    """Yield the batches of the first `rows` rows of a pass, with the rows after them masked.
-
-    Args:
-        batches: as from `image_batches.eval_batches`, with this host's rows of each.
-        rows: None for all.
-        batch_size: rows of the global batch.
-    """
+    """Yield the batches of the first `rows` rows, with later rows of the last one masked."""
     start = 0
     for batch in batches:
         if rows is not None and start >= rows:
@@ -46,24 +40,13 @@ def limit(batches: Iterable[Batch], rows: int | None, batch_size: int) -> Iterat
         if rows is not None:
             mask = mask * (batch["row"] < rows)
         yield {**batch, "mask": mask.astype(np.float32)}
-        start += batch_size
-
-
-# ----------------------------------------------------------------------------------------- measure
+        start += batch_size  # the rows of all hosts
 
 
 def evaluate(
     program: Program, params: Any, frozen: Any, batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """Return the means of a task's metrics over the unmasked rows, as training reports them.
-
-    Args:
-        params: the trained subtrees, raw or averaged.
-        batches: batches of one size with `mask` and `row`, as from `limit`.
-
-    Raises:
-        ValueError: no row is left after masking.
-    """
+    """Return the means of a task's metrics over the unmasked rows, as training reports them."""
     place = functools.partial(place_rows, device_mesh=program.mesh)
     totals: dict[str, float] = {}
     for batch in batches:
@@ -77,18 +60,10 @@ def evaluate(
 def per_image(
     model: FlowModel, batches: Iterable[Batch], mesh: Mesh | None = None
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Return the negative log-likelihood of every unmasked row, in the order of the rows.
+    """Return -log p in nats per dimension float64 [n] of every unmasked row, and their means.
 
-    Args:
-        batches: batches of one size with `mask` and `row`, as from `limit`.
-        mesh: the mesh of the model's weights; one device by default.
-
-    Returns:
-        Nats per dimension float64 [n], and the means that `evaluate` gives.
-
-    Raises:
-        ValueError: the likelihood of a row is not finite (names the row), there are no rows, or the
-            data lack an array that the model reads.
+    `batches` have one size, `mask` and `row`, as from `limit`. `mesh` is the mesh of the model's
+    weights, one device by default. The means are those that `evaluate` gives.
     """
     mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
     cfg, flow = model.cfg, model.model_config
@@ -124,7 +99,6 @@ def per_image(
 
 
 def _means(totals: Mapping[str, float], finalize: Callable = per_dim) -> dict[str, float]:
-    """Return the means of summed metrics; ValueError without any row."""
     if not any(totals.values()):
         raise ValueError("there are no rows to evaluate")
     return {name: float(value) for name, value in finalize(dict(totals)).items()}
@@ -133,9 +107,6 @@ def _means(totals: Mapping[str, float], finalize: Callable = per_dim) -> dict[st
 def _rows(batch: Batch, place: Callable) -> tuple[jax.Array, jax.Array]:
     """Place the row ids (positions in the dataset) and the mask of a batch on the devices."""
     return place(np.asarray(batch["row"], np.int32)), place(np.asarray(batch["mask"], np.float32))
-
-
-# ------------------------------------------------------------------------------------------ report
 
 
 def not_comparable(cfg: Config) -> str:
@@ -162,13 +133,7 @@ def bits_per_dim(nats_per_dim: float) -> float:
 
 
 def summarize(nll: np.ndarray, cfg: Config) -> dict[str, Any]:
-    """Return the mean over images, with its 95% interval, in nats and bits per dimension.
-
-    `bits_per_dim` is None if the experiment's noise does not define it; `not_comparable` says why.
-
-    Args:
-        nll: -log p of each image in nats per dimension [n].
-    """
+    """Return the mean of `nll` [n] with its 95% interval, in nats and, if defined, bits per dim."""
     figures, reason = stats.mean(nll, "nats_per_dim"), not_comparable(cfg)
     interval = figures["nats_per_dim_95"]
     bits = None if reason else bits_per_dim(figures["nats_per_dim"])
@@ -219,22 +184,14 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-# --------------------------------------------------------------------------------------- baselines
-
-
 def gaussian_baseline(
     fit_batches: Iterable[Batch], eval_batches: Iterable[Batch], cfg: Config
 ) -> float:
     """Return -log p in nats per dimension under an independent Gaussian for each dimension.
 
     Mean and variance of each dimension are those of the noisy `fit_batches`. They are evaluated on
-    the noisy `eval_batches`, the same numbers that a flow of this experiment is measured on.
-
-    Args:
-        fit_batches, eval_batches: full passes, not a host's share, optionally with `mask`.
-
-    Raises:
-        ValueError: there are no rows, or a dimension does not vary.
+    the noisy `eval_batches`, the same numbers that a flow of this experiment is measured on. Both
+    are full passes, not a host's share.
     """
     tokens = _noisy_tokens_fn(cfg)
     count, mean, squares = 0, 0.0, 0.0
@@ -265,15 +222,9 @@ def gaussian_baseline(
 
 
 def _noisy_tokens_fn(cfg: Config) -> Callable[[Batch, int, int], np.ndarray]:
-    """Return a function from (batch, its number, seed) to the noisy tokens float64 [n, T, D].
-
-    Masked rows are left out.
-    """
-    names = [
-        name
-        for name in preprocess.abstract_batch(cfg, model_config(cfg), 1)
-        if name in ("image", "latent_mean", "latent_logvar")
-    ]
+    """Return a function from (batch, its number, seed) to the unmasked noisy tokens [n, T, D]."""
+    inputs = preprocess.abstract_batch(cfg, model_config(cfg), 1)
+    names = [name for name in ("image", "latent_mean", "latent_logvar") if name in inputs]
 
     @jax.jit
     def add_noise(batch, keys):

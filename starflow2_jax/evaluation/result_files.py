@@ -22,11 +22,7 @@ class ResultFile:
     start_time: float
 
     def write(self, result: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Add model, duration, command and machine to a result, and write it on process 0.
-
-        Returns:
-            The complete result, and a line that names the file, if there is one.
-        """
+        """Add model, duration, command and machine to a result, and write it on process 0."""
         seconds = round(time.time() - self.start_time, 1)
         stamp = {"seconds": seconds, "command": run_log.command_line(), **run_log.environment()}
         result = {"model": self.model, **result, **stamp}
@@ -43,14 +39,8 @@ def open_result(
 ) -> ResultFile:
     """Return the file `out` or, for a run, by default a file in its `evaluation/` folder.
 
-    It is called before anything is computed, so that no computed result is refused.
-
-    Args:
-        model: path of a run, a step or a model folder.
-        name, data, suffix: parts of the default name of the file.
-
-    Raises:
-        FileExistsError: the file exists and `overwrite` is false.
+    It is called before anything is computed, so that no computed result is refused. `name`, `data`
+    and `suffix` are parts of the default name of the file.
     """
     source = _describe_model(model)
     path = epath.Path(out) if out else None

@@ -1,17 +1,8 @@
 """Grids of samples for fixed prompts and seeds, to monitor a training run.
 
-A flow of images draws one grid of images, and a codec reconstructs images of the dataset. Prompts
-of a STARFlow2 are the first records of the evaluation data, up to the first target segment, by
-kind:
-
-    samples   caption               ->  image             if images are trained
-    answers   image and question    ->  text              if text is trained
-    edits     image and request     ->  image             if both are trained
-    reasons   image and question    ->  image and text    if both are trained
-
-A STARFlow2 draws its grids on one device, by the same programs on any mesh. Meanwhile that device
-stores all weights, and a second copy in the layout of the decode loop. The other devices gather one
-array at a time.
+Prompts of a STARFlow2 are the first records of the evaluation data, up to the first target segment.
+It draws its grids on one device, which meanwhile stores all weights twice: as trained, and in the
+layout of the decode loop. The other devices gather one array at a time.
 """
 
 import dataclasses
@@ -38,7 +29,8 @@ from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.program import Program, to_device
 from starflow2_jax.training.tasks import starflow2
 
-# The kind of answer (see `ask.AnswerFn`) to each kind of prompt.
+# The kind of answer (see `ask.AnswerFn`) to each kind of prompt: to captions, questions about an
+# image, requests to edit one, and questions that a second image helps with.
 KINDS = {"samples": "image", "answers": "text", "edits": "image", "reasons": "both"}
 # Records of each dataset that are searched for prompts.
 MAX_RECORDS = 256
@@ -54,17 +46,11 @@ class Grid(NamedTuple):
     columns: int | None = None
 
 
-# ----------------------------------------------------------------------------- flows and codecs
-
-
 def draw_flow_grid(model: FlowModel, options: Mapping[str, Any]) -> Grid:
     """Draw images as the `sample` keys of the configuration say.
 
     Labels cycle through the classes, and captions through `sample.prompts` or the first rows of the
-    dataset.
-
-    Args:
-        options: of `data.image_batches`, for the captions of a model that reads text.
+    dataset that `options` (of `data.image_batches`) describe.
     """
     sample, count, cfg = model.cfg["sample"], model.cfg["sample"]["count"], model.model_config
     conditions: dict[str, Any] = {}
@@ -108,20 +94,13 @@ def _decode_bytes(tokens: np.ndarray) -> str:
 def draw_reconstruction_grid(
     program: Program, state: Any, frozen: Any, options: Mapping[str, Any]
 ) -> Grid:
-    """Return the first images of a dataset, each followed by its reconstruction.
-
-    Args:
-        options: of `data.image_batches`.
-    """
+    """Return the first images of a dataset, each followed by its reconstruction."""
     num_shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     size = -(-program.cfg["sample"]["count"] // 2 // num_shards) * num_shards
     batch = next(iter(image_batches.eval_batches(options, batch_size=size)))
     images = np.asarray(program.reconstruct(state.ema, frozen, to_device(program, batch)))
     pairs = np.stack([batch["image"], images], 1)
     return Grid("samples", pairs.reshape(-1, *images.shape[1:]), None)
-
-
-# ------------------------------------------------------------------------------------- STARFlow2
 
 
 class Prompt(NamedTuple):
@@ -155,15 +134,7 @@ def kind_of(record: Record) -> str:
 def read_prompts(
     cfg: Mapping[str, Any], options: packed_batches.PackedBatchOptions, pixels: int
 ) -> dict[str, list[Prompt]]:
-    """Read `sample.count` prompts of each kind, half as many if two images are shown for each.
-
-    Args:
-        options: of the dataset.
-        pixels: side of the codec's images.
-
-    Raises:
-        DatasetError: a folder or an image cannot be read.
-    """
+    """Read `sample.count` prompts of each kind, half as many if two images are shown for each."""
     options, count = dataclasses.replace(options, pixels=pixels), cfg["sample"]["count"]
     half = -(-count // 2)
     limits = {"samples": count, "answers": count, "edits": half, "reasons": half}
@@ -183,7 +154,6 @@ def read_prompts(
 
 
 def _prompt_of(options: packed_batches.PackedBatchOptions, record: Record, location: str) -> Prompt:
-    """Return the segments of a record before its first target as a prompt."""
     parts: list[Part] = []
     for segment in record.segs:
         if segment.loss:
@@ -248,15 +218,7 @@ def prepare(
     codec: Codec | None,
     device_mesh: Mesh,
 ) -> GridInputs | str:
-    """Return the inputs of `draw_from_params`, or the reason why no grid can be drawn.
-
-    Args:
-        options: of the data that the prompts come from.
-        device_mesh: of the training.
-
-    Raises:
-        DatasetError: as `read_prompts`.
-    """
+    """Return the inputs of `draw_from_params`, or the reason why no grid can be drawn."""
     if codec is None:
         return "neither fae.path nor the metadata of the stored latents leads to a codec"
     if "pixel_decoder" not in codec.params:
@@ -270,12 +232,9 @@ def prepare(
 
 
 def draw_from_params(inputs: GridInputs, params: Tree) -> list[Grid]:
-    """Draw the grids of a training run's weights.
+    """Draw the grids of a training run's weights (every subtree, in any sharding on its mesh).
 
     Every process has to call this function; process 0 draws, the others return an empty list.
-
-    Args:
-        params: every subtree, in any sharding on the training's mesh.
     """
     device = jax.local_devices()[0]
 

@@ -24,15 +24,8 @@ def batches(
     """Yield the arrays of `data.packed_batches` for `size` records, and how many of them count.
 
     The last batch is filled up with its last record. All rows have room for the longest record with
-    its text, so one program scores records with and without text.
-
-    Args:
-        grid_side: rows (= columns) of an image's patches.
-        null: as in `chat_layout.apply_chat_template`.
-        blank: replace images by gray.
-
-    Raises:
-        DatasetError: an image cannot be decoded; names the record and the image.
+    its text, so one program scores records with and without text. `null` is as in
+    `chat_layout.apply_chat_template`, and `blank` replaces images by gray.
     """
     laid_out, image_indices, max_length = [], [], 0
     for record in records:

@@ -13,11 +13,7 @@ Z_95 = 1.96  # two-sided 95% point of the standard normal distribution
 
 
 def wilson_interval(correct: float, count: float) -> list[float]:
-    """Return the 95% interval of a binomial proportion (Wilson's score interval).
-
-    Both numbers may be fractions, as those of a weighted mean are, which
-    `scipy.stats.binomtest` does not accept.
-    """
+    """Return Wilson's 95% interval of a binomial proportion; both numbers may be fractions."""
     if not count:
         return [0.0, 1.0]
     share = correct / count
@@ -29,11 +25,7 @@ def wilson_interval(correct: float, count: float) -> list[float]:
 
 
 def accuracy(correct: Sequence[float]) -> dict[str, Any]:
-    """Return `count`, the share `correct` and its interval.
-
-    Args:
-        correct: one verdict, or one number in [0, 1], for each case.
-    """
+    """Return `count`, the share `correct` and its interval; each case counts for 0 to 1."""
     count, total = len(correct), float(sum(correct))
     share = round(total / count, 4) if count else None
     return {"count": count, "correct": share, "correct_95": wilson_interval(total, count)}
@@ -50,12 +42,7 @@ def mean(values: Sequence[float] | np.ndarray, name: str) -> dict[str, Any]:
 
 
 def nll_ratio(nll: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
-    """Return the sum of `nll` over that of `counts`, with the interval of the delta method.
-
-    Args:
-        nll: negative log-likelihoods in nats [records].
-        counts: numbers of dimensions or tokens that they cover [records].
-    """
+    """Return sum(nll) / sum(counts), both [records], with the interval of the delta method."""
     total, records = counts.sum(), len(nll)
     ratio, interval = float(nll.sum() / total), None
     if records > 1:

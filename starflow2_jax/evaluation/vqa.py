@@ -16,38 +16,29 @@ from starflow2_jax.evaluation import stats
 
 PROTOCOL = "exact words by greedy decoding; 95% by Wilson's score interval over records"
 
+# A batch of `data.packed_batches` -> `tokens`, `wrong` and `nll` [B, S] of the answers.
 ScoreFn = Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]]
 # Metadata of a record that its answer is grouped by, each with its default.
 _META_DEFAULTS = {"task": "text", "tag": "all", "withheld": "none"}
 
 
 class ScoredAnswer(NamedTuple):
-    """The scored reference answer of one record.
-
-    `holdout` is what of the record was excluded from training (`holdout.withheld_kind`), and `nll`
-    is in nats, summed over the answer's `tokens`.
-    """
+    """The scored reference answer of one record."""
 
     id: str
     task: str
     tag: str
-    holdout: str
+    holdout: str  # what of the record was excluded from training, as `holdout.withheld_kind`
     text: str
     correct: bool
-    nll: float
+    nll: float  # in nats, summed over the answer's tokens
     tokens: int
 
 
 def score_answers(
     score_fn: ScoreFn, options: packed_batches.PackedBatchOptions, *, batch_size: int = 16
 ) -> list[ScoredAnswer]:
-    """Score every record of a dataset that has target text, in the order of the dataset.
-
-    Args:
-        score_fn: maps a batch of `data.packed_batches` to `tokens`, `wrong` and `nll` of each
-            record, [B, S].
-        options: of one dataset folder, without a mixture.
-    """
+    """Score every record of a dataset folder that has target text, in the order of the dataset."""
     scores: dict[str, tuple[bool, float, int]] = {}
     for batch in packed_batches.eval_batches(options, batch_size=batch_size):
         sums = score_fn(batch)
@@ -67,15 +58,12 @@ def score_answers(
 
 
 def summarize(answers: Sequence[ScoredAnswer]) -> dict[str, dict[str, Any]]:
-    """Return the figures of each `task/tag`, and of `all`.
-
-    `most_frequent` is the accuracy of always giving the most frequent answer of a `task/tag`.
-    """
+    """Return the figures of each `task/tag`, and of `all`."""
     groups: dict[str, list[ScoredAnswer]] = defaultdict(list)
     for answer in answers:
         groups[f"{answer.task}/{answer.tag}"].append(answer)
     figures = {name: _figures(group) for name, group in sorted(groups.items())}
-    # Over all records, the answer may depend on the kind of question.
+    # The most frequent answer of all records may depend on the `task/tag`.
     guessed = sum(row["most_frequent"] * row["count"] for row in figures.values())
     most_frequent = round(guessed / len(answers), 4)
     return {**figures, "all": {**_figures(answers), "most_frequent": most_frequent}}

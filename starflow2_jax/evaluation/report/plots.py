@@ -48,11 +48,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def likelihood(rows: Sequence[Row], gaussian: float | None) -> bytes | None:
-    """Return a PNG of nats/dim in training and evaluation, None if neither was logged.
-
-    Args:
-        gaussian: nats/dim of the Gaussian baseline, drawn as a horizontal line.
-    """
+    """Return a PNG of nats/dim in training and evaluation, None if neither was logged."""
     train, held_out = series(rows, "nats_per_dim"), series(rows, "eval/nats_per_dim")
     if not len(train[0]) and not len(held_out[0]):
         return None
@@ -76,10 +72,7 @@ def likelihood(rows: Sequence[Row], gaussian: float | None) -> bytes | None:
 
 
 def training_curves(rows: Sequence[Row]) -> bytes | None:
-    """Return a PNG of loss, log-determinants, gradient norm, learning rate and speed.
-
-    The result is None if none of them was logged.
-    """
+    """Return a PNG of loss, log-determinants, gradient norm, rates and speed; None without any."""
     panels = {
         "Loss": (["loss"], "loss"),
         "log det of each block, from the data to the noise": (log_det_names(rows), "nats / dim"),
@@ -89,10 +82,10 @@ def training_curves(rows: Sequence[Row]) -> bytes | None:
         "Mean square of z, halved": (["half_square_z"], "0.5 when z is standard normal"),
     }
     panels = {
-        title: ([n for n in names if len(series(rows, n)[0])], label)
+        title: (logged, label)
         for title, (names, label) in panels.items()
+        if (logged := [name for name in names if len(series(rows, name)[0])])
     }
-    panels = {title: (names, label) for title, (names, label) in panels.items() if names}
     if not panels:
         return None
     import matplotlib

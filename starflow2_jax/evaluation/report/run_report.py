@@ -1,8 +1,4 @@
-"""`report.html`: a run on one page without external files.
-
-The report is written from the files in the workdir (see `training/logging/run_log.py`), so it can
-be written again at any time, on any machine, also while the run continues.
-"""
+"""`report.html`: a run on one page, written at any time from the files in its workdir."""
 
 import json
 import re
@@ -27,12 +23,7 @@ _MAX_STAGES = 6
 
 
 def write(workdir: epath.PathLike) -> epath.Path:
-    """Write `report.html` into a run's folder and replace an older one.
-
-    Raises:
-        FileNotFoundError: the folder has no `config.json`, so it is not the folder of a run.
-        ValueError: `metrics.jsonl` or another file of the run is damaged; names the file.
-    """
+    """Write `report.html` into a run's folder and replace an older one."""
     workdir = epath.Path(workdir)
     path = workdir / FILE
     if jax.process_index():
@@ -57,9 +48,6 @@ def write(workdir: epath.PathLike) -> epath.Path:
     ]
     path.write_text(html.page(title, body), encoding="utf-8")
     return path
-
-
-# ---------------------------------------------------------------------------------------- sections
 
 
 def _progress(cfg: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -100,7 +88,6 @@ def _cards(cfg, rows, likelihoods, gaussian) -> str:
 
 
 def _samples(workdir: epath.Path) -> str:
-    """Show the newest sample grid of each name, and a few of the earlier ones."""
     grids: dict[str, list[tuple[int, epath.Path]]] = {}
     folder = workdir / "samples"
     for path in sorted(folder.iterdir()) if folder.exists() else []:
@@ -110,10 +97,8 @@ def _samples(workdir: epath.Path) -> str:
     for name, files in sorted(grids.items(), key=lambda item: (item[0] != "samples", item[0])):
         files.sort()
         step, path = files[-1]
-        parts.append(f"<h2>{html.escape(name.capitalize())}</h2>")
-        parts.append(
-            html.image(html.shrink_png(path, 1200), f"{name}, step {step}", f"step {step:,}")
-        )
+        newest = html.image(html.shrink_png(path, 1200), f"{name}, step {step}", f"step {step:,}")
+        parts += [f"<h2>{html.escape(name.capitalize())}</h2>", newest]
         if len(files) > 1:
             # Early steps change most, so the stages are spaced evenly in log(index).
             count = min(_MAX_STAGES, len(files))
@@ -136,7 +121,6 @@ def _curves(rows: Sequence[Mapping[str, Any]], gaussian: float | None) -> str:
 
 
 def _read_likelihoods(workdir: epath.Path) -> list[dict[str, Any]]:
-    """Return the results of `evaluate likelihood`, in the order of their file names."""
     folder = workdir / "evaluation"
     results = []
     for path in sorted(folder.glob("likelihood*.json")) if folder.exists() else []:

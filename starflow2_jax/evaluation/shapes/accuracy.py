@@ -51,10 +51,7 @@ def group_by_tag(cases: Sequence[Case]) -> dict[tuple[str, bool], list[int]]:
 
 
 def other_cases(cases: Sequence[Case]) -> list[list[int]]:
-    """Return for each case the cases after it with the same tag, cyclically, at most `MAX_OTHERS`.
-
-    If a case is the only one with its tag, all cases count as its group.
-    """
+    """Return for each case those after it in its tag, cyclically, at most `MAX_OTHERS`."""
     groups, rows = group_by_tag(cases), []
     for i, case in enumerate(cases):
         group = groups[case.tag, case.is_held_out]
@@ -78,10 +75,7 @@ def shuffled(cases: Sequence[Case], correct_for: Callable[[int, int], bool]) -> 
 
 
 def best_constant(cases: Sequence[Case], correct_for: Callable[[int, int], bool]) -> list[bool]:
-    """Return for each case whether the best constant answer of its tag is correct.
-
-    That is the answer, of the first `MAX_OTHERS` cases of a tag, that is correct for most of them.
-    """
+    """Return for each case whether the best constant answer (of `MAX_OTHERS`) is correct for it."""
     correct = [False] * len(cases)
     for group in group_by_tag(cases).values():
         best = max(group[:MAX_OTHERS], key=lambda j: sum(correct_for(j, i) for i in group))

@@ -66,30 +66,18 @@ class Case:
 
 
 class Sample(NamedTuple):
-    """A model's answer to a case.
-
-    `images` are those of a contact sheet: source, generated and reference image, as far as they
-    exist. `reason` says why the answer is not correct. `log_likelihood` is in nats, of the
-    generated image or else of the text.
-    """
+    """A model's answer to a case."""
 
     case: Case
-    images: tuple[np.ndarray, ...]
+    images: tuple[np.ndarray, ...]  # source, generated and reference image, as far as they exist
     text: str
     correct: bool
-    reason: str
-    log_likelihood: float | None
+    reason: str  # why the answer is not correct
+    log_likelihood: float | None  # in nats, of the generated image or else of the text
 
 
 def from_record(record: Record, location: str, id_suffix: str = "") -> Case | None:
-    """Return the case of a record, None if the record belongs to no task in `TAGS`.
-
-    Args:
-        location: names the record's place in error messages.
-
-    Raises:
-        DatasetError: an image cannot be decoded; names `location` and the record.
-    """
+    """Return the case of the record at `location`, None if it belongs to no task in `TAGS`."""
     meta = record.meta
     task = str(meta.get("task", "t2i" if "geneval" in meta else ""))
     tag = str(meta.get("tag", ""))
@@ -138,15 +126,12 @@ def _caption_holdout(scene: Scene, tag: str) -> str:
     return holdout.withheld_kind((), scene.objects if tag in PAIR_TAGS else ())
 
 
+def _has_held_out_pair(scene: Scene) -> bool:
+    return _caption_holdout(scene, PAIR_TAGS[0]) == "pair"
+
+
 def read(folders: Iterable[str], *, n: int | None = None) -> list[Case]:
-    """Read the cases of dataset folders.
-
-    Args:
-        n: limit for each tag, for held-out and other cases separately.
-
-    Raises:
-        DatasetError: a folder or record is damaged, or the folders contain no case.
-    """
+    """Read the cases of dataset folders, of each tag at most `n` held-out and `n` other ones."""
     folders, counts, cases = list(folders), {}, []
     for folder in folders:
         dataset = records.read(folder)
@@ -167,10 +152,7 @@ def read(folders: Iterable[str], *, n: int | None = None) -> list[Case]:
 
 
 def generate(seed: int, n: int, pixels: int, tasks: Sequence[str] = tuple(TAGS)) -> list[Case]:
-    """Generate for each tag `n` cases like those of training, and half as many held-out ones.
-
-    Among captions only `PAIR_TAGS` have held-out cases.
-    """
+    """Generate for each tag `n` cases like those of training, and half as many held-out ones."""
     cases = []
     for task in tasks:
         for part, suffix, count in (("leave_out", "", n), ("only", "-withheld", -(-n // 2))):
@@ -184,17 +166,11 @@ def generate(seed: int, n: int, pixels: int, tasks: Sequence[str] = tuple(TAGS))
 def _generate_records(task: str, seed: int, count: int, pixels: int, part: str) -> Iterator[Record]:
     """Generate `count` records for each tag of a task, as `--withheld part` selects them."""
     tags: Sequence[str] = TAGS[task]
-    if task == "t2i" and part == "only":
-        return generator.make_records(
-            seed,
-            count * len(PAIR_TAGS),
-            pixels,
-            tags=PAIR_TAGS,
-            keep=lambda scene: _caption_holdout(scene, PAIR_TAGS[0]) == "pair",
-        )
     if task == "t2i":
         keep = holdout.scene_filter(part)
-        return generator.make_records(seed, count * len(tags), pixels, keep=keep)
+        if part == "only":
+            tags, keep = PAIR_TAGS, _has_held_out_pair
+        return generator.make_records(seed, count * len(tags), pixels, tags=tags, keep=keep)
     if task == "text" and part == "only":
         tags = [tag for tag in tags if tag != "count_left"]  # it names no pair
     return shapes_tasks.make_records(seed, count * len(tags), pixels, tasks=[task], withheld=part)

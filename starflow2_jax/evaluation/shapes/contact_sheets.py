@@ -21,12 +21,7 @@ TITLES = {
 
 
 def make(samples: Mapping[str, Sequence[Sample]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Return the sheets uint8 [H, W, 3] by name (see `TITLES`), without empty ones.
-
-    Args:
-        samples: by section of the suite.
-        seed: of the random choice of samples.
-    """
+    """Return the sheets uint8 [H, W, 3] by name (see `TITLES`), without empty ones."""
     generated = list(samples.get("generation", ()))
     likeliest = sorted(generated, key=lambda sample: -(sample.log_likelihood or 0.0))
     failed = [sample for sample in generated if not sample.correct]
@@ -48,7 +43,6 @@ def make(samples: Mapping[str, Sequence[Sample]], seed: int = 0) -> dict[str, np
 
 
 def _choose(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
-    """Return at most `count` random samples."""
     order = np.random.default_rng(seed).permutation(len(samples))[:count]
     return [samples[i] for i in order]
 

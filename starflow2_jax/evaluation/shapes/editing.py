@@ -14,7 +14,7 @@ import numpy as np
 from starflow2_jax.evaluation import ask, codec
 from starflow2_jax.evaluation.shapes import accuracy
 from starflow2_jax.evaluation.shapes.cases import Case, Sample, with_blank_images
-from starflow2_jax.evaluation.shapes.text_to_image import CEILINGS, ReconstructFn
+from starflow2_jax.evaluation.shapes.text_to_image import CEILINGS, ReconstructFn, generate_images
 from starflow2_jax.shapes import detector
 from starflow2_jax.shapes.detector import DetectedObject
 from starflow2_jax.shapes.generator import Object, Scene
@@ -33,15 +33,13 @@ BASELINES = {
 def measure(
     cases: Sequence[Case], answer_fn: ask.AnswerFn, reconstruct_fn: ReconstructFn | None = None
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """Make every edit once and score the images.
+    """Make every edit once and score the images, by each of `MEASURES`.
 
-    Returns:
-        By each of `MEASURES` `score`, `baselines` and `ceilings`, as from
-        `accuracy.split_by_holdout`; `psnr_outside_edit`, means over edits of the PSNR in dB between
-        image and reference outside of the boxes around what changes; and the samples.
+    `psnr_outside_edit` is the mean over edits of the PSNR in dB between image and reference outside
+    of the boxes around what changes.
     """
-    generated = _generate(cases, answer_fn)
-    blank_source = _generate([with_blank_images(case) for case in cases], answer_fn)
+    generated = generate_images(cases, answer_fn)
+    blank_source = generate_images([with_blank_images(case) for case in cases], answer_fn)
     next_cases = accuracy.next_in_tag(cases)
     images = {
         "score": [part.image for part in generated],
@@ -72,20 +70,14 @@ def measure(
     }
     samples = []
     for case, part, verdict in zip(cases, generated, verdicts["score"]):
-        sheet_images = (case.prompt_images[0], part.image, case.reference_image)
-        samples.append(
-            Sample(case, sheet_images, "", verdict["both"], verdict["reason"], part.log_likelihood)
-        )
+        sheet = (case.prompt_images[0], part.image, case.reference_image)
+        both, reason = verdict["both"], verdict["reason"]
+        samples.append(Sample(case, sheet, "", both, reason, part.log_likelihood))
     return figures, samples
 
 
 def judge(image: np.ndarray, case: Case) -> dict[str, Any]:
-    """Score one edited image.
-
-    Returns:
-        `changed`, `preserved` (None if the edit leaves nothing alone), `both`, and the `reason` why
-        not.
-    """
+    """Return `changed`, `preserved` (None if nothing is left alone), `both`, and the `reason`."""
     objects = detector.detect(image)
     verdict = detector.check_facts(objects, case.facts)
     source, target = case.scenes[0], case.scenes[-1]
@@ -120,19 +112,9 @@ def _split_measures(cases: Sequence[Case], verdicts: Sequence[dict[str, Any]]) -
     return tables
 
 
-def _generate(cases: Sequence[Case], answer_fn: ask.AnswerFn):
-    """Return the image part of the answer to each case."""
-    answers = answer_fn([case.prompt for case in cases], "image")
-    return [ask.answer_image(parts, case.id) for parts, case in zip(answers, cases)]
-
-
 def _psnr_outside_edit(image: np.ndarray, case: Case) -> float:
     """Return the PSNR in dB of image and reference outside of the boxes around what changes."""
     source, target = case.scenes[0], case.scenes[-1]
-    changed = [
-        item
-        for item in (*source.objects, *target.objects)
-        if item not in source.objects or item not in target.objects
-    ]
+    changed = set(source.objects) ^ set(target.objects)
     boxes = codec.object_boxes(Scene(source.background, source.ramp, tuple(changed)), len(image))
     return codec.psnr(case.reference_image, image, ~boxes)

@@ -1,5 +1,6 @@
 """Questions that an intermediate image helps with, answered with and without generating it."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,12 +22,7 @@ CEILINGS = {"reference_image": "the answer after the reference image in place of
 
 
 def measure(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> tuple[dict[str, Any], list[Sample]]:
-    """Answer every case after generating an image, and at once.
-
-    Returns:
-        `score` (after an image), `baselines` and `ceilings`, and `image`, the accuracy of the
-        generated images, each as from `accuracy.split_by_holdout`; and the samples.
-    """
+    """Answer every case after generating an image, which is scored too, and at once."""
     answers = answer_fn([case.prompt for case in cases], "both")
     texts = [ask.answer_text(parts) for parts in answers]
     correct = [text == case.reference_text for text, case in zip(texts, cases)]
@@ -39,10 +35,7 @@ def measure(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> tuple[dict[str, A
     ]
     forced_texts = [ask.answer_text(parts) for parts in answer_fn(forced_prompts, "text")]
     forced = [text == case.reference_text for text, case in zip(forced_texts, cases)]
-
-    def split(values):
-        return accuracy.split_by_holdout(cases, values)
-
+    split = functools.partial(accuracy.split_by_holdout, cases)
     figures = {
         "score": split(correct),
         "baselines": {

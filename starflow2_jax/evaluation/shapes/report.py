@@ -71,9 +71,6 @@ def write(path: epath.PathLike, result: Result, sheets: Mapping[str, np.ndarray]
     epath.Path(path).write_text(html.page("Evaluation on shapes", body), encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------ pieces
-
-
 def _scored(result: Result) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (name, {score, baselines, ceilings}) of everything that is correct or not."""
     for name, figures in result["sections"].items():
@@ -87,7 +84,6 @@ def _scored(result: Result) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _comparisons(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tables that a score is compared with, by name."""
     return {**figures.get("references", {}), **figures["baselines"], **figures["ceilings"]}
 
 
@@ -132,7 +128,6 @@ def _cards(result: Result) -> list[tuple[str, str]]:
 
 
 def _sections(result: Result, sheets: Mapping[str, np.ndarray]) -> Iterator[str]:
-    """Yield the tables and sheets of each section."""
     tables: dict[str, list[str]] = {}
     for name, figures in _scored(result):
         for part, label in PARTS.items():
@@ -160,10 +155,8 @@ def _accuracy_table(title: str, figures: Mapping[str, Any], part: str) -> str:
         return [name, *(_accuracy(table, tag, interval) for tag in ("", *tags))]
 
     counts = [str(score["tags"][tag]["count"]) for tag in tags]
-    rows = [
-        row("the model", score, interval=True),
-        ["cases", str(score["mean"]["count"]), *counts],
-    ]
+    cases = ["cases", str(score["mean"]["count"]), *counts]
+    rows = [row("the model", score, interval=True), cases]
     for name, table in _comparisons(figures).items():
         if table[part] is not None:
             rows.append(row(_label(name), table[part]))
@@ -192,9 +185,7 @@ def _text_section(figures: Mapping[str, Any] | None) -> str:
 
 
 def _not_run_section(reasons: Mapping[str, str]) -> str:
-    items = "".join(
-        f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in reasons.items()
-    )
+    items = "".join(f"<li>{html.escape(f'{name}: {why}')}</li>" for name, why in reasons.items())
     return f"<h2>Not run</h2><ul>{items}</ul>" if items else ""
 
 

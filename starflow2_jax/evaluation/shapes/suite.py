@@ -1,11 +1,7 @@
 """The shapes suite: every task of the synthetic benchmark, for one STARFlow2.
 
-generation     images of captions, by GenEval's six tags
-understanding  questions about images, compared with the frozen VLM and its own tower
-editing        the change made, the rest preserved
-reasoning      answers after an intermediate image, and at once
-likelihood     nats per dimension and per token of the same records
-text           the VLM's text skill without images, before and after training
+The modules of this folder measure generation, understanding, editing and reasoning. Likelihood is
+that of the same records, and text is the VLM's skill without images, before and after training.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +11,7 @@ import numpy as np
 
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.evaluation import ask, codec, interleaved_likelihood
-from starflow2_jax.evaluation.shapes import (
-    accuracy,
-    editing,
-    reasoning,
-    text_to_image,
-    vqa,
-)
+from starflow2_jax.evaluation.shapes import accuracy, editing, reasoning, text_to_image, vqa
 from starflow2_jax.evaluation.shapes.cases import TAGS, Case, Sample
 from starflow2_jax.evaluation.shapes.text_to_image import ReconstructFn
 from starflow2_jax.inference import vlm
@@ -37,6 +27,8 @@ TASKS = {
     "text": "text",
 }
 SECTIONS = ("generation", "understanding", "editing", "reasoning", "likelihood", "text")
+# Each `measure` returns `score`, `baselines` and `ceilings` or `references`, all as from
+# `accuracy.split_by_holdout`, and the samples.
 SCORED_SECTIONS = {
     "generation": text_to_image,
     "understanding": vqa,
@@ -55,10 +47,7 @@ def make_answer_fn(model: Model, cases: Sequence[Case], **options: Any) -> ask.A
 
 
 def make_reconstruct_fn(model: Model, seed: int = 0) -> ReconstructFn:
-    """Return a function that encodes and decodes images with the model's codec.
-
-    The latents get the noise that the model was trained with.
-    """
+    """Return a function that encodes and decodes images, with the noise of the model's training."""
     noise = model.cfg["noise"]
     sigma = noise["sigma"] if noise["kind"] == "gaussian" else 0.0
 
@@ -86,18 +75,10 @@ def unsupported_sections(model: Model) -> dict[str, str]:
 def load_reference_vlms(
     model: Model, pixels: int, text_only: str | None
 ) -> tuple[dict[str, VLM], dict[str, str]]:
-    """Load the VLMs that answers are compared with.
+    """Load the VLMs that answers are compared with, and the reasons why one is missing, by name.
 
-    Args:
-        pixels: side of the model's images.
-        text_only: folder of a VLM that was trained without images, if any.
-
-    Returns:
-        The VLMs `vlm_baseline`, the model's frozen VLM with its own tower, and
-        `text_only_baseline`; and the reason why `vlm_baseline` is missing, by name.
-
-    Raises:
-        ValueError, FileNotFoundError: as `vlm.load` of `text_only`.
+    `vlm_baseline` is the model's frozen VLM with its own tower, and `text_only_baseline` the one
+    that was trained without images, if its folder is named.
     """
     references, reasons = {}, {}
     path = model.cfg["vlm"]["path"]
@@ -128,18 +109,10 @@ def run(
     seed: int = 0,
     on_section: Callable[[str], None] = lambda name: None,
 ) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
-    """Measure the sections of the suite.
+    """Measure the sections `only` of the suite, except `not_run` (with their reasons).
 
-    Args:
-        only: names of the sections.
-        not_run: sections to skip, each with the reason.
-        model: scores likelihoods; without it, those sections are skipped.
-        references: as from `load_reference_vlms`.
-        on_section: called with the name of each section before it runs.
-
-    Returns:
-        `sections`, `not_run`, the number of `cases` by task, and `protocol`; and the samples by
-        section.
+    Likelihoods are skipped without a `model`. `on_section` is called before each section runs.
+    The results are the JSON of the suite, and the samples by section.
     """
     skipped = dict(not_run or {})
     sections: dict[str, Any] = {}
@@ -199,7 +172,6 @@ def _measure_likelihood(model: Model, cases: Sequence[Case], seed: int) -> dict[
 
 
 def _measure_references(cases: Sequence[Case], references: Mapping[str, VLM]) -> dict[str, Any]:
-    """Return the accuracy of reference VLMs, and that of `vlm_baseline` on gray images."""
     tables = {}
     for name, reference in references.items():
         correct = vqa.vlm_is_correct(reference, cases)

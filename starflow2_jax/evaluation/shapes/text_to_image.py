@@ -1,5 +1,6 @@
 """Text-to-image generation, scored by tag as in GenEval, with baselines that ignore the caption."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from starflow2_jax.evaluation import ask, codec
 from starflow2_jax.evaluation.shapes import accuracy
 from starflow2_jax.evaluation.shapes.cases import Case, Sample
+from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import detector
 
 # Images uint8 [N, H, W, 3] -> the codec's reconstructions of them.
@@ -25,26 +27,24 @@ CEILINGS = {
 }
 
 
+def generate_images(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> list[Part]:
+    """Return the image of the answer to each case."""
+    answers = answer_fn([case.prompt for case in cases], "image")
+    return [ask.answer_image(parts, case.id) for parts, case in zip(answers, cases)]
+
+
 def measure(
     cases: Sequence[Case], answer_fn: ask.AnswerFn, reconstruct_fn: ReconstructFn | None = None
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """Generate one image for every caption and score the images.
-
-    Returns:
-        `score`, `baselines` and `ceilings`, each as from `accuracy.split_by_holdout`, and the
-        samples.
-    """
-    answers = answer_fn([case.prompt for case in cases], "image")
-    parts = [ask.answer_image(answer, case.id) for answer, case in zip(answers, cases)]
+    """Generate one image for every caption and score the images."""
+    parts = generate_images(cases, answer_fn)
     generated = [detector.detect(part.image) for part in parts]
     references = [detector.detect(case.reference_image) for case in cases]
     blanks = [
         detector.detect(codec.background(case.reference_image, case.scenes[0])) for case in cases
     ]
     verdicts = [detector.check_facts(objects, c.facts) for objects, c in zip(generated, cases)]
-
-    def split(correct):
-        return accuracy.split_by_holdout(cases, correct)
+    split = functools.partial(accuracy.split_by_holdout, cases)
 
     def score(detections):
         return split([detector.check_facts(d, c.facts).correct for d, c in zip(detections, cases)])

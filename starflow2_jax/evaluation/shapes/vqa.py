@@ -3,6 +3,7 @@
 An answer is correct if it equals the reference text word for word.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,26 +32,19 @@ REFERENCES = {
 
 
 def measure(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> tuple[dict[str, Any], list[Sample]]:
-    """Answer every question once, and once more under each baseline.
-
-    Returns:
-        `score` and `baselines`, each as from `accuracy.split_by_holdout`, and the samples.
-    """
+    """Answer every question once, and once more under each baseline."""
     answers = answer_fn([case.prompt for case in cases], "text")
     texts = [ask.answer_text(parts) for parts in answers]
     correct = [text == case.reference_text for text, case in zip(texts, cases)]
     blank = [with_blank_images(case) for case in cases]
-    correct_by_baseline = {
-        "most_frequent": accuracy.most_frequent_text(cases),
-        "chance": accuracy.chance_of_text(cases),
-        "blank_image": is_correct(blank, answer_fn),
-        "shuffled": is_correct(shuffle_images(cases), answer_fn),
-    }
+    split = functools.partial(accuracy.split_by_holdout, cases)
     figures = {
-        "score": accuracy.split_by_holdout(cases, correct),
+        "score": split(correct),
         "baselines": {
-            name: accuracy.split_by_holdout(cases, values)
-            for name, values in correct_by_baseline.items()
+            "most_frequent": split(accuracy.most_frequent_text(cases)),
+            "chance": split(accuracy.chance_of_text(cases)),
+            "blank_image": split(is_correct(blank, answer_fn)),
+            "shuffled": split(is_correct(shuffle_images(cases), answer_fn)),
         },
         "references": {},
     }
@@ -78,13 +72,7 @@ def vlm_is_correct(model: VLM, cases: Sequence[Case], *, blank: bool = False) ->
     """Return for each case whether a VLM with its own vision tower gives the reference text.
 
     The VLM scores the reference: greedy decoding gives it exactly if every token, including the end
-    of the turn, is the likeliest after those before it.
-
-    Args:
-        blank: replace images by gray.
-
-    Raises:
-        ValueError: an image has another size than the tower reads; names the first such case.
+    of the turn, is the likeliest after those before it. `blank` replaces images by gray.
     """
     pixels = model.cfg["image"]["pixels"]
     for case in cases:
@@ -96,13 +84,10 @@ def vlm_is_correct(model: VLM, cases: Sequence[Case], *, blank: bool = False) ->
                 )
     records = [case.record for case in cases]
     correct: list[bool] = []
-    for batch, count in scoring_batches.batches(
-        records,
-        chat_layout.open_tokenizer(model.tokenizer_folder),
-        grid_side(model.cfg, model.model_config),
-        size=min(_VLM_BATCH_SIZE, len(records)),
-        blank=blank,
-    ):
+    tokenizer = chat_layout.open_tokenizer(model.tokenizer_folder)
+    side = grid_side(model.cfg, model.model_config)
+    size = min(_VLM_BATCH_SIZE, len(records))
+    for batch, count in scoring_batches.batches(records, tokenizer, side, size=size, blank=blank):
         wrong = np.asarray(vlm.score(model, batch)["wrong"])
         correct += (wrong[:count, 0] == 0).tolist()
     return correct
