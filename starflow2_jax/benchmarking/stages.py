@@ -159,15 +159,20 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
         per second of all rows together, `bound_ms` and `share_of_bound`.
     """
     cfg = pretzel.preset(size)
-    own = lambda part: dataclasses.replace(part, compute_dtype=dtype)
-    cfg = dataclasses.replace(cfg, vlm=own(cfg.vlm), flow=own(cfg.flow))
-    tree = {n: t for n, t in pretzel.declare(cfg).items() if n != "shallow"}
-    laid_out = lambda key: decode_loop.prepare_params(init_params(key, tree, dtype))
-    params = jax.jit(laid_out)(jax.random.key(0))
-    slots = (
-        -(-(PROMPT_TOKENS + cfg.num_patches + TEXT_TOKENS) // session.CACHE_STEP)
-        * session.CACHE_STEP
+    cfg = dataclasses.replace(
+        cfg,
+        vlm=dataclasses.replace(cfg.vlm, compute_dtype=dtype),
+        flow=dataclasses.replace(cfg.flow, compute_dtype=dtype),
     )
+    tree = {n: t for n, t in pretzel.declare(cfg).items() if n != "shallow"}
+
+    @jax.jit
+    def make_params(key):
+        return decode_loop.prepare_params(init_params(key, tree, dtype))
+
+    params = make_params(jax.random.key(0))
+    length = PROMPT_TOKENS + cfg.num_patches + TEXT_TOKENS
+    slots = -(-length // session.CACHE_STEP) * session.CACHE_STEP
     keys = jax.random.split(jax.random.key(1), rows)
     state = decode_loop.empty_state(params, cfg, rows, slots, has_null_branch=False)
     # The loop takes the arrays over, so each needs a buffer of its own.
