@@ -254,10 +254,12 @@ def read_data(folder: str, rows: int, repeats: int) -> Result:
 
     first = records.read(folder)[0]
     pixels = min(first.imgs[0].h, first.imgs[0].w)
-    options = {"path": folder, "pixels": pixels, "resize": "center_crop"}
     row: Result = {"row": f"data {folder}", "batch": rows, "pixels": pixels}
     for name, threads in (("one_thread", 0), ("loader", 4)):
-        stream = image_batches.batches({**options, "threads": threads}, batch_size=rows)
+        stream = image_batches.batches(
+            {"path": folder, "pixels": pixels, "resize": "center_crop", "threads": threads},
+            batch_size=rows,
+        )
         timing = measure(lambda stream=stream: next(stream)["image"].sum(), repeats)
         row[f"{name}_images_per_s"] = 1000 * rows / timing["ms"]
         row |= {f"{name}_{key}": value for key, value in timing.items()}

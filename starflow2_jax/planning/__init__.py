@@ -1,1 +1,1 @@
-"""What a layout costs, known before a machine is rented."""
+"""Cost of an experiment under a sharding layout, estimated ahead of time by compilation."""
