@@ -224,13 +224,13 @@ def _gaussian_baseline(
     """Return the figures of a Gaussian per dimension, fitted to --fit; empty without that flag."""
     if not values.fit:
         return {}
-    options = {**options, "labels": False, "text": "none", "features": ""}
-    fit = {**options, "path": values.fit, "latents": values.fit_latents or ""}
+    image_options = {**options, "labels": False, "text": "none", "features": ""}
+    fit = {**image_options, "path": values.fit, "latents": values.fit_latents or ""}
     if not fit["pixels"] and not fit["latents"]:
         raise ValueError("likelihood: --fit_latents or --fae is needed: the model reads latents")
     # Every host reads all of the data, since a Gaussian is cheap.
     fit_batches = image_batches.eval_batches(fit, batch_size=batch_size)
-    batches = image_batches.eval_batches(options, batch_size=batch_size)
+    batches = image_batches.eval_batches(image_options, batch_size=batch_size)
     nats = likelihood.gaussian_baseline(
         batch_encoder.encoded(fit_batches, codec),
         batch_encoder.encoded(likelihood.limit(batches, values.rows, batch_size), codec),
@@ -364,7 +364,7 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
     else:
         tasks = [*cases.TAGS] if "likelihood" in sections else [suite.TASKS[s] for s in sections]
         suite_cases = cases.generate(seed, values.n or 32, pixels, tasks)
-    options = {
+    sampling_settings = {
         "batch_size": values.batch_size or 96,
         "seed": seed,
         **inference_options.sampling_defaults(
@@ -376,7 +376,7 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
     references, missing_references = suite.load_reference_vlms(model, pixels, values.blind)
     result, samples = suite.run(
         suite_cases,
-        suite.make_answer_fn(model, suite_cases, **options),
+        suite.make_answer_fn(model, suite_cases, **sampling_settings),
         only=sections,
         not_run=suite.unsupported_sections(model),
         model=model,
@@ -390,7 +390,7 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
             "path": values.data or f"generated from seed {seed}",
             "fingerprints": [_describe_data(path)["fingerprint"] for path in folders],
         },
-        "options": options,
+        "options": sampling_settings,
         **result,
         "not_run": {**result["not_run"], **missing_references},
         "samples": {name: [*map(report.sample_row, rows)] for name, rows in samples.items()},
