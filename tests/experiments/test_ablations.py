@@ -33,20 +33,20 @@ def trained(variant, name):
     plain = config.to_dict(cfg)
     plain["vlm"]["path"] = ""
     model = starflow2_step.model_config(plain)
-    own = params.split(model.declare(), tuple(cfg.train.trainable))[0]
-    return plain, model, params.count(own)
+    trained_specs = params.split(model.declare(), tuple(cfg.train.trainable))[0]
+    return plain, model, params.count(trained_specs)
 
 
 @pytest.mark.parametrize("variant", rows.VARIANTS)
 @pytest.mark.parametrize("name", rows.ROWS)
 def test_a_row_trains_as_many_weights_as_the_pretzel_or_says_so(variant, name):
-    first, _, wanted = trained(variant, "pretzel")
+    first, _, expected_count = trained(variant, "pretzel")
     cfg, model, count = trained(variant, name)
     assert model.num_patches == starflow2.preset(variant).num_patches
-    near = abs(count / wanted - 1) < 0.05
+    near = abs(count / expected_count - 1) < 0.05
     assert near or not rows.ROWS[name].matched
     if variant == "tiny":
-        assert near == rows.ROWS[name].matched, count / wanted
+        assert near == rows.ROWS[name].matched, count / expected_count
     # All but what the row is about: same data, order, steps, rates.
     free = ("model", "name", "loss", "noise", "data.mixture", "fae.path", "train.trainable")
     differing = config.differences(first, cfg)
@@ -85,13 +85,13 @@ def test_an_unknown_row_is_a_key_error():
 
 @pytest.mark.fast
 def test_shards_hold_every_run_once_and_first_seeds_first():
-    whole = run.jobs([], "0/1")
-    assert len(whole) == len(set(whole)) == 3 * 6 + len(rows.ROWS) - 6
-    assert [name for name, _ in whole[:6]] == list(CORE)
-    seeds = [seed for _, seed in whole]
+    all_jobs = run.jobs([], "0/1")
+    assert len(all_jobs) == len(set(all_jobs)) == 3 * 6 + len(rows.ROWS) - 6
+    assert [name for name, _ in all_jobs[:6]] == list(CORE)
+    seeds = [seed for _, seed in all_jobs]
     assert seeds == sorted(seeds)
     parts = [run.jobs([], f"{i}/4") for i in range(4)]
-    assert sorted(job for part in parts for job in part) == sorted(whole)
+    assert sorted(job for part in parts for job in part) == sorted(all_jobs)
     assert run.jobs(["pixels", "pretzel"], "0/1") == [
         ("pretzel", 0), ("pixels", 0), ("pretzel", 1), ("pretzel", 2)
     ]  # fmt: skip
@@ -106,8 +106,13 @@ def result(folder, name, seed, **figures):
     path = folder / name / str(seed) / table.RESULT
     path.parent.mkdir(parents=True)
     cfg = config.to_dict(rows.configuration("tiny", name)) | {"seed": seed}
-    made = {"config": cfg, "trained": 1000, "seconds": {"training": 60.0 + seed}, **figures}
-    path.write_text(json.dumps(made))
+    contents = {
+        "config": cfg,
+        "trained": 1000,
+        "seconds": {"training": 60.0 + seed},
+        **figures,
+    }
+    path.write_text(json.dumps(contents))
     return cfg
 
 
@@ -126,8 +131,8 @@ def test_what_is_done_is_skipped_and_a_failure_stops_nothing_else(tmp_path, caps
     failed = run.sweep(run.jobs(["pretzel", "mot_frozen", "pixels"], "0/1")[:4], done, start)
     assert started == [("mot_frozen", 0), ("pixels", 0), ("pretzel", 1)]
     assert failed == [("mot_frozen", 0)]
-    said = capsys.readouterr().out
-    assert "pretzel, seed 0: done already" in said and "mot_frozen, seed 0: FAILED" in said
+    output = capsys.readouterr().out
+    assert "pretzel, seed 0: done already" in output and "mot_frozen, seed 0: FAILED" in output
 
 
 def test_a_result_of_other_settings_is_refused(tmp_path):
@@ -148,12 +153,19 @@ def test_the_table_says_means_intervals_seeds_and_what_was_not_run(tmp_path):
     judged = {"sections": {"generation": {"score": {"seen": {"mean": {"correct": 0.75}}}}}}
     (tmp_path / "pixels" / "0" / run.JUDGED).write_text(json.dumps(judged))
     text = run.write_table(epath.Path(tmp_path), "tiny", 0)
-    made = {row["row"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
-    assert set(made) == set(rows.ROWS) and (tmp_path / "table.md").read_text() == text
-    found = made["pretzel"]["image_nats"]
+    results_by_row = {
+        row["row"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]
+    }
+    assert set(results_by_row) == set(rows.ROWS) and (tmp_path / "table.md").read_text() == text
+    stored = results_by_row["pretzel"]["image_nats"]
     # Student's t of two degrees of freedom, by hand: 4.303 x 0.2 / sqrt(3).
-    assert found["mean"] == pytest.approx(1.2) and found["interval"] == pytest.approx(0.49687, 1e-4)
-    assert made["pretzel"]["seeds"] == [0, 1, 2] and made["pretzel"]["seconds"] == 61.0
+    assert stored["mean"] == pytest.approx(1.2) and stored["interval"] == pytest.approx(
+        0.49687, 1e-4
+    )
+    assert (
+        results_by_row["pretzel"]["seeds"] == [0, 1, 2]
+        and results_by_row["pretzel"]["seconds"] == 61.0
+    )
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
     assert "| 3 of 3 | 1,000 | 1.200 ± 0.497 | - | 0.500 ± 0.000 |" in lines["the Pretzel"]
     pixels = lines[f"{rows.ROWS['pixels'].what}†"]
@@ -170,10 +182,10 @@ def test_the_table_says_means_intervals_seeds_and_what_was_not_run(tmp_path):
 def data(tmp_path_factory):
     """Folders of pictures with captions and questions, of text alone, and their tokenizer."""
     folder = tmp_path_factory.mktemp("world")
-    path, held = interleaved_dataset.make(folder, count=24, tasks=("t2i", "question", "text"))
+    path, held_out = interleaved_dataset.make(folder, count=24, tasks=("t2i", "question", "text"))
     words = folder / "text"
     records.write(words, tasks.make_records(4, 8, 16, tasks=["text"]))
-    return path, str(words), held
+    return path, str(words), held_out
 
 
 def test_pixels_are_latents_of_unit_variance(data, tmp_path):
@@ -184,9 +196,9 @@ def test_pixels_are_latents_of_unit_variance(data, tmp_path):
         {"path": words, "latents": str(tmp_path / "b")},
     ]
     latents.make("pixels", cfg, 2, entries)
-    held = records.read(path)
-    found = array_store.read(str(tmp_path / "a"), held.manifest)
-    x = np.concatenate([found[i][1]["latent_mean"] for i in range(len(held))])
+    held_out = records.read(path)
+    stored = array_store.read(str(tmp_path / "a"), held_out.manifest)
+    x = np.concatenate([stored[i][1]["latent_mean"] for i in range(len(held_out))])
     assert x.shape[1:] == (4, 48)
     np.testing.assert_allclose(x.mean((0, 1)), 0, atol=1e-4)
     np.testing.assert_allclose(x.std((0, 1)), 1, atol=1e-4)
@@ -197,16 +209,16 @@ def test_pixels_are_latents_of_unit_variance(data, tmp_path):
 
 def test_a_record_is_right_where_each_of_its_tokens_is():
     segments = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 3, 0] + [0] * 6])
-    found = LossTerms(
+    stored = LossTerms(
         target_index=np.array([[1, 3, 4, 5, 7, 9]]),
         token=np.array([[True, True, True, False, True, False]]),
         nll=np.array([[1.0, 0.5, 0.25, 0.0, 2.0, 0.0]]),
         correct=np.array([[True, True, False, False, True, False]]),
     )
-    made = scores.by_record(found, segments)
-    np.testing.assert_array_equal(made["tokens"], [[1, 2, 1]])
-    np.testing.assert_array_equal(made["wrong"], [[0, 1, 0]])
-    np.testing.assert_array_equal(made["nll"], [[1.0, 0.75, 2.0]])
+    results_by_row = scores.by_record(stored, segments)
+    np.testing.assert_array_equal(results_by_row["tokens"], [[1, 2, 1]])
+    np.testing.assert_array_equal(results_by_row["wrong"], [[0, 1, 0]])
+    np.testing.assert_array_equal(results_by_row["nll"], [[1.0, 0.75, 2.0]])
 
 
 def small_run(data):
@@ -227,43 +239,43 @@ def small_run(data):
     cfg.sample.every = cfg.evaluate.every = 0
     cfg.train.ema, cfg.optim.lr, cfg.data.threads = 0.0, 1e-2, 1
     config.check(cfg)
-    held = (
+    held_out = (
         {"path": path, "latents": f"{path}_pixels"},
         {"path": words, "latents": f"{words}_pixels", "text": True},
     )
-    return config.to_dict(cfg), held
+    return config.to_dict(cfg), held_out
 
 
 def test_a_run_trains_measures_and_leaves_the_text_of_a_frozen_vlm_alone(data, tmp_path):
-    cfg, held = small_run(data)
+    cfg, held_out = small_run(data)
     code = (
         "import json, sys\nfrom experiments.ablations import one\n"
         "cfg, held = json.load(open(sys.argv[1]))\n"
         "one.run(cfg, 'pixels', tuple(held), sys.argv[2])\n"
     )
-    given = tmp_path / "given.json"
-    given.write_text(json.dumps([cfg, held]))
+    config_file = tmp_path / "given.json"
+    config_file.write_text(json.dumps([cfg, held_out]))
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    command = [sys.executable, "-c", code, str(given), str(tmp_path / "run")]
+    command = [sys.executable, "-c", code, str(config_file), str(tmp_path / "run")]
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    found = json.loads((tmp_path / "run" / table.RESULT).read_text())
-    assert np.isfinite(found["image_nats"]) and found["text_nats"] > 0
-    assert 0 <= found["questions"] <= 1 and found["questions_count"] > 0
+    stored = json.loads((tmp_path / "run" / table.RESULT).read_text())
+    assert np.isfinite(stored["image_nats"]) and stored["text_nats"] > 0
+    assert 0 <= stored["questions"] <= 1 and stored["questions_count"] > 0
     # There is no image in these rows, so the expert has no part in them.
-    assert found["text_alone"] == pytest.approx(found["text_alone_before"], rel=1e-6)
-    assert found["config"] == cfg and found["seconds"]["training"] > 0
+    assert stored["text_alone"] == pytest.approx(stored["text_alone_before"], rel=1e-6)
+    assert stored["config"] == cfg and stored["seconds"]["training"] > 0
 
 
 def test_what_was_stopped_half_way_is_not_measured(data, tmp_path, monkeypatch):
     """A training that is told to stop saves and ends well."""
-    cfg, held = small_run(data)
+    cfg, held_out = small_run(data)
     monkeypatch.setattr(one.train, "train", lambda cfg, workdir: None)
     with pytest.raises(RuntimeError, match="stopped at step 0 of"):
-        one.run(cfg, "pixels", tuple(held), str(tmp_path / "run"))
+        one.run(cfg, "pixels", tuple(held_out), str(tmp_path / "run"))
     assert not (tmp_path / "run" / table.RESULT).exists()

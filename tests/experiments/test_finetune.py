@@ -71,26 +71,29 @@ def test_a_model_is_finetuned_on_images_with_captions(folder, tmp_path):
         assert verb != "train" or f"started from the weights of {folder}" in done.stdout
     run = tmp_path / "runs" / "my_run"
     # It reads with the folder's VLM and draws with its codec, and has moved from its weights.
-    meta, given = orbax.read_meta(run), model_folder.read_config(folder)
-    assert meta["frozen"] == given["frozen"]
+    meta, exported_config = orbax.read_meta(run), model_folder.read_config(folder)
+    assert meta["frozen"] == exported_config["frozen"]
     cfg = run_log.read_config(run)
     assert cfg["vlm"]["path"] == str(folder / "vlm") and cfg["fae"]["path"] == str(folder / "fae")
-    assert cfg["noise"] == given["noise"] and cfg["model"]["flow"] == given["model"]["flow"]
-    before, after = load.load(str(folder)), load.load(str(run))
+    assert (
+        cfg["noise"] == exported_config["noise"]
+        and cfg["model"]["flow"] == exported_config["model"]["flow"]
+    )
+    before, tuned = load.load(str(folder)), load.load(str(run))
     for name in ("adapter", "shallow", "deep", "skip"):
-        ours, theirs = (np.concatenate([np.ravel(a) for a in jax.tree.leaves(m.params[name])])
-                        for m in (before, after))  # fmt: skip
-        assert 0 < np.abs(ours - theirs).max() < 0.1, name
+        expected, actual = (np.concatenate([np.ravel(a) for a in jax.tree.leaves(m.params[name])])
+                        for m in (before, tuned))  # fmt: skip
+        assert 0 < np.abs(expected - actual).max() < 0.1, name
     grids = sorted(path.name for path in (run / "samples").iterdir())
     assert grids == ["00000002.png"] and (tmp_path / "sheet.png").exists()
     assert "samples, step 2" in (run / "report.html").read_text()
-    (drawn,) = (tmp_path / "samples").glob("*.png")
-    with Image.open(drawn) as image:
+    (grid,) = (tmp_path / "samples").glob("*.png")
+    with Image.open(grid) as image:
         assert image.size == (PIXELS, PIXELS)
 
 
 def test_the_shipped_model_is_the_default():
-    found = runpy.run_path(str(ROOT / "experiments" / "finetune.py"))
-    assert found["get_config"].__defaults__ == ("pretrained/starflow2_tiny",)
+    module = runpy.run_path(str(ROOT / "experiments" / "finetune.py"))
+    assert module["get_config"].__defaults__ == ("pretrained/starflow2_tiny",)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        found["get_config"](str(ROOT / "nowhere"))
+        module["get_config"](str(ROOT / "nowhere"))

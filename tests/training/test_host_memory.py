@@ -82,7 +82,7 @@ def measure(what, path, rows, at_once):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(path, rows, beside, at_once=orbax.MAX_READ_BYTES):
+def check(path, rows, extra_bytes, at_once=orbax.MAX_READ_BYTES):
     try:
         saved = measure("save", path, rows, at_once)
         restored = measure("restore", path, rows, at_once)
@@ -91,8 +91,8 @@ def check(path, rows, beside, at_once=orbax.MAX_READ_BYTES):
     print(saved, restored)
     assert saved["devices"] == saved["devices_before"] == saved["arrays"]
     # One host copy at most, and what is compressed at the time.
-    assert saved["peak"] <= saved["arrays"] + beside
-    assert restored["same"] and restored["peak"] <= restored["arrays"] + beside
+    assert saved["peak"] <= saved["arrays"] + extra_bytes
+    assert restored["same"] and restored["peak"] <= restored["arrays"] + extra_bytes
 
 
 def test_saving_and_restoring_half_a_gigabyte(tmp_path):
@@ -119,23 +119,23 @@ def initial(changes, layout, sizes):
     grid = mesh.make_mesh(sizes, jax.devices())
     program = registry.build(config.to_dict(cfg), grid)
     with jax.set_mesh(grid):
-        found = program.init.lower(jax.random.key(0)).compile().memory_analysis()
-    return 8 * found.output_size_in_bytes, 8 * found.temp_size_in_bytes
+        analysis = program.init.lower(jax.random.key(0)).compile().memory_analysis()
+    return 8 * analysis.output_size_in_bytes, 8 * analysis.temp_size_in_bytes
 
 
 def test_a_state_is_born_sharded():
     """Initialisation, with the EMA's copy, on eight devices of one host."""
     sizes = {"width": 512, "layers": (2, 2)}
-    whole, _ = initial(sizes, "dp", "data=8")
-    held, beside = initial(sizes, "fsdp", "fsdp=8")
-    assert held < 1.3 * whole / 8
-    assert beside < 2 * 10**9
+    replicated_bytes, _ = initial(sizes, "dp", "data=8")
+    sharded_bytes, extra_bytes = initial(sizes, "fsdp", "fsdp=8")
+    assert sharded_bytes < 1.3 * replicated_bytes / 8
+    assert extra_bytes < 2 * 10**9
 
 
 @pytest.mark.slow
 def test_a_state_of_fifty_gigabytes_is_born_within_two_more_a_device():
     """Each device has memory of its own: 1.1 GB of temporaries, of the largest stacked weight."""
-    held, beside = initial({"width": 3072, "layers": (2, 24)}, "fsdp", "fsdp=8")
-    print(held, beside)
-    assert held > 40e9
-    assert beside / 8 < 2 * 10**9
+    sharded_bytes, extra_bytes = initial({"width": 3072, "layers": (2, 24)}, "fsdp", "fsdp=8")
+    print(sharded_bytes, extra_bytes)
+    assert sharded_bytes > 40e9
+    assert extra_bytes / 8 < 2 * 10**9

@@ -80,11 +80,11 @@ def source(tmp_path_factory):
     return program, state, workdir
 
 
-def same(ours, others, factor=1):
-    ours, others = params.flatten(ours), params.flatten(others)
-    assert list(ours) == list(others)
-    for name, array in ours.items():
-        np.testing.assert_array_equal(np.asarray(array), factor * np.asarray(others[name]))
+def same(actual, expected, factor=1):
+    actual, expected = params.flatten(actual), params.flatten(expected)
+    assert list(actual) == list(expected)
+    for name, array in actual.items():
+        np.testing.assert_array_equal(np.asarray(array), factor * np.asarray(expected[name]))
 
 
 @pytest.mark.parametrize("kind", ["run", "step", "raw", "folder"])
@@ -104,8 +104,8 @@ def test_weights_of_another_run_or_folder(source, tmp_path, kind):
     assert int(begun.step) == 0
     # Where the step wants them, and not one array twice: the step donates both.
     for name, leaf in params.flatten(begun.params).items():
-        wanted = params.flatten(program.abstract_state.params)[name]
-        assert leaf.sharding == wanted.sharding and leaf.dtype == wanted.dtype
+        spec = params.flatten(program.abstract_state.params)[name]
+        assert leaf.sharding == spec.sharding and leaf.dtype == spec.dtype
         assert leaf is not params.flatten(begun.ema)[name]
 
 

@@ -47,8 +47,8 @@ def data(tmp_path_factory):
 
 
 def _dotted(changes):
-    given = {name.replace("__", "."): value for name, value in changes.items()}
-    return {**QUIET, "distributed": PATIENT, **given}
+    flat_changes = {name.replace("__", "."): value for name, value in changes.items()}
+    return {**QUIET, "distributed": PATIENT, **flat_changes}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,9 @@ def joint(tmp_path_factory):
     kind of task, beside a VLM drawn from the seed.
     """
     folder = tmp_path_factory.mktemp("rows")
-    path, held = interleaved_dataset.make(folder, 64, tasks=("t2i", "caption", "question", "edit"))
+    path, tokenizer = interleaved_dataset.make(
+        folder, 64, tasks=("t2i", "caption", "question", "edit")
+    )
     latents = interleaved_dataset.make_latents(path, folder / "latents", 8, 16)
     experiment = runpy.run_path(str(ROOT / "experiments" / "stage3_joint.py"))["get_config"]
 
@@ -73,13 +75,13 @@ def joint(tmp_path_factory):
             cfg.model.update(starflow2.options(model))
         for group in (cfg.data, cfg.eval_data):
             group.mixture, group.path, group.latents, group.threads = (), path, latents, 1
-        cfg.vlm.path, cfg.fae.path, cfg.text.tokenizer, cfg.init["from"] = "", "", held, ""
+        cfg.vlm.path, cfg.fae.path, cfg.text.tokenizer, cfg.init["from"] = "", "", tokenizer, ""
         cfg.train.batch_size, cfg.optim.warmup, cfg.log.every = 8, 2, 1
         cfg.evaluate.rows, cfg.evaluate.batch_size = 8, 8
         cfg.checkpoint.every, cfg.checkpoint.keep = 2, 9
-        given = _dotted(changes)
-        cfg.distributed.update(given.pop("distributed"))
-        cfg.update_from_flattened_dict(given)
+        flat_changes = _dotted(changes)
+        cfg.distributed.update(flat_changes.pop("distributed"))
+        cfg.update_from_flattened_dict(flat_changes)
         config.check(cfg)
         return config.to_dict(cfg)
 
@@ -100,15 +102,15 @@ def experiment(request):
     return request.getfixturevalue(request.param)
 
 
-def start(cfg, workdir, shape="2x4", what="", notes="", beside=None, **environ):
+def start(cfg, workdir, shape="2x4", what="", notes="", log_folder=None, **environ):
     """Processes that train, started by the launcher."""
     processes, devices = SHAPES[shape]
-    beside = pathlib.Path(beside or workdir)
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    file = beside.with_suffix(".json")
+    log_folder = pathlib.Path(log_folder or workdir)
+    log_folder.parent.mkdir(parents=True, exist_ok=True)
+    file = log_folder.with_suffix(".json")
     file.write_text(json.dumps(cfg))
     command = ["bash", str(LAUNCHER), str(processes), "--cpu", str(devices)]
-    command += ["--logs", str(beside.with_suffix(".logs"))]
+    command += ["--logs", str(log_folder.with_suffix(".logs"))]
     command += [sys.executable, str(RUNNER), str(file), str(workdir), what]
     if notes:
         notes.mkdir(exist_ok=True, parents=True)
@@ -149,21 +151,21 @@ def assert_restored(notes, workdir, number, cfg):
     assert files
     for file in files:
         for name, part in np.load(file).items():
-            index, where = name.split(" ", 1)
-            where = tuple(slice(*ends) for ends in json.loads(where))
-            assert part.tobytes() == saved[int(index)][where].tobytes(), name
-            covered[int(index)][where] = True
+            index, location = name.split(" ", 1)
+            location = tuple(slice(*ends) for ends in json.loads(location))
+            assert part.tobytes() == saved[int(index)][location].tobytes(), name
+            covered[int(index)][location] = True
     assert all(c.all() for c in covered)
 
 
-def assert_same_run(moved, whole, notes, whole_notes, steps, tolerance=1e-5):
-    ours, theirs = losses(moved), losses(whole)
-    assert list(ours) == list(theirs) == list(range(1, steps + 1))
-    for number, loss in ours.items():
-        assert abs(loss - theirs[number]) <= tolerance, (number, loss, theirs[number])
-    seen = ids_of(whole_notes)
+def assert_same_run(moved, unbroken_run, notes, whole_notes, steps, tolerance=1e-5):
+    actual, reference = losses(moved), losses(unbroken_run)
+    assert list(actual) == list(reference) == list(range(1, steps + 1))
+    for number, loss in actual.items():
+        assert abs(loss - reference[number]) <= tolerance, (number, loss, reference[number])
+    expected_ids = ids_of(whole_notes)
     for number, ids in ids_of(notes).items():
-        assert ids == seen[number], number
+        assert ids == expected_ids[number], number
 
 
 def test_two_processes_killed_and_moved_to_one_lose_nothing(make, unbroken, tmp_path):
@@ -181,9 +183,9 @@ def test_two_processes_killed_and_moved_to_one_lose_nothing(make, unbroken, tmp_
     output = finish(start(cfg, run, "1x8", notes=tmp_path / "b"))
     assert f"resumed {run} at step 2" in output
     assert_restored(tmp_path / "b", run, 2, cfg)
-    whole, whole_notes = unbroken
-    assert_same_run(run, whole, tmp_path / "b", whole_notes, 6)
-    assert_same_run(run, whole, tmp_path / "a", whole_notes, 6)
+    unbroken_run, whole_notes = unbroken
+    assert_same_run(run, unbroken_run, tmp_path / "b", whole_notes, 6)
+    assert_same_run(run, unbroken_run, tmp_path / "a", whole_notes, 6)
 
 
 def test_sigterm_on_one_process_saves_once_and_ends_all(make, tmp_path):
@@ -258,8 +260,8 @@ def test_bad_input_ends_every_process_with_the_same_words(make, tmp_path, change
         (run / "checkpoints" / "4").mkdir(parents=True)
         (run / "checkpoints" / "4" / digest.SIDECAR).write_text("")
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    beside = tmp_path / "beside"
-    process = start(make(**changes), run, "2x1", beside=beside)
+    log_folder = tmp_path / "beside"
+    process = start(make(**changes), run, "2x1", log_folder=log_folder)
     output = finish(process, expected=1)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 60
     for index in range(2):
@@ -275,8 +277,8 @@ def test_bad_input_ends_every_process_with_the_same_words(make, tmp_path, change
 @pytest.mark.parametrize("experiment", ["make", "joint"], indirect=True)
 def test_a_chain_of_shapes_equals_the_unbroken_run(experiment, tmp_path):
     cfg = experiment(train__steps=20, checkpoint__every=20)
-    whole, run = tmp_path / "whole" / "run", tmp_path / "chain" / "run"
-    finish(start(cfg, whole, "2x4", notes=tmp_path / "w"))
+    unbroken_run, run = tmp_path / "whole" / "run", tmp_path / "chain" / "run"
+    finish(start(cfg, unbroken_run, "2x4", notes=tmp_path / "w"))
     stops = {"2x4": 5, "1x8": 10, "4x2": 15, "1x1": 20}
     before = None
     for shape, stop in stops.items():
@@ -288,7 +290,7 @@ def test_a_chain_of_shapes_equals_the_unbroken_run(experiment, tmp_path):
         assert set(range((before or 0) + 1, stop + 1)) <= set(ids_of(tmp_path / shape))
         before = stop
     for shape in stops:
-        assert_same_run(run, whole, tmp_path / shape, tmp_path / "w", 20)
+        assert_same_run(run, unbroken_run, tmp_path / shape, tmp_path / "w", 20)
 
 
 @pytest.mark.slow
@@ -297,8 +299,8 @@ def test_resumed_on_the_same_mesh_is_bit_identical(make, tmp_path):
     finish(start(cfg, tmp_path / "whole", "2x4"))
     for what in ("stop:3", "stop:6", ""):
         finish(start(cfg, tmp_path / "run", "2x4", what))
-    ours, theirs = (state_of(tmp_path / name, 8, cfg) for name in ("run", "whole"))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    actual, reference = (state_of(tmp_path / name, 8, cfg) for name in ("run", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, actual, reference)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
@@ -309,12 +311,12 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def compare_processes(build, folder, layout, steps, shapes, shown):
+def compare_processes(build, folder, layout, steps, shapes, step_changes):
     """The same losses and evaluations of every number of processes as of one."""
     rows, sizes = {}, LAYOUTS[layout]
     for shape in ("1x8", *shapes):
         over = sizes if isinstance(sizes, str) else sizes[shape]
-        cfg = build(train__steps=steps, layout=layout, mesh=over, **shown)
+        cfg = build(train__steps=steps, layout=layout, mesh=over, **step_changes)
         finish(start(cfg, folder / shape, shape))
         rows[shape] = [
             (row["step"], row.get("loss", row.get("eval/nats_per_dim")))
@@ -322,8 +324,13 @@ def compare_processes(build, folder, layout, steps, shapes, shown):
         ]
     assert len(rows["1x8"]) >= steps and rows["1x8"][-1][1] != rows["1x8"][0][1]
     for shape in shapes:
-        for (number, ours), (same, theirs) in zip(rows[shape], rows["1x8"], strict=True):
-            assert number == same and abs(ours - theirs) <= 1e-5, (shape, number, ours, theirs)
+        for (number, actual), (same, reference) in zip(rows[shape], rows["1x8"], strict=True):
+            assert number == same and abs(actual - reference) <= 1e-5, (
+                shape,
+                number,
+                actual,
+                reference,
+            )
 
 
 def test_two_processes_train_the_joint_stage_as_one_does(joint, tmp_path):
@@ -331,12 +338,12 @@ def test_two_processes_train_the_joint_stage_as_one_does(joint, tmp_path):
     sizes = {"width": 64, "layers": 1, "heads": 2, "kv_heads": 2, "mlp_width": 96}
     vlm = dataclasses.replace(starflow2.tiny().vlm, **sizes)
     flow = starflow2.flow_config(64, side=8, channels=16, width=64, head_dim=32, layers=(1, 1))
-    shown = {
+    step_changes = {
         "evaluate__every": 3,
         "checkpoint__every": 3,
         "model": starflow2.PretzelConfig(vlm, flow),
     }
-    compare_processes(joint, tmp_path, "fsdp_tp", 3, ("2x4",), shown)
+    compare_processes(joint, tmp_path, "fsdp_tp", 3, ("2x4",), step_changes)
 
 
 @pytest.mark.slow
@@ -344,10 +351,10 @@ def test_two_processes_train_the_joint_stage_as_one_does(joint, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_of_processes_equal_those_of_one(experiment, request, tmp_path, layout):
     """Evaluations included, and grids where there are some."""
-    shown = {"evaluate__every": 10, "checkpoint__every": 20}
+    step_changes = {"evaluate__every": 10, "checkpoint__every": 20}
     pictures = "make" in request.node.callspec.params["experiment"]
-    shown |= {"sample__every": 10} if pictures else {}
-    compare_processes(experiment, tmp_path, layout, 20, ("2x4", "4x2"), shown)
+    step_changes |= {"sample__every": 10} if pictures else {}
+    compare_processes(experiment, tmp_path, layout, 20, ("2x4", "4x2"), step_changes)
     for shape in ("1x8", "2x4", "4x2") if pictures else ():
         assert (tmp_path / shape / "samples" / "00000020.png").exists()
 
@@ -366,7 +373,7 @@ def test_a_chain_of_shapes_in_an_object_store(make, unbroken, tmp_path, monkeypa
     for name, value in store.items():
         monkeypatch.setenv(name, value)
     object_store.use()
-    cfg, (whole, whole_notes) = make(train__steps=6), unbroken
+    cfg, (unbroken_run, whole_notes) = make(train__steps=6), unbroken
     run, before = epath.Path("gs://bucket/runs/a"), None
     for shape, stop in stops.items():
         place = {"notes": tmp_path / shape, "beside": tmp_path / "beside" / shape}
@@ -377,7 +384,7 @@ def test_a_chain_of_shapes_in_an_object_store(make, unbroken, tmp_path, monkeypa
         assert step_folders.latest(run) == stop
         before = stop
     for shape in stops:
-        assert_same_run(run, whole, tmp_path / shape, whole_notes, 6)
+        assert_same_run(run, unbroken_run, tmp_path / shape, whole_notes, 6)
     assert (run / "report.html").exists()
     reports = orbax.verify(run)
     assert [r.step for r in reports][-1] == 6
@@ -393,21 +400,25 @@ def test_killed_at_twenty_random_points(make, tmp_path):
     """Whichever process dies in whatever it does: the run goes on from its last commit."""
     cfg = make(train__steps=6, checkpoint__keep=9)
     finish(start(cfg, tmp_path / "whole", "2x4"))
-    whole, rng = losses(tmp_path / "whole"), random.Random(0)
+    unbroken_run, rng = losses(tmp_path / "whole"), random.Random(0)
     for trial in range(20):
-        run, where = tmp_path / f"run{trial}", WHERE[trial % len(WHERE)]
-        at = rng.choice((2, 4, 6) if where in ("before", "writing", "after") else (2, 3, 4, 5))
-        what = f"{rng.choice('01')}@{where}:{at}"
+        run, location = tmp_path / f"run{trial}", WHERE[trial % len(WHERE)]
+        kill_step = rng.choice(
+            (2, 4, 6) if location in ("before", "writing", "after") else (2, 3, 4, 5)
+        )
+        what = f"{rng.choice('01')}@{location}:{kill_step}"
         output = start(cfg, run, "2x4", what).communicate(timeout=900)[0].decode()
         assert output.splitlines()[-1].startswith("error: the first of 2 processes to end"), output
         newest = step_folders.latest(run) or 0
         # A save waits for the commit of the one before.
-        kept = {"before": at - 2, "writing": at - 2, "after": at}.get(where, (at - 1) // 2 * 2 - 2)
-        assert newest >= kept, (what, newest)
+        saved_step = {"before": kill_step - 2, "writing": kill_step - 2, "after": kill_step}.get(
+            location, (kill_step - 1) // 2 * 2 - 2
+        )
+        assert newest >= saved_step, (what, newest)
         for entry in step_folders.committed(run):
             assert not any(r.problems for r in orbax.verify(run, entry.step)), what
         finish(start(cfg, run, "2x4"))
-        assert losses(run) == whole, what
+        assert losses(run) == unbroken_run, what
         jax.tree.map(
             np.testing.assert_array_equal,
             state_of(run, 6, cfg),

@@ -51,9 +51,9 @@ def test_eight_devices_equal_one(one_device, layout, sizes):
     np.testing.assert_allclose(losses, one_device, rtol=1e-5, atol=1e-5)
     assert losses[-1] != losses[0]
     up = state.params["flow"]["blocks"]["0"]["layers"]["mlp_up"]["weight"]
-    held = up.addressable_shards[0].data.size
-    ways = {"dp": 1, "fsdp": 8, "tp": 8, "fsdp_tp": 4, "hybrid": 4}[layout]
-    assert held * ways == up.size
+    local_size = up.addressable_shards[0].data.size
+    shards = {"dp": 1, "fsdp": 8, "tp": 8, "fsdp_tp": 4, "hybrid": 4}[layout]
+    assert local_size * shards == up.size
     moments = jax.tree.leaves(state.opt_state)
     assert any(m.shape == up.shape and m.sharding == up.sharding for m in moments)
 
@@ -85,11 +85,11 @@ def test_a_step_that_is_not_finite_changes_no_weight():
         state, frozen = program.init(jax.random.key(0))
         head = state.params["flow"]["blocks"]["1"]["proj_out"]
         head["bias"] = head["bias"].at[0].set(-2000.0)  # exp(2000) overflows
-        kept = jax.tree.map(np.asarray, (state.params, state.ema, state.opt_state))
-        after, metrics = program.step(state, frozen, step.to_device(program, batch_of()))
-    assert not metrics["finite"] and int(after.step) == 1
-    now = jax.tree.map(np.asarray, (after.params, after.ema, after.opt_state))
-    jax.tree.map(np.testing.assert_array_equal, now, kept)
+        host_before = jax.tree.map(np.asarray, (state.params, state.ema, state.opt_state))
+        new_state, metrics = program.step(state, frozen, step.to_device(program, batch_of()))
+    assert not metrics["finite"] and int(new_state.step) == 1
+    host_after = jax.tree.map(np.asarray, (new_state.params, new_state.ema, new_state.opt_state))
+    jax.tree.map(np.testing.assert_array_equal, host_after, host_before)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def test_noise_of_a_row_depends_on_seed_step_and_row_alone():
     cfg = experiment()
     batch = {k: v for k, v in batch_of().items() if k != "id"}
     rows = jnp.arange(ROWS)
-    whole = preprocess.tokens(batch, preprocess.row_keys(3, 7, rows), cfg, True)
+    expected = preprocess.tokens(batch, preprocess.row_keys(3, 7, rows), cfg, True)
     part = {k: v[5:9] for k, v in batch.items()}
     some = preprocess.tokens(part, preprocess.row_keys(3, 7, rows[5:9]), cfg, True)
-    np.testing.assert_array_equal(whole[5:9], some)
+    np.testing.assert_array_equal(expected[5:9], some)
     keys = [
-        jax.random.key_data(preprocess.row_keys(*given, rows)) for given in ((3, 7), (3, 8), (4, 7))
+        jax.random.key_data(preprocess.row_keys(*spec, rows)) for spec in ((3, 7), (3, 8), (4, 7))
     ]
     assert len(np.unique(np.concatenate(keys), axis=0)) == 3 * ROWS
     other = preprocess.tokens(part, preprocess.row_keys(3, 8, rows[5:9]), cfg, True)
@@ -153,11 +153,11 @@ def test_drops_reach_the_asked_share_and_lose_text_and_label():
     keys = preprocess.row_keys(0, 0, jnp.arange(4000))
     batch = {"label": jnp.ones(4000, jnp.int32), "text": jnp.ones((4000, 2, 3))}
     null = jnp.full((2, 3), 5.0)
-    given = preprocess.conditions({}, batch, keys, 0.1, null)
-    lost = np.asarray(given.labels) == -1
+    spec = preprocess.conditions({}, batch, keys, 0.1, null)
+    lost = np.asarray(spec.labels) == -1
     assert 0.08 < lost.mean() < 0.12
-    np.testing.assert_array_equal(np.asarray(given.text)[lost], 5.0)
-    np.testing.assert_array_equal(np.asarray(given.text)[~lost], 1.0)
+    np.testing.assert_array_equal(np.asarray(spec.text)[lost], 5.0)
+    np.testing.assert_array_equal(np.asarray(spec.text)[~lost], 1.0)
 
 
 def test_uniform_noise_is_the_dequantisation_of_bits_per_dim():
@@ -200,15 +200,15 @@ def test_the_state_is_donated_and_the_frozen_weights_are_not():
         state, frozen = program.init(jax.random.key(0))
         batch = step.to_device(program, {**batch_of(), "tokens": np.ones((ROWS, 6), np.int32)})
         compiled = program.lower_step().compile()
-        after, _ = compiled(state, frozen, batch)
+        new_state, _ = compiled(state, frozen, batch)
     # Weights, average and moments are written over in place; all that is left is small.
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((frozen, batch)))
     sizes = compiled.memory_analysis()
     assert sizes.output_size_in_bytes - sizes.alias_size_in_bytes < 4096
     # Out of the step as into it: the next one takes its output without a copy.
-    for given, leaf in zip(jax.tree.leaves(program.abstract_state), jax.tree.leaves(after)):
-        assert given.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+    for spec, leaf in zip(jax.tree.leaves(program.abstract_state), jax.tree.leaves(new_state)):
+        assert spec.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
 
 
 def test_a_checkpoint_of_eight_devices_goes_on_with_four_and_with_one(one_device, tmp_path):
@@ -243,9 +243,9 @@ def test_evaluation_changes_nothing_and_masks_rows():
         some = program.evaluate(state.params, frozen, batch, ids, mask)
         twice = program.evaluate(state.params, frozen, batch, ids, mask)
         rest = program.evaluate(state.params, frozen, batch, ids, 1 - mask)
-        whole = program.evaluate(state.params, frozen, batch, ids, jnp.ones(ROWS))
+        expected = program.evaluate(state.params, frozen, batch, ids, jnp.ones(ROWS))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert float(some["count"]) == 5 * 4 * 48
-    for name in whole:
+    for name in expected:
         assert float(some[name]) == float(twice[name])
-        np.testing.assert_allclose(some[name] + rest[name], whole[name], rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(some[name] + rest[name], expected[name], rtol=1e-5, atol=1e-4)

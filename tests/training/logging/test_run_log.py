@@ -165,14 +165,14 @@ def test_tensorboard_gets_figures_and_pictures(tmp_path):
     run_log.write_samples(records, 3, np.zeros((2, 8, 8, 3), np.uint8))
     run_log.close(records)
     data = next((tmp_path / "tensorboard").iterdir()).read_bytes()
-    found = {}
+    values_by_tag = {}
     while data:
         size = int.from_bytes(data[:8], "little")
         event = Event.FromString(data[12 : 12 + size])
         data = data[16 + size :]
-        found |= {value.tag: (event.step, value) for value in event.summary.value}
-    assert found["loss"][0] == 3 and found["loss"][1].simple_value == 1.25
-    assert found["samples"][1].image.encoded_image_string.startswith(b"\x89PNG")
+        values_by_tag |= {value.tag: (event.step, value) for value in event.summary.value}
+    assert values_by_tag["loss"][0] == 3 and values_by_tag["loss"][1].simple_value == 1.25
+    assert values_by_tag["samples"][1].image.encoded_image_string.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -185,8 +185,8 @@ def test_hosted_trackers_get_figures_pictures_and_one_run_id(tmp_path, monkeypat
         finish=lambda: calls.append("finish"),
     )
 
-    def init(**given):
-        opened.append(given)
+    def init(**options):
+        opened.append(options)
         return run
 
     package = types.SimpleNamespace(init=init, Image=lambda pixels: pixels.shape)
@@ -214,20 +214,20 @@ def test_a_tracker_that_is_not_there_is_named(tmp_path, monkeypatch):
 
 
 def test_rates_leave_out_pauses(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    clock_time = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock_time[0])
     clock = throughput.Clock()
     assert throughput.rates(clock, 1, tokens=64) == {}
-    now[0] += 4
+    clock_time[0] += 4
     waited = []
     monkeypatch.setattr(throughput.jax, "block_until_ready", waited.append)
     with throughput.pause(clock, wait_for="metrics"):
         assert waited == ["metrics"]
-        now[0] += 50
-    got = throughput.rates(clock, 3, tokens=64, flops=1e9, peak=2e9)
+        clock_time[0] += 50
+    speed = throughput.rates(clock, 3, tokens=64, flops=1e9, peak=2e9)
     expected = {"seconds_per_step": 2, "tokens_per_second": 32, "flops_per_second": 5e8}
-    assert got == {**expected, "mfu": 0.25}
-    now[0] += 3
+    assert speed == {**expected, "mfu": 0.25}
+    clock_time[0] += 3
     assert throughput.rates(clock, 4, tokens=64)["seconds_per_step"] == 3
     assert throughput.rates(clock, 4, tokens=64) == {}
     # What is left will have pauses too: 57 s for 3 steps.

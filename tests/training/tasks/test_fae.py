@@ -58,9 +58,9 @@ def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
     before = jax.tree.map(np.asarray, frozen)
     assert set(frozen) == {"teacher"} == set(program.task.declared) - set(state.params)
     # Two moments of each trained weight, and no more than a few counters.
-    held = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
-    wanted = 2 * sum(params.count(state.params[n]) for n in ("encoder", "feature_decoder"))
-    assert wanted <= held <= wanted + 4
+    moment_count = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+    expected_count = 2 * sum(params.count(state.params[n]) for n in ("encoder", "feature_decoder"))
+    assert expected_count <= moment_count <= expected_count + 4
     batch, losses = step.to_device(program, batch_of()), []
     for _ in range(60):
         state, metrics = program.step(state, frozen, batch)
@@ -93,9 +93,9 @@ def test_pixels_learn_a_batch_and_leave_the_rest_alone(changes):
         state, metrics = program.step(state, frozen, batch)
         rows.append(program.task.finalize_metrics(jax.device_get(metrics)))
         if len(rows) == 2:  # not judged before its start
-            after = jax.tree.map(np.asarray, state.params)
+            host_params = jax.tree.map(np.asarray, state.params)
             for name in ("discriminator", "lecam"):
-                jax.tree.map(np.testing.assert_array_equal, after[name], before[1][name])
+                jax.tree.map(np.testing.assert_array_equal, host_params[name], before[1][name])
     jax.tree.map(np.testing.assert_array_equal, before[0], jax.tree.map(np.asarray, frozen))
     assert rows[-1]["l2"] < 0.8 * rows[0]["l2"] and rows[-1]["psnr"] > rows[0]["psnr"]
     assert np.ptp([row["discriminator_hinge"] for row in rows[2:]]) > 0
@@ -106,8 +106,8 @@ def test_pixels_learn_a_batch_and_leave_the_rest_alone(changes):
 @pytest.mark.slow
 def test_pixels_on_eight_devices_equal_one():
     alone = run(pixel_experiment())[0]
-    many = run(pixel_experiment(layout="dp", mesh="data=8"), devices=jax.devices())[0]
-    np.testing.assert_allclose(many, alone, rtol=1e-4)
+    on_eight_devices = run(pixel_experiment(layout="dp", mesh="data=8"), devices=jax.devices())[0]
+    np.testing.assert_allclose(on_eight_devices, alone, rtol=1e-4)
 
 
 @pytest.mark.fast
@@ -151,15 +151,15 @@ def features_run(data, tmp_path_factory):
 
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(data, tmp_path, features_run):
     cfg = run_config(data)
-    whole, broken = features_run, tmp_path / "broken"
+    unbroken_run, broken = features_run, tmp_path / "broken"
     finish(start(cfg, broken, "after:4"), expected=-signal.SIGKILL)
     assert "resumed" in finish(start(cfg, broken))
-    jax.tree.map(np.testing.assert_array_equal, state_of(whole, cfg), state_of(broken, cfg))
-    assert rows_of(whole) == rows_of(broken)
-    rows = rows_of(whole)
+    jax.tree.map(np.testing.assert_array_equal, state_of(unbroken_run, cfg), state_of(broken, cfg))
+    assert rows_of(unbroken_run) == rows_of(broken)
+    rows = rows_of(unbroken_run)
     assert [r["step"] for r in rows if "eval/relative_error" in r] == [3, 6]
     assert {"loss", "relative_error", "mean_square", "kl", "grad_norm"} <= set(rows[0])
-    assert orbax.read_meta(whole)["frozen"] == {}
+    assert orbax.read_meta(unbroken_run)["frozen"] == {}
 
 
 def test_pixels_after_features(data, tmp_path, features_run):
@@ -183,20 +183,20 @@ def test_pixels_after_features(data, tmp_path, features_run):
 @pytest.mark.slow
 def test_pixels_resumed_then_on_reconstructed_features(data, tmp_path, features_run):
     cfg = run_config(data, pixel_experiment, **{"init.fae": str(features_run)})
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start(cfg, whole))
+    unbroken_run, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(start(cfg, unbroken_run))
     finish(start(cfg, broken, "after:4"), expected=-signal.SIGKILL)
     assert "resumed" in finish(start(cfg, broken))
-    assert rows_of(broken) == rows_of(whole)
-    one, other = (codec.load(str(workdir)).params for workdir in (whole, broken))
+    assert rows_of(broken) == rows_of(unbroken_run)
+    one, other = (codec.load(str(workdir)).params for workdir in (unbroken_run, broken))
     jax.tree.map(np.testing.assert_array_equal, one, other)
     # The next training takes the codec from a folder, and the decoder from the run.
     codec.export(codec.load(str(features_run)), tmp_path / "model")
-    then = {"init.fae": str(tmp_path / "model"), "init.from": str(whole), "optim.lr": 0.0}
+    then = {"init.fae": str(tmp_path / "model"), "init.from": str(unbroken_run), "optim.lr": 0.0}
     then |= {"fae.train_on_decoded_features": True, "optim.final_lr": 0.0, "train.steps": 2}
     finish(start(run_config(data, pixel_experiment, **then), tmp_path / "then"))
-    after = codec.load(str(tmp_path / "then")).params["pixel_decoder"]
-    jax.tree.map(np.testing.assert_array_equal, after, one["pixel_decoder"])
+    host_params = codec.load(str(tmp_path / "then")).params["pixel_decoder"]
+    jax.tree.map(np.testing.assert_array_equal, host_params, one["pixel_decoder"])
 
 
 @pytest.mark.parametrize("name", ["fae_features", "fae_pixels"])

@@ -36,11 +36,11 @@ def built(cfg, codec=None):
     return program, *program.init(jax.random.key(5))
 
 
-def same(ours, theirs):
-    ours, theirs = params.flatten(ours), params.flatten(theirs)
-    assert set(ours) == set(theirs)
-    for name, array in ours.items():
-        np.testing.assert_array_equal(np.asarray(array), np.asarray(theirs[name]), name)
+def same(actual, expected):
+    actual, expected = params.flatten(actual), params.flatten(expected)
+    assert set(actual) == set(expected)
+    for name, array in actual.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(expected[name]), name)
 
 
 def test_pixels_from_an_exported_folder(codec, folder):
@@ -49,11 +49,11 @@ def test_pixels_from_an_exported_folder(codec, folder):
     program, state, frozen = built(cfg, codecs.load(folder))
     same(frozen, {name: codec.params[name] for name in frozen})
     assert program.task.frozen_identity() == {"fae": codec.sha256}
-    drawn = jax.tree.map(np.asarray, state.params)
+    initial = jax.tree.map(np.asarray, state.params)
     begun = starts.init_from_checkpoint(program, state, cfg["init"]["from"])
     for tree in (begun.params, begun.ema):
         same(tree["pixel_decoder"], codec.params["pixel_decoder"])
-        same(tree["discriminator"], drawn["discriminator"])
+        same(tree["discriminator"], initial["discriminator"])
     batch = step.to_device(program, batch_of())
     _, metrics = program.step(begun, frozen, batch)
     assert np.isfinite(float(metrics["loss"]))
@@ -71,9 +71,9 @@ def test_a_run_from_an_exported_folder(codec, folder, tmp_path):
     data = dataset(tmp_path / "data", 24)
     cfg = run_config(data, pixel_experiment, **still, **{"train.steps": 2})
     finish(start(cfg, tmp_path / "run"))
-    after = codecs.load(str(tmp_path / "run"))
-    same(after.params["pixel_decoder"], codec.params["pixel_decoder"])
-    assert after.sha256 == codec.sha256
+    trained = codecs.load(str(tmp_path / "run"))
+    same(trained.params["pixel_decoder"], codec.params["pixel_decoder"])
+    assert trained.sha256 == codec.sha256
 
 
 def test_folders_that_do_not_fit(codec, folder, tmp_path):
@@ -84,8 +84,8 @@ def test_folders_that_do_not_fit(codec, folder, tmp_path):
         built(pixel_experiment(**{"model.latent": 8}), codec)
     first = {name: tree for name, tree in codec.params.items() if name != "pixel_decoder"}
     cfg = {**codec.cfg, "task": "fae_features"}
-    made = codecs.Codec(cfg, codec.model, codec.teacher, first, codec.sha256)
-    codecs.export(made, str(tmp_path / "first"))
+    new_codec = codecs.Codec(cfg, codec.model, codec.teacher, first, codec.sha256)
+    codecs.export(new_codec, str(tmp_path / "first"))
     program, state, _ = built(pixel_experiment())
     with pytest.raises(ValueError, match="expected pixel_decoder too"):
         starts.init_from_checkpoint(program, state, str(tmp_path / "first"))
@@ -129,19 +129,22 @@ def test_lpips_within_a_step(tmp_path):
     ids, mask = np.arange(8, dtype=np.int32), np.ones(8, np.float32)
     sums = program.evaluate(state.params, frozen, batch, ids, mask)
     image = scale_pixels(batch["image"])
-    given = teacher_weights.teacher_config(cfg, program.task.model_config)
-    x = fae_step.fae.teachers.features(frozen["teacher"], image, given)
+    teacher = teacher_weights.teacher_config(cfg, program.task.model_config)
+    x = fae_step.fae.teachers.features(frozen["teacher"], image, teacher)
     decoded = fae.decode_pixels({**frozen, **state.params}, x, program.task.model_config)
-    wanted = perceptual.lpips(lpips.load(file)[1], decoded, image)
-    np.testing.assert_allclose(sums["perceptual"], wanted.sum(), rtol=1e-4)
-    held = jax.tree.map(np.asarray, state.params["pixel_decoder"])
+    expected = perceptual.lpips(lpips.load(file)[1], decoded, image)
+    np.testing.assert_allclose(sums["perceptual"], expected.sum(), rtol=1e-4)
+    decoder_before = jax.tree.map(np.asarray, state.params["pixel_decoder"])
     metrics = {}
     for _ in range(3):  # at the first, the rate is still zero
         state, metrics = program.step(state, frozen, batch)
     assert np.isfinite(float(metrics["loss"])) and float(metrics["perceptual"]) > 0
     same(frozen["lpips"], before)
-    after = params.flatten(jax.tree.map(np.asarray, state.params["pixel_decoder"]))
-    moved = [np.abs(array - params.flatten(held)[name]).max() for name, array in after.items()]
+    trained = params.flatten(jax.tree.map(np.asarray, state.params["pixel_decoder"]))
+    moved = [
+        np.abs(array - params.flatten(decoder_before)[name]).max()
+        for name, array in trained.items()
+    ]
     assert max(moved) > 0
 
 

@@ -66,20 +66,20 @@ def stage3():
     return run(experiment())
 
 
-def check_moved(first, after, trains):
+def check_moved(first, final, trains):
     for name in starflow2.SUBTREES:
         for part in ("params", "ema"):
-            old, new = (getattr(state, part)[name] for state in (first, after))
+            old, new = (getattr(state, part)[name] for state in (first, final))
             same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (old, new)))]
             assert all(same) == (name not in trains), (name, part)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_stage_changes_its_subtrees_alone(stage, request):
-    losses, state, metrics, first, (before, after) = request.getfixturevalue(f"stage{stage}")
+    losses, state, metrics, first, (before, final) = request.getfixturevalue(f"stage{stage}")
     assert np.isfinite(losses).all() and sorted(state.params) == sorted(starflow2.SUBTREES)
     check_moved(first, state, STAGES[stage])
-    jax.tree.map(np.testing.assert_array_equal, before, after)
+    jax.tree.map(np.testing.assert_array_equal, before, final)
     moments = flatten({"mu": state.opt_state[1][0].mu})
     assert {name.split("/")[1] for name in moments} == set(STAGES[stage])
     figures = interleaved.finalize_metrics({n: float(v) for n, v in metrics.items()})
@@ -89,12 +89,12 @@ def test_a_stage_changes_its_subtrees_alone(stage, request):
 
 @pytest.mark.fast
 def test_the_joint_stage_changes_everything_but_the_vlm(stage3):
-    _, state, metrics, first, (before, after) = stage3
+    _, state, metrics, first, (before, final) = stage3
     check_moved(first, state, STAGES[3])
-    jax.tree.map(np.testing.assert_array_equal, before, after)
+    jax.tree.map(np.testing.assert_array_equal, before, final)
     figures = interleaved.finalize_metrics({n: float(v) for n, v in metrics.items()})
-    wanted = {"nats_per_dim", "log_det/0", "log_det/1", "log_det/2", "text_nats", "text_accuracy"}
-    assert wanted <= set(figures) and 0 < figures["skip_vlm"] < 1 and 0 < figures["skip_deep"] < 1
+    target = {"nats_per_dim", "log_det/0", "log_det/1", "log_det/2", "text_nats", "text_accuracy"}
+    assert target <= set(figures) and 0 < figures["skip_vlm"] < 1 and 0 < figures["skip_deep"] < 1
     # The whole of the loss, from what is logged of it.
     nats = figures["nats_per_dim"] - HALF_LOG_2_PI
     squares = sum(float(metrics[f"latent/{i}"]) for i in range(3)) / float(metrics["count"])
@@ -111,13 +111,13 @@ def test_a_mixture_of_transformers_changes_what_it_trains_alone(trains):
     pretzel = dataclasses.replace(pretzel_batch.model(), vlm=vlm)
     cfg["model"] = starflow2.options(mot.matching(pretzel, 24))
     cfg["train"]["trainable"] = list(trains)
-    losses, state, metrics, first, (before, after) = run(cfg)
+    losses, state, metrics, first, (before, final) = run(cfg)
     assert np.isfinite(losses).all() and sorted(state.params) == sorted(trains)
     for name in trains:
         pairs = zip(*(jax.tree.leaves(s.params[name]) for s in (first, state)))
         assert not all(np.array_equal(a, b) for a, b in pairs), name
     assert bool(before) == ("vlm" not in trains)
-    jax.tree.map(np.testing.assert_array_equal, before, after)
+    jax.tree.map(np.testing.assert_array_equal, before, final)
     figures = interleaved.finalize_metrics({n: float(v) for n, v in metrics.items()})
     assert {"nats_per_dim", "text_nats"} <= set(figures) and "skip_vlm" not in figures
 
@@ -125,12 +125,12 @@ def test_a_mixture_of_transformers_changes_what_it_trains_alone(trains):
 def test_several_crossings_train_beside_a_frozen_vlm():
     cfg = experiment(3)
     cfg["model"] = starflow2.options(pretzel_batch.model(crossings=2))
-    losses, state, _, first, (before, after) = run(cfg)
+    losses, state, _, first, (before, final) = run(cfg)
     assert np.isfinite(losses).all()
     check_moved(first, state, STAGES[3])
     for name in ("into_deep", "into_vlm"):
         assert np.any(state.params["skip"][name]["weight"]), name
-    jax.tree.map(np.testing.assert_array_equal, before, after)
+    jax.tree.map(np.testing.assert_array_equal, before, final)
 
 
 def test_microbatches_equal_the_whole_batch(stage3):
@@ -158,16 +158,20 @@ def test_a_part_that_is_empty_contributes_nothing():
 
     @jax.jit
     def loss(params, batch):
-        found = interleaved.loss_terms(params, batch, batch["latent_mean"], cfg, stage)
-        made = interleaved.row_metrics(found, batch, stage)
+        terms = interleaved.loss_terms(params, batch, batch["latent_mean"], cfg, stage)
+        metrics_of_rows = interleaved.row_metrics(terms, batch, stage)
         totals = jax.tree.map(jnp.sum, interleaved.target_counts(batch, stage))
-        each = interleaved.per_example_loss(made, totals, text_weight=1.0, latent_penalty=0.0)
-        return each.sum(), jax.tree.map(jnp.sum, made)
+        row_losses = interleaved.per_example_loss(
+            metrics_of_rows, totals, text_weight=1.0, latent_penalty=0.0
+        )
+        return row_losses.sum(), jax.tree.map(jnp.sum, metrics_of_rows)
 
     grads = {}
     for name, batch in (("text", text), ("images", images)):
-        (value, made), grads[name] = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        figures = interleaved.finalize_metrics({n: float(v) for n, v in made.items()})
+        (value, metrics_of_rows), grads[name] = jax.value_and_grad(loss, has_aux=True)(
+            params, batch
+        )
+        figures = interleaved.finalize_metrics({n: float(v) for n, v in metrics_of_rows.items()})
         assert ("nats_per_dim" in figures) == (name == "images")
         assert ("text_nats" in figures) == (name == "text") and np.isfinite(float(value))
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads[name]))
@@ -178,13 +182,13 @@ def test_a_part_that_is_empty_contributes_nothing():
 def test_noise_belongs_to_row_step_and_place():
     cfg, batch = experiment(), batch_of()
     keys = preprocess.row_keys(0, 3, jnp.arange(ROWS))
-    whole = interleaved.sample_latents(batch, keys, cfg)
+    all_rows = interleaved.sample_latents(batch, keys, cfg)
     one = {name: a[2:3] for name, a in batch.items()}
-    np.testing.assert_array_equal(interleaved.sample_latents(one, keys[2:3], cfg)[0], whole[2])
-    noise = np.asarray(whole) - batch["latent_mean"]
+    np.testing.assert_array_equal(interleaved.sample_latents(one, keys[2:3], cfg)[0], all_rows[2])
+    noise = np.asarray(all_rows) - batch["latent_mean"]
     assert np.unique(noise).size == noise.size and 0.25 < noise.std() < 0.35
     later = interleaved.sample_latents(batch, preprocess.row_keys(0, 4, jnp.arange(ROWS)), cfg)
-    assert not np.any(np.asarray(later) == np.asarray(whole))
+    assert not np.any(np.asarray(later) == np.asarray(all_rows))
 
 
 def test_evaluation_counts_unmasked_rows_and_depends_on_row_ids_alone():
@@ -197,11 +201,11 @@ def test_evaluation_counts_unmasked_rows_and_depends_on_row_ids_alone():
                 mask,
             )
         )  # fmt: skip
-        whole = read(np.arange(ROWS), mask)
+        all_rows = read(np.arange(ROWS), mask)
         turned = read(np.arange(ROWS)[::-1], mask)
         half = read(np.arange(ROWS), mask * (np.arange(ROWS) < 4))
         rest = read(np.arange(ROWS), mask * (np.arange(ROWS) >= 4))
-    for name, value in whole.items():
+    for name, value in all_rows.items():
         np.testing.assert_allclose(turned[name], value, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(half[name] + rest[name], value, rtol=1e-5, atol=1e-5)
 
@@ -222,19 +226,21 @@ def test_a_stage_starts_from_the_one_before(stage1, tmp_path):
     for ema in (True, False):
         path = str(tmp_path / "stage1")
         begun = init_from.init_from_checkpoint(program, fresh, path, ema=ema)
-        wanted = before.ema if ema else before.params
-        jax.tree.map(np.testing.assert_array_equal, begun.params, wanted)
-        jax.tree.map(np.testing.assert_array_equal, begun.ema, wanted)
+        target = before.ema if ema else before.params
+        jax.tree.map(np.testing.assert_array_equal, begun.params, target)
+        jax.tree.map(np.testing.assert_array_equal, begun.ema, target)
         assert int(begun.step) == 0
     assert not any(np.any(m) for m in jax.tree.leaves(begun.opt_state[1][0].mu))
 
 
 def test_a_stage_starts_from_a_model_folder(stage3, tmp_path):
     _, before, *_ = stage3
-    held = {name: before.ema[name] for name in starflow2.SUBTREES}
+    subtrees = {name: before.ema[name] for name in starflow2.SUBTREES}
     _, program, fresh, _ = begin(experiment(3))
     for name, frozen in (("own", {}), ("other", {"vlm": "0" * 64})):
-        model_folder.write_folder(tmp_path / name, held, {"task": "starflow2", "frozen": frozen})
+        model_folder.write_folder(
+            tmp_path / name, subtrees, {"task": "starflow2", "frozen": frozen}
+        )
     begun = init_from.init_from_checkpoint(program, fresh, str(tmp_path / "own"))
     jax.tree.map(np.testing.assert_array_equal, begun.params, before.ema)
     jax.tree.map(np.testing.assert_array_equal, begun.ema, before.ema)

@@ -69,8 +69,8 @@ def run(cfg, steps=SOME, devices=None):
             state, metrics = program.step(state, frozen, step.to_device(program, batch))
             losses.append(float(metrics["loss"]))
             if len(losses) == SOME:
-                kept = jax.tree.map(jnp.copy, state)
-    return np.array(losses), kept, program
+                middle_state = jax.tree.map(jnp.copy, state)
+    return np.array(losses), middle_state, program
 
 
 @pytest.fixture(scope="module")
@@ -124,31 +124,31 @@ def test_words_are_named_by_the_features_of_their_region(folders):
     words[:, 0, 0, :2], words[:, 0, 2, :1] = [7, 9], [11]
     batch = {"region": jnp.asarray(region), "region_words": jnp.asarray(words)}
     params = init_params(jax.random.key(0), vlm.declare(MODEL)["vlm"])
-    seen = jnp.asarray(rng.normal(size=(ROWS, 3, 4, 32)).astype(np.float32))
-    grad = jax.grad(lambda s: vlm_loss.region_nll(params, batch, s, MODEL).sum())(seen)
-    shown = np.abs(np.asarray(grad)).max(-1) > 0
-    np.testing.assert_array_equal(shown, region >= 0)
-    states = seen / jnp.sqrt(jnp.square(seen).mean(-1, keepdims=True) + MODEL.norm_eps)
-    said = jax.nn.log_softmax(states @ params["embed"]["weight"].T)[0, 0]
-    wanted = -(said[1, [7, 9]].mean() + said[3, 11]) / 2
-    nll = vlm_loss.region_nll(params, batch, seen, MODEL)
-    np.testing.assert_allclose(nll[0], wanted, rtol=1e-5)
+    features = jnp.asarray(rng.normal(size=(ROWS, 3, 4, 32)).astype(np.float32))
+    grad = jax.grad(lambda s: vlm_loss.region_nll(params, batch, s, MODEL).sum())(features)
+    has_gradient = np.abs(np.asarray(grad)).max(-1) > 0
+    np.testing.assert_array_equal(has_gradient, region >= 0)
+    states = features / jnp.sqrt(jnp.square(features).mean(-1, keepdims=True) + MODEL.norm_eps)
+    log_probs = jax.nn.log_softmax(states @ params["embed"]["weight"].T)[0, 0]
+    expected = -(log_probs[1, [7, 9]].mean() + log_probs[3, 11]) / 2
+    nll = vlm_loss.region_nll(params, batch, features, MODEL)
+    np.testing.assert_allclose(nll[0], expected, rtol=1e-5)
 
 
 def test_sums_of_text_are_those_of_each_record(folders):
     batch = {k: jnp.asarray(v) for k, v in batches(experiment(folders), 1)[0].items() if k != "id"}
     logits = jax.random.normal(jax.random.key(0), (ROWS, 223, 400))
     sums = text.row_sums(logits, batch)
-    each = text.record_sums(logits, batch)
-    for whole, part in (("tokens", "tokens"), ("nll", "nll")):
-        np.testing.assert_allclose(sums[whole], each[part].sum(1), rtol=1e-5)
-    wanted = batch["ids"][:, 1:]
-    perfect = 1e3 * jax.nn.one_hot(wanted, 400)
+    record_sums = text.record_sums(logits, batch)
+    for row_name, part in (("tokens", "tokens"), ("nll", "nll")):
+        np.testing.assert_allclose(sums[row_name], record_sums[part].sum(1), rtol=1e-5)
+    expected = batch["ids"][:, 1:]
+    perfect = 1e3 * jax.nn.one_hot(expected, 400)
     right = text.row_sums(perfect, batch)
     np.testing.assert_array_equal(right["records_right"], right["records"])
     # One wrong token spoils its record alone.
-    row, at = np.argwhere(np.asarray(text.targets(batch)))[0]
-    spoilt = text.row_sums(perfect.at[row, at].set(0.0).at[row, at, 0].set(1.0), batch)
+    row, position = np.argwhere(np.asarray(text.targets(batch)))[0]
+    spoilt = text.row_sums(perfect.at[row, position].set(0.0).at[row, position, 0].set(1.0), batch)
     assert float((right["records_right"] - spoilt["records_right"]).sum()) == 1
 
 
@@ -158,10 +158,10 @@ def test_segments_and_the_mask_are_one(folders):
     batch = batches(experiment(folders), 1)[0]
     params = init_params(jax.random.key(0), qwen.declare(MODEL))
     h = jax.random.normal(jax.random.key(1), (ROWS, 224, 32))
-    given = jnp.asarray(batch["segments"])
-    a, _ = qwen.apply_layers(params, h, MODEL, batch["positions"], segments=given)
-    b, _ = qwen.apply_layers(params, h, MODEL, batch["positions"], attention.segment_mask(given))
-    np.testing.assert_allclose(a[given > 0], b[given > 0], atol=1e-5)
+    segments = jnp.asarray(batch["segments"])
+    a, _ = qwen.apply_layers(params, h, MODEL, batch["positions"], segments=segments)
+    b, _ = qwen.apply_layers(params, h, MODEL, batch["positions"], attention.segment_mask(segments))
+    np.testing.assert_allclose(a[segments > 0], b[segments > 0], atol=1e-5)
 
 
 def test_an_exported_reader_answers_like_its_run(folders, trained, tmp_path):
@@ -183,16 +183,16 @@ def test_an_exported_reader_answers_like_its_run(folders, trained, tmp_path):
     second = readers.load(str(tmp_path / "out"))
     assert second.model_config == first.model_config
     assert second.tokenizer_folder == str(tmp_path / "out")
-    told = []
-    for held in (first, second):
+    answers = []
+    for loaded in (first, second):
         options = vlm.data_options(
-            held.cfg, held.model_config, tokenizer=held.tokenizer_folder, threads=1
+            loaded.cfg, loaded.model_config, tokenizer=loaded.tokenizer_folder, threads=1
         )
-        score = lambda batch, held=held: readers.score(held, batch)
-        told.append(vqa.score_answers(score, options, batch_size=4))
+        score = lambda batch, loaded=loaded: readers.score(loaded, batch)
+        answers.append(vqa.score_answers(score, options, batch_size=4))
     # One answer a record that has words to learn, whatever rows it shares.
-    assert len(told[0]) == 40 and told[0] == told[1]
-    table = vqa.summarize(told[0])
+    assert len(answers[0]) == 40 and answers[0] == answers[1]
+    table = vqa.summarize(answers[0])
     assert table["all"]["count"] == 40 and 0 < table["all"]["most_frequent"] < 1
     small = tmp_path / "small"
     readers.export(first, str(small), dtype="bfloat16")
