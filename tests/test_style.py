@@ -64,7 +64,6 @@ def offenders(check):
     ]
 
 
-@pytest.mark.xfail(strict=False, reason="names are being replaced")
 def test_names_say_what_a_value_is():
     names = offenders(
         lambda text, tree: ((line, name) for name, line in bound_names(tree) if name in VAGUE_NAMES)
@@ -72,7 +71,6 @@ def test_names_say_what_a_value_is():
     assert not names, "name these by what they are:\n" + "\n".join(names)
 
 
-@pytest.mark.xfail(strict=False, reason="docstrings are being rewritten")
 def test_docstrings_are_sentences():
     starts = offenders(
         lambda text, tree: (
@@ -84,7 +82,6 @@ def test_docstrings_are_sentences():
     assert not starts, "begin these with a verb, or with a noun for a class:\n" + "\n".join(starts)
 
 
-@pytest.mark.xfail(strict=False, reason="docstrings are being rewritten")
 def test_files_that_are_not_in_the_repository_are_not_named():
     references = offenders(
         lambda text, tree: (
