@@ -1,4 +1,4 @@
-"""What a compiled program is said to cost, against the program itself and analytic counts."""
+"""The estimated cost of a compiled program, against the program itself and analytic counts."""
 
 import dataclasses
 import math
@@ -22,29 +22,29 @@ LARGE = 12_000
 
 
 def compiled(cfg):
-    """(program, executable, its text parsed, what it does)."""
+    """Return the program, its executable, the parsed HLO and its cost."""
     program = registry.build(cfg, make_mesh(cfg["mesh"]))
-    made = program.lower_step().compile()
-    module = hlo.parse(made.as_text())
-    return program, made, module, cost.analyze(module, program.mesh.shape)
+    executable = program.lower_step().compile()
+    module = hlo.parse(executable.as_text())
+    return program, executable, module, cost.analyze(module, program.mesh.shape)
 
 
 @pytest.fixture(scope="module")
 def of_layout():
-    """`compiled` of each layout, once."""
-    found = {}
+    """A function of a layout that returns `compiled` of it, computed once."""
+    cache = {}
 
     def get(layout):
-        if layout not in found:
-            found[layout] = compiled(experiment(layout))
-        return found[layout]
+        if layout not in cache:
+            cache[layout] = compiled(experiment(layout))
+        return cache[layout]
 
     return get
 
 
-def sent(found):
-    """{(kind, axes)} of exchanges that are not tiny."""
-    return {(c.kind, c.axes) for c in found.collectives if c.bytes >= LARGE}
+def sent(step_cost):
+    """Return the (kind, axes) of every collective that is not tiny."""
+    return {(c.kind, c.axes) for c in step_cost.collectives if c.bytes >= LARGE}
 
 
 # ------------------------------------------------------------------------------- layouts as meant
@@ -52,15 +52,15 @@ def sent(found):
 
 @pytest.mark.parametrize("layout", MESHES)
 def test_a_layout_exchanges_and_cuts_what_it_means_to(layout, of_layout):
-    program, _, module, found = of_layout(layout)
-    assert found.unknown_loops == ()
+    program, _, module, step_cost = of_layout(layout)
+    assert step_cost.unknown_loops == ()
     assert (
         sharding_audit.unexpected_collectives(
-            program.task.declared, found, module, program.mesh, layout, LARGE
+            program.task.declared, step_cost, module, program.mesh, layout, LARGE
         )
         == []
     )
-    kinds = sent(found)
+    kinds = sent(step_cost)
     if layout == "dp":
         assert kinds == {("all-reduce", "data")}
     if layout == "tp":
@@ -73,26 +73,26 @@ def test_a_layout_exchanges_and_cuts_what_it_means_to(layout, of_layout):
 
 
 def test_a_lost_sharding_of_activations_is_found(monkeypatch):
-    """As if a layer forgot where its rows are: they are gathered on every device."""
+    """A layer that ignores the sharding of its rows gathers them on every device."""
     monkeypatch.setitem(ACTIVATIONS, "mlp", ("fsdp", "tensor"))
     monkeypatch.setattr(layers, "constrain", lambda x, *names: _pinned(x, names))
-    program, _, module, found = compiled(experiment("fsdp_tp"))
+    program, _, module, step_cost = compiled(experiment("fsdp_tp"))
     lines = sharding_audit.unexpected_collectives(
-        program.task.declared, found, module, program.mesh, "fsdp_tp", LARGE
+        program.task.declared, step_cost, module, program.mesh, "fsdp_tp", LARGE
     )
     assert any(line.startswith("all-gather over") for line in lines), lines
 
 
 def _pinned(x, names):
-    whole = [None if name == "batch" else name for name in names]
-    return constrain(x, *whole)
+    spec = [None if name == "batch" else name for name in names]
+    return constrain(x, *spec)
 
 
 def test_a_large_weight_that_is_not_cut_is_found(monkeypatch):
     monkeypatch.setitem(LAYOUTS, "fsdp", {"mlp": "fsdp"})
-    program, _, module, found = compiled(experiment("fsdp"))
+    program, _, module, step_cost = compiled(experiment("fsdp"))
     lines = sharding_audit.unexpected_collectives(
-        program.task.declared, found, module, program.mesh, "fsdp", LARGE
+        program.task.declared, step_cost, module, program.mesh, "fsdp", LARGE
     )
     assert any("layers/query/weight [2, 64, 256] is whole on every device" in x for x in lines)
 
@@ -101,21 +101,24 @@ def test_weights_that_are_added_up_over_fsdp_are_told():
     declared = flow.declare(model_config(experiment("fsdp")))
     mesh = make_mesh("fsdp=8")
     one = cost.Collective("all-reduce", "fsdp", (0,), 65536, (64 * 256,), 1e9, 3.0, "")
-    told = lambda *found: sharding_audit.redundant_allreduces(
-        declared, cost.StepCost(0, 0, 0, (), found, ()), mesh, "fsdp", LARGE
+    warnings_about = lambda *collectives: sharding_audit.redundant_allreduces(
+        declared, cost.StepCost(0, 0, 0, (), collectives, ()), mesh, "fsdp", LARGE
     )
-    assert "fsdp of weights, 3 GB sent: twice" in told(one)[0] and "fsdp=8" in told(one)[0]
+    assert (
+        "fsdp of weights, 3 GB sent: twice" in warnings_about(one)[0]
+        and "fsdp=8" in warnings_about(one)[0]
+    )
     other = dataclasses.replace(one, sizes=(64 * 257,))
     gathered = dataclasses.replace(one, kind="all-gather")
-    assert told(other, gathered, dataclasses.replace(one, axes="data")) == []
+    assert warnings_about(other, gathered, dataclasses.replace(one, axes="data")) == []
 
 
 def test_context_cuts_positions_and_gathers_keys():
     cfg = experiment("fsdp", "fsdp=4,context=2")
-    program, _, module, found = compiled(cfg)
-    args = (program.task.declared, found, module, program.mesh, "fsdp", LARGE)
+    program, _, module, step_cost = compiled(cfg)
+    args = (program.task.declared, step_cost, module, program.mesh, "fsdp", LARGE)
     assert sharding_audit.unexpected_collectives(*args) == []
-    assert ("all-gather", "context") in sent(found)
+    assert ("all-gather", "context") in sent(step_cost)
 
 
 # ----------------------------------------------------------------------------- the joint stage
@@ -128,26 +131,26 @@ def joint_stage():
 
 
 def test_the_joint_stage_exchanges_what_its_layout_means_to(joint_stage):
-    program, _, module, found = joint_stage
-    assert found.unknown_loops == ()
+    program, _, module, step_cost = joint_stage
+    assert step_cost.unknown_loops == ()
     assert (
         sharding_audit.unexpected_collectives(
-            program.task.declared, found, module, program.mesh, "fsdp", LARGE
+            program.task.declared, step_cost, module, program.mesh, "fsdp", LARGE
         )
         == []
     )
-    assert ("all-gather", "fsdp") in {(c.kind, c.axes) for c in found.collectives}
+    assert ("all-gather", "fsdp") in {(c.kind, c.axes) for c in step_cost.collectives}
 
 
 def test_the_joint_stage_holds_what_is_declared(joint_stage):
     """Its frozen VLM too: as arguments of the program, and on each device after a step."""
-    program, made, module, _ = joint_stage
-    given = memory.declared_bytes(program)
-    assert given["frozen"] > 0 and given["params"] > given["frozen"] / 10
-    held = memory.from_compiler(made.memory_analysis(), module, given, 0.0, 1e9)
-    assert sum(given.values()) == held.arguments and held.unused == held.padding == 0
-    live = live_bytes(program, made, batch_of())
-    assert all(abs(n - sum(given.values())) <= 0.01 * n for n in live.values())
+    program, executable, module, _ = joint_stage
+    declared = memory.declared_bytes(program)
+    assert declared["frozen"] > 0 and declared["params"] > declared["frozen"] / 10
+    measured = memory.from_compiler(executable.memory_analysis(), module, declared, 0.0, 1e9)
+    assert sum(declared.values()) == measured.arguments and measured.unused == measured.padding == 0
+    live = live_bytes(program, executable, batch_of())
+    assert all(abs(n - sum(declared.values())) <= 0.01 * n for n in live.values())
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -155,39 +158,39 @@ def test_the_joint_stage_holds_what_is_declared(joint_stage):
 
 @pytest.mark.parametrize("layout", MESHES)
 def test_declared_bytes_are_the_compiled_arguments(layout, of_layout):
-    program, made, module, _ = of_layout(layout)
-    given = memory.declared_bytes(program)
-    told = made.memory_analysis()
-    assert sum(given.values()) == told.argument_size_in_bytes
-    held = memory.from_compiler(told, module, given, 0.0, 1e9)
-    assert held.unused == held.padding == 0 and held.fits
-    tight = memory.from_compiler(told, module, given, 0.0, held.peak - 1000)
+    program, executable, module, _ = of_layout(layout)
+    declared = memory.declared_bytes(program)
+    analysis = executable.memory_analysis()
+    assert sum(declared.values()) == analysis.argument_size_in_bytes
+    measured = memory.from_compiler(analysis, module, declared, 0.0, 1e9)
+    assert measured.unused == measured.padding == 0 and measured.fits
+    tight = memory.from_compiler(analysis, module, declared, 0.0, measured.peak - 1000)
     assert not tight.fits and tight.over == 1000
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "hybrid"])
 def test_live_bytes_after_a_step(layout, of_layout):
-    """What lies on each device once a step has run is what was declared, within a hundredth."""
-    program, made, _, _ = of_layout(layout)
+    """The bytes on each device after a step are the declared ones, within a hundredth."""
+    program, executable, _, _ = of_layout(layout)
     batch = {
         name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in program.abstract_batch.items()
     }
     expected = sum(memory.declared_bytes(program).values())
-    held = live_bytes(program, made, batch)
-    assert all(abs(n - expected) <= 0.01 * expected for n in held.values())
+    live = live_bytes(program, executable, batch)
+    assert all(abs(n - expected) <= 0.01 * expected for n in live.values())
 
 
-def live_bytes(program, made, batch):
-    """Bytes on each device after a step: state, frozen weights and batch."""
+def live_bytes(program, executable, batch):
+    """Return the bytes on each device after a step: state, frozen weights and batch."""
     with jax.set_mesh(program.mesh):
         state, frozen = program.init(jax.random.key(0))
         batch = step.to_device(program, batch)
-        state, _ = made(state, frozen, batch)
-    held = dict.fromkeys(jax.devices(), 0)
+        state, _ = executable(state, frozen, batch)
+    num_bytes = dict.fromkeys(jax.devices(), 0)
     for leaf in jax.tree.leaves((state, frozen, batch)):
         for shard in leaf.addressable_shards:
-            held[shard.device] += shard.data.nbytes
-    return held
+            num_bytes[shard.device] += shard.data.nbytes
+    return num_bytes
 
 
 def test_kept_activations_are_those_of_the_loops(of_layout):
@@ -215,23 +218,23 @@ def test_a_refusal_of_the_compiler_says_how_much_is_missing():
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
         "hbm. Used 113.88G of 15.75G hbm. Exceeded hbm capacity by 98.13G."
     )
-    given = {"params": 40 * 2**30, "ema": 0, "optimizer": 8 * 2**30, "frozen": 0, "batch": 0}
-    held = memory.from_error(words, given, 3.0 * 2**30, 1.0)
-    assert held.over == pytest.approx(98.13 * 2**30) and held.capacity == 15.75 * 2**30
+    declared = {"params": 40 * 2**30, "ema": 0, "optimizer": 8 * 2**30, "frozen": 0, "batch": 0}
+    first = memory.from_error(words, declared, 3.0 * 2**30, 1.0)
+    assert first.over == pytest.approx(98.13 * 2**30) and first.capacity == 15.75 * 2**30
     words = (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
         "required for HLO temporaries (21.00G) exceeds available HBM (15.75G)."
     )
-    other = memory.from_error(words, given, 0.0, 1.0)
+    other = memory.from_error(words, declared, 0.0, 1.0)
     assert (other.peak, other.over) == (21 * 2**30, 5.25 * 2**30)  # arguments are in it
-    assert memory.from_error("INTERNAL: something else", given, 0.0, 1.0) is None
+    assert memory.from_error("INTERNAL: something else", declared, 0.0, 1.0) is None
     mesh = {"data": 8, "fsdp": 2, "context": 1, "tensor": 1}
     cfg = {"model": {"remat": "none"}, "train": {"microbatches": 1}}
-    hints = memory.advice(held, cfg, mesh, 64)
+    hints = memory.advice(first, cfg, mesh, 64)
     assert any("weights cut 16 ways, not 2" in hint for hint in hints)
     assert any("model.remat=full" in hint for hint in hints)
     assert any("train.microbatches=" in hint for hint in hints)
-    assert memory.advice(dataclasses.replace(held, over=0.0), cfg, mesh, 64) == []
+    assert memory.advice(dataclasses.replace(first, over=0.0), cfg, mesh, 64) == []
 
 
 # ------------------------------------------------------------------------------------------- work
@@ -244,14 +247,14 @@ def test_loops_count_as_often_as_they_run(depth, monkeypatch):
     for unroll in (8, 1):
         monkeypatch.setattr(layers, "CPU_UNROLL", unroll)
         jax.clear_caches()  # traces of layers are kept by their arguments
-        _, _, module, found = compiled(experiment("fsdp", depth=depth))
+        _, _, module, step_cost = compiled(experiment("fsdp", depth=depth))
         loops = [i for _, i, _ in hlo.walk(module) if i.opcode == "while"]
         counts = [
             hlo.trip_count(module, i, c) for c, i, _ in hlo.walk(module) if i.opcode == "while"
         ]
         assert (unroll == 8) != any(n == depth for n in counts), (loops, counts)
-        wire = sum(c.wire * c.times for c in found.collectives if c.kind == "all-gather")
-        sums.append((found.flops, wire))
+        wire = sum(c.wire * c.times for c in step_cost.collectives if c.kind == "all-gather")
+        sums.append((step_cost.flops, wire))
     (a, b), (c, d) = sums
     assert a == pytest.approx(c, rel=0.02) and b == pytest.approx(d, rel=0.02)
 
@@ -259,19 +262,19 @@ def test_loops_count_as_often_as_they_run(depth, monkeypatch):
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_flops_are_the_analytic_count(remat, of_layout):
     if remat == "full":
-        program, _, _, found = of_layout("fsdp")
+        program, _, _, step_cost = of_layout("fsdp")
     else:
-        program, _, _, found = compiled(experiment(**{"model.remat": remat}))
+        program, _, _, step_cost = compiled(experiment(**{"model.remat": remat}))
     model = program.task.model_config
     expected = executed_step(model, ROWS, model.tokens)
     # XLA may still have what `dots` asks for again; how much of it differs between releases.
     once = dataclasses.replace(model, remat="none" if remat == "dots" else remat)
     least = executed_step(once, ROWS, model.tokens)
-    assert 0.95 * least <= 8 * found.flops <= 1.05 * expected
-    asked = jaxpr.count_flops(_trace(program).jaxpr)
-    assert asked == pytest.approx(expected, rel=0.05)
+    assert 0.95 * least <= 8 * step_cost.flops <= 1.05 * expected
+    traced_flops = jaxpr.count_flops(_trace(program).jaxpr)
+    assert traced_flops == pytest.approx(expected, rel=0.05)
     if remat == "none":
-        assert asked < flops.train_step(model, ROWS, model.tokens)
+        assert traced_flops < flops.train_step(model, ROWS, model.tokens)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -298,9 +301,11 @@ def test_flops_of_products_and_convolutions():
         (jax.grad(lambda a, b: (a @ b * b[:, :16]).sum()), (a, b), None),
     ):
         module = hlo.parse(jax.jit(function).lower(*args).compile().as_text())
-        found = cost.analyze(module, {"data": 1}).flops
-        asked = jaxpr.count_flops(jax.make_jaxpr(function)(*args))
-        assert found == (expected or found) and asked == (expected or asked)
+        compiled_flops = cost.analyze(module, {"data": 1}).flops
+        traced_flops = jaxpr.count_flops(jax.make_jaxpr(function)(*args))
+        assert compiled_flops == (expected or compiled_flops) and traced_flops == (
+            expected or traced_flops
+        )
     assert jaxpr.count_flops(jax.make_jaxpr(loop)(a, b)) == 7 * 2 * 6 * 16 * 32 * 8
 
 
@@ -365,9 +370,9 @@ def test_text_of_a_tpu_program():
     assert hlo.trip_count(module, loop, module.entry) == 5  # from 2 to 7
     assert [s.space for s in loop.shapes] == [0, 1]
     assert module.computations["body"].root.name == "t"
-    found = cost.analyze(module, {"data": 4, "tensor": 2})
+    step_cost = cost.analyze(module, {"data": 4, "tensor": 2})
     # One exchange, written in two fusions, five times.
-    (gather,) = found.collectives
+    (gather,) = step_cost.collectives
     assert (gather.kind, gather.axes, gather.bytes, gather.times) == ("all-gather", "tensor", 32, 5)
     assert gather.wire == 16
     known = dataclasses.replace(
@@ -391,8 +396,8 @@ def test_a_loop_that_counts_by_two():
 )
 def test_a_loop_of_unknown_length_is_named(known, unknown):
     module = hlo.parse(TEXT.replace(known, unknown))
-    found = cost.analyze(module, {"data": 4, "tensor": 2})
-    assert found.unknown_loops == ("loop",) and found.collectives[0].times == 1
+    step_cost = cost.analyze(module, {"data": 4, "tensor": 2})
+    assert step_cost.unknown_loops == ("loop",) and step_cost.collectives[0].times == 1
 
 
 @pytest.mark.fast
@@ -413,9 +418,9 @@ def test_a_loop_of_unknown_length_is_named(known, unknown):
 def test_groups_of_devices(written, axes, first):
     line = f"%g = f32[8]{{0}} all-reduce(%x), channel_id=1, {written}, to_apply=%add"
     instruction = hlo._instruction(line)
-    found = cost.replica_groups(instruction, 8)
-    assert found[0] == first
-    assert cost.mesh_axes(found, {"data": 2, "fsdp": 4}) == axes
+    groups = cost.replica_groups(instruction, 8)
+    assert groups[0] == first
+    assert cost.mesh_axes(groups, {"data": 2, "fsdp": 4}) == axes
     strange = hlo._instruction("%g = f32[8]{0} all-reduce(%x), replica_groups=<new>, to_apply=%add")
     with pytest.raises(ValueError, match="unknown form of device groups"):
         cost.replica_groups(strange, 8)
@@ -429,10 +434,10 @@ def test_products_that_a_tpu_writes_as_convolutions():
         "lhs_dilate=4}, dim_labels=0bf_0io->0bf"
     )
     shapes = {"l": "f32[4,16,8]{2,1,0}", "r": "f32[4,8,32]{2,1,0}"}
-    given = [hlo._instruction(f"%{n} = {s} parameter({i})") for i, (n, s) in
+    operands = [hlo._instruction(f"%{n} = {s} parameter({i})") for i, (n, s) in
              enumerate(shapes.items())]  # fmt: skip
     call = hlo._instruction(line)
-    scope = hlo.Computation("main", [*given, call])
+    scope = hlo.Computation("main", [*operands, call])
     module = hlo.Module({"main": scope}, scope)
     assert cost.instruction_flops(module, scope, call) == 2 * 4 * 16 * 8 * 32
 
