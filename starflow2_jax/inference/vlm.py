@@ -42,9 +42,9 @@ def load(path: str) -> VLM:
     """
     saved = open_model(path)
     cfg = saved.config
-    if cfg.get("task") != "vlm":
+    if saved.task != "vlm":
         raise ValueError(
-            f"{path}: task={cfg.get('task')!r}, expected a run with task='vlm' or a folder that "
+            f"{path}: task={saved.task!r}, expected a run with task='vlm' or a folder that "
             "`convert export` made of one"
         )
     if saved.is_folder:

@@ -54,7 +54,7 @@ def _progress(cfg: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     step, steps = rows[-1]["step"] if rows else 0, cfg["train"]["steps"]
     batch_size = cfg["train"]["batch_size"]
     # A row of these tasks packs several records.
-    unit = "rows" if cfg.get("task") in ("vlm", "starflow2") else "images"
+    unit = "rows" if registry.kind(cfg) in ("vlm", "starflow2") else "images"
     return (
         f"step {step:,} of {steps:,}{', finished' if step >= steps else ''}; "
         f"{batch_size:,} {unit} a step, {step * batch_size:,} seen"
