@@ -97,11 +97,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    """Generate with the model and the prompts of the flags, and print what was written.
-
-    Raises:
-        ValueError: If a flag is invalid, or does not fit the model.
-    """
+    """Generate with the model and the prompts of the flags, and print what was written."""
     from starflow2_jax.inference.api import STARFlow2
     from starflow2_jax.inference.load import load
 

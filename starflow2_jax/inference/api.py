@@ -21,9 +21,6 @@ class STARFlow2(Model):
             continue_from: earlier results. Each row reads its prompt as further parts of its
                 conversation; an empty prompt continues the row as it stands.
             options: fields of `inference.options.GenerateOptions`.
-
-        Raises:
-            ValueError: If an option or a prompt is invalid.
         """
         return generate.generate(
             self, prompts, continue_from=continue_from, options=make_options(options)

@@ -3,12 +3,12 @@
 Axes: B rows, R = B or 2B rows (followed by those of the unconditional branch), T new positions, S
 slots of a cache, D latent channels, N patches of an image, V vocabulary.
 
-A row's last item is *pending*: it was chosen, but not read yet. A step reads the pending items of
-all rows into the caches of the VLM and of the deep flow and chooses the next ones, a token or a
-patch by each row's mode. All rows write to one slot at a time, and `valid` marks the slots that
-belong to a row: rows may have any lengths, and unmarking slots removes items again.
+A row's last item is *pending*: it was chosen, but not read yet. A step reads the pending items
+into both caches and chooses the next ones, tokens or patches by each row's mode. All rows write to
+one slot; `valid` marks those that belong to a row, and unmarking slots removes items again.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,8 +48,7 @@ class DecodeState:
     is_image: Any  # bool [B], whether the pending item is a patch
     vlm_position: Any  # int32 [R, 3], the pending item's VLM position
     next_vlm_position: Any  # int32 [R], VLM position of the text or image after the pending one
-    # int32 [R], number of tokens and whole images, the pending one included: the third coordinate
-    # of the deep flow's next position
+    # int32 [R], number of tokens and whole images: third coordinate of the flow's next position
     flow_index: Any
     mode: Any  # int32 [B], `TEXT`, `IMAGE`, ...
     patch: Any  # int32 [B], number of the next patch
@@ -66,9 +65,7 @@ class StepOutput:
 
     token: jax.Array  # int32 [B, CHUNK], token ids, `PATCH` or `EMPTY`
     u: jax.Array  # [B, CHUNK, D], patches, zeros for tokens
-    # [B, CHUNK, 3], nats under the plain model, under the density that was sampled from, and under
-    # the unconditional branch
-    log_probs: jax.Array
+    log_probs: jax.Array  # [B, CHUNK, 3], nats as in `sampling`
 
 
 @jax.jit
@@ -80,12 +77,7 @@ def prepare_params(params: Tree) -> dict[str, Any]:
 def empty_state(
     params: Tree, cfg: BackboneConfig, batch_size: int, cache_size: int, *, has_null_branch: bool
 ) -> DecodeState:
-    """Return the state of B rows that have read nothing.
-
-    Args:
-        params: from `prepare_params`.
-        has_null_branch: add the rows of the unconditional branch.
-    """
+    """Return the state of B rows that have read nothing, with `params` from `prepare_params`."""
     rows = batch_size * (2 if has_null_branch else 1)
     vlm_dtype = qwen.compute_dtype(params["vlm"], cfg.vlm)
     dtypes = (vlm_dtype, flow.compute_dtype(params["deep"], cfg.flow))
@@ -107,6 +99,16 @@ def empty_state(
         images_required=zeros,
         part_index=zeros,
         index_in_part=zeros,
+    )
+
+
+def map_caches(
+    function: Callable[[jax.Array], jax.Array], caches: tuple[KVCache, ...]
+) -> tuple[KVCache, ...]:
+    """Apply a function to all keys and values."""
+    return tuple(
+        c.replace(keys=tuple(map(function, c.keys)), values=tuple(map(function, c.values)))
+        for c in caches
     )
 
 
@@ -133,10 +135,9 @@ def forward_cached(
     is_real: jax.Array,
     cfg: BackboneConfig,
 ) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
-    """Run both streams over new items.
+    """Run both streams over new items, with `params` from `prepare_params`.
 
     Args:
-        params: from `prepare_params`.
         caches: key-value caches with at least T free slots.
         inputs: the new items [R, T]; the adapter's input and the mask are filled in.
         is_real: bool [R, T], False for padding.
@@ -164,12 +165,7 @@ def decode_chunk(
     cfg: BackboneConfig,
     special: SpecialTokens,
 ) -> tuple[DecodeState, StepOutput]:
-    """Run at most `max_steps` steps, and at most `CHUNK`; fewer if all rows are done before.
-
-    Args:
-        params: from `prepare_params`.
-        state: the state; its arrays are donated.
-    """
+    """Run at most `max_steps` steps, and at most `CHUNK`; the arrays of `state` are donated."""
     rows = state.token.shape[0]
     dtype = jnp.promote_types(state.u.dtype, jnp.float32)
     output = StepOutput(
@@ -199,10 +195,7 @@ def decode_chunk(
 def _decode_step(params, state, keys, sampling, cfg, special):
     """Return (state, token [B], u [B, D], log_probs [B, 3]) after one step."""
     rows = state.token.shape[0]
-
-    def tile(a):  # The rows of all branches read the same items.
-        return jnp.tile(a, (len(state.next_vlm_position) // rows, *(1,) * (a.ndim - 1)))
-
+    tile = partial(_tile_branches, state)
     is_active = state.mode < ENDED
     is_patch = (state.mode == IMAGE) & (state.patch < cfg.num_patches)
     row, column = jnp.divmod(jnp.where(is_patch, state.patch, 0), cfg.flow.side)
@@ -250,13 +243,14 @@ def _decode_step(params, state, keys, sampling, cfg, special):
     return state, token, jnp.where(is_patch[:, None], u, 0), log_probs
 
 
-def item_keys(keys: jax.Array, state: DecodeState, is_patch: jax.Array) -> jax.Array:
-    """Return the random key [B] of each row's next item.
+def _tile_branches(state: DecodeState, a: jax.Array) -> jax.Array:
+    """Repeat [B, ...] to [R, ...]: the rows of all branches read the same items."""
+    branches = len(state.next_vlm_position) // len(state.token)
+    return jnp.tile(a, (branches, *(1,) * (a.ndim - 1)))
 
-    Args:
-        state: the state; part and item numbers are folded into the keys.
-        is_patch: bool [B], whether the next item is a patch.
-    """
+
+def item_keys(keys: jax.Array, state: DecodeState, is_patch: jax.Array) -> jax.Array:
+    """Return the random key [B] of each row's next item, a patch where `is_patch` [B] is true."""
     part_keys = jax.vmap(jax.random.fold_in)(keys, state.part_index)
     # An image that begins its part shares the part's number with the token that began it.
     number = jnp.where(is_patch, state.patch + 1, state.index_in_part)
@@ -265,7 +259,7 @@ def item_keys(keys: jax.Array, state: DecodeState, is_patch: jax.Array) -> jax.A
 
 def _advance(state, token, u, is_patch, is_forced, cfg, special) -> DecodeState:
     """Return the state with the sampled items as pending ones."""
-    rows = len(token)
+    tile = partial(_tile_branches, state)
     is_active = state.mode < ENDED
     patch, text = is_active & is_patch, is_active & ~is_patch
     completes = patch & (state.patch + 1 == cfg.num_patches)
@@ -278,10 +272,6 @@ def _advance(state, token, u, is_patch, is_forced, cfg, special) -> DecodeState:
     mode = jnp.where(text & jnp.isin(token, jnp.asarray(special.turn_ends)), ENDED, mode)
     is_spent = text & (mode == TEXT) & (tokens_left <= 0) & (images_required <= 0)
     mode = jnp.where(is_spent, OUT_OF_TOKENS, mode)
-
-    def tile(a):
-        return jnp.tile(a, len(state.next_vlm_position) // rows)
-
     row, column = (tile(a) for a in jnp.divmod(state.patch, cfg.flow.side))
     start = state.next_vlm_position
     patch_position = jnp.stack([start, start + row, start + column], -1)

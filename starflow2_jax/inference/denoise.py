@@ -21,12 +21,7 @@ def score_step(
     sigma: float,
     conditioning: Conditioning | None = None,
 ) -> jax.Array:
-    """Return Tweedie's estimate of the clean data, x + sigma^2 d log p(x) / dx.
-
-    Args:
-        sigma: standard deviation of the noise in training.
-        conditioning: as in `flow.forward`.
-    """
+    """Return Tweedie's estimate x + sigma^2 d log p(x) / dx; the training noise has std sigma."""
 
     def log_density(x: jax.Array) -> Any:
         z, log_det = flow.forward(params, x, cfg, conditioning)
@@ -56,31 +51,21 @@ def image_score_step(
     *,
     cfg: BackboneConfig,
 ) -> jax.Array:
-    """Return `score_step` of an image in a session, conditioned on everything before it.
-
-    The condition is read from the caches; only the image is computed again.
+    """Return `score_step` of an image in a session, conditioned on the caches before it.
 
     Args:
         shallow_params: a tree with the subtree `shallow`.
         decode_params: from `decode_loop.prepare_params`.
         state: the state of the session after the image.
-        start: where the image begins, traced.
         x: latents of the image [N, D].
-        sigma: standard deviation of the noise in training.
     """
     single_row = state.valid.shape[0] == 1
 
     def select_row(a):  # A cache of one row has no batch axis.
         return a if single_row else jax.lax.dynamic_index_in_dim(a, row, 0, False)
 
-    caches = tuple(
-        c.replace(
-            keys=tuple(map(select_row, c.keys)),
-            values=tuple(map(select_row, c.values)),
-            length=start.slot,
-        )
-        for c in state.caches
-    )
+    caches = decode_loop.map_caches(select_row, state.caches)
+    caches = tuple(cache.replace(length=start.slot) for cache in caches)
     valid = jax.lax.dynamic_index_in_dim(state.valid, row, 0) & (
         jnp.arange(state.valid.shape[1]) < start.slot
     )

@@ -25,6 +25,9 @@ from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses.flow import log_likelihood
 from starflow2_jax.training.tasks import flow as flow_task
 
+_score_step = jax.jit(denoise.score_step, static_argnames="cfg")
+_log_likelihood = jax.jit(log_likelihood, static_argnames="cfg")
+
 
 @dataclass(frozen=True)
 class FlowModel:
@@ -55,14 +58,7 @@ class FlowSampling:
 
 
 def load_flow(path: str, device_mesh: Mesh | None = None, layout: str = "dp") -> FlowModel:
-    """Load a flow from a run (its newest checkpoint), a step of a run, or a model folder.
-
-    Of a checkpoint the averaged weights are read, and no others.
-
-    Raises:
-        FileNotFoundError: If there is no such run or folder.
-        ValueError: If the files are damaged, or the model is not a flow.
-    """
+    """Load a flow; path and errors are those of `inference.load.load`."""
     saved = open_model(path)
     if saved.task != "flow":
         raise ValueError(f"{path}: task={saved.task!r}, expected a flow or a STARFlow2")
@@ -105,9 +101,6 @@ def generate(
 
     Returns:
         uint8 [count, H, W, 3]; for a flow of latents float32 tokens [count, T, D].
-
-    Raises:
-        ValueError: If the model does not take a condition, or their number is wrong.
     """
     sampling = sampling or FlowSampling()
     conditions = _conditions(model, count, prompts, labels, text)
@@ -151,16 +144,11 @@ def _generate_batch(model, batch, rows, sampling, guidance) -> np.ndarray:
         temperature=sampling.temperature,
     )
     if sampling.denoise and noise["kind"] == "gaussian" and noise["sigma"]:
-        x = _score_step(model.params["flow"], x, noise["sigma"], conditioning, cfg=cfg)
+        x = _score_step(model.params["flow"], x, cfg, noise["sigma"], conditioning)
     if not image["pixels"]:
         return to_host(x)
     pixels = unpatchify(x, (cfg.side, cfg.side), image["patch"], image["channel_order"])
     return to_host(to_pixels(pixels, noise["kind"]))
-
-
-@partial(jax.jit, static_argnames="cfg")
-def _score_step(params, x, sigma, conditioning, *, cfg):
-    return denoise.score_step(params, x, cfg, sigma, conditioning)
 
 
 def likelihood(
@@ -175,14 +163,7 @@ def likelihood(
     batch = _conditions(model, len(x), prompts, labels, text)
     keys = jax.random.split(jax.random.key(0), len(x))
     conditioning = preprocess.conditions(model.params, batch, keys, 0.0)
-    return np.asarray(
-        _log_likelihood(model.params["flow"], x, conditioning, cfg=model.model_config)
-    )
-
-
-@partial(jax.jit, static_argnames="cfg")
-def _log_likelihood(params, x, conditioning, *, cfg):
-    return log_likelihood(params, x, cfg, conditioning)
+    return np.asarray(_log_likelihood(model.params["flow"], x, model.model_config, conditioning))
 
 
 def _conditions(model, count, prompts, labels, text) -> dict[str, np.ndarray]:

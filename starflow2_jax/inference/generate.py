@@ -78,14 +78,10 @@ def generate_many(
     max_rows: int = 16,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[list[list[Part]]]:
-    """Yield the samples of every prompt, generated in batches by one program.
+    """Yield the samples of every prompt, generated in batches of `max_rows` by one program.
 
-    Sample k of the prompt with number i draws its noise as row i * n * best_of + k, whatever
-    `max_rows` is.
-
-    Args:
-        max_rows: rows of a batch; at least the samples of one prompt.
-        numbers: numbers of the prompts; 0, 1, ... if None.
+    Sample k of the prompt with number i (of `numbers`; 0, 1, ... if None) draws its noise as row
+    i * n * best_of + k, whatever `max_rows` is.
     """
     copies = options.copies
     prompt_numbers = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
@@ -109,16 +105,14 @@ def _check_images(model: Model, rows: Sequence[Sequence[Part]]) -> None:
     for i, row in enumerate(rows):
         for j, part in enumerate(row):
             location = f"prompt {i}, part {j}"
-            if part.kind != "image":
-                continue
             if part.latent is not None:
                 if part.latent.shape != expected:
                     raise ValueError(f"{location}: latent {part.latent.shape}, expected {expected}")
-            elif model.codec is None:
+            elif part.kind == "image" and model.codec is None:
                 raise ValueError(
                     f"{location}: the model has no codec to read an image with; give one with fae="
                 )
-            else:
+            elif part.kind == "image":
                 check_image_size(part.image, model.codec.model.pixels, location)
 
 
@@ -170,15 +164,11 @@ def _start_session(model: Model, batch_size: int, options: GenerateOptions) -> S
 def _reset_counters(
     model: Model, state: DecodeState, options: GenerateOptions, continues: bool
 ) -> DecodeState:
-    """Return the state with the counters of a new turn.
-
-    A continued row whose turn has ended stays ended unless its prompt opened a new turn.
-    """
+    """Return the state with a turn's counters; a row stays ended unless its prompt opened one."""
     token, is_image = np.asarray(state.token), np.asarray(state.is_image)
     begins_image = options.image_start or not options.max_tokens
-    mode = np.full(
-        len(token), decode_loop.BEGIN_IMAGE if begins_image else decode_loop.TEXT, np.int32
-    )
+    first_mode = decode_loop.BEGIN_IMAGE if begins_image else decode_loop.TEXT
+    mode = np.full(len(token), first_mode, np.int32)
     if continues:
         mode[np.isin(token, model.special_tokens.turn_ends) & ~is_image] = decode_loop.ENDED
 
@@ -197,11 +187,7 @@ def _reset_counters(
 def _decode_turn(
     model: Model, session: Session, options: GenerateOptions, start: TurnStart
 ) -> tuple[Session, list[list[SampledItem]], list[str]]:
-    """Run chunks of steps until every row is done; stop texts are searched between them.
-
-    Returns:
-        the session, the sampled items of every row, and why each row ended.
-    """
+    """Run chunks until every row is done; return session, items and reason to end of each row."""
     max_steps = jnp.int32(_STOP_CHUNK if options.stop else decode_loop.CHUNK)
     sampling = _sampling_params(session, options)
     state = session.state
@@ -252,10 +238,7 @@ def _sampling_params(session: Session, options: GenerateOptions) -> SamplingPara
 
 
 def _replicate(state: DecodeState) -> DecodeState:
-    """Put arrays that come from the host on the caches' mesh, where a chunk leaves them.
-
-    Arrays without that sharding have another type, and would need another program.
-    """
+    """Put the host's arrays on the caches' mesh: other shardings would need another program."""
     sharding = state.caches[0].keys[0].sharding
     if not isinstance(sharding, NamedSharding):
         return state

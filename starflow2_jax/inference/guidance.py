@@ -1,7 +1,7 @@
 """Classifier-free guidance of autoregressive Gaussians (arXiv 2506.06276, Proposition 2).
 
-A guided block runs twice as many rows, [conditional; null], with the same noise and the same guided
-tokens in both halves; each pair of predicted Gaussians becomes one.
+A guided block runs twice as many rows, [conditional; null], with the same noise and guided tokens
+in both halves; each pair of predicted Gaussians becomes one.
 """
 
 from typing import Any
@@ -51,12 +51,9 @@ def combine(
     """Combine each conditional-null pair of Gaussians into one.
 
     Args:
-        scale, mean: [2B, n, D], the conditional rows first.
+        scale, mean: [2B, n, D], the conditional rows first; [B, n, D] are returned.
         fraction: (i + 1) / predictions of the predicted positions, broadcastable to [1, n, 1];
             used if annealed.
-
-    Returns:
-        scale and mean [B, n, D].
     """
     (scale_c, scale_u), (mean_c, mean_u) = jnp.split(scale, 2), jnp.split(mean, 2)
     w = jnp.asarray(guidance.weight, scale.dtype)

@@ -30,11 +30,8 @@ def encode_images(
 ) -> list[np.ndarray]:
     """Return the noisy latents [I, N, D] of every row's images, as training preprocesses them.
 
-    Args:
-        model: the model, with a codec if any image is given as pixels.
-        rows: parts of every row; generated images keep their own latents.
-        part_counts: number of earlier parts of each row. The noise of an image depends on the key
-            of its row and the number of its part.
+    Generated images keep their latents. The noise of another image depends on the key of its row
+    and the number of its part; `part_counts` are the numbers of earlier parts.
     """
     dtype = np.asarray(model.params["deep"]["proj_in"]["weight"][:0]).dtype
     dtype = np.promote_types(dtype, np.float32)

@@ -28,9 +28,8 @@ class Jacobi:
     """Settings of block-wise Jacobi iteration (STARFlow-V, arXiv 2511.20462).
 
     A chunk of `block` tokens starts from the noise and is predicted again, in parallel, until
-    mean((new - old)^2) / mean(new^2) < threshold over the whole batch, or for `max_iterations`. It
-    is exact after `block` iterations, so threshold 0 with enough of them equals sequential
-    sampling.
+    mean((new - old)^2) / mean(new^2) < threshold over the batch, or for `max_iterations`. It is
+    exact after `block` iterations: threshold 0 with enough of them equals sequential sampling.
     """
 
     block: int = 16
@@ -64,19 +63,13 @@ def inverse(
     """Invert `flow.forward`: noise z [B, T, D] to data x [B, T, D] in raster order.
 
     Args:
-        conditioning: as in `flow.forward`.
-        guidance: classifier-free guidance, or None.
         jacobi: settings of Jacobi iteration, or None for sequential sampling.
-        temperature: temperature of the attention logits in every block. With guidance,
-            `guidance.temperature` replaces it.
+        temperature: temperature of all attention logits; `guidance.temperature` replaces it.
 
     Returns:
         x [B, T, D], and a dictionary: `passes` int32 [blocks], forward passes through each block's
         layers, without the prefix; `residual` [blocks], each block's last Jacobi residual, 0 if
         sequential; `tokens`, arrays [B, T, D] after each block, from z to x.
-
-    Raises:
-        ValueError: If an input does not fit the model, or a word of the guidance is unknown.
     """
     conditioning = flow.check_inputs(cfg, z.shape, conditioning)
     if guidance is not None:

@@ -1,9 +1,8 @@
 """Load a trained model from a run, a step of a run, or a model folder.
 
-The model folder of a STARFlow2 contains `config.json`, the tensors of adapter, shallow flow, deep
-flow and skips, and the digests of both. The VLM, the codec and the tokenizer are in its folders
-`vlm/`, `fae/` and `tokenizer/`, or at the paths in its configuration, relative to the folder.
-Frozen models are compared with the sha256 that was recorded in training.
+The model folder of a STARFlow2 contains `config.json` and the tensors of everything but the frozen
+models. Those are in its folders `vlm/`, `fae/` and `tokenizer/`, or at the paths in its
+configuration, and are compared with the sha256 that was recorded in training.
 """
 
 import os
@@ -43,17 +42,11 @@ def load(
     Args:
         path: a workdir (its newest checkpoint), a step folder of it, or a model folder.
         device_mesh: where the weights go; the default device if None.
-        vlm: folder of a STARFlow2's VLM, if it is no longer where the training found it.
-        fae: folder of a STARFlow2's codec, likewise.
-
-    Returns:
-        a `STARFlow2` with `generate(prompts, ...)` and `log_likelihood(rows)`, or a `FlowModel`
-        for the functions of `inference.flow_sampler`.
+        vlm, fae: folders of a STARFlow2's VLM and codec, if they have moved since the training.
 
     Raises:
         FileNotFoundError: If there is no such run or folder, or its VLM or codec is missing.
-        ValueError: If the files are damaged, the model is of another kind, or the VLM or codec is
-            not the one that it was trained with.
+        ValueError: If the files are damaged, or VLM or codec are not those of the training.
     """
     if open_model(path).task == TASK:
         return load_starflow2(path, device_mesh, layout, vlm=vlm, fae=fae)
@@ -98,31 +91,22 @@ def load_starflow2(
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Return the configuration of a STARFlow2, with paths of VLM, codec and tokenizer resolved.
-
-    Raises:
-        FileNotFoundError: If there is no such run or folder.
-        ValueError: If the model is of another kind.
-    """
+    """Return the configuration of a STARFlow2, with paths of VLM, codec and tokenizer resolved."""
     return _open_starflow2(path)[1]
 
 
 def _open_starflow2(path: str) -> tuple[SavedModel, dict[str, Any]]:
     saved = open_model(path)
     if saved.task != TASK:
-        raise ValueError(
-            f"{path}: task={saved.task!r}, expected a model of interleaved text and images "
-            f"(task={TASK!r})"
-        )
+        expected = f"a model of interleaved text and images (task={TASK!r})"
+        raise ValueError(f"{path}: task={saved.task!r}, expected {expected}")
     cfg, folder = saved.config, path if saved.is_folder else ""
+    tokenizer = cfg["text"]["tokenizer"]
     return saved, {
         **cfg,
         "vlm": {**cfg["vlm"], "path": _resolve(folder, "vlm", cfg["vlm"]["path"])},
         "fae": {**cfg["fae"], "path": _resolve(folder, "fae", cfg["fae"].get("path") or "")},
-        "text": {
-            **cfg["text"],
-            "tokenizer": _resolve(folder, "tokenizer", cfg["text"]["tokenizer"]),
-        },
+        "text": {**cfg["text"], "tokenizer": _resolve(folder, "tokenizer", tokenizer)},
         # Checkpoints saved before this key existed used temperature 1.
         "sample": {"image_temperature": 1.0, **cfg["sample"]},
     }
@@ -181,11 +165,6 @@ def export(
         path: as in `load`, like `vlm` and `fae`.
         embed: copy VLM, tokenizer and codec into the folder; otherwise its configuration holds
             their paths, relative to the folder.
-        overwrite: replace a model folder at `out`.
-
-    Raises:
-        FileNotFoundError, ValueError: as in `load`.
-        FileExistsError, OSError: as in `model_folder.write_folder`.
     """
     model = load_starflow2(path, vlm=vlm, fae=fae)
     vlm, fae = model.cfg["vlm"]["path"], model.cfg["fae"]["path"]

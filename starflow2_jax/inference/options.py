@@ -27,26 +27,20 @@ class GenerateOptions:
     seed: int = 0  #: row i draws its noise from fold_in(key(seed), i)
     samples: tuple[int, ...] | None = None  #: numbers to use in place of i, one per row
     max_tokens: int = 256  #: maximum number of text tokens, end-of-turn tokens included
-    #: Exact number of images; None lets the model decide, up to `max_images`
-    images: int | None = None
+    images: int | None = None  #: exact number of images; None leaves it to the model
     max_images: int = 4  #: maximum number of images if `images` is None
     image_start: bool = False  #: begin the answer with an image
-    #: Texts that end a row. They are cut off, together with the token they begin in.
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()  #: texts that end a row, cut off with the token they begin in
     temperature: float = 0.0  #: temperature of text tokens; 0 is greedy
     top_k: int = 0  #: sample from the k most likely tokens; 0 is all of them
     top_p: float = 1.0  #: sample from the most likely tokens that hold this probability mass
     guidance: float = 0.0  #: guidance weight of patches; 0 is none
     rule: str = "product"  #: guidance rule, see `guidance.Guidance`
-    #: Condition of the unconditional branch: `text` omits the user's text, `all` the user's images
-    #: too
-    null: str = "text"
+    null: str = "text"  #: the unconditional branch omits the user's text; `all`: images as well
     image_temperature: float = 1.0  #: factor on the standard deviation of patches
-    #: Settings of the shallow flow's Jacobi inversion; None inverts it sequentially
-    jacobi: Jacobi | None = None
+    jacobi: Jacobi | None = None  #: inversion of the shallow flow; None inverts it sequentially
     denoise: bool = False  #: apply a score step to images before they are decoded
-    #: Positions of the key-value cache; None allocates what is needed, and more on demand
-    cache: int | None = None
+    cache: int | None = None  #: positions of the key-value cache; None lets it grow on demand
 
     def __post_init__(self):
         object.__setattr__(self, "stop", tuple(s for s in self.stop if s))

@@ -39,11 +39,7 @@ def part_scores(part: Part) -> dict[str, Any]:
 def save_row(
     out: epath.Path | None, name: str, row: Sequence[Part], settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Write the images of a row as `NAME_0.png`, `NAME_1.png`, ... and return its parts for JSON.
-
-    Raises:
-        ValueError: If an image has no pixels, since the model has no codec, or there is no `out`.
-    """
+    """Write the images of a row as `NAME_0.png`, `NAME_1.png`, ...; return its parts for JSON."""
     entries, image_count = [], 0
     for part in row:
         entry: dict[str, Any] = {"type": part.kind, **part_scores(part)}
@@ -65,11 +61,7 @@ def save_row(
 
 
 def read_geneval(path: epath.PathLike) -> list[dict[str, Any]]:
-    """Read GenEval's `evaluation_metadata.jsonl`, one JSON object with a `prompt` per line.
-
-    Raises:
-        ValueError: If a line is something else; the message names its number.
-    """
+    """Read GenEval's `evaluation_metadata.jsonl`, one JSON object with a `prompt` per line."""
     rows = []
     for number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
         if not line.strip():
@@ -92,12 +84,9 @@ def save_geneval(
     samples: Iterable[Sequence[Sequence[Part]]],
     settings: Mapping[str, Any],
 ) -> int:
-    """Write GenEval's tree: `00000/metadata.jsonl` and `00000/samples/00000.png` of every prompt.
+    """Write GenEval's tree, `00000/metadata.jsonl` and `00000/samples/00000.png`; count its images.
 
     `settings.json` records the options, and that no prompt was rewritten.
-
-    Returns:
-        the number of images.
     """
     count = 0
     (out / "settings.json").write_text(json.dumps({**settings, "rewrite": False}, indent=2) + "\n")

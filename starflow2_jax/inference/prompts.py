@@ -47,18 +47,13 @@ class Part:
 
 
 def parse_prompt(prompt: Any, location: str, role: str = "user") -> list[Part]:
-    """Return the parts of a prompt.
+    """Return the parts of a prompt; entries without a role have this one.
 
     Args:
         location: the prompt's name in error messages, such as `prompt 3`.
-        role: the role of entries that name none.
-
-    Raises:
-        ValueError: If a role or a kind of content is unknown, or an image cannot be read.
     """
-    entries = [prompt] if isinstance(prompt, str | bytes | Path | Part | Mapping) else prompt
-    if isinstance(entries, np.ndarray):
-        entries = [entries]
+    is_single = isinstance(prompt, str | bytes | Path | Part | Mapping | np.ndarray)
+    entries = [prompt] if is_single else prompt
     if not isinstance(entries, Sequence):
         raise ValueError(
             f"{location}: expected a text or a list of parts, got {type(prompt).__name__}"
@@ -111,9 +106,7 @@ def to_messages(
 ) -> list[Any]:
     """Return the `data.chat_layout.MessagePart`s of parts; images are numbered in order.
 
-    Args:
-        encode: applied to texts without tokens. Encoded texts are not joined with their neighbors.
-        loss: whether the parts are targets.
+    `encode` is applied to texts without tokens; encoded texts are not joined with their neighbors.
     """
     from starflow2_jax.data.chat_layout import MessagePart
 
@@ -129,12 +122,7 @@ def to_messages(
 
 
 def read_chat(path: str | Path) -> list[Any]:
-    """Read the messages of a chat file, a JSON list with image paths relative to the file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is not such a list.
-    """
+    """Read the messages of a chat file, a JSON list with image paths relative to the file."""
     return _read_messages(Path(path).read_text("utf-8"), str(path), Path(path).parent)
 
 
@@ -165,11 +153,7 @@ def _read_messages(text: str, location: str, folder: Path) -> list[Any]:
 
 
 def read_pixels(image: Any, location: str) -> np.ndarray:
-    """Return uint8 [H, W, 3] of an array, of the path of an image file, or of its bytes.
-
-    Raises:
-        ValueError: If the image has another type or shape, is too large or cannot be decoded.
-    """
+    """Return uint8 [H, W, 3] of an array, of the path of an image file, or of its bytes."""
     from starflow2_jax.data import images
     from starflow2_jax.data.manifest import DatasetError
 
@@ -185,14 +169,12 @@ def read_pixels(image: Any, location: str) -> np.ndarray:
             raise ValueError(str(error)) from error
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(
-            f"{location}: expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}"
-        )
-    if image.shape[0] * image.shape[1] > images.MAX_PIXELS:
-        raise ValueError(
-            f"{location}: {image.shape[0]} x {image.shape[1]} pixels are more than the "
-            f"{images.MAX_PIXELS} allowed"
-        )
+        shape = list(image.shape)
+        raise ValueError(f"{location}: expected uint8 [H, W, 3], got {image.dtype} {shape}")
+    height, width = image.shape[:2]
+    if height * width > images.MAX_PIXELS:
+        limit = f"more than the {images.MAX_PIXELS} allowed"
+        raise ValueError(f"{location}: {height} x {width} pixels are {limit}")
     return image
 
 

@@ -17,12 +17,7 @@ from starflow2_jax.inference.image_latents import shallow_forward, shallow_inver
 from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.options import GenerateOptions
 from starflow2_jax.inference.prompts import Part
-from starflow2_jax.inference.session import (
-    Session,
-    TurnStart,
-    advance_counters,
-    select_rows,
-)
+from starflow2_jax.inference.session import Session, TurnStart, advance_counters, select_rows
 from starflow2_jax.latents import codec
 
 
@@ -95,13 +90,7 @@ def collect_results(
     options: GenerateOptions,
     start: TurnStart,
 ) -> Results:
-    """Turn sampled items into parts with likelihoods, and decode the images.
-
-    Args:
-        session: the session after the turn.
-        items: sampled items of every row.
-        finish: why each row ended.
-    """
+    """Turn sampled items of every row into parts with likelihoods, and decode the images."""
     rows, images, totals = [], [], []
     for row_items, reason in zip(items, finish):
         parts, row_images, total = _split_into_parts(model, row_items)
@@ -117,15 +106,11 @@ def collect_results(
             [dataclasses.replace(part, unconditional_log_likelihood=None) for part in row]
             for row in rows
         ]
-    counts = tuple(
-        count + sum(part.is_counted for part in row)
-        for count, row in zip(session.part_counts, rows)
-    )
     return Results(
         rows=rows,
         finish=list(finish),
         total=[float(t[0] - t[2]) if options.best_of_gain else float(t[0]) for t in totals],
-        session=dataclasses.replace(session, part_counts=counts),
+        session=dataclasses.replace(session, part_counts=session.count_parts(rows)),
     )
 
 
@@ -176,10 +161,7 @@ def _split_into_parts(
 
 
 def _add_images(model, session, items, rows, totals, u, options, start) -> None:
-    """Add pixels, latents and log-determinants to the image parts of rows, and to the totals.
-
-    The decode loop knows log p(u); log p(x) = log p(u) + log_det.
-    """
+    """Add pixels, latents and log-determinants: log p(x) = log p(u) + log_det."""
     cfg = model.model_config
     x = shallow_inverse(model.params, u, cfg, options.jacobi)
     log_det = shallow_forward(model.params, x, cfg)[1]
@@ -199,7 +181,7 @@ def _add_images(model, session, items, rows, totals, u, options, start) -> None:
                 sampling_log_likelihood=part.sampling_log_likelihood + nats,
                 unconditional_log_likelihood=part.unconditional_log_likelihood + nats,
             )
-            totals[b] = totals[b] + np.array([nats, nats, nats])
+            totals[b] = totals[b] + nats
             image_index += 1
 
 

@@ -43,15 +43,11 @@ def sample_patch(
     fraction: jax.Array,
     sampling: SamplingParams,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sample the next patch.
+    """Return a sample u [B, D] of the next patch, and log_probs [B, 3].
 
     Args:
-        scale: predicted standard deviations [R, D].
-        mean: predicted means [R, D].
+        scale, mean: predicted Gaussian [R, D].
         fraction: (n + 1) / N of patch n [B], for annealed guidance.
-
-    Returns:
-        u [B, D] and log_probs [B, 3].
     """
     rows = len(keys)
     plain, density = (scale[:rows], mean[:rows]), (scale, mean)
@@ -79,13 +75,10 @@ def sample_token(
     special: SpecialTokens,
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sample the next token.
+    """Return a sampled token int32 [B] for logits [R, V], and log_probs [B, 3].
 
     Args:
         may_begin_image: bool [B], whether `<|vision_start|>` is allowed.
-
-    Returns:
-        token int32 [B] and log_probs [B, 3].
     """
     rows = len(keys)
     plain_log_probs = jax.nn.log_softmax(logits.astype(dtype))
@@ -115,12 +108,7 @@ def sample_token(
 
 
 def truncate_logits(logits: jax.Array, top_k: Any, top_p: Any) -> jax.Array:
-    """Set logits [..., V] outside of the top k and the top p to -inf.
-
-    Args:
-        top_k: number of the most likely tokens to keep; 0 keeps all.
-        top_p: keep the fewest most likely tokens whose probabilities sum to this.
-    """
+    """Set logits [..., V] outside of the top k (0 for all) and the top p to -inf."""
     ordered = -jnp.sort(-logits, axis=-1)
     size = logits.shape[-1]
     limit = jnp.where(jnp.asarray(top_k) > 0, jnp.clip(top_k, 1, size), size)

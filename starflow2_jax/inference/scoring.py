@@ -29,9 +29,6 @@ def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float
         rows: prompts (see `inference.prompts`). Generated parts are scored as they were sampled;
             other images with noise of the seed, the row and the part's number; other texts as the
             tokenizer encodes each alone. The first token of a row is a condition.
-
-    Raises:
-        ValueError: If a row is not a valid prompt.
     """
     parts = [parse_prompt(row, f"row {i}") for i, row in enumerate(rows)]
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(parts)))
@@ -60,13 +57,10 @@ def _loss_terms(params, batch, *, cfg):
 def build_batch(
     model: Model, rows: Sequence[Sequence[Part]], x: Sequence[np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """Return a batch (see `training.losses.interleaved`) in which every part is a target.
+    """Return a batch (see `training.losses.interleaved`), and the part index of all positions.
 
-    Args:
-        x: latents [I, N, D] of each row's images; they become `latent_mean`.
-
-    Returns:
-        the batch; and of every row the part index of its positions, -1 for delimiters.
+    Every part is a target; delimiters have part index -1. The latents x [I, N, D] of each row's
+    images become `latent_mean`.
     """
     from starflow2_jax.data.chat_layout import apply_chat_template
     from starflow2_jax.data.packed_batches import build_packed_row

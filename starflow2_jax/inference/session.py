@@ -1,8 +1,7 @@
 """Decode sessions: rows whose parts are in the caches, ready to be extended.
 
 Axes: B rows, R = B or 2B rows (followed by those of the unconditional branch), T new positions,
-S slots of a cache, N patches, D latent channels. Everything here runs on the host, except for
-`decode_loop.prefill`.
+S slots of a cache, N patches, D latent channels. All but `decode_loop.prefill` runs on the host.
 """
 
 import dataclasses
@@ -19,7 +18,6 @@ from starflow2_jax.inference.decode_loop import DecodeState
 from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.prompts import Part, to_messages
 from starflow2_jax.models.backbone import BackboneInputs
-from starflow2_jax.models.layers import KVCache
 from starflow2_jax.params import Tree
 
 if TYPE_CHECKING:  # heavy
@@ -62,6 +60,10 @@ class Session:
         """The number of slots that have been written."""
         return int(self.state.caches[0].length)
 
+    def count_parts(self, rows: Sequence[Sequence[Part]]) -> tuple[int, ...]:
+        """Return `part_counts` after new parts of every row."""
+        return tuple(n + sum(p.is_counted for p in row) for n, row in zip(self.part_counts, rows))
+
 
 @dataclass(frozen=True)
 class TurnStart:
@@ -74,12 +76,7 @@ class TurnStart:
 def new_session(
     model: Model, keys: jax.Array, null: str, cache_size: int, has_fixed_cache: bool
 ) -> Session:
-    """Return a session whose rows have read nothing.
-
-    Args:
-        null: null prompt of the unconditional branch; "" without that branch.
-        has_fixed_cache: False lets the caches grow on demand.
-    """
+    """Return a session whose rows have read nothing; see the fields of `Session`."""
     params, batch_size = model.decode_params, len(keys)
     return Session(
         params=params,
@@ -108,9 +105,7 @@ def layout_parts(
 ) -> "TokenSequence":
     """Return the items of new parts of a row, and open the assistant's turn after them.
 
-    Args:
-        null: null prompt of the branch; "" for the conditional branch.
-        open_role: the role whose turn is open; "" at the beginning of the row.
+    `null` and `open_role` are those of the branch and the row in `Session`.
     """
     from starflow2_jax.data.chat_layout import MessagePart, apply_chat_template
 
@@ -135,9 +130,6 @@ def extend(
     Args:
         u: values [I, N, D] of each row's images.
         reserved: number of slots to leave free for what will be generated.
-
-    Raises:
-        ValueError: If a row has nothing to continue from, or the caches have too few slots.
     """
     state = jax.tree.map(np.asarray, session.state.replace(caches=None))
     sequences = [
@@ -157,10 +149,7 @@ def extend(
     else:  # The next steps take the arrays over.
         caches, valid = jax.tree.map(jnp.copy, (caches, valid))
     conditional = sequences[: session.batch_size]
-    counts = [
-        count + sum(part.is_counted for part in row)
-        for row, count in zip(rows, session.part_counts)
-    ]
+    counts = session.count_parts(rows)
     part_index = [n if row else old for row, n, old in zip(rows, counts, state.part_index)]
     index_in_part = [0 if row else old for row, old in zip(rows, state.index_in_part)]
     # The counters of the turn are reset by the caller.
@@ -178,7 +167,7 @@ def extend(
     )
     open_roles = [_open_role(row, role) for row, role in zip(rows, session.open_roles)]
     return dataclasses.replace(
-        session, open_roles=tuple(open_roles), part_counts=tuple(counts), state=new_state
+        session, open_roles=tuple(open_roles), part_counts=counts, state=new_state
     )
 
 
@@ -276,16 +265,11 @@ def _ensure_slots(session: Session, longest: int, padded: int, reserved: int) ->
         )
     new_slots = -(-needed // CACHE_STEP) * CACHE_STEP - session.cache_size
 
-    def grow(cache: KVCache) -> KVCache:
-        def pad(a):
-            return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, new_slots), (0, 0)])
-
-        return cache.replace(
-            keys=tuple(pad(a) for a in cache.keys), values=tuple(pad(a) for a in cache.values)
-        )
+    def pad(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, new_slots), (0, 0)])
 
     state = session.state.replace(
-        caches=tuple(grow(cache) for cache in session.state.caches),
+        caches=decode_loop.map_caches(pad, session.state.caches),
         valid=jnp.pad(session.state.valid, ((0, 0), (0, new_slots))),
     )
     return dataclasses.replace(session, state=state)
@@ -304,13 +288,6 @@ def select_rows(session: Session, rows: Sequence[int]) -> Session:
         a = a[branch_rows]
         return a if len(branch_rows) > 1 else a[0]
 
-    caches = tuple(
-        cache.replace(
-            keys=tuple(select(a) for a in cache.keys),
-            values=tuple(select(a) for a in cache.values),
-        )
-        for cache in session.state.caches
-    )
     fields = {
         field.name: getattr(session.state, field.name)[
             branch_rows if field.name in decode_loop.BRANCH_FIELDS else selected
@@ -323,7 +300,7 @@ def select_rows(session: Session, rows: Sequence[int]) -> Session:
         keys=session.keys[selected],
         open_roles=tuple(session.open_roles[i] for i in rows),
         part_counts=tuple(session.part_counts[i] for i in rows),
-        state=DecodeState(caches=caches, **fields),
+        state=DecodeState(decode_loop.map_caches(select, session.state.caches), **fields),
     )
 
 
@@ -333,14 +310,9 @@ def select_rows(session: Session, rows: Sequence[int]) -> Session:
 def advance_counters(
     model: Model, start: TurnStart, b: int, sampled_ids: Sequence[int]
 ) -> dict[str, int]:
-    """Return the counters of row b after some sampled items.
+    """Return the counters of row b after the items (token ids or `PATCH`) sampled in its turn.
 
-    Args:
-        sampled_ids: token ids, and `decode_loop.PATCH` for every patch, since the turn's start.
-
-    Returns:
-        `position_steps` and `flow_steps`, by how much `next_vlm_position` and `flow_index` have
-        grown; the values of `part_index` and `index_in_part`.
+    `position_steps` and `flow_steps` are the growth of `next_vlm_position` and `flow_index`.
     """
     cfg, special = model.model_config, model.special_tokens
     position_steps = flow_steps = patches = 0
@@ -372,10 +344,9 @@ def advance_counters(
 def truncate_rows(
     model: Model, state: DecodeState, start: TurnStart, kept_ids: Mapping[int, Sequence[int]]
 ) -> DecodeState:
-    """Return a state in which some rows keep only their first sampled items, and are done.
+    """Return a state in which some rows keep only the items `kept_ids`, and are done.
 
-    Args:
-        kept_ids: by row the ids of the items that stay. The last one, if any, is a token.
+    The last one of a row's items, if any, is a token.
     """
     caches = state.caches
     host = jax.tree.map(np.array, state.replace(caches=None))

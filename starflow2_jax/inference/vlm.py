@@ -34,12 +34,7 @@ class VLM:
 
 
 def load(path: str) -> VLM:
-    """Load a workdir (newest checkpoint, averaged weights), a step of it, or an exported folder.
-
-    Raises:
-        FileNotFoundError: If there is no such run or folder.
-        ValueError: If the files are damaged, or the model is of another kind.
-    """
+    """Load a workdir (newest checkpoint, averaged weights), a step of it, or an exported folder."""
     saved = open_model(path)
     cfg = saved.config
     if saved.task != "vlm":
@@ -56,11 +51,7 @@ def load(path: str) -> VLM:
 
 
 def export(model: VLM, path: str, *, dtype: Any = "float32", overwrite: bool = False) -> None:
-    """Write a Hugging Face folder with weights, tokenizer, chat template and image processor.
-
-    Raises:
-        FileExistsError, FileNotFoundError, OSError: as in `checkpoints.convert.qwen.export`.
-    """
+    """Write a Hugging Face folder with weights, tokenizer, chat template and image processor."""
     tokenizer = json.loads((Path(model.tokenizer_folder) / "tokenizer.json").read_text("utf-8"))
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     qwen_weights.export(
@@ -79,11 +70,10 @@ def export(model: VLM, path: str, *, dtype: Any = "float32", overwrite: bool = F
 
 
 def score(model: VLM, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Score every record of a batch of packed rows, teacher-forced.
+    """Return sums over the targets of every record, [B, S], of a batch of packed rows.
 
-    Returns:
-        arrays [B, S]: `tokens`, the number of target tokens; `wrong`, how many of them are not the
-        most likely; `nll`, their negative log-likelihood in nats.
+    `tokens` is their number, `wrong` the number of those that are not the most likely, and `nll`
+    their negative log-likelihood in nats.
     """
     names = ("ids", "segments", "image", "target", "positions", "images")
     inputs = {name: batch[name] for name in names}

@@ -92,7 +92,6 @@ class BackboneConfig(Protocol):
         caches: tuple[KVCache, ...] | None = None,
         with_flow: bool = True,
         with_skips: bool = True,
-        attention_temperature: Any = 1.0,
     ) -> BackboneOutputs:
         """Apply both streams to interleaved rows.
 
@@ -102,7 +101,6 @@ class BackboneConfig(Protocol):
                 required.
             with_flow: False leaves the deep flow out.
             with_skips: False leaves the skips out, which is exact while they are zero.
-            attention_temperature: of the deep flow, a number or [B].
         """
         ...
 

@@ -268,7 +268,6 @@ def forward(
     caches: tuple[KVCache, ...] | None = None,
     with_flow: bool = True,
     with_skips: bool = True,
-    attention_temperature: Any = 1.0,
 ) -> BackboneOutputs:
     """Apply the VLM and then the deep flow to interleaved rows.
 
@@ -296,7 +295,6 @@ def forward(
             inputs.mask,
             segments=inputs.segments,
             cache=flow_cache,
-            temperature=attention_temperature,
         )
     caches = None if vlm_cache is None or flow_cache is None else (vlm_cache, flow_cache)
     return BackboneOutputs(y, h, vlm_skip_ratio=ratio, caches=caches)

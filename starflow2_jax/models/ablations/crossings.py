@@ -73,7 +73,6 @@ def forward(
     *,
     caches: tuple[KVCache, ...] | None = None,
     with_skips: bool = True,
-    attention_temperature: Any = 1.0,
 ) -> BackboneOutputs:
     """Apply the groups of both streams in turn; arguments as in `BackboneConfig.forward`."""
     g = starflow2.vlm_inputs(params, inputs, cfg)
@@ -107,7 +106,6 @@ def forward(
             inputs.mask,
             segments=inputs.segments,
             cache=_select_cache(caches[1], *deep_group) if caches else None,
-            temperature=attention_temperature,
         )
         if with_skips and number + 1 < cfg.crossings:
             states = layers.rms_norm(params["deep"]["final_norm"], h) if cfg.flow.final_norm else h

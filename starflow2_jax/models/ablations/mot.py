@@ -132,12 +132,10 @@ def forward(
     cfg: MoTConfig,
     *,
     caches: tuple[KVCache, ...] | None = None,
-    attention_temperature: Any = 1.0,
 ) -> BackboneOutputs:
     """Apply the mixture to interleaved rows; arguments as in `BackboneConfig.forward`.
 
-    Its VLM states are those of text, its flow states those of `<|vision_start|>` and patches. The
-    temperature is that of the one attention.
+    Its VLM states are those of text, its flow states those of `<|vision_start|>` and patches.
     """
     expert, is_image = params["deep"], inputs.is_image
     g = backbone.text_embeddings(params, inputs, cfg.vlm)
@@ -159,9 +157,8 @@ def forward(
             (q, k, v),
             cfg.vlm.layer,
             inputs.mask,
-            attention_temperature,
-            layer_cache,
-            inputs.segments,
+            layer_cache=layer_cache,
+            segments=inputs.segments,
         )
         g = layers.add_attention_and_mlp(vlm_params, g, attended, cfg.vlm.layer)
         h = layers.add_attention_and_mlp(expert_params, h, attended, cfg.layer)
