@@ -1,4 +1,4 @@
-"""The style of the package and the experiments: plain names, plain docstrings, short files."""
+"""The style of the package, the experiments and the tests: plain names, docstrings, short files."""
 
 import ast
 import functools
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.fast
 
 SOURCES = [
     path
-    for folder in ("starflow2_jax", "experiments")
+    for folder in ("starflow2_jax", "experiments", "tests")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 # Words that say nothing about a value: a participle, a pronoun or an adverb is no name.
@@ -50,7 +50,7 @@ def docstrings(tree):
 
 @functools.cache
 def read_sources():
-    """Return (path, text, syntax tree) of every file of the package and the experiments."""
+    """Return (path, text, syntax tree) of every file."""
     texts = {path: path.read_text("utf-8") for path in SOURCES}
     return [(path, text, ast.parse(text)) for path, text in texts.items()]
 

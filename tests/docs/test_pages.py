@@ -71,13 +71,13 @@ def commands(page):
     """Return (command, arguments) of every command line in a page."""
     lines = [line for block in blocks(page) for line in block.lines()]
     lines += [f"python -m starflow2_jax.{span}" for span in spans(page) if " --" in span]
-    found = []
+    command_lines = []
     for line in lines:
         for match in re.finditer(r"python -m starflow2_jax\.(\w+)(.*)", line):
             if match[1] in COMMANDS:
                 words = shlex.split(match[2].split(")")[0], comments=True)
-                found.append((match[1], words))
-    return found
+                command_lines.append((match[1], words))
+    return command_lines
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +104,17 @@ def flags():
 @each_page
 def test_commands_have_their_verbs_flags_experiments_and_keys(page, flags):
     for name, words in commands(page):
-        where = f"{page}: {name} {' '.join(words)}"
+        location = f"{page}: {name} {' '.join(words)}"
         verbs = getattr(importlib.import_module(f"starflow2_jax.{name}"), "VERBS", None)
         if verbs is not None:
-            assert words[0] in verbs, where
+            assert words[0] in verbs, location
         for i, word in enumerate(words):
             flag, _, _ = word.partition("=")
             if flag.startswith("--config."):
                 key = flag.removeprefix("--config.")
-                assert key in config.KEYS or key.startswith("model."), where
+                assert key in config.KEYS or key.startswith("model."), location
             elif flag.startswith("--"):
-                assert flag[2:] in flags[name], where
+                assert flag[2:] in flags[name], location
             if flag == "--config" and "$" not in words[i + 1]:
                 path, _, variant = words[i + 1].partition(":")
                 get_config = runpy.run_path(str(ROOT / path))["get_config"]

@@ -159,9 +159,9 @@ def test_held_out_pairs_are_not_fitted_and_are_reported_separately(codec, tmp_pa
     assert result["fit_images"] == num_fitted < 160
     for view in ("pooled", "flattened"):
         for name in ("color", "shape"):
-            seen, held_out = result[view][name]["seen"], result[view][name]["held_out"]
-            assert seen["accuracy"] == held_out["accuracy"] == 1
-            assert seen["images"] + held_out["images"] == len(objects) == 40
+            trained, held_out = result[view][name]["seen"], result[view][name]["held_out"]
+            assert trained["accuracy"] == held_out["accuracy"] == 1
+            assert trained["images"] + held_out["images"] == len(objects) == 40
             assert held_out["images"] == sum(map(holdout.is_withheld_pair, objects))
 
 

@@ -1,4 +1,4 @@
-"""What starting, saving and restoring take beside the arrays that a host holds."""
+"""Host memory that starting, saving and restoring take in addition to a host's arrays."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""How a run starts: what it refuses before it writes anything, and the weights it starts from."""
+"""The start of a run: invalid configurations write nothing; weights come from a run or a folder."""
 
 import dataclasses
 

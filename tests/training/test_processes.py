@@ -144,7 +144,7 @@ def ids_of(notes):
 
 
 def assert_restored(notes, workdir, number, cfg):
-    """What the processes held after a restore is, bit for bit and everywhere, what was saved."""
+    """Check that the restored shards cover the saved state and equal it bit for bit."""
     saved = jax.tree.leaves(state_of(workdir, number, cfg))
     covered = [np.zeros(leaf.shape, bool) for leaf in saved]
     files = list(notes.glob(f"restored_{number}_*.npz"))
@@ -365,7 +365,7 @@ def test_losses_of_processes_equal_those_of_one(experiment, request, tmp_path, l
     ids=len,
 )
 def test_a_chain_of_shapes_in_an_object_store(make, unbroken, tmp_path, monkeypatch, stops):
-    """Where nothing can be renamed or appended to; and what `convert` says of it."""
+    """Objects cannot be renamed or appended to; `convert verify` finds every step sealed."""
     (tmp_path / "objects").mkdir()
     server, url = object_store.serve(tmp_path / "objects")
     store = {"OBJECT_STORE": str(tmp_path / "objects"), "TENSORSTORE_GCS_HTTP_URL": url}

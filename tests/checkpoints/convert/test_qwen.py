@@ -44,13 +44,13 @@ def write(folder, config, state, shards=3):
     """Write a folder as published: config.json, shards and their index."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    names, where = sorted(state), {}
+    names, file_of_name = sorted(state), {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        held = names[i::shards]
-        save_file({name: np.ascontiguousarray(state[name]) for name in held}, folder / file)
-        where |= {name: file for name in held}
-    index = {"metadata": {}, "weight_map": where}
+        shard_names = names[i::shards]
+        save_file({name: np.ascontiguousarray(state[name]) for name in shard_names}, folder / file)
+        file_of_name |= {name: file for name in shard_names}
+    index = {"metadata": {}, "weight_map": file_of_name}
     (folder / tensor_files.INDEX_FILE).write_text(json.dumps(index))
     return folder
 

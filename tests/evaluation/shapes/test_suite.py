@@ -193,10 +193,10 @@ def test_means_weigh_tags_alike(cases):
     effective_count = 36 / (1 + 5 / 4)
     expected = stats.wilson_interval(effective_count / 6, effective_count)
     assert table["mean"]["correct_95"] == expected
-    others = accuracy.other_cases(subset)
-    assert all(i not in group and group for i, group in enumerate(others))
+    candidates = accuracy.other_cases(subset)
+    assert all(i not in group and group for i, group in enumerate(candidates))
     assert all(
-        subset[j].tag == subset[i].tag for i, group in enumerate(others[1:], 1) for j in group
+        subset[j].tag == subset[i].tag for i, group in enumerate(candidates[1:], 1) for j in group
     )
     next_cases = accuracy.next_in_tag(subset)
     assert sorted(next_cases[1:]) == list(range(1, len(subset)))

@@ -391,13 +391,13 @@ def test_lpips_as_torch():
             out.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
         return out
 
-    theirs = 0
+    expected = 0
     for i, (x, y) in enumerate(zip(activations(a), activations(b))):
         channels = torch.from_numpy(tensors[f"lin{i}.model.1.weight"])
         square = torch.nn.functional.conv2d((x - y).square(), channels)
-        theirs = theirs + square.mean((1, 2, 3))
-    ours = jax.jit(perceptual.lpips)(tree, a, b)
-    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5)
+        expected = expected + square.mean((1, 2, 3))
+    distance = jax.jit(perceptual.lpips)(tree, a, b)
+    np.testing.assert_allclose(distance, expected.numpy(), rtol=1e-5)
 
 
 def test_lpips_properties():

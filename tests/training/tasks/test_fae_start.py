@@ -1,4 +1,4 @@
-"""What the codec's trainings start from, and their variants: folders, LPIPS, bfloat16."""
+"""The checkpoints and folders that codec trainings start from; LPIPS and bfloat16."""
 
 import jax
 import numpy as np
