@@ -81,11 +81,7 @@ _DATA = {
 TASKS = ("flow", "fae_features", "fae_pixels", "vlm", "starflow2")
 
 KEYS: dict[str, Key] = {
-    "task": _choice(
-        "flow",
-        "kind of training: a flow, a module of the latent codec, a VLM, STARFlow2",
-        *TASKS,
-    ),
+    "task": _choice("flow", "kind of training: a flow, a codec module, a VLM, STARFlow2", *TASKS),
     "seed": _count(0, "seed of weights, data order, noise, dropout and samples"),
     "compute_dtype": _choice("float32", "dtype of matmuls", "float32", "bfloat16", "float64"),
     "frozen_dtype": _choice("float32", "dtype of a frozen VLM", "float32", "bfloat16"),
@@ -116,14 +112,10 @@ KEYS: dict[str, Key] = {
     "noise.kind": _choice("gaussian", "noise added to the data", "gaussian", "uniform", "none"),
     "noise.sigma": _number(0.05, "standard deviation of gaussian noise"),
     "cfg_dropout.text": _number(0.1, "share of rows that lose text and label", 0.0, 1.0),
-    "cfg_dropout.all": _number(
-        0.0, "share of interleaved records that also lose their images", 0.0, 1.0
-    ),
+    "cfg_dropout.all": _number(0.0, "share of records that also lose their images", 0.0, 1.0),
     "vlm.text_loss_weight": _number(1.0, "weight of the text; 0: the tower is trained alone"),
     "vlm.train_tower": _flag(True, "train the vision tower; False: it does not change"),
-    "vlm.region_loss_weight": _number(
-        0.0, "weight of predicting the words of its region from each feature"
-    ),
+    "vlm.region_loss_weight": _number(0.0, "weight of predicting region words from features"),
     "vlm.pixel_loss_weight": _number(0.1, "weight of predicting pixels from the tower's features"),
     "vlm.path": _text("", "folder of the VLM as published; empty: drawn from the seed"),
     "loss.text_weight": _number(1.0, "weight of nats per token against nats per latent channel"),
@@ -138,9 +130,7 @@ KEYS: dict[str, Key] = {
         "", "workdir or model folder of the codec that encodes a flow's images and draws its grids"
     ),
     "fae.beta": _number(1e-6, "weight of the KL in nats of a row against the mean square"),
-    "fae.latent_noise": _number(
-        0.0, "noise on unit-variance latents from which the feature decoder learns"
-    ),
+    "fae.latent_noise": _number(0.0, "noise on unit-variance latents for the feature decoder"),
     "fae.train_on_decoded_features": _flag(
         False, "learn pixels from decoded latents with latent_noise, not from noisy tower features"
     ),
@@ -154,9 +144,7 @@ KEYS: dict[str, Key] = {
     "fae.discriminator_widths": Key(
         (64, 128, 256, 512), "channels of the convolutions, each of which halves the sides"
     ),
-    "fae.discriminator_groups": _positive(
-        32, "groups of its norms; must divide all widths but the first"
-    ),
+    "fae.discriminator_groups": _positive(32, "norm groups; must divide all widths but the first"),
     "fae.statistics_decay": _number(0.999, "decay of the latents' mean and std", 0.0, 1.0),
     **{f"data.{name}": key for name, key in _DATA.items()},
     **{f"eval_data.{name}": key for name, key in _DATA.items()},
@@ -166,9 +154,7 @@ KEYS: dict[str, Key] = {
     "train.ema": _number(0.999, "decay of the averaged weights", 0.0, 1.0),
     "train.trainable": Key(("flow",), "top-level subtrees that are trained; the rest is frozen"),
     "optim.lr": _number(1e-4, "peak learning rate"),
-    "optim.muon_lr": _number(
-        0.0, "peak rate of Muon for the layers' matrices; 0: AdamW trains them too"
-    ),
+    "optim.muon_lr": _number(0.0, "peak rate of Muon for the layers' matrices; 0: AdamW instead"),
     "optim.final_lr": _number(1e-6, "learning rate at the last step (cosine)"),
     "optim.warmup": _count(100, "steps of linear warm-up"),
     "optim.b1": _number(0.9, "AdamW beta 1", 0.0, 1.0),
@@ -182,9 +168,7 @@ KEYS: dict[str, Key] = {
     "log.profile_steps": Key((), "(first, last) step of a profiler trace"),
     "sample.every": _count(500, "steps between sample grids; 0: none"),
     "sample.count": _positive(16, "images in a grid"),
-    "sample.prompts": Key(
-        (), "captions of the grid, repeated; empty: those of the evaluation data"
-    ),
+    "sample.prompts": Key((), "captions of the grid, repeated; empty: from the evaluation data"),
     "sample.guidance": _number(0.0, "guidance weight"),
     "sample.guidance_rule": _choice(
         "product", "guidance rule", "product", "linear_log_scale", "linear_scale"
@@ -196,16 +180,10 @@ KEYS: dict[str, Key] = {
     "evaluate.batch_size": _positive(50, "rows evaluated at a time"),
     "checkpoint.every": _positive(500, "steps between checkpoints"),
     "checkpoint.keep": _positive(3, "newest checkpoints that are kept"),
-    "checkpoint.keep_every": _count(
-        0, "keep checkpoints at multiples of this step for good; 0: none"
-    ),
-    "distributed.rendezvous_timeout": _positive(
-        45, "seconds for all processes to meet at the coordinator"
-    ),
+    "checkpoint.keep_every": _count(0, "keep those at multiples of this step for good; 0: none"),
+    "distributed.rendezvous_timeout": _positive(45, "seconds for all to meet at the coordinator"),
     "distributed.initialization": _positive(45, "seconds for jax to join them"),
-    "distributed.heartbeat": _positive(
-        20, "seconds of silence after which a process counts as lost"
-    ),
+    "distributed.heartbeat": _positive(20, "seconds of silence after which a process is lost"),
     "distributed.shutdown": _positive(30, "seconds to wait for the others at the end"),
     "init.from": _text("", "workdir or model folder whose weights start this run"),
     "init.fae": _text("", "workdir or model folder of the codec whose pixel decoder is trained"),
@@ -270,11 +248,7 @@ def flat(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stored configuration under the present names of its keys (see `RENAMED`).
-
-    Args:
-        cfg: A nested mapping from a run, a checkpoint or a model folder. It is not changed.
-    """
+    """Return a copy of a nested stored configuration with the present names of `RENAMED` keys."""
     result = {k: dict(v) if isinstance(v, Mapping) else v for k, v in cfg.items()}
     for old, new in RENAMED.items():
         group, _, name = old.rpartition(".")
@@ -301,12 +275,7 @@ def nearest(word: str, words: Any) -> str:
 
 
 def check(cfg: Mapping[str, Any]) -> None:
-    """Check names and values of a whole experiment configuration.
-
-    Raises:
-        ValueError: A key is unknown, missing or has a bad value; names the key, the expected value
-            and the nearest name.
-    """
+    """Raise ValueError if a name or a value of a whole experiment configuration is wrong."""
     values = flat(cfg)
     for name, value in values.items():
         if name not in KEYS:
@@ -324,11 +293,7 @@ def check(cfg: Mapping[str, Any]) -> None:
 
 
 def build(kind: type[Config], group: Mapping[str, Any], prefix: str) -> Config:
-    """Build a frozen config dataclass from a mapping.
-
-    Raises:
-        ValueError: The dataclass does not have a key, or a key without a default is missing.
-    """
+    """Build a frozen config dataclass from a mapping with its fields as keys."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for name in group:
         if name not in fields:
@@ -371,12 +336,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         return {**flat(nested), **{f"model.{k}": v for k, v in nested.get("model", {}).items()}}
 
     a, b = values(old), values(new)
-    absent = "(absent)"
-    return [
-        f"{name}: {a.get(name, absent)!r} -> {b.get(name, absent)!r}"
-        for name in sorted({*a, *b})
-        if a.get(name, absent) != b.get(name, absent)
-    ]
+    pairs = {name: (a.get(name, "(absent)"), b.get(name, "(absent)")) for name in sorted({*a, *b})}
+    return [f"{name}: {x!r} -> {y!r}" for name, (x, y) in pairs.items() if x != y]
 
 
 def set_nested(group: Mapping[str, Any], **values: Any) -> dict[str, Any]:

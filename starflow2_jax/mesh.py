@@ -1,16 +1,12 @@
 """The device mesh and the named sharding layouts.
 
-A parameter names the logical axis of each of its dimensions (`embed`, `heads`, `mlp`, ...). A
-layout is a table from logical axes to mesh axes, so comparing two layouts means comparing two small
-dictionaries. Activations depend on the mesh alone: a batch is sharded over `data` and `fsdp`,
-positions over `context`, heads and hidden channels over `tensor`. A mesh axis of size 1 shards
-nothing.
+A parameter names the logical axis of each of its dimensions (`embed`, `heads`, `mlp`, ...), and a
+layout is a table from logical axes to mesh axes. Activations depend on the mesh alone (see
+`ACTIVATIONS`). A mesh axis of size 1 shards nothing.
 
-`context` works with every layout, for the full-sequence passes of training and evaluation. What a
-layer stores is sharded by position; queries stay where they are, and keys and values are gathered
-for each layer. Use it for rows that do not fit on a device. If there are enough rows, shard those
-instead: with a causal mask the devices of the first positions wait for those of the last. Decoding
-does not use it.
+`context` works with every layout, in training and evaluation: layers shard by position and gather
+keys and values. It is for rows that do not fit on a device; otherwise shard the rows, since with a
+causal mask the devices of the first positions wait for those of the last.
 
 A *slice* is a set of devices with fast links: a TPU slice, elsewhere the devices of one process.
 """
@@ -46,11 +42,7 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Parse `"data=2,fsdp=-1"` to `{"data": 2, "fsdp": -1}`.
-
-    Raises:
-        ValueError: An entry is not `axis=size`, or names an axis twice.
-    """
+    """Parse `"data=2,fsdp=-1"` to `{"data": 2, "fsdp": -1}`."""
     sizes: dict[str, int] = {}
     for entry in filter(None, text.replace(" ", "").split(",")):
         axis, equals, size = entry.partition("=")
@@ -72,10 +64,6 @@ def make_mesh(
             None puts every device on `data`.
         devices: the devices to use, by default all of them. Several TPU slices lie along `data`, or
             along `fsdp` if their number does not divide `data`.
-
-    Raises:
-        ValueError: An axis is unknown, two sizes are -1, their product is not the number of
-            devices, or the number of slices divides neither `data` nor `fsdp`.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = parse_mesh(sizes) if isinstance(sizes, str) else dict(sizes or {"data": -1})
@@ -127,11 +115,7 @@ def slice_of(device: Any) -> int:
 
 
 def check_layout(layout: str, device_mesh: Mesh) -> None:
-    """Check a layout's name, and for `hybrid` that `fsdp` stays inside slices.
-
-    Raises:
-        ValueError: The layout is unknown, or `fsdp` crosses slices.
-    """
+    """Raise ValueError if a layout is unknown or, for `hybrid`, if `fsdp` crosses slices."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout: {layout!r} is not one of {', '.join(LAYOUTS)}")
     if layout == "hybrid" and isinstance(device_mesh, Mesh):
@@ -144,22 +128,9 @@ def check_layout(layout: str, device_mesh: Mesh) -> None:
 
 
 def weight_spec(
-    name: str,
-    shape: Sequence[int],
-    axes: Sequence[str | None],
-    device_mesh: Mesh,
-    layout: str,
+    name: str, shape: Sequence[int], axes: Sequence[str | None], device_mesh: Mesh, layout: str
 ) -> PartitionSpec:
-    """Return the PartitionSpec of a parameter under a layout.
-
-    Args:
-        name: of the parameter, for error messages.
-        axes: the logical axis of each dimension.
-
-    Raises:
-        ValueError: The layout is unknown, or a mesh axis does not divide the dimension that it
-            shards; names the parameter, the dimension and the axis.
-    """
+    """Return the PartitionSpec of a parameter from the logical axis of each dimension."""
     check_layout(layout, device_mesh)
     mesh_axes: dict[str | None, str] = {}
     for logical, axis in LAYOUTS[layout].items():
@@ -214,8 +185,8 @@ def check_batch(rows: int, device_mesh: Mesh, name: str = "train.batch_size") ->
 def platform() -> str:
     """Return `cpu`, `gpu` or `tpu`: the platform of the program that is being traced.
 
-    The mesh of `jax.set_mesh` decides, which may consist of devices of another machine; without
-    one, the default device.
+    The mesh of `jax.set_mesh` decides, whose devices may be another machine's, else the default
+    device.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
@@ -257,10 +228,9 @@ def place_rows(local: np.ndarray, device_mesh: Mesh) -> jax.Array:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pin an activation's sharding on the mesh of `jax.set_mesh`; without a mesh, return x.
+    """Pin the sharding of x on the mesh of `jax.set_mesh`, if there is one.
 
-    Args:
-        names: one of `ACTIVATIONS`, or None, for each of the leading dimensions.
+    Each of the leading dimensions has a name in `ACTIVATIONS`, or None.
     """
     abstract_mesh = jax.sharding.get_abstract_mesh()
     if abstract_mesh.empty or abstract_mesh.size == 1:

@@ -7,6 +7,7 @@ are all derived from that one tree.
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,18 +20,7 @@ from starflow2_jax import mesh
 
 Tree = Mapping[str, Any]
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
-
-
-def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Return zeros."""
-    del key
-    return jnp.zeros(shape, dtype)
-
-
-def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Return ones."""
-    del key
-    return jnp.ones(shape, dtype)
+zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
 
 
 def normal(std: float) -> Init:
@@ -88,11 +78,7 @@ def init(key: jax.Array, tree: Tree, dtype: Any = jnp.float32) -> dict[str, Any]
 
 
 def shardings(tree: Tree, device_mesh: Mesh, layout: str) -> dict[str, Any]:
-    """Return the NamedSharding of every declared parameter.
-
-    Raises:
-        ValueError: The layout does not fit a parameter (see `mesh.weight_spec`).
-    """
+    """Return the NamedSharding of every declared parameter (see `mesh.weight_spec`)."""
 
     def sharding(name: str, spec: ParamSpec) -> NamedSharding:
         partition = mesh.weight_spec(name, spec.shape, spec.axes, device_mesh, layout)
@@ -113,17 +99,26 @@ def abstract(
     return _map(struct, tree)
 
 
+def draw(
+    seed: int,
+    tree: Tree,
+    device_mesh: Mesh | None = None,
+    layout: str = "dp",
+    dtype: Any = jnp.float32,
+) -> dict[str, Any]:
+    """Draw every declared parameter from a seed, directly sharded if there is a mesh."""
+    placed = None if device_mesh is None else shardings(tree, device_mesh, layout)
+    jitted = jax.jit(partial(init, tree=tree, dtype=dtype), out_shardings=placed)
+    return jitted(jax.random.key(seed))
+
+
 def count(tree: Tree) -> int:
     """Count the parameters in a tree of ParamSpecs, arrays or ShapeDtypeStructs."""
     return sum(int(np.prod(leaf.shape)) for leaf in flatten(tree).values())
 
 
 def split(tree: Tree, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a tree into the top-level subtrees in `names` and the rest.
-
-    Raises:
-        ValueError: The tree does not have one of the names.
-    """
+    """Split a tree into the top-level subtrees in `names`, which must exist, and the rest."""
     missing = [name for name in names if name not in tree]
     if missing:
         raise ValueError(f"params: no subtree {missing[0]!r}; there are {', '.join(sorted(tree))}")

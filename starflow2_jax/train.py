@@ -56,17 +56,9 @@ def main(argv: list[str]) -> None:
 
 
 def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) -> None:
-    """Run or resume an experiment.
+    """Run or resume an experiment from a resolved configuration (see `config.to_dict`).
 
-    Args:
-        cfg: a resolved configuration (`config.to_dict`).
-        workdir: the folder of the run.
-        dry_run: compile the step, print the tables, and end.
-
-    Raises:
-        ValueError: A key, the data or a checkpoint is wrong, or the workdir has another
-            configuration.
-        RuntimeError: A step was not finite (its batch is dumped), or a checkpoint was not saved.
+    With `dry_run`, compile the step, print the tables, and end.
     """
     config.check(cfg)
     distributed.init_distributed(cfg["distributed"])
@@ -102,9 +94,6 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         )
     elif jax.process_index() == 0:
         print(f"done: {run_report.write(workdir)}", flush=True)
-
-
-# ------------------------------------------------------------------------------------------- start
 
 
 class CompiledStep(NamedTuple):
@@ -179,31 +168,21 @@ def init_or_restore(
     return state, frozen, identity
 
 
-# -------------------------------------------------------------------------------------------- loop
-
-
 @dataclass(frozen=True)
 class Run:
-    """Everything that the loop uses and does not change.
-
-    Attributes:
-        step: the compiled step.
-        frozen: the parameters outside of the state.
-        metadata: what every checkpoint stores besides the state.
-        speed: arguments of `throughput.rates`.
-        draw_samples: state -> the grids of samples; None if none are drawn.
-    """
+    """Everything that the loop uses and does not change."""
 
     config: RunConfig
     program: Program
-    step: Callable
-    frozen: Any
+    step: Callable  # the compiled step
+    frozen: Any  # the parameters outside of the state
     data: RunData
     workdir: epath.Path
     log: run_log.Log
     writer: Any
-    metadata: Mapping[str, Any]
-    speed: Mapping[str, float]
+    metadata: Mapping[str, Any]  # what every checkpoint stores besides the state
+    speed: Mapping[str, float]  # arguments of `throughput.rates`
+    # State -> the grids of samples; None if none are drawn
     draw_samples: Callable[[TrainState], Iterable[sample_grids.Grid]] | None
 
 
@@ -229,9 +208,7 @@ def open_run(
     run_log.save_config(workdir, cfg)
     log = run_log.open(workdir, cfg, step=first_step)
     writer = orbax.open(
-        workdir,
-        keep=settings.checkpoint.keep,
-        keep_every=settings.checkpoint.keep_every or None,
+        workdir, keep=settings.checkpoint.keep, keep_every=settings.checkpoint.keep_every or None
     )
     metadata = {
         "config": cfg,
@@ -262,9 +239,7 @@ def train_loop(run: Run, state: TrainState, first_step: int) -> int:
     profile_steps = tuple(run.config.log.profile_steps) or (None, None)
     stop_requested = distributed.preemption_handler()
     batches = run.data.batches(
-        batch_size=batch_size,
-        start_step=first_step,
-        rows=host_rows(batch_size, run.program.mesh),
+        batch_size=batch_size, start_step=first_step, rows=host_rows(batch_size, run.program.mesh)
     )
     number, pending, window = first_step, None, []
     for number in range(first_step + 1, num_steps + 1):
@@ -292,11 +267,7 @@ def train_loop(run: Run, state: TrainState, first_step: int) -> int:
 
 
 def log_step(run: Run, pending: PendingStep, window: list[dict[str, float]]) -> None:
-    """Read the metrics of a step, and log those of the window that it ends.
-
-    Raises:
-        RuntimeError: They are not finite. The step has not changed the parameters.
-    """
+    """Read the metrics of a step; if they are finite, log those of the window that it ends."""
     number, metrics, batch = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not values["finite"]:
@@ -379,10 +350,7 @@ def evaluate(program: Program, ema: Any, frozen: Any, data: RunData) -> dict[str
 def make_sample_fn(
     program: Program, frozen: Any, data: RunData
 ) -> Callable[[TrainState], Iterable[sample_grids.Grid]] | None:
-    """Return a function that draws grids of samples from a state.
-
-    The result is None if nothing can be drawn.
-    """
+    """Return a function from a state to its grids of samples; None if none can be drawn."""
     cfg, task = program.cfg, program.task
     options = data.options(data.held_out_group)
 

@@ -29,12 +29,7 @@ def init_from_checkpoint(
             the run trains; its discriminator stays as it was drawn.
         ema: read a checkpoint's averaged parameters.
         identity: sha256 of every frozen model by name, including the codec that made the latents;
-            by default those of the task.
-
-    Raises:
-        FileNotFoundError: There is no such run or folder.
-        ValueError: Its subtrees, names or shapes differ from this program's (all differences are
-            listed), or an earlier stage used another VLM or another codec's latents.
+            by default those of the task. An earlier stage must have used the same ones.
     """
     task, saved = program.task, open_model(path)
 

@@ -68,9 +68,7 @@ def per_group(
 ) -> optax.GradientTransformationExtraArgs:
     """Give every group of subtrees an optimizer of its own, with its own clipping and state.
 
-    Args:
-        groups: names of subtrees by group.
-        first_steps: the step from which a group is trained, and its warm-up begins; 0 by default.
+    A group is trained, and its warm-up begins, from its entry in `first_steps` on, 0 by default.
     """
 
     def init(params):
@@ -115,12 +113,7 @@ def without_updates(
 def state_shardings(
     optimizer: optax.GradientTransformation, params: Tree, shardings: Tree, device_mesh: Mesh
 ) -> Any:
-    """Return shardings of the optimizer's state: moments live where their weights do.
-
-    Args:
-        params: arrays or ShapeDtypeStructs.
-        shardings: those of the same tree.
-    """
+    """Return shardings of the optimizer's state: moments live where their weights do."""
     shapes = {name: leaf.shape for name, leaf in flatten(params).items()}
     shardings = flatten(shardings)
 

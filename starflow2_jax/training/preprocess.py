@@ -46,6 +46,11 @@ def row_keys(seed: int, step: Any, rows: jax.Array) -> jax.Array:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
+def split_keys(keys: jax.Array, count: int) -> jax.Array:
+    """Split the key of every row [B] into `count` keys of its own: [count, B]."""
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
+
+
 def images(batch: Batch, keys: jax.Array, flip: bool) -> jax.Array:
     """Return images float32 [B, H, W, 3] in [-1, 1], half of them mirrored if `flip`."""
     return scale_pixels(_mirror(batch["image"], keys) if flip else batch["image"])
@@ -109,11 +114,7 @@ def conditions(
 
 
 def pad_text(features: Any, model: FlowConfig) -> jax.Array:
-    """Pad features [n, E] of a short text with zeros to float32 [L, E]; None gives zeros.
-
-    Raises:
-        ValueError: There are more positions or other channels than the model's text has.
-    """
+    """Pad features [n, E] of a short text with zeros to float32 [L, E]; None gives zeros."""
     shape = (model.text_length, model.text_channels)
     if features is None:
         return jnp.zeros(shape)

@@ -1,8 +1,7 @@
 """The training program: what train, plan, bench and the tests all run.
 
-`build_program(cfg, device_mesh, task)` turns any task into the jitted step, initializer and
-evaluation, with every input and output pinned to its sharding, and their abstract values, from
-which anything can be lowered ahead of time.
+`build_program` turns a task into the jitted step, initializer and evaluation, with every input and
+output pinned to its sharding, and their abstract values, from which they can be lowered.
 """
 
 from __future__ import annotations
@@ -48,44 +47,32 @@ class TrainState:
 
 
 class StepContext(NamedTuple):
-    """Everything that a microbatch's loss depends on besides its rows and the trained parameters.
+    """Everything that a microbatch's loss depends on besides its rows and trained parameters."""
 
-    Attributes:
-        frozen: the subtrees outside of the state.
-        state: the state before the step: its step, its average and its untrained subtrees.
-        totals: `Task.batch_totals` of the global batch, so that microbatches, devices and hosts add
-            up to the same loss.
-    """
-
-    frozen: Tree
-    state: TrainState
+    frozen: Tree  # the subtrees outside of the state
+    state: TrainState  # before the step: its step, its average and its untrained subtrees
+    # `Task.batch_totals` of the global batch, so that microbatches, devices and hosts add up to the
+    # same loss
     totals: Mapping[str, jax.Array]
 
 
 @dataclass(frozen=True)
 class Program:
-    """A task, compiled for a mesh.
-
-    Attributes:
-        init: key -> (TrainState, frozen params), created sharded.
-        step: (state, frozen, batch) -> (state, metrics); donates the state.
-        evaluate: (params, frozen, batch, row ids [B], mask [B]) -> metrics, masked and summed. The
-            noise of a row depends on its id alone.
-        reconstruct: (params, frozen, batch) -> uint8 images [B, H, W, 3], of a task with
-            `reconstruct`.
-        abstract_state, abstract_frozen, abstract_batch: ShapeDtypeStructs with shardings.
-    """
+    """A task, compiled for a mesh."""
 
     cfg: Mapping[str, Any]
     mesh: Mesh
     task: Task
-    init: Callable
-    step: Callable
+    init: Callable  # key -> (TrainState, frozen params), created sharded
+    step: Callable  # (state, frozen, batch) -> (state, metrics); donates the state
+    # (params, frozen, batch, row ids [B], mask [B]) -> metrics, masked and summed. The noise of a
+    # row depends on its id alone.
     evaluate: Callable
+    # (params, frozen, batch) -> uint8 images [B, H, W, 3], of a task with `reconstruct`
     reconstruct: Callable
-    abstract_state: TrainState
-    abstract_frozen: Any
-    abstract_batch: Any
+    abstract_state: TrainState  # ShapeDtypeStructs with shardings
+    abstract_frozen: Any  # likewise
+    abstract_batch: Any  # likewise
 
     def lower_step(self) -> jax.stages.Lowered:
         """Lower the training step from abstract values."""
@@ -94,12 +81,7 @@ class Program:
 
 
 def build_program(cfg: Mapping[str, Any], device_mesh: Mesh, task: Task) -> Program:
-    """Build a task's program for a mesh.
-
-    Raises:
-        ValueError: The mesh does not divide the batch, or the layout does not fit a parameter;
-            names the key.
-    """
+    """Build a task's program for a mesh."""
     layout, seed, settings = cfg["layout"], cfg["seed"], run_config(cfg)
     rows = settings.train.batch_size
     check_batch(rows, device_mesh)
@@ -166,13 +148,7 @@ def init_state(key: jax.Array, loaded: Tree, *, specs: Tree, task: Task) -> Trai
 
 
 def step(
-    state: TrainState,
-    frozen: Tree,
-    batch: Batch,
-    *,
-    seed: int,
-    settings: RunConfig,
-    task: Task,
+    state: TrainState, frozen: Tree, batch: Batch, *, seed: int, settings: RunConfig, task: Task
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Run one training step on a global batch."""
     rows, microbatches = settings.train.batch_size, settings.train.microbatches
@@ -224,11 +200,7 @@ def update(
     """Return the state after a step, and `metrics` with the gradient norm and learning rate.
 
     A step that is not finite changes nothing but the counter, so that the run stops in good state.
-
-    Args:
-        grads: of the trainable subtrees. The carried ones, and their averages, stay as they are,
-            unless the task tracks them.
-        observed: what `task.track` reads.
+    Subtrees without gradients stay as they are unless the task tracks them, from `observed`.
     """
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
@@ -258,9 +230,7 @@ def accumulate(
 ) -> tuple[Tree, Any]:
     """Return the gradient of a sum over microbatches, and the summed auxiliary results.
 
-    Args:
-        share_of_loss: (params, *batch) -> (a microbatch's share of the loss, auxiliary results).
-        batch: trees of arrays with `rows` rows.
+    `share_of_loss` maps (params, *batch) to (a microbatch's share of the loss, auxiliary results).
     """
     gradient = jax.grad(share_of_loss, has_aux=True)
     if microbatches == 1:
@@ -281,11 +251,7 @@ def accumulate(
 
 
 def to_device(program: Program, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Return a host's rows of a batch as global arrays, without those that the step does not read.
-
-    Raises:
-        ValueError: An array is missing, or its shape is not the one that the step expects.
-    """
+    """Return a host's rows of the arrays that the step reads, checked, as global arrays."""
     placed = {}
     for name, expected in program.abstract_batch.items():
         if name not in batch:

@@ -10,8 +10,6 @@ from starflow2_jax import config
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The group `train`."""
-
     batch_size: int
     steps: int
     microbatches: int
@@ -21,8 +19,6 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The group `optim`."""
-
     lr: float
     muon_lr: float
     final_lr: float
@@ -36,8 +32,6 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """The group `log`."""
-
     every: int
     trackers: tuple[str, ...]
     project: str
@@ -46,8 +40,6 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """The group `sample`."""
-
     every: int
     count: int
     prompts: tuple[str, ...]
@@ -59,8 +51,6 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The group `evaluate`."""
-
     every: int
     rows: int
     batch_size: int
@@ -68,8 +58,6 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The group `checkpoint`."""
-
     every: int
     keep: int
     keep_every: int

@@ -18,16 +18,12 @@ GROUPS = ("data", "eval_data")
 
 @dataclass(frozen=True)
 class RunData:
-    """The datasets of a run.
-
-    Attributes:
-        codec: encodes images during training, if `fae.path` names one.
-        descriptions: by group of keys (`data`, `eval_data` if there is any) what the reader says of
-            the data: fingerprints, classes and features.
-    """
+    """The datasets of a run."""
 
     task: Task
-    codec: Codec | None
+    codec: Codec | None  # encodes images during training, if `fae.path` names one
+    # By group of keys (`data`, `eval_data` if there is any) what the reader says of the data:
+    # fingerprints, classes and features
     descriptions: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -62,22 +58,15 @@ class RunData:
 
 
 def open_data(cfg: Mapping[str, Any], task: Task, codec: Codec | None) -> RunData:
-    """Open the datasets of an experiment.
-
-    Raises:
-        ValueError: There is no training data, or its classes are not the model's.
-        DatasetError: A folder is not a dataset, or its latents are of another encoder.
-    """
+    """Open and check the datasets of an experiment."""
     groups = [group for group in GROUPS if cfg[group]["path"] or cfg[group]["mixture"]]
     if "data" not in groups:
         raise ValueError("config: data.path or data.mixture is needed")
-    data = RunData(task, codec, {})
-    descriptions = {
-        group: batch_encoder.describe(
-            task.reader.describe(data.options(group)), codec, f"{group}.latents"
-        )
-        for group in groups
-    }
+    descriptions = {}
+    for group in groups:
+        options = batch_encoder.options(task.data_options(group), codec)
+        about = task.reader.describe(options)
+        descriptions[group] = batch_encoder.describe(about, codec, f"{group}.latents")
     distributed.assert_equal_across_processes(
         "the data", {group: about["fingerprints"] for group, about in descriptions.items()}
     )

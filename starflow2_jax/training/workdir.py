@@ -24,9 +24,7 @@ DATA_PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", 
 def check_workdir(workdir: epath.Path, cfg: Mapping[str, Any], data: RunData) -> int | None:
     """Return the newest step to resume from, None in a new workdir.
 
-    Raises:
-        ValueError: The workdir has another configuration or other data, or its newest step is
-            incomplete.
+    Raise ValueError if the configuration or the data differ, or the newest step is incomplete.
     """
     newest = {"newest step": steps.latest(workdir)}
     distributed.assert_equal_across_processes(f"what they see in {workdir}", newest)

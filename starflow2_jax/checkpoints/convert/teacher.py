@@ -2,10 +2,8 @@
 
 import hashlib
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -48,9 +46,7 @@ def load(
     """Return the tower's weights in float32: from `teacher.path`, or else drawn from the seed."""
     path, tree = cfg["teacher"]["path"], teachers.declare(teacher)
     if not path:
-        shardings = None if mesh is None else params.shardings(tree, mesh, layout)
-        draw = jax.jit(partial(params.init, tree=tree), out_shardings=shardings)
-        return draw(jax.random.key(cfg["seed"]))
+        return params.draw(cfg["seed"], tree, mesh, layout)
     path = locate(path)
     if teacher.kind == "dinov2":
         return dinov2.load(path, mesh, layout, jnp.float32)[1]

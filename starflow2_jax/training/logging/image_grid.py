@@ -34,13 +34,8 @@ def grid(
 ) -> np.ndarray:
     """Arrange images uint8 [n, H, W, 3] in one image uint8 [rows, columns, 3] on white.
 
-    Small images are enlarged by a whole factor, so that every pixel stays visible.
-
-    Args:
-        columns: by default eight, or a square if there are too few images for two such rows.
-
-    Raises:
-        ValueError: The images have another shape or dtype, or there is not one caption per image.
+    Small images are enlarged by a whole factor, so that every pixel stays visible. There are eight
+    columns by default, or as many as rows if there are too few images for two such rows.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):

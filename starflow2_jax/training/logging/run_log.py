@@ -72,18 +72,10 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-# ------------------------------------------------------------------------------------ open, close
-
-
 def open(workdir: epath.PathLike, cfg: Mapping[str, Any], *, step: int = 0) -> Log:
     """Open the log of a run: remove rows after `step`, open trackers, add this start to `run.json`.
 
-    Args:
-        cfg: the resolved configuration, of which `log.trackers` and `log.project` are read here.
-        step: the restored step, 0 for a new run.
-
-    Raises:
-        ValueError: A tracker is unknown or not installed, or `metrics.jsonl` is damaged.
+    `step` is the restored one, 0 for a new run.
     """
     workdir = epath.Path(workdir)
     if jax.process_index():
@@ -158,19 +150,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------- rows
-
-
 def write_row(log: Log, step: int, values: Mapping[str, Any]) -> None:
-    """Write one row of metrics and send it to the trackers.
-
-    Args:
-        values: name -> number or 0-d array; names of evaluations begin with `eval/`.
-
-    Raises:
-        ValueError: A value is not one number.
-        OSError: The disk is full.
-    """
+    """Write one row of metrics, numbers or 0-d arrays, and send it to the trackers."""
     if not log.writes:
         return
     plain = {name: _number(name, value) for name, value in values.items()}
@@ -191,9 +172,6 @@ def read_rows(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """Return the rows of `metrics.jsonl`, an empty list if there is none.
 
     A last line without a line end was cut off by a kill and is left out.
-
-    Raises:
-        ValueError: Another line is not a row; names file and line.
     """
     path = epath.Path(workdir) / METRICS
     if not path.exists():
@@ -241,14 +219,10 @@ def dump_batch(
     ids: Sequence[str],
     metrics: Mapping[str, Any],
 ) -> epath.Path:
-    """Save the batch of a step that was not finite; each process saves its own rows.
+    """Save the batch of a step that was not finite, and return the path of its arrays.
 
-    Args:
-        batch: numpy arrays of this host. They go to `nonfinite/STEP[_pPROCESS].npz`; step, ids and
-            metrics go to a `.json` with the same name.
-
-    Returns:
-        The path of the `.npz`.
+    Each process saves its own rows, to `nonfinite/STEP[_pPROCESS].npz`, and step, ids and metrics
+    to a `.json` with the same name.
     """
     process = f"_p{jax.process_index()}" if jax.process_count() > 1 else ""
     path = epath.Path(workdir) / "nonfinite" / f"{int(step):08d}{process}.npz"
@@ -263,15 +237,8 @@ def dump_batch(
     return path
 
 
-# --------------------------------------------------------------------------------------- progress
-
-
 def print_progress(log: Log, step: int, steps: int, values: Mapping[str, Any]) -> None:
-    """Print one line: rewritten in place on a terminal, a new line elsewhere.
-
-    Args:
-        values: any of `loss`, `nats_per_dim`, and the entries of `throughput.rates`.
-    """
+    """Print one line of progress: rewritten in place on a terminal, a new line elsewhere."""
     if not log.writes:
         return
     forms = {
@@ -312,9 +279,6 @@ def _short(value: float) -> str:
         if value >= size:
             return f"{value / size:.1f}{unit}"
     return f"{value:.0f}"
-
-
-# ----------------------------------------------------------------------------------------- images
 
 
 def write_samples(

@@ -30,16 +30,11 @@ PEAKS = {
 
 @dataclasses.dataclass
 class Clock:
-    """A clock that counts the time since `start` without the pauses.
+    """A clock that counts the time since `start` without the pauses."""
 
-    Attributes:
-        first, last: (step, time) of the start and of the last call of `rates`.
-        paused: seconds of pauses since `last`.
-    """
-
-    first: tuple[int, float] | None = None
-    last: tuple[int, float] | None = None
-    paused: float = 0.0
+    first: tuple[int, float] | None = None  # (step, time) of the start
+    last: tuple[int, float] | None = None  # (step, time) of the last call of `rates`
+    paused: float = 0.0  # seconds of pauses since `last`
 
 
 def start(clock: Clock, step: int) -> None:
@@ -52,9 +47,8 @@ def start(clock: Clock, step: int) -> None:
 def pause(clock: Clock, wait_for: Any = None) -> Iterator[None]:
     """Exclude the time inside (sampling, evaluating, saving) from `rates`.
 
-    Args:
-        wait_for: arrays of the step in flight. The pause begins when they are ready; otherwise that
-            step would run inside the pause, and the next rate would be too high.
+    The pause begins when the arrays of the step in flight, `wait_for`, are ready: otherwise that
+    step would run inside the pause, and the next rate would be too high.
     """
     jax.block_until_ready(wait_for)
     start_time = time.perf_counter()
@@ -70,11 +64,8 @@ def rates(
     """Return the speed since the last call or `start`, nothing if there was neither.
 
     Args:
-        tokens, flops: of one step over the global batch.
+        tokens, flops: of one step over the global batch; no FLOPs if they are not counted.
         peak: FLOP/s of all devices together.
-
-    Returns:
-        `seconds_per_step` and `tokens_per_second`; `flops_per_second` and `mfu` if they are known.
     """
     if clock.last is None:
         start(clock, step)
@@ -99,10 +90,9 @@ def seconds_left(clock: Clock, step: int, steps: int) -> float | None:
 
 
 def peak_flops() -> float:
-    """Return the FLOP/s of all devices together.
+    """Return the FLOP/s of all devices together: the stated bfloat16 peak.
 
-    This is the stated bfloat16 peak or, for other devices such as CPUs, the rate of a float32
-    matmul, which takes about a second to measure.
+    For other devices, such as CPUs, it is the rate of a float32 matmul, measured in about a second.
     """
     device = jax.devices()[0]
     for kind, peak in PEAKS.items():

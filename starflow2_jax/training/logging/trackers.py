@@ -36,12 +36,7 @@ def open_trackers(
     Args:
         project: groups runs in wandb and trackio.
         run_id: stays the same when a run is resumed.
-        step: the step from which the run continues; rows after it, of an earlier start, are
-            superseded.
-        config: the resolved configuration, as nested dicts.
-
-    Raises:
-        ValueError: A tracker is unknown, or its package is not installed.
+        step: the step from which the run continues; later rows of an earlier start are superseded.
     """
     for name in names:
         if name not in _OPEN:

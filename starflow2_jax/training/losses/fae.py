@@ -28,31 +28,21 @@ from starflow2_jax.training import optimizer, preprocess
 
 @dataclass(frozen=True)
 class Objective:
-    """One of the two trainings, as functions of all parameters.
+    """One of the two trainings, as functions of all parameters."""
 
-    Attributes:
-        declared: ParamSpecs of every top-level subtree.
-        groups: trained subtrees by the optimizer that they share.
-        first_steps: step from which a group is trained; 0 by default.
-        tracked: subtrees of running statistics: no gradient, no optimizer, changed by `track`.
-        prepare: (params, batch, keys, training) -> inputs of the loss, without a gradient.
-        loss: (params, inputs, keys, step) -> loss of each row [B], summable metrics of each [B];
-            step is None in evaluations.
-        observe: (params, inputs) -> sums over rows that `track` reads.
-        track: (state's subtrees, observed, summed metrics, step) -> the tracked subtrees.
-        reconstruct: (params, inputs) -> images [B, H, W, 3] in [-1, 1].
-        finalize_metrics: summed metrics to readable ones.
-    """
-
-    declared: Tree
-    groups: Mapping[str, tuple[str, ...]]
+    declared: Tree  # ParamSpecs of every top-level subtree
+    groups: Mapping[str, tuple[str, ...]]  # trained subtrees by the optimizer that they share
+    # Subtrees of running statistics: no gradient, no optimizer, changed by `track`
     tracked: tuple[str, ...]
-    prepare: Callable
+    prepare: Callable  # (params, batch, keys, training) -> inputs of the loss, without a gradient
+    # (params, inputs, keys, step) -> loss of each row [B], summable metrics of each [B]; step is
+    # None in evaluations
     loss: Callable
-    observe: Callable
-    track: Callable
-    finalize_metrics: Callable
-    reconstruct: Callable | None = None
+    observe: Callable  # (params, inputs) -> sums over rows that `track` reads
+    track: Callable  # (state's subtrees, observed, summed metrics, step) -> the tracked subtrees
+    finalize_metrics: Callable  # summed metrics to readable ones
+    reconstruct: Callable | None = None  # (params, inputs) -> images [B, H, W, 3] in [-1, 1]
+    # Step from which a group is trained; 0 by default
     first_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -121,7 +111,7 @@ def pixels(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Object
         declared["lpips"] = perceptual.declare(lpips.load(options["lpips"])[0])
 
     def prepare(params, batch, keys, training):
-        image_keys, posterior_keys, noise_keys = _split_keys(keys, 3)
+        image_keys, posterior_keys, noise_keys = preprocess.split_keys(keys, 3)
         image = preprocess.images(batch, image_keys, training and cfg["image"]["flip"])
         x = tower_features = teachers.features(params["teacher"], image, teacher)
         if options["train_on_decoded_features"]:
@@ -196,11 +186,6 @@ def pixels(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Object
     )
 
 
-def _split_keys(keys: jax.Array, count: int) -> jax.Array:
-    """Split the key of every row [B] into keys of its own: [count, B]."""
-    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
-
-
 def finalize_pixel_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
     """Return `psnr` in dB and every term of the losses before its weight, as means over rows."""
     terms = [
@@ -212,10 +197,7 @@ def finalize_pixel_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finalize_feature_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `relative_error`, the mean square error over that of the features, and its parts.
-
-    `kl` is in nats of a whole row.
-    """
+    """Return `relative_error`, its parts as means over rows, and `kl` in nats of a row."""
     count = sums["count"]
     return {
         "relative_error": sums["mean_square"] / sums["feature_square"],

@@ -35,9 +35,8 @@ def flow_loss(
             z not. Likelihoods leave it out.
 
     Returns:
-        The loss of each row [B], a sum over its dimensions, and its terms, each [B]: `count`
-        dimensions, `half_square` of z, and for every block `log_det/i` and `latent/i`, the square
-        of its input.
+        The loss of each row [B], and sums over its dimensions, each [B]: `count`, `half_square` of
+        z, and for every block `log_det/i` and the square of its input, `latent/i`.
     """
     outputs, log_dets = flow.forward_blocks(params, x, cfg, conditioning)
     half_square = 0.5 * jnp.square(outputs[-1]).sum((1, 2))
@@ -51,10 +50,7 @@ def flow_loss(
 
 
 def log_likelihood(
-    params: Tree,
-    x: jax.Array,
-    cfg: FlowConfig,
-    conditioning: Conditioning | None = None,
+    params: Tree, x: jax.Array, cfg: FlowConfig, conditioning: Conditioning | None = None
 ) -> jax.Array:
     """Return log p(x) [B] in nats, with the constant of the Gaussian."""
     z, log_det = flow.forward(params, x, cfg, conditioning)

@@ -52,30 +52,19 @@ def stage_of(trainable: Iterable[str], cfg: BackboneConfig) -> Stage:
 
 @struct.dataclass
 class LossTerms:
-    """The contribution of every target image and token, in nats; zero where there is no target.
+    """The contribution of every target image and token, in nats; zero where there is no target."""
 
-    Attributes:
-        image: bool [B, M], which images are targets.
-        half_square: [B, M], 1/2 |z|^2.
-        log_dets, squares: [B, M] of each block: its log-determinant, and the square of its input.
-        token: bool [B, K], which of the K entries are tokens.
-        target_index: int [B, K], position whose state predicts the token.
-        nll, correct: [B, K], nats of the token, and whether it is the likeliest.
-        vlm_skip_ratio, num_patches: [B], the VLM skip's shares summed over patches; their number.
-        flow_skip_ratio: [B], the flow skip's shares summed over target tokens.
-    """
-
-    image: Any = None
-    half_square: Any = None
-    log_dets: tuple = ()
-    squares: tuple = ()
-    token: Any = None
-    target_index: Any = None
-    nll: Any = None
-    correct: Any = None
-    vlm_skip_ratio: Any = None
-    num_patches: Any = None
-    flow_skip_ratio: Any = None
+    image: Any = None  # bool [B, M], which images are targets
+    half_square: Any = None  # [B, M], 1/2 |z|^2
+    log_dets: tuple = ()  # [B, M] of each block
+    squares: tuple = ()  # [B, M] of each block, the square of its input
+    token: Any = None  # bool [B, K], which of the K entries are tokens
+    target_index: Any = None  # int [B, K], position whose state predicts the token
+    nll: Any = None  # [B, K], nats of the token
+    correct: Any = None  # bool [B, K], whether the token is the likeliest
+    vlm_skip_ratio: Any = None  # [B], the VLM skip's shares summed over patches
+    num_patches: Any = None  # [B], the number of those patches
+    flow_skip_ratio: Any = None  # [B], the flow skip's shares summed over target tokens
 
 
 def next_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -101,11 +90,7 @@ def target_counts(batch: Batch, stage: Stage) -> dict[str, jax.Array]:
 
 
 def sample_latents(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any]) -> jax.Array:
-    """Sample x [B, M, N, D] from the posteriors, with the experiment's noise.
-
-    Args:
-        keys: one per row [B]; the key of an image is folded from its row's.
-    """
+    """Sample x [B, M, N, D] from the posteriors with noise, by keys folded from the rows' [B]."""
     shape = batch["latent_mean"].shape
 
     def fold_in_images(key):
@@ -133,8 +118,7 @@ def loss_terms(
         params: all subtrees that the stage reads, with `vlm`.
         x: latents [B, M, N, D].
         text_into_flow: False stops the text's gradient at W_D.
-        text_targets: K, 0 for T. A row with more targets has a loss of NaN rather than one that
-            leaves some out.
+        text_targets: K, 0 for T. A row with more targets has a loss of NaN.
         text_chunk: positions of a row whose logits are computed at a time.
     """
     is_image = batch["image"] >= 0
@@ -229,11 +213,7 @@ def _text_terms(params, states, ids, token, cfg, text_into_flow, text_targets, t
 
 
 def _cross_entropy(params, states, targets, cfg, chunk):
-    """Return nats of target tokens [B, K] and whether they are the likeliest.
-
-    `chunk` positions at a time; their logits are recomputed in the backward pass, since all of them
-    at once would take gigabytes.
-    """
+    """Return nats of target tokens [B, K] and whether they are the likeliest."""
     batch_size, length = targets.shape
     chunk = min(chunk, length)
     num_chunks = -(-length // chunk)
@@ -243,7 +223,7 @@ def _cross_entropy(params, states, targets, cfg, chunk):
         a = jnp.pad(a, padding)
         return a.reshape(batch_size, num_chunks, chunk, *a.shape[2:]).swapaxes(0, 1)
 
-    @jax.checkpoint
+    @jax.checkpoint  # the logits of all positions at once would take gigabytes
     def chunk_terms(states, targets):
         logits = starflow2.text_logits(params, states, cfg)
         # A comparison rather than a gather, which cannot be sharded over the vocabulary.
@@ -253,20 +233,11 @@ def _cross_entropy(params, states, targets, cfg, chunk):
         return nll, logits.argmax(-1) == targets
 
     results = jax.lax.map(lambda chunk: chunk_terms(*chunk), (split(states), split(targets)))
-    return jax.tree.map(
-        lambda a: a.swapaxes(0, 1).reshape(batch_size, -1)[:, :length],
-        results,
-    )
-
-
-# ----------------------------------------------------------------------------------- loss, metrics
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(batch_size, -1)[:, :length], results)
 
 
 def row_metrics(terms: LossTerms, batch: Batch, stage: Stage) -> dict[str, jax.Array]:
-    """Return the logged sums and counts of each row [B].
-
-    Those of images have the names of `losses.flow.flow_loss`.
-    """
+    """Return the sums and counts of each row [B]; those of images as in `flow_loss`."""
     counts = target_counts(batch, stage)
     metrics: dict[str, Any] = {}
     if stage.images:
@@ -290,14 +261,10 @@ def per_example_loss(
     text_weight: float,
     latent_penalty: float,
 ) -> jax.Array:
-    """Return each row's share [B] of the loss of its global batch.
+    """Return each row's share [B] of the loss of its global batch, from its `row_metrics`.
 
-    L = NLL(images) / dims + text_weight NLL(text) / tokens  (arXiv 2605.08029).
-
-    Args:
-        metrics: of `row_metrics`.
-        totals: `target_counts` summed over the global batch, all its microbatches.
-        latent_penalty: weight of the mean square of every block's input.
+    L = NLL(images) / dims + text_weight NLL(text) / tokens  (arXiv 2605.08029), with `totals`, the
+    `target_counts` summed over the global batch.
     """
     loss = 0.0
     if "count" in metrics:
@@ -311,10 +278,7 @@ def per_example_loss(
 
 
 def finalize_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
-    """Return readable figures from summed `row_metrics`; those without any target are left out.
-
-    Nats per latent dimension and its parts, nats per token, token accuracy, and skip ratios.
-    """
+    """Return readable figures from summed `row_metrics`, of those that have a target."""
     figures: dict[str, Any] = {}
     if sums.get("count", 0) > 0:
         figures |= per_dim(dict(sums))

@@ -30,17 +30,11 @@ def _token_terms(logits, batch):
 
 
 def row_sums(logits: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return sums over each row, float32 [B].
+    """Return sums over each row [B] from logits [B, T - 1, V]; their names are `NAMES`.
 
-    Greedy decoding reproduces the answers of a record word for word exactly if all its targets are
-    the likeliest tokens.
-
-    Args:
-        logits: at least float32 [B, T - 1, V], of the states before each item.
-
-    Returns:
-        `nll` in nats, the number of target `tokens`, of those that are the likeliest (`right`), of
-        `records` with a target, and of records all of whose targets are (`records_right`).
+    They are `nll` in nats, the number of target `tokens`, of those that are the likeliest
+    (`right`), of `records` with a target, and of records all of whose targets are
+    (`records_right`), whose answers greedy decoding reproduces word for word.
     """
     mask, nll, correct = _token_terms(logits, batch)
     count, wrong = sum_by_record(batch, mask, mask & ~correct)

@@ -1,11 +1,9 @@
 """The three losses of a small vision-language model.
 
-The first is the next-token cross entropy over interleaved rows, whose images the model sees with
-its own vision tower. Two more train the tower itself. A linear layer predicts the pixels from its
-features, so that they keep what no question asks for (the latent codec builds on them). And the
-model's own head predicts, from every feature, the words of the region that it lies in. That is one
-signal for each patch where an answer gives one for each image, and it puts features and words into
-one space, in which attention finds a shape by its name.
+The first is the next-token cross entropy over interleaved rows. Two more train the vision tower: a
+linear layer predicts the pixels from its features, on which the latent codec builds; and the
+model's own head predicts, from every feature, the words of the region that it lies in, which puts
+features and words into one space, with a signal for each patch.
 
 B rows, T positions, M images of a row, N features of an image, C width, V vocabulary, R regions.
 """
@@ -35,11 +33,7 @@ def encode_images(params: Tree, images: jax.Array, model: QwenConfig) -> jax.Arr
 def next_token_logits(
     params: Tree, batch: Batch, features: jax.Array, model: QwenConfig
 ) -> jax.Array:
-    """Return logits [B, T - 1, V] of the item after each position.
-
-    Args:
-        features: of the rows' images [B, M, N, C].
-    """
+    """Return logits [B, T - 1, V] of the next item, given the images' features [B, M, N, C]."""
     h = qwen.embed(params, batch["ids"], model)
     h = qwen.scatter_row_features(
         h, batch["image"], features.reshape(len(features), -1, model.width)
@@ -51,13 +45,10 @@ def next_token_logits(
 def row_metrics(
     params: Tree, batch: Batch, weights: Mapping[str, Any], model: QwenConfig
 ) -> dict[str, jax.Array]:
-    """Return summable metrics of each row [B].
+    """Return summable metrics of each row [B], given the `vlm` group of the configuration.
 
     They are those of `losses.text` (zeros if the text has no weight) and, over the row's `images`,
     `pixel_square` and `word_nats`.
-
-    Args:
-        weights: the `vlm` group of the configuration.
     """
     features = encode_images(params["vlm"], batch["images"], model)
     if not weights["train_tower"]:
@@ -92,11 +83,6 @@ def region_nll(params: Tree, batch: Batch, features: jax.Array, model: QwenConfi
 
     The words of a region are a bag with equal weights. Every region of an image has the same
     weight, and so has every feature of a region.
-
-    Args:
-        batch: `region` int [B, M, N] and `region_words` int [B, M, R, words], as
-            `data.packed_batches` gives them.
-        features: [B, M, N, C].
     """
     logits = qwen.logits(params, qwen.final_norm(params, features, model), model)
     words = batch["region_words"]
@@ -117,12 +103,9 @@ def weighted_loss(
     token_count: jax.Array,
     image_count: int,
 ) -> jax.Array:
-    """Return these rows' share of the loss of a global batch.
+    """Return these rows' share of the loss of a global batch, from their `row_metrics`.
 
-    Args:
-        metrics: of `row_metrics`.
-        weights: the `vlm` group of the configuration.
-        token_count, image_count: target tokens and images of the global batch.
+    The counts are those of target tokens and of images in the global batch.
     """
     loss = weights["text_loss_weight"] * (metrics["nll"] / token_count).sum()
     loss += weights["pixel_loss_weight"] * metrics["pixel_square"].sum() / image_count

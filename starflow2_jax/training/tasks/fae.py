@@ -15,25 +15,21 @@ from starflow2_jax.models.fae.config import model_config
 from starflow2_jax.models.patches import to_pixels
 from starflow2_jax.params import (
     Tree,
+    draw as draw_params,
     flatten,
-    init as init_params,
     shardings as param_shardings,
     split as split_params,
 )
 from starflow2_jax.training import optimizer
 from starflow2_jax.training.losses import fae
 from starflow2_jax.training.losses.fae import Objective
+from starflow2_jax.training.preprocess import split_keys
 from starflow2_jax.training.run_config import run_config
 from starflow2_jax.training.tasks.task import Task, check_trainable
 
 
 def make_features_task(cfg: Mapping[str, Any]) -> Task:
-    """Return the training of encoder and feature decoder, from the features of `teacher`.
-
-    Raises:
-        FileNotFoundError: There is no folder `teacher.path`.
-        ValueError: The model's keys, `train.trainable` or the teacher do not fit.
-    """
+    """Return the training of encoder and feature decoder, from the features of `teacher`."""
     model = model_config(cfg)
     teacher = teacher_weights.teacher_config(cfg, model)
     return _make_task(cfg, model, fae.features(cfg, model, teacher), teacher, None)
@@ -42,13 +38,8 @@ def make_features_task(cfg: Mapping[str, Any]) -> Task:
 def make_pixels_task(cfg: Mapping[str, Any], codec: Codec | None = None) -> Task:
     """Return the training of the pixel decoder.
 
-    Args:
-        codec: gives encoder, feature decoder and tower. If None they are drawn from the seed, and
-            the tower is that of `teacher`.
-
-    Raises:
-        FileNotFoundError: There is no folder `teacher.path`.
-        ValueError: The model's keys, `train.trainable`, the teacher or the codec do not fit.
+    The codec gives encoder, feature decoder and tower. Without one they are drawn from the seed,
+    and the tower is that of `teacher`.
     """
     model = model_config(cfg)
     teacher = codec.teacher if codec else teacher_weights.teacher_config(cfg, model)
@@ -68,7 +59,7 @@ def _make_task(
     frozen_specs = split_params(objective.declared, state_subtrees)[1]
 
     def loss(params, batch, keys, context):
-        image_keys, loss_keys = _split_keys(keys)
+        image_keys, loss_keys = split_keys(keys, 2)
         tracked = {name: context.state.params[name] for name in objective.tracked}
         params = {**params, **tracked}
         inputs = objective.prepare({**context.frozen, **params}, batch, image_keys, True)
@@ -83,7 +74,7 @@ def _make_task(
         return row_losses.sum() / rows, sums, observed
 
     def evaluate(params, batch, keys):
-        image_keys, loss_keys = _split_keys(keys)
+        image_keys, loss_keys = split_keys(keys, 2)
         inputs = objective.prepare(params, batch, image_keys, False)
         return objective.loss(params, inputs, loss_keys, None)[1]
 
@@ -115,11 +106,6 @@ def _make_task(
     )
 
 
-def _split_keys(keys: jax.Array) -> jax.Array:
-    """Split the key of every row [B] into those of its image and of its loss: [2, B]."""
-    return jax.vmap(lambda key: jax.random.split(key, 2), out_axes=1)(keys)
-
-
 def _load_frozen(
     cfg: Mapping[str, Any], specs: Tree, teacher: Any, codec: Codec | None, device_mesh: Any
 ) -> dict[str, Tree]:
@@ -135,11 +121,7 @@ def _load_frozen(
         elif name == "lpips":
             loaded[name] = jax.device_put(lpips.load(cfg["fae"]["lpips"])[1], shardings[name])
         else:
-            draw = jax.jit(
-                partial(init_params, tree={name: tree}),
-                out_shardings={name: shardings[name]},
-            )
-            loaded |= draw(jax.random.key(cfg["seed"]))
+            loaded |= draw_params(cfg["seed"], {name: tree}, device_mesh, cfg["layout"])
     return loaded
 
 

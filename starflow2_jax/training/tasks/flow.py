@@ -4,20 +4,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from starflow2_jax import config
 from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.models import flops, flow
 from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.params import (
-    ParamSpec,
-    init as init_params,
-    normal,
-    shardings as param_shardings,
-    split as split_params,
-)
+from starflow2_jax.params import ParamSpec, draw as draw_params, normal, split as split_params
 from starflow2_jax.training import optimizer, preprocess
 from starflow2_jax.training.losses.flow import flow_loss, per_dim
 from starflow2_jax.training.run_config import run_config
@@ -25,11 +18,7 @@ from starflow2_jax.training.tasks.task import Task
 
 
 def model_config(cfg: Mapping[str, Any]) -> FlowConfig:
-    """Return the flow of an experiment.
-
-    Raises:
-        ValueError: There is an unknown model key, or image keys do not fit the model's.
-    """
+    """Return the flow of an experiment, whose image keys must fit the model's."""
     model = config.build(FlowConfig, config.model_group(cfg), "model")
     pixels, patch = cfg["image"]["pixels"], cfg["image"]["patch"]
     if pixels and pixels != model.side * patch:
@@ -56,16 +45,9 @@ def declare(cfg: Mapping[str, Any], model: FlowConfig) -> dict[str, Any]:
 def init_frozen(
     cfg: Mapping[str, Any], declared: Mapping[str, Any], device_mesh: Mesh | None = None
 ) -> dict[str, Any]:
-    """Draw the subtrees that an experiment does not train, as its run drew them from the seed.
-
-    Checkpoints contain only the others.
-    """
+    """Draw the subtrees outside of `train.trainable`, as the run drew them from its seed."""
     frozen = split_params(declared, tuple(cfg["train"]["trainable"]))[1]
-    if not frozen:
-        return {}
-    shardings = None if device_mesh is None else param_shardings(frozen, device_mesh, cfg["layout"])
-    draw = jax.jit(partial(init_params, tree=frozen), out_shardings=shardings)
-    return draw(jax.random.key(cfg["seed"]))
+    return draw_params(cfg["seed"], frozen, device_mesh, cfg["layout"]) if frozen else {}
 
 
 def make_task(cfg: Mapping[str, Any], *, null_text: Any = None) -> Task:
@@ -74,9 +56,6 @@ def make_task(cfg: Mapping[str, Any], *, null_text: Any = None) -> Task:
     Args:
         null_text: features [n, E] of the empty prompt, which replace the text of dropped rows;
             zeros if None.
-
-    Raises:
-        ValueError: A model key is wrong, or train.trainable names an unknown subtree.
     """
     model = model_config(cfg)
     declared = declare(cfg, model)

@@ -20,9 +20,6 @@ def make_task(cfg: Mapping[str, Any], *, null_text: Any = None, dry_run: bool = 
     Args:
         null_text: features [n, E] of the empty prompt, for a flow that reads text features.
         dry_run: parameters will not be loaded, so folders that hold only parameters may be absent.
-
-    Raises:
-        FileNotFoundError, ValueError: See `make_task` of the kind.
     """
     if kind(cfg) == "fae_features":
         return fae.make_features_task(cfg)
@@ -36,11 +33,7 @@ def make_task(cfg: Mapping[str, Any], *, null_text: Any = None, dry_run: bool = 
 
 
 def build(cfg: Mapping[str, Any], device_mesh: Mesh, **options: Any) -> Program:
-    """Build the program of an experiment.
-
-    Args:
-        options: of `make_task`.
-    """
+    """Build the program of an experiment; `options` are those of `make_task`."""
     return build_program(cfg, device_mesh, make_task(cfg, **options))
 
 
@@ -58,9 +51,7 @@ def kind(cfg: Mapping[str, Any]) -> str:
 
 
 def declare_model(cfg: Mapping[str, Any]) -> Tree:
-    """Declare the model of an experiment, without what only its training needs; read no files of
-    frozen models but the VLM's configuration.
-    """
+    """Declare the model of an experiment, without the parts that only its training needs."""
     if kind(cfg) in ("fae_features", "fae_pixels"):
         return codec.declare(model_config(cfg))
     if kind(cfg) == "vlm":

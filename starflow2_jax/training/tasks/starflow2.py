@@ -1,8 +1,7 @@
 """The training of STARFlow2's stages.
 
-A stage trains the subtrees that `train.trainable` names. The other `models.starflow2.SUBTREES` are
-carried along in the state, so that the next stage finds all of them. The frozen VLM is an argument
-of the step and in no checkpoint.
+A stage trains the subtrees that `train.trainable` names and carries the other
+`models.starflow2.SUBTREES` in its state for the next one. The frozen VLM is in no checkpoint.
 """
 
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.models.starflow2 import PretzelConfig
 from starflow2_jax.params import (
     Tree,
-    init as init_params,
+    draw as draw_params,
     shardings as param_shardings,
     split as split_params,
 )
@@ -51,12 +50,7 @@ def model_config(cfg: Mapping[str, Any]) -> BackboneConfig:
 
     `model.vlm` may be empty if `vlm.path` names a folder; the fields that it does name must be
     those of the folder. `model.flow` needs sizes only (see `starflow2.flow_defaults`). `model.kind`
-    is `pretzel` by default, or `crossings` if the group has that key; its config class (`KINDS`)
-    says which fields there are.
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: A key is unknown, missing or does not fit, or the VLM has other sizes.
+    names one of `KINDS`, by default `crossings` if the group has that key, else `pretzel`.
     """
     group, shared = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
     kind = group.pop("kind", "crossings" if "crossings" in group else "pretzel")
@@ -94,11 +88,7 @@ def _stored_vlm_fields(fields: Mapping[str, Any], folder: str) -> dict[str, Any]
 
 
 def max_images(cfg: Mapping[str, Any], model: BackboneConfig) -> int:
-    """Return the number of images for which a row has slots, M.
-
-    Raises:
-        ValueError: A row has no room for an image.
-    """
+    """Return the number of images for which a row has slots, M."""
     length, patches = cfg["text"]["length"], model.num_patches
     count = cfg["text"]["images"] or length // (patches + 2)
     if count * (patches + 2) > length or not count:
@@ -156,33 +146,21 @@ def step_cost(cfg: Mapping[str, Any], model: BackboneConfig, declared: Tree) -> 
 def load_frozen_vlm(
     cfg: Mapping[str, Any], model: BackboneConfig, device_mesh: Mesh, dtype: Any
 ) -> Tree:
-    """Load the VLM without its tower, sharded, from `vlm.path`, or else draw it from the seed.
-
-    Raises:
-        FileNotFoundError, ValueError: See `checkpoints.convert.qwen.load`.
-    """
+    """Load the VLM without its tower, sharded, from `vlm.path`, or else draw it from the seed."""
     tree = {"vlm": qwen.declare(model.vlm)}
     if cfg["vlm"]["path"]:
         folder = model_folder.locate(cfg["vlm"]["path"])
         names = tuple(tree["vlm"])
         return {"vlm": qwen_weights.load(folder, device_mesh, cfg["layout"], dtype, only=names)[1]}
-    shardings = param_shardings(tree, device_mesh, cfg["layout"])
-    draw = jax.jit(partial(init_params, tree=tree, dtype=dtype), out_shardings=shardings)
-    return draw(jax.random.key(cfg["seed"]))
+    return draw_params(cfg["seed"], tree, device_mesh, cfg["layout"], dtype)
 
 
 def make_task(cfg: Mapping[str, Any], *, vlm: Tree | None = None) -> Task:
     """Return the task of an experiment.
 
-    The VLM is a part of the state if `train.trainable` names it.
-
     Args:
-        vlm: its weights, instead of those that `load_frozen_vlm` reads.
-
-    Raises:
-        FileNotFoundError: There is no folder `vlm.path`.
-        ValueError: A model key is wrong, the VLM does not fit, or train.trainable is empty or names
-            an unknown subtree.
+        vlm: weights of the VLM, instead of those that `load_frozen_vlm` reads. It is a part of the
+            state if `train.trainable` names it.
     """
     model = model_config(cfg)
     declared = model.declare()

@@ -16,73 +16,58 @@ from starflow2_jax.training.program import Batch, StepContext
 Sums = Mapping[str, jax.Array]
 
 
-def no_totals(batch: Batch) -> dict[str, jax.Array]:
-    """Return the totals of a loss whose normalization does not depend on the batch: none."""
-    del batch
-    return {}
-
-
-def no_params(device_mesh: Mesh) -> dict[str, Tree]:
-    """Return the loaded parameters of a training that initializes all of its own: none."""
-    del device_mesh
+def _empty(argument: Any) -> dict[str, Any]:
+    """Return no parameters, or no totals of a batch: the default of a task's functions."""
+    del argument
     return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A kind of training: everything in which two kinds differ.
+    """A kind of training: everything in which two kinds differ."""
 
-    Attributes:
-        model_config: sizes and options of the network.
-        declared: ParamSpecs of every top-level subtree.
-        trainable: the subtrees with an optimizer.
-        carried: subtrees that are in the state, and in its checkpoints, without an optimizer. All
-            other subtrees are frozen: an argument of the step, in no checkpoint.
-        load_params: device mesh -> the frozen subtrees, and those of the state that `loaded` names.
-        loaded: subtrees of the state whose first values `load_params` reads.
-        frozen_dtype: dtype of the frozen subtrees.
-        frozen_identity: () -> sha256 of the files of each frozen model, by name.
-        foreign: subtrees that never come from `init.from`, because they have a folder of their own.
-        load_start: path of a model folder -> the parameters in it, if the folder does not contain
-            the declared tree.
-        optimizer: transforms the gradients of the trainable subtrees.
-        abstract_batch: ShapeDtypeStructs of a batch of `train.batch_size` rows.
-        batch_totals: batch -> what the loss of the global batch is divided by.
-        loss: (trained params, batch, keys [B], StepContext) -> this microbatch's share of the loss
-            of the global batch, summable metrics of each row [B], and what `track` observes.
-        evaluate: (all params, batch, keys [B]) -> summable metrics of each row [B].
-        finalize_metrics: summed metrics -> readable ones, the most important one first.
-        track: (subtrees of the state, observed, summed metrics, step) -> the carried subtrees after
-            the step, if they are running statistics. It is applied to raw and to averaged
-            parameters; `observed` has an entry `params` and an entry `ema`.
-        reconstruct: (all params, batch, keys [B]) -> uint8 images [B, H, W, 3].
-        sample_kind: which grids of samples are drawn: `flow`, `interleaved`, `reconstruction`.
-        data_options: (group of keys, `data` or `eval_data`) -> options of `reader`.
-        packed: a batch consists of packed rows of interleaved records rather than of images.
-        step_cost: () -> `tokens` and `flops` of a step; flops is 0 where it is not counted.
-    """
-
-    model_config: Any
-    declared: Tree
-    trainable: tuple[str, ...]
-    optimizer: optax.GradientTransformation
+    model_config: Any  # sizes and options of the network
+    declared: Tree  # ParamSpecs of every top-level subtree
+    trainable: tuple[str, ...]  # the subtrees with an optimizer
+    optimizer: optax.GradientTransformation  # transforms the gradients of the trainable subtrees
+    # ShapeDtypeStructs of a batch of `train.batch_size` rows
     abstract_batch: Mapping[str, jax.ShapeDtypeStruct]
+    # (trained params, batch, keys [B], StepContext) -> this microbatch's share of the loss of the
+    # global batch, summable metrics of each row [B], and what `track` observes
     loss: Callable[[Tree, Batch, jax.Array, StepContext], tuple[jax.Array, Sums, Any]]
+    # (all params, batch, keys [B]) -> summable metrics of each row [B]
     evaluate: Callable[[Tree, Batch, jax.Array], Sums]
+    # Summed metrics -> readable ones, the most important one first
     finalize_metrics: Callable[[Mapping[str, Any]], dict[str, Any]]
+    # (group of keys, `data` or `eval_data`) -> options of `reader`
     data_options: Callable[[str], Any]
+    # () -> `tokens` and `flops` of a step; flops is 0 where it is not counted
     step_cost: Callable[[], dict[str, float]]
+    # Subtrees that are in the state, and in its checkpoints, without an optimizer. All other
+    # subtrees are frozen: an argument of the step, in no checkpoint.
     carried: tuple[str, ...] = ()
-    load_params: Callable[[Mesh], dict[str, Tree]] = no_params
-    loaded: tuple[str, ...] = ()
-    frozen_dtype: Any = jnp.float32
+    # Device mesh -> the frozen subtrees, and those of the state that `loaded` names
+    load_params: Callable[[Mesh], dict[str, Tree]] = _empty
+    loaded: tuple[str, ...] = ()  # subtrees of the state whose first values `load_params` reads
+    frozen_dtype: Any = jnp.float32  # dtype of the frozen subtrees
+    # () -> sha256 of the files of each frozen model, by name
     frozen_identity: Callable[[], dict[str, str]] = dict
+    # Subtrees that never come from `init.from`, because they have a folder of their own
     foreign: tuple[str, ...] = ()
+    # Path of a model folder -> the parameters in it, if the folder does not contain the declared
+    # tree
     load_start: Callable[[str], Tree] | None = None
-    batch_totals: Callable[[Batch], dict[str, jax.Array]] = no_totals
+    # Batch -> what the loss of the global batch is divided by
+    batch_totals: Callable[[Batch], dict[str, jax.Array]] = _empty
+    # (subtrees of the state, observed, summed metrics, step) -> the carried subtrees after the
+    # step, if they are running statistics. It is applied to raw and to averaged parameters;
+    # `observed` has an entry `params` and an entry `ema`.
     track: Callable[[Tree, Any, Sums, jax.Array], Tree] | None = None
+    # (all params, batch, keys [B]) -> uint8 images [B, H, W, 3]
     reconstruct: Callable[[Tree, Batch, jax.Array], jax.Array] | None = None
+    # Which grids of samples are drawn: `flow`, `interleaved`, `reconstruction`
     sample_kind: str = ""
+    # A batch consists of packed rows of interleaved records rather than of images
     packed: bool = False
 
     @property
@@ -94,11 +79,7 @@ class Task:
 
 
 def check_trainable(cfg: Mapping[str, Any], subtrees: tuple[str, ...]) -> None:
-    """Check `train.trainable` of a task that always trains the same subtrees.
-
-    Raises:
-        ValueError: It names other subtrees.
-    """
+    """Raise ValueError if `train.trainable` is not what a task always trains."""
     actual = list(cfg["train"]["trainable"])
     if sorted(actual) != sorted(subtrees):
         raise ValueError(

@@ -24,11 +24,7 @@ MAX_REGIONS, MAX_REGION_WORDS = 5, 8
 
 
 def model_config(cfg: Mapping[str, Any]) -> QwenConfig:
-    """Return the model of an experiment.
-
-    Raises:
-        ValueError: There is an unknown model key or no tower, or the tower cannot cut the images.
-    """
+    """Return the model of an experiment, whose tower must be able to cut the images."""
     group = config.model_group(cfg)
     if not group.get("vision"):
         raise ValueError("config: model.vision is missing: a model that sees needs a tower")
@@ -84,11 +80,7 @@ def data_options(
 
 
 def make_task(cfg: Mapping[str, Any]) -> Task:
-    """Return the task of an experiment.
-
-    Raises:
-        ValueError: A model key or train.trainable is wrong.
-    """
+    """Return the task of an experiment."""
     model = model_config(cfg)
     declared = declare(model)
     check_trainable(cfg, tuple(declared))
