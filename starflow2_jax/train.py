@@ -271,8 +271,7 @@ def log_step(run: Run, pending: PendingStep, window: list[dict[str, float]]) -> 
     number, metrics, batch = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not values["finite"]:
-        arrays = {name: array for name, array in batch.items() if name != "id"}
-        path = run_log.dump_batch(run.workdir, number, arrays, batch["id"], values)
+        path = run_log.dump_batch(run.workdir, number, batch, batch["id"], values)
         raise RuntimeError(
             f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']} is not "
             f"finite; the batch (ids {', '.join(batch['id'][:4])}, ...) is in {path}; weights "

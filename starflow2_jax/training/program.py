@@ -51,9 +51,7 @@ class StepContext(NamedTuple):
 
     frozen: Tree  # the subtrees outside of the state
     state: TrainState  # before the step: its step, its average and its untrained subtrees
-    # `Task.batch_totals` of the global batch, so that microbatches, devices and hosts add up to the
-    # same loss
-    totals: Mapping[str, jax.Array]
+    totals: Mapping[str, jax.Array]  # `Task.batch_totals` of the global batch
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,10 @@ class Program:
     evaluate: Callable
     # (params, frozen, batch) -> uint8 images [B, H, W, 3], of a task with `reconstruct`
     reconstruct: Callable
-    abstract_state: TrainState  # ShapeDtypeStructs with shardings
-    abstract_frozen: Any  # likewise
-    abstract_batch: Any  # likewise
+    # ShapeDtypeStructs with shardings:
+    abstract_state: TrainState
+    abstract_frozen: Any
+    abstract_batch: Any
 
     def lower_step(self) -> jax.stages.Lowered:
         """Lower the training step from abstract values."""

@@ -96,23 +96,6 @@ def region_nll(params: Tree, batch: Batch, features: jax.Array, model: QwenConfi
     return -(target * jax.nn.log_softmax(logits)).sum((1, 2, 3))
 
 
-def weighted_loss(
-    metrics: Mapping[str, jax.Array],
-    weights: Mapping[str, float],
-    *,
-    token_count: jax.Array,
-    image_count: int,
-) -> jax.Array:
-    """Return these rows' share of the loss of a global batch, from their `row_metrics`.
-
-    The counts are those of target tokens and of images in the global batch.
-    """
-    loss = weights["text_loss_weight"] * (metrics["nll"] / token_count).sum()
-    loss += weights["pixel_loss_weight"] * metrics["pixel_square"].sum() / image_count
-    loss += weights["region_loss_weight"] * metrics["word_nats"].sum() / image_count
-    return loss
-
-
 def finalize_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
     """Return nats per target token, the accuracy of tokens and of records, and the tower's losses.
 

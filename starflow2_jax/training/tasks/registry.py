@@ -24,7 +24,10 @@ def make_task(cfg: Mapping[str, Any], *, null_text: Any = None, dry_run: bool = 
     if kind(cfg) == "fae_features":
         return fae.make_features_task(cfg)
     if kind(cfg) == "fae_pixels":
-        return fae.make_pixels_task(cfg, _pixels_codec(cfg, dry_run))
+        path = cfg["init"]["fae"]
+        if not path and not dry_run:
+            raise ValueError("config: init.fae is needed where task='fae_pixels'")
+        return fae.make_pixels_task(cfg, latent_codec.load(path) if path else None)
     if kind(cfg) == "vlm":
         return vlm.make_task(cfg)
     if kind(cfg) == "starflow2":
@@ -35,14 +38,6 @@ def make_task(cfg: Mapping[str, Any], *, null_text: Any = None, dry_run: bool = 
 def build(cfg: Mapping[str, Any], device_mesh: Mesh, **options: Any) -> Program:
     """Build the program of an experiment; `options` are those of `make_task`."""
     return build_program(cfg, device_mesh, make_task(cfg, **options))
-
-
-def _pixels_codec(cfg: Mapping[str, Any], dry_run: bool) -> latent_codec.Codec | None:
-    """Load the codec whose pixel decoder is trained."""
-    path = cfg["init"]["fae"]
-    if not path and not dry_run:
-        raise ValueError("config: init.fae is needed where task='fae_pixels'")
-    return latent_codec.load(path) if path else None
 
 
 def kind(cfg: Mapping[str, Any]) -> str:

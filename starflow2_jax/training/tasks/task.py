@@ -52,23 +52,18 @@ class Task:
     frozen_dtype: Any = jnp.float32  # dtype of the frozen subtrees
     # () -> sha256 of the files of each frozen model, by name
     frozen_identity: Callable[[], dict[str, str]] = dict
-    # Subtrees that never come from `init.from`, because they have a folder of their own
-    foreign: tuple[str, ...] = ()
-    # Path of a model folder -> the parameters in it, if the folder does not contain the declared
-    # tree
+    foreign: tuple[str, ...] = ()  # subtrees with a folder of their own, not from `init.from`
+    # Path of a model folder -> its parameters, if it does not contain the declared tree
     load_start: Callable[[str], Tree] | None = None
     # Batch -> what the loss of the global batch is divided by
     batch_totals: Callable[[Batch], dict[str, jax.Array]] = _empty
     # (subtrees of the state, observed, summed metrics, step) -> the carried subtrees after the
-    # step, if they are running statistics. It is applied to raw and to averaged parameters;
-    # `observed` has an entry `params` and an entry `ema`.
+    # step, for raw and for averaged parameters: `observed` has entries `params` and `ema`
     track: Callable[[Tree, Any, Sums, jax.Array], Tree] | None = None
     # (all params, batch, keys [B]) -> uint8 images [B, H, W, 3]
     reconstruct: Callable[[Tree, Batch, jax.Array], jax.Array] | None = None
-    # Which grids of samples are drawn: `flow`, `interleaved`, `reconstruction`
-    sample_kind: str = ""
-    # A batch consists of packed rows of interleaved records rather than of images
-    packed: bool = False
+    sample_kind: str = ""  # grids of samples: `flow`, `interleaved`, `reconstruction`, or none
+    packed: bool = False  # whether a batch consists of packed rows of interleaved records
 
     @property
     def reader(self) -> ModuleType:

@@ -93,13 +93,11 @@ def make_task(cfg: Mapping[str, Any]) -> Task:
 
     def loss(params, batch, keys, context):
         del keys
-        metrics = vlm.row_metrics(params, batch, cfg["vlm"], model)
-        total = vlm.weighted_loss(
-            metrics,
-            cfg["vlm"],
-            token_count=context.totals["tokens"],
-            image_count=rows * batch["images"].shape[1],
-        )
+        weights, num_images = cfg["vlm"], rows * batch["images"].shape[1]
+        metrics = vlm.row_metrics(params, batch, weights, model)
+        total = weights["text_loss_weight"] * (metrics["nll"] / context.totals["tokens"]).sum()
+        total += weights["pixel_loss_weight"] * metrics["pixel_square"].sum() / num_images
+        total += weights["region_loss_weight"] * metrics["word_nats"].sum() / num_images
         return total, metrics, {}
 
     def evaluate(params, batch, keys):
