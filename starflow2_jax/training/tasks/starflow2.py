@@ -29,12 +29,7 @@ from starflow2_jax.models.backbone import BackboneConfig
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.models.starflow2 import PretzelConfig
-from starflow2_jax.params import (
-    Tree,
-    draw as draw_params,
-    shardings as param_shardings,
-    split as split_params,
-)
+from starflow2_jax.params import Tree, draw as draw_params, split as split_params
 from starflow2_jax.training import optimizer
 from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.run_config import run_config
@@ -155,13 +150,8 @@ def load_frozen_vlm(
     return draw_params(cfg["seed"], tree, device_mesh, cfg["layout"], dtype)
 
 
-def make_task(cfg: Mapping[str, Any], *, vlm: Tree | None = None) -> Task:
-    """Return the task of an experiment.
-
-    Args:
-        vlm: weights of the VLM, instead of those that `load_frozen_vlm` reads. It is a part of the
-            state if `train.trainable` names it.
-    """
+def make_task(cfg: Mapping[str, Any]) -> Task:
+    """Return the task of an experiment; `train.trainable` may name the VLM as well."""
     model = model_config(cfg)
     declared = model.declare()
     settings = run_config(cfg)
@@ -171,12 +161,6 @@ def make_task(cfg: Mapping[str, Any], *, vlm: Tree | None = None) -> Task:
         raise ValueError("config: train.trainable is empty")
     vlm_dtype = jnp.float32 if "vlm" in trainable else jnp.dtype(cfg["frozen_dtype"])
     folder = cfg["vlm"]["path"]
-
-    def load_params(device_mesh):
-        if vlm is None:
-            return load_frozen_vlm(cfg, model, device_mesh, vlm_dtype)
-        shardings = param_shardings(declared["vlm"], device_mesh, cfg["layout"])
-        return {"vlm": jax.device_put(vlm, shardings)}
 
     def row_metrics(params, batch, keys):
         terms = interleaved.loss_terms(
@@ -210,7 +194,7 @@ def make_task(cfg: Mapping[str, Any], *, vlm: Tree | None = None) -> Task:
         trainable=trainable,
         carried=tuple(n for n in starflow2.SUBTREES if n in declared and n not in trainable),
         optimizer=optimizer.optimizer(settings.optim, settings.train.steps),
-        load_params=load_params,
+        load_params=partial(load_frozen_vlm, cfg, model, dtype=vlm_dtype),
         loaded=("vlm",) if "vlm" in trainable else (),
         frozen_dtype=vlm_dtype,
         frozen_identity=lambda: {"vlm": teacher_weights.identity(folder)} if folder else {},
