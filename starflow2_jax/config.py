@@ -341,10 +341,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def set_nested(group: Mapping[str, Any], **values: Any) -> dict[str, Any]:
-    """Return a copy of nested dicts with new values of these keys at every depth.
-
-    A `model` group has some keys several times, such as `remat` of a flow and of a VLM.
-    """
+    """Return a copy of nested dicts with new values of these keys at every depth."""
     return {
         name: set_nested(inner, **values) if isinstance(inner, Mapping) else values.get(name, inner)
         for name, inner in group.items()

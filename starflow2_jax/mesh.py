@@ -183,11 +183,7 @@ def check_batch(rows: int, device_mesh: Mesh, name: str = "train.batch_size") ->
 
 
 def platform() -> str:
-    """Return `cpu`, `gpu` or `tpu`: the platform of the program that is being traced.
-
-    The mesh of `jax.set_mesh` decides, whose devices may be another machine's, else the default
-    device.
-    """
+    """Return `cpu`, `gpu` or `tpu`: the platform of `jax.set_mesh`, else of the default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -228,10 +224,7 @@ def place_rows(local: np.ndarray, device_mesh: Mesh) -> jax.Array:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pin the sharding of x on the mesh of `jax.set_mesh`, if there is one.
-
-    Each of the leading dimensions has a name in `ACTIVATIONS`, or None.
-    """
+    """Pin the sharding of x by a name in `ACTIVATIONS`, or None, for each leading dimension."""
     abstract_mesh = jax.sharding.get_abstract_mesh()
     if abstract_mesh.empty or abstract_mesh.size == 1:
         return x

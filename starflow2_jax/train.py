@@ -294,10 +294,7 @@ def summarize(window: list[dict[str, float]], task: Task) -> dict[str, float]:
 
 
 def actions_after(run: Run, number: int, stopped: bool) -> list[Callable]:
-    """Return what is to be done after a step, functions of (run, state, number).
-
-    Saving is the last one: a step that is restored has everything that belongs to it.
-    """
+    """Return the functions of (run, state, number) to call after a step; saving is the last one."""
     settings = run.config
 
     def is_time(every: int) -> bool:

@@ -22,10 +22,7 @@ DATA_PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", 
 
 
 def check_workdir(workdir: epath.Path, cfg: Mapping[str, Any], data: RunData) -> int | None:
-    """Return the newest step to resume from, None in a new workdir.
-
-    Raise ValueError if the configuration or the data differ, or the newest step is incomplete.
-    """
+    """Return the step to resume from, None in a new workdir; check configuration and data."""
     newest = {"newest step": steps.latest(workdir)}
     distributed.assert_equal_across_processes(f"what they see in {workdir}", newest)
     steps.check_copied(workdir)

@@ -90,10 +90,7 @@ def seconds_left(clock: Clock, step: int, steps: int) -> float | None:
 
 
 def peak_flops() -> float:
-    """Return the FLOP/s of all devices together: the stated bfloat16 peak.
-
-    For other devices, such as CPUs, it is the rate of a float32 matmul, measured in about a second.
-    """
+    """Return the FLOP/s of all devices: their stated bfloat16 peak, or else a measured rate."""
     device = jax.devices()[0]
     for kind, peak in PEAKS.items():
         if kind in device.device_kind:

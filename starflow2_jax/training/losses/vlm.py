@@ -85,10 +85,10 @@ def region_nll(params: Tree, batch: Batch, features: jax.Array, model: QwenConfi
     weight, and so has every feature of a region.
     """
     logits = qwen.logits(params, qwen.final_norm(params, features, model), model)
-    words = batch["region_words"]
+    words = batch["region_words"]  # int [B, M, R, words]
     bag = jax.nn.one_hot(words, logits.shape[-1]).sum(3)  # -1 gives zeros
     bag = bag / jnp.maximum((words >= 0).sum(3), 1)[..., None]
-    inside = jax.nn.one_hot(batch["region"], words.shape[2])
+    inside = jax.nn.one_hot(batch["region"], words.shape[2])  # [B, M, N, R]
     feature_count = inside.sum(2)  # [B, M, R]
     share = inside / jnp.maximum(feature_count, 1)[:, :, None]
     share = share / jnp.maximum((feature_count > 0).sum(2), 1)[..., None, None]
