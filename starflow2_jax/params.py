@@ -20,6 +20,7 @@ from starflow2_jax import mesh
 
 Tree = Mapping[str, Any]
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+#: Initializers with 0 and with 1.
 zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
 
 
