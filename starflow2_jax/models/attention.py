@@ -1,11 +1,9 @@
 """Causal grouped-query attention: a plain XLA implementation and the kernels of accelerators.
 
-The kernels are splash attention on TPUs and cuDNN on GPUs. Both are causal within segments and
-neither stores the [T, S] scores. `grouped_query_attention` selects one; its plain path is their
-reference.
+The kernels, splash attention on TPUs and cuDNN on GPUs, are causal within segments and never store
+the [T, S] scores. Their reference is the plain path.
 
-Shapes: B batch, H query heads, K key/value heads, T query positions, S key positions, D channels of
-a head.
+Shapes: B batch, H query and K key/value heads, T query and S key positions, D channels of a head.
 """
 
 from typing import Any
@@ -18,8 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from starflow2_jax.mesh import ACTIVATIONS, activation_shards, constrain, platform
 
 KERNELS = ("auto", "plain", "splash", "cudnn")
-# The plain path processes queries in this many chunks, each against the keys up to its end. With
-# a causal mask that skips (chunks - 1) / (2 chunks) of the scores.
+# The plain path splits queries into this many chunks, each with the keys up to its end. With a
+# causal mask that skips (chunks - 1) / (2 chunks) of the scores.
 CAUSAL_CHUNKS = 4
 # The TPU kernel reads keys in blocks of whole lanes.
 LANES = 128
@@ -55,9 +53,6 @@ def grouped_query_attention(
 
     Returns:
         [B, H, T, D].
-
-    Raises:
-        ValueError: segments together with a mask, or a kernel that does not support these arrays.
     """
     if segments is not None and mask is not None:
         raise ValueError("attention: segments require mask=None; include them in the mask")
@@ -65,8 +60,10 @@ def grouped_query_attention(
     kv_heads, num_keys = k.shape[-3:-1]
     scale = channels**-0.5 / jnp.reshape(jnp.asarray(temperature, q.dtype), (-1, 1, 1, 1, 1))
     kernel = "plain" if mask is not None else select_kernel(kernel, q, k)
-    if kernel != "plain":
-        return kernel_attention(kernel, q * scale[..., 0], k, v, segments)
+    if kernel == "splash":
+        return _splash(q * scale[..., 0], k, v, segments, interpret=platform() != "tpu")
+    if kernel == "cudnn":
+        return dot_product_attention(q * scale[..., 0], k, v, segments, "cudnn")
     q = q.reshape(batch_size, kv_heads, heads // kv_heads, length, channels) * scale
     if mask is not None:
         mask = mask[..., None, None, :, :]
@@ -91,10 +88,7 @@ def grouped_query_attention(
 
 
 def _softmax_attention(q, k, v, mask):
-    """Return softmax(q k) v for scaled q [B, K, G, T, D]; mask broadcasts to [B, 1, 1, T, S].
-
-    The axis B may be absent from all of them.
-    """
+    """Return softmax(q k) v of scaled q [(B,) K, G, T, D]; mask broadcasts to [(B,) 1, 1, T, S]."""
     scores = jnp.einsum("...kgtd,...ksd->...kgts", q, k)
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     # An added, finite mask: the backward pass of a sum is free, and a query that may attend to
@@ -109,15 +103,8 @@ def select_kernel(kernel: str, q: jax.Array, k: jax.Array) -> str:
     """Return `plain`, `splash` or `cudnn` for the platform that the program is traced for.
 
     `auto` selects the platform's kernel if it supports these arrays, else `plain`. Any other name
-    is final: `splash` runs in an interpreter where there is no TPU.
-
-    Args:
-        kernel: one of `KERNELS`.
-        q: [B, H, T, D].
-        k: [B, K, S, D].
-
-    Raises:
-        ValueError: a kernel that is named explicitly and does not support these arrays.
+    is final: `splash` runs in an interpreter where there is no TPU. Shapes are those of
+    `grouped_query_attention`.
     """
     if kernel == "plain":
         return "plain"
@@ -155,28 +142,13 @@ def _unsupported_reason(kernel, q, k):
     return ""
 
 
-def kernel_attention(
-    kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
-) -> jax.Array:
-    """Compute softmax(q k) v, causal within segments, by `splash` or `cudnn`.
-
-    Args:
-        q: [B, H, T, D], scaled.
-        k, v: [B, K, T, D].
-        segments: int32 [B, T] or None.
-
-    Returns:
-        [B, H, T, D].
-    """
-    if kernel == "splash":
-        return _splash(q, k, v, segments, interpret=platform() != "tpu")
-    return dot_product_attention(q, k, v, segments, "cudnn")
-
-
 def dot_product_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, implementation: str
 ) -> jax.Array:
-    """Compute `kernel_attention` by jax.nn.dot_product_attention: `cudnn`, or `xla` anywhere."""
+    """Compute softmax(q k) v of scaled q [B, H, T, D], k, v [B, K, T, D]; causal within segments.
+
+    The implementation of jax.nn.dot_product_attention is `cudnn`, or `xla` anywhere.
+    """
     mask = None
     if segments is not None:
         mask = segments[:, None, :, None] == segments[:, None, None, :]

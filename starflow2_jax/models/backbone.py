@@ -82,7 +82,6 @@ class BackboneConfig(Protocol):
 
     def declare(self) -> dict[str, Any]:
         """Declare every parameter, in subtrees: `vlm`, and some of `starflow2.SUBTREES`."""
-        ...
 
     def forward(
         self,
@@ -97,12 +96,10 @@ class BackboneConfig(Protocol):
 
         Args:
             params: with caches, as `unstack` lays them out.
-            caches: of earlier positions, as `empty_caches` makes them; `inputs.mask` is then
-                required.
+            caches: of earlier positions (see `empty_caches`); they require `inputs.mask`.
             with_flow: False leaves the deep flow out.
             with_skips: False leaves the skips out, which is exact while they are zero.
         """
-        ...
 
 
 def text_embeddings(params: Tree, inputs: BackboneInputs, cfg: QwenConfig) -> jax.Array:
@@ -124,8 +121,6 @@ def empty_caches(
 
 def unstack(params: Tree) -> dict[str, Any]:
     """Return params with the layers of both streams unstacked, as a forward with caches needs."""
-    streams = {
-        name: {**params[name], "layers": layers.unstack(params[name]["layers"])}
-        for name in ("vlm", "deep")
-    }
-    return {**params, **streams}
+    vlm = {**params["vlm"], "layers": layers.unstack(params["vlm"]["layers"])}
+    deep = {**params["deep"], "layers": layers.unstack(params["deep"]["layers"])}
+    return {**params, "vlm": vlm, "deep": deep}

@@ -38,11 +38,8 @@ def block_forward(
 def forward(cfg: FlowConfig, tokens: int, text_length: int = 0, causal: bool = False) -> int:
     """Return the FLOPs of one row's forward pass.
 
-    Args:
-        tokens: image tokens T.
-        text_length: text positions of the blocks that read text.
-        causal: whether to count only the half of the attention scores that a causal mask keeps. The
-            default, the full square, is the convention of model FLOPs utilization.
+    `causal` counts only the half of the attention scores that a causal mask keeps. The default, the
+    full square, is the convention of model FLOPs utilization.
     """
     return sum(block_forward(cfg, i, tokens, text_length, causal) for i in range(len(cfg.layers)))
 
@@ -85,8 +82,6 @@ def interleaved_step(
     Args:
         declared: of `cfg.declare()`.
         trainable: names of the subtrees that are trained.
-        length: positions of the row.
-        num_images: images of the row at most.
         num_targets: target tokens of the row at most, the positions of the vocabulary's head.
     """
     names = set(trainable)

@@ -64,10 +64,8 @@ def tarflow(side: int, channels: int, width: int, layers: tuple[int, ...], **cha
 
 def declare(cfg: FlowConfig) -> dict[str, Any]:
     """Declare every parameter. Identity blocks have none, as in the published files."""
-    blocks = {
-        str(i): _declare_block(cfg.block(i)) for i, depth in enumerate(cfg.layers) if depth > 0
-    }
-    return {"blocks": blocks}
+    indices = [i for i, depth in enumerate(cfg.layers) if depth > 0]
+    return {"blocks": {str(i): _declare_block(cfg.block(i)) for i in indices}}
 
 
 def _declare_block(block: BlockConfig) -> dict[str, Any]:
@@ -86,16 +84,12 @@ def _declare_block(block: BlockConfig) -> dict[str, Any]:
     if block.text:
         tree["proj_text"] = layers.declare_linear(cfg.text_channels, width, ("text", "embed"))
     if cfg.final_norm:
-        tree["final_norm"] = {"weight": ParamSpec((width,), ("embed",), zeros)}
+        tree["final_norm"] = layers.declare_norm("rms_norm_offset", (width,), ("embed",))
     return tree
 
 
 def resolve_grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """Return (rows, columns) of T tokens, square by default.
-
-    Raises:
-        ValueError: a grid of another number of tokens.
-    """
+    """Return (rows, columns) of T tokens, square by default."""
     side = round(tokens**0.5)
     rows, columns = grid or (side, side)
     if rows * columns != tokens:
@@ -129,8 +123,7 @@ def apply_layers(
     Args:
         params: one block's parameters; with a cache, its `layers` unstacked (`layers.unstack`).
         positions: RoPE coordinates [N, A] or [B, N, A] of the new inputs, ignored without RoPE.
-        mask, segments: as in `attention.grouped_query_attention`; None is causal.
-        temperature: of the attention.
+        mask, segments, temperature: as in `attention.grouped_query_attention`.
 
     Returns:
         h [B, N, C], and the extended cache, None without one.
@@ -210,7 +203,6 @@ def predict_gaussian(
     """Return (scale, mean) [B, T, D] of every token, predicted from the tokens before it.
 
     Args:
-        params: one block's parameters.
         x: tokens [B, T, D] in the order of the block.
         conditioning: its `positions` are those of this block.
     """
@@ -244,14 +236,7 @@ def predict_gaussian(
 def block_forward(
     params: Tree, x: jax.Array, block: BlockConfig, conditioning: Conditioning
 ) -> tuple[jax.Array, jax.Array]:
-    """Apply one block in the normalizing direction.
-
-    Args:
-        x: tokens [B, T, D] in raster order; the other arguments are those of `predict_gaussian`.
-
-    Returns:
-        z [B, T, D] in raster order, and its log_det [B].
-    """
+    """Return z [B, T, D] and log_det [B] of one block, of tokens x [B, T, D], in raster order."""
     x = x[:, ::-1] if block.reverse else x
     scale, mean = predict_gaussian(params, x, block, conditioning)
     z = (at_least_float32(x) - mean) / scale
@@ -262,11 +247,10 @@ def block_forward(
 def apply_blocks(
     params: Tree, x: jax.Array, cfg: FlowConfig, num_blocks: int, conditioning: Conditioning
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Apply the first `num_blocks` blocks.
+    """Apply the first `num_blocks` blocks to tokens x [B, T, D] in raster order.
 
     Args:
         params: parameters of each block, by its number.
-        x: tokens [B, T, D] in raster order.
         conditioning: of `check_inputs`.
 
     Returns:
@@ -297,16 +281,10 @@ def forward_blocks(
 def forward(
     params: Tree, x: jax.Array, cfg: FlowConfig, conditioning: Conditioning | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Map data to noise.
-
-    Args:
-        x: tokens [B, T, D] in raster order.
+    """Map data, tokens x [B, T, D] in raster order, to noise.
 
     Returns:
         z [B, T, D] and log_det [B], a sum over tokens and channels in nats; at least float32.
-
-    Raises:
-        ValueError: text or labels that the model has no use for, missing text, or a wrong shape.
     """
     outputs, log_dets = forward_blocks(params, x, cfg, conditioning)
     return outputs[-1], sum(log_dets[1:], log_dets[0])
@@ -315,11 +293,7 @@ def forward(
 def check_inputs(
     cfg: FlowConfig, shape: tuple[int, ...], conditioning: Conditioning | None
 ) -> Conditioning:
-    """Check tokens of `shape` and their conditioning; return the latter with its grid filled in.
-
-    Raises:
-        ValueError: as `forward`.
-    """
+    """Check tokens of `shape` and their conditioning; return the latter with its grid filled in."""
     conditioning = conditioning or Conditioning()
     text = conditioning.text
     if len(shape) != 3 or shape[-1] != cfg.channels:

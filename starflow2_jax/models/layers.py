@@ -17,6 +17,8 @@ from starflow2_jax.mesh import constrain, platform
 from starflow2_jax.models.attention import KERNELS, grouped_query_attention
 from starflow2_jax.params import Init, ParamSpec, Tree, fan_in, ones, zeros
 
+# The mask [T, S] of attention without a mask.
+ATTEND_ALL = np.ones((1, 1), bool)
 # Number of layers that the scan over layers unrolls on a CPU.
 CPU_UNROLL = 8
 # Number of columns in one panel of a tall weight in a CPU's decode step (see `unstack`).
@@ -92,7 +94,8 @@ def declare_linear(
     }
 
 
-def _declare_norm(kind: str, shape: tuple[int, ...], axes: tuple) -> dict[str, ParamSpec]:
+def declare_norm(kind: str, shape: tuple[int, ...], axes: tuple) -> dict[str, ParamSpec]:
+    """Declare the parameters of `norm` over these logical axes."""
     if kind == "layer_norm":
         return {"weight": ParamSpec(shape, axes, ones), "bias": ParamSpec(shape, axes, zeros)}
     return {"weight": ParamSpec(shape, axes, zeros if kind == "rms_norm_offset" else ones)}
@@ -108,7 +111,7 @@ def declare(cfg: LayerConfig, num_layers: int) -> dict[str, Any]:
         return specs
 
     def norm(kind, size, axis):
-        return _declare_norm(kind, (num_layers, size), ("layers", axis))
+        return declare_norm(kind, (num_layers, size), ("layers", axis))
 
     q_width, kv_width = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     tree = {
@@ -138,11 +141,8 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 def linear(params: Tree, x: jax.Array) -> jax.Array:
-    """Return x @ weight (+ bias) in x's dtype, [..., in] to [..., out].
-
-    Leading axes are flattened first: on a CPU the backward pass of [B, T, in] takes up to twice as
-    long.
-    """
+    """Return x @ weight (+ bias) in x's dtype, [..., in] to [..., out]."""
+    # On a CPU the backward pass of [B, T, in] takes up to twice as long.
     flat = x.reshape(-1, x.shape[-1])
     if "panels" in params:
         panels = params["panels"].astype(x.dtype)
@@ -304,8 +304,7 @@ def decoder_layer(
         params: one layer's parameters, without the leading layers axis.
         h: [B, T, C].
         tables: RoPE cos and sin of the T new positions, None without RoPE.
-        mask: as in `grouped_query_attention`, over the S positions of the cache if there is one.
-        temperature: of the attention, a number or [B].
+        mask, temperature: as in `grouped_query_attention`, over the S positions of a cache.
         layer_cache: keys and values of earlier positions, as in `KVCache`, and the offset at which
             the new ones are written.
         segments: int32 [B, T] as in `grouped_query_attention`, without a cache.
@@ -326,21 +325,36 @@ REMAT = {
 }
 
 
-def scan_layers(body: Callable[..., Any], carry: Any, params: Any, remat: str) -> Any:
-    """Return the carry after `body(carry, layer_params)` for each stacked layer of `params`.
+def run_layers(
+    layer: Callable[..., Any], carry: Any, params: Any, remat: str, cache: KVCache | None
+) -> tuple[Any, KVCache | None]:
+    """Return the carry after all layers, and the extended cache, None without one.
 
     Args:
-        remat: name in `REMAT` of the policy by which a layer is rematerialized.
+        layer: (carry, layer_params, layer_cache) -> carry and `self_attention`'s keys and values.
+        carry: states [B, T, C], or a tuple of them.
+        params: the stacked layers; with a cache one tree per layer (see `unstack`), since a scan
+            would copy the stacked cache at every step.
+        remat: a name in `REMAT`, without a cache.
     """
+    if cache is None:
 
-    def step(carry, layer_params):
-        return body(carry, layer_params), None
+        def step(carry, layer_params):
+            return layer(carry, layer_params, None)[0], None
 
-    if REMAT[remat] is not None:
-        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
-    # A loop copies the residuals of the backward pass in and out of stacked arrays: on a CPU that
-    # is an eighth of the step's time.
-    return jax.lax.scan(step, carry, params, unroll=CPU_UNROLL if platform() == "cpu" else 1)[0]
+        if REMAT[remat] is not None:
+            step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+        # A loop copies the residuals of the backward pass in and out of stacked arrays: on a CPU
+        # that is an eighth of the step's time.
+        unroll = CPU_UNROLL if platform() == "cpu" else 1
+        return jax.lax.scan(step, carry, params, unroll=unroll)[0], None
+    keys, values = [], []
+    for layer_params, k, v in zip(params, cache.keys, cache.values):
+        carry, (k, v) = layer(carry, layer_params, (k, v, cache.length))
+        keys.append(k)
+        values.append(v)
+    num_new = jax.tree.leaves(carry)[0].shape[1]
+    return carry, KVCache(tuple(keys), tuple(values), cache.length + num_new)
 
 
 def apply_layers(
@@ -355,32 +369,16 @@ def apply_layers(
     segments: jax.Array | None = None,
     cache: KVCache | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
-    """Apply all layers to h [B, T, C].
-
-    Args:
-        params: the stacked layers; with a cache one tree per layer (see `unstack`), since a scan
-            would copy the stacked cache at every step.
-        remat: a name in `REMAT`, without a cache.
-        tables, mask, temperature, segments: as in `decoder_layer`.
+    """Apply all layers to h [B, T, C]; arguments as in `decoder_layer` and `run_layers`.
 
     Returns:
         h [B, T, C], and the cache extended by the T positions, None without one.
     """
-    if cache is None:
 
-        def layer(h, layer_params):
-            return decoder_layer(
-                layer_params, h, cfg, tables, mask, temperature, segments=segments
-            )[0]
+    def layer(h, layer_params, layer_cache):
+        return decoder_layer(layer_params, h, cfg, tables, mask, temperature, layer_cache, segments)
 
-        return scan_layers(layer, h, params, remat), None
-    keys, values = [], []
-    for layer_params, k, v in zip(params, cache.keys, cache.values):
-        layer_cache = (k, v, cache.length)
-        h, (k, v) = decoder_layer(layer_params, h, cfg, tables, mask, temperature, layer_cache)
-        keys.append(k)
-        values.append(v)
-    return h, KVCache(tuple(keys), tuple(values), cache.length + h.shape[1])
+    return run_layers(layer, h, params, remat, cache)
 
 
 def unstack(params: Tree) -> tuple[Tree, ...]:

@@ -1,7 +1,7 @@
 """Conversion of pixels to numbers and to tokens, and back.
 
-Shapes: B batch, H x W pixels, c colors, p patch side, T = H W / p^2 tokens in raster order, D = c
-p^2 channels of a token.
+Shapes: B batch, H x W pixels, c colors, p patch side, T = H W / p^2 tokens in raster order,
+D = c p^2 channels of a token.
 """
 
 import jax
@@ -27,12 +27,8 @@ def to_pixels(x: jax.Array, noise: str) -> jax.Array:
 def patchify(image: jax.Array, patch: int, layout: str) -> jax.Array:
     """Cut images [B, H, W, c] into tokens [B, T, D].
 
-    Args:
-        layout: order of a token's channels, (c, row, column) `channel_first` as in TarFlow or
-            (row, column, c) `channel_last` as in STARFlow.
-
-    Raises:
-        ValueError: an image that the patch size does not divide, or an unknown layout.
+    The layout of a token's channels is (c, row, column) for `channel_first`, as in TarFlow, or
+    (row, column, c) for `channel_last`, as in STARFlow.
     """
     batch_size, height, width, colors = image.shape
     _check(height, width, patch, layout)

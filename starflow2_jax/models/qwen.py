@@ -1,7 +1,6 @@
 """Qwen2.5-VL (arXiv 2502.13923): a causal language model with multimodal rotary positions.
 
-Its vision tower is `qwen_vision`. Positions are (time, row, column); text advances all three
-together.
+Its vision tower is `qwen_vision`. Positions are (time, row, column); text advances all three.
 
 Shapes: B batch, T positions, S cache positions, C width, V vocabulary, D channels of a head, N
 patches of P values of all images, M features of all images.
@@ -19,7 +18,7 @@ import numpy as np
 from starflow2_jax.models import layers, qwen_vision, rope
 from starflow2_jax.models.layers import KVCache, LayerConfig, at_least_float32
 from starflow2_jax.models.qwen_vision import VisionConfig, VisionPlan
-from starflow2_jax.params import ParamSpec, Tree, normal, ones
+from starflow2_jax.params import ParamSpec, Tree, normal
 
 Grid = tuple[int, int, int]
 
@@ -134,7 +133,7 @@ def declare(cfg: QwenConfig) -> dict[str, Any]:
     tree = {
         "embed": {"weight": ParamSpec((cfg.vocab, cfg.width), ("vocab", "embed"), normal(0.02))},
         "layers": layers.declare(cfg.layer, cfg.layers),
-        "final_norm": {"weight": ParamSpec((cfg.width,), ("embed",), ones)},
+        "final_norm": layers.declare_norm("rms_norm", (cfg.width,), ("embed",)),
     }
     if not cfg.tied:
         shape = (cfg.width, cfg.vocab)
@@ -142,9 +141,6 @@ def declare(cfg: QwenConfig) -> dict[str, Any]:
     if cfg.vision is not None:
         tree["vision"] = qwen_vision.declare(cfg.vision)
     return tree
-
-
-# --------------------------------------------------------------------------------------- positions
 
 
 def part_positions(
@@ -182,9 +178,6 @@ def rope_indices(
         ids: int [B, T].
         grids: (frames, rows, columns) in patches of every image [images, 3], row after row.
         valid: bool [B, T], False at padding.
-
-    Raises:
-        ValueError: image tokens that do not match the grids, or video tokens.
     """
     ids = np.asarray(ids)
     valid = np.ones(ids.shape, bool) if valid is None else np.asarray(valid, bool)
@@ -232,9 +225,6 @@ def rope_tables(positions: Any, cfg: QwenConfig, dtype: Any) -> tuple[jax.Array,
     return rope.tables(jnp.asarray(positions)[..., axis].astype(dtype) * frequency, dtype)
 
 
-# -------------------------------------------------------------------------------------- forward
-
-
 def compute_dtype(params: Tree, cfg: QwenConfig) -> Any:
     """Return the dtype in which the layers run."""
     return jnp.dtype(cfg.compute_dtype or params["embed"]["weight"].dtype)
@@ -259,11 +249,7 @@ def scatter_image_features(
 
 
 def scatter_row_features(h: jax.Array, image: jax.Array, features: jax.Array) -> jax.Array:
-    """Replace positions of h [B, T, C] by features of the same row [B, P, C].
-
-    Args:
-        image: int [B, T], the index of the feature at each position, -1 at text.
-    """
+    """Replace positions of h [B, T, C] by features [B, P, C]; image int [B, T], -1 at text."""
     at_tokens = jnp.take_along_axis(features, jnp.maximum(image, 0)[..., None], 1)
     return jnp.where(image[..., None] >= 0, at_tokens.astype(h.dtype), h)
 
@@ -304,23 +290,19 @@ def apply_layers(
     Returns:
         states [B, T, C], and the extended cache, None without one.
     """
+    if positions is None:
+        positions = np.repeat(np.arange(h.shape[1])[:, None], 3, 1)
     h, cache = layers.apply_layers(
         params["layers"],
         h,
         cfg.layer,
-        _input_tables(h, positions, cfg),
+        rope_tables(positions, cfg, jnp.promote_types(h.dtype, jnp.float32)),
         mask,
         remat=cfg.remat,
         segments=segments,
         cache=cache,
     )
     return final_norm(params, h, cfg), cache
-
-
-def _input_tables(h: jax.Array, positions: Any, cfg: QwenConfig) -> tuple[jax.Array, jax.Array]:
-    if positions is None:
-        positions = np.repeat(np.arange(h.shape[1])[:, None], 3, 1)
-    return rope_tables(positions, cfg, jnp.promote_types(h.dtype, jnp.float32))
 
 
 def empty_cache(cfg: QwenConfig, batch_size: int, size: int, dtype: Any) -> KVCache:
@@ -350,14 +332,11 @@ def forward(
     positions: Any = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """Return logits [B, T, V] of token rows, with or without images.
+    """Return logits [B, T, V] of token rows, int ids [B, T], with or without images.
 
     Args:
-        ids: int [B, T].
-        patches: [N, P] of all images, row after row.
-        plan: `qwen_vision.plan` of their grids.
-        positions: of `rope_indices`, None for text alone.
-        mask: as in `apply_layers`.
+        patches, plan: [N, P] of all images, row after row, and `qwen_vision.plan` of their grids.
+        positions, mask: as in `apply_layers`; with images, the positions are of `rope_indices`.
     """
     h = embed_multimodal(params, ids, cfg, patches, plan)
     states, _ = apply_layers(params, h, cfg, positions, mask)

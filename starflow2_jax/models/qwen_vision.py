@@ -1,8 +1,7 @@
 """The vision tower of Qwen2.5-VL: patches of images of any size to features of the language model.
 
-Patches are in the order of the published image processor: image after image, blocks of merge x
-merge patches in raster order, raster order within a block. Inside the tower the blocks are in order
-of attention window.
+Patches are in the published processor's order: image after image, blocks of merge x merge patches
+in raster order, raster order within a block. Inside the tower blocks are in order of window.
 
 Shapes: N patches of all images, P values of a patch, C width, U = merge^2 patches of one feature, D
 channels of a head. An image is one frame, a clip has several.
@@ -18,14 +17,13 @@ from flax import struct
 
 from starflow2_jax.models import layers, rope
 from starflow2_jax.models.layers import LayerConfig, linear
-from starflow2_jax.params import ParamSpec, Tree, flatten, ones, unflatten
+from starflow2_jax.params import ParamSpec, Tree, flatten, unflatten
 
 # Limit of the published image processor: an image of 16,384 features.
 MAX_PIXELS = 16384 * 28 * 28
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 EPS = 1e-6
-ATTEND_ALL = np.ones((1, 1), bool)
 
 
 @dataclass(frozen=True)
@@ -89,22 +87,15 @@ def declare(cfg: VisionConfig) -> dict[str, Any]:
         "patch": {"weight": ParamSpec((cfg.patch_values, cfg.width), (None, "embed"))},
         "layers": unflatten(stack),
         "merger": {
-            "norm": {"weight": ParamSpec((cfg.width,), ("embed",), ones)},
+            "norm": layers.declare_norm("rms_norm", (cfg.width,), ("embed",)),
             "up": layers.declare_linear(merged, merged, ("embed", "mlp")),
             "down": layers.declare_linear(merged, cfg.out_width, ("mlp", "embed")),
         },
     }
 
 
-# ------------------------------------------------------------------------------------------ images
-
-
 def check_size(height: int, width: int, cfg: VisionConfig, max_pixels: int = MAX_PIXELS) -> None:
-    """Check that the tower can read an image of this size in pixels.
-
-    Raises:
-        ValueError: an image that does not consist of whole blocks, or is too large.
-    """
+    """Check that the tower can read an image of this size in pixels."""
     block = cfg.patch * cfg.merge
     if height < block or width < block or height % block or width % block:
         raise ValueError(
@@ -117,18 +108,14 @@ def check_size(height: int, width: int, cfg: VisionConfig, max_pixels: int = MAX
 def normalize(image: Any) -> Any:
     """Normalize uint8 [..., 3] by the published mean and standard deviation; float32."""
     xp = np if isinstance(image, np.ndarray) else jnp
-    return (image.astype("float32") / 255 - xp.asarray(MEAN, "float32")) / xp.asarray(
-        STD, "float32"
-    )
+    mean, std = xp.asarray(MEAN, "float32"), xp.asarray(STD, "float32")
+    return (image.astype("float32") / 255 - mean) / std
 
 
 def patchify(image: Any, cfg: VisionConfig, max_pixels: int = MAX_PIXELS) -> Any:
     """Return patches [..., N, P] of normalized images [..., H, W, channels], numpy or jax.
 
     A still image is repeated along time to fill a patch's frames.
-
-    Raises:
-        ValueError: as `check_size`.
     """
     *batch, height, width, channels = image.shape
     check_size(height, width, cfg, max_pixels)
@@ -138,9 +125,6 @@ def patchify(image: Any, cfg: VisionConfig, max_pixels: int = MAX_PIXELS) -> Any
     x = x.transpose(*range(n), *(n + axis for axis in order))[..., None, :, :]
     x = x.repeat(cfg.frames, axis=-3)
     return x.reshape(*batch, -1, cfg.patch_values)
-
-
-# -------------------------------------------------------------------------------------- attention
 
 
 @struct.dataclass
@@ -171,14 +155,7 @@ def _consecutive_groups(sizes: np.ndarray) -> AttentionGroups:
 
 
 def plan(grids: Any, cfg: VisionConfig) -> VisionPlan:
-    """Return the plan of images or clips.
-
-    Args:
-        grids: (frames, rows, columns) in patches [images, 3].
-
-    Raises:
-        ValueError: no images, or rows or columns that are not a multiple of the merge size.
-    """
+    """Return the plan of images or clips by their grids [images, 3]: (frames, rows, columns)."""
     grids = np.asarray(grids)
     if grids.ndim != 2 or grids.shape[1] != 3 or not len(grids) or (grids < 1).any():
         raise ValueError(f"grids: expected [images, 3] of positive numbers, got {grids.tolist()}")
@@ -191,10 +168,8 @@ def plan(grids: Any, cfg: VisionConfig) -> VisionPlan:
     for num_frames, rows, columns in grids.tolist():
         block_rows, block_columns = rows // cfg.merge, columns // cfg.merge
         frame, row, column = np.indices((num_frames, block_rows, block_columns))
-        window_rows, window_columns = (
-            -(-block_rows // window_side),
-            -(-block_columns // window_side),
-        )
+        window_rows = -(-block_rows // window_side)
+        window_columns = -(-block_columns // window_side)
         window = frame * window_rows + row // window_side
         window = (window * window_columns + column // window_side).ravel()
         by_window = np.argsort(window, kind="stable")
@@ -216,24 +191,14 @@ def plan(grids: Any, cfg: VisionConfig) -> VisionPlan:
     )
 
 
-def _are_equally_long(groups: AttentionGroups) -> bool:
-    """Return whether groups, known at trace time, are equally long: a reshape then suffices."""
-    known = isinstance(groups.index, np.ndarray)
-    return known and np.array_equal(groups.index.ravel(), np.arange(groups.index.size))
-
-
 def apply_layers(
     params: Tree, patches: jax.Array, plan: VisionPlan, cfg: VisionConfig
 ) -> jax.Array:
-    """Return the states [N, C] of patches [N, P] after the last layer, in order of window.
-
-    Raises:
-        ValueError: another number of patches than the plan's.
-    """
-    if patches.shape != (cfg.merge**2 * len(plan.order), cfg.patch_values):
+    """Return the states [N, C] of patches [N, P] after the last layer, in order of window."""
+    expected = (cfg.merge**2 * len(plan.order), cfg.patch_values)
+    if patches.shape != expected:
         raise ValueError(
-            f"patches: expected [{cfg.merge**2 * len(plan.order)}, {cfg.patch_values}] by the "
-            f"plan, got {list(patches.shape)}"
+            f"patches: expected {list(expected)} by the plan, got {list(patches.shape)}"
         )
     dtype = jnp.dtype(cfg.compute_dtype or params["patch"]["weight"].dtype)
     # Reordered before the first weight, so that no gradient is scattered back through the order.
@@ -242,18 +207,20 @@ def apply_layers(
     table_dtype = jnp.promote_types(dtype, jnp.float32)
 
     def attend_within(groups):
-        equally_long = _are_equally_long(groups)
-        mask = groups.index >= 0
-        angles = jnp.asarray(plan.angles)[jnp.maximum(groups.index, 0)]
+        index = groups.index
+        # Groups that are known at trace time and equally long need no more than a reshape.
+        known = isinstance(index, np.ndarray)
+        equally_long = known and np.array_equal(index.ravel(), np.arange(index.size))
+        angles = jnp.asarray(plan.angles)[jnp.maximum(index, 0)]
         tables = rope.tables(angles, table_dtype)
 
         def layer(h, layer_params):
             if equally_long:
-                x = h.reshape(*groups.index.shape, cfg.width)
-                x, _ = layers.decoder_layer(layer_params, x, cfg.layer, tables, ATTEND_ALL)
+                x = h.reshape(*index.shape, cfg.width)
+                x, _ = layers.decoder_layer(layer_params, x, cfg.layer, tables, layers.ATTEND_ALL)
                 return x.reshape(h.shape)
-            x = h[jnp.maximum(groups.index, 0)]
-            x, _ = layers.decoder_layer(layer_params, x, cfg.layer, tables, mask[:, None])
+            x, mask = h[jnp.maximum(index, 0)], index[:, None] >= 0
+            x, _ = layers.decoder_layer(layer_params, x, cfg.layer, tables, mask)
             return x.reshape(-1, cfg.width)[groups.flat_index]
 
         return layer
@@ -271,15 +238,7 @@ def apply_layers(
 
 
 def encode(params: Tree, patches: jax.Array, plan: VisionPlan, cfg: VisionConfig) -> jax.Array:
-    """Return features [N / U, out_width], image after image, each in raster order.
-
-    Args:
-        patches: [N, P] of `patchify` or of the published processor.
-        plan: of their grids.
-
-    Raises:
-        ValueError: another number of patches than the plan's.
-    """
+    """Return features [N / U, out_width] of patches [N, P], image after image in raster order."""
     h = apply_layers(params, patches, plan, cfg)
     merger = params["merger"]
     h = layers.rms_norm(merger["norm"], h, EPS, offset=False)
@@ -288,14 +247,8 @@ def encode(params: Tree, patches: jax.Array, plan: VisionPlan, cfg: VisionConfig
 
 
 def encode_images(params: Tree, images: jax.Array, cfg: VisionConfig) -> jax.Array:
-    """Return features [B, N / U, out_width] of normalized images [B, H, W, 3].
-
-    Raises:
-        ValueError: as `check_size`.
-    """
+    """Return features [B, N / U, out_width] of normalized images [B, H, W, 3]."""
     patches = patchify(images, cfg)
-    grid = [[1, *(n // cfg.patch for n in images.shape[1:3])]]
-    features = encode(
-        params, patches.reshape(-1, cfg.patch_values), plan(grid * len(images), cfg), cfg
-    )
+    grids = [[1, *(n // cfg.patch for n in images.shape[1:3])]] * len(images)
+    features = encode(params, patches.reshape(-1, cfg.patch_values), plan(grids, cfg), cfg)
     return features.reshape(len(images), -1, cfg.out_width)

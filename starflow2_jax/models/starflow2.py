@@ -38,8 +38,7 @@ class PretzelConfig:
     """The two streams and the connections between them."""
 
     vlm: QwenConfig  #: the language model, without its vision tower
-    #: The shallow blocks and, last, the deep block, which has `start="prefix"` and reads in raster
-    #: order as the VLM does (see `flow_config`)
+    #: The shallow blocks and, last, the deep block, with `start="prefix"`, in raster order
     flow: FlowConfig
     adapter: str = "mlp"  #: `mlp` (two linears with a GELU between them) or `linear`, from D to V
     adapter_width: int = 0  #: hidden channels of the MLP, 0 for V
@@ -47,8 +46,7 @@ class PretzelConfig:
     adapter_std: float = 0.0
     #: Names of the skip connections, of `vlm` (W_vlm) and `deep` (W_D)
     skips: tuple[str, ...] = ("vlm", "deep")
-    #: Where W_vlm y is added, to the `latent` channels before W_in or to the `width` after it; the
-    #: paper adds it to the latents
+    #: Where W_vlm y is added: to the `latent` channels before W_in (paper), or the `width` after it
     skip_into: str = "latent"
 
     kind = "pretzel"
@@ -66,10 +64,8 @@ class PretzelConfig:
         if unknown:
             raise ValueError(f"model.skips: {unknown[0]!r} is not one of ('vlm', 'deep')")
         if self.flow.text_channels != self.vlm.width:
-            raise ValueError(
-                f"model.flow.text_channels={self.flow.text_channels} is not the VLM's width "
-                f"{self.vlm.width}"
-            )
+            channels, width = self.flow.text_channels, self.vlm.width
+            raise ValueError(f"model.flow.text_channels={channels} is not the VLM's width {width}")
         if self.flow.start != "prefix" or self.flow.text_blocks != "deep" or self.flow.classes:
             raise ValueError(
                 "model.flow: expected start='prefix', text_blocks='deep' and classes=0, got "
@@ -174,11 +170,7 @@ PRESETS: dict[str, Callable[..., PretzelConfig]] = {"tiny": tiny, "small": small
 
 
 def preset(name: str, **changes: Any) -> PretzelConfig:
-    """Return a preset by its name, with changes.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Return a preset by its name, with changes."""
     if name not in PRESETS:
         raise ValueError(f"starflow2: preset {name!r} is not one of {', '.join(PRESETS)}")
     return PRESETS[name](**changes)
@@ -187,8 +179,7 @@ def preset(name: str, **changes: Any) -> PretzelConfig:
 def options(cfg: BackboneConfig) -> dict[str, Any]:
     """Return a model's config as the `model` group of an experiment.
 
-    Fields that follow from the VLM and the number of blocks are left out, so that either can be
-    changed alone.
+    Fields that follow from the VLM and the number of blocks are left out: either can be changed.
     """
     group = dataclasses.asdict(cfg)  # type: ignore[call-overload]
     for name in ("order", "text_channels", "text_length", "compute_dtype"):
@@ -229,35 +220,27 @@ def _declare_skips(cfg: PretzelConfig) -> dict[str, Any]:
     return {name: skips[name] for name in cfg.skips}
 
 
-# ---------------------------------------------------------------------------------- shallow flow
-
-
 def shallow_forward(
     params: Tree, x: jax.Array, cfg: BackboneConfig
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Apply the shallow blocks to images x [I, N, D], each by itself.
+    """Apply the shallow blocks to images x [I, N, D], each by itself, in at least float32.
 
     Returns:
         The tokens [I, N, D] before each block and after the last, which is u, in raster order; the
-        log_det [I] of each block in nats; both in at least float32.
+        log_det [I] of each block in nats.
     """
     num_shallow = len(cfg.flow.layers) - 1
     return flow.apply_blocks(params["shallow"], x, cfg.flow, num_shallow, Conditioning())
 
 
 def latents_at_positions(u: jax.Array, image: jax.Array) -> jax.Array:
-    """Return the latents [B, T, D] of the patch at every position, zeros at text.
+    """Return the latents [B, T, D] of u [B, M, N, D] at every position, zeros at text.
 
-    Args:
-        u: [B, M, N, D].
-        image: int [B, T], m N + n for patch n of image m, -1 for text.
+    `image` int [B, T] is m N + n for patch n of image m, -1 for text.
     """
     patches = u.reshape(u.shape[0], -1, u.shape[-1])
     latents = jnp.take_along_axis(patches, jnp.maximum(image, 0)[..., None], 1)
     return jnp.where(image[..., None] >= 0, latents, 0)
-
-
-# ------------------------------------------------------------------------------------ two streams
 
 
 def forward(
@@ -269,10 +252,9 @@ def forward(
     with_flow: bool = True,
     with_skips: bool = True,
 ) -> BackboneOutputs:
-    """Apply the VLM and then the deep flow to interleaved rows.
+    """Apply the VLM and then the deep flow to rows; arguments as in `BackboneConfig.forward`.
 
-    The heads on the returned states are `image_head` and `text_states` with `text_logits`. The
-    arguments are those of `BackboneConfig.forward`.
+    The heads on the returned states are `image_head` and `text_states` with `text_logits`.
     """
     vlm_cache, flow_cache = caches or (None, None)
     y, vlm_cache = qwen.apply_layers(
@@ -318,13 +300,9 @@ def adapt(params: Tree, u: jax.Array, cfg: PretzelConfig) -> jax.Array:
 def flow_inputs(
     params: Tree, y: jax.Array, inputs: BackboneInputs, cfg: PretzelConfig, *, with_skips: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return the deep flow's input [B, T, C]: W_txt y at text, W_in (u + W_vlm y) at patches.
+    """Return the deep flow's input [B, T, C] from y [B, T, V], and the share of W_vlm y in it.
 
-    Args:
-        y: [B, T, V].
-
-    Returns:
-        The input, and the share of W_vlm y in it [B, T], None without the skip.
+    It is W_txt y at text, W_in (u + W_vlm y) at patches. The share [B, T] is None without a skip.
     """
     deep, u, ratio = params["deep"], inputs.latents, None
     skip = linear(params["skip"]["vlm"], y) if with_skips and "vlm" in cfg.skips else None
@@ -349,9 +327,6 @@ def skip_ratio(base: jax.Array, skip: jax.Array) -> jax.Array:
     return skip_norm / jnp.maximum(skip_norm + base_norm, 1e-30)
 
 
-# ------------------------------------------------------------------------------------------ heads
-
-
 def image_head(params: Tree, h: jax.Array, cfg: BackboneConfig) -> tuple[jax.Array, jax.Array]:
     """Return (scale, mean) [..., D] of the next patch's u in at least float32, from h [..., C]."""
     return flow.head(params["deep"], h, cfg.deep)
@@ -360,11 +335,9 @@ def image_head(params: Tree, h: jax.Array, cfg: BackboneConfig) -> tuple[jax.Arr
 def flow_skip(
     params: Tree, h: jax.Array, cfg: BackboneConfig, *, into_flow: bool = True
 ) -> jax.Array:
-    """Return W_D h [..., V], which is added to the VLM's states, after the flow's final norm.
+    """Return W_D h [..., V] of flow states h [..., C], after the flow's final norm.
 
-    Args:
-        h: flow states [..., C].
-        into_flow: False stops the gradient at W_D.
+    `into_flow=False` stops the gradient at W_D.
     """
     if cfg.flow.final_norm:
         h = layers.rms_norm(params["deep"]["final_norm"], h)

@@ -3,9 +3,7 @@
     VLM group 1 -> deep group 1 -> VLM group 2 -> deep group 2 -> ... -> heads
 
 The first crossing is the paper's: W_txt y at text, W_in (u + W_vlm y) at patches. Every later one
-adds a projection of one stream's states to the other's, at text and patches alike. The projections
-start at zero, as the skips do, so that the text of a new model is the frozen VLM's. States pass the
-final norm of their stream before they cross.
+adds a projection, initially zero, of one stream's states, after its final norm, to the other's.
 
 Shapes: B rows, T positions, V width of the VLM, C width of the flow, G groups.
 """
@@ -46,10 +44,9 @@ class CrossingsConfig(PretzelConfig):
         if self.crossings > 1:
             count, vlm_width, width = self.crossings - 1, self.vlm.width, self.deep.layer.width
             axes = ("layers", "embed", "text")
-            tree["skip"]["into_deep"] = {
-                "weight": ParamSpec((count, vlm_width, width), axes, zeros)
-            }
-            tree["skip"]["into_vlm"] = {"weight": ParamSpec((count, width, vlm_width), axes, zeros)}
+            into_deep = ParamSpec((count, vlm_width, width), axes, zeros)
+            into_vlm = ParamSpec((count, width, vlm_width), axes, zeros)
+            tree["skip"] |= {"into_deep": {"weight": into_deep}, "into_vlm": {"weight": into_vlm}}
         return tree
 
     def forward(self, params: Tree, inputs: BackboneInputs, **options: Any) -> BackboneOutputs:

@@ -1,16 +1,14 @@
 """A mixture of transformers (ablation): the Pretzel's rival, with a flow as its generation expert.
 
 As in BAGEL (arXiv 2505.14683, section 2), every layer has two sets of parameters and one attention
-over the whole row: the VLM's parameters for text, the expert's for images. The expert predicts u,
-patch by patch, behind shallow blocks like the Pretzel's. The text reads images through the expert's
-keys and values; there is no adapter and no skip. The VLM's parameters are frozen, or trained with
-the expert's.
+over the whole row: the VLM's parameters, frozen or trained, for text, the expert's for images. The
+expert predicts u, patch by patch, behind shallow blocks like the Pretzel's. The text reads images
+through the expert's keys and values; there is no adapter and no skip.
 
-Three choices keep the baseline from being handicapped by its set-up. The expert may have another
-width than the VLM (attention only needs equal heads), so that both models train equally many
-parameters. The expert also reads `<|vision_start|>`, which predicts the first patch, as a vector of
-its own (BAGEL's expert predicts a patch at that patch, so its delimiters can be text). Each input
-of the expert carries the position of the patch it predicts.
+Three choices avoid a handicap. The expert's width may differ from the VLM's (attention only needs
+equal heads), so that both models train equally many parameters. The expert also reads
+`<|vision_start|>`, which predicts the first patch, as a vector of its own (BAGEL's predicts a patch
+at that patch). Each input of the expert carries the position of the patch it predicts.
 
 Shapes: B rows, T positions, D latent channels, N patches, V width of the VLM, C of the expert.
 """
@@ -38,13 +36,10 @@ class MoTConfig:
     """The VLM, the shallow flow, and the sizes of the expert."""
 
     vlm: QwenConfig
-    # The Pretzel's shallow blocks and, in place of its deep block, a block of no layers, whose
-    # place the expert takes (see `starflow2.flow_config`)
+    # The Pretzel's shallow blocks and, for its deep block, which the expert replaces, no layers
     flow: FlowConfig
-    # C, and hidden channels of the expert's MLPs; the expert has the VLM's heads and number of
-    # layers
-    width: int
-    mlp_width: int
+    width: int  # C of the expert, which has the VLM's heads and number of layers
+    mlp_width: int  # hidden channels of the expert's MLPs
 
     kind = "mot"
     # The text reads images through the expert, so every subtree serves both.
@@ -55,8 +50,7 @@ class MoTConfig:
         object.__setattr__(self, "vlm", dataclasses.replace(self.vlm, vision=None))
         if self.flow.layers[-1]:
             raise ValueError(
-                f"model.flow.layers={self.flow.layers}: a mixture of transformers has no deep "
-                f"block; the last number must be 0"
+                f"model.flow.layers={self.flow.layers}: the last number must be 0 (no deep block)"
             )
         if self.flow.positions != "rope" or self.flow.classes:
             raise ValueError("model.flow: expected positions='rope' and classes=0")
@@ -102,11 +96,7 @@ def matching(cfg: PretzelConfig, width: int) -> MoTConfig:
 
 
 def preset(name: str) -> MoTConfig:
-    """Return the mixture that matches the Pretzel of that name.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Return the mixture that matches the Pretzel of that name."""
     return matching(starflow2.preset(name), WIDTHS[name])
 
 
@@ -121,7 +111,7 @@ def declare(cfg: MoTConfig) -> dict[str, Any]:
         "proj_out": layers.declare_linear(width, 2 * channels, ("embed", None), zeros),
     }
     if cfg.flow.final_norm:
-        expert["final_norm"] = {"weight": ParamSpec((width,), ("embed",), zeros)}
+        expert["final_norm"] = layers.declare_norm("rms_norm_offset", (width,), ("embed",))
     shallow = flow.declare(cfg.flow)["blocks"]
     return {"vlm": qwen.declare(cfg.vlm), "shallow": shallow, "deep": expert}
 
@@ -147,7 +137,7 @@ def forward(
     dtype = jnp.promote_types(g.dtype, jnp.float32)
     tables = qwen.rope_tables(inputs.positions, cfg.vlm, dtype)
 
-    def layer(states, layer_params, layer_cache=None):
+    def layer(states, layer_params, layer_cache):
         (g, h), (vlm_params, expert_params) = states, layer_params
         vlm_qkv = layers.project_qkv(vlm_params, g, cfg.vlm.layer, tables)
         expert_qkv = layers.project_qkv(expert_params, h, cfg.layer, tables)
@@ -165,18 +155,8 @@ def forward(
         return (g, h), keys_values
 
     stacks = (params["vlm"]["layers"], expert["layers"])
-    if caches is None:
-        g, h = layers.scan_layers(
-            lambda states, layer_params: layer(states, layer_params)[0],
-            (g, h),
-            stacks,
-            cfg.vlm.remat,
-        )
-        return BackboneOutputs(qwen.final_norm(params["vlm"], g, cfg.vlm), h)
-    keys, values = [], []
-    for layer_params, k, v in zip(zip(*stacks), caches[0].keys, caches[0].values):
-        (g, h), (k, v) = layer((g, h), layer_params, (k, v, caches[0].length))
-        keys.append(k)
-        values.append(v)
-    cache = KVCache(tuple(keys), tuple(values), caches[0].length + g.shape[1])
-    return BackboneOutputs(qwen.final_norm(params["vlm"], g, cfg.vlm), h, caches=(cache,))
+    cache = caches[0] if caches else None
+    pairs = zip(*stacks) if caches else stacks
+    (g, h), cache = layers.run_layers(layer, (g, h), pairs, cfg.vlm.remat, cache)
+    y = qwen.final_norm(params["vlm"], g, cfg.vlm)
+    return BackboneOutputs(y, h, caches=(cache,) if caches else None)

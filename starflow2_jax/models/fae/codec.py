@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from starflow2_jax.mesh import constrain
 from starflow2_jax.models import layers, rope
@@ -27,7 +26,6 @@ from starflow2_jax.params import ParamSpec, Tree, normal, ones, zeros
 # A variance beyond these is zero or infinite in practice, and its exponential overflows.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 _ACTIVATIONS = {"gelu": lambda x: jax.nn.gelu(x, approximate=False), "silu": jax.nn.silu}
-_ATTEND_ALL = np.ones((1, 1), bool)
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,15 @@ class FAEConfig:
     decoder_layers: int
     decoder_heads: int
     decoder_head_dim: int
-    # Hidden channels of the SwiGLUs: two thirds of four times the width, rounded up to a multiple
-    # of eight
-    decoder_mlp: int
+    decoder_mlp: int  # hidden channels of the SwiGLUs: 8/3 of the width, in steps of eight
     pixel_layers: int
     pixel_width: int
     pixel_heads: int
     pixel_mlp: int
     patch: int  # side in pixels of the square that one token decodes to
     activation: str = "gelu"  # of the encoder, `gelu` or `silu`; the paper does not name it
-    # Standard deviation of the Gaussian noise on the features from which the pixel decoder learns;
-    # 0.4 is for DINOv2, other teachers scale it by the norm of their features
+    # Standard deviation of the noise on the features from which the pixel decoder learns, for
+    # DINOv2; other teachers scale it by the norm of their features
     noise: float = 0.4
     compute_dtype: str | None = None  # dtype of matmuls; None is that of the parameters
     remat: str = "none"  # a name in `layers.REMAT`
@@ -157,11 +153,7 @@ PRESETS = {
 
 
 def preset(name: str, **changes: Any) -> FAEConfig:
-    """Return the preset `paper` or `tiny`, with changes.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Return the preset `paper` or `tiny`, with changes."""
     if name not in PRESETS:
         raise ValueError(f"fae: preset {name!r} is not one of {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name], **changes)
@@ -184,16 +176,13 @@ def declare(cfg: FAEConfig) -> dict[str, Any]:
             "proj_in": layers.declare_linear(cfg.latent, width, (None, "embed")),
             "position": ParamSpec((cfg.tokens, width), (None, "embed"), normal(1e-2)),
             "layers": layers.declare(cfg.decoder_layer, cfg.decoder_layers),
-            "final_norm": {"weight": ParamSpec((width,), ("embed",), ones)},
+            "final_norm": layers.declare_norm("rms_norm", (width,), ("embed",)),
         },
         "pixel_decoder": {
             "proj_in": layers.declare_linear(width, pixel, (None, "embed")),
             "position": ParamSpec((cfg.tokens, pixel), (None, "embed"), normal(1e-2)),
             "layers": layers.declare(cfg.pixel_layer, cfg.pixel_layers),
-            "final_norm": {
-                "weight": ParamSpec((pixel,), ("embed",), ones),
-                "bias": ParamSpec((pixel,), ("embed",), zeros),
-            },
+            "final_norm": layers.declare_norm("layer_norm", (pixel,), ("embed",)),
             "proj_out": layers.declare_linear(pixel, 3 * cfg.patch**2, ("embed", None)),
         },
         "latent": {
@@ -203,21 +192,15 @@ def declare(cfg: FAEConfig) -> dict[str, Any]:
     }
 
 
-# ----------------------------------------------------------------------------------------- encoding
-
-
 def _compute_dtype(params: Tree, cfg: FAEConfig) -> Any:
     weight = next(iter(jax.tree.leaves(params)))
     return jnp.dtype(cfg.compute_dtype or weight.dtype)
 
 
 def posterior(params: Tree, features: jax.Array, cfg: FAEConfig) -> tuple[jax.Array, jax.Array]:
-    """Return mean and log-variance [B, T, D] in at least float32, before normalization.
+    """Return mean and log-variance [B, T, D] before normalization, in at least float32.
 
-    head(act(attention(x) + W_parallel x)). T is arbitrary.
-
-    Raises:
-        ValueError: features of another width than the configuration's.
+    They are head(act(attention(x) + W_parallel x)) of features x [B, T, C]; T is arbitrary.
     """
     if features.shape[-1] != cfg.feature_width:
         raise ValueError(
@@ -231,7 +214,9 @@ def posterior(params: Tree, features: jax.Array, cfg: FAEConfig) -> tuple[jax.Ar
         y = y.reshape(*x.shape[:2], cfg.encoder_heads, cfg.encoder_head_dim)
         return constrain(y.swapaxes(1, 2), "batch", "heads", "length")
 
-    attended = grouped_query_attention(heads("query"), heads("key"), heads("value"), _ATTEND_ALL)
+    attended = grouped_query_attention(
+        heads("query"), heads("key"), heads("value"), layers.ATTEND_ALL
+    )
     attended = attended.swapaxes(1, 2).reshape(*x.shape[:2], -1)
     h = _ACTIVATIONS[cfg.activation](attended + linear(encoder["parallel"], x))
     mean, log_variance = jnp.split(at_least_float32(linear(encoder["head"], h)), 2, -1)
@@ -239,11 +224,7 @@ def posterior(params: Tree, features: jax.Array, cfg: FAEConfig) -> tuple[jax.Ar
 
 
 def encode(params: Tree, features: jax.Array, cfg: FAEConfig) -> tuple[jax.Array, jax.Array]:
-    """Return mean and log-variance [B, T, D] of the normalized latents of features [B, T, C].
-
-    Raises:
-        ValueError: as `posterior`.
-    """
+    """Return mean and log-variance [B, T, D] of the normalized latents of features [B, T, C]."""
     mean, log_variance = posterior(params, features, cfg)
     return normalize(params, mean), log_variance - 2 * jnp.log(params["latent"]["std"])
 
@@ -265,17 +246,10 @@ def denormalize(params: Tree, latents: jax.Array) -> jax.Array:
 
 
 def moments(mean: jax.Array, log_variance: jax.Array) -> dict[str, jax.Array]:
-    """Return sums from which the statistics of a dataset follow, of `posterior`'s output.
-
-    Returns:
-        `count` scalar; `sum` and `square` [D], expected sums of the latents and of their squares.
-    """
+    """Return `count`, and the expected `sum` and sum of `square`s [D] of `posterior`'s latents."""
     square = jnp.square(mean) + jnp.exp(log_variance)
     count = jnp.asarray(mean.shape[0] * mean.shape[1], mean.dtype)
     return {"count": count, "sum": mean.sum((0, 1)), "square": square.sum((0, 1))}
-
-
-# ----------------------------------------------------------------------------------------- decoding
 
 
 def _embed(params: Tree, x: jax.Array, cfg: FAEConfig) -> jax.Array:
@@ -286,34 +260,24 @@ def _embed(params: Tree, x: jax.Array, cfg: FAEConfig) -> jax.Array:
 
 
 def decode_features(params: Tree, latents: jax.Array, cfg: FAEConfig) -> jax.Array:
-    """Decode normalized latents [B, T, D] to features [B, T, C] in at least float32.
-
-    Raises:
-        ValueError: another number of tokens than the configuration's grid.
-    """
+    """Decode normalized latents [B, T, D] to features [B, T, C] in at least float32."""
     decoder = params["feature_decoder"]
     h = _embed(decoder, denormalize(params, latents), cfg)
     plane = rope.plane((cfg.side, cfg.side), cfg.side)
     angles = rope.angles(plane, cfg.decoder_head_dim)
     tables = rope.tables(angles, jnp.promote_types(h.dtype, jnp.float32))
     h, _ = layers.apply_layers(
-        decoder["layers"], h, cfg.decoder_layer, tables, _ATTEND_ALL, remat=cfg.remat
+        decoder["layers"], h, cfg.decoder_layer, tables, layers.ATTEND_ALL, remat=cfg.remat
     )
     return at_least_float32(layers.rms_norm(decoder["final_norm"], h, offset=False))
 
 
 def decode_pixels(params: Tree, features: jax.Array, cfg: FAEConfig) -> jax.Array:
-    """Decode features [B, T, C] to images [B, H, W, 3] in at least float32.
-
-    Values are in [-1, 1] up to errors; they are not clipped.
-
-    Raises:
-        ValueError: another number of tokens than the configuration's grid.
-    """
+    """Decode features [B, T, C] to images [B, H, W, 3] in [-1, 1], unclipped, at least float32."""
     decoder = params["pixel_decoder"]
     h = _embed(decoder, features, cfg)
     h, _ = layers.apply_layers(
-        decoder["layers"], h, cfg.pixel_layer, None, _ATTEND_ALL, remat=cfg.remat
+        decoder["layers"], h, cfg.pixel_layer, None, layers.ATTEND_ALL, remat=cfg.remat
     )
     h = layers.layer_norm(decoder["final_norm"], h, cfg.pixel_layer.norm_eps)
     out = at_least_float32(linear(decoder["proj_out"], h))

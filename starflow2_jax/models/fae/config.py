@@ -15,11 +15,7 @@ from starflow2_jax.params import ParamSpec, zeros
 
 
 def model_config(cfg: Mapping[str, Any]) -> FAEConfig:
-    """Return the codec of an experiment.
-
-    Raises:
-        ValueError: There is an unknown model key, or images have another size than the model's.
-    """
+    """Return the codec of an experiment."""
     group = dict(cfg["model"])
     if cfg["compute_dtype"] != "float32":
         group["compute_dtype"] = cfg["compute_dtype"]
@@ -32,9 +28,7 @@ def model_config(cfg: Mapping[str, Any]) -> FAEConfig:
     return model
 
 
-def discriminator_config(
-    cfg: Mapping[str, Any], model: FAEConfig
-) -> discriminator.DiscriminatorConfig:
+def discriminator_config(cfg: Mapping[str, Any], model: FAEConfig) -> DiscriminatorConfig:
     """Return the discriminator of an experiment."""
     group = cfg["fae"]
     return DiscriminatorConfig(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from starflow2_jax.models.layers import at_least_float32
-from starflow2_jax.params import ParamSpec, Tree, normal, ones, zeros
+from starflow2_jax.params import ParamSpec, Tree, normal, zeros
 
 
 def declare_conv(kernel: int, inputs: int, outputs: int, std: float = 0.02) -> dict[str, Any]:
@@ -17,14 +17,6 @@ def declare_conv(kernel: int, inputs: int, outputs: int, std: float = 0.02) -> d
     return {
         "weight": ParamSpec((kernel, kernel, inputs, outputs), (None,) * 4, normal(std)),
         "bias": ParamSpec((outputs,), (None,), zeros),
-    }
-
-
-def declare_group_norm(channels: int) -> dict[str, Any]:
-    """Declare the scale and shift of every channel."""
-    return {
-        "weight": ParamSpec((channels,), (None,), ones),
-        "bias": ParamSpec((channels,), (None,), zeros),
     }
 
 

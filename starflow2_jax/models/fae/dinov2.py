@@ -16,7 +16,7 @@ from flax import struct
 from starflow2_jax.models import layers
 from starflow2_jax.models.layers import LayerConfig, linear
 from starflow2_jax.models.patches import patchify
-from starflow2_jax.params import ParamSpec, Tree, normal, ones, zeros
+from starflow2_jax.params import ParamSpec, Tree, normal, ones
 
 # Mean and standard deviation of red, green and blue in ImageNet, for pixels in [0, 1].
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -32,15 +32,13 @@ class DinoConfig:
     heads: int
     mlp_width: int
     patch: int = 14
-    # Rows (= columns) of the grid of trained position embeddings; other grids are interpolated from
-    # it
-    side: int = 37
+    side: int = 37  # rows (= columns) of the trained grid of position embeddings
     registers: int = 0  # number of register tokens
     gated: bool = False  # whether the MLP is a SwiGLU (of `activation`)
     activation: str = "gelu"
     qkv_bias: bool = True
     norm_eps: float = 1e-6
-    antialias: bool = False  # whether that interpolation is antialiased
+    antialias: bool = False  # whether embeddings of other grids are interpolated so
     compute_dtype: str | None = None  # dtype of matmuls; None is that of the parameters
     remat: str = "none"  # a name in `layers.REMAT`, for gradients with respect to the image
 
@@ -89,11 +87,7 @@ PRESETS: dict[str, DinoConfig] = _SIZES | {
 
 
 def preset(name: str, **changes: Any) -> DinoConfig:
-    """Return a published size by name, `small` (ViT-S/14) to `giant` (ViT-g/14), or `tiny`.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Return a published size by name, `small` (ViT-S/14) to `giant` (ViT-g/14), or `tiny`."""
     if name not in PRESETS:
         raise ValueError(f"dinov2: preset {name!r} is not one of {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name], **changes)
@@ -106,8 +100,7 @@ class DinoFeatures:
     patches: jax.Array  # [B, T, C]
     class_token: jax.Array  # [B, C]
     registers: jax.Array  # [B, R, C]
-    # [L + 1, B, N, C], the tokens before the first layer and after each, without the final norm;
-    # None unless requested
+    # [L + 1, B, N, C], tokens before the first layer and after each, before the final norm
     hidden: jax.Array | None = None
 
 
@@ -124,10 +117,7 @@ def declare(cfg: DinoConfig) -> dict[str, Any]:
             "attention_scale": ParamSpec((cfg.layers, width), ("layers", "embed"), ones),
             "mlp_scale": ParamSpec((cfg.layers, width), ("layers", "embed"), ones),
         },
-        "final_norm": {
-            "weight": ParamSpec((width,), ("embed",), ones),
-            "bias": ParamSpec((width,), ("embed",), zeros),
-        },
+        "final_norm": layers.declare_norm("layer_norm", (width,), ("embed",)),
     }
     if cfg.registers:
         tree["registers"] = ParamSpec((cfg.registers, width), (None, "embed"), normal(0.02))
@@ -208,30 +198,22 @@ def embed(params: Tree, image: jax.Array, cfg: DinoConfig) -> jax.Array:
 def _fold_layer_scale(layer: Tree) -> dict[str, Any]:
     """Return one layer's parameters with LayerScale in its projections: (x W + b) s."""
 
-    def scaled(name, scale):
-        return {key: w * layer[scale] for key, w in layer[name].items()}
-
-    rest = {k: v for k, v in layer.items() if k not in ("attention_scale", "mlp_scale")}
-    out, down = scaled("out", "attention_scale"), scaled("mlp_down", "mlp_scale")
-    return {**rest, "out": out, "mlp_down": down}
+    out = {key: w * layer["attention_scale"] for key, w in layer["out"].items()}
+    down = {key: w * layer["mlp_scale"] for key, w in layer["mlp_down"].items()}
+    return {**layer, "out": out, "mlp_down": down}
 
 
 def forward(
     params: Tree, image: jax.Array, cfg: DinoConfig, *, hidden: bool = False
 ) -> DinoFeatures:
-    """Apply the tower to images.
+    """Apply the tower to images [B, H, W, 3] of `preprocess`, sides multiples of the patch.
 
-    Args:
-        image: [B, H, W, 3] of `preprocess`, its sides multiples of the patch.
-        hidden: also return the tokens before and after every layer.
-
-    Raises:
-        ValueError: sides that the patch does not divide.
+    `hidden` requests the tokens before and after every layer.
     """
-    attend_all = np.ones((1, 1), bool)
 
     def body(h, layer):
-        h = layers.decoder_layer(_fold_layer_scale(layer), h, cfg.layer, None, attend_all)[0]
+        layer = _fold_layer_scale(layer)
+        h, _ = layers.decoder_layer(layer, h, cfg.layer, None, layers.ATTEND_ALL)
         return h, h if hidden else None
 
     if layers.REMAT[cfg.remat] is not None:

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.models.fae.convolutions import conv, declare_conv, declare_group_norm, group_norm
-from starflow2_jax.models.layers import at_least_float32
+from starflow2_jax.models.fae.convolutions import conv, declare_conv, group_norm
+from starflow2_jax.models.layers import at_least_float32, declare_norm
 from starflow2_jax.params import Tree
 
 
@@ -19,8 +19,7 @@ from starflow2_jax.params import Tree
 class DiscriminatorConfig:
     """Sizes of the discriminator."""
 
-    # Output channels of the convolutions, each of which halves the sides
-    widths: tuple[int, ...] = (64, 128, 256, 512)
+    widths: tuple[int, ...] = (64, 128, 256, 512)  # of the convolutions; each halves the sides
     groups: int = 32  # number of groups of the group norms
     compute_dtype: str | None = None
 
@@ -35,13 +34,12 @@ class DiscriminatorConfig:
 
 def declare(cfg: DiscriminatorConfig) -> dict[str, Any]:
     """Declare `convs/i`, the last for the logits, and `norms/i` for all widths but the first."""
-    sizes = (3, *cfg.widths)
-    convs = {
-        str(i): declare_conv(4, inputs, outputs)
-        for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes))
-    }
+    pairs = itertools.pairwise((3, *cfg.widths))
+    convs = {str(i): declare_conv(4, *sizes) for i, sizes in enumerate(pairs)}
     convs[str(len(cfg.widths))] = declare_conv(3, cfg.widths[-1], 1)
-    norms = {str(i): declare_group_norm(w) for i, w in enumerate(cfg.widths) if i}
+    norms = {
+        str(i): declare_norm("layer_norm", (w,), (None,)) for i, w in enumerate(cfg.widths) if i
+    }
     return {"convs": convs, **({"norms": norms} if norms else {})}
 
 
@@ -61,9 +59,8 @@ def _mean_over_patches(x: jax.Array) -> jax.Array:
 
 def hinge_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
     """Return the discriminator's loss [B]: (relu(1 - real) + relu(1 + fake)) / 2, patch mean."""
-    return 0.5 * (
-        _mean_over_patches(jax.nn.relu(1 - real)) + _mean_over_patches(jax.nn.relu(1 + fake))
-    )
+    above, below = jax.nn.relu(1 + fake), jax.nn.relu(1 - real)
+    return 0.5 * (_mean_over_patches(below) + _mean_over_patches(above))
 
 
 def generator_loss(fake: jax.Array) -> jax.Array:

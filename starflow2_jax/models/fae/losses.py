@@ -55,8 +55,7 @@ def feature_loss(
     Args:
         features: [B, T, C].
         keys: one per row [B].
-        beta: weight of the KL in nats of a whole row against the *mean* square of a row. The paper
-            gives no number; 1e-6 to 1e-4 are usual.
+        beta: weight of the KL (nats of a row) against the *mean* square; 1e-6 to 1e-4 are usual.
         sigma: noise on the normalized latents from which the decoder learns, so that it tolerates
             sampled latents.
 
@@ -96,10 +95,9 @@ def pixel_loss(
     perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     logits: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Return the loss of the pixel decoder on features with noise.
+    """Return the loss of the pixel decoder on features [B, T, C] with noise.
 
     Args:
-        features: [B, T, C], the teacher's, or reconstructed ones.
         image: [B, H, W, 3] in [-1, 1].
         keys: one per row [B].
         sigma: noise on the features, by default `cfg.noise`.
@@ -109,18 +107,12 @@ def pixel_loss(
     Returns:
         The loss of each row [B], the decoded image, and the parts of the loss, each [B]: `l1`,
         `l2`, `perceptual`, `gan` (those with a weight) and `count` (ones).
-
-    Raises:
-        ValueError: a weighted term without its function.
     """
     for name, function in (("perceptual", perceptual), ("gan", logits)):
         if getattr(weights, name) and function is None:
-            raise ValueError(
-                f"fae: weights.{name}={getattr(weights, name)}, but it has no function"
-            )
-    decoded = codec.decode_pixels(
-        params, add_noise(keys, features, cfg.noise if sigma is None else sigma), cfg
-    )
+            raise ValueError(f"fae: weights.{name}={getattr(weights, name)} has no function")
+    noisy = add_noise(keys, features, cfg.noise if sigma is None else sigma)
+    decoded = codec.decode_pixels(params, noisy, cfg)
     terms = {
         "l1": lambda: mean_absolute(decoded, image),
         "l2": lambda: mean_square(decoded, image),
@@ -144,7 +136,6 @@ def discriminator_loss(
     """Return the discriminator's hinge loss plus `lecam` times LeCam's penalty.
 
     Args:
-        params: the discriminator's.
         decoded: [B, H, W, 3]; it gets no gradient.
         running: means of past logits (`discriminator.lecam_start`).
 

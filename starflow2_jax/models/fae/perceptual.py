@@ -1,7 +1,4 @@
-"""Perceptual distances between images.
-
-LPIPS (arXiv 1801.03924) on VGG16 if the user has its weights, or the distance of a frozen teacher's
-features.
+"""Perceptual distances between images: LPIPS (arXiv 1801.03924) on VGG16, or a teacher's features.
 
 Shapes: B batch, H x W pixels, T tokens, C channels.
 """
@@ -39,11 +36,9 @@ def declare(cfg: LPIPSConfig) -> dict[str, Any]:
     inputs = (3, *cfg.widths[:-1])
     stages = {}
     for i, (depth, width) in enumerate(zip(DEPTHS, cfg.widths)):
-        sizes = (inputs[i], *(width,) * (depth - 1))
-        std = [(2 / (9 * size)) ** 0.5 for size in sizes]
-        stages[str(i)] = {
-            str(j): declare_conv(3, size, width, std[j]) for j, size in enumerate(sizes)
-        }
+        sizes = enumerate((inputs[i], *(width,) * (depth - 1)))
+        convs = {str(j): declare_conv(3, size, width, (2 / (9 * size)) ** 0.5) for j, size in sizes}
+        stages[str(i)] = convs
     channels = {str(i): ParamSpec((width,), (None,), ones) for i, width in enumerate(cfg.widths)}
     return {"stages": stages, "channels": channels}
 
@@ -70,11 +65,7 @@ def unit_norm(x: jax.Array) -> jax.Array:
 def lpips(params: Tree, image: jax.Array, target: jax.Array) -> jax.Array:
     """Return the distance [B] of images [B, H, W, 3] in [-1, 1], sides at least 16.
 
-    It sums over stages the weighted squared difference of unit-norm activations, averaged over
-    positions.
-
-    Raises:
-        ValueError: an image too small for four poolings.
+    It sums over stages the weighted squared difference of unit-norm activations, position mean.
     """
     if min(image.shape[1:3]) < 16:
         raise ValueError(f"perceptual: image of {image.shape[1:3]}, sides must be at least 16")

@@ -50,8 +50,7 @@ class Teacher:
     @property
     def feature_pixels(self) -> int:
         """Side in pixels of one feature."""
-        merge = self.tower.merge if self.kind == "qwen" else 1
-        return self.tower.patch * merge
+        return self.tower.patch * (self.tower.merge if self.kind == "qwen" else 1)
 
     @property
     def side(self) -> int:
@@ -78,9 +77,8 @@ def features(params: Tree, image: jax.Array, teacher: Teacher) -> jax.Array:
     """
     side, tower = teacher.pixels, teacher.tower
     if teacher.kind == "dinov2":
-        return at_least_float32(
-            dinov2.forward(params, dinov2.preprocess(image, side), tower).patches
-        )
+        image = dinov2.preprocess(image, side)
+        return at_least_float32(dinov2.forward(params, image, tower).patches)
     if image.shape[1:3] != (side, side):
         image = jnp.clip(dinov2.resize(image, (side, side), antialias=True), -1, 1)
     mean, std = (jnp.asarray(v, image.dtype) for v in (qwen_vision.MEAN, qwen_vision.STD))
