@@ -97,8 +97,7 @@ class BackboneConfig(Protocol):
         Args:
             params: with caches, as `unstack` lays them out.
             caches: of earlier positions (see `empty_caches`); they require `inputs.mask`.
-            with_flow: False leaves the deep flow out.
-            with_skips: False leaves the skips out, which is exact while they are zero.
+            with_flow, with_skips: False leaves them out; for skips exact while they are zero.
         """
 
 

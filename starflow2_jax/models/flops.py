@@ -54,8 +54,7 @@ def pass_bytes(
 ) -> int:
     """Return the bytes that one decoding pass of a block reads at least.
 
-    They are its matrices, and the keys and values of the positions so far, taken as half of the
-    tokens and all of the text.
+    They are its matrices, and keys and values of half of the tokens and all of the text.
     """
     block = cfg.block(index)
     if not block.depth:
@@ -81,7 +80,6 @@ def interleaved_step(
 
     Args:
         declared: of `cfg.declare()`.
-        trainable: names of the subtrees that are trained.
         num_targets: target tokens of the row at most, the positions of the vocabulary's head.
     """
     names = set(trainable)

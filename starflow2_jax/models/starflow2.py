@@ -356,12 +356,9 @@ def flow_skip_ratio(
 def text_states(
     params: Tree, y: jax.Array, h: jax.Array | None, cfg: BackboneConfig, *, into_flow: bool = True
 ) -> jax.Array:
-    """Return y + W_D h [..., V], the input of the VLM's head.
+    """Return y + W_D h, the input of the VLM's head, from states y [..., V] and h [..., C].
 
-    Args:
-        y: VLM states [..., V].
-        h: flow states [..., C]; None if the flow was left out, which is exact while W_D is zero.
-        into_flow: as in `flow_skip`.
+    `h` is None if the flow was left out, which is exact while W_D is zero.
     """
     if h is None or "deep" not in cfg.skips:
         return y

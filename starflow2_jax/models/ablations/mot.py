@@ -49,9 +49,7 @@ class MoTConfig:
     def __post_init__(self):
         object.__setattr__(self, "vlm", dataclasses.replace(self.vlm, vision=None))
         if self.flow.layers[-1]:
-            raise ValueError(
-                f"model.flow.layers={self.flow.layers}: the last number must be 0 (no deep block)"
-            )
+            raise ValueError(f"model.flow.layers={self.flow.layers}: the last number must be 0")
         if self.flow.positions != "rope" or self.flow.classes:
             raise ValueError("model.flow: expected positions='rope' and classes=0")
 

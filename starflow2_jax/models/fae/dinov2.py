@@ -38,7 +38,7 @@ class DinoConfig:
     activation: str = "gelu"
     qkv_bias: bool = True
     norm_eps: float = 1e-6
-    antialias: bool = False  # whether embeddings of other grids are interpolated so
+    antialias: bool = False  # whether the interpolation to other grids antialiases
     compute_dtype: str | None = None  # dtype of matmuls; None is that of the parameters
     remat: str = "none"  # a name in `layers.REMAT`, for gradients with respect to the image
 
@@ -197,7 +197,6 @@ def embed(params: Tree, image: jax.Array, cfg: DinoConfig) -> jax.Array:
 
 def _fold_layer_scale(layer: Tree) -> dict[str, Any]:
     """Return one layer's parameters with LayerScale in its projections: (x W + b) s."""
-
     out = {key: w * layer["attention_scale"] for key, w in layer["out"].items()}
     down = {key: w * layer["mlp_scale"] for key, w in layer["mlp_down"].items()}
     return {**layer, "out": out, "mlp_down": down}

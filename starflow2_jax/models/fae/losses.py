@@ -53,11 +53,9 @@ def feature_loss(
     """Return the loss of the feature training: mean |decoded - features|^2 + beta KL.
 
     Args:
-        features: [B, T, C].
-        keys: one per row [B].
+        features, keys: [B, T, C], and one key per row [B].
         beta: weight of the KL (nats of a row) against the *mean* square; 1e-6 to 1e-4 are usual.
-        sigma: noise on the normalized latents from which the decoder learns, so that it tolerates
-            sampled latents.
+        sigma: noise on the normalized latents, so that the decoder tolerates sampled latents.
 
     Returns:
         The loss of each row [B], and its parts, each [B]: `mean_square`, `kl`, and `count` (ones).
@@ -98,8 +96,7 @@ def pixel_loss(
     """Return the loss of the pixel decoder on features [B, T, C] with noise.
 
     Args:
-        image: [B, H, W, 3] in [-1, 1].
-        keys: one per row [B].
+        image, keys: [B, H, W, 3] in [-1, 1], and one key per row [B].
         sigma: noise on the features, by default `cfg.noise`.
         perceptual: (decoded, image) -> distance [B], for example `perceptual.lpips`.
         logits: image -> logits [B, h, w] of a frozen discriminator.
