@@ -82,6 +82,7 @@ class BackboneConfig(Protocol):
 
     def declare(self) -> dict[str, Any]:
         """Declare every parameter, in subtrees: `vlm`, and some of `starflow2.SUBTREES`."""
+        ...
 
     def forward(
         self,
@@ -99,6 +100,7 @@ class BackboneConfig(Protocol):
             caches: of earlier positions (see `empty_caches`); they require `inputs.mask`.
             with_flow, with_skips: False leaves them out; for skips exact while they are zero.
         """
+        ...
 
 
 def text_embeddings(params: Tree, inputs: BackboneInputs, cfg: QwenConfig) -> jax.Array:

@@ -157,4 +157,4 @@ def forward(
     pairs = zip(*stacks) if caches else stacks
     (g, h), cache = layers.run_layers(layer, (g, h), pairs, cfg.vlm.remat, cache)
     y = qwen.final_norm(params["vlm"], g, cfg.vlm)
-    return BackboneOutputs(y, h, caches=(cache,) if caches else None)
+    return BackboneOutputs(y, h, caches=None if cache is None else (cache,))
