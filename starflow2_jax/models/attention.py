@@ -1,7 +1,7 @@
-"""Causal grouped-query attention: a plain XLA implementation and the kernels of accelerators.
+"""Causal grouped-query attention: a plain XLA implementation and kernels for accelerators.
 
 The kernels, splash attention on TPUs and cuDNN on GPUs, are causal within segments and never store
-the [T, S] scores. Their reference is the plain path.
+the [T, S] scores. The plain implementation is their reference.
 
 Shapes: B batch, H query and K key/value heads, T query and S key positions, D channels of a head.
 """
@@ -39,13 +39,13 @@ def grouped_query_attention(
     segments: jax.Array | None = None,
     kernel: str = "plain",
 ) -> jax.Array:
-    """Compute grouped-query attention, softmax(q k / (sqrt(D) temperature)) v, softmax in float32.
+    """Compute softmax(q k^T / (sqrt(D) temperature)) v in grouped heads, the softmax in float32.
 
     Args:
         q: [B, H, T, D].
         k, v: [B, K, S, D], or [K, S, D] for a single row.
         mask: bool, broadcastable to [B, T, S], True where a query may attend. None is causal; the
-            queries are then the last T of the S positions.
+            queries are then at the last T of the S positions.
         temperature: a number or [B].
         segments: int32 [B, S] of packed rows: a query attends to its own segment only, up to
             itself. Padding is segment 0 and attends to padding. Requires `mask=None`.
@@ -73,7 +73,7 @@ def grouped_query_attention(
         return out.reshape(batch_size, heads, length, channels)
     chunks = CAUSAL_CHUNKS if length % CAUSAL_CHUNKS == 0 and length >= 16 * CAUSAL_CHUNKS else 1
     if activation_shards()["length"] > 1:
-        # The queries are sharded by position already: a chunk of them would lie on few devices.
+        # The queries are already sharded by position: a chunk of them would lie on few devices.
         k, v, chunks = constrain(k, "batch", "heads"), constrain(v, "batch", "heads"), 1
     first_query, chunk_len, outputs = num_keys - length, length // chunks, []
     for start in range(0, length, chunk_len):
@@ -88,11 +88,11 @@ def grouped_query_attention(
 
 
 def _softmax_attention(q, k, v, mask):
-    """Return softmax(q k) v of scaled q [(B,) K, G, T, D]; mask broadcasts to [(B,) 1, 1, T, S]."""
+    """Return softmax(q k^T) v of scaled q [(B,) K, G, T, D]; mask like [(B,) 1, 1, T, S]."""
     scores = jnp.einsum("...kgtd,...ksd->...kgts", q, k)
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    # An added, finite mask: the backward pass of a sum is free, and a query that may attend to
-    # nothing yields numbers rather than NaN.
+    # The mask is finite and added: the backward pass of a sum is free, and a query that may attend
+    # to nothing yields numbers rather than NaN.
     masked_score = 0.5 * float(jnp.finfo(scores.dtype).min)
     xp = np if isinstance(mask, np.ndarray) else jnp
     weights = jax.nn.softmax(scores + xp.where(mask, 0.0, masked_score).astype(scores.dtype))
@@ -103,7 +103,7 @@ def select_kernel(kernel: str, q: jax.Array, k: jax.Array) -> str:
     """Return `plain`, `splash` or `cudnn` for the platform that the program is traced for.
 
     `auto` selects the platform's kernel if it supports these arrays, else `plain`. Any other name
-    is final: `splash` runs in an interpreter where there is no TPU. Shapes are those of
+    is final: without a TPU, `splash` runs in an interpreter. Shapes are those of
     `grouped_query_attention`.
     """
     if kernel == "plain":
@@ -145,9 +145,10 @@ def _unsupported_reason(kernel, q, k):
 def dot_product_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, implementation: str
 ) -> jax.Array:
-    """Compute softmax(q k) v of scaled q [B, H, T, D], k, v [B, K, T, D]; causal within segments.
+    """Return softmax(q k^T) v [B, H, T, D] of scaled q [B, H, T, D] and k, v [B, K, T, D].
 
-    The implementation of jax.nn.dot_product_attention is `cudnn`, or `xla` anywhere.
+    It is causal within segments. `implementation` is that of jax.nn.dot_product_attention: `cudnn`,
+    or `xla` on any platform.
     """
     mask = None
     if segments is not None:
@@ -197,8 +198,8 @@ def _splash(q, k, v, segments, interpret):
     if mesh.empty or mesh.size == 1:
         return apply_kernel(kernel, q, k, v, segments, segments)
 
-    # A kernel is opaque to the partitioner, so it runs under shard_map: every device takes its own
-    # queries, with all the keys.
+    # A kernel is opaque to the partitioner, so it runs under shard_map: every device computes its
+    # own queries against all the keys.
     def spec(*names):
         return PartitionSpec(*(name and ACTIVATIONS[name] for name in names))
 

@@ -1,11 +1,11 @@
 """The interface of models that read and write rows of interleaved text and images.
 
-A model is a config dataclass that implements `BackboneConfig`: `starflow2.PretzelConfig`, and its
-rivals in `models.ablations`. Training, scoring and decoding call `cfg.forward` with
+A model is a config dataclass that implements `BackboneConfig`: `starflow2.PretzelConfig`, or one of
+the alternatives in `models.ablations`. Training, scoring and decoding call `cfg.forward` with
 `BackboneInputs`. The shallow flow and the heads are those of `models.starflow2` for every model.
 
 Shapes: B rows, T positions, S slots of a cache, D latent channels, V width of the VLM, C width of
-the flow. A position is that of an item, a text token or an image patch; heads predict the next.
+the flow. Each position holds one item, a text token or an image patch; heads predict the next item.
 """
 
 from typing import Any, Protocol
@@ -32,8 +32,8 @@ class BackboneInputs:
     is_image: Any  #: bool [B, T], True at patches
     positions: Any  #: int [B, T, 3], M-RoPE positions of the VLM
     next_positions: Any  #: int [B, T, 3], (row, column, k) in the deep flow of the items to predict
-    mask: Any = None  #: as in `attention.grouped_query_attention`; both None is causal
-    segments: Any = None  #: likewise
+    mask: Any = None  #: as in `attention.grouped_query_attention`
+    segments: Any = None  #: int [B, T], the same; attention is causal if both are None
     text_embeddings: Any = None  #: [B, T, V] in place of the VLM's embeddings of `ids`
 
 
@@ -42,11 +42,11 @@ class BackboneOutputs:
     """The states at every position, from which the heads predict the next item."""
 
     vlm_states: jax.Array  #: y [B, T, V], after the VLM's final norm
-    #: H [B, T, C], before the flow's final norm; None if the flow was left out
+    #: h [B, T, C], before the flow's final norm; None if the flow was left out
     flow_states: jax.Array | None
-    #: Float [B, T], share of the VLM's skip in the flow's input at patches; None without that skip
+    #: [B, T], share of the VLM's skip in the flow's input at patches; None without that skip
     vlm_skip_ratio: jax.Array | None = None
-    caches: tuple[KVCache, ...] | None = None  #: the extended caches, None without
+    caches: tuple[KVCache, ...] | None = None  #: the extended caches, None without caches
 
 
 class BackboneConfig(Protocol):
@@ -56,7 +56,7 @@ class BackboneConfig(Protocol):
         kind: value of `model.kind` in an experiment.
         deep: options of the block that predicts images; its head is that of `flow.head`.
         num_patches: N, patches of an image.
-        skips: names of the skip connections, of `vlm` and `deep`.
+        skips: the skip connections in use, among `vlm` and `deep`.
         stacks: (layer config, number of layers) of every stack that has a KV cache.
         image_subtrees, text_subtrees: subtrees whose training needs the loss of images, of text.
     """
@@ -98,7 +98,7 @@ class BackboneConfig(Protocol):
         Args:
             params: with caches, as `unstack` lays them out.
             caches: of earlier positions (see `empty_caches`); they require `inputs.mask`.
-            with_flow, with_skips: False leaves them out; for skips exact while they are zero.
+            with_flow, with_skips: False leaves them out; leaving out skips that are zero is exact.
         """
         ...
 
@@ -121,7 +121,7 @@ def empty_caches(
 
 
 def unstack(params: Tree) -> dict[str, Any]:
-    """Return params with the layers of both streams unstacked, as a forward with caches needs."""
+    """Return params with the layers of both streams unstacked, as `forward` with caches needs."""
     vlm = {**params["vlm"], "layers": layers.unstack(params["vlm"]["layers"])}
     deep = {**params["deep"], "layers": layers.unstack(params["deep"]["layers"])}
     return {**params, "vlm": vlm, "deep": deep}

@@ -22,6 +22,7 @@ from starflow2_jax.models.flow_config import BlockConfig, FlowConfig
 from starflow2_jax.models.layers import KVCache, at_least_float32, linear
 from starflow2_jax.params import ParamSpec, Tree, normal, zeros
 
+# log(e - 1): an untrained head, whose output is 0, gives softplus(0 + log(e - 1)) = scale 1.
 INVERSE_SOFTPLUS_OF_1 = 0.541324854612918
 
 
@@ -55,8 +56,10 @@ def starflow_3b(**changes: Any) -> FlowConfig:
     )
 
 
-def tarflow(side: int, channels: int, width: int, layers: tuple[int, ...], **changes: Any):
-    """Return TarFlow's options: no start token, learned positions, exponential scale."""
+def tarflow(
+    side: int, channels: int, width: int, layers: tuple[int, ...], **changes: Any
+) -> FlowConfig:
+    """Return the config of a TarFlow: no start token, learned positions, exponential scale."""
     return FlowConfig(
         side, channels, width, layers, start="shift", positions="learned", scale="exp", **changes
     )
@@ -98,7 +101,7 @@ def resolve_grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def block_positions(block: BlockConfig, grid: tuple[int, int], text_length: int) -> Any:
-    """Return RoPE coordinates float64 [N, A] of a block's inputs behind `text_length` tokens."""
+    """Return RoPE coordinates float64 [N, A] of a block's inputs after `text_length` tokens."""
     plane = rope.plane(grid, block.flow.side)
     if not block.flow.text_length:
         return plane
@@ -121,12 +124,12 @@ def apply_layers(
     """Apply a block's causal layers to h [B, N, C].
 
     Args:
-        params: one block's parameters; with a cache, its `layers` unstacked (`layers.unstack`).
+        params: one block's parameters; with a cache, their `layers` unstacked (`layers.unstack`).
         positions: RoPE coordinates [N, A] or [B, N, A] of the new inputs, ignored without RoPE.
         mask, segments, temperature: as in `attention.grouped_query_attention`.
 
     Returns:
-        h [B, N, C], and the extended cache, None without one.
+        h [B, N, C], and the extended cache (None without one).
     """
     cfg = block.flow
     tables = None
@@ -171,7 +174,7 @@ def embed_tokens(params: Tree, x: jax.Array, block: BlockConfig) -> jax.Array:
 
 
 def embed_class(params: Tree, labels: jax.Array | None, block: BlockConfig) -> Any:
-    """Embed labels int32 [B] as [B, 1, C], 0.0 without classes; -1 and None are the mean of all."""
+    """Embed labels int32 [B] as [B or 1, 1, C]; -1 and None give the mean. 0.0 without classes."""
     if not block.flow.classes:
         return 0.0
     table = params["class_embed"]
@@ -204,7 +207,7 @@ def predict_gaussian(
 
     Args:
         x: tokens [B, T, D] in the order of the block.
-        conditioning: its `positions` are those of this block.
+        conditioning: see `Conditioning`; its `positions` are those of this block.
     """
     cfg, batch_size = block.flow, x.shape[0]
     inputs = x
@@ -236,7 +239,7 @@ def predict_gaussian(
 def block_forward(
     params: Tree, x: jax.Array, block: BlockConfig, conditioning: Conditioning
 ) -> tuple[jax.Array, jax.Array]:
-    """Return z [B, T, D] and log_det [B] of one block, of tokens x [B, T, D], in raster order."""
+    """Apply one block to x [B, T, D]; return z [B, T, D], both in raster order, and log_det [B]."""
     x = x[:, ::-1] if block.reverse else x
     scale, mean = predict_gaussian(params, x, block, conditioning)
     z = (at_least_float32(x) - mean) / scale
@@ -251,7 +254,7 @@ def apply_blocks(
 
     Args:
         params: parameters of each block, by its number.
-        conditioning: of `check_inputs`.
+        conditioning: as `check_inputs` returns it.
 
     Returns:
         The tokens [B, T, D] before each block and after the last (raster order), and the log_det
@@ -273,7 +276,7 @@ def apply_blocks(
 def forward_blocks(
     params: Tree, x: jax.Array, cfg: FlowConfig, conditioning: Conditioning | None = None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Compute `forward` and return the results of every block, as `apply_blocks` does."""
+    """Apply all blocks as `forward` does; return the results of each, as in `apply_blocks`."""
     conditioning = check_inputs(cfg, x.shape, conditioning)
     return apply_blocks(params["blocks"], x, cfg, len(cfg.layers), conditioning)
 
@@ -293,7 +296,7 @@ def forward(
 def check_inputs(
     cfg: FlowConfig, shape: tuple[int, ...], conditioning: Conditioning | None
 ) -> Conditioning:
-    """Check tokens of `shape` and their conditioning; return the latter with its grid filled in."""
+    """Check the shape of tokens and their conditioning; return it with its grid filled in."""
     conditioning = conditioning or Conditioning()
     text = conditioning.text
     if len(shape) != 3 or shape[-1] != cfg.channels:

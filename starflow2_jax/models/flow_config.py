@@ -1,4 +1,4 @@
-"""The options of a flow, TarFlow's (arXiv 2412.06329) or STARFlow's (arXiv 2506.06276)."""
+"""The configuration of a flow: TarFlow (arXiv 2412.06329) or STARFlow (arXiv 2506.06276)."""
 
 from dataclasses import dataclass
 
@@ -12,34 +12,34 @@ class FlowConfig:
 
     side: int  #: rows (= columns) of the training grid; RoPE and learned positions refer to it
     channels: int  #: D, channels of one token
-    width: int  #: C of the blocks and, if it differs, of the deep block
+    width: int  #: C, width of the blocks
     #: Number of layers of each block from the data to the noise; 0 is an identity block
     layers: tuple[int, ...]
-    deep_width: int | None = None  #: likewise
-    head_dim: int = 64
-    heads: int | None = None
-    kv_heads: int | None = None
-    #: What the first token is predicted from. `token`: a trained start vector. `shift`: the first
-    #: token passes unchanged. `prefix`: the last text position, in every block with text (blocks
-    #: without text have a start vector).
+    deep_width: int | None = None  #: width of the deep block; None is `width`
+    head_dim: int = 64  #: channels of an attention head
+    heads: int | None = None  #: query heads; None is width / head_dim
+    kv_heads: int | None = None  #: key and value heads; None is one for each query head
+    #: How the first token, which has no predecessor, is predicted. `token`: from a trained start
+    #: vector. `shift`: it passes unchanged. `prefix`: from the last text position (blocks without
+    #: text use a start vector).
     start: str = "token"
-    order: str = "R2L"  #: `R2L` or `L2R`, the parity of the blocks that read the tokens in reverse
+    order: str = "R2L"  #: the odd (`R2L`) or the even (`L2R`) blocks read the tokens in reverse
     positions: str = "rope"  #: `rope` or `learned`
-    rope_pairs: str = "interleaved"
+    rope_pairs: str = "interleaved"  #: `interleaved` or `half` (see `layers.rotate`)
     scale: str = "softplus"  #: `softplus` or `exp` of the first half of the head's output
     soft_clip: float = 0.0  #: c of c tanh(v / c) on the head's output; 0 disables it
-    final_norm: bool = False
+    final_norm: bool = False  #: whether an RMSNorm precedes the output head
     classes: int = 0  #: number of classes, 0 for none
-    text_channels: int = 0  #: E and L, 0 for none
-    text_length: int = 0  #: likewise
+    text_channels: int = 0  #: E, channels of the text features; 0 without text
+    text_length: int = 0  #: L, text tokens; 0 without text
     text_blocks: str = "deep"  #: blocks that read the text, `deep` or `all`
-    norm: str = "layer_norm"
+    norm: str = "layer_norm"  #: `layer_norm` or `rms_norm`
     bias: bool = True  #: whether the linears of attention and MLP have a bias
-    qk_norm: bool = False
-    post_norm: bool = False
-    gated_mlp: bool = False
-    mlp_ratio: int = 4
-    compute_dtype: str | None = None  #: dtype of matmuls; None is that of the parameters
+    qk_norm: bool = False  #: whether queries and keys are normalized
+    post_norm: bool = False  #: whether the outputs of attention and MLP are normalized
+    gated_mlp: bool = False  #: see `LayerConfig.gated`
+    mlp_ratio: int = 4  #: hidden channels of the MLP / width
+    compute_dtype: str | None = None  #: dtype of matmuls; None is the dtype of the parameters
     remat: str = "none"  #: a name in `layers.REMAT`
     attention: str = "auto"  #: a name in `attention.KERNELS`
 
@@ -110,11 +110,11 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One block: the options of its flow, and those that differ between blocks."""
+    """The configuration of one block: the options of its flow, and those that differ by block."""
 
     flow: FlowConfig
-    depth: int
-    reverse: bool
-    text: bool
-    start: str
+    depth: int  #: number of layers
+    reverse: bool  #: whether the block reads the tokens in reverse
+    text: bool  #: whether the block reads the text
+    start: str  #: as `FlowConfig.start`
     layer: LayerConfig

@@ -27,13 +27,13 @@ PANEL = 64
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Shape and options of one layer."""
+    """The shape and options of one layer."""
 
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int
+    width: int  # C
+    heads: int  # H
+    kv_heads: int  # K
+    head_dim: int  # D
+    mlp_width: int  # hidden channels of the MLP
     # `layer_norm`, `rms_norm` (scales by weight) or `rms_norm_offset` (by 1 + weight)
     norm: str = "layer_norm"
     norm_eps: float = 1e-5
@@ -42,10 +42,9 @@ class LayerConfig:
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
-    qk_norm: bool = False
-    post_norm: bool = False
-    # Channel pairs that RoPE rotates, `interleaved` or `half` (see `rotate`)
-    rope_pairs: str = "interleaved"
+    qk_norm: bool = False  # whether queries and keys are normalized, per head
+    post_norm: bool = False  # whether the outputs of attention and MLP are normalized
+    rope_pairs: str = "interleaved"  # channel pairs of RoPE, `interleaved` or `half` (see `rotate`)
     attention: str = "auto"  # a name in `attention.KERNELS`
 
     def __post_init__(self):
@@ -70,7 +69,7 @@ class KVCache:
     """
 
     keys: tuple[jax.Array, ...]  # one [B, K, S, D] array per layer
-    values: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]  # of the same shapes
     length: jax.Array  # int32 [], number of positions that are filled
 
 
@@ -87,7 +86,7 @@ def empty_cache(
 def declare_linear(
     inputs: int, outputs: int, axes: tuple[str | None, str | None], init: Init = fan_in
 ) -> dict[str, ParamSpec]:
-    """Declare a linear with a bias, its weight [inputs, outputs] over these logical axes."""
+    """Declare a linear layer with a bias; `axes` are the logical axes of its weight [in, out]."""
     return {
         "weight": ParamSpec((inputs, outputs), axes, init),
         "bias": ParamSpec((outputs,), axes[1:], zeros),
@@ -95,14 +94,14 @@ def declare_linear(
 
 
 def declare_norm(kind: str, shape: tuple[int, ...], axes: tuple) -> dict[str, ParamSpec]:
-    """Declare the parameters of `norm` over these logical axes."""
+    """Declare the parameters of `norm`, with these logical axes."""
     if kind == "layer_norm":
         return {"weight": ParamSpec(shape, axes, ones), "bias": ParamSpec(shape, axes, zeros)}
     return {"weight": ParamSpec(shape, axes, zeros if kind == "rms_norm_offset" else ones)}
 
 
 def declare(cfg: LayerConfig, num_layers: int) -> dict[str, Any]:
-    """Declare `num_layers` layers, stacked on a leading `layers` axis; linears are [in, out]."""
+    """Declare `num_layers` layers, stacked on a leading `layers` axis; weights are [in, out]."""
 
     def linear(inputs, outputs, axes, bias):
         specs = {"weight": ParamSpec((num_layers, inputs, outputs), ("layers", *axes))}
@@ -142,7 +141,7 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 def linear(params: Tree, x: jax.Array) -> jax.Array:
     """Return x @ weight (+ bias) in x's dtype, [..., in] to [..., out]."""
-    # On a CPU the backward pass of [B, T, in] takes up to twice as long.
+    # Flattened, because on a CPU the backward pass of [B, T, in] takes up to twice as long.
     flat = x.reshape(-1, x.shape[-1])
     if "panels" in params:
         panels = params["panels"].astype(x.dtype)
@@ -196,13 +195,13 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array], pairs: str) -> jax
 
 
 def _gelu(x):
-    # With erf rather than jax.nn.gelu's erfc, which takes twice as long on a CPU.
+    # This uses erf; jax.nn.gelu uses erfc, which takes twice as long on a CPU.
     y = at_least_float32(x)
     return (y * (0.5 + 0.5 * jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
 _ACTIVATIONS = {
-    # Recomputed in the backward pass, which saves two thirds of its residuals.
+    # The backward pass recomputes it, which saves two thirds of its residuals.
     "gelu": jax.checkpoint(_gelu),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
@@ -298,7 +297,7 @@ def decoder_layer(
     layer_cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     segments: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Apply one layer: h + attention(norm h), then h + mlp(norm h).
+    """Apply one layer: h <- h + attention(norm(h)), then h <- h + mlp(norm(h)).
 
     Args:
         params: one layer's parameters, without the leading layers axis.
@@ -318,6 +317,7 @@ def decoder_layer(
     return add_attention_and_mlp(params, h, attended, cfg), keys_values
 
 
+# Rematerialization policies: the results of the forward pass that the backward pass may keep.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -344,8 +344,8 @@ def run_layers(
 
         if REMAT[remat] is not None:
             step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
-        # A loop copies the residuals of the backward pass in and out of stacked arrays: on a CPU
-        # that is an eighth of the step's time.
+        # A loop copies the residuals of the backward pass into and out of stacked arrays. On a CPU
+        # that takes an eighth of the step's time.
         unroll = CPU_UNROLL if platform() == "cpu" else 1
         return jax.lax.scan(step, carry, params, unroll=unroll)[0], None
     keys, values = [], []
@@ -384,9 +384,9 @@ def apply_layers(
 def unstack(params: Tree) -> tuple[Tree, ...]:
     """Return one tree per layer of stacked layers.
 
-    It is done before a decode loop, so that the loop reads the weights in place. On a CPU they are
-    laid out for a few rows at a time: query, key and value are one linear, and linears with more
-    inputs than outputs become `panels`, consecutive blocks of PANEL columns.
+    Call it before a decode loop, so that the loop reads the weights in place. On a CPU the weights
+    are also laid out for a few rows at a time: query, key and value become one linear, and a weight
+    with more inputs than outputs becomes `panels`, consecutive blocks of PANEL columns.
     """
     num_layers = len(jax.tree.leaves(params)[0])
     layers = tuple(jax.tree.map(lambda w, i=i: w[i], params) for i in range(num_layers))

@@ -1,6 +1,6 @@
 """The Pretzel of STARFlow2 (arXiv 2605.08029, section 3.1): a frozen VLM, a flow, and two skips.
 
-Both run over one causal sequence of text tokens and image patches, and everything predicts the
+The VLM and the flow read one causal sequence of text tokens and image patches, and both predict the
 *next* item:
 
     u = shallow flow(x), each image by itself
@@ -10,7 +10,7 @@ Both run over one causal sequence of text tokens and image patches, and everythi
 
 `forward` serves whole rows and, with caches, one item at a time.
 
-Shapes: B rows, T positions, M images of a row at most, N patches of an image, D latent channels, V
+Shapes: B rows, T positions, at most M images per row, N patches of an image, D latent channels, V
 width of the VLM, C width of the flow, I images.
 """
 
@@ -44,9 +44,9 @@ class PretzelConfig:
     adapter_width: int = 0  #: hidden channels of the MLP, 0 for V
     #: Standard deviation of the last layer's initial weights; 0 starts the adapter at zero
     adapter_std: float = 0.0
-    #: Names of the skip connections, of `vlm` (W_vlm) and `deep` (W_D)
+    #: The skip connections in use, among `vlm` (W_vlm) and `deep` (W_D)
     skips: tuple[str, ...] = ("vlm", "deep")
-    #: Where W_vlm y is added: to the `latent` channels before W_in (paper), or the `width` after it
+    #: Where W_vlm y is added: to the `latent` channels before W_in (paper) or at `width` after it
     skip_into: str = "latent"
 
     kind = "pretzel"
@@ -97,19 +97,19 @@ class PretzelConfig:
         return (self.vlm.layer, self.vlm.layers), (self.deep.layer, self.deep.depth)
 
     def declare(self) -> dict[str, Any]:
-        """Declare every parameter (see `declare`)."""
+        """Declare every parameter (see the function `declare`)."""
         return declare(self)
 
     def forward(self, params: Tree, inputs: BackboneInputs, **options: Any) -> BackboneOutputs:
-        """Apply both streams (see `forward`)."""
+        """Apply both streams (see the function `forward`)."""
         return forward(params, inputs, self, **options)
 
 
 def flow_defaults(vlm_width: int, num_blocks: int) -> dict[str, Any]:
-    """Return a flow's options behind a VLM, except its sizes: those of the released STARFlow."""
+    """Return the options, without sizes, of a flow behind a VLM: the released STARFlow's."""
     return {
         "start": "prefix",
-        # With either parity, the deep block of this many reads in raster order.
+        # Whether the number of blocks is odd or even, the deep block reads in raster order.
         "order": "R2L" if num_blocks % 2 else "L2R",
         "soft_clip": 4.0,
         "final_norm": True,
@@ -120,7 +120,7 @@ def flow_defaults(vlm_width: int, num_blocks: int) -> dict[str, Any]:
 
 
 def flow_config(vlm_width: int, **sizes: Any) -> FlowConfig:
-    """Return a flow behind a VLM; `sizes` has side, channels, width and layers at least."""
+    """Return a flow behind a VLM; `sizes` must give side, channels, width and layers."""
     return FlowConfig(**{**flow_defaults(vlm_width, len(sizes["layers"])), **sizes})
 
 
@@ -134,7 +134,7 @@ def tiny(**changes: Any) -> PretzelConfig:
         kv_heads=2,
         mlp_width=384,
         # Columns rotate slowest. They have so many pairs that the first still separates eight
-        # columns, while the last ones, which hardly rotate, match text with image content.
+        # columns, while the last, which hardly rotate, match text with image content.
         sections=(1, 3, 12),
         rope_base=1e4,
         tied=True,
@@ -179,7 +179,7 @@ def preset(name: str, **changes: Any) -> PretzelConfig:
 def options(cfg: BackboneConfig) -> dict[str, Any]:
     """Return a model's config as the `model` group of an experiment.
 
-    Fields that follow from the VLM and the number of blocks are left out: either can be changed.
+    Fields that follow from the VLM and the number of blocks are left out, so that both can change.
     """
     group = dataclasses.asdict(cfg)  # type: ignore[call-overload]
     for name in ("order", "text_channels", "text_length", "compute_dtype"):
@@ -223,7 +223,7 @@ def _declare_skips(cfg: PretzelConfig) -> dict[str, Any]:
 def shallow_forward(
     params: Tree, x: jax.Array, cfg: BackboneConfig
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Apply the shallow blocks to images x [I, N, D], each by itself, in at least float32.
+    """Apply the shallow blocks to latents x [I, N, D] of images, in at least float32.
 
     Returns:
         The tokens [I, N, D] before each block and after the last, which is u, in raster order; the
@@ -302,7 +302,8 @@ def flow_inputs(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Return the deep flow's input [B, T, C] from y [B, T, V], and the share of W_vlm y in it.
 
-    It is W_txt y at text, W_in (u + W_vlm y) at patches. The share [B, T] is None without a skip.
+    The input is W_txt y at text and W_in (u + W_vlm y) at patches. The share [B, T] is None without
+    a skip.
     """
     deep, u, ratio = params["deep"], inputs.latents, None
     skip = linear(params["skip"]["vlm"], y) if with_skips and "vlm" in cfg.skips else None
@@ -347,7 +348,7 @@ def flow_skip(
 def flow_skip_ratio(
     params: Tree, y: jax.Array, h: jax.Array | None, cfg: BackboneConfig
 ) -> jax.Array | None:
-    """Return the share [...] of W_D h in the text states, None without that skip."""
+    """Return the share [...] of W_D h in `text_states`, None without that skip."""
     if h is None or "deep" not in cfg.skips:
         return None
     return skip_ratio(y, flow_skip(params, h, cfg))
@@ -366,5 +367,5 @@ def text_states(
 
 
 def text_logits(params: Tree, states: jax.Array, cfg: BackboneConfig) -> jax.Array:
-    """Return logits [..., vocabulary] of the next token in at least float32, of `text_states`."""
+    """Return the next token's logits [..., vocabulary] in at least float32, from `text_states`."""
     return qwen.logits(params["vlm"], states, cfg.vlm)
