@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
-# Not settings: the model's own keys, and the entries that a model folder adds.
+# Top-level keys that are not settings: the model's own group, and what a model folder adds.
 NON_SETTINGS = ("model", "name", "classes", "null_text")
 BYTE_VOCABULARY = 257
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key's default, its meaning, its validation, and the values that are expected."""
+    """A key's default, its meaning, the check of its value, and the expected values in words."""
 
     default: Any
     doc: str
@@ -74,7 +74,7 @@ _DATA = {
     "features": _text("", "dataset folder of text features parallel to `path`"),
     "shuffle": _flag(True, "draw a new global order for every epoch"),
     "threads": _positive(4, "decoding threads"),
-    "blank_images": _flag(False, "gray images instead of those of interleaved rows"),
+    "blank_images": _flag(False, "replace the images of interleaved rows with gray ones"),
     "skip_bad": _count(0, "records that may fail to decode before the run stops"),
 }
 
@@ -87,7 +87,7 @@ KEYS: dict[str, Key] = {
     "frozen_dtype": _choice("float32", "dtype of a frozen VLM", "float32", "bfloat16"),
     "attention": _choice(
         "auto",
-        "kernel of causal attention; auto: the one of the platform (models/attention.py)",
+        "kernel of causal attention; auto: that of the platform (models/attention.py)",
         *("auto", "plain", "splash", "cudnn"),
     ),
     "layout": _text("dp", "sharding of the parameters: a name in mesh.LAYOUTS"),
@@ -106,28 +106,28 @@ KEYS: dict[str, Key] = {
     ),
     "text.tokenizer": _text("", "folder of the tokenizer of interleaved rows"),
     "text.length": _positive(256, "positions of an interleaved row"),
-    "text.images": _count(0, "most images of an interleaved row; 0: as many as fit"),
-    "text.max_targets": _count(0, "most target tokens of a row; 0: no limit"),
+    "text.images": _count(0, "maximum number of images in an interleaved row; 0: as many as fit"),
+    "text.max_targets": _count(0, "maximum number of target tokens in a row; 0: no limit"),
     "text.logit_chunk": _positive(256, "positions of a row whose logits are computed at a time"),
     "noise.kind": _choice("gaussian", "noise added to the data", "gaussian", "uniform", "none"),
     "noise.sigma": _number(0.05, "standard deviation of gaussian noise"),
     "cfg_dropout.text": _number(0.1, "share of rows that lose text and label", 0.0, 1.0),
     "cfg_dropout.all": _number(0.0, "share of records that also lose their images", 0.0, 1.0),
-    "vlm.text_loss_weight": _number(1.0, "weight of the text; 0: the tower is trained alone"),
+    "vlm.text_loss_weight": _number(1.0, "weight of the text loss; 0: the tower is trained alone"),
     "vlm.train_tower": _flag(True, "train the vision tower; False: it does not change"),
     "vlm.region_loss_weight": _number(0.0, "weight of predicting region words from features"),
     "vlm.pixel_loss_weight": _number(0.1, "weight of predicting pixels from the tower's features"),
-    "vlm.path": _text("", "folder of the VLM as published; empty: drawn from the seed"),
+    "vlm.path": _text("", "folder of the published VLM; empty: random weights from the seed"),
     "loss.text_weight": _number(1.0, "weight of nats per token against nats per latent channel"),
     "loss.text_into_flow": _flag(True, "let the text's gradient reach the flow through its skip"),
     "loss.latent_penalty": _number(1e-4, "weight of the mean square before every block"),
     "teacher.kind": _choice("dinov2", "the codec's frozen tower", "dinov2", "qwen"),
     "teacher.path": _text(
-        "", "its folder as published, or pretrained/NAME; empty: a tiny one, drawn from the seed"
+        "", "its published folder, or pretrained/NAME; empty: a tiny tower, random from the seed"
     ),
     "teacher.pixels": _positive(64, "side of the images that the tower sees"),
     "fae.path": _text(
-        "", "workdir or model folder of the codec that encodes a flow's images and draws its grids"
+        "", "workdir or model folder of the codec that encodes a flow's images and decodes samples"
     ),
     "fae.beta": _number(1e-6, "weight of the KL in nats of a row against the mean square"),
     "fae.latent_noise": _number(0.0, "noise on unit-variance latents for the feature decoder"),
@@ -135,7 +135,7 @@ KEYS: dict[str, Key] = {
         False, "learn pixels from decoded latents with latent_noise, not from noisy tower features"
     ),
     "fae.l1": _number(0.0, "weight of the mean absolute error of pixels"),
-    "fae.l2": _number(1.0, "weight of their mean square error"),
+    "fae.l2": _number(1.0, "weight of the mean square error of pixels"),
     "fae.perceptual": _number(1.0, "weight of the perceptual distance"),
     "fae.lpips": _text("", "safetensors of LPIPS or VGG16; empty: distance of tower features"),
     "fae.gan": _number(0.1, "weight of the adversarial loss"),
@@ -180,17 +180,17 @@ KEYS: dict[str, Key] = {
     "evaluate.batch_size": _positive(50, "rows evaluated at a time"),
     "checkpoint.every": _positive(500, "steps between checkpoints"),
     "checkpoint.keep": _positive(3, "newest checkpoints that are kept"),
-    "checkpoint.keep_every": _count(0, "keep those at multiples of this step for good; 0: none"),
-    "distributed.rendezvous_timeout": _positive(45, "seconds for all to meet at the coordinator"),
-    "distributed.initialization": _positive(45, "seconds for jax to join them"),
-    "distributed.heartbeat": _positive(20, "seconds of silence after which a process is lost"),
+    "checkpoint.keep_every": _count(0, "never delete those at multiples of this step; 0: none"),
+    "distributed.rendezvous_timeout": _positive(45, "seconds for all to reach the coordinator"),
+    "distributed.initialization": _positive(45, "seconds for jax.distributed to connect them"),
+    "distributed.heartbeat": _positive(20, "seconds of silence until a process counts as lost"),
     "distributed.shutdown": _positive(30, "seconds to wait for the others at the end"),
     "init.from": _text("", "workdir or model folder whose weights start this run"),
     "init.fae": _text("", "workdir or model folder of the codec whose pixel decoder is trained"),
     "init.ema": _flag(True, "start from its averaged weights"),
 }
 
-# Keys of runs and model folders that were written before a key got its present name.
+# Old key -> current key, for runs and model folders written before the key was renamed.
 RENAMED = {
     "data.blank": "data.blank_images",
     "distributed.probe": "distributed.rendezvous_timeout",
@@ -248,7 +248,7 @@ def flat(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a nested stored configuration with the present names of `RENAMED` keys."""
+    """Return a copy of a stored nested configuration with `RENAMED` keys under their new names."""
     result = {k: dict(v) if isinstance(v, Mapping) else v for k, v in cfg.items()}
     for old, new in RENAMED.items():
         group, _, name = old.rpartition(".")
@@ -306,8 +306,9 @@ def build(kind: type[Config], group: Mapping[str, Any], prefix: str) -> Config:
 
 
 def model_group(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `model` group of a causal model, with `compute_dtype` and `attention` if they are
-    not the default. Configurations saved before there was a choice of kernel lack `attention`.
+    """Return the `model` group of a causal model, with the shared keys that are not the default.
+
+    These are `compute_dtype` and `attention`; old configurations lack the latter.
     """
     group = dict(cfg["model"])
     if cfg["compute_dtype"] != "float32":
@@ -341,7 +342,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def set_nested(group: Mapping[str, Any], **values: Any) -> dict[str, Any]:
-    """Return a copy of nested dicts with new values of these keys at every depth."""
+    """Return a copy of nested dicts in which these keys have new values at every depth."""
     return {
         name: set_nested(inner, **values) if isinstance(inner, Mapping) else values.get(name, inner)
         for name, inner in group.items()
@@ -358,5 +359,5 @@ def find_nested(group: Mapping[str, Any], *names: str) -> list[Any]:
 
 
 def remat_policy(group: Mapping[str, Any]) -> str:
-    """Return the rematerialization policy of a `model` group; different ones joined by `+`."""
+    """Return the rematerialization policy of a `model` group; several are joined by `+`."""
     return "+".join(dict.fromkeys(find_nested(group, "remat"))) or "none"

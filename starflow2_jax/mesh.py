@@ -5,8 +5,8 @@ layout is a table from logical axes to mesh axes. Activations depend on the mesh
 `ACTIVATIONS`). A mesh axis of size 1 shards nothing.
 
 `context` works with every layout, in training and evaluation: layers shard by position and gather
-keys and values. It is for rows that do not fit on a device; otherwise shard the rows, since with a
-causal mask the devices of the first positions wait for those of the last.
+keys and values. It is for rows that do not fit on a device; otherwise shard the batch, since with a
+causal mask the devices with the first positions wait for those with the last.
 
 A *slice* is a set of devices with fast links: a TPU slice, elsewhere the devices of one process.
 """
@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "context", "tensor")
 
-# In order of preference: a mesh axis shards one dimension of a parameter.
+# In order of preference, since a mesh axis shards at most one dimension of a parameter.
 _FSDP = {"embed": "fsdp", "mlp": "fsdp"}
 _TENSOR = {a: "tensor" for a in ("heads", "kv_heads", "mlp", "vocab", "text")}
 LAYOUTS: dict[str, dict[str, str]] = {
@@ -160,7 +160,7 @@ def replicated(device_mesh: Mesh) -> NamedSharding:
 
 
 def to_host(a: jax.Array) -> np.ndarray:
-    """Gather an array to the host. If it is spread over processes, all of them must call this."""
+    """Gather an array to the host. If several processes share it, all of them must call this."""
     if a.is_fully_addressable or a.is_fully_replicated:
         return np.asarray(a)
     from jax.experimental import multihost_utils
@@ -189,7 +189,7 @@ def platform() -> str:
 
 
 def activation_shards() -> dict[str, int]:
-    """Return into how many shards the mesh of `jax.set_mesh` cuts each of `ACTIVATIONS`."""
+    """Return the number of shards of each of `ACTIVATIONS` on the mesh of `jax.set_mesh`."""
     shape = jax.sharding.get_abstract_mesh().shape
     return {
         name: int(np.prod([shape.get(axis, 1) for axis in axes]))
@@ -198,10 +198,10 @@ def activation_shards() -> dict[str, int]:
 
 
 def host_rows(rows: int, device_mesh: Mesh) -> np.ndarray:
-    """Return the rows of a global batch that this process holds, in order: int [n].
+    """Return the indices int [n] of this process's rows of a global batch, in order.
 
     Processes along `data` and `fsdp` have different rows; those that differ along `tensor` or
-    `context` alone have the same ones. On a TPU slice the rows need not be one block.
+    `context` alone have the same ones. On a TPU slice the rows need not be contiguous.
     """
     indices = batch_sharding(device_mesh).addressable_devices_indices_map((rows,))
     slices = [index[0] for index in indices.values() if index]
@@ -224,7 +224,7 @@ def place_rows(local: np.ndarray, device_mesh: Mesh) -> jax.Array:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pin the sharding of x by a name in `ACTIVATIONS`, or None, for each leading dimension."""
+    """Pin the sharding of x; `names` are in `ACTIVATIONS`, or None, one per leading dimension."""
     abstract_mesh = jax.sharding.get_abstract_mesh()
     if abstract_mesh.empty or abstract_mesh.size == 1:
         return x

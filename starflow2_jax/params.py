@@ -20,7 +20,7 @@ from starflow2_jax import mesh
 
 Tree = Mapping[str, Any]
 Init = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
-#: Initializers with 0 and with 1.
+#: Initializers of arrays of zeros and of ones.
 zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
 
 
@@ -69,7 +69,7 @@ def _map(function: Callable[[str, Any], Any], tree: Tree) -> dict[str, Any]:
 def init(key: jax.Array, tree: Tree, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Draw every declared parameter; under `jax.jit` with `out_shardings`, directly sharded.
 
-    The key of a parameter is folded from its name, so that adding one changes no other.
+    A parameter's key is folded from its name, so that adding a parameter changes no other.
     """
 
     def draw(name: str, spec: ParamSpec) -> jax.Array:
@@ -92,10 +92,10 @@ def abstract(
     tree: Tree, device_mesh: Mesh | None = None, layout: str = "dp", dtype: Any = jnp.float32
 ) -> dict[str, Any]:
     """Return a ShapeDtypeStruct of every declared parameter, with a sharding if there is a mesh."""
-    placed = {} if device_mesh is None else flatten(shardings(tree, device_mesh, layout))
+    by_name = {} if device_mesh is None else flatten(shardings(tree, device_mesh, layout))
 
     def struct(name: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=placed.get(name))
+        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=by_name.get(name))
 
     return _map(struct, tree)
 
@@ -108,8 +108,8 @@ def draw(
     dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
     """Draw every declared parameter from a seed, directly sharded if there is a mesh."""
-    placed = None if device_mesh is None else shardings(tree, device_mesh, layout)
-    jitted = jax.jit(partial(init, tree=tree, dtype=dtype), out_shardings=placed)
+    out_shardings = None if device_mesh is None else shardings(tree, device_mesh, layout)
+    jitted = jax.jit(partial(init, tree=tree, dtype=dtype), out_shardings=out_shardings)
     return jitted(jax.random.key(seed))
 
 

@@ -97,7 +97,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
 
 
 class CompiledStep(NamedTuple):
-    """A program, its compiled step, and the peak FLOP/s of all devices together."""
+    """A program, its compiled step, and the total peak FLOP/s of all devices."""
 
     program: Program
     step: Callable
@@ -175,14 +175,14 @@ class Run:
     config: RunConfig
     program: Program
     step: Callable  # the compiled step
-    frozen: Any  # the parameters outside of the state
+    frozen: Any  # the parameters outside the state
     data: RunData
     workdir: epath.Path
     log: run_log.Log
     writer: Any
     metadata: Mapping[str, Any]  # what every checkpoint stores besides the state
     speed: Mapping[str, float]  # arguments of `throughput.rates`
-    # State -> the grids of samples; None if none are drawn
+    # state -> grids of samples; None if no samples are drawn
     draw_samples: Callable[[TrainState], Iterable[sample_grids.Grid]] | None
 
 
@@ -267,15 +267,19 @@ def train_loop(run: Run, state: TrainState, first_step: int) -> int:
 
 
 def log_step(run: Run, pending: PendingStep, window: list[dict[str, float]]) -> None:
-    """Read the metrics of a step; if they are finite, log those of the window that it ends."""
+    """Add the metrics of a step to the window, and log the window if the step ends it.
+
+    Raises:
+        RuntimeError: The loss or the gradient is not finite; the batch is saved.
+    """
     number, metrics, batch = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not values["finite"]:
         path = run_log.dump_batch(run.workdir, number, batch, batch["id"], values)
         raise RuntimeError(
             f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']} is not "
-            f"finite; the batch (ids {', '.join(batch['id'][:4])}, ...) is in {path}; weights "
-            f"of this step were not changed, the newest checkpoint is intact"
+            f"finite; the batch (ids {', '.join(batch['id'][:4])}, ...) is in {path}; this "
+            f"step did not change the weights, and the newest checkpoint is intact"
         )
     window.append(values)
     if number % run.config.log.every == 0 or number == run.config.train.steps:
@@ -294,7 +298,7 @@ def summarize(window: list[dict[str, float]], task: Task) -> dict[str, float]:
 
 
 def actions_after(run: Run, number: int, stopped: bool) -> list[Callable]:
-    """Return the functions of (run, state, number) to call after a step; saving is the last one."""
+    """Return the functions of (run, state, number) to call after a step; saving comes last."""
     settings = run.config
 
     def is_time(every: int) -> bool:
@@ -311,7 +315,7 @@ def actions_after(run: Run, number: int, stopped: bool) -> list[Callable]:
 
 
 def log_samples(run: Run, state: TrainState, number: int) -> None:
-    """Draw the grids of samples and log them."""
+    """Draw and log the sample grids."""
     for name, images, captions, columns in run.draw_samples(state):
         run_log.write_samples(run.log, number, images, captions, name=name, columns=columns)
     distributed.wait_for_all()
@@ -346,7 +350,7 @@ def evaluate(program: Program, ema: Any, frozen: Any, data: RunData) -> dict[str
 def make_sample_fn(
     program: Program, frozen: Any, data: RunData
 ) -> Callable[[TrainState], Iterable[sample_grids.Grid]] | None:
-    """Return a function from a state to its grids of samples; None if none can be drawn."""
+    """Return a function from a state to its sample grids; None if none can be drawn."""
     cfg, task = program.cfg, program.task
     options = data.options(data.held_out_group)
 

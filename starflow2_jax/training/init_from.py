@@ -1,4 +1,4 @@
-"""Start a training from the parameters of another run or of a model folder."""
+"""Start training from the parameters of another run or of a model folder."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.params import flatten
 from starflow2_jax.training.program import Program, TrainState
 
-# Subtrees of a codec's training that no model folder contains; they stay as they were drawn.
+# Subtrees of a codec's training that no model folder contains; they keep their initial values.
 DISCRIMINATOR_SUBTREES = ("discriminator", "lecam")
 
 
@@ -22,14 +22,14 @@ def init_from_checkpoint(
     ema: bool = True,
     identity: Mapping[str, str] | None = None,
 ) -> TrainState:
-    """Return the state with the parameters of another run or model folder, and nothing else of it.
+    """Return the state with parameters, raw and averaged, from another run or model folder.
 
     Args:
-        path: a workdir, a step in it, or a model folder. A codec's folder gives the subtrees that
-            the run trains; its discriminator stays as it was drawn.
-        ema: read a checkpoint's averaged parameters.
+        path: a workdir, a step in it, or a model folder. A codec's folder has the subtrees that the
+            run trains, but no discriminator, which keeps its initial values.
+        ema: whether to read a checkpoint's averaged parameters.
         identity: sha256 of every frozen model by name, including the codec that made the latents;
-            by default those of the task. An earlier stage must have used the same ones.
+            by default those of the task. An earlier stage must have used the same models.
     """
     task, saved = program.task, open_model(path)
 

@@ -1,4 +1,4 @@
-"""AdamW or Muon with warm-up, cosine decay and clipping, all by optax; averaged weights."""
+"""Optimizers from optax (AdamW or Muon; warm-up, cosine decay, clipping), and weight averaging."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from starflow2_jax.mesh import replicated
 from starflow2_jax.params import Tree, flatten, unflatten
 from starflow2_jax.training.run_config import OptimConfig
 
-# Root mean square of an update of Muon at a learning rate of 1: about that of AdamW.
+# Root mean square of a Muon update at a learning rate of 1, about that of an AdamW update.
 _MUON_RMS = 0.2
 
 
@@ -68,7 +68,7 @@ def per_group(
 ) -> optax.GradientTransformationExtraArgs:
     """Give every group of subtrees an optimizer of its own, with its own clipping and state.
 
-    A group is trained, and its warm-up begins, from its entry in `first_steps` on, 0 by default.
+    The training of a group, with its warm-up, begins at its step in `first_steps`, 0 by default.
     """
 
     def init(params):
@@ -113,7 +113,7 @@ def without_updates(
 def state_shardings(
     optimizer: optax.GradientTransformation, params: Tree, shardings: Tree, device_mesh: Mesh
 ) -> Any:
-    """Return shardings of the optimizer's state: moments live where their weights do."""
+    """Return the shardings of the optimizer's state: moments are sharded like their weights."""
     shapes = {name: leaf.shape for name, leaf in flatten(params).items()}
     shardings = flatten(shardings)
 

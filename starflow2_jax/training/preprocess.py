@@ -1,9 +1,9 @@
-"""From a batch of records to the inputs of a flow: tokens with noise, text, labels.
+"""Turn a batch of records into the inputs of a flow: noisy tokens, text and labels.
 
 Every random number of a row comes from its own key, fold_in(fold_in(key(seed), step), row), so that
 nothing depends on batch size, microbatches, mesh or hosts.
 
-B rows, T tokens, D token channels, L text positions, E text channels.
+Shapes: B rows, T tokens, D token channels, L text positions, E text channels.
 """
 
 from collections.abc import Mapping
@@ -66,10 +66,11 @@ def tokens(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any], training: bool
     """Return data tokens float32 [B, T, D] with the experiment's noise, mirrored in training.
 
     Pixels lie in [-1, 1] before Gaussian noise. Uniform noise is the dequantization
-    (value + U[0, 1)) / 128 - 1 of the bits/dim protocol (TarFlow, arXiv 2412.06329).
+    (value + U[0, 1)) / 128 - 1 of the bits/dim protocol (TarFlow, arXiv 2412.06329). Latents are
+    samples mean + exp(logvar / 2) n of their posterior, n ~ N(0, 1), before the noise.
     """
     noise, image_options = cfg["noise"], cfg["image"]
-    # Of each row: for mirroring or the posterior, for the noise, and for dropping conditions.
+    # Three keys of each row: for mirroring or the posterior, the noise, and dropping conditions.
     keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
     if "image" in batch:
         flip = training and image_options["flip"]

@@ -1,4 +1,4 @@
-"""The training program: what train, plan, bench and the tests all run.
+"""The training program, which train, plan, bench and the tests all run.
 
 `build_program` turns a task into the jitted step, initializer and evaluation, with every input and
 output pinned to its sharding, and their abstract values, from which they can be lowered.
@@ -49,7 +49,7 @@ class TrainState:
 class StepContext(NamedTuple):
     """Everything that a microbatch's loss depends on besides its rows and trained parameters."""
 
-    frozen: Tree  # the subtrees outside of the state
+    frozen: Tree  # the subtrees outside the state
     state: TrainState  # before the step: its step, its average and its untrained subtrees
     totals: Mapping[str, jax.Array]  # `Task.batch_totals` of the global batch
 
@@ -66,7 +66,7 @@ class Program:
     # (params, frozen, batch, row ids [B], mask [B]) -> metrics, masked and summed. The noise of a
     # row depends on its id alone.
     evaluate: Callable
-    # (params, frozen, batch) -> uint8 images [B, H, W, 3], of a task with `reconstruct`
+    # (params, frozen, batch) -> uint8 images [B, H, W, 3]; only for a task with `reconstruct`
     reconstruct: Callable
     # ShapeDtypeStructs with shardings:
     abstract_state: TrainState
@@ -137,10 +137,10 @@ def _pick(tree: Tree, names: Iterable[str]) -> dict[str, Any]:
 
 
 def init_state(key: jax.Array, loaded: Tree, *, specs: Tree, task: Task) -> TrainState:
-    """Draw the state of step 0, all but the subtrees in `loaded`."""
+    """Return the state of step 0: the subtrees in `loaded`, and the others drawn from `key`."""
     random_specs = {name: tree for name, tree in specs.items() if name not in loaded}
     params = {**init_params(key, random_specs), **loaded}
-    # A copy: the step donates both.
+    # A copy, because the step donates both.
     ema = jax.tree.map(jnp.copy, params)
     opt_state = task.optimizer.init(_pick(params, task.trainable))
     return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state)
@@ -198,8 +198,9 @@ def update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Return the state after a step, and `metrics` with the gradient norm and learning rate.
 
-    A step that is not finite changes nothing but the counter, so that the run stops in good state.
-    Subtrees without gradients stay as they are unless the task tracks them, from `observed`.
+    If the loss or a gradient is not finite, only the step counter changes, so that the run can stop
+    with intact weights. Subtrees without gradients do not change unless the task tracks them, from
+    `observed`.
     """
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
@@ -250,7 +251,7 @@ def accumulate(
 
 
 def to_device(program: Program, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Return a host's rows of the arrays that the step reads, checked, as global arrays."""
+    """Check a host's rows of the arrays that the step reads, and return them as global arrays."""
     placed = {}
     for name, expected in program.abstract_batch.items():
         if name not in batch:

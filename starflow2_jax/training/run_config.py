@@ -1,4 +1,4 @@
-"""The groups of configuration keys that a training reads, as typed objects."""
+"""The groups of configuration keys that training reads, as typed objects (see `config.KEYS`)."""
 
 import dataclasses
 from collections.abc import Mapping

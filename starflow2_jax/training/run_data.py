@@ -22,7 +22,7 @@ class RunData:
 
     task: Task
     codec: Codec | None  # encodes images during training, if `fae.path` names one
-    # By group of keys (`data`, `eval_data` if there is any) what the reader says of the data:
+    # Group of keys (`data`, and `eval_data` if it is set) -> the reader's description of its data:
     # fingerprints, classes and features
     descriptions: Mapping[str, Mapping[str, Any]]
 
@@ -65,10 +65,10 @@ def open_data(cfg: Mapping[str, Any], task: Task, codec: Codec | None) -> RunDat
     descriptions = {}
     for group in groups:
         options = batch_encoder.options(task.data_options(group), codec)
-        about = task.reader.describe(options)
-        descriptions[group] = batch_encoder.describe(about, codec, f"{group}.latents")
+        description = task.reader.describe(options)
+        descriptions[group] = batch_encoder.describe(description, codec, f"{group}.latents")
     distributed.assert_equal_across_processes(
-        "the data", {group: about["fingerprints"] for group, about in descriptions.items()}
+        "the data", {group: entry["fingerprints"] for group, entry in descriptions.items()}
     )
     _check_classes(cfg, descriptions)
     return RunData(task, codec, descriptions)
@@ -76,17 +76,17 @@ def open_data(cfg: Mapping[str, Any], task: Task, codec: Codec | None) -> RunDat
 
 def fingerprints(descriptions: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the fingerprints of the training records, and of the encoder of their latents."""
-    about = descriptions["data"]
-    encoders = [features.get("fae") for features in about["features"]]
-    return [*about["fingerprints"], *(encoder["sha256"] for encoder in encoders if encoder)]
+    description = descriptions["data"]
+    encoders = [features.get("fae") for features in description["features"]]
+    return [*description["fingerprints"], *(encoder["sha256"] for encoder in encoders if encoder)]
 
 
 def _check_classes(cfg: Mapping[str, Any], descriptions: Mapping[str, Any]) -> None:
-    """Raise ValueError if the labels are not the model's: JAX would ignore one that is too high."""
+    """Raise ValueError if the labels are not the model's: JAX does not report an invalid one."""
     expected = cfg["model"].get("classes", 0)
-    for group, about in descriptions.items() if expected else ():
-        count = len(about["classes"] or ()) if cfg[group]["labels"] else 0
+    for group, description in descriptions.items() if expected else ():
+        count = len(description["classes"] or ()) if cfg[group]["labels"] else 0
         if count != expected:
             raise ValueError(f"config: model.classes={expected}, but {group} gives {count} classes")
-        if about["classes"] != descriptions["data"]["classes"]:
+        if description["classes"] != descriptions["data"]["classes"]:
             raise ValueError(f"config: the classes of {group} are not those of data")

@@ -34,8 +34,8 @@ def grid(
 ) -> np.ndarray:
     """Arrange images uint8 [n, H, W, 3] in one image uint8 [rows, columns, 3] on white.
 
-    Small images are enlarged by a whole factor, so that every pixel stays visible. There are eight
-    columns by default, or as many as rows if there are too few images for two such rows.
+    Small images are enlarged by an integer factor, so that every pixel stays visible. The default
+    is eight columns, or an almost square grid of fewer than 16 images.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):

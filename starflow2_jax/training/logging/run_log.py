@@ -8,7 +8,7 @@
             tensorboard/ ...     files of the trackers in `log.trackers`
 
 Only process 0 writes, except in `dump_batch`; on the others every function returns at once. WORKDIR
-may be gs://. Then `metrics.jsonl` is a local file, which `upload` copies at each checkpoint.
+may be a gs:// path. Then `metrics.jsonl` is a local file, which `upload` copies at each checkpoint.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ def command_line() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, machine and devices, which results depend on besides the command."""
+    """Return the versions, machine and devices that results depend on besides the command."""
     versions = {"python": platform.python_version()}
     for name in ("starflow2_jax", *PACKAGES):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

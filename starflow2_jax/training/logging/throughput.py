@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 peak of one device, as its maker states it, by a part of `device_kind`.
+# Dense bfloat16 peak FLOP/s of one device, as its maker states it, by a part of `device_kind`.
 PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -38,7 +38,7 @@ class Clock:
 
 
 def start(clock: Clock, step: int) -> None:
-    """Start to count, ideally after the first step and its compilation."""
+    """Start counting, ideally after the first step and its compilation."""
     clock.first = clock.last = (step, time.perf_counter())
     clock.paused = 0.0
 
@@ -61,10 +61,10 @@ def pause(clock: Clock, wait_for: Any = None) -> Iterator[None]:
 def rates(
     clock: Clock, step: int, *, tokens: int, flops: float = 0.0, peak: float = 0.0
 ) -> dict[str, float]:
-    """Return the speed since the last call or `start`, nothing if there was neither.
+    """Return the speed since the last call or `start`; empty if there was neither.
 
     Args:
-        tokens, flops: of one step over the global batch; no FLOPs if they are not counted.
+        tokens, flops: of one step over the global batch; flops is 0 if they are not counted.
         peak: FLOP/s of all devices together.
     """
     if clock.last is None:

@@ -1,6 +1,6 @@
-"""The objectives of the two trainings of the latent codec FAE (see `models/fae`).
+"""The two training objectives of the latent codec FAE (see `models/fae`).
 
-B rows, T patches, C feature channels, D latent channels, H x W pixels.
+Shapes: B rows, T patches, C feature channels, D latent channels, H x W pixels.
 """
 
 import dataclasses
@@ -28,19 +28,19 @@ from starflow2_jax.training import optimizer, preprocess
 
 @dataclass(frozen=True)
 class Objective:
-    """One of the two trainings, as functions of all parameters."""
+    """A training objective, as functions of all parameters."""
 
     declared: Tree  # ParamSpecs of every top-level subtree
     groups: Mapping[str, tuple[str, ...]]  # trained subtrees by the optimizer that they share
     # Subtrees of running statistics: no gradient, no optimizer, changed by `track`
     tracked: tuple[str, ...]
     prepare: Callable  # (params, batch, keys, training) -> inputs of the loss, without a gradient
-    # (params, inputs, keys, step) -> loss of each row [B], summable metrics of each [B]; step is
-    # None in evaluations
+    # (params, inputs, keys, step) -> loss and summable metrics of each row [B]; step is None in
+    # evaluations
     loss: Callable
     observe: Callable  # (params, inputs) -> sums over rows that `track` reads
     track: Callable  # (state's subtrees, observed, summed metrics, step) -> the tracked subtrees
-    finalize_metrics: Callable  # summed metrics to readable ones
+    finalize_metrics: Callable  # summed metrics -> readable ones
     reconstruct: Callable | None = None  # (params, inputs) -> images [B, H, W, 3] in [-1, 1]
     # Step from which a group is trained; 0 by default
     first_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -52,7 +52,7 @@ class Objective:
 
 
 def features(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Objective:
-    """Return the training of encoder and feature decoder: error of the teacher's features, and KL.
+    """Return the objective of encoder and feature decoder: error of the teacher's features, and KL.
 
     The statistics that normalize latents are tracked for raw and for averaged weights.
     """
@@ -94,7 +94,7 @@ def features(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Obje
 
 
 def pixels(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Objective:
-    """Return the training of the pixel decoder against a discriminator, from frozen features.
+    """Return the objective of the pixel decoder against a discriminator, from frozen features.
 
     Features are the tower's with noise or, with `fae.train_on_decoded_features`, those decoded from
     latents with `fae.latent_noise`.
@@ -144,7 +144,7 @@ def pixels(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Object
             logits=lambda x: gan_on * discriminator.forward(frozen_critic, x, critic),
         )
         square = losses.mean_square(jnp.clip(decoded, -1, 1), inputs["image"])
-        # Values span 2.
+        # Pixels lie in [-1, 1], so the peak is 2 and its square 4.
         sums["psnr"] = 10 * jnp.log10(4 / jnp.maximum(square, 1e-10))
         if not weights.gan or step is None:
             return row_losses, sums
@@ -187,7 +187,7 @@ def pixels(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Object
 
 
 def finalize_pixel_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `psnr` in dB and every term of the losses before its weight, as means over rows."""
+    """Return `psnr` in dB and every unweighted term of the losses, as means over rows."""
     terms = [
         name
         for name in sums

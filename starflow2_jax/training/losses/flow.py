@@ -31,8 +31,8 @@ def flow_loss(
 
     Args:
         x: tokens [B, T, D].
-        latent_penalty: weight of the mean square of the input of each block, the data included,
-            z not. Likelihoods leave it out.
+        latent_penalty: weight of the mean square of the input of each block, the data included and
+            z excluded. Likelihoods leave it out.
 
     Returns:
         The loss of each row [B], and sums over its dimensions, each [B]: `count`, `half_square` of

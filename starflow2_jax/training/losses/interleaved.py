@@ -9,8 +9,8 @@ A batch of rows is a mapping of arrays:
     flow_positions          int32 [B, T, 3], of the item to predict, in the deep flow
     latent_mean, latent_logvar   float32 [B, M, N, D], the posterior of every image
 
-Shapes: B rows, T positions, M images of a row at most, N patches of an image, D latent channels, K
-target tokens of a row at most.
+Shapes: B rows, T positions, at most M images per row, N patches of an image, D latent channels, at
+most K target tokens per row.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,7 +35,7 @@ Batch = Mapping[str, jax.Array]
 
 @dataclass(frozen=True)
 class Stage:
-    """The parts of the loss that a stage computes: of `images`, of `text`, or of both.
+    """The parts of the loss that a stage computes: the loss of `images`, of `text`, or both.
 
     Without text the adapter and the skips are off; without images the deep flow is.
     """
@@ -90,7 +90,7 @@ def target_counts(batch: Batch, stage: Stage) -> dict[str, jax.Array]:
 
 
 def sample_latents(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any]) -> jax.Array:
-    """Sample x [B, M, N, D] from the posteriors with noise, by keys folded from the rows' [B]."""
+    """Sample noisy latents x [B, M, N, D] from the posteriors, by the rows' keys [B]."""
     shape = batch["latent_mean"].shape
 
     def fold_in_images(key):
@@ -132,7 +132,7 @@ def loss_terms(
         is_image=is_image,
         positions=batch["positions"],
         next_positions=batch["flow_positions"],
-        # Not a mask: the kernels of accelerators read segments.
+        # Segments rather than a mask: accelerator kernels read segments.
         segments=batch["segments"],
     )
     states = cfg.forward(params, inputs, with_flow=stage.images, with_skips=stage.text)
@@ -186,7 +186,7 @@ def _deep_terms(params, h, u, patch, image, num_images, cfg):
 
 
 def _text_terms(params, states, ids, token, cfg, text_into_flow, text_targets, text_chunk):
-    """Return the fields of `LossTerms` of text, computed at the target positions alone."""
+    """Return the text fields of `LossTerms`, computed at the target positions only."""
     index = jnp.argsort(~token, axis=1, stable=True)[:, : text_targets or token.shape[1]]
 
     def at_index(a):
@@ -213,7 +213,7 @@ def _text_terms(params, states, ids, token, cfg, text_into_flow, text_targets, t
 
 
 def _cross_entropy(params, states, targets, cfg, chunk):
-    """Return nats of target tokens [B, K] and whether they are the likeliest."""
+    """Return the nats of target tokens [B, K], and whether they are the likeliest [B, K]."""
     batch_size, length = targets.shape
     chunk = min(chunk, length)
     num_chunks = -(-length // chunk)
@@ -278,15 +278,15 @@ def per_example_loss(
 
 
 def finalize_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
-    """Return readable figures from summed `row_metrics`, of those that have a target."""
-    figures: dict[str, Any] = {}
+    """Return readable metrics from summed `row_metrics`, without those that have no targets."""
+    metrics: dict[str, Any] = {}
     if sums.get("count", 0) > 0:
-        figures |= per_dim(dict(sums))
+        metrics |= per_dim(dict(sums))
     if sums.get("text/count", 0) > 0:
-        figures["text_nats"] = sums["text/nll"] / sums["text/count"]
-        figures["text_accuracy"] = sums["text/correct"] / sums["text/count"]
+        metrics["text_nats"] = sums["text/nll"] / sums["text/count"]
+        metrics["text_accuracy"] = sums["text/correct"] / sums["text/count"]
         if "skip/deep" in sums:
-            figures["skip_deep"] = sums["skip/deep"] / sums["text/count"]
+            metrics["skip_deep"] = sums["skip/deep"] / sums["text/count"]
     if sums.get("skip/patches", 0) > 0:
-        figures["skip_vlm"] = sums["skip/vlm"] / sums["skip/patches"]
-    return figures
+        metrics["skip_vlm"] = sums["skip/vlm"] / sums["skip/patches"]
+    return metrics

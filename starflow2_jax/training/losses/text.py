@@ -1,6 +1,6 @@
 """Cross entropy of the text of interleaved rows, as sums and counts.
 
-Shapes: B rows, T positions, V vocabulary, S records of a row.
+Shapes: B rows, T positions, V vocabulary, S slots for the records of a row.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def targets(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def _token_terms(logits, batch):
-    """Return targets, the nats of each item and whether it is the likeliest, all [B, T - 1]."""
+    """Return, all [B, T - 1]: which items are targets, their nats, and which are the likeliest."""
     ids = batch["ids"][:, 1:]
     nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, ids[..., None], -1)[..., 0]
     return targets(batch), nll, jnp.argmax(logits, -1) == ids
@@ -32,9 +32,9 @@ def _token_terms(logits, batch):
 def row_sums(logits: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Return sums over each row [B] from logits [B, T - 1, V]; their names are `NAMES`.
 
-    They are `nll` in nats, the number of target `tokens`, of those that are the likeliest
-    (`right`), of `records` with a target, and of records all of whose targets are
-    (`records_right`), whose answers greedy decoding reproduces word for word.
+    `nll` is in nats. The others are counts: target `tokens`; `right`, the targets that are the
+    likeliest token; `records` with a target; `records_right`, the records whose targets are all
+    right, so that greedy decoding reproduces their answers word for word.
     """
     mask, nll, correct = _token_terms(logits, batch)
     count, wrong = sum_by_record(batch, mask, mask & ~correct)

@@ -1,11 +1,12 @@
 """The three losses of a small vision-language model.
 
-The first is the next-token cross entropy over interleaved rows. Two more train the vision tower: a
-linear layer predicts the pixels from its features, on which the latent codec builds; and the
-model's own head predicts, from every feature, the words of the region that it lies in, which puts
-features and words into one space, with a signal for each patch.
+The first is the next-token cross entropy over interleaved rows. Two more train the vision tower. A
+linear layer predicts the pixels from its features, which the latent codec builds on. The model's
+own head predicts, from every feature, the words of the region in which it lies: this puts features
+and words into one space, with a signal for each patch.
 
-B rows, T positions, M images of a row, N features of an image, C width, V vocabulary, R regions.
+Shapes: B rows, T positions, M images of a row, N features of an image, C width, V vocabulary,
+R regions of an image.
 """
 
 from collections.abc import Mapping
@@ -47,8 +48,8 @@ def row_metrics(
 ) -> dict[str, jax.Array]:
     """Return summable metrics of each row [B], given the `vlm` group of the configuration.
 
-    They are those of `losses.text` (zeros if the text has no weight) and, over the row's `images`,
-    `pixel_square` and `word_nats`.
+    They are `losses.text.NAMES` (zeros if the text has no weight), the number of `images`, and
+    `pixel_square` and `word_nats`, summed over those images.
     """
     features = encode_images(params["vlm"], batch["images"], model)
     if not weights["train_tower"]:
@@ -70,7 +71,7 @@ def row_metrics(
 def pixel_error(
     pixel_probe: Tree, images: jax.Array, features: jax.Array, model: QwenConfig
 ) -> jax.Array:
-    """Return the mean square error [B M] of the pixels that a linear layer predicts."""
+    """Return the mean square error [B * M] of the pixels that a linear layer predicts."""
     block = model.vision.patch * model.vision.merge
     pixels = scale_pixels(images)
     pixels = patchify(pixels.reshape(-1, *pixels.shape[2:]), block, "channel_last")

@@ -1,4 +1,4 @@
-"""The two trainings of the latent codec: its features, then its pixels."""
+"""The two tasks that train the latent codec: first its features, then its pixels."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -29,17 +29,17 @@ from starflow2_jax.training.tasks.task import Task, check_trainable
 
 
 def make_features_task(cfg: Mapping[str, Any]) -> Task:
-    """Return the training of encoder and feature decoder, from the features of `teacher`."""
+    """Return the task that trains encoder and feature decoder on the teacher's features."""
     model = model_config(cfg)
     teacher = teacher_weights.teacher_config(cfg, model)
     return _make_task(cfg, model, fae.features(cfg, model, teacher), teacher, None)
 
 
 def make_pixels_task(cfg: Mapping[str, Any], codec: Codec | None = None) -> Task:
-    """Return the training of the pixel decoder.
+    """Return the task that trains the pixel decoder.
 
-    The codec gives encoder, feature decoder and tower. Without one they are drawn from the seed,
-    and the tower is that of `teacher`.
+    Encoder, feature decoder and tower are the codec's. Without a codec, encoder and decoder are
+    drawn from the seed, and the tower is that of the configuration group `teacher`.
     """
     model = model_config(cfg)
     teacher = codec.teacher if codec else teacher_weights.teacher_config(cfg, model)

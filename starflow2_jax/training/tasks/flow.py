@@ -1,4 +1,4 @@
-"""The training of a flow, TarFlow or STARFlow, on pixels or latents."""
+"""The task that trains a flow, TarFlow or STARFlow, on pixels or latents."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -18,7 +18,7 @@ from starflow2_jax.training.tasks.task import Task
 
 
 def model_config(cfg: Mapping[str, Any]) -> FlowConfig:
-    """Return the flow of an experiment, whose image keys must fit the model's."""
+    """Return the flow of an experiment, after checking that its image keys fit the model's."""
     model = config.build(FlowConfig, config.model_group(cfg), "model")
     pixels, patch = cfg["image"]["pixels"], cfg["image"]["patch"]
     if pixels and pixels != model.side * patch:

@@ -1,4 +1,4 @@
-"""The kinds of training: the one place that looks at the key `task`."""
+"""The tasks by name: the only module that reads the configuration key `task`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +26,7 @@ def make_task(cfg: Mapping[str, Any], *, null_text: Any = None, dry_run: bool = 
     if kind(cfg) == "fae_pixels":
         path = cfg["init"]["fae"]
         if not path and not dry_run:
-            raise ValueError("config: init.fae is needed where task='fae_pixels'")
+            raise ValueError("config: init.fae is needed if task='fae_pixels'")
         return fae.make_pixels_task(cfg, latent_codec.load(path) if path else None)
     if kind(cfg) == "vlm":
         return vlm.make_task(cfg)
@@ -41,7 +41,7 @@ def build(cfg: Mapping[str, Any], device_mesh: Mesh, **options: Any) -> Program:
 
 
 def kind(cfg: Mapping[str, Any]) -> str:
-    """Return the kind of training; configurations without the key `task` are of flows."""
+    """Return the kind of training; a configuration without the key `task` trains a flow."""
     return cfg.get("task", "flow")
 
 

@@ -1,4 +1,4 @@
-"""The training of STARFlow2's stages.
+"""The task that trains the stages of STARFlow2.
 
 A stage trains the subtrees that `train.trainable` names and carries the other
 `models.starflow2.SUBTREES` in its state for the next one. The frozen VLM is in no checkpoint.

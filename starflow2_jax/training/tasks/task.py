@@ -17,14 +17,14 @@ Sums = Mapping[str, jax.Array]
 
 
 def _empty(argument: Any) -> dict[str, Any]:
-    """Return no parameters, or no totals of a batch: the default of a task's functions."""
+    """Return an empty dict, the default of `load_params` and `batch_totals`."""
     del argument
     return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A kind of training: everything in which two kinds differ."""
+    """A kind of training, with everything that differs between kinds."""
 
     model_config: Any  # sizes and options of the network
     declared: Tree  # ParamSpecs of every top-level subtree
@@ -52,7 +52,7 @@ class Task:
     frozen_dtype: Any = jnp.float32  # dtype of the frozen subtrees
     # () -> sha256 of the files of each frozen model, by name
     frozen_identity: Callable[[], dict[str, str]] = dict
-    foreign: tuple[str, ...] = ()  # subtrees with a folder of their own, not from `init.from`
+    foreign: tuple[str, ...] = ()  # subtrees read from a folder of their own, never `init.from`
     # Path of a model folder -> its parameters, if it does not contain the declared tree
     load_start: Callable[[str], Tree] | None = None
     # Batch -> what the loss of the global batch is divided by

@@ -1,4 +1,4 @@
-"""The training of a small vision-language model on interleaved rows."""
+"""The task that trains a small vision-language model on interleaved rows."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -19,15 +19,15 @@ from starflow2_jax.training.losses import text as text_loss, vlm
 from starflow2_jax.training.run_config import run_config
 from starflow2_jax.training.tasks.task import Task, check_trainable
 
-# Regions of an image, at most four objects and the background, and words of each.
+# Maximum number of regions in an image (four objects and the background) and of words per region.
 MAX_REGIONS, MAX_REGION_WORDS = 5, 8
 
 
 def model_config(cfg: Mapping[str, Any]) -> QwenConfig:
-    """Return the model of an experiment, whose tower must be able to cut the images."""
+    """Return the model of an experiment, after checking that its tower can divide the images."""
     group = config.model_group(cfg)
     if not group.get("vision"):
-        raise ValueError("config: model.vision is missing: a model that sees needs a tower")
+        raise ValueError("config: model.vision is missing: the model needs a vision tower")
     vision = config.build(VisionConfig, group["vision"], "model.vision")
     model = config.build(QwenConfig, {**group, "vision": vision}, "model")
     qwen_vision.check_size(cfg["image"]["pixels"], cfg["image"]["pixels"], vision)
@@ -45,7 +45,7 @@ def max_images(cfg: Mapping[str, Any], model: QwenConfig) -> int:
 
 
 def declare(model: QwenConfig) -> dict[str, Any]:
-    """Declare the model, and the layer that predicts pixels from the tower's features."""
+    """Declare the model, and the linear layer that predicts pixels from the tower's features."""
     values = 3 * (model.vision.patch * model.vision.merge) ** 2
     return {
         "vlm": qwen.declare(model),
