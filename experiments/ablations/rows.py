@@ -144,7 +144,7 @@ ROWS: dict[str, Row] = {
     "crossings_4": Row("four crossings", partial(_crossings, count=4), matched=False),
     "vlm_trained": Row("VLM trained", _vlm_trained, matched=False),
     "pixels": Row(
-        "pixels (4 x 4 of a smaller picture) as latents",
+        "pixels (4 x 4 of a smaller image) as latents",
         partial(_channels, kind="pixels"),
         latents="pixels",
         comparable=False,
@@ -165,8 +165,10 @@ ROWS: dict[str, Row] = {
     "noise_0.1": Row("noise 0.1", partial(_set, noise__sigma=0.1), comparable=False),
     "noise_0.5": Row("noise 0.5", partial(_set, noise__sigma=0.5), comparable=False),
     "adapter_linear": Row("linear adapter", partial(_set, model__adapter="linear")),
-    "adapter_open": Row("adapter not zero at birth", partial(_set, model__adapter_std=0.02)),
-    "skip_into_width": Row("VLM skip behind W_in", partial(_set, model__skip_into="width")),
+    "adapter_open": Row(
+        "adapter not zero at initialization", partial(_set, model__adapter_std=0.02)
+    ),
+    "skip_into_width": Row("VLM skip after W_in", partial(_set, model__skip_into="width")),
     "no_text_into_flow": Row(
         "no gradient of the text into the flow", partial(_set, loss__text_into_flow=False)
     ),

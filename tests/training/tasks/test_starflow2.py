@@ -38,7 +38,7 @@ def begin(cfg, devices=None):
 def run(cfg, steps=3, devices=None):
     """(losses, state, last metrics, state at first on the host, frozen before and after).
 
-    Three steps: heads are zero at birth, so W_vlm sees no gradient before the second.
+    Three steps: heads are zero at initialization, so W_vlm sees no gradient before the second.
     """
     grid, program, state, frozen = begin(cfg, devices)
     host = lambda tree: jax.tree.map(np.array, tree)
