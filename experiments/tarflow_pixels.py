@@ -6,7 +6,7 @@ TarFlow on pixels. Variants:
     cifar  32x32 photographs, conditioned on the class; about 10 minutes on 2 cores.
            Data: prepare import --format webdataset --label caption
     in64   64x64 ImageNet, unconditional, the recipe of the published 2.99 bits/dim
-           (arXiv 2412.06329): 256 rows, 200 epochs, uniform dequantisation. Accelerators only.
+           (arXiv 2412.06329): 256 rows, 200 epochs, uniform dequantization. Accelerators only.
            Data: prepare import of 64x64 images (box-downsampled ILSVRC 2012)
 """
 

@@ -59,7 +59,7 @@ def define(values: flags.FlagValues) -> None:
         "export of a task='vlm' run: dtype of the tensors",
         flag_values=values,
     )
-    switch("seal", False, "verify: write digests a step lacks, if it is whole")
+    switch("seal", False, "verify: write the digests that a complete step lacks")
     switch("json", False, "print the result as JSON")
 
 
@@ -67,7 +67,7 @@ def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> 
     """Run one verb.
 
     Raises:
-        ValueError, OSError, RuntimeError: The input is bad; nothing was written over.
+        ValueError, OSError, RuntimeError: The input is invalid; nothing was overwritten.
     """
     expected = 1 if verb in starflow_options.FAMILIES else 0
     if len(argv) != expected:
@@ -107,7 +107,7 @@ def _import(family: str, values: flags.FlagValues, source: str) -> Result:
     result, lines = _summary(out, params.count(declare(model)), unused)
     noise = cfg["noise"]
     is_known = trainer_options.get("noise_std") is not None
-    note = "" if is_known else ", which the options do not say"
+    note = "" if is_known else ", assumed: the options do not state it"
     lines.append(f"trained with {noise['kind']} noise of {noise['sigma']}{note}")
     return {**result, "noise": noise}, lines
 

@@ -78,11 +78,11 @@ def define(values: flags.FlagValues) -> None:
     text("blind", None, "understanding, shapes, all: a VLM trained without images, as baseline")
     text("fit", None, "training dataset, for the Gaussian baseline or the probe")
     text("fit_latents", None, "folder of latents parallel to --fit")
-    integer("rows", None, "rows from the start of --data that are measured (all)", 1)
+    integer("rows", None, "number of rows to measure, from the start of --data (all)", 1)
     integer("batch_size", None, "rows of a batch (the run's)", 1)
     real("sigma", 0.3, "codec: noise on unit-variance latents", 0)
-    flags.DEFINE_enum("resize", "none", ("none", "center_crop"), "codec: what to do with images of "
-                      "another size than the codec's", flag_values=values)  # fmt: skip
+    flags.DEFINE_enum("resize", "none", ("none", "center_crop"), "codec: how to treat images whose "
+                      "size is not the codec's", flag_values=values)  # fmt: skip
     integer("seed", 0, "seed of noise and of generated cases", 0)
     integer("pictures", 16, "codec: images in the grid next to --out", 1)
     text("layout", "dp", "sharding layout of the weights")
@@ -204,7 +204,7 @@ def _flow_data_options(
 
 
 def _check_encoder(model: FlowModel, data: dict[str, Any]) -> None:
-    """Refuse latents of another encoder than the flow was trained on, if that is recorded."""
+    """Raise ValueError for latents of an encoder that the flow was not trained on, if recorded."""
     expected = model.frozen.get("fae", "").split()
     for row in data["features"]:
         if expected and "fae" in row and row["fae"]["sha256"] not in expected:
@@ -221,7 +221,7 @@ def _gaussian_baseline(
     values: flags.FlagValues,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Return the figures of a Gaussian per dimension, fitted to --fit; empty without that flag."""
+    """Return the metrics of a Gaussian per dimension fitted to --fit; empty without that flag."""
     if not values.fit:
         return {}
     image_options = {**options, "labels": False, "text": "none", "features": ""}

@@ -1,4 +1,4 @@
-"""Generate images and text with a trained model; a flow of images alone generates images.
+"""Generate images and text with a trained STARFlow2, or images with a TarFlow or STARFlow.
 
 python -m starflow2_jax.generate --prompt 'a red circle above a blue square' --out pictures/
 python -m starflow2_jax.generate --model runs/stage3 --prompt 'a red circle' --n 4 --guidance 3 --out pictures/
@@ -71,7 +71,7 @@ def define(values: flags.FlagValues) -> None:
         "null",
         "text",
         ("text", "all"),
-        "unconditional input of guidance: without the user's text, or without images too",
+        "unconditional input of guidance: omit the user's text, or the images as well",
         flag_values=values,
     )
     number(
@@ -290,7 +290,7 @@ def _generate_images(model: "FlowModel", out: epath.Path | None, values: flags.F
 
 
 def _flow_sampling(model: "FlowModel", count: int, values: flags.FlagValues) -> Any:
-    """Return the sampling options of the flags, with the run's own as defaults."""
+    """Return the sampling options of the flags; the defaults are the run's."""
     from starflow2_jax.inference.flow_sampler import FlowSampling
 
     sample = model.cfg["sample"]

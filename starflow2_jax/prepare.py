@@ -94,9 +94,9 @@ def define(values: flags.FlagValues) -> None:
         "missing_images",
         "record",
         ("record", "image"),
-        "what is left out, and counted, if an image is missing",
+        "what to leave out, and count, if an image is missing",
     )
-    text("caption", "all", "bagel_t2i: name of the caption to take")
+    text("caption", "all", "bagel_t2i: name of the caption to use")
     text("vae", None, "features: folder of a diffusers AutoencoderKL")
     text("t5", None, "features: folder of a T5 encoder and tokenizer")
     number("text_length", 128, "features: tokens of text")
@@ -111,7 +111,7 @@ def define(values: flags.FlagValues) -> None:
     number("batch_size", 8, "features: images encoded at once")
     text("fae", None, "latents: workdir or model folder of the codec")
     text("shard", "0/1", "latents: i/n, this is job i of n jobs that share the shards")
-    switch("beam", False, "latents: make the shards in an Apache Beam pipeline")
+    switch("beam", False, "latents: write the shards in an Apache Beam pipeline")
     strings("beam_option", [], "latents: option of the pipeline, may be repeated")
     text("device", "cpu", "features: torch device")
 
@@ -257,7 +257,7 @@ def latents(values: flags.FlagValues) -> dict[str, Any]:
 
     out, data, fae = (_required(values, name) for name in ("out", "data", "fae"))
     if values.overwrite:
-        raise DatasetError("--overwrite: latents are never written over; choose another --out")
+        raise DatasetError("--overwrite: latents are never overwritten; choose another --out")
     if values.beam:
         options = values.beam_option
         counts = write_beam.write(out, data, codec.open_encoder, fae, options=options)

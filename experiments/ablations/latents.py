@@ -1,10 +1,10 @@
-"""Data that the flow of an ablation learns instead of the codec's latents: pixels or features.
+"""The data of ablations whose flow learns pixels or features instead of the codec's latents.
 
 Both are scaled to unit variance in every channel, measured on the first training images, so that
 the same noise has the same effect. They are stored next to a dataset as the codec's latents are,
 and the first run that needs them writes them, shard by shard.
 
-I images, N patches, D channels.
+Shapes: I images, N patches, D channels.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from starflow2_jax.models.patches import patchify, scale_pixels
 
 # Pixels along the side of a patch. Images are scaled to have as many patches as the codec's.
 PATCH = 4
-# Images on which the scale of the channels is measured.
+# Number of images on which the scale of the channels is measured.
 NUM_MEASURED = 512
 # Log-variance of latents without noise.
 LOG_ZERO = -80.0

@@ -25,7 +25,7 @@ def run(
     """Train and measure; write the result and return it.
 
     Args:
-        kind: of latents.
+        kind: of latents: `fae`, `pixels` or `features`.
         held_out: see `rows.held_out`.
         fae: the codec that makes the latents.
 

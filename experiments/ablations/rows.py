@@ -9,12 +9,12 @@ python -m starflow2_jax.train --config experiments/ablations/rows.py:tiny/mot_fr
 
 The budget of every run:
     tiny   400 steps of 8 rows (of 256 positions, two images at most), Muon at 1e-2, AdamW at 2e-3
-    small  20,000 steps of 64 rows, peak rate 1e-4; the row itself is that of stage3_joint.py:small
+    small  20,000 steps of 64 rows, peak rate 1e-4; rows are packed as in stage3_joint.py:small
 In tiny, 45% of the rows are image to text (25% in stage 3); with less, so short a run would not
 learn it. All rows with the same seed see the same records, noise and dropout in the same order. The
-core rows have three seeds, the others one. The number of trained parameters is that of the Pretzel
-within 5%, except where the VLM is trained, with four crossings, and on features of many channels. A
-trained VLM has the learning rates of everything else.
+core rows have three seeds, the others one. The number of trained parameters is within 5% of the
+Pretzel's, except if the VLM is trained, with four crossings, and on features of many channels. A
+trained VLM has the same learning rates as everything else.
 """
 
 import runpy
@@ -66,7 +66,7 @@ class Row:
         core: whether it has `SEEDS` seeds.
         latents: the flow's data: the codec's latents (`fae`), `pixels` or `features`.
         matched: it trains as many parameters as the Pretzel within 5%.
-        comparable: its image nats are of the same latents with the same noise.
+        comparable: its image nats refer to the same latents and noise as the Pretzel's.
     """
 
     what: str
@@ -170,7 +170,7 @@ ROWS: dict[str, Row] = {
     ),
     "skip_into_width": Row("VLM skip after W_in", partial(_set, model__skip_into="width")),
     "no_text_into_flow": Row(
-        "no gradient of the text into the flow", partial(_set, loss__text_into_flow=False)
+        "no text gradient into the flow", partial(_set, loss__text_into_flow=False)
     ),
 }
 
@@ -212,9 +212,9 @@ def define(values: flags.FlagValues) -> None:
     text = flags.DEFINE_string
     flags.DEFINE_enum("variant", "tiny", VARIANTS, "size of models and data", flag_values=values)
     text("data", "data_cache", "folder of stage 3's datasets", flag_values=values)
-    text("vlm", "", "folder of the VLM, where it is elsewhere", flag_values=values)
-    text("fae", "", "folder of the codec, where it is elsewhere", flag_values=values)
-    flags.DEFINE_integer("steps", 0, "other than the budget's", 0, flag_values=values)
+    text("vlm", "", "folder of the VLM, if it has moved", flag_values=values)
+    text("fae", "", "folder of the codec, if it has moved", flag_values=values)
+    flags.DEFINE_integer("steps", 0, "training steps; 0: the budget", 0, flag_values=values)
 
 
 def settings(values: flags.FlagValues, name: str, seed: int) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def _moved(mixture, data, kind):
 def _tiny(cfg):
     cfg.fae.path = "pretrained/fae_tiny"
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 8, 400, 0.98
-    # More image to text than in stage 3, of which so short a run would learn nothing.
+    # More image to text than in stage 3: with less, so short a run would not learn it.
     shares = {"t2i": 0.4, "i2t": 0.45, "edit": 0.05, "reasoning": 0.05, "text": 0.05}
     cfg.data.mixture = tuple(
         {**entry, "weight": share} for name, share in shares.items()

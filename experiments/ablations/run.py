@@ -34,11 +34,11 @@ RELOCATABLE_KEYS = ("vlm.path", "fae.path", "data.mixture")
 
 
 def define(values: flags.FlagValues) -> None:
-    """Define the flags of this command; those of `rows` come in addition."""
+    """Define the flags of this command, in addition to those of `rows`."""
     text, number = flags.DEFINE_string, flags.DEFINE_integer
     flags.DEFINE_list("only", [], "names of rows; all of them by default", flag_values=values)
     text("shard", "0/1", "i/n: every n-th run, the i-th first", flag_values=values)
-    number("seeds", 0, "of every row, other than rows.py says", 0, flag_values=values)
+    number("seeds", 0, "seeds of every row; 0: as in rows.py", 0, flag_values=values)
     number("generation", 0, "captions of each tag that are drawn and judged, 0 for none", 0,
            flag_values=values)  # fmt: skip
     text("out", "runs/ablations", "folder of runs and tables", flag_values=values)

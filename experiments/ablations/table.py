@@ -22,8 +22,8 @@ METRICS = {
 NOT_RUN = "not run"
 NOTES = (
     "Lower is better for nats, higher for shares. Intervals are over seeds (Student's t); (1) "
-    "marks a single seed, which has none. * trains more weights than the Pretzel by over 5%. † its "
-    "images are of other latents or noise, so that their nats are not those of the other rows. "
+    "marks a single seed, which has none. * trains over 5% more weights than the Pretzel. † its "
+    "images have other latents or noise, so their nats do not compare with those of other rows. "
     "A metric that was not measured is -."
 )
 
@@ -73,7 +73,7 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     if count == 1:
         return {"mean": mean, "interval": None, "seeds": 1}
     if count not in STUDENT:
-        raise ValueError(f"table: intervals are known of at most {max(STUDENT)} seeds, not {count}")
+        raise ValueError(f"table: {count} seeds; intervals are known for at most {max(STUDENT)}")
     variance = sum((v - mean) ** 2 for v in values) / (count - 1)
     return {"mean": mean, "interval": STUDENT[count] * math.sqrt(variance / count), "seeds": count}
 

@@ -1,9 +1,9 @@
 """The interleaved decode loop: sampled text and patches enter the caches of both streams.
 
-Axes: B rows, R = B or 2B rows (followed by those of the unconditional branch), T new positions, S
+Shapes: B rows, R = B or 2B rows (followed by those of the unconditional branch), T new positions, S
 slots of a cache, D latent channels, N patches of an image, V vocabulary.
 
-A row's last item is *pending*: it was chosen, but not read yet. A step reads the pending items
+A row's last item is *pending*: it is chosen, but not read yet. A step reads the pending items
 into both caches and chooses the next ones, tokens or patches by each row's mode. All rows write to
 one slot; `valid` marks those that belong to a row, and unmarking slots removes items again.
 """
@@ -27,9 +27,10 @@ from starflow2_jax.models.backbone import BackboneConfig, BackboneInputs
 from starflow2_jax.models.layers import KVCache, at_least_float32
 from starflow2_jax.params import Tree
 
-# Modes of a row: it samples tokens; it samples patches; it has to begin an image; it is done.
+# Modes of a row: it samples tokens; it samples patches; it must begin an image; its turn has ended;
+# it has used up its tokens. The last two are done.
 TEXT, IMAGE, BEGIN_IMAGE, ENDED, OUT_OF_TOKENS = range(5)
-# Values in place of a token id: a patch was sampled; nothing was, since the row is done.
+# Values in place of a token id: a patch was sampled; nothing was sampled, as the row is done.
 PATCH, EMPTY = -1, -2
 # The maximum number of steps of a chunk, which is the size of its output.
 CHUNK = 64
@@ -56,7 +57,7 @@ class DecodeState:
     images_left: Any  # int32 [B], images that may still be begun
     images_required: Any  # int32 [B], images that must still be begun
     part_index: Any  # int32 [B], number of the next item's part, which determines its noise
-    index_in_part: Any  # int32 [B], number of the next token within that part, likewise
+    index_in_part: Any  # int32 [B], number of the next token in that part; also determines noise
 
 
 @struct.dataclass
@@ -70,7 +71,7 @@ class StepOutput:
 
 @jax.jit
 def prepare_params(params: Tree) -> dict[str, Any]:
-    """Return what the steps read of all parameters, with layers unstacked."""
+    """Return the parameters that the steps read, with layers unstacked."""
     return backbone.unstack({n: t for n, t in params.items() if n != "shallow"})
 
 

@@ -21,7 +21,10 @@ def score_step(
     sigma: float,
     conditioning: Conditioning | None = None,
 ) -> jax.Array:
-    """Return Tweedie's estimate x + sigma^2 d log p(x) / dx; the training noise has std sigma."""
+    """Return Tweedie's estimate x + sigma^2 d log p(x) / dx of noisy tokens x [B, T, D].
+
+    `sigma` is the standard deviation of the training noise.
+    """
 
     def log_density(x: jax.Array) -> Any:
         z, log_det = flow.forward(params, x, cfg, conditioning)
@@ -31,7 +34,7 @@ def score_step(
 
 
 class ImageStart(NamedTuple):
-    """The begin of an image within a decoded row."""
+    """The point at which an image begins in a decoded row."""
 
     token: Any  # id of the `<|vision_start|>` before the image
     slot: Any  # the slot of that token in the caches
@@ -73,7 +76,7 @@ def image_score_step(
     rows, columns = jnp.divmod(patch, cfg.flow.side)
     positions = start.vlm_position + jnp.stack([0 * patch, rows, columns], -1)
     token_position = jnp.full((1, 3), start.vlm_position - 1)
-    # Item n predicts patch n: the inputs are the begin token and all patches but the last.
+    # Item n predicts patch n: the inputs are `<|vision_start|>` and all patches but the last.
     inputs = BackboneInputs(
         ids=jnp.full((1, cfg.num_patches), start.token),
         latents=None,

@@ -1,6 +1,6 @@
-"""Draw images from a trained flow of images alone, and compute their likelihoods.
+"""Draw images from a trained TarFlow or STARFlow, and compute likelihoods.
 
-Axes: B images, T tokens, D channels.
+Shapes: B images, T tokens, D channels.
 """
 
 import dataclasses

@@ -19,8 +19,8 @@ TEMPERATURE_ON = ("all", "unconditional")
 class Guidance:
     """Strength and rule by which predictions move away from those of the null condition."""
 
-    weight: Any  #: w; 0 is no guidance. It is traced, so another value does not recompile.
-    #: Null text features [B or 1, L, E]; None stands for zeros, as padding
+    weight: Any  #: w; 0 is no guidance. It is traced, so changing it does not recompile.
+    #: Null text features [B or 1, L, E]; None stands for zeros, which are padding
     text: jax.Array | None = None
     temperature: Any = 1.0  #: temperature of the attention logits in the passes of `temperature_on`
     #: `product` is p_c^(1+w) p_u^(-w) with the scale ratio clipped at 1 (STARFlow);

@@ -2,7 +2,7 @@
 
     pixels --codec--> mean, variance --noise--> x [N, D] --shallow flow--> u [N, D]
 
-Axes: I images, N patches, D latent channels.
+Shapes: I images, N patches, D latent channels.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Invert a flow, noise to data: sequentially with a key-value cache, or by block-wise Jacobi.
 
-Axes: B rows, R = B or 2B rows of a block (doubled under guidance), T tokens, D token channels,
+Shapes: B rows, R = B or 2B rows of a block (doubled under guidance), T tokens, D token channels,
 C width, P predictions of a block.
 
 Both methods treat a block as one chain y_0, y_1, ..., y_P: prediction p reads y_0 ... y_p and
@@ -119,7 +119,7 @@ def _inverse(params, z, conditioning, guidance, jacobi_limits, temperature, *, c
 
 
 def is_guided(guidance: Guidance | None, block: BlockConfig) -> bool:
-    """Return whether a block runs twice as many rows: if it reads a condition, as a rule."""
+    """Return whether a block runs twice as many rows, normally because it reads a condition."""
     if guidance is None:
         return False
     return guidance.all_blocks or block.text or bool(block.flow.classes)
@@ -288,7 +288,7 @@ def _jacobi(chain, first, cache, noise, block_size, threshold, max_iterations):
 
     carry = (y, cache, jnp.zeros((), jnp.int32), jnp.zeros((), y.dtype))
     full_chunks, rest = divmod(count, block_size)
-    if full_chunks:  # An empty loop is traced as well, and the chunk does not fit.
+    if full_chunks:  # Even an empty loop is traced, and a full chunk would not fit.
         carry = jax.lax.fori_loop(0, full_chunks, body, carry)
     if rest:
         carry = solve_chunk(full_chunks * block_size, carry, rest)

@@ -31,7 +31,7 @@ class Model:
 
     @functools.cached_property
     def decode_params(self) -> Tree:
-        """A copy of the parameters, laid out for the decode loop, made on first use."""
+        """The parameters laid out for the decode loop, a copy made on first use."""
         return decode_loop.prepare_params(self.params)
 
     @functools.cached_property

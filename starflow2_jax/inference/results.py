@@ -1,6 +1,6 @@
 """Results of generation: sampled items as parts with their likelihoods.
 
-Axes: N patches, D latent channels.
+Shapes: N patches, D latent channels.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ class Results:
     """Generated parts of every row, and the session to continue from."""
 
     rows: list[list[Part]]  #: lists of parts
-    #: Why each row ended: `end` (the model ended its turn, or all images are there), `stop` (one of
-    #: the stop texts) or `length` (the token limit; the last part is marked as truncated)
+    #: Why each row ended: `end` (the model ended its turn or drew all images), `stop` (one of the
+    #: stop texts) or `length` (the token limit; the last part is marked as truncated)
     finish: list[str]
     #: Log-likelihood in nats of everything that was sampled, delimiters included
     total: list[float]
@@ -61,7 +61,7 @@ class Results:
 
 
 def find_stop(model: Model, items: Sequence[SampledItem], stop: Sequence[str]) -> int | None:
-    """Return how many items precede the first stop text; None if no text contains one."""
+    """Return the number of items before the first stop text; None if no text contains one."""
     tokenizer, special = model.tokenizer, model.special_tokens
     image_tokens = (decode_loop.PATCH, special.vision_start, special.vision_end)
     delimiters = (*image_tokens, *special.turn_ends)
@@ -186,7 +186,7 @@ def _add_images(model, session, items, rows, totals, u, options, start) -> None:
 
 
 def _denoise_images(model, session, items, x, start) -> np.ndarray:
-    """Return x [I, N, D] after a score step each; the model must know Gaussian noise."""
+    """Return images x [I, N, D] after a score step; the training noise must be Gaussian."""
     noise, cfg = model.cfg["noise"], model.model_config
     if noise["kind"] != "gaussian" or not noise["sigma"]:
         raise ValueError(
@@ -222,7 +222,7 @@ def _denoise_images(model, session, items, x, start) -> np.ndarray:
 
 
 def select_best(results: Results, best_of: int) -> Results:
-    """Return of every `best_of` rows the one with the largest total."""
+    """Return, of every `best_of` rows, the one with the largest total."""
     groups = np.asarray(results.total).reshape(-1, best_of)
     rows = np.argmax(groups, 1) + np.arange(len(groups)) * best_of
     return results.select_rows([int(row) for row in rows])

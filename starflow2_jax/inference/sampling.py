@@ -1,6 +1,6 @@
 """Sample the next token or patch of every row, and compute its log-probabilities.
 
-Axes: B rows, R = B or 2B rows (followed by those of the unconditional branch), D latent channels.
+Shapes: B rows, R = B or 2B rows (followed by those of the unconditional branch), D latent channels.
 `log_probs` [B, 3] are nats under the plain model, under the density that is sampled from, and under
 the unconditional branch.
 """
@@ -27,7 +27,7 @@ class SpecialTokens(NamedTuple):
 
 @struct.dataclass
 class SamplingParams:
-    """Sampling parameters. They are traced, so other values do not recompile."""
+    """Sampling parameters. They are traced, so changing them does not recompile."""
 
     temperature: Any  #: temperature of tokens; 0 is greedy
     top_k: Any  #: number of the most likely tokens to sample from; 0 is all of them
@@ -108,7 +108,7 @@ def sample_token(
 
 
 def truncate_logits(logits: jax.Array, top_k: Any, top_p: Any) -> jax.Array:
-    """Set logits [..., V] outside of the top k (0 for all) and the top p to -inf."""
+    """Set logits [..., V] outside the top k (0 for all) and the top p to -inf."""
     ordered = -jnp.sort(-logits, axis=-1)
     size = logits.shape[-1]
     limit = jnp.where(jnp.asarray(top_k) > 0, jnp.clip(top_k, 1, size), size)

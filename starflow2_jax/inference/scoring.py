@@ -1,6 +1,6 @@
 """Likelihoods of interleaved rows, computed in parallel with teacher forcing.
 
-Axes: B rows, T positions, M images of a row, N patches, D latent channels.
+Shapes: B rows, T positions, M images of a row, N patches, D latent channels.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float
 
     Args:
         rows: prompts (see `inference.prompts`). Generated parts are scored as they were sampled;
-            other images with noise of the seed, the row and the part's number; other texts as the
-            tokenizer encodes each alone. The first token of a row is a condition.
+            other images with noise from the seed, the row and the part's number; other texts as the
+            tokenizer encodes each by itself. The first token of a row is a condition.
     """
     parts = [parse_prompt(row, f"row {i}") for i, row in enumerate(rows)]
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(parts)))
@@ -79,6 +79,6 @@ def build_batch(
     part_index = [sequence.part_index for sequence in sequences]
     latents = np.zeros((len(rows), max_images, cfg.num_patches, cfg.flow.channels), x[0].dtype)
     for b, (index, images) in enumerate(zip(part_index, x)):
-        batch["target"][b, : len(index)] = index >= 0  # Delimiters are no targets.
+        batch["target"][b, : len(index)] = index >= 0  # Delimiters are not targets.
         latents[b, : len(images)] = images
     return {**batch, "latent_mean": latents}, part_index

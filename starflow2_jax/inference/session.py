@@ -1,6 +1,6 @@
 """Decode sessions: rows whose parts are in the caches, ready to be extended.
 
-Axes: B rows, R = B or 2B rows (followed by those of the unconditional branch), T new positions,
+Shapes: B rows, R = B or 2B rows (followed by those of the unconditional branch), T new positions,
 S slots of a cache, N patches, D latent channels. All but `decode_loop.prefill` runs on the host.
 """
 
@@ -42,7 +42,7 @@ class Session:
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """The number of rows, B."""
         return len(self.open_roles)
 
     @property
@@ -52,7 +52,7 @@ class Session:
 
     @property
     def cache_size(self) -> int:
-        """S."""
+        """The number of slots of a cache, S."""
         return self.state.valid.shape[1]
 
     @property
@@ -92,7 +92,7 @@ def new_session(
 
 
 def turn_start(session: Session) -> TurnStart:
-    """Return the present point of a session; arrays are copied, as the loop takes them over."""
+    """Return the current point of a session; arrays are copied, because the loop donates them."""
     state = jax.tree.map(np.array, session.state.replace(caches=None))
     return TurnStart(state, session.cache_length)
 
@@ -146,7 +146,7 @@ def extend(
         caches, valid = decode_loop.prefill(
             session.params, caches, valid, inputs, is_real, cfg=model.model_config
         )
-    else:  # The next steps take the arrays over.
+    else:  # A copy, because the next steps donate the arrays.
         caches, valid = jax.tree.map(jnp.copy, (caches, valid))
     conditional = sequences[: session.batch_size]
     counts = session.count_parts(rows)
@@ -208,7 +208,7 @@ def _new_sequence(model, session, state, b, branch, parts, u) -> dict[str, Any]:
             raise ValueError(
                 f"row {b}: the turn of {role} has ended; continue with a part of another role"
             )
-        # The model ended its turn itself, by whatever token: that one is the delimiter.
+        # Whichever token the model ended its turn with, the delimiter is `turn_end`.
         token = tokenizer.turn_end
         sequence = {name: array[1:] for name, array in sequence.items()}
         sequence["positions"] = sequence["positions"] - 1
@@ -346,7 +346,7 @@ def truncate_rows(
 ) -> DecodeState:
     """Return a state in which some rows keep only the items `kept_ids`, and are done.
 
-    The last one of a row's items, if any, is a token.
+    The last item that a row keeps, if any, is a token.
     """
     caches = state.caches
     host = jax.tree.map(np.array, state.replace(caches=None))

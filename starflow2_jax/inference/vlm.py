@@ -1,6 +1,6 @@
-"""A small vision-language model that was trained here, as a run or a Hugging Face folder.
+"""A small vision-language model trained by this package, as a run or a Hugging Face folder.
 
-Axes: B rows, S records of a row.
+Shapes: B rows, S records of a row.
 """
 
 import json
