@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Makes the shapes datasets that the `tiny` stages of STARFlow2 are trained and evaluated on.
+# Draws the shapes datasets on which the `tiny` stages of STARFlow2 are trained and evaluated.
 #
 #   bash launch/data_tiny.sh [DIVISOR]
 #
 # Writes data_cache/NAME64 and data_cache/NAME64_test in the working directory, where
-# experiments/stage*.py:tiny expect them; complete folders stay unchanged. DIVISOR divides the number
+# experiments/stage*.py:tiny expect them. Complete folders are not changed. DIVISOR divides the number
 # of training records. One core makes about 500 records a second.
 #
-# PYTHON  the interpreter that has the package (default: python)
+# PYTHON  an interpreter with the package installed (default: python)
 set -euo pipefail
 
 divisor=${1:-1}
@@ -18,8 +18,8 @@ case $divisor in
     ;;
 esac
 
-# --withheld leave_out keeps an eighth of the (color, shape) pairs and combinations out of all of them.
-fixed=(--format shapes --pixels 64 --withheld leave_out)
+# --withheld leave_out keeps an eighth of the (color, shape) pairs and combinations out of them.
+shared_flags=(--format shapes --pixels 64 --withheld leave_out)
 lines=
 while read -r name tasks n seed test_tasks test_n test_seed; do
   lines=$lines"--out data_cache/${name}64 --tasks $tasks --n $((n / divisor)) --seed $seed"$'\n'
@@ -34,4 +34,4 @@ END
 
 mkdir -p data_cache
 # Two at a time, since each process uses one core.
-printf '%s' "$lines" | xargs -P 2 -L 1 "${PYTHON:-python}" -m starflow2_jax.prepare import "${fixed[@]}"
+printf '%s' "$lines" | xargs -P 2 -L 1 "${PYTHON:-python}" -m starflow2_jax.prepare import "${shared_flags[@]}"

@@ -1,13 +1,13 @@
 # shellcheck shell=bash disable=SC2034
-# The environment the launchers share; sourced from the root of the repository.
+# The environment that demo.sh and test.sh share; source it in the root of the repository.
 #
-#   prepare_environment [EXTRA ...]   makes .venv if it is absent, and installs the package with the
-#                                     extras that are not in it yet. Sets `venv_python` to its
+#   prepare_environment [EXTRA ...]   creates .venv if it is absent, and installs the package with
+#                                     the extras that it lacks. Sets `venv_python` to its
 #                                     interpreter and `install_seconds` (0: nothing to do).
 #
-# PYTHON  the interpreter to make .venv with (default: the first of python3, python3.12, python3.11
+# PYTHON  the interpreter that creates .venv (default: the first of python3, python3.12, python3.11
 #         that runs and is new enough)
-# VENV    another folder than .venv, such as one for each Python version
+# VENV    another folder than .venv, for example one for each Python version
 
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -43,8 +43,8 @@ version_of() {
 make_venv() {
   local base
   base=$(find_python) || exit 1
-  printf 'making %s with %s\n' "$venv" "$("$base" -c 'import sys; print(sys.executable)')"
-  # Debian keeps what `venv` installs pip from in a package of its own; pip itself does as well.
+  printf 'creating %s with %s\n' "$venv" "$("$base" -c 'import sys; print(sys.executable)')"
+  # On Debian without python3-venv there is no ensurepip; pip then installs itself.
   if "$base" -c 'import ensurepip, venv' > /dev/null 2>&1 && "$base" -m venv "$venv"; then
     return
   fi
@@ -53,8 +53,8 @@ make_venv() {
     || die "pip could not be installed into $venv; on Debian and Ubuntu: apt install python3-venv"
 }
 
-# A key of all that an installation depends on. Each extra has a stamp in the environment, which
-# holds the key of its last complete installation.
+# Print a key of everything that an installation depends on. The environment has a stamp for each
+# extra: a file with the key of its last complete installation.
 installation_key() {
   "$venv_python" - << 'END'
 import hashlib, pathlib, platform
@@ -65,7 +65,7 @@ END
 }
 
 prepare_environment() {
-  local key stamps missing extra began=$SECONDS
+  local key stamps missing extra start=$SECONDS
   venv=${VENV:-.venv}
   venv_python=$venv/bin/python
   unset PYTHONHOME PYTHONPATH
@@ -98,6 +98,6 @@ prepare_environment() {
     for extra in $(printf '%s' "$missing" | tr , ' '); do
       printf '%s\n' "$key" > "$stamps/$extra"
     done
-    install_seconds=$((SECONDS - began))
+    install_seconds=$((SECONDS - start))
   fi
 }

@@ -5,13 +5,13 @@
 #   bash launch/multi_process.sh 2 --cpu 8 python -m starflow2_jax.train --config ... --workdir ...
 #
 #   --cpu DEVICES  virtual CPU devices of all processes together (8 and N = 2: four each)
-#   --gpu DEVICES  GPUs shared out among them (8 and N = 2: 0-3 and 4-7)
-#   --port PORT    of the coordinator, on the loopback interface; default: a free one
-#   --logs DIR     for process_0.log ...; default runs/logs
+#   --gpu DEVICES  GPUs, divided among the processes (8 and N = 2: 0-3 and 4-7)
+#   --port PORT    port of the coordinator on the loopback interface; default: a free one
+#   --logs DIR     folder of process_0.log, ...; default: runs/logs
 #
-# Every line of output begins with the process's number. SIGTERM and Ctrl-C go to all processes. Once
-# one has failed, the others get a minute to end by themselves; the last line then says why the first
-# failed, and the exit status is that one's.
+# Every line of output begins with the number of its process. SIGTERM and Ctrl-C go to all processes.
+# When one fails, the others have a minute to end by themselves. The last line then says why the first
+# process failed, and the exit status is that of this process.
 set -uo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 
@@ -47,7 +47,7 @@ if [ -z "$port" ]; then
   done
 fi
 
-prefix() { # Not awk, of which some keep lines back.
+prefix() { # Not awk: some versions buffer lines.
   trap '' TERM INT
   local line
   while IFS= read -r line || [ -n "$line" ]; do
@@ -95,13 +95,13 @@ while [ ${#left[@]} -gt 0 ]; do
   left=(${still[@]+"${still[@]}"})
   if [ -n "$first" ] && [ "$SECONDS" -ge "$deadline" ]; then
     for i in ${left[@]+"${left[@]}"}; do
-      kill -USR1 "${pids[i]}" # on which one_process.sh kills its command
+      kill -USR1 "${pids[i]}" # one_process.sh then kills its command
     done
-    deadline=$((SECONDS + 60)) # they have something to say yet
+    deadline=$((SECONDS + 60)) # time for them to report the reason
   fi
   sleep 0.2
 done
-sleep 0.3 # `prefix` may have a line to write yet
+sleep 0.3 # `prefix` may still have a line to write
 if [ -n "$first" ]; then
   printf 'error: the first of %d processes to end: %s\n' "$count" \
     "$(cat "$logs/process_$first.reason" 2> /dev/null || echo "process $first, status $status")" >&2

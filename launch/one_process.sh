@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Runs one process of a run and, where it fails, says why in the last line.
+# Runs one process of a run. If it fails, the last line says why.
 #
 #   bash launch/one_process.sh COMMAND ...
 #
-# Each launcher starts its processes through this. Output goes on and into LOGS/process_N.log (LOGS:
-# $STARFLOW2_LOGS, default runs/logs). SIGTERM and SIGINT are passed on as SIGTERM, on which training
-# saves; SIGUSR1 kills it. The exit status is the command's; where it died of signal S, 128 + S.
+# Every launcher starts its processes with this script. Output is printed, and written to
+# LOGS/process_N.log (LOGS: $STARFLOW2_LOGS, by default runs/logs). SIGTERM and SIGINT are passed on
+# as SIGTERM, upon which training saves; SIGUSR1 kills the command. The exit status is that of the
+# command, or 128 + S if signal S ended it.
 set -uo pipefail
 
 [ $# -gt 0 ] || {
@@ -21,21 +22,21 @@ mkdir -p "$folder" || exit 1
 log=$folder/process_$number.log
 rm -f "$folder/process_$number.reason"
 
-# The runtime's own words are longer than a screen: an `error:` line of ours says most, then the last
-# line of a Python trace, then the status that jax gives before it aborts.
+# The runtime's messages fill more than a screen. The most useful line is, in this order: an `error:`
+# line of this package, the last line of a traceback, the status that jax prints before it aborts.
 reason() { # STATUS
-  local said
-  said=$(grep -E '^error: ' "$log" | tail -n 1)
-  [ -n "$said" ] || said=$(grep -E '^[A-Za-z_.]*(Error|Exception|Interrupt)(: |$)' "$log" | tail -n 1)
-  if [ -z "$said" ]; then
-    said=$(awk '/absl::Status: / { sub(/.*absl::Status: /, ""); found = $0; getline more
-      if (found ~ /unhealthy/) found = found " process " more } END { print found }' "$log")
+  local message
+  message=$(grep -E '^error: ' "$log" | tail -n 1)
+  [ -n "$message" ] || message=$(grep -E '^[A-Za-z_.]*(Error|Exception|Interrupt)(: |$)' "$log" | tail -n 1)
+  if [ -z "$message" ]; then
+    message=$(awk '/absl::Status: / { sub(/.*absl::Status: /, ""); status = $0; getline more
+      if (status ~ /unhealthy/) status = status " process " more } END { print status }' "$log")
   fi
-  [ -n "$said" ] || said=$(grep -Ev '^ *$|^\[Gloo\]' "$log" | tail -n 1)
+  [ -n "$message" ] || message=$(grep -Ev '^ *$|^\[Gloo\]' "$log" | tail -n 1)
   if [ "$1" -gt 128 ]; then
-    printf 'ended by signal %d; its last words: ' $(($1 - 128))
+    printf 'ended by signal %d; its last message: ' $(($1 - 128))
   fi
-  printf '%s\n' "${said#error: }" | cut -c1-600
+  printf '%s\n' "${message#error: }" | cut -c1-600
 }
 
 PYTHONUNBUFFERED=1 "$@" > >(tee "$log") 2>&1 &
@@ -50,7 +51,7 @@ while kill -0 "$pid" 2> /dev/null; do
   status=$?
 done
 if [ "$status" -ne 0 ]; then
-  sleep 0.3 # tee may have a line to write yet
+  sleep 0.3 # tee may still have a line to write
   printf 'process %s: %s\n' "$number" "$(reason "$status")" > "$folder/process_$number.reason"
   printf 'error: %s\n' "$(cat "$folder/process_$number.reason")" >&2
 fi

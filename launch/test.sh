@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Installs what tests need, checks style, runs the tests.
+# Installs the test extras, checks the style and runs the tests.
 #
 #   bash launch/test.sh [--fast | --slow] [--parity] [--plan] [--release] [--docs]
 #                       [-- PYTEST ARGUMENTS]
 #
 #   --fast     only the tests marked fast: a few of every folder, in about two minutes
 #   --slow     also the tests marked slow
-#   --parity   also against PyTorch and diffusers (installs both, CPU builds where pip finds them)
-#   --plan     also what compiles for TPUs (installs libtpu; no TPU is needed)
-#   --release  also the archives of a release (installs build and twine)
-#   --docs     also the documentation site, without a warning (installs Sphinx)
+#   --parity   also tests against PyTorch and diffusers (installs both, CPU builds if pip has them)
+#   --plan     also tests that compile for TPUs (installs libtpu; no TPU is needed)
+#   --release  also tests of the release archives, and pyright (installs build, twine and pyright)
+#   --docs     also builds the documentation site, with warnings as errors (installs Sphinx)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
@@ -42,11 +42,11 @@ python_only='extend-exclude = ["*.md"]'
 "$venv_python" -m ruff check --quiet --config "$python_only" . \
   || die "ruff check failed; no test was run"
 "$venv_python" -m ruff format --check --quiet --config "$python_only" . \
-  || die "ruff format --check failed; no test was run ('ruff format' mends it)"
+  || die "ruff format --check failed; no test was run ('ruff format' corrects it)"
 
-# Two workers on two cores: libraries with thread pools of their own get one thread in each.
+# Two workers on two cores: libraries with their own thread pools get one thread per worker.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}
-# A worker takes whole files, so that what a file's tests share is made once; tests/conftest.py
-# sorts them.
+# A worker runs whole files, so that the tests of a file share its fixtures; tests/conftest.py sorts
+# the files.
 exec "$venv_python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25 \
   ${options[@]+"${options[@]}"} < /dev/null

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice: the same command on every host of it, over gcloud.
+# A run on a Cloud TPU slice: gcloud executes the same command on every host of it.
 #
 #   bash launch/tpu_vm.sh setup NAME ZONE           copies this repository there and installs it
-#   bash launch/tpu_vm.sh run NAME ZONE COMMAND ... runs it on all hosts, and shows what they say
-#   bash launch/tpu_vm.sh stop NAME ZONE            SIGTERM to one: all of them save and end
+#   bash launch/tpu_vm.sh run NAME ZONE COMMAND ... runs it on all hosts, and shows their output
+#   bash launch/tpu_vm.sh stop NAME ZONE            SIGTERM to one host: all of them save and end
 #   bash launch/tpu_vm.sh logs NAME ZONE            the last lines of each host
 #
-# On the hosts the repository lies in ~/starflow2_jax, logs in runs/logs of it. Give --workdir as
-# a gs:// path, and data on a disk that all hosts see (a bucket mounted with gcsfuse: records are
-# files). JAX_COMPILATION_CACHE_DIR=gs://... is passed on, or each host keeps a cache of its own.
+# On the hosts the repository is in ~/starflow2_jax, with logs in its runs/logs. --workdir should be a
+# gs:// path. Data must be on a disk that all hosts see, such as a bucket mounted with gcsfuse, since
+# records are files. JAX_COMPILATION_CACHE_DIR=gs://... is passed on; without it each host has its own
+# cache.
 set -euo pipefail
 
 usage() {

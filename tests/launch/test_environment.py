@@ -217,6 +217,6 @@ def test_the_demo_runs_its_parts_in_order(demo):
 def test_the_demo_stops_where_training_did_and_takes_no_words(demo):
     done, calls = demo(unfinished=1)
     assert done.returncode == 1 and len(calls) == 11
-    assert "training was stopped before its end; the same command goes on" in done.stderr
+    assert "training was stopped before its end; the same command resumes it" in done.stderr
     done, calls = demo("--fast")
     assert done.returncode == 1 and "takes no arguments; got --fast" in done.stderr and not calls
