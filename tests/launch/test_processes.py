@@ -94,10 +94,10 @@ detected fatal errors. absl::Status: UNAVAILABLE: The following tasks are unheal
         ("echo 'x.y.JaxRuntimeError: lost'; echo '  at'; exit 1", 1, "x.y.JaxRuntimeError: lost"),
         (
             f"echo {ABORT!r}; kill -ABRT $$".replace("\\n", "'$'\\n''"), 134,
-            "ended by signal 6; its last words: UNAVAILABLE: The following tasks are unhealthy "
+            "ended by signal 6; its last message: UNAVAILABLE: The following tasks are unhealthy "
             "(stopped): process 1",
         ),
-        ("echo step 7; kill -KILL $$", 137, "ended by signal 9; its last words: step 7"),
+        ("echo step 7; kill -KILL $$", 137, "ended by signal 9; its last message: step 7"),
         ("exit 4", 4, ""),
     ],
 )  # fmt: skip
