@@ -237,13 +237,13 @@ def _gaussian_baseline(
         model.cfg,
     )
     comparable = not likelihood.not_comparable(model.cfg)
-    figures = {
+    metrics = {
         "nats_per_dim": nats,
         "bits_per_dim": likelihood.bits_per_dim(nats) if comparable else None,
         "fit": values.fit,
         "fingerprints": image_batches.describe(fit)["fingerprints"],
     }
-    return {"gaussian_per_dimension": figures}
+    return {"gaussian_per_dimension": metrics}
 
 
 def _load_starflow2(values: flags.FlagValues) -> Model:
@@ -261,10 +261,10 @@ def _record_likelihood(values: flags.FlagValues) -> Output:
     model = _load_starflow2(values)
     rows = list(itertools.islice(records.read(values.data), values.rows))
     batch_size = min(values.batch_size or 32, len(rows))
-    figures = interleaved_likelihood.measure_records(model, rows, batch_size=batch_size, seed=seed)
+    metrics = interleaved_likelihood.measure_records(model, rows, batch_size=batch_size, seed=seed)
     result = {
         "data": _describe_data(values.data),
-        "sections": {"likelihood": {"records": {"all": figures}}},
+        "sections": {"likelihood": {"records": {"all": metrics}}},
         "not_run": {},
         "options": {"batch_size": batch_size, "seed": seed},
         "protocol": {"likelihood": interleaved_likelihood.PROTOCOL},
@@ -315,7 +315,7 @@ def evaluate_codec(values: flags.FlagValues) -> Output:
     grid = file.path.with_suffix(".png") if file.path else None
     if grid:
         result_files.refuse_existing(grid, values.overwrite)
-    figures, images = codec_evaluation.measure_fidelity(
+    metrics, images = codec_evaluation.measure_fidelity(
         codec,
         values.data,
         rows=values.rows,
@@ -333,7 +333,7 @@ def evaluate_codec(values: flags.FlagValues) -> Output:
     result = {
         "model": {**file.model, "encoder": codec.sha256},
         "data": _describe_data(values.data),
-        **figures,
+        **metrics,
         "probe": probe,
         "protocol": codec_evaluation.protocol(codec, values.sigma, seed, values.resize),
     }

@@ -174,7 +174,7 @@ def rms_norm(params: Tree, x: jax.Array, eps: float = 1e-6, offset: bool = True)
 
 
 def norm(params: Tree, x: jax.Array, kind: str, eps: float) -> jax.Array:
-    """Apply `layer_norm`, `rms_norm` or `rms_norm_offset` by name."""
+    """Apply `layer_norm`, `rms_norm` or `rms_norm_offset`, by name, to the last axis of x."""
     if kind == "layer_norm":
         return layer_norm(params, x, eps)
     return rms_norm(params, x, eps, offset=kind == "rms_norm_offset")
@@ -183,7 +183,8 @@ def norm(params: Tree, x: jax.Array, kind: str, eps: float) -> jax.Array:
 def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array], pairs: str) -> jax.Array:
     """Rotate the channel pairs of x [B, heads, T, D] by tables [T, D/2] or [B, T, D/2].
 
-    `interleaved` pairs channels (2i, 2i+1), `half` pairs (i, i + D/2).
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin). `interleaved` pairs channels (2i, 2i + 1),
+    `half` pairs (i, i + D/2).
     """
     cos, sin = (t[..., None, :, :].astype(x.dtype) for t in tables)
     if pairs == "interleaved":
@@ -209,7 +210,7 @@ _ACTIVATIONS = {
 
 
 def mlp(params: Tree, x: jax.Array, cfg: LayerConfig) -> jax.Array:
-    """Return down(act(up x)), or down(act(gate x) * up x) for a gated layer."""
+    """Return down(act(up x)) of x [B, T, C], or down(act(gate x) * up x) in a gated layer."""
     act = _ACTIVATIONS[cfg.activation]
     up = constrain(linear(params["mlp_up"], x), "batch", "length", "mlp")
     hidden = act(linear(params["mlp_gate"], x)) * up if cfg.gated else act(up)

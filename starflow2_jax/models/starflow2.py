@@ -319,7 +319,7 @@ def flow_inputs(
 
 
 def skip_ratio(base: jax.Array, skip: jax.Array) -> jax.Array:
-    """Return `|skip| / (|base| + |skip|)` over the last axis, without a gradient."""
+    """Return `|skip| / (|base| + |skip|)` [...] of vectors [..., C], without a gradient."""
 
     def norm(a):
         return jnp.linalg.norm(at_least_float32(jax.lax.stop_gradient(a)), axis=-1)

@@ -1,1 +1,1 @@
-"""Rivals of the Pretzel, which its main path never imports."""
+"""Alternatives to the Pretzel for the ablations; its own modules never import them."""

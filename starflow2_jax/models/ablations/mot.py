@@ -1,4 +1,4 @@
-"""A mixture of transformers (ablation): the Pretzel's rival, with a flow as its generation expert.
+"""A mixture of transformers (ablation): the alternative to the Pretzel, with a flow as its expert.
 
 As in BAGEL (arXiv 2505.14683, section 2), every layer has two sets of parameters and one attention
 over the whole row: the VLM's parameters, frozen or trained, for text, the expert's for images. The
@@ -74,11 +74,11 @@ class MoTConfig:
         return ((self.vlm.layer, self.vlm.layers),)
 
     def declare(self) -> dict[str, Any]:
-        """Declare every parameter (see `declare`)."""
+        """Declare every parameter (see the function `declare`)."""
         return declare(self)
 
     def forward(self, params: Tree, inputs: BackboneInputs, **options: Any) -> BackboneOutputs:
-        """Apply the mixture (see `forward`); the flow and the skips cannot be left out."""
+        """Apply the mixture (see the function `forward`), always with its flow; it has no skips."""
         options = {n: v for n, v in options.items() if n not in ("with_flow", "with_skips")}
         return forward(params, inputs, self, **options)
 
@@ -123,7 +123,7 @@ def forward(
 ) -> BackboneOutputs:
     """Apply the mixture to interleaved rows; arguments as in `BackboneConfig.forward`.
 
-    Its VLM states are those of text, its flow states those of `<|vision_start|>` and patches.
+    The VLM states are meaningful at text, the flow states at `<|vision_start|>` and patches.
     """
     expert, is_image = params["deep"], inputs.is_image
     g = backbone.text_embeddings(params, inputs, cfg.vlm)

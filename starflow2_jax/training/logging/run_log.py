@@ -231,9 +231,9 @@ def dump_batch(
     np.savez(data, **arrays)
     _write(path, data.getvalue())
     # As text: JSON has no nan.
-    figures = {name: str(_number(name, value)) for name, value in metrics.items()}
-    about = {"step": int(step), "ids": list(ids), "metrics": figures}
-    _write(path.with_suffix(".json"), _json(about))
+    texts = {name: str(_number(name, value)) for name, value in metrics.items()}
+    metadata = {"step": int(step), "ids": list(ids), "metrics": texts}
+    _write(path.with_suffix(".json"), _json(metadata))
     return path
 
 

@@ -52,7 +52,10 @@ def flow_loss(
 def log_likelihood(
     params: Tree, x: jax.Array, cfg: FlowConfig, conditioning: Conditioning | None = None
 ) -> jax.Array:
-    """Return log p(x) [B] in nats, with the constant of the Gaussian."""
+    """Return log p(x) [B] of tokens x [B, T, D] in nats, with the constant of the Gaussian.
+
+    log p(x) = log_det - 1/2 |z|^2 - 1/2 T D log(2 pi)
+    """
     z, log_det = flow.forward(params, x, cfg, conditioning)
     dims = x.shape[1] * x.shape[2]
     return log_det - 0.5 * jnp.square(z).sum((1, 2)) - dims * HALF_LOG_2_PI

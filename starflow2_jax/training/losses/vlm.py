@@ -71,7 +71,7 @@ def row_metrics(
 def pixel_error(
     pixel_probe: Tree, images: jax.Array, features: jax.Array, model: QwenConfig
 ) -> jax.Array:
-    """Return the mean square error [B * M] of the pixels that a linear layer predicts."""
+    """Return the mean square error [B * M] of pixels that a linear layer predicts from features."""
     block = model.vision.patch * model.vision.merge
     pixels = scale_pixels(images)
     pixels = patchify(pixels.reshape(-1, *pixels.shape[2:]), block, "channel_last")
@@ -80,10 +80,10 @@ def pixel_error(
 
 
 def region_nll(params: Tree, batch: Batch, features: jax.Array, model: QwenConfig) -> jax.Array:
-    """Return the nats of the regions' words under the model's head, summed over images [B].
+    """Return the nats [B] of the regions' words under the model's head, summed over images.
 
-    The words of a region are a bag with equal weights. Every region of an image has the same
-    weight, and so has every feature of a region.
+    `features` are [B, M, N, C]. The words of a region are a bag with equal weights. Every region of
+    an image has the same weight, and so has every feature of a region.
     """
     logits = qwen.logits(params, qwen.final_norm(params, features, model), model)
     words = batch["region_words"]  # int [B, M, R, words]

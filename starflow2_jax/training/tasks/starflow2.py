@@ -83,7 +83,7 @@ def _stored_vlm_fields(fields: Mapping[str, Any], folder: str) -> dict[str, Any]
 
 
 def max_images(cfg: Mapping[str, Any], model: BackboneConfig) -> int:
-    """Return the number of images for which a row has slots, M."""
+    """Return M, the maximum number of images in a row."""
     length, patches = cfg["text"]["length"], model.num_patches
     count = cfg["text"]["images"] or length // (patches + 2)
     if count * (patches + 2) > length or not count:
@@ -97,7 +97,7 @@ def max_images(cfg: Mapping[str, Any], model: BackboneConfig) -> int:
 def abstract_batch(
     cfg: Mapping[str, Any], model: BackboneConfig
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the arrays of a batch, see `losses.interleaved`."""
+    """Return the abstract arrays of a batch (see `losses.interleaved`)."""
     row = (cfg["train"]["batch_size"], cfg["text"]["length"])
     latent = (row[0], max_images(cfg, model), model.num_patches, model.flow.channels)
     arrays = {

@@ -40,7 +40,7 @@ def grid_side(cfg: Mapping[str, Any], model: QwenConfig) -> int:
 
 
 def max_images(cfg: Mapping[str, Any], model: QwenConfig) -> int:
-    """Return the number of images for which a row has slots."""
+    """Return the maximum number of images in a row."""
     return cfg["text"]["images"] or cfg["text"]["length"] // (grid_side(cfg, model) ** 2 + 2)
 
 
