@@ -1,11 +1,11 @@
 """Generate images and text with a trained STARFlow2, or images with a TarFlow or STARFlow.
 
-python -m starflow2_jax.generate --prompt 'a red circle above a blue square' --out pictures/
-python -m starflow2_jax.generate --model runs/stage3 --prompt 'a red circle' --n 4 --guidance 3 --out pictures/
+python -m starflow2_jax.generate --prompt 'a red circle above a blue square' --out images/
+python -m starflow2_jax.generate --model runs/stage3 --prompt 'a red circle' --n 4 --guidance 3 --out images/
 python -m starflow2_jax.generate --model runs/stage3 --image in.png --prompt 'make the circle blue' --out edited/
 python -m starflow2_jax.generate --model runs/stage3 --chat chat.json --temperature 0.7 --out answer/
 python -m starflow2_jax.generate --model runs/stage3 --geneval evaluation_metadata.jsonl --out geneval/
-python -m starflow2_jax.generate --model runs/tiny --label 'red circle' --n 8 --guidance 1 --out pictures/
+python -m starflow2_jax.generate --model runs/tiny --label 'red circle' --n 8 --guidance 1 --out images/
 
 Without --model, the small STARFlow2 that ships with the package is used; it knows colored shapes.
 A STARFlow2 answers in free form with text, images, or both; for prompts without images it generates

@@ -12,8 +12,8 @@ from helpers.paths import TESTS
 
 cpu_devices.configure()
 PROGRAMS = pytest.StashKey[str]()
-# `launch/test.sh` gives each worker one file after the other. With the longest files first, the
-# short ones fill the time until the last worker is done.
+# `launch/test.sh` gives each worker one file after the other. The longest files come first, so that
+# the workers finish at about the same time.
 LONGEST_FILES = (
     *("training/test_processes.py", "test_train.py", "models/test_flow_golden.py"),
     *(
@@ -51,7 +51,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture
 def x64():
-    """Float64 inside the test; caches of traced functions are keyed by this setting."""
+    """Enable float64 during a test; the caches of traced functions depend on this setting."""
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
@@ -59,8 +59,10 @@ def x64():
 
 @pytest.fixture(autouse=True, scope="module")
 def room_for_programs():
-    """Compiled programs are mapped into memory piece by piece, and Linux ends a process that asks
-    for more than 65,530 pieces: before that, those of the files that are done are let go."""
+    """Drop compiled programs before they exhaust the memory maps of the process.
+
+    Every program takes several maps, and Linux allows a process 65,530 of them.
+    """
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
@@ -69,11 +71,11 @@ def room_for_programs():
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
-    """A folder with a tiny VLM in `vlm` and a tiny codec in `fae`, and a STARFlow2 run of both."""
+    """Return a folder with a tiny VLM (`vlm`) and codec (`fae`), and a STARFlow2 run of both."""
     return starflow2_folders.make(tmp_path_factory.mktemp("starflow2"))
 
 
 @pytest.fixture(scope="session")
 def codec():
-    """A random codec of 16 pixels."""
+    """Return a random codec of 16 pixels."""
     return tiny_fae.codec()

@@ -1,4 +1,4 @@
-"""Checks that every interleaved model has to pass, whatever its backbone."""
+"""Checks that every interleaved model has to pass, with any backbone."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from starflow2_jax.training.losses.interleaved import Stage
 
 
 def backbone_inputs(batch, u, text_embeddings=None):
-    """The inputs of a batch of rows with latents u [B, T, D] at its patches."""
+    """Return the inputs of a batch of rows with latents u [B, T, D] at its patches."""
     return BackboneInputs(
         ids=batch["ids"],
         latents=u,
@@ -30,21 +30,21 @@ def backbone_inputs(batch, u, text_embeddings=None):
 
 
 def random_latents(batch, channels, seed=0):
-    """Gaussian u [B, T, D], zeros at text."""
+    """Return Gaussian latents u [B, T, D], zeros at text."""
     is_image = batch["image"] >= 0
     noise = np.random.default_rng(seed).standard_normal((*is_image.shape, channels))
     return noise * is_image[..., None]
 
 
 def heads(params, states, cfg):
-    """(scale, mean, logits) of the next item at every position."""
+    """Return (scale, mean, logits) of the next item at every position."""
     text = starflow2.text_states(params, states.vlm_states, states.flow_states, cfg)
     scale, mean = starflow2.image_head(params, states.flow_states, cfg)
     return scale, mean, starflow2.text_logits(params, text, cfg)
 
 
 def check_log_det(cfg, params):
-    """The log-determinant of an image behind another one is that of the Jacobian by autodiff."""
+    """Compare the log-determinant of a second image with that of its Jacobian by autodiff."""
     batch = pretzel_batch.batch([[pretzel_batch.EDIT]], length=40, dtype=np.float64)
     x = jnp.asarray(batch["latent_mean"])
     first = int(np.argmax(batch["image"][0] == cfg.num_patches))
@@ -71,7 +71,7 @@ def check_log_det(cfg, params):
 
 
 def check_cached_steps(cfg, params, batch, tolerance=1e-4):
-    """Cached steps give the scales, means and logits of the parallel forward."""
+    """Compare scales, means and logits of cached steps with those of the parallel forward."""
     u = jnp.asarray(random_latents(batch, cfg.flow.channels, seed=1), jnp.float32)
     items = BackboneInputs(
         ids=jnp.asarray(batch["ids"]),

@@ -64,7 +64,7 @@ class _Writer(io.BytesIO):
 
 
 class Files(fsspec.AbstractFileSystem):
-    """The objects under OBJECT_STORE as files; a folder is there where an object lies below it."""
+    """The objects under OBJECT_STORE as files; a folder exists if an object lies in it."""
 
     protocol = ("gs", "gcs")
     cachable = False

@@ -12,10 +12,10 @@ def _with_larger_tower(**sizes):
 
 
 def qwen2_5_vl_32b():
-    """The published 32B model."""
+    """Return the configuration of the published 32B model."""
     return _with_larger_tower(width=5120, layers=64, heads=40, mlp_width=27648)
 
 
 def qwen2_5_vl_72b():
-    """The published 72B model."""
+    """Return the configuration of the published 72B model."""
     return _with_larger_tower(width=8192, layers=80, heads=64, mlp_width=29568)

@@ -5,7 +5,7 @@ EVENT says when the process ends itself by signal 9:
     writing:N  the files of step N are being written
     after:N    step N is saved, committed and sealed
     step:N     the N-th step of this process is running
-    data:N     the batch of step N was made
+    data:N     the batch of step N has been read
 `stop:N` stops training after step N as SIGTERM would. A prefix `P@` restricts the event to process
 P. NOTES is a folder in which each process leaves the ids of its batches, and its shards of the
 state after a restore.
@@ -98,7 +98,7 @@ def note_ids(batches):
 def to_device_and_die(program, batch):
     to_device_and_die.calls = getattr(to_device_and_die, "calls", 0) + 1
     if kind == "step" and to_device_and_die.calls == int(step):
-        threading.Timer(0.01, die).start()  # the step is running by then, or soon will
+        threading.Timer(0.01, die).start()  # by then the step runs, or is about to
     return to_device(program, batch)
 
 
