@@ -1,4 +1,4 @@
-"""From an experiment's configuration to the latent codec and the parameters of its two trainings.
+"""The latent codec of a configuration, and the declared parameters of its two training tasks.
 
 `fae_features` trains the encoder and the feature decoder; `fae_pixels` trains the pixel decoder
 against a discriminator.

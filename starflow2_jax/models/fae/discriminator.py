@@ -58,7 +58,7 @@ def _mean_over_patches(x: jax.Array) -> jax.Array:
 
 
 def hinge_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """Return the discriminator's loss [B]: (relu(1 - real) + relu(1 + fake)) / 2, patch mean."""
+    """Return the discriminator's loss [B], the mean of (relu(1 - real) + relu(1 + fake)) / 2."""
     above, below = jax.nn.relu(1 + fake), jax.nn.relu(1 - real)
     return 0.5 * (_mean_over_patches(below) + _mean_over_patches(above))
 

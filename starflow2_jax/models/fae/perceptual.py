@@ -65,7 +65,8 @@ def unit_norm(x: jax.Array) -> jax.Array:
 def lpips(params: Tree, image: jax.Array, target: jax.Array) -> jax.Array:
     """Return the distance [B] of images [B, H, W, 3] in [-1, 1], sides at least 16.
 
-    It sums over stages the weighted squared difference of unit-norm activations, position mean.
+    It sums the weighted squared differences of unit-norm activations over channels and stages, as
+    a mean over positions.
     """
     if min(image.shape[1:3]) < 16:
         raise ValueError(f"perceptual: image of {image.shape[1:3]}, sides must be at least 16")
