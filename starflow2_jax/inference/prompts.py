@@ -104,7 +104,7 @@ def _parse_part(entry: Any, role: str, location: str) -> Part:
 def to_messages(
     parts: Sequence[Part], encode: Callable[[str], Any] = str, loss: bool = False
 ) -> list[Any]:
-    """Return the `data.chat_layout.MessagePart`s of parts; images are numbered in order.
+    """Return parts as `data.chat_layout.MessagePart` objects; images are numbered in order.
 
     `encode` is applied to texts without tokens; encoded texts are not joined with their neighbors.
     """

@@ -104,27 +104,28 @@ def test_saving_and_restoring_half_a_gigabyte(tmp_path):
 def test_saving_and_restoring_six_gigabytes(tmp_path):
     free = pathlib.Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
     if int(free) < 18 << 20:
-        pytest.skip("18 GiB of free memory are needed: the state, its host copy, and beside")
+        pytest.skip("18 GiB of free memory are needed: the state, its host copy, and temporaries")
     check(tmp_path / "run", 16384, 2 * 10**9)
 
 
 def initial(changes, layout, sizes):
-    """(bytes of the state on all devices, beside it while it is made) from the compiled program."""
+    """Return the bytes of the state on all devices, and of the temporaries of its initialization."""
     cfg = config.default()
     cfg.model.update(
         {"side": 16, "channels": 64, "head_dim": 64, "start": "shift", "positions": "learned"}
     )
     cfg.model.update(changes)
     cfg.train.batch_size, cfg.layout, cfg.mesh = 8, layout, sizes
-    grid = mesh.make_mesh(sizes, jax.devices())
-    program = registry.build(config.to_dict(cfg), grid)
-    with jax.set_mesh(grid):
-        analysis = program.init.lower(jax.random.key(0)).compile().memory_analysis()
+    device_mesh = mesh.make_mesh(sizes, jax.devices())
+    program = registry.build(config.to_dict(cfg), device_mesh)
+    with jax.set_mesh(device_mesh):
+        compiled = jax.jit(program.init).lower(jax.random.key(0)).compile()
+    analysis = compiled.memory_analysis()
     return 8 * analysis.output_size_in_bytes, 8 * analysis.temp_size_in_bytes
 
 
 def test_a_state_is_born_sharded():
-    """Initialisation, with the EMA's copy, on eight devices of one host."""
+    """Initialize a state with its EMA on eight devices of one host."""
     sizes = {"width": 512, "layers": (2, 2)}
     replicated_bytes, _ = initial(sizes, "dp", "data=8")
     sharded_bytes, extra_bytes = initial(sizes, "fsdp", "fsdp=8")
