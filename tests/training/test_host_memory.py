@@ -109,7 +109,7 @@ def test_saving_and_restoring_six_gigabytes(tmp_path):
 
 
 def initial(changes, layout, sizes):
-    """Return the bytes of the state on all devices, and of the temporaries of its initialization."""
+    """Return the bytes of the state on all devices and of the temporaries of its creation."""
     cfg = config.default()
     cfg.model.update(
         {"side": 16, "channels": 64, "head_dim": 64, "start": "shift", "positions": "learned"}
