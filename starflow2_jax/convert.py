@@ -141,18 +141,18 @@ def _export(values: flags.FlagValues) -> Result:
 
 
 def _export_flow(values: flags.FlagValues, path: str, out: str) -> Result:
-    from starflow2_jax.training.tasks import flow as flow_task
+    from starflow2_jax.training.tasks import flow
 
     saved = open_model(path)
     metadata = {key: saved.metadata.get(key) for key in EXPORTED_METADATA}
     cfg = {**saved.config, **{key: value for key, value in metadata.items() if value}}
-    model, image = flow_task.model_config(cfg), cfg["image"]
-    declared = flow_task.declare(cfg, model)
+    model, image = flow.model_config(cfg), cfg["image"]
+    declared = flow.declare(cfg, model)
     if saved.is_folder:
         tree = saved.open_params(declared)
     else:
         trained, _ = params.split(declared, tuple(cfg["train"]["trainable"]))
-        tree = saved.open_params(trained, ema=values.ema) | flow_task.init_frozen(cfg, declared)
+        tree = saved.open_params(trained, ema=values.ema) | flow.init_frozen(cfg, declared)
     if not values.public:
         model_folder.write_folder(out, tree, cfg, overwrite=values.overwrite)
         return _summary(out, params.count(tree))

@@ -17,7 +17,7 @@ import numpy as np
 
 from starflow2_jax.data import images, records
 from starflow2_jax.latents import codec as codecs, write
-from starflow2_jax.models.fae import teacher as teachers
+from starflow2_jax.models.fae import teacher
 from starflow2_jax.models.patches import patchify, scale_pixels
 
 # Pixels along the side of a patch. Images are scaled to have as many patches as the codec's.
@@ -80,7 +80,7 @@ def _features(path: str) -> tuple[Encode, int, str]:
 
     @jax.jit
     def features(params, batch):
-        return teachers.features(params, scale_pixels(batch), codec.teacher)
+        return teacher.features(params, scale_pixels(batch), codec.teacher)
 
     def encode(batch):
         parts = []

@@ -19,7 +19,7 @@ from starflow2_jax.benchmarking.timing import Result, measure, utilization
 from starflow2_jax.inference import decode_loop, session
 from starflow2_jax.inference.sampling import SamplingParams, SpecialTokens
 from starflow2_jax.mesh import host_rows, make_mesh
-from starflow2_jax.models import starflow2 as pretzel
+from starflow2_jax.models import starflow2
 from starflow2_jax.models.starflow2 import PretzelConfig
 from starflow2_jax.params import count as count_params, init as init_params
 from starflow2_jax.training.logging import throughput
@@ -51,7 +51,7 @@ def experiment(stage: str, size: str, rows: int, dtype: str) -> dict[str, Any]:
     cfg = config.plain()
     settings = {**STAGES[stage], **(TINY[stage] if size == "tiny" else {})}
     cfg["task"], cfg["name"] = "starflow2", f"{stage}_{size}"
-    cfg["model"] = pretzel.options(pretzel.preset(size))
+    cfg["model"] = starflow2.options(starflow2.preset(size))
     remat = "none" if size == "tiny" else "full"
     cfg["model"]["flow"]["remat"] = cfg["model"]["vlm"]["remat"] = remat
     cfg["compute_dtype"] = cfg["frozen_dtype"] = dtype
@@ -158,13 +158,13 @@ def sample(stage: str, size: str, rows: int, dtype: str, repeats: int, rates: Re
         `image_...` and `text_...`: milliseconds of one image and of `TEXT_TOKENS` tokens, tokens
         per second of all rows together, `bound_ms` and `share_of_bound`.
     """
-    cfg = pretzel.preset(size)
+    cfg = starflow2.preset(size)
     cfg = dataclasses.replace(
         cfg,
         vlm=dataclasses.replace(cfg.vlm, compute_dtype=dtype),
         flow=dataclasses.replace(cfg.flow, compute_dtype=dtype),
     )
-    tree = {n: t for n, t in pretzel.declare(cfg).items() if n != "shallow"}
+    tree = {n: t for n, t in starflow2.declare(cfg).items() if n != "shallow"}
 
     @jax.jit
     def make_params(key):
@@ -236,7 +236,7 @@ def step_bytes(cfg: PretzelConfig, rows: int, slots: int, itemsize: int) -> dict
     A step of an image does not read the language-model head. No step reads the whole embedding
     table.
     """
-    tree = pretzel.declare(cfg)
+    tree = starflow2.declare(cfg)
     vlm = {n: t for n, t in tree["vlm"].items() if n not in ("embed", "head")}
     weights = count_params(vlm) + count_params({n: tree[n] for n in ("adapter", "deep", "skip")})
     cache = 2 * rows * slots * cfg.vlm.kv_heads * cfg.vlm.layer.head_dim * cfg.vlm.layers

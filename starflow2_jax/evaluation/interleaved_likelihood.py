@@ -14,7 +14,7 @@ import numpy as np
 from starflow2_jax.data.records import Img, Record, Text
 from starflow2_jax.evaluation import scoring_batches, stats
 from starflow2_jax.inference.model import Model
-from starflow2_jax.latents import codec as latent_codec
+from starflow2_jax.latents import codec
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import qwen
 from starflow2_jax.training import preprocess
@@ -148,7 +148,7 @@ def _encode_images(model: Model, batch: Mapping[str, np.ndarray], keys: jax.Arra
         )
     slots = batch["images"].shape[:2]
     pixels = batch["images"].reshape(-1, *batch["images"].shape[2:])
-    mean, log_variance = latent_codec.encode(model.codec, pixels)
+    mean, log_variance = codec.encode(model.codec, pixels)
     encoded["latent_mean"] = mean.reshape(*slots, *shape)
     encoded["latent_logvar"] = log_variance.reshape(*slots, *shape)
     return encoded, interleaved.sample_latents(encoded, keys, model.cfg)

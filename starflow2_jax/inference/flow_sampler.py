@@ -23,7 +23,7 @@ from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import to_pixels, unpatchify
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses.flow import log_likelihood
-from starflow2_jax.training.tasks import flow as flow_task
+from starflow2_jax.training.tasks import flow
 
 _score_step = jax.jit(denoise.score_step, static_argnames="cfg")
 _log_likelihood = jax.jit(log_likelihood, static_argnames="cfg")
@@ -63,14 +63,14 @@ def load_flow(path: str, device_mesh: Mesh | None = None, layout: str = "dp") ->
     if saved.task != "flow":
         raise ValueError(f"{path}: task={saved.task!r}, expected a flow or a STARFlow2")
     cfg = saved.config
-    model_config = flow_task.model_config(cfg)
-    declared = flow_task.declare(cfg, model_config)
+    model_config = flow.model_config(cfg)
+    declared = flow.declare(cfg, model_config)
     if saved.is_folder:
         params, source = saved.read_params(declared, device_mesh, layout), str(path)
     else:
         trainable = tuple(cfg["train"]["trainable"])
         params = saved.read_params(declared, device_mesh, layout, subtrees=trainable)
-        params |= flow_task.init_frozen({**cfg, "layout": layout}, declared, device_mesh)
+        params |= flow.init_frozen({**cfg, "layout": layout}, declared, device_mesh)
         source = json.dumps({"workdir": saved.path, "step": saved.step})
     return FlowModel(
         cfg=cfg,

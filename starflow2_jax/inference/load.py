@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from starflow2_jax import mesh
 from starflow2_jax.checkpoints import model_folder
-from starflow2_jax.checkpoints.convert import teacher as teacher_weights
+from starflow2_jax.checkpoints.convert import teacher
 from starflow2_jax.checkpoints.open_model import SavedModel, open_model
 from starflow2_jax.inference import flow_sampler
 from starflow2_jax.inference.api import STARFlow2
@@ -71,7 +71,7 @@ def load_starflow2(
         if folder and not model_folder.locate(folder).is_dir():
             raise FileNotFoundError(f"{path}: its {name} is missing: there is no folder {folder}")
     if vlm:
-        _check_digest(path, "VLM", vlm, teacher_weights.identity(vlm), saved.frozen.get("vlm"))
+        _check_digest(path, "VLM", vlm, teacher.identity(vlm), saved.frozen.get("vlm"))
     model_config = starflow2.model_config(cfg)
     codec = load_codec(fae) if fae else None
     if codec is not None:
@@ -171,7 +171,7 @@ def export(
     tokenizer = model.cfg["text"]["tokenizer"] or vlm
     frozen = open_model(path).frozen
     if vlm:
-        frozen["vlm"] = teacher_weights.identity(vlm)
+        frozen["vlm"] = teacher.identity(vlm)
     if model.codec is not None:
         frozen["fae"] = model.codec.sha256
 

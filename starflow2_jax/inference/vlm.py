@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax import config
-from starflow2_jax.checkpoints.convert import qwen as qwen_weights
+from starflow2_jax.checkpoints.convert import qwen
 from starflow2_jax.checkpoints.model_folder import EXPERIMENT_KEY
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.models.qwen import QwenConfig
@@ -43,7 +43,7 @@ def load(path: str) -> VLM:
             "`convert export` made of one"
         )
     if saved.is_folder:
-        model_config, params = qwen_weights.load(saved.path, dtype=jnp.float32)
+        model_config, params = qwen.load(saved.path, dtype=jnp.float32)
         return VLM(cfg, model_config, params, saved.path)
     model_config = vlm.model_config(cfg)
     params = saved.read_params(vlm.declare(model_config))["vlm"]
@@ -54,7 +54,7 @@ def export(model: VLM, path: str, *, dtype: Any = "float32", overwrite: bool = F
     """Write a Hugging Face folder with weights, tokenizer, chat template and image processor."""
     tokenizer = json.loads((Path(model.tokenizer_folder) / "tokenizer.json").read_text("utf-8"))
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    qwen_weights.export(
+    qwen.export(
         jax.tree.map(lambda a: np.asarray(a, jnp.dtype(dtype)), model.params),
         model.model_config,
         path,

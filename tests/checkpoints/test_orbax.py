@@ -26,7 +26,7 @@ from helpers.checkpoint_states import (
     statuses,
 )
 
-from starflow2_jax.checkpoints import digest, orbax, steps as step_folders
+from starflow2_jax.checkpoints import digest, orbax, steps
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +145,7 @@ def test_save_refuses_what_restore_could_not_return(tmp_path, saved):
     with pytest.raises(ValueError, match="committed checkpoint already"):
         orbax.save(writer, 1, make_state(2), META)
     orbax.close(writer)
-    assert (
-        step_folders.steps(tmp_path)[0].status == "sealed"
-        and len(step_folders.steps(tmp_path)) == 1
-    )
+    assert steps.steps(tmp_path)[0].status == "sealed" and len(steps.steps(tmp_path)) == 1
     with pytest.raises(ValueError, match="keep=0"):
         orbax.open(tmp_path, keep=0)
 
@@ -211,7 +208,7 @@ def test_truncated_and_missing_files_are_noticed(workdir):
 
 def test_a_step_without_a_commit_file_is_skipped(workdir, caplog):
     (workdir / "checkpoints" / "3" / "commit_success.txt").unlink()
-    assert step_folders.latest(workdir) == 2
+    assert steps.latest(workdir) == 2
     assert statuses(workdir) == {1: "sealed", 2: "sealed", 3: "leftover"}
     target = abstract(make_state(3))
     with caplog.at_level(logging.WARNING):
@@ -229,18 +226,18 @@ def test_a_step_without_a_commit_file_is_skipped(workdir, caplog):
 
 
 def test_training_does_not_skip_a_step_that_is_copied_in_part(workdir):
-    step_folders.check_copied(workdir)
+    steps.check_copied(workdir)
     (workdir / "checkpoints" / "3" / "commit_success.txt").unlink()
     words = r"step 3 is copied in part: .*no commit_success.txt.*\(step 2 is whole\)"
     with pytest.raises(ValueError, match=words):
-        step_folders.check_copied(workdir)
+        steps.check_copied(workdir)
     # As a save leaves it that was killed.
     (workdir / "checkpoints" / "3" / digest.SIDECAR).unlink()
-    step_folders.check_copied(workdir)
+    steps.check_copied(workdir)
 
 
 def test_a_run_without_checkpoints_is_reported(tmp_path):
-    assert step_folders.steps(tmp_path) == [] and step_folders.latest(tmp_path) is None
+    assert steps.steps(tmp_path) == [] and steps.latest(tmp_path) is None
     with pytest.raises(FileNotFoundError, match="no committed checkpoint"):
         orbax.restore(tmp_path, None, {})
 
@@ -375,5 +372,5 @@ def test_a_flipped_bit_in_meta_is_noticed(workdir):
 
 
 def test_locate_splits_the_path_of_a_step(workdir):
-    assert step_folders.locate(workdir) == (workdir, None)
-    assert step_folders.locate(str(workdir / "checkpoints" / "2") + "/") == (workdir, 2)
+    assert steps.locate(workdir) == (workdir, None)
+    assert steps.locate(str(workdir / "checkpoints" / "2") + "/") == (workdir, 2)

@@ -14,7 +14,7 @@ from starflow2_jax.inference import load
 from starflow2_jax.latents import batch_encoder, codec
 from starflow2_jax.mesh import make_mesh
 from starflow2_jax.models import starflow2
-from starflow2_jax.shapes import tasks as shapes_tasks
+from starflow2_jax.shapes import tasks
 from starflow2_jax.training.tasks import starflow2 as starflow2_task
 
 TASKS = ("t2i", "caption", "edit", "reason", "text", "question")
@@ -33,7 +33,7 @@ def model(parts):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "all"
-    records.write(path, shapes_tasks.make_records(3, 18, PIXELS, tasks=TASKS))
+    records.write(path, tasks.make_records(3, 18, PIXELS, tasks=TASKS))
     return str(path)
 
 
@@ -114,7 +114,7 @@ def test_the_reason_why_no_grid_is_drawn_is_named(model, data, tmp_path):
     encoder_params = {n: t for n, t in model.codec.params.items() if n != "pixel_decoder"}
     encoder_only = dataclasses.replace(model.codec, params=encoder_params)
     assert prepare(options, encoder_only) == "the codec has no pixel decoder"
-    records.write(tmp_path / "text", shapes_tasks.make_records(0, 4, PIXELS, tasks=("text",)))
+    records.write(tmp_path / "text", tasks.make_records(0, 4, PIXELS, tasks=("text",)))
     text_only = dataclasses.replace(options, path=str(tmp_path / "text"))
     assert "records is a prompt for what this stage trains" in prepare(text_only, model.codec)
 

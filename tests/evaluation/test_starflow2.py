@@ -13,7 +13,7 @@ from helpers.starflow2_folders import PIXELS
 from starflow2_jax import evaluate
 from starflow2_jax.data import chat_layout, records
 from starflow2_jax.evaluation import ask, interleaved_likelihood, scoring_batches, vqa
-from starflow2_jax.evaluation.shapes import cases as cases_lib, suite, vqa as shapes_vqa
+from starflow2_jax.evaluation.shapes import cases, suite, vqa as shapes_vqa
 from starflow2_jax.inference import load, vlm
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import tasks as shapes_tasks
@@ -92,7 +92,7 @@ def test_shapes_takes_folders_and_sections(parts, tmp_path, capsys):
 
 
 def test_answers_do_not_depend_on_the_batch_size(model):
-    questions = cases_lib.generate(1, 1, PIXELS, ["question"])
+    questions = cases.generate(1, 1, PIXELS, ["question"])
     prompts = [case.prompt for case in questions]
     texts = {}
     for batch_size in (3, 16):
@@ -107,7 +107,7 @@ def test_answers_do_not_depend_on_the_batch_size(model):
 
 
 def test_likelihood_of_records_is_that_of_their_parts(model):
-    captions = [case.record for case in cases_lib.generate(1, 1, PIXELS, ["t2i"])]
+    captions = [case.record for case in cases.generate(1, 1, PIXELS, ["t2i"])]
     sums, x = interleaved_likelihood.score_records(model, captions, batch_size=3)
     assert len(x) == len(captions) == 8
     nll = interleaved_likelihood.per_dim(sums)["nats_per_dim"] * sums["count"]
@@ -125,7 +125,7 @@ def test_likelihood_of_records_is_that_of_their_parts(model):
 
 def test_text_skill_of_the_vlm_is_that_of_other_programs(parts, model):
     """Compare with the VLM's own program, and with the Pretzel without its skips."""
-    rows = [case.record for case in cases_lib.generate(0, 2, PIXELS, ["text"])]
+    rows = [case.record for case in cases.generate(0, 2, PIXELS, ["text"])]
     skill = interleaved_likelihood.measure_text_skill(model, rows, batch_size=4)
     reference = vlm.load(str(parts[0] / "vlm"))
     nll = tokens = 0.0
@@ -166,7 +166,7 @@ def test_likelihood_of_a_folder_weighs_dimensions_and_tokens_alike(parts, tmp_pa
 
 def test_a_vlm_scores_cases_like_the_records_of_a_folder(parts, tmp_path):
     reference = vlm.load(str(parts[0] / "vlm"))
-    questions = cases_lib.generate(0, 1, PIXELS, ["question"])
+    questions = cases.generate(0, 1, PIXELS, ["question"])
     questions = [case for case in questions if not case.is_held_out]
     rows = [case.record for case in questions]
     records.write(tmp_path / "data", rows)
@@ -188,7 +188,7 @@ def test_a_vlm_scores_cases_like_the_records_of_a_folder(parts, tmp_path):
     assert nll == pytest.approx([expected[case.id][0] for case in questions], rel=1e-4)
     correct = [expected[case.id][1] for case in questions]
     assert shapes_vqa.vlm_is_correct(reference, questions) == correct
-    large = cases_lib.generate(0, 1, 32, ["question"])
+    large = cases.generate(0, 1, 32, ["question"])
     with pytest.raises(ValueError, match=r"shape \(32, 32, 3\), but the VLM reads .* 16 x 16"):
         shapes_vqa.vlm_is_correct(reference, large)
 

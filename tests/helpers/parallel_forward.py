@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from helpers.tiny_decode_model import CHANNELS, SIDE, TOKENIZER
-from starflow2_jax.data import chat_layout as layouts
+from starflow2_jax.data import chat_layout
 from starflow2_jax.inference import session
 from starflow2_jax.inference.image_latents import shallow_forward
 from starflow2_jax.models import starflow2
@@ -36,8 +36,8 @@ def build_inputs(model, rows):
                 0,
             ),
             "is_image": sequence.patch_index >= 0,
-            "positions": layouts.vlm_positions(sequence, SIDE),
-            "next_positions": layouts.flow_positions(sequence, SIDE),
+            "positions": chat_layout.vlm_positions(sequence, SIDE),
+            "next_positions": chat_layout.flow_positions(sequence, SIDE),
         }
         for sequence, images in zip(sequences, u)
     ]

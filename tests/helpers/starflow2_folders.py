@@ -12,7 +12,7 @@ from helpers import interleaved_dataset
 from helpers.tiny_fae import make_run
 from starflow2_jax import config, params
 from starflow2_jax.checkpoints import orbax
-from starflow2_jax.checkpoints.convert import qwen as qwen_weights, teacher as teacher_weights
+from starflow2_jax.checkpoints.convert import qwen as qwen_weights, teacher
 from starflow2_jax.inference import vlm
 from starflow2_jax.latents import codec
 from starflow2_jax.models import qwen, qwen_vision, starflow2
@@ -68,7 +68,7 @@ def save_run(workdir, root, latent_codec, noise=0.3, **frozen):
         )
         for name in starflow2.SUBTREES
     }
-    vlm_digest = teacher_weights.identity(str(root / "vlm"))
+    vlm_digest = teacher.identity(str(root / "vlm"))
     frozen_digests = {"vlm": vlm_digest, "fae": latent_codec.sha256, **frozen}
     writer = orbax.open(workdir)
     state = {"step": jnp.int32(1), "params": jax.tree.map(lambda a: a + 1, trained), "ema": trained}

@@ -13,7 +13,7 @@ from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models.fae import codec as fae, teacher as teachers
 from starflow2_jax.models.fae.config import model_config
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import program as step
+from starflow2_jax.training.program import to_device
 from starflow2_jax.training.tasks import registry
 
 ROWS = 8
@@ -54,7 +54,7 @@ def run(cfg, steps=4, devices=None, batches=None):
         state, frozen = program.init(jax.random.key(cfg["seed"]))
         losses = []
         for i in range(steps):
-            batch = step.to_device(program, batches[i] if batches else batch_of(i))
+            batch = to_device(program, batches[i] if batches else batch_of(i))
             state, metrics = program.step(state, frozen, batch)
             losses.append(float(metrics["loss"]))
     return np.array(losses), state, frozen

@@ -13,7 +13,7 @@ from helpers.tiny_fae import make_run
 from starflow2_jax.data import array_store, image_batches, images, manifest, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.latents import codec, write, write_beam
-from starflow2_jax.models.fae import codec as fae, teacher as teachers
+from starflow2_jax.models.fae import codec as fae, teacher
 from starflow2_jax.models.patches import scale_pixels
 from starflow2_jax.shapes import generator, tasks
 
@@ -60,7 +60,7 @@ def test_offline_equals_online_bit_for_bit(parts, complete):
             np.testing.assert_array_equal(log_variance[k], rows[i]["latent_logvar"][0])
     # They are the normalized posterior of the codec.
     scaled = scale_pixels(pixels)
-    x = teachers.features(opened.params["teacher"], scaled, opened.teacher)
+    x = teacher.features(opened.params["teacher"], scaled, opened.teacher)
     raw, _ = fae.posterior(opened.params, x, opened.model)
     np.testing.assert_allclose(
         np.concatenate([r["latent_mean"] for r in rows]), (raw - 0.25) / 0.5, atol=1e-5

@@ -11,7 +11,7 @@ import pytest
 from helpers.golden_parity import check_all, error
 from helpers.paths import GOLDEN
 
-from starflow2_jax.checkpoints.convert import starflow as public
+from starflow2_jax.checkpoints.convert import starflow
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import Jacobi, inverse
 from starflow2_jax.models import flow, layers, rope
@@ -42,7 +42,7 @@ def weights_of(golden, options, dtype, without=()):
         for k in golden.files
         if k.startswith("params/") and not any(w in k for w in without)
     }
-    cfg, params = public.load(state, options)
+    cfg, params = starflow.load(state, options)
     return cfg, jax.tree.map(jnp.asarray, params)
 
 
@@ -53,7 +53,7 @@ def losses(params, x, cfg, penalty, conditioning):
 
 
 def grad_norms(grads, cfg, names):
-    arrays = public.export(grads, cfg)
+    arrays = starflow.export(grads, cfg)
     return np.stack([np.linalg.norm(np.asarray(arrays[str(n)], np.float64)) for n in names])
 
 

@@ -12,7 +12,7 @@ import pytest
 from helpers.golden_parity import error
 from helpers.paths import GOLDEN
 
-from starflow2_jax.checkpoints.convert import starflow as public
+from starflow2_jax.checkpoints.convert import starflow
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import Jacobi, inverse
 from starflow2_jax.models import flow, patches
@@ -188,7 +188,7 @@ def test_stored_option_cases(x64, name):
     golden = {k.split("/", 1)[1]: STORED[k] for k in STORED.files if k.startswith(f"{name}/")}
     options = json.loads(str(golden["options"]))
     state = {k[7:]: v.astype(np.float64) for k, v in golden.items() if k.startswith("params/")}
-    cfg, params = public.load(state, options)
+    cfg, params = starflow.load(state, options)
     params = jax.tree.map(jnp.asarray, params)
     grid = tuple(int(n) for n in golden["grid"])
     x, noise = jnp.asarray(golden["x"]), jnp.asarray(golden["noise"])

@@ -25,7 +25,7 @@ import jax
 
 from starflow2_jax import config
 from starflow2_jax.benchmarking import timing
-from starflow2_jax.checkpoints.convert import teacher as teacher_weights
+from starflow2_jax.checkpoints.convert import teacher
 from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.inference.api import STARFlow2
 from starflow2_jax.inference.prompts import Part
@@ -44,7 +44,7 @@ def make_model() -> STARFlow2:
     """A tiny model and codec with random weights; a token of text is a letter."""
     cfg = config.to_dict(runpy.run_path(str(EXPERIMENT))["get_config"]("tiny"))
     codec_config = model_config(cfg)
-    tower = teacher_weights.teacher_config(cfg, codec_config)
+    tower = teacher.teacher_config(cfg, codec_config)
     declared = {**fae.declare(codec_config), "teacher": teachers.declare(tower)}
     codec_params = init_params(jax.random.key(0), declared)
     latent_codec = codec.Codec(cfg, codec_config, tower, codec_params, "")

@@ -13,7 +13,7 @@ from helpers.tiny_starflow import MESHES, ROWS, experiment
 from starflow2_jax.mesh import ACTIVATIONS, LAYOUTS, constrain, make_mesh
 from starflow2_jax.models import flops, flow, layers
 from starflow2_jax.planning import cost, hlo, jaxpr, memory, sharding_audit
-from starflow2_jax.training import program as step
+from starflow2_jax.training.program import to_device
 from starflow2_jax.training.tasks import registry
 from starflow2_jax.training.tasks.flow import model_config
 
@@ -183,7 +183,7 @@ def live_bytes(program, executable, batch):
     """Return the bytes on each device after a step: state, frozen weights and batch."""
     with jax.set_mesh(program.mesh):
         state, frozen = program.init(jax.random.key(0))
-        batch = step.to_device(program, batch)
+        batch = to_device(program, batch)
         state, _ = executable(state, frozen, batch)
     num_bytes = dict.fromkeys(jax.devices(), 0)
     for leaf in jax.tree.leaves((state, frozen, batch)):

@@ -11,7 +11,8 @@ from starflow2_jax.checkpoints import orbax
 from starflow2_jax.inference.inverse import inverse
 from starflow2_jax.models import flow
 from starflow2_jax.models.patches import to_pixels
-from starflow2_jax.training import preprocess, program as step
+from starflow2_jax.training import preprocess
+from starflow2_jax.training.program import to_device
 from starflow2_jax.training.tasks import flow as flow_task, registry
 
 
@@ -24,7 +25,7 @@ def run(cfg, steps=5, devices=None, batches=None):
         state, frozen = program.init(jax.random.key(cfg["seed"]))
         losses = []
         for i in range(steps):
-            batch = step.to_device(program, batches[i] if batches else batch_of(seed=i))
+            batch = to_device(program, batches[i] if batches else batch_of(seed=i))
             state, metrics = program.step(state, frozen, batch)
             losses.append(float(metrics["loss"]))
     return np.array(losses), state, metrics
@@ -86,7 +87,7 @@ def test_a_step_that_is_not_finite_changes_no_weight():
         head = state.params["flow"]["blocks"]["1"]["proj_out"]
         head["bias"] = head["bias"].at[0].set(-2000.0)  # exp(2000) overflows
         host_before = jax.tree.map(np.asarray, (state.params, state.ema, state.opt_state))
-        new_state, metrics = program.step(state, frozen, step.to_device(program, batch_of()))
+        new_state, metrics = program.step(state, frozen, to_device(program, batch_of()))
     assert not metrics["finite"] and int(new_state.step) == 1
     host_after = jax.tree.map(np.asarray, (new_state.params, new_state.ema, new_state.opt_state))
     jax.tree.map(np.testing.assert_array_equal, host_after, host_before)
@@ -123,7 +124,7 @@ def test_frozen_weights_stay_bit_for_bit_and_have_no_moments():
         state, frozen = program.init(jax.random.key(0))
         before = np.asarray(frozen["text"]["embed"])
         tokens = np.tile(np.arange(6, dtype=np.int32), (ROWS, 1))
-        batch = step.to_device(program, {**batch_of(), "tokens": tokens})
+        batch = to_device(program, {**batch_of(), "tokens": tokens})
         for _ in range(3):
             state, metrics = program.step(state, frozen, batch)
     assert metrics["finite"] and set(state.params) == {"flow"}
@@ -188,7 +189,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 def test_a_batch_of_another_shape_is_refused(batch, message):
     program = registry.build(experiment(), mesh.make_mesh("data=1", jax.devices()[:1]))
     with pytest.raises(ValueError, match=message):
-        step.to_device(program, batch)
+        to_device(program, batch)
 
 
 def test_the_state_is_donated_and_the_frozen_weights_are_not():
@@ -198,7 +199,7 @@ def test_the_state_is_donated_and_the_frozen_weights_are_not():
     program = registry.build(cfg, grid)
     with jax.set_mesh(grid):
         state, frozen = program.init(jax.random.key(0))
-        batch = step.to_device(program, {**batch_of(), "tokens": np.ones((ROWS, 6), np.int32)})
+        batch = to_device(program, {**batch_of(), "tokens": np.ones((ROWS, 6), np.int32)})
         compiled = program.lower_step().compile()
         new_state, _ = compiled(state, frozen, batch)
     # Weights, average and moments are written over in place; all that is left is small.
@@ -226,7 +227,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_four_and_with_one(one_device
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, restored), saved)
         with jax.set_mesh(grid):
             for i in (3, 4):
-                batch = step.to_device(program, batch_of(seed=i))
+                batch = to_device(program, batch_of(seed=i))
                 restored, metrics = program.step(restored, {}, batch)
                 loss = float(metrics["loss"])
                 np.testing.assert_allclose(loss, one_device[i], rtol=1e-5, atol=1e-5)
@@ -238,7 +239,7 @@ def test_evaluation_changes_nothing_and_masks_rows():
     program = registry.build(cfg, grid)
     with jax.set_mesh(grid):
         state, frozen = program.init(jax.random.key(0))
-        batch, ids = step.to_device(program, batch_of()), jnp.arange(ROWS)
+        batch, ids = to_device(program, batch_of()), jnp.arange(ROWS)
         mask = (jnp.arange(ROWS) < 5).astype(jnp.float32)
         some = program.evaluate(state.params, frozen, batch, ids, mask)
         twice = program.evaluate(state.params, frozen, batch, ids, mask)

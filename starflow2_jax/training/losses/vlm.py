@@ -19,7 +19,7 @@ from starflow2_jax.models import layers, qwen, qwen_vision
 from starflow2_jax.models.patches import patchify, scale_pixels
 from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.params import Tree
-from starflow2_jax.training.losses import text as text_loss
+from starflow2_jax.training.losses import text
 
 Batch = Mapping[str, jax.Array]
 
@@ -57,9 +57,9 @@ def row_metrics(
     rows, images = batch["images"].shape[:2]
     if weights["text_loss_weight"]:
         logits = next_token_logits(params["vlm"], batch, features, model)
-        metrics = text_loss.row_sums(logits, batch)
+        metrics = text.row_sums(logits, batch)
     else:
-        metrics = dict.fromkeys(text_loss.NAMES, jnp.zeros(rows))
+        metrics = dict.fromkeys(text.NAMES, jnp.zeros(rows))
     square = pixel_error(params["pixel_probe"], batch["images"], features, model)
     metrics["pixel_square"] = square.reshape(rows, images).sum(1)
     metrics["word_nats"] = jnp.zeros(rows)

@@ -18,7 +18,7 @@ from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import (
     qwen as qwen_weights,
     qwen_options,
-    teacher as teacher_weights,
+    teacher,
 )
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config
 from starflow2_jax.data.options import packed_batch_options
@@ -197,7 +197,7 @@ def make_task(cfg: Mapping[str, Any]) -> Task:
         load_params=partial(load_frozen_vlm, cfg, model, dtype=vlm_dtype),
         loaded=("vlm",) if "vlm" in trainable else (),
         frozen_dtype=vlm_dtype,
-        frozen_identity=lambda: {"vlm": teacher_weights.identity(folder)} if folder else {},
+        frozen_identity=lambda: {"vlm": teacher.identity(folder)} if folder else {},
         foreign=("vlm",),
         abstract_batch=abstract_batch(cfg, model),
         batch_totals=batch_totals,

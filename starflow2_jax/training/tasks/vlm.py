@@ -15,7 +15,7 @@ from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.models.qwen_vision import VisionConfig
 from starflow2_jax.params import ParamSpec, Tree, count as count_params, zeros
 from starflow2_jax.training import optimizer
-from starflow2_jax.training.losses import text as text_loss, vlm
+from starflow2_jax.training.losses import text, vlm
 from starflow2_jax.training.run_config import run_config
 from starflow2_jax.training.tasks.task import Task, check_trainable
 
@@ -88,7 +88,7 @@ def make_task(cfg: Mapping[str, Any]) -> Task:
     rows = settings.train.batch_size
 
     def batch_totals(batch):
-        tokens = jnp.maximum(text_loss.targets(batch).sum(), 1)
+        tokens = jnp.maximum(text.targets(batch).sum(), 1)
         return {"tokens": tokens.astype(jnp.float32)}
 
     def loss(params, batch, keys, context):

@@ -19,7 +19,7 @@ from starflow2_jax.models.fae import codec as fae, teacher as teachers
 from starflow2_jax.models.fae.config import model_config
 from starflow2_jax.models.patches import scale_pixels
 from starflow2_jax.shapes import generator
-from starflow2_jax.training import program as step
+from starflow2_jax.training.program import to_device
 from starflow2_jax.training.tasks import registry
 
 
@@ -61,7 +61,7 @@ def test_learns_a_batch_and_leaves_the_teacher_alone(kind):
     moment_count = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
     expected_count = 2 * sum(params.count(state.params[n]) for n in ("encoder", "feature_decoder"))
     assert expected_count <= moment_count <= expected_count + 4
-    batch, losses = step.to_device(program, batch_of()), []
+    batch, losses = to_device(program, batch_of()), []
     for _ in range(60):
         state, metrics = program.step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
@@ -88,7 +88,7 @@ def test_pixels_learn_a_batch_and_leave_the_rest_alone(changes):
     frozen_parts = {"encoder", "feature_decoder", "latent", "teacher"}
     assert set(frozen) == frozen_parts and set(state.opt_state) == {"decoder", "discriminator"}
     before = jax.tree.map(np.asarray, (frozen, state.params))
-    batch, rows = step.to_device(program, batch_of()), []
+    batch, rows = to_device(program, batch_of()), []
     for _ in range(40):
         state, metrics = program.step(state, frozen, batch)
         rows.append(program.task.finalize_metrics(jax.device_get(metrics)))

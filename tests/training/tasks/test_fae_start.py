@@ -13,8 +13,8 @@ from starflow2_jax.checkpoints.convert import lpips, teacher as teacher_weights
 from starflow2_jax.latents import codec as codecs
 from starflow2_jax.models.fae import codec as fae, perceptual
 from starflow2_jax.models.patches import scale_pixels
-from starflow2_jax.training import init_from as starts, program as step
-from starflow2_jax.training.program import build_program
+from starflow2_jax.training import init_from
+from starflow2_jax.training.program import build_program, to_device
 from starflow2_jax.training.tasks import fae as fae_step
 
 
@@ -50,18 +50,18 @@ def test_pixels_from_an_exported_folder(codec, folder):
     same(frozen, {name: codec.params[name] for name in frozen})
     assert program.task.frozen_identity() == {"fae": codec.sha256}
     initial = jax.tree.map(np.asarray, state.params)
-    begun = starts.init_from_checkpoint(program, state, cfg["init"]["from"])
+    begun = init_from.init_from_checkpoint(program, state, cfg["init"]["from"])
     for tree in (begun.params, begun.ema):
         same(tree["pixel_decoder"], codec.params["pixel_decoder"])
         same(tree["discriminator"], initial["discriminator"])
-    batch = step.to_device(program, batch_of())
+    batch = to_device(program, batch_of())
     _, metrics = program.step(begun, frozen, batch)
     assert np.isfinite(float(metrics["loss"]))
 
 
 def test_features_from_an_exported_folder(codec, folder):
     program, state, _ = built(experiment(**{"teacher.kind": "qwen"}))
-    begun = starts.init_from_checkpoint(program, state, folder)
+    begun = init_from.init_from_checkpoint(program, state, folder)
     same(begun.params, {name: codec.params[name] for name in begun.params})
     same(begun.ema, begun.params)
 
@@ -79,7 +79,7 @@ def test_a_run_from_an_exported_folder(codec, folder, tmp_path):
 def test_folders_that_do_not_fit(codec, folder, tmp_path):
     program, state, _ = built(pixel_experiment(**{"model.pixel_width": 32}))
     with pytest.raises(ValueError, match=r"pixel_decoder/\S+ is \[.*16.*\], expected \[.*32.*\]"):
-        starts.init_from_checkpoint(program, state, folder)
+        init_from.init_from_checkpoint(program, state, folder)
     with pytest.raises(ValueError, match=r"model and init\.fae differ: encoder/"):
         built(pixel_experiment(**{"model.latent": 8}), codec)
     first = {name: tree for name, tree in codec.params.items() if name != "pixel_decoder"}
@@ -88,7 +88,7 @@ def test_folders_that_do_not_fit(codec, folder, tmp_path):
     codecs.export(new_codec, str(tmp_path / "first"))
     program, state, _ = built(pixel_experiment())
     with pytest.raises(ValueError, match="expected pixel_decoder too"):
-        starts.init_from_checkpoint(program, state, str(tmp_path / "first"))
+        init_from.init_from_checkpoint(program, state, str(tmp_path / "first"))
     model_folder.write_folder(tmp_path / "flow", {"flow": np.zeros(1)}, {"task": "flow"})
     with pytest.raises(ValueError, match="task='flow', expected a latent codec"):
         codecs.load(str(tmp_path / "flow"))
@@ -124,7 +124,7 @@ def test_lpips_within_a_step(tmp_path):
     program, state, frozen = built(cfg)
     before = jax.tree.map(np.asarray, frozen["lpips"])
     assert set(program.task.frozen_identity()) == {"lpips"}
-    batch = step.to_device(program, batch_of())
+    batch = to_device(program, batch_of())
     # Measured without noise, it is the distance of what is decoded.
     ids, mask = np.arange(8, dtype=np.int32), np.ones(8, np.float32)
     sums = program.evaluate(state.params, frozen, batch, ids, mask)

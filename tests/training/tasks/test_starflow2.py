@@ -22,9 +22,10 @@ from starflow2_jax.params import (
     init as init_params,
     split as split_params,
 )
-from starflow2_jax.training import init_from, preprocess, program as step
+from starflow2_jax.training import init_from, preprocess
 from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.losses.flow import HALF_LOG_2_PI
+from starflow2_jax.training.program import to_device
 from starflow2_jax.training.tasks import registry, starflow2 as starflow2_step
 
 
@@ -45,7 +46,7 @@ def run(cfg, steps=3, devices=None):
     first, still, losses = host(state), host(frozen), []
     with jax.set_mesh(grid):
         for i in range(steps):
-            batch = step.to_device(program, batch_of(seed=i))
+            batch = to_device(program, batch_of(seed=i))
             state, metrics = program.step(state, frozen, batch)
             losses.append(float(metrics["loss"]))
     return np.array(losses), state, metrics, first, (still, host(frozen))

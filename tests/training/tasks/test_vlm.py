@@ -14,8 +14,8 @@ from starflow2_jax.evaluation import vqa
 from starflow2_jax.inference import vlm as readers
 from starflow2_jax.models import attention, qwen, qwen_vision
 from starflow2_jax.params import init as init_params
-from starflow2_jax.training import program as step
 from starflow2_jax.training.losses import text, vlm as vlm_loss
+from starflow2_jax.training.program import to_device
 from starflow2_jax.training.tasks import registry, vlm
 
 ROWS, SOME = 8, 4
@@ -66,7 +66,7 @@ def run(cfg, steps=SOME, devices=None):
         state, frozen = program.init(jax.random.key(cfg["seed"]))
         losses = []
         for batch in batches(cfg, steps):
-            state, metrics = program.step(state, frozen, step.to_device(program, batch))
+            state, metrics = program.step(state, frozen, to_device(program, batch))
             losses.append(float(metrics["loss"]))
             if len(losses) == SOME:
                 middle_state = jax.tree.map(jnp.copy, state)
