@@ -220,7 +220,7 @@ def test_timed_stages_are_those_of_the_experiments(name, file):
 @pytest.mark.fast
 def test_bytes_of_a_decoding_step():
     """7.07 B weights of the VLM's layers, 2.76 B of the deep flow's: 19.7 GB in bfloat16."""
-    num_bytes = stages.step_bytes(stages.pretzel.paper(), 1, 448, 2)
+    num_bytes = stages.step_bytes(stages.starflow2.paper(), 1, 448, 2)
     assert num_bytes["image"] == pytest.approx(2 * (6.525e9 + 2.75e9 + 0.05e9), rel=0.02)
     assert num_bytes["text"] - num_bytes["image"] == 2 * 152064 * 3584
 
