@@ -23,10 +23,11 @@ DATA_PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", 
 
 def check_workdir(workdir: epath.Path, cfg: Mapping[str, Any], data: RunData) -> int | None:
     """Return the step to resume from, None in a new workdir; check configuration and data."""
-    newest = {"newest step": steps.latest(workdir)}
-    distributed.assert_equal_across_processes(f"what they see in {workdir}", newest)
-    steps.check_copied(workdir)
     newest_step = steps.latest(workdir)
+    distributed.assert_equal_across_processes(
+        f"what they see in {workdir}", {"newest step": newest_step}
+    )
+    steps.check_copied(workdir)
     saved = run_log.read_config(workdir)
     if saved is None:
         return newest_step

@@ -122,7 +122,7 @@ esac
 
 
 def logging_python(folder, unfinished=0):
-    """(an interpreter in a virtual environment, its log)."""
+    """Return a fake interpreter in a virtual environment, and its log."""
     (folder / "venv" / "bin").mkdir(parents=True)
     python, log = folder / "venv" / "bin" / "python", folder / "log"
     python.write_text(LOGGING.format(log=log, unfinished=unfinished))
@@ -176,7 +176,7 @@ def test_too_few_data_is_a_clear_error(tmp_path):
 
 @pytest.fixture
 def demo(tmp_path):
-    """Runs a copy of the demo with an interpreter that only logs."""
+    """Return a function that runs a copy of the demo with an interpreter that only logs."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
 
     def run(*words, unfinished=0):
@@ -185,7 +185,8 @@ def demo(tmp_path):
         log.unlink(missing_ok=True)
         done = subprocess.run(
             ["bash", tmp_path / "launch/demo.sh", *words], capture_output=True, text=True, cwd="/",
-            env={**os.environ, "VENV": str(tmp_path / "venv")},
+            # PYTHON would be compared with the interpreter of VENV, a script without a version.
+            env={**os.environ, "VENV": str(tmp_path / "venv"), "PYTHON": ""},
         )  # fmt: skip
         return done, log.read_text().splitlines() if log.exists() else []
 
