@@ -29,7 +29,8 @@ from starflow2_jax.data import (
 )
 from starflow2_jax.data.manifest import DatasetError, Importer, Manifest
 from starflow2_jax.importers import captioned
-from starflow2_jax.importers.registry import IMPORTERS
+from starflow2_jax.importers.redraw import BACKGROUNDS
+from starflow2_jax.importers.registry import CAPTIONED, IMPORTERS
 from starflow2_jax.runtime import cli
 from starflow2_jax.shapes import generator, holdout, tasks
 from starflow2_jax.shapes.importer import shapes_source
@@ -79,9 +80,27 @@ def define(values: flags.FlagValues) -> None:
         "shapes: " + ", ".join(generator.LABELS),
     )
     number("missing_captions", 0, "images without a caption that may be left out", 0)
-    number("n", None, "import: number of shapes images (10000); show: images on the sheet (24)")
-    number("pixels", None, "side of the images: shapes (32), features (256)", 8)
-    number("seed", 0, "seed: shapes, index", 0)
+    captioned_formats = ", ".join(CAPTIONED)
+    number(
+        "n",
+        None,
+        "import: number of shapes or procedural images (10000), or the most images to read from "
+        f"{captioned_formats}; show: images on the sheet (24)",
+    )
+    number(
+        "pixels",
+        None,
+        "side of the images: shapes (32), procedural (64), features (256), "
+        f"{captioned_formats} (unchanged; scaled and cropped if given)",
+        8,
+    )
+    names(
+        "background",
+        [],
+        f"{captioned_formats}: what to draw transparent images on, {' or '.join(BACKGROUNDS)}; "
+        "several, with commas, give a copy on each (white when read)",
+    )
+    number("seed", 0, "seed: shapes, procedural, random backgrounds, index", 0)
     names("tags", list(generator.TAGS), "kinds of shapes images")
     names("tasks", ["t2i"], "shapes records, in turn: " + ", ".join(tasks.TASKS))
     choice("withheld", "none", holdout.CHOICES, "shapes pairs and combinations kept for evaluation")
@@ -119,6 +138,8 @@ def define(values: flags.FlagValues) -> None:
 def import_(values: flags.FlagValues) -> dict[str, Any]:
     """Import a source to a dataset folder. Do nothing if the same import is complete."""
     out, kind = _required(values, "out"), _required(values, "format")
+    if values.background and kind not in CAPTIONED:
+        raise DatasetError(f"--background: only for {', '.join(CAPTIONED)}, not for {kind}")
     make, importer, sources, classes, counts = SOURCES[kind](values)
     if os.path.exists(out) and not values.overwrite:
         if existing := _same_import(out, importer, sources):

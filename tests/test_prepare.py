@@ -14,8 +14,9 @@ from helpers.paths import ROOT
 from PIL import Image
 
 from starflow2_jax import prepare
-from starflow2_jax.data import images, manifest, records
+from starflow2_jax.data import image_batches, images, manifest, records
 from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.importers import procedural
 from starflow2_jax.shapes import generator
 
 
@@ -118,6 +119,49 @@ def test_a_webdataset_is_imported(tmp_path, tar, capsys):
         run(capsys, "import", *words)
     with pytest.raises(DatasetError, match="--out must be given"):
         run(capsys, "import", "--format", "webdataset", "--source", tar)
+
+
+@pytest.mark.fast
+def test_images_without_text_are_imported_and_read(tmp_path, capsys):
+    words = ("--format", "procedural", "--n", 5, "--pixels", 24, "--seed", 3)
+    assert run(capsys, "import", *words, "--out", tmp_path / "a")["records"] == 5
+    assert run(capsys, "import", *words, "--out", tmp_path / "a")["was"] == "complete"
+    assert run(capsys, "validate", "--data", tmp_path / "a")["problems"] == 0
+    assert run(capsys, "stats", "--data", tmp_path / "a")["targets"] == {"text": 0, "image": 5}
+    options = {"path": str(tmp_path / "a"), "pixels": 24, "threads": 0}
+    (batch,) = image_batches.eval_batches(options, batch_size=5)
+    expected = [procedural.draw(procedural.image_rng(3, k), 24) for k in range(5)]
+    assert (batch["image"] == np.stack(expected)).all()
+    for wrong in (("--label", "caption"), ("--background", "white")):
+        with pytest.raises(DatasetError, match=wrong[0]):
+            run(capsys, "import", *words, *wrong, "--out", tmp_path / "b")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.fast
+def test_captioned_images_are_drawn_on_backgrounds(tmp_path, tar, capsys):
+    words = ("--format", "webdataset", "--source", tar, "--pixels", 16, "--n", 2)
+    backgrounds = ("--background", "white,random,random", "--seed", 4)
+    result = run(
+        capsys, "import", *words, *backgrounds, "--label", "caption", "--out", tmp_path / "a"
+    )
+    assert result["records"] == 6 and result["classes"] == 2
+    dataset = records.read(tmp_path / "a")
+    assert [r.id for r in dataset][:4] == [
+        "pets.tar/0", "pets.tar/0#1", "pets.tar/0#2", "pets.tar/1",
+    ]  # fmt: skip
+    assert [records.text(r) for r in dataset] == ["cat"] * 3 + ["dog"] * 3
+    assert dataset.manifest.importer.options == {
+        "label": "caption", "missing": 0, "n": 2, "pixels": 16, "seed": 4,
+        "background": "white,random,random",
+    }  # fmt: skip
+    same = run(
+        capsys, "import", *words, *backgrounds, "--label", "caption", "--out", tmp_path / "a"
+    )
+    assert same["was"] == "complete"
+    assert run(capsys, "import", *words, "--out", tmp_path / "b")["records"] == 2
+    with pytest.raises(DatasetError, match=r"unknown \['black'\], expected white or random"):
+        run(capsys, "import", *words, "--background", "black", "--out", tmp_path / "c")
 
 
 @pytest.mark.fast

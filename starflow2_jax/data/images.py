@@ -6,6 +6,7 @@ first frame of an animation counts.
 """
 
 import io
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,8 @@ from starflow2_jax.data.manifest import DatasetError
 Format = Literal["jpeg", "png", "webp"]
 # Phones write multi-picture JPEGs, which Pillow reports as MPO.
 _FORMATS: dict[str, Format] = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
+
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
 
 MAX_SIDE = 16384
 MAX_PIXELS = 1 << 26  # 64 Mi, 192 MiB decoded
@@ -30,11 +33,22 @@ def header(data: bytes, location: str) -> tuple[Format, int, int]:
 
 def decode(data: bytes, location: str) -> np.ndarray:
     """Decode a JPEG, PNG or WebP image to upright RGB: uint8 [H, W, 3]."""
+    return _decode(data, location, _rgb)
+
+
+def decode_rgba(data: bytes, location: str) -> np.ndarray:
+    """Decode an image with its transparency: uint8 [H, W, 4], of which `decode` blends RGB."""
+    return _decode(data, location, _rgba)
+
+
+def _decode(
+    data: bytes, location: str, convert: Callable[[Image.Image], Image.Image]
+) -> np.ndarray:
     with _open(data, location) as image:
         try:
             # Transposing copies even an upright image, so the orientation tag is read first.
             is_rotated = image.getexif().get(0x0112, 1) != 1
-            return np.asarray(_rgb(ImageOps.exif_transpose(image) if is_rotated else image))
+            return np.asarray(convert(ImageOps.exif_transpose(image) if is_rotated else image))
         except DatasetError:
             raise
         except Exception as error:
@@ -49,7 +63,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def center_crop(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Scale the short side of uint8 [H, W, 3] to `side` (antialiased) and crop the center.
+    """Scale the short side of uint8 [H, W, 3 or 4] to `side` (antialiased) and crop the center.
 
     This is ADM's scheme: halve with a box filter while the short side is at least twice the target,
     then resize bicubically.
@@ -100,11 +114,21 @@ def _open(data: bytes, location: str) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+    if image.mode in _DEEP_MODES:
         upper_bytes = np.asarray(image).astype(np.uint32) >> 8
         return Image.fromarray(upper_bytes.astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+    if _has_transparency(image):
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _rgba(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA") if _has_transparency(image) else _rgb(image).convert("RGBA")
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
+        return True
+    return "transparency" in image.info and image.mode not in _DEEP_MODES

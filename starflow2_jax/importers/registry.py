@@ -1,9 +1,11 @@
 """The importers of `prepare import`, by --format: flags -> records and their provenance.
 
-The synthetic shapes have theirs in `shapes.importer`.
+The shapes benchmark has its own in `shapes.importer`.
 """
 
+import functools
 import glob
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +15,8 @@ from absl import flags
 from starflow2_jax.data import manifest
 from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.data.records import Record
-from starflow2_jax.importers import captioned, interleaved
+from starflow2_jax.importers import captioned, interleaved, procedural, redraw
+from starflow2_jax.importers.redraw import BACKGROUNDS
 
 
 class ImportSource(NamedTuple):
@@ -103,6 +106,41 @@ def _with_image_root(values: flags.FlagValues) -> ImportSource:
     return ImportSource(lambda: read(paths, root), importer, hashes, counts=root.counts)
 
 
+def _procedural(values: flags.FlagValues) -> ImportSource:
+    if values.label != "none":
+        raise DatasetError(f"--label {values.label}: procedural images have no classes")
+    count, pixels = values.n or 10_000, values.pixels or 64
+    make = functools.partial(procedural.make_records, values.seed, count, pixels)
+    options = {"seed": values.seed, "n": count, "pixels": pixels}
+    return ImportSource(make, Importer("procedural", procedural.VERSION, options), {})
+
+
+def _captioned(
+    read: Callable[[flags.FlagValues], ImportSource], values: flags.FlagValues
+) -> ImportSource:
+    """Return the records of a source of captioned images, at most --n, as --background asks."""
+    unknown = [background for background in values.background if background not in BACKGROUNDS]
+    if unknown:
+        raise DatasetError(f"--background: unknown {unknown}, expected {' or '.join(BACKGROUNDS)}")
+    source, options = read(values), {}
+    if values.n is not None:
+        options["n"] = values.n
+    if values.background or values.pixels:
+        options |= {"pixels": values.pixels, "background": ",".join(values.background)}
+    if "random" in values.background:
+        options["seed"] = values.seed
+
+    def make() -> Iterator[Record]:
+        rows = itertools.islice(source.make(), values.n)
+        if not values.background and not values.pixels:
+            return rows
+        return redraw.redraw(rows, values.pixels, values.background or ["white"], values.seed)
+
+    importer = source.importer
+    importer = Importer(importer.name, importer.version, {**importer.options, **options})
+    return source._replace(make=make, importer=importer)
+
+
 def _importer(values: flags.FlagValues, name: str, **options: Any) -> Importer:
     if name != "tfds" and values.label not in ("none", "caption"):
         raise DatasetError(f"--label {values.label}: a {name} import has only none and caption")
@@ -129,12 +167,12 @@ def _file_hashes(paths: Sequence[str]) -> dict[str, str]:
     return hashes
 
 
+CAPTIONED = {"webdataset": _webdataset, "folder": _folder, "tfds": _tfds}
 IMPORTERS = {
-    "webdataset": _webdataset,
-    "folder": _folder,
-    "tfds": _tfds,
+    **{name: functools.partial(_captioned, read) for name, read in CAPTIONED.items()},
     "bagel_t2i": _bagel_t2i,
     "bagel_edit": _bagel_edit,
     **dict.fromkeys(("llava", "obelics", "omnicorpus"), _with_image_root),
     "huggingface": _huggingface,
+    "procedural": _procedural,
 }

@@ -110,6 +110,16 @@ def test_every_color_mode_becomes_rgb():
     red = images.decode(save(inks, "JPEG"), "x")
     assert red.shape == (8, 8, 3) and (red[..., 0] > 240).all() and (red[..., 1:] < 20).all()
 
+    # Blended onto white, what decode_rgba returns is what decode returns.
+    partly = np.dstack([PIXELS, np.arange(54, dtype=np.uint8).reshape(6, 9) * 4])
+    for image in (palette, deep, gray, inks, Image.fromarray(clear), Image.fromarray(partly)):
+        options = {"transparency": 0} if image.mode in ("P", "L", "I;16") else {}
+        data = save(image, "JPEG" if image.mode == "CMYK" else "PNG", **options)
+        rgba = images.decode_rgba(data, "x")
+        white = Image.new("RGBA", rgba.shape[1::-1], "white")
+        blended = Image.alpha_composite(white, Image.fromarray(rgba)).convert("RGB")
+        assert (np.asarray(blended) == images.decode(data, "x")).all()
+
     bits = Image.fromarray(PIXELS[..., 0] > 127)
     assert set(np.unique(images.decode(save(bits, "PNG"), "x"))) == {0, 255}
 

@@ -174,6 +174,45 @@ def test_too_few_data_is_a_clear_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_data_of_the_codec_are_read_from_the_tars_that_exist(tmp_path):
+    python, log = logging_python(tmp_path)
+    tars = tmp_path / "my tars"
+    tars.mkdir()
+
+    def imports(*words):
+        done = subprocess.run(
+            ["bash", ROOT / "launch/data_wide.sh", tars, *words],
+            cwd=tmp_path, env={**os.environ, "PYTHON": str(python)}, check=True,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        calls = [line.split(" --")[1:] for line in log.read_text().splitlines()]
+        log.unlink()
+        flags = [dict(word.split(" ", 1) for word in call) for call in calls]
+        return {flag["out"]: flag for flag in flags}, done.stderr
+
+    without, warning = imports()
+    names = [
+        f"data_cache/{name}64{end}" for name in ("procedural", "shapes") for end in ("", "_test")
+    ]
+    assert sorted(without) == names
+    assert f"there is no {tars}/cifar10_test.tar, so data_cache/cifar64_test is left out" in warning
+    for name in ("twemoji_train", "twemoji_test", "cifar10_train", "cifar10_test"):
+        (tars / f"{name}.tar").touch()
+    complete, warning = imports()
+    divided, _ = imports("4")
+    assert len(complete) == 10 and not warning and complete.items() >= without.items()
+    for name, flag in complete.items():
+        share = 1 if name.endswith("_test") else 4
+        assert int(flag["n"]) // share == int(divided[name]["n"])
+        assert flag["pixels"] == "64"
+    seeds = [flag["seed"] for flag in without.values()]
+    assert len(set(seeds)) == len(seeds)
+    emoji = complete["data_cache/emoji64"]
+    assert emoji["source"] == f"{tars}/twemoji_train.tar"
+    assert emoji["background"] == "white,random,random"
+    assert complete["data_cache/emoji64_test"]["background"] == "white"
+
+
 @pytest.fixture
 def demo(tmp_path):
     """Return a function that runs a copy of the demo with an interpreter that only logs."""
