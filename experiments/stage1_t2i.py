@@ -29,7 +29,8 @@ def get_config(variant: str = "tiny"):
 def _tiny(cfg):
     cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
     cfg.data.path, cfg.eval_data.path = "data_cache/t2i64", "data_cache/t2i64_test"
-    cfg.text.length, cfg.text.images = 224, 2
+    cfg.data.packing = "mixture"
+    cfg.text.length, cfg.text.images = 176, 2
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 500, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 50
     cfg.optim.muon_lr = 1e-2

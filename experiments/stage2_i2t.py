@@ -32,6 +32,7 @@ def get_config(variant: str = "tiny"):
 def _tiny(cfg):
     cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
     cfg.data.path, cfg.eval_data.path = "data_cache/i2t64", "data_cache/i2t64_test"
+    cfg.data.packing = "mixture"
     cfg.text.length, cfg.text.images = 256, 2
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 100, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 2e-5, 50

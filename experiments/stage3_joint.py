@@ -44,7 +44,8 @@ def _tiny(cfg):
     cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
     cfg.data.mixture = _mixture("64", t2i=0.4, i2t=0.25, edit=0.15, reasoning=0.15, text=0.05)
     cfg.eval_data.mixture = _mixture("64_test", t2i=1.0, i2t=1.0, edit=1.0, reasoning=1.0, text=1.0)
-    cfg.text.length, cfg.text.images = 256, 2
+    cfg.data.packing = "mixture"
+    cfg.text.length, cfg.text.images = 256, 3
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 300, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 50
     cfg.optim.muon_lr = 7e-3

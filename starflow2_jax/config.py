@@ -75,6 +75,11 @@ _DATA = {
     "shuffle": _flag(True, "draw a new global order for every epoch"),
     "threads": _positive(4, "decoding threads"),
     "blank_images": _flag(False, "replace the images of interleaved rows with gray ones"),
+    "packing": _choice(
+        "dataset",
+        "a training row is of one dataset, or of the mixture (weights: shares of rows, of records)",
+        *("dataset", "mixture"),
+    ),
     "skip_bad": _count(0, "records that may fail to decode before the run stops"),
 }
 
@@ -209,6 +214,13 @@ RENAMED = {
     "vlm.words": "vlm.region_loss_weight",
 }
 
+# Keys that configurations of earlier versions lack: with its default, a run is what it was before
+# the key existed.
+ADDED = (
+    "data.packing",
+    "eval_data.packing",
+)
+
 
 def default() -> Any:
     """Return an ml_collections ConfigDict with every key at its default and an empty `model`."""
@@ -248,7 +260,10 @@ def flat(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a stored nested configuration with `RENAMED` keys under their new names."""
+    """Return a copy of a stored nested configuration with `RENAMED` keys under their new names.
+
+    Groups that exist get the defaults of missing `ADDED` keys.
+    """
     result = {k: dict(v) if isinstance(v, Mapping) else v for k, v in cfg.items()}
     for old, new in RENAMED.items():
         group, _, name = old.rpartition(".")
@@ -258,6 +273,10 @@ def upgrade(cfg: Mapping[str, Any]) -> dict[str, Any]:
             result.setdefault(new_group, {}).setdefault(new_name, value)
             if not result[group]:
                 del result[group]
+    for added in ADDED:
+        group, _, name = added.rpartition(".")
+        if isinstance(result.get(group), dict):
+            result[group].setdefault(name, KEYS[added].default)
     return result
 
 

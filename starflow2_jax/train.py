@@ -69,6 +69,8 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         compile_step(cfg, task)
         return
     data = run_data.open_data(cfg, task, codec)
+    if jax.process_index() == 0:
+        print(run_data.summary(data), flush=True)
     workdir = epath.Path(workdir)
     newest_step = check_workdir(workdir, cfg, data)
     if newest_step == cfg["train"]["steps"]:

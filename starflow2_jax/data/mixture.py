@@ -21,7 +21,7 @@ class MixtureOptions:
 
     path: str = ""  # one dataset folder; exactly one of `path` and `mixture` is set
     # Several folders, as mappings `{path, weight, ...}` with the folders of arrays of each. A
-    # weight is a share of the examples.
+    # weight is a share of the examples: of images, of rows, or of records if rows mix folders.
     mixture: tuple[Mapping[str, Any], ...] = ()
     pixels: int = 0  # side of the square images; any other size is an error unless `resize` is set
     resize: str = "none"  # "center_crop" scales the short side to `pixels`, then crops; or "none"

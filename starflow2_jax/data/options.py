@@ -13,7 +13,8 @@ def image_batch_options(
     cfg: Mapping[str, Any], model_config: Any, group: str = "eval_data", **changes: Any
 ) -> dict[str, Any]:
     """Return options of `data.image_batches`; `group` is `data` or `eval_data`."""
-    options = {name: value for name, value in cfg[group].items() if name != "blank_images"}
+    unused = ("blank_images", "packing")
+    options = {name: value for name, value in cfg[group].items() if name not in unused}
     options["pixels"] = cfg["image"]["pixels"]
     options["text_length"] = getattr(model_config, "text_length", 0)
     options["seed"] = cfg["seed"]
@@ -37,6 +38,7 @@ def packed_batch_options(
     options = {name: value for name, value in cfg[group].items() if name not in unused}
     options |= {
         "mixture": tuple(options["mixture"]),
+        "packing_over": options.pop("packing", "dataset"),  # old configurations lack the key
         "tokenizer": tokenizer,
         "packing": PackingSpec(cfg["text"]["length"], grid_side**2, cfg["text"]["images"]),
         "grid_side": grid_side,

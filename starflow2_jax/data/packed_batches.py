@@ -1,8 +1,9 @@
 """Host batches of interleaved rows from dataset folders: packed records of text and images.
 
-The records of a row are those of the packing plan (`packing`), each laid out by
-`chat_layout.apply_chat_template`; `sampler` decides the order of the rows. A host batch is a dict
-of numpy arrays, with b rows of T positions and M slots for images of N = grid_side^2 patches:
+A row holds records of one folder, by its packing plan (`packing`), and `sampler` decides the order
+of the rows; or, in training with `packing_over="mixture"`, records of any folder
+(`mixture_packing`). Each record is laid out by `chat_layout.apply_chat_template`. A host batch is a
+dict of numpy arrays, with b rows of T positions and M slots for images of N = grid_side^2 patches:
 
     ids             int32 [b, T]     image slots have the tokenizer's image id
     segments        int32 [b, T]     1, 2, ... by record; 0 is padding
@@ -19,7 +20,8 @@ of numpy arrays, with b rows of T positions and M slots for images of N = grid_s
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -28,6 +30,7 @@ from starflow2_jax.data import array_store, chat_layout, images, mixture, record
 from starflow2_jax.data.chat_layout import Tokenizer, TokenSequence
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.mixture import MixtureOptions, Source
+from starflow2_jax.data.mixture_packing import MixtureRows
 from starflow2_jax.data.packing import PackingSpec, load_or_make_plan
 from starflow2_jax.data.records import Record
 
@@ -52,6 +55,9 @@ class PackedBatchOptions(MixtureOptions):
 
     tokenizer: str  # tokenizer folder, see `chat_layout.open_tokenizer`
     packing: PackingSpec  # size of a row
+    # "dataset": a row is of one folder, and weights are shares of rows. "mixture": a row of the
+    # training holds records of any folder, and weights are shares of records.
+    packing_over: str = "dataset"
     grid_side: int  # rows (= columns) of an image's patches
     blank_images: bool = False  # replace all images by gray, to measure what text alone can tell
     annotator: RegionAnnotator | None = None  # adds `region` and `region_words`
@@ -68,6 +74,18 @@ class _RowImage(NamedTuple):
     record_index: int  # in the dataset
     index: int  # in `record.imgs`
     location: str  # of the record, for error messages
+    latents: array_store.StoredArrays | None  # of the record's folder
+
+
+@dataclasses.dataclass(frozen=True)
+class _MixedRows:
+    """The rows of all folders together, in place of a `Source` of one folder."""
+
+    sources: Sequence[Source]
+    rows: MixtureRows
+
+    def __len__(self) -> int:
+        return sys.maxsize // 2  # endless; grain repeats finite datasets only
 
 
 def batches(
@@ -78,8 +96,13 @@ def batches(
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield training batches without end; see `sampler.training_batches`."""
+    sources: Sequence[Source | _MixedRows] = _open_sources(options)
+    if options.packing_over == "mixture":
+        # These rows have an order of their own.
+        sources = [_MixedRows(sources, _mix(sources, options))]
+        options = dataclasses.replace(options, shuffle=False)
     return sampler.training_batches(
-        _open_sources(options),
+        sources,
         functools.partial(_read_row, options, chat_layout.open_tokenizer(options.tokenizer)),
         options,
         batch_size=batch_size,
@@ -102,12 +125,30 @@ def eval_batches(
 
 
 def describe(options: PackedBatchOptions) -> dict[str, Any]:
-    """Describe the data: `mixture.describe`, with the number of rows and the share of padding."""
+    """Describe the data: `mixture.describe`, with the number of rows and the share of padding.
+
+    `rows` and `waste` are of one pass of `eval_batches`. `training_waste` and `records_per_row` are
+    means over training, which draws the folders by weight.
+    """
     sources = _open_sources(options)
     rows = sum(len(source) for source in sources)
     used = sum(int(source.plan.lengths.sum()) for source in sources)
     waste = round(1 - used / (rows * options.packing.seq_len), 4)
-    return mixture.describe(sources, rows=rows, waste=waste, classes=None)
+    if options.packing_over == "mixture":
+        training_waste, records_per_row = _mix(sources, options).fill()
+    else:
+        weights = np.asarray([source.weight for source in sources])
+        shares = weights / weights.sum()
+        training_waste = float(shares @ [source.plan.waste for source in sources])
+        records_per_row = float(shares @ [len(s.records) / len(s) for s in sources])
+    return mixture.describe(
+        sources,
+        rows=rows,
+        waste=waste,
+        training_waste=round(training_waste, 4),
+        records_per_row=round(records_per_row, 3),
+        classes=None,
+    )
 
 
 def build_packed_row(
@@ -164,20 +205,42 @@ def _open_sources(options: PackedBatchOptions) -> list[Source]:
         if entry["latents"]:
             latents = array_store.read(entry["latents"], dataset.manifest)
         sources.append(Source(dataset, entry["weight"], latents, plan=plan))
+    stored = [source.latents is not None for source in sources]
+    if options.packing_over == "mixture" and any(stored) and not all(stored):
+        raise ValueError(
+            "data.mixture: stored latents for all of them or none, as rows hold records of several"
+        )
     return sources
+
+
+def _mix(sources: Sequence[Source], options: PackedBatchOptions) -> MixtureRows:
+    return MixtureRows(
+        [np.stack([source.plan.lengths, source.plan.images], -1) for source in sources],
+        [source.weight for source in sources],
+        options.packing,
+        seed=options.seed,
+        shuffle=options.shuffle,
+    )
+
+
+def _row_records(source: Source | _MixedRows, row: int) -> list[tuple[Source, int]]:
+    """Return the folder and the index in it of each record of a row."""
+    if isinstance(source, Source):
+        return [(source, index) for index in source.plan[row].tolist()]
+    return [(source.sources[number], index) for number, index in source.rows[row].tolist()]
 
 
 def _read_row(
     options: PackedBatchOptions,
     tokenizer: Tokenizer,
-    source: Source,
+    source: Source | _MixedRows,
     row: int,
     position: sampler.Position,
 ) -> dict[str, Any]:
     rng = np.random.default_rng((options.seed, *position)) if position else None
     sequences, row_images, ids = [], [], []
-    for index in source.plan[row].tolist():
-        record, location = source.records[index], source.records.location(index)
+    for folder, index in _row_records(source, row):
+        record, location = folder.records[index], folder.records.location(index)
         parts, image_indices = chat_layout.message_parts(record)
         null = _drop_condition(options, record, rng)
         sequence = chat_layout.apply_chat_template(
@@ -188,15 +251,18 @@ def _read_row(
         renumber = np.full(len(image_indices) + 1, -1, np.int32)
         renumber[remaining] = np.arange(len(remaining))
         sequences.append(sequence._replace(image_index=renumber[sequence.image_index]))
-        row_images += [_RowImage(record, index, image_indices[i], location) for i in remaining]
+        row_images += [
+            _RowImage(record, index, image_indices[i], location, folder.latents) for i in remaining
+        ]
         ids.append(record.id)
     example = build_packed_row(sequences, options.packing, options.grid_side, tokenizer.pad)
     if options.annotator is not None:
         example |= _read_regions(options, tokenizer, row_images)
-    if source.latents is None:
+    stored = folder.latents
+    if stored is None:
         example["images"] = _read_images(options, row_images)
     else:
-        example |= _read_latents(options, source.latents, row_images)
+        example |= _read_latents(options, stored.spec, row_images)
     return {"id": " ".join(ids), **example}
 
 
@@ -236,15 +302,15 @@ def _read_images(options: PackedBatchOptions, row_images: Sequence[_RowImage]) -
 
 
 def _read_latents(
-    options: PackedBatchOptions, latents: array_store.StoredArrays, row_images: Sequence[_RowImage]
+    options: PackedBatchOptions, spec: Mapping[str, Any], row_images: Sequence[_RowImage]
 ) -> dict[str, np.ndarray]:
     slots = options.packing.image_slots
     arrays = {
-        name: np.zeros((slots, *latents.spec[name]["shape"][1:]), np.float32)
+        name: np.zeros((slots, *spec[name]["shape"][1:]), np.float32)
         for name in ("latent_mean", "latent_logvar")
     }
     for slot, image in enumerate(row_images):
-        id, stored = latents[image.record_index]
+        id, stored = image.latents[image.record_index]
         if id != image.record.id:
             raise DatasetError(
                 f"{image.location} (id {image.record.id!r}): its latents have the id {id!r}: the "

@@ -74,6 +74,18 @@ def open_data(cfg: Mapping[str, Any], task: Task, codec: Codec | None) -> RunDat
     return RunData(task, codec, descriptions)
 
 
+def summary(data: RunData) -> str:
+    """Return a line about the training data: its records, and how packed rows are filled."""
+    description = data.descriptions["data"]
+    line = f"data: {description['records']:,} records"
+    if "training_waste" in description:
+        line += (
+            f", {description['records_per_row']:.2f} in a row, of whose positions "
+            f"{description['training_waste']:.1%} are padding"
+        )
+    return line
+
+
 def fingerprints(descriptions: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the fingerprints of the training records, and of the encoder of their latents."""
     description = descriptions["data"]
