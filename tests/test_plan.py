@@ -294,6 +294,7 @@ def test_splash_compiles_for_a_tpu_and_arguments_are_exact():
     cfg = experiment("fsdp", "fsdp=2,tensor=2", depth=2, **changes)
     (row,) = plan.plan(cfg, "v5e:2x2", ["fsdp"])
     assert row["kernel_flops"] > 0 and row["fits"] and row["mfu_bound"] > 0
+    assert row["unknown_loops"] == []
     memory = row["memory"]
     assert memory["unused"] == 0
     assert sum(memory["declared"].values()) + memory["padding"] == memory["arguments"]
@@ -336,6 +337,7 @@ def test_a_plan_without_machine_code_is_that_of_the_whole():
     cfg = experiment("fsdp", "fsdp=4", depth=2, compute_dtype="bfloat16")
     (quick,) = plan.plan(cfg, "v5e:2x2", ["fsdp"])
     (full,) = plan.plan(cfg, "v5e:2x2", ["fsdp"], with_codegen=True)
+    assert quick["unknown_loops"] == full["unknown_loops"] == []
     same = ("flops", "kernel_flops", "bytes", "collectives", "unexpected", "fits", "step_s")
     assert {name: quick[name] for name in same} == {name: full[name] for name in same}
     quick_memory, full_memory = quick["memory"], full["memory"]

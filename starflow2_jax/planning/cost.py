@@ -62,9 +62,9 @@ class StepCost:
 
 
 def analyze(
-    module: Module, mesh_shape: Mapping[str, int], slices: int = 1, default_trips: int = 1
+    module: Module, mesh_shape: Mapping[str, int], slices: int = 1, default_trips: int | None = None
 ) -> StepCost:
-    """Return the cost of a program; loops of unknown length count `default_trips` times."""
+    """Return the cost of a program; loops of unknown length count as in `hlo.walk`."""
     unknown_loops: list[str] = []
     operations, collectives = [], []
     kernel_flops = 0.0

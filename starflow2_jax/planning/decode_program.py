@@ -31,7 +31,8 @@ class LoweredDecoding:
     lowered: jax.stages.Lowered  # the program
     declared: Mapping[str, int]  # bytes of its arguments per device, by purpose
     tokens: int  # number of tokens that it generates
-    steps: int = 1  # trip count of a loop whose length depends on the sampled values
+    # trip count of a loop whose length depends on the sampled values, None for no such loop
+    steps: int | None = None
 
 
 def lower(cfg: Mapping[str, Any], device_mesh: Mesh, rows: int) -> LoweredDecoding:

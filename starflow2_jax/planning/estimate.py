@@ -158,7 +158,7 @@ def _settings(cfg, topology, mesh, rows):
 
 
 def _compile(
-    lowered, device_mesh, topology, declared, activations, default_trips=1, with_codegen=True
+    lowered, device_mesh, topology, declared, activations, default_trips=None, with_codegen=True
 ):
     """Compile a lowered program; return its memory and, unless it is too large, its cost."""
     start_time, start_cpu, chip = time.perf_counter(), time.process_time(), topology.chip
@@ -190,7 +190,7 @@ def _compile(
     row |= {"memory": asdict(memory_use), "_memory": memory_use}
     row |= {"flops": step.flops, "kernel_flops": step.kernel_flops, "bytes": step.bytes}
     row["collectives"] = _sum_collectives(step.collectives)
-    row["unknown_loops"] = list(step.unknown_loops) if default_trips == 1 else []
+    row["unknown_loops"] = list(step.unknown_loops) if default_trips is None else []
     row["_compiled"] = (module, step)
     if chip.flops:
         row["compute_s"] = step.flops / chip.flops

@@ -6,6 +6,7 @@ a loop once; `walk` yields its instructions with the number of times they run.
 
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ BITS = {
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^{}]*))?\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
+_OPERAND = re.compile(r"%([^\s,()]+)")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,17 @@ class Instruction:
         """Return the arrays of the result, several if it is a tuple."""
         return shapes(self.result)
 
+    @cached_property
+    def elements(self) -> tuple[str, ...]:
+        """Return the text of every element of the result if it is a tuple, otherwise ()."""
+        if not self.result.startswith("("):
+            return ()
+        text, start, elements = re.sub(r"/\*.*?\*/", "", self.result[1:-1]), 0, []
+        while start < len(text):
+            elements.append(_text_until(text, start, ","))
+            start += len(elements[-1]) + 1
+        return tuple(element.strip() for element in elements)
+
     def attribute(self, name: str) -> str:
         """Return the text after `name=` up to a comma outside brackets, or an empty string."""
         match = re.search(rf"(?:^|[ ,]){name}=", self.attributes)
@@ -159,27 +172,68 @@ def _instruction(line: str) -> Instruction | None:
     begin = len(result) + 1 + len(opcode) + 1
     inside = _text_until(rest, begin, ")")
     attributes = rest[begin + len(inside) + 1 :].lstrip(", ")
-    operands = tuple(_NAME.findall(inside))
+    operands = tuple(_OPERAND.findall(inside))
     return Instruction(name, result, opcode, operands, inside, attributes, is_root)
 
 
+def _define_operand(name, defined):
+    """Return True if an operand is defined, after adding the instruction that it abbreviates.
+
+    The dumps of libtpu for jax 0.12 omit `get-tuple-element` (XLA's `xla_dump_compact_gte`): `%x#1`
+    is element 1 of the tuple `%x`, and `%x#1#0` is element 0 of that element.
+    """
+    if name in defined:
+        return True
+    source, _, index = name.rpartition("#")
+    if not source or not index.isdecimal() or not _define_operand(source, defined):
+        return False
+    elements, number = defined[source].elements, int(index)
+    if number < len(elements):
+        defined[name] = Instruction(
+            name=name,
+            result=elements[number],
+            opcode="get-tuple-element",
+            operands=(source,),
+            inside=f"%{source}",
+            attributes=f"index={number}",
+            is_root=False,
+        )
+    return name in defined
+
+
 def parse(text: str) -> Module:
-    """Parse the text of a program; raise ValueError if it has no entry computation."""
+    """Parse the text of a program.
+
+    Operands in the short form `%tuple#index` become `get-tuple-element` instructions.
+
+    Raises:
+        ValueError: The text has no entry computation, or an operand that is not defined.
+    """
     computations: dict[str, Computation] = {}
+    defined: dict[str, Instruction] = {}
     current = entry = None
     # The metadata of a Pallas kernel spans several lines.
     text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", text, flags=re.DOTALL)
     for line in text.splitlines():
         head = _HEAD.match(line)
         if head and " = " not in line.partition("(")[0]:
-            current = computations[head[2]] = Computation(head[2])
+            current, defined = Computation(head[2]), {}
+            computations[current.name] = current
             entry = current if head[1] else entry
+        elif current is None:
+            continue
         elif line.startswith("}"):
+            current.instructions += defined.values()
             current = None
-        elif current is not None:
-            instruction = _instruction(line.strip())
-            if instruction is not None:
-                current.instructions.append(instruction)
+        elif (instruction := _instruction(line.strip())) is not None:
+            for operand in instruction.operands:
+                if not _define_operand(operand, defined):
+                    raise ValueError(
+                        f"computation {current.name}: operand %{operand} of %{instruction.name} is "
+                        "not defined before its use; the parser of planning/hlo.py needs to learn "
+                        "this form of the compiler's text"
+                    )
+            defined[instruction.name] = instruction
     if entry is None:
         raise ValueError("the program's text has no ENTRY computation")
     return Module(computations, entry)
@@ -197,7 +251,7 @@ def trip_count(module: Module, loop: Instruction, caller: Computation) -> int | 
         return int(known[1])
     (name,) = loop.called("condition")
     compare, constant, index = _comparison(module, module.computations[name])
-    if compare != "LT" or constant is None:
+    if compare != "LT" or constant is None or index is None:
         return None
     body = module.computations[loop.called("body")[0]]
     start, step = _counter_start(caller, loop, index), _counter_step(module, body, index)
@@ -237,7 +291,10 @@ def _counter_step(module, body, index):
 
 
 def _comparison(module, condition):
-    """Return the direction, the constant and the counter's tuple index of a loop's condition."""
+    """Return the direction, the constant and the counter's tuple index of a loop's condition.
+
+    The constant or the index is None if it cannot be followed.
+    """
     root, scope, arguments = condition.root, condition, {}
     if root.opcode == "fusion":
         (name,) = root.called("calls")
@@ -245,7 +302,7 @@ def _comparison(module, condition):
         arguments = {p.name: root.operands[n] for n, p in scope.parameters().items()}
         root = scope.root
     if root.opcode != "compare" or len(root.operands) != 2:
-        return "", None, 0
+        return "", None, None
     constant = index = None
     for operand in root.operands:
         node = scope.by_name.get(operand)
@@ -255,7 +312,7 @@ def _comparison(module, condition):
             constant = int(node.inside)
         elif node is not None and node.opcode == "get-tuple-element":
             index = int(node.attribute("index"))
-    return root.attribute("direction"), constant, index or 0
+    return root.attribute("direction"), constant, index
 
 
 def _counter_start(caller, loop, index):
@@ -271,12 +328,13 @@ def _counter_start(caller, loop, index):
 
 
 def walk(
-    module: Module, unknown_loops: list[str] | None = None, default_trips: int = 1
+    module: Module, unknown_loops: list[str] | None = None, default_trips: int | None = None
 ) -> Iterator[tuple[Computation, Instruction, float]]:
     """Yield every executed instruction with its computation and the number of times it runs.
 
     The bodies of fusions are not entered. A loop with an unknown trip count runs `default_trips`
-    times, and its name is appended to `unknown_loops`. Every branch of a conditional counts.
+    times; without that number it counts once, with a warning. Its name is appended to
+    `unknown_loops`. Every branch of a conditional counts.
     """
 
     def enter(computation, times):
@@ -287,7 +345,14 @@ def walk(
                 is_unknown = count is None and unknown_loops is not None
                 if is_unknown and instruction.name not in unknown_loops:
                     unknown_loops.append(instruction.name)
-                runs = times * (default_trips if count is None else count or 1)
+                if count is None and default_trips is None:
+                    warnings.warn(
+                        f"the trip count of loop {instruction.name} in computation "
+                        f"{computation.name} cannot be read from the program's text; its body "
+                        "counts once, so the costs are too low",
+                        stacklevel=2,
+                    )
+                runs = times * ((default_trips if count is None else count) or 1)
                 for name in instruction.called("body"):
                     yield from enter(module.computations[name], runs)
             elif instruction.opcode == "conditional":

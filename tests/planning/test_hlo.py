@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +58,65 @@ ENTRY %main (a: f32[24,24]) -> f32[8] {
 }
 """
 
+# A loop over six layers in the form of the dumps of libtpu 0.0.50 (jax 0.12), shortened: operands
+# name elements of tuples.
+COMPACT = """HloModule jit_f, is_scheduled=true
+
+%fused_computation (p.0: bf16[8,128], p.1: bf16[6,128,128], p.2: s32[]) -> bf16[8,128] {
+  %p.0 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %p.1 = bf16[6,128,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %p.2 = s32[]{:T(128)S(6)} parameter(2)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice = bf16[1,128,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p.1, %p.2, %zero, %zero), \
+dynamic_slice_sizes={1,128,128}
+  %bitcast = bf16[128,128]{1,0:T(8,128)(2,1)} bitcast(%slice)
+  ROOT %product = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} convolution(%p.0, %bitcast), \
+dim_labels=bf_io->bf
+}
+
+%wide.region_0.2.sunk (wide.arg_tuple.0: (s32[], bf16[8,128], bf16[6,128,128], s32[])) -> \
+(s32[], bf16[8,128], bf16[6,128,128], s32[]) {
+  %constant.12..sunk = s32[]{:T(128)} constant(1)
+  %wide.arg_tuple.0 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, \
+bf16[6,128,128]{2,1,0:T(8,128)(2,1)}, s32[]{:T(128)}) parameter(0)
+  %copy.2 = s32[]{:T(128)S(6)} copy(%wide.arg_tuple.0#0)
+  %add.2 = s32[]{:T(128)} add(%copy.2, %constant.12..sunk)
+  %copy.11 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} copy(%wide.arg_tuple.0#1)
+  %fusion.13 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} fusion(%copy.11, %wide.arg_tuple.0#2, %copy.2), \
+kind=kOutput, calls=%fused_computation
+  ROOT %tuple.11 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, \
+bf16[6,128,128]{2,1,0:T(8,128)(2,1)}, s32[]{:T(128)}) \
+tuple(%add.2, %fusion.13, %wide.arg_tuple.0#2, %wide.arg_tuple.0#3)
+}
+
+%wide.region_1.3 (wide.arg_tuple.3: (s32[], bf16[8,128], bf16[6,128,128], s32[])) -> pred[] {
+  %constant.14 = s32[]{:T(128)} constant(6)
+  %wide.arg_tuple.3 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, \
+bf16[6,128,128]{2,1,0:T(8,128)(2,1)}, /*index=3*/s32[]{:T(128)}) parameter(0)
+  ROOT %lt.0 = pred[]{:T(512)} compare(%wide.arg_tuple.3#0, %constant.14), direction=LT
+}
+
+ENTRY %main.4 (w.1: bf16[6,128,128], x.1: bf16[8,128]) -> bf16[8,128] {
+  %constant.7 = s32[]{:T(128)} constant(0)
+  %constant.12 = s32[]{:T(128)} constant(1)
+  %w.1 = bf16[6,128,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %x.1 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %copy-start.1 = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, bf16[8,128]{1,0:T(8,128)(2,1)}, \
+u32[]{:S(2)}) copy-start(%x.1)
+  %copy.10 = s32[]{:T(128)} copy(%constant.7)
+  %copy-done.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start.1)
+  %tuple.13 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, \
+bf16[6,128,128]{2,1,0:T(8,128)(2,1)}, s32[]{:T(128)}) \
+tuple(%copy.10, %copy-done.1, %w.1, %constant.12)
+  %while = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, \
+bf16[6,128,128]{2,1,0:T(8,128)(2,1)}, s32[]{:T(128)}) while(%tuple.13), \
+condition=%wide.region_1.3, body=%wide.region_0.2.sunk
+  %copy-start = (bf16[8,128]{1,0:T(8,128)(2,1)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, \
+u32[]{:S(2)}) copy-start(%while#1)
+  ROOT %copy-done = bf16[8,128]{1,0:T(8,128)(2,1)} copy-done(%copy-start)
+}
+"""
+
 
 @pytest.mark.fast
 def test_text_of_a_tpu_program():
@@ -82,6 +143,46 @@ def test_text_of_a_tpu_program():
 
 
 @pytest.mark.fast
+def test_operands_that_name_an_element_of_a_tuple():
+    """A plan reads the compiler's dump, which has them instead of `get-tuple-element`."""
+    module = hlo.parse(COMPACT)
+    assert hlo.trip_count(module, module.entry.by_name["while"], module.entry) == 6
+    element = module.computations["wide.region_0.2.sunk"].by_name["wide.arg_tuple.0#2"]
+    assert (element.opcode, element.attribute("index")) == ("get-tuple-element", "2")
+    assert element.shapes[0] == module.entry.by_name["w.1"].shapes[0]
+    step_cost = cost.analyze(module, {"data": 1})
+    assert step_cost.unknown_loops == () and step_cost.flops == 6 * 2 * 8 * 128 * 128
+    # The weights are read once, and the rows are read and written; a loop's counter is four bytes.
+    assert step_cost.bytes == pytest.approx(2 * (6 * 128 * 128 + 2 * 8 * 128), rel=1e-3)
+
+
+@pytest.mark.fast
+def test_short_and_long_forms_of_tuple_elements_cost_the_same():
+    lines = [line for line in TEXT.splitlines() if not line.startswith(("  %i =", "  %h ="))]
+    short = "\n".join(lines).replace("%i,", "%p#0,").replace("(%h)", "(%p#1)")
+    module = hlo.parse(short)
+    assert "get-tuple-element(%p)" not in short and "p#1" in module.computations["body"].by_name
+    mesh_shape = {"data": 4, "tensor": 2}
+    assert cost.analyze(module, mesh_shape) == cost.analyze(hlo.parse(TEXT), mesh_shape)
+    nested = hlo.parse(
+        "ENTRY %main (p: ((f32[4], /*index=1*/f32[8]), f32[2])) -> f32[8] {\n"
+        "  %p = ((f32[4]{0}, /*index=1*/f32[8]{0}), f32[2]{0}) parameter(0)\n"
+        "  ROOT %n = f32[8]{0} negate(%p#0#1)\n}\n"
+    )
+    assert [i.name for i in nested.entry.instructions] == ["p", "p#0", "p#0#1", "n"]
+    assert nested.entry.by_name["p#0#1"].shapes == nested.entry.root.shapes
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("operand", ["wide.arg_tuple.3#4", "wide.arg_tuple.3#{0}", "absent#0"])
+def test_an_operand_of_unknown_form_is_an_error(operand):
+    text = COMPACT.replace("compare(%wide.arg_tuple.3#0", f"compare(%{operand}")
+    message = rf"wide.region_1.3: operand %{re.escape(operand)} of %lt.0 is not defined"
+    with pytest.raises(ValueError, match=message):
+        hlo.parse(text)
+
+
+@pytest.mark.fast
 def test_a_loop_that_counts_by_two():
     """As compilers unroll products of weights that arrive in parts: 2, 4, 6."""
     twice = TEXT.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(2)")
@@ -90,12 +191,22 @@ def test_a_loop_that_counts_by_two():
 
 
 @pytest.mark.parametrize(
-    "known, unknown", [("direction=LT", "direction=NE"), ("tuple(%next", "tuple(%n2")]
+    "known, unknown",
+    [
+        ("direction=LT", "direction=NE"),
+        ("tuple(%next", "tuple(%one"),
+        ("compare(%i", "compare(%p"),
+    ],
 )
 def test_a_loop_of_unknown_length_is_named(known, unknown):
     module = hlo.parse(TEXT.replace(known, unknown))
-    step_cost = cost.analyze(module, {"data": 4, "tensor": 2})
+    mesh_shape = {"data": 4, "tensor": 2}
+    with pytest.warns(UserWarning, match="trip count of loop loop in computation main cannot be"):
+        step_cost = cost.analyze(module, mesh_shape)
     assert step_cost.unknown_loops == ("loop",) and step_cost.collectives[0].times == 1
+    with warnings.catch_warnings(action="error"):
+        step_cost = cost.analyze(module, mesh_shape, default_trips=3)
+    assert step_cost.unknown_loops == ("loop",) and step_cost.collectives[0].times == 3
 
 
 @pytest.mark.fast
