@@ -3,9 +3,10 @@
 Fine-tune STARFlow2 on your own dataset: stage 3 continues from a trained model, which is the shipped
 one, or the model folder, workdir or step after the colon:
     --config experiments/finetune.py:models/starflow2
-The model's sizes, VLM, codec, tokenizer, noise and row length are taken from it. Images of other
-sizes are scaled and cropped. Images are encoded during training (`fae.path`), unless
---config.data.latents names latents from `prepare latents`.
+The model's sizes, VLM, codec, tokenizer, noise and row length are taken from it, but for the noise
+of images that are only read: they have none. Images of other sizes are scaled and cropped. Images
+are encoded during training (`fae.path`), unless --config.data.latents names latents from
+`prepare latents`.
 Data: prepare import of the kinds of records that the model should learn (docs/data.md).
 --config.eval_data.path=FOLDER gives held-out data for the metrics and the sample grids.
 """  # noqa: E501
@@ -26,6 +27,7 @@ def get_config(source: str = SHIPPED):
         cfg[name] = trained[name]
     for group in ("text", "noise", "loss"):
         cfg[group].update(trained[group])
+    cfg.noise.context_sigma = 0.0
     cfg.vlm.path, cfg.fae.path = trained["vlm"]["path"], trained["fae"]["path"]
     cfg.init["from"] = source
     cfg.train.trainable = ("adapter", "shallow", "deep", "skip")

@@ -23,6 +23,7 @@ def get_config(variant: str = "tiny"):
     cfg.train.trainable = ("adapter",)
     # The noise of stages 1 and 3, whose latents the adapter reads.
     cfg.noise.sigma, cfg.cfg_dropout.text = 0.3, 0.0
+    cfg.noise.context_sigma = 0.0
     cfg.init["from"] = "runs/stage1"
     cfg.sample.every, cfg.sample.denoise = 0, False
     {"tiny": _tiny, "small": _small, "paper": _paper}[variant](cfg)

@@ -23,6 +23,7 @@ def get_config(variant: str = "tiny"):
     cfg.model.update(starflow2.options(starflow2.preset(variant)))
     cfg.train.trainable = ("adapter", "shallow", "deep", "skip")
     cfg.noise.sigma, cfg.cfg_dropout.text = 0.3, 0.1
+    cfg.noise.context_sigma = 0.0
     cfg.init["from"] = "runs/stage2"
     cfg.sample.every, cfg.sample.denoise = 0, False
     {"tiny": _tiny, "small": _small, "paper": _paper}[variant](cfg)

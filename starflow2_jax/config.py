@@ -116,6 +116,12 @@ KEYS: dict[str, Key] = {
     "text.logit_chunk": _positive(256, "positions of a row whose logits are computed at a time"),
     "noise.kind": _choice("gaussian", "noise added to the data", "gaussian", "uniform", "none"),
     "noise.sigma": _number(0.05, "standard deviation of gaussian noise"),
+    "noise.context_sigma": Key(
+        None,
+        "the same for images that are only read; None: noise.sigma",
+        lambda v: v is None or (_is_number(v) and v >= 0),
+        "None, or a number from 0",
+    ),
     "cfg_dropout.text": _number(0.1, "share of rows that lose text and label", 0.0, 1.0),
     "cfg_dropout.all": _number(0.0, "share of records that also lose their images", 0.0, 1.0),
     "vlm.text_loss_weight": _number(1.0, "weight of the text loss; 0: the tower is trained alone"),
@@ -219,6 +225,7 @@ RENAMED = {
 ADDED = (
     "data.packing",
     "eval_data.packing",
+    "noise.context_sigma",
 )
 
 
@@ -335,6 +342,13 @@ def model_group(cfg: Mapping[str, Any]) -> dict[str, Any]:
     if cfg.get("attention", "auto") != "auto":
         group["attention"] = cfg["attention"]
     return group
+
+
+def context_sigma(cfg: Mapping[str, Any]) -> float | None:
+    """Return the noise of images that are only read; None if it is that of targets."""
+    noise = cfg["noise"]
+    value = noise.get("context_sigma")
+    return None if noise["kind"] != "gaussian" or value == noise["sigma"] else value
 
 
 def to_dict(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def _import(family: str, values: flags.FlagValues, source: str) -> Result:
     model_folder.write_folder(out, tree, cfg, overwrite=values.overwrite)
     unused = sorted(set(trainer_options) - _NOISE_OPTIONS)
     result, lines = _summary(out, params.count(declare(model)), unused)
-    noise = cfg["noise"]
+    noise = {name: cfg["noise"][name] for name in ("kind", "sigma")}
     is_known = trainer_options.get("noise_std") is not None
     note = "" if is_known else ", assumed: the options do not state it"
     lines.append(f"trained with {noise['kind']} noise of {noise['sigma']}{note}")

@@ -75,7 +75,10 @@ def test_a_tarflow_becomes_a_model_folder(public, capsys):
         "channel_order": "channel_first",
         "flip": 0,
     }
-    assert cfg["noise"] == {"kind": "gaussian", "sigma": 0.07} and cfg["data"]["labels"]
+    assert (
+        cfg["noise"] == {"kind": "gaussian", "sigma": 0.07, "context_sigma": None}
+        and cfg["data"]["labels"]
+    )
     _, inputs, z = golden("tarflow")
     latents, _ = flow.forward(
         params["flow"], inputs["tokens"], model, flow.Conditioning(labels=inputs["y"])

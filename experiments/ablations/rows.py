@@ -164,6 +164,9 @@ ROWS: dict[str, Row] = {
     "text_weight_0.3": Row("text loss x 0.3", partial(_set, loss__text_weight=0.3)),
     "noise_0.1": Row("noise 0.1", partial(_set, noise__sigma=0.1), comparable=False),
     "noise_0.5": Row("noise 0.5", partial(_set, noise__sigma=0.5), comparable=False),
+    "noisy_context": Row(
+        "source images as noisy as targets", partial(_set, noise__context_sigma=0.3)
+    ),
     "adapter_linear": Row("linear adapter", partial(_set, model__adapter="linear")),
     "adapter_open": Row(
         "adapter not zero at initialization", partial(_set, model__adapter_std=0.02)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax import config
 from starflow2_jax.inference.inverse import Jacobi, inverse
 from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.prompts import Part
@@ -31,8 +32,10 @@ def encode_images(
     """Return the noisy latents [I, N, D] of every row's images, as training preprocesses them.
 
     Generated images keep their latents. The noise of another image depends on the key of its row
-    and the number of its part; `part_counts` are the numbers of earlier parts.
+    and the number of its part; `part_counts` are the numbers of earlier parts. Images of the user
+    have the noise of images that are only read.
     """
+    context_sigma = config.context_sigma(model.cfg)
     dtype = np.asarray(model.params["deep"]["proj_in"]["weight"][:0]).dtype
     dtype = np.promote_types(dtype, np.float32)
     moments = _encode_distinct(model, rows)
@@ -46,7 +49,9 @@ def encode_images(
                 mean, log_variance = moments[id(part.image)]
                 batch = {"latent_mean": mean[None], "latent_logvar": log_variance[None]}
                 key = jax.random.fold_in(keys[b], part_index)
-                x = preprocess.tokens(batch, key[None], model.cfg, False)
+                is_clean = context_sigma is not None and part.is_context
+                sigma = jnp.full(1, context_sigma) if is_clean else None
+                x = preprocess.tokens(batch, key[None], model.cfg, False, sigma=sigma)
                 row_latents.append(np.asarray(x)[0])
             part_index += part.is_counted
         shape = (len(row_latents), model.model_config.num_patches, model.model_config.flow.channels)

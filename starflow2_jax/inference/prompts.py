@@ -41,6 +41,11 @@ class Part:
     truncated: bool = False  #: true if the token limit cut the part off
 
     @property
+    def is_context(self) -> bool:
+        """True for the images of user and system, which a model reads but does not draw."""
+        return self.kind == "image" and self.role in ("user", "system")
+
+    @property
     def is_counted(self) -> bool:
         """True unless the part is an empty text, which gets no number within its row."""
         return self.kind == "image" or bool(self.text or self.tokens)

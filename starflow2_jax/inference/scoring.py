@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax import config
 from starflow2_jax.inference.image_latents import encode_images
 from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.prompts import Part, parse_prompt, to_messages
@@ -28,7 +29,9 @@ def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float
     Args:
         rows: prompts (see `inference.prompts`). Generated parts are scored as they were sampled;
             other images with noise from the seed, the row and the part's number; other texts as the
-            tokenizer encodes each by itself. The first token of a row is a condition.
+            tokenizer encodes each by itself. The first token of a row is a condition. Images of the
+            user are conditions, of 0 nats, if the model reads images with a noise of their own
+            (`noise.context_sigma`).
     """
     parts = [parse_prompt(row, f"row {i}") for i, row in enumerate(rows)]
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(parts)))
@@ -37,6 +40,7 @@ def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float
     terms = _loss_terms(dict(model.params), batch, cfg=model.model_config)
     dims = model.model_config.num_patches * model.model_config.flow.channels
     image_nats = np.asarray(sum(terms.log_dets) - terms.half_square - dims * HALF_LOG_2_PI)
+    image_nats = np.where(np.asarray(terms.image), image_nats, 0)
     positions, is_token, nll = (np.asarray(a) for a in (terms.target_index, terms.token, terms.nll))
     result = []
     for b, row in enumerate(parts):
@@ -59,8 +63,9 @@ def build_batch(
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     """Return a batch (see `training.losses.interleaved`), and the part index of all positions.
 
-    Every part is a target; delimiters have part index -1. The latents x [I, N, D] of each row's
-    images become `latent_mean`.
+    Every part is a target, but for images that the model reads with a noise of their own;
+    delimiters have part index -1. The latents x [I, N, D] of each row's images become
+    `latent_mean`.
     """
     from starflow2_jax.data.chat_layout import apply_chat_template
     from starflow2_jax.data.packed_batches import build_packed_row
@@ -78,7 +83,10 @@ def build_batch(
     batch = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
     part_index = [sequence.part_index for sequence in sequences]
     latents = np.zeros((len(rows), max_images, cfg.num_patches, cfg.flow.channels), x[0].dtype)
+    has_context = config.context_sigma(model.cfg) is not None
     for b, (index, images) in enumerate(zip(part_index, x)):
-        batch["target"][b, : len(index)] = index >= 0  # Delimiters are not targets.
+        # Delimiters are not targets.
+        is_condition = [has_context and part.is_context for part in rows[b]] + [True]
+        batch["target"][b, : len(index)] = ~np.asarray(is_condition)[index]
         latents[b, : len(images)] = images
     return {**batch, "latent_mean": latents}, part_index

@@ -62,12 +62,20 @@ def _mirror(image: jax.Array, keys: jax.Array) -> jax.Array:
     return jnp.where(mirrored[:, None, None, None], image[:, :, ::-1], image)
 
 
-def tokens(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any], training: bool) -> jax.Array:
+def tokens(
+    batch: Batch,
+    keys: jax.Array,
+    cfg: Mapping[str, Any],
+    training: bool,
+    *,
+    sigma: jax.Array | None = None,
+) -> jax.Array:
     """Return data tokens float32 [B, T, D] with the experiment's noise, mirrored in training.
 
     Pixels lie in [-1, 1] before Gaussian noise. Uniform noise is the dequantization
     (value + U[0, 1)) / 128 - 1 of the bits/dim protocol (TarFlow, arXiv 2412.06329). Latents are
-    samples mean + exp(logvar / 2) n of their posterior, n ~ N(0, 1), before the noise.
+    samples mean + exp(logvar / 2) n of their posterior, n ~ N(0, 1), before the noise. `sigma` [B]
+    replaces the standard deviation of Gaussian noise.
     """
     noise, image_options = cfg["noise"], cfg["image"]
     # Three keys of each row: for mirroring or the posterior, the noise, and dropping conditions.
@@ -88,7 +96,7 @@ def tokens(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any], training: bool
     if noise["kind"] == "none":
         return x
     normal = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys[:, 1])
-    return x + noise["sigma"] * normal
+    return x + (noise["sigma"] if sigma is None else sigma[:, None, None]) * normal
 
 
 def conditions(

@@ -76,7 +76,7 @@ def test_a_model_is_finetuned_on_images_with_captions(folder, tmp_path):
     cfg = run_log.read_config(run)
     assert cfg["vlm"]["path"] == str(folder / "vlm") and cfg["fae"]["path"] == str(folder / "fae")
     assert (
-        cfg["noise"] == exported_config["noise"]
+        cfg["noise"] == {**exported_config["noise"], "context_sigma": 0.0}
         and cfg["model"]["flow"] == exported_config["model"]["flow"]
     )
     before, tuned = load.load(str(folder)), load.load(str(run))

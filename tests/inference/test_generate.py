@@ -25,9 +25,11 @@ from starflow2_jax.inference import (
     session,
 )
 from starflow2_jax.inference.api import STARFlow2
+from starflow2_jax.inference.image_latents import encode_images
 from starflow2_jax.inference.options import make_options, sampling_defaults
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents import codec
+from starflow2_jax.training import preprocess
 
 # ---------------------------------------------------------------------------------------- a run
 
@@ -107,6 +109,32 @@ def test_images_are_read_with_the_noise_of_their_row(parts):
     assert edited[0][0].kind == "image"
     again = model.generate([["brighter"]], continue_from=edited, images=1, max_tokens=0)
     assert again[0][0].image.shape == (PIXELS, PIXELS, 3)
+
+
+def test_images_of_the_user_are_read_clean(parts):
+    model = load.load(parts[1])
+    noise = {**model.cfg["noise"], "context_sigma": 0.0}
+    clean_model = dataclasses.replace(model, cfg={**model.cfg, "noise": noise})
+    pixels = np.random.default_rng(0).integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)
+    target = Part("image", image=pixels)
+    rows, keys = (
+        [[Part("image", "user", image=pixels), target]],
+        jax.random.split(jax.random.key(1), 1),
+    )
+    noisy = encode_images(model, rows, keys, [0])[0]
+    x = encode_images(clean_model, rows, keys, [0])[0]
+    mean, log_variance = codec.encode(model.codec, pixels[None])
+    part_keys = jax.vmap(jax.random.fold_in)(keys, jnp.zeros(1, jnp.int32))
+    posterior = {"latent_mean": mean, "latent_logvar": log_variance}
+    no_noise = {**model.cfg, "noise": {**noise, "kind": "none"}}
+    np.testing.assert_array_equal(x[0], preprocess.tokens(posterior, part_keys, no_noise, False)[0])
+    assert 0.05 < (noisy[0] - x[0]).std() < 0.2
+    np.testing.assert_array_equal(x[1], noisy[1])
+    # They are conditions: the likelihood is that of the other parts.
+    prompt = ["what is it?", pixels, Part("text", text="a"), target]
+    (scores,) = clean_model.log_likelihood([prompt])
+    assert scores[1] == 0 and np.all(np.asarray(scores)[[0, 2, 3]] < 0)
+    assert model.log_likelihood([prompt])[0][1] < 0
 
 
 def test_another_vlm_codec_or_task_is_refused(parts, tmp_path):

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from starflow2_jax import config
 from starflow2_jax.mesh import constrain
 from starflow2_jax.models import starflow2
 from starflow2_jax.models.backbone import BackboneConfig, BackboneInputs
@@ -90,7 +91,10 @@ def target_counts(batch: Batch, stage: Stage) -> dict[str, jax.Array]:
 
 
 def sample_latents(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any]) -> jax.Array:
-    """Sample noisy latents x [B, M, N, D] from the posteriors, by the rows' keys [B]."""
+    """Sample noisy latents x [B, M, N, D] from the posteriors, by the rows' keys [B].
+
+    Images that are no targets have the noise `noise.context_sigma`.
+    """
     shape = batch["latent_mean"].shape
 
     def fold_in_images(key):
@@ -98,7 +102,18 @@ def sample_latents(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any]) -> jax
 
     image_keys = jax.vmap(fold_in_images)(keys).reshape(-1)
     posterior = {n: batch[n].reshape(-1, *shape[2:]) for n in ("latent_mean", "latent_logvar")}
-    return preprocess.tokens(posterior, image_keys, cfg, False).reshape(shape)
+    context_sigma, sigma = config.context_sigma(cfg), None
+    if context_sigma is not None:
+        is_target = target_images(batch).reshape(-1)
+        sigma = jnp.where(is_target, cfg["noise"]["sigma"], context_sigma)
+    return preprocess.tokens(posterior, image_keys, cfg, False, sigma=sigma).reshape(shape)
+
+
+def target_images(batch: Batch) -> jax.Array:
+    """Return bool [B, M], which images are targets of the loss."""
+    num_images, num_patches = batch["latent_mean"].shape[1:3]
+    target_image = jnp.where(batch["target"], batch["image"], -1) // num_patches
+    return (target_image[..., None] == jnp.arange(num_images)).any(1)
 
 
 def loss_terms(

@@ -192,6 +192,27 @@ def test_noise_belongs_to_row_step_and_place():
     assert not np.any(np.asarray(later) == np.asarray(all_rows))
 
 
+def test_images_that_are_only_read_have_a_noise_of_their_own():
+    batch = pretzel_batch.batch([[pretzel_batch.REASON], [pretzel_batch.I2T, pretzel_batch.T2I]])
+    cfg, keys = experiment(), preprocess.row_keys(0, 3, jnp.arange(2))
+    mean, old = batch["latent_mean"], np.asarray(interleaved.sample_latents(batch, keys, cfg))
+    is_context = np.array([[True, False, False, False], [True, False, False, False]])
+    is_target = np.array([[False, True, False, False], [False, True, False, False]])
+    np.testing.assert_array_equal(interleaved.target_images(batch), is_target)
+    for sigma in (None, 0.3, 0.1, 0.0):
+        noise = {**cfg["noise"], "context_sigma": sigma}
+        x = np.asarray(interleaved.sample_latents(batch, keys, {**cfg, "noise": noise}))
+        np.testing.assert_array_equal(x[is_target], old[is_target])
+        share = 1 if sigma is None else sigma / 0.3
+        expected = mean + share * (old - mean)
+        np.testing.assert_allclose(x[is_context], expected[is_context], atol=1e-6)
+        assert np.array_equal(x, old) == (sigma in (None, 0.3))
+    # A configuration of before the key existed.
+    stored = {**cfg, "noise": {n: v for n, v in cfg["noise"].items() if n != "context_sigma"}}
+    x = interleaved.sample_latents(batch, keys, config.upgrade(stored))
+    np.testing.assert_array_equal(x, old)
+
+
 def test_evaluation_counts_unmasked_rows_and_depends_on_row_ids_alone():
     grid, program, state, frozen = begin(experiment())
     batch, mask = batch_of(), np.ones(ROWS, np.float32)
