@@ -101,7 +101,12 @@ def define(values: flags.FlagValues) -> None:
         "several, with commas, give a copy on each (white when read)",
     )
     number("seed", 0, "seed: shapes, procedural, random backgrounds, index", 0)
-    names("tags", list(generator.TAGS), "kinds of shapes images")
+    names(
+        "tags",
+        list(generator.TAGS),
+        "kinds of shapes images, in turn; position=2 takes two turns, and single_object,colors "
+        "restricts all tasks to single objects",
+    )
     names("tasks", ["t2i"], "shapes records, in turn: " + ", ".join(tasks.TASKS))
     choice("withheld", "none", holdout.CHOICES, "shapes pairs and combinations kept for evaluation")
     text("split", "train", "split of the TFDS set")

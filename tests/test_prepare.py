@@ -89,12 +89,22 @@ def test_shapes_can_have_classes(tmp_path, capsys):
     assert sum(stats["classes"].values()) == 12 and list(stats["classes"]) == list(generator.SHAPES)
     for wrong, message in (
         (("--tags", "textures"), "--tags: unknown"),
+        (("--tags", "colors,position=0"), "position=0: expected a whole number, 1 to 100"),
         (("--tags", "position"), "position shows two"),
         (("--label", "texture"), "unknown label 'texture'"),
     ):
         with pytest.raises(ValueError, match=message):
             run(capsys, "import", *words, *wrong, "--out", tmp_path / "b")
     assert sorted(os.listdir(tmp_path)) == ["a"]
+
+
+def test_tags_can_be_weighted(tmp_path, capsys):
+    words = ("--format", "shapes", "--n", 12, "--pixels", 16)
+    weighted = ("--tags", "colors,counting=3,position=2")
+    run(capsys, "import", *words, *weighted, "--out", tmp_path / "a")
+    tags = [record.meta["tag"] for record in records.read(tmp_path / "a")]
+    assert tags == ["colors", "counting", "position", "counting", "position", "counting"] * 2
+    assert records.read(tmp_path / "a").manifest.importer.options["tags"] == weighted[1]
 
 
 def test_a_webdataset_is_imported(tmp_path, tar, capsys):

@@ -39,6 +39,7 @@ BACKGROUNDS = {
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+SINGLE_OBJECT_TAGS = ("single_object", "colors")
 WORDINGS = 3
 LABELS = ("shape", "color", "pair", "tag")
 
@@ -105,7 +106,7 @@ def random_scene(rng: np.random.Generator, tag: str) -> Scene:
         raise ValueError(f"unknown tag {tag!r}, expected one of {', '.join(TAGS)}")
     shapes, colors = list(SHAPES), list(COLORS)
     while True:
-        if tag in ("single_object", "colors"):
+        if tag in SINGLE_OBJECT_TAGS:
             kinds = [(pick(rng, shapes), pick(rng, colors))]
         elif tag == "counting":
             kinds = [(pick(rng, shapes), pick(rng, colors))] * int(rng.integers(2, 5))
@@ -208,7 +209,7 @@ def example(
 ) -> tuple[Scene, str, int]:
     """Return the scene, tag and wording of example `index` of `seed`.
 
-    Tags take turns; scenes are sampled until `keep` accepts one.
+    Tags take turns, and may be named several times; scenes are sampled until `keep` accepts one.
     """
     tag = tags[index % len(tags)]
     rng = np.random.default_rng(np.random.SeedSequence((seed, index)))

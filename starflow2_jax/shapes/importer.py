@@ -1,6 +1,7 @@
 """The `shapes` format of `prepare import`: flags -> records of the synthetic benchmark."""
 
 import functools
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -9,15 +10,13 @@ from starflow2_jax.importers import captioned
 from starflow2_jax.importers.registry import ImportSource
 from starflow2_jax.shapes import generator, tasks
 
+_MAX_WEIGHT = 100  # of a tag
+
 
 def shapes_source(values: flags.FlagValues) -> ImportSource:
     """Return the records that the flags of `prepare import` ask for."""
     count, pixels = values.n or 10_000, values.pixels or 32
-    unknown = [tag for tag in values.tags if tag not in generator.TAGS]
-    if unknown or not values.tags:
-        raise DatasetError(
-            f"--tags: unknown {unknown}, expected some of {', '.join(generator.TAGS)}"
-        )
+    tags = _weighted_tags(values.tags)
     label = values.label if values.label not in ("none", "caption") else None
     only_t2i = values.tasks == ["t2i"]
     if values.label != "none" and not only_t2i:
@@ -28,7 +27,7 @@ def shapes_source(values: flags.FlagValues) -> ImportSource:
         count,
         pixels,
         tasks=values.tasks,
-        tags=values.tags,
+        tags=tags,
         withheld=values.withheld,
         label=label,
     )
@@ -45,3 +44,22 @@ def shapes_source(values: flags.FlagValues) -> ImportSource:
         options["withheld"] = values.withheld
     classes = generator.classes(label) if label else None
     return ImportSource(make, Importer("shapes", captioned.VERSION, options), {}, classes)
+
+
+def _weighted_tags(words: Sequence[str]) -> list[str]:
+    """Return the tags of --tags, "position=2" twice; the repeats follow after all the others."""
+    weights: list[tuple[str, int]] = []
+    for word in words:
+        tag, _, weight = word.partition("=")
+        if "=" in word and not (weight.isdecimal() and 1 <= int(weight) <= _MAX_WEIGHT):
+            raise DatasetError(
+                f"--tags {word}: expected a whole number, 1 to {_MAX_WEIGHT}, after ="
+            )
+        weights.append((tag, int(weight or 1)))
+    unknown = [tag for tag, _ in weights if tag not in generator.TAGS]
+    if unknown or not weights:
+        raise DatasetError(
+            f"--tags: unknown {unknown}, expected some of {', '.join(generator.TAGS)}"
+        )
+    rounds = range(max(weight for _, weight in weights))
+    return [tag for k in rounds for tag, weight in weights if k < weight]

@@ -6,6 +6,7 @@
     dialog    image, several questions    one or two words to each
     quiz      image, request              questions (no targets), and one or two words to each
     edit      image, instruction          image
+    copy      image, request              the same image
     reason    image, request              image (zoomed or edited), one or two words
     multi     two or three images, ...    one word
     text      statement and question      a few words
@@ -17,6 +18,7 @@ Every request comes in three wordings. A record is sampled again until the choic
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +46,7 @@ QUESTIONS = ("color", "shape", "size", "count", "exists", "relation", "is_relati
 REASONS = ("zoom", "count_after_removal", "count_after_edit")
 MULTI = ("same_shape", "which_shows", "which_has_most", "total")
 TEXTS = ("turn_around", "count_left", "color_of")
+COPIES = ("keep", "repeat")
 DIALOGS = ("distinct", "groups")
 _HARD = ("exists", "relation", "is_relation")  # three times as frequent
 _DIALOG_QUESTIONS, _QUIZ_QUESTIONS = 8, 13  # fewer if a question is repeated
@@ -222,9 +225,17 @@ def edit(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     return Draft(tag, (scene, prompt), (target,), (scene, target), geneval=facts)
 
 
-def reason(rng: np.random.Generator, wording: int, tag: str) -> Draft:
+def copy(rng: np.random.Generator, wording: int, tag: str) -> Draft:
+    """Draft image and request -> the same image: an edit that changes nothing."""
+    scene = distinct_scene(rng, int(rng.integers(1, 5)), clear_relation=False)
+    prompt = request(tag, wording)
+    facts = scene_facts(scene, prompt)
+    return Draft(tag, (scene, prompt), (scene,), (scene, scene), geneval=facts)
+
+
+def reason(rng: np.random.Generator, wording: int, tag: str, min_objects: int = 2) -> Draft:
     """Draft image and request -> an intermediate image, then the answer."""
-    scene = distinct_scene(rng, int(rng.integers(2, 5)), clear_relation=False)
+    scene = distinct_scene(rng, int(rng.integers(min_objects, 5)), clear_relation=False)
     a = scene.objects[0]
     if tag == "zoom":
         prompt = request(tag, wording, color=a.color)
@@ -297,7 +308,8 @@ def text(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     return Draft(tag, (prompt,), (answer,), (scene,))
 
 
-_MAKERS: dict[str, tuple[Callable[[np.random.Generator, int, str], Draft], Sequence[str]]] = {
+_Maker = tuple[Callable[[np.random.Generator, int, str], Draft], Sequence[str]]
+_MAKERS: dict[str, _Maker] = {
     "caption": (caption, generator.TAGS),
     "question": (question, QUESTIONS),
     "edit": (edit, EDITS),
@@ -306,14 +318,29 @@ _MAKERS: dict[str, tuple[Callable[[np.random.Generator, int, str], Draft], Seque
     "text": (text, TEXTS),
     "dialog": (dialog, DIALOGS),
     "quiz": (quiz, ("distinct", *DIALOGS)),
+    "copy": (copy, COPIES),
+}
+# Of images with one object; captions have the tags that the caller names, and text has no images.
+_SINGLE_OBJECT_MAKERS: dict[str, _Maker] = {
+    **_MAKERS,
+    "question": (question, ("color", "shape", "size", "exists", "background")),
+    "edit": (edit, ("recolor", "replace")),
+    "reason": (functools.partial(reason, min_objects=1), ("zoom",)),
+    "multi": (multi, ("same_shape", "which_shows")),
+    "dialog": (dialog, ("distinct",)),
+    "quiz": (quiz, ("distinct",)),
 }
 # Do not reorder: the number of a task is part of its seed.
-TASKS = ("caption", "question", "edit", "reason", "multi", "text", "t2i", "dialog", "quiz")
+TASKS = ("caption", "question", "edit", "reason", "multi", "text", "t2i", "dialog", "quiz", "copy")
 
 
 def make_draft(seed: int, index: int, task: str, withheld: str, tags: Sequence[str]) -> Draft:
-    """Return draft `index` of a task other than t2i; `tags` are those of captions."""
-    make, task_tags = _MAKERS[task]
+    """Return draft `index` of a task other than t2i; `tags` are those of captions.
+
+    If all `tags` show one object, every image does.
+    """
+    is_single = task != "text" and set(tags) <= set(generator.SINGLE_OBJECT_TAGS)
+    make, task_tags = (_SINGLE_OBJECT_MAKERS if is_single else _MAKERS)[task]
     tags = tags if task == "caption" else task_tags
     rng = np.random.default_rng(np.random.SeedSequence((seed, index, 1 + TASKS.index(task))))
     # A count has no scene and names no pair, so it can never contain a withheld one.
@@ -321,6 +348,8 @@ def make_draft(seed: int, index: int, task: str, withheld: str, tags: Sequence[s
     tag, wording = tags[index % len(tags)], int(rng.integers(generator.WORDINGS))
     while True:
         candidate = make(rng, wording, tag)
+        if is_single and any(len(scene.objects) > 1 for scene in candidate.scenes):
+            continue
         kind = holdout.withheld_kind(candidate.scenes, candidate.mentioned)
         if holdout.is_included(withheld, kind):
             return candidate
@@ -341,7 +370,8 @@ def make_records(
     `meta` contains `task`, `tag` (variant of the task), `withheld` (`holdout.withheld_kind`), and
     as JSON `scenes`, in the order of the images (a zoomed one has none), and `geneval`, what the
     last scene must and must not show, except for multi and text. `tags` are those of caption and
-    t2i; `label` and the `meta` of t2i are those of `generator.make_records`.
+    t2i; if they are all of one object, the images of the other tasks show one object too. `label`
+    and the `meta` of t2i are those of `generator.make_records`.
     """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:

@@ -27,6 +27,8 @@ WORDINGS = {
              "Shift {a} until it is {relation} {b}."),
     "replace": ("Replace {a} with {new}.", "Swap {a} for {new}.",
                 "Put {new} in the place of {a}."),
+    "keep": ("Keep it.", "Leave the image as it is.", "Change nothing."),
+    "repeat": ("Copy the picture.", "Draw the same picture again.", "Show it once more."),
     "zoom": ("Zoom in on the {color} object. What shape is it?",
              "Enlarge the {color} object and name its shape.",
              "Look closely at the {color} object: which shape is it?"),

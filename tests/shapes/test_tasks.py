@@ -24,6 +24,7 @@ TAGS = {
     "reason": tasks.REASONS,
     "multi": tasks.MULTI,
     "text": tasks.TEXTS,
+    "copy": tasks.COPIES,
 }
 COLOR, SHAPE, SIZE = (
     "|".join(words) for words in (generator.COLORS, generator.SHAPES, generator.SIZES)
@@ -65,8 +66,8 @@ def test_a_record_depends_on_seed_and_number_alone():
     assert len({records.decode(data, "x").id for data in first_50}) == 50
     # A task is the same without the other tasks of a mixture.
     alone = [records.encode(r) for r in task_records("edit", 3, seed=1)]
-    assert alone == first_24[2::9]
-    assert records.decode(first_24[11], "x").id == "shapes-edit-1-00000001"
+    assert alone == first_24[2::10]
+    assert records.decode(first_24[12], "x").id == "shapes-edit-1-00000001"
 
 
 def test_text_to_image_records_never_change():
@@ -107,7 +108,7 @@ def test_records_of_a_task_are_well_formed(task):
         fits = [(len(form), k) for k, form in forms if re.fullmatch(form, request)]
         requests[key].add(max(fits)[1])
         assert all(answer and answer == answer.strip() for answer in answers)
-        assert len(answers) == (task != "edit")
+        assert len(answers) == (task not in ("edit", "copy"))
     assert tags == dict.fromkeys(TAGS[task], 20)
     assert all(wordings == {0, 1, 2} for wordings in requests.values()), requests
 
