@@ -32,6 +32,7 @@ def _tiny(cfg):
     cfg.data.path, cfg.eval_data.path = "data_cache/t2i64", "data_cache/t2i64_test"
     cfg.data.packing = "mixture"
     cfg.text.length, cfg.text.images = 176, 2
+    cfg.text.vlm_positions = 48  # two prompts of at most 21 positions each
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 500, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 50
     cfg.optim.muon_lr = 1e-2

@@ -113,6 +113,11 @@ KEYS: dict[str, Key] = {
     "text.length": _positive(256, "positions of an interleaved row"),
     "text.images": _count(0, "maximum number of images in an interleaved row; 0: as many as fit"),
     "text.max_targets": _count(0, "maximum number of target tokens in a row; 0: no limit"),
+    "text.vlm_positions": _count(
+        0,
+        "stage 1: positions of a row that the VLM reads, at least those before the end of a "
+        "prompt; slower, and equal, if a row has more; 0: all",
+    ),
     "text.logit_chunk": _positive(256, "positions of a row whose logits are computed at a time"),
     "noise.kind": _choice("gaussian", "noise added to the data", "gaussian", "uniform", "none"),
     "noise.sigma": _number(0.05, "standard deviation of gaussian noise"),
@@ -226,6 +231,7 @@ ADDED = (
     "data.packing",
     "eval_data.packing",
     "noise.context_sigma",
+    "text.vlm_positions",
 )
 
 

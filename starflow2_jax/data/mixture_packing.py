@@ -2,7 +2,7 @@
 
 Every dataset is an endless stream of its records, each epoch in a new order. Block b of the mixture
 takes the next records of each stream, floor((b + 1) C w) - floor(b C w) of them for a dataset with
-the share w, in a random order, and packs them into rows. No record is split or left out, and the
+the share w, and packs them into rows, long records first. No record is split or left out, and the
 rows of a block are shuffled. C is `BLOCK_RECORDS`.
 
 A block is a pure function of the datasets, weights, row size, seed and b, so the rows are the same
@@ -127,6 +127,10 @@ class MixtureRows:
         for source, size in enumerate(self._sizes):
             of_source = records[:, 0] == source
             sizes[of_source] = size[records[of_source, 1]]
+        if self._shuffle:
+            # Long records first leave less padding.
+            longest_first = np.argsort(-sizes[:, 0], kind="stable")
+            records, sizes = records[longest_first], sizes[longest_first]
         rows = [records[row] for row in best_fit(*sizes.T.tolist(), self._spec)]
         if self._shuffle:
             # Best fit leaves the emptiest rows for the end.

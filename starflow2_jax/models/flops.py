@@ -72,6 +72,7 @@ def interleaved_step(
     length: int,
     num_images: int,
     num_targets: int,
+    vlm_length: int = 0,
 ) -> int:
     """Return the FLOPs of a training step of one interleaved row.
 
@@ -81,19 +82,21 @@ def interleaved_step(
     Args:
         declared: of `cfg.declare()`.
         num_targets: target tokens of the row at most, the positions of the vocabulary's head.
+        vlm_length: positions of the row to which the VLM is applied, 0 for `length`.
     """
+    vlm_length = vlm_length or length
     names = set(trainable)
     images, text = bool(names & cfg.image_subtrees), bool(names & cfg.text_subtrees)
 
-    def attention_flops(layer, num_layers):
+    def attention_flops(layer, num_layers, length=length):
         return 4 * length**2 * layer.heads * layer.head_dim * num_layers
 
     def passes(has_backward):
         return 3 if has_backward else 1
 
     language = count({**declared["vlm"], "embed": {}, "head": {}})
-    total = language * length * (2 + 2 * text + 2 * ("vlm" in names))
-    total += attention_flops(cfg.vlm.layer, cfg.vlm.layers) * passes(text)
+    total = language * vlm_length * (2 + 2 * text + 2 * ("vlm" in names))
+    total += attention_flops(cfg.vlm.layer, cfg.vlm.layers, vlm_length) * passes(text)
     # The logits are recomputed in the backward pass.
     total += 6 * text * cfg.vlm.vocab * cfg.vlm.width * num_targets
     shallow = range(len(cfg.flow.layers) - 1)

@@ -251,21 +251,19 @@ def forward(
     caches: tuple[KVCache, ...] | None = None,
     with_flow: bool = True,
     with_skips: bool = True,
+    vlm_states: jax.Array | None = None,
 ) -> BackboneOutputs:
     """Apply the VLM and then the deep flow to rows; arguments as in `BackboneConfig.forward`.
 
     The heads on the returned states are `image_head` and `text_states` with `text_logits`.
+
+    Args:
+        vlm_states: y [B, T, V], to apply the deep flow alone, without caches.
     """
     vlm_cache, flow_cache = caches or (None, None)
-    y, vlm_cache = qwen.apply_layers(
-        params["vlm"],
-        vlm_inputs(params, inputs, cfg),
-        cfg.vlm,
-        inputs.positions,
-        inputs.mask,
-        segments=inputs.segments,
-        cache=vlm_cache,
-    )
+    y = vlm_states
+    if y is None:
+        y, vlm_cache = _apply_vlm(params, inputs, cfg, vlm_cache)
     h = ratio = None
     if with_flow:
         h, ratio = flow_inputs(params, y, inputs, cfg, with_skips=with_skips)
@@ -280,6 +278,60 @@ def forward(
         )
     caches = None if vlm_cache is None or flow_cache is None else (vlm_cache, flow_cache)
     return BackboneOutputs(y, h, vlm_skip_ratio=ratio, caches=caches)
+
+
+def _apply_vlm(params, inputs, cfg, cache=None):
+    """Return the VLM's states [B, T, V], and the extended cache."""
+    return qwen.apply_layers(
+        params["vlm"],
+        vlm_inputs(params, inputs, cfg),
+        cfg.vlm,
+        inputs.positions,
+        inputs.mask,
+        segments=inputs.segments,
+        cache=cache,
+    )
+
+
+def vlm_states_at(
+    params: Tree, inputs: BackboneInputs, cfg: PretzelConfig, is_read: jax.Array, size: int
+) -> jax.Array:
+    """Return the VLM's states [B, T, V] of packed rows where they are read; any values elsewhere.
+
+    The VLM is applied to `size` positions of each row. If a row reads more of them, it is applied
+    to all positions of the batch.
+
+    Args:
+        inputs: with segments, without `text_embeddings`.
+        is_read: bool [B, T], the first positions of each segment, so that none sees another one.
+    """
+
+    def gathered() -> jax.Array:
+        index = jnp.argsort(~is_read, axis=1, stable=True)[:, :size]
+
+        def at_index(a):
+            return jnp.take_along_axis(a, index.reshape(*index.shape, *(1,) * (a.ndim - 2)), 1)
+
+        adapter_input = inputs.adapter_input
+        fewer_inputs = inputs.replace(
+            ids=at_index(inputs.ids),
+            latents=None,
+            adapter_input=None if adapter_input is None else at_index(adapter_input),
+            is_image=at_index(inputs.is_image),
+            positions=at_index(inputs.positions),
+            next_positions=None,
+            segments=jnp.where(at_index(is_read), at_index(inputs.segments), 0),
+        )
+        y, _ = _apply_vlm(params, fewer_inputs, cfg)
+        place = jnp.clip(jnp.cumsum(is_read, 1) - 1, 0, size - 1)
+        return jnp.where(is_read[..., None], jnp.take_along_axis(y, place[..., None], 1), 0)
+
+    def complete() -> jax.Array:
+        return _apply_vlm(params, inputs, cfg)[0]
+
+    if size >= is_read.shape[1]:
+        return complete()
+    return jax.lax.cond((is_read.sum(1) > size).any(), complete, gathered)
 
 
 def vlm_inputs(params: Tree, inputs: BackboneInputs, cfg: PretzelConfig) -> jax.Array:

@@ -63,9 +63,9 @@ def test_rows_fit_weights_are_shares_of_records_and_epochs_are_whole(block):
     # 160 records are three epochs of 50 and ten more; 80 are four of 20.
     assert {visits[0, k] for k in range(50)} == {3, 4}
     assert {visits[1, k] for k in range(20)} == {4}
-    # A row holds records of several datasets, and no two epochs are alike.
+    # A row holds records of several datasets, and epochs differ.
     assert sum(len({number for number, _ in row}) > 1 for row in taken) > 200
-    assert len(set(map(frozenset, taken))) > 350
+    assert len(set(map(frozenset, taken))) > 250
 
 
 def test_any_row_is_found_at_once_and_depends_on_the_seed_alone(block):

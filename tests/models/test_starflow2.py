@@ -1,5 +1,7 @@
 """The Pretzel: equal to its parts while the skips are zero, causal, exact, of published size."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from helpers.pretzel_batch import EDIT, I2T, REASON, T2I, TEXT
 from starflow2_jax.data.chat_layout import MessagePart
 from starflow2_jax.models import attention, flow, qwen, starflow2
 from starflow2_jax.models.flow import Conditioning
-from starflow2_jax.params import count as count_params
+from starflow2_jax.params import count as count_params, flatten
 from starflow2_jax.training.losses import interleaved
 from starflow2_jax.training.losses.interleaved import Stage
 
@@ -110,6 +112,39 @@ def test_images_with_zero_skips_are_starflows(stage):
         first_image_nats(params, batch, cfg, stage), expected, rtol=1e-6, atol=1e-6
     )
     assert not np.allclose(expected[0], expected[2], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "packed, size, reads",
+    [
+        ([[T2I, TEXT], [T2I, T2I]], 20, [9, 18]),  # up to <|vision_start|>, and no text record
+        ([[T2I], [EDIT, T2I], []], 28, [9, 23, 0]),  # an edit with its first image
+        ([[REASON], [I2T]], 20, [15, 0]),  # a question about an image has no target image
+        ([[T2I], [EDIT, T2I]], 12, [9, 23]),  # more than 12
+    ],
+)
+def test_stage_1_applies_the_vlm_to_what_it_reads(packed, size, reads):
+    cfg = pretzel_batch.model()
+    params = jax.tree.map(jnp.asarray, pretzel_batch.random_params(cfg, zero=("adapter", "skip")))
+    batch = pretzel_batch.batch(packed, length=48)
+    assert interleaved.is_read_by_images(batch).sum(1).tolist() == reads
+
+    def loss(trained, vlm_positions):
+        all_params = {**params, **trained}
+        result = terms(all_params, batch, cfg, STAGE1, vlm_positions=vlm_positions)
+        return result.half_square.sum() - sum(a.sum() for a in result.log_dets), result.half_square
+
+    trained = {name: params[name] for name in ("shallow", "deep")}
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (expected, gradients) = gradient(trained, 0)
+    (values, fewer_gradients) = gradient(trained, size)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), values, expected)
+    for name, array in flatten(gradients).items():
+        scale = np.abs(array).max()
+        np.testing.assert_allclose(
+            flatten(fewer_gradients)[name] / scale, array / scale, atol=1e-5, err_msg=name
+        )
+    assert scale > 0
 
 
 def test_images_with_zero_skips_are_starflows_in_float64(x64):

@@ -51,6 +51,11 @@ def stage_of(trainable: Iterable[str], cfg: BackboneConfig) -> Stage:
     return Stage(bool(names & cfg.image_subtrees), bool(names & cfg.text_subtrees))
 
 
+def reads_fewer_vlm_states(cfg: BackboneConfig, stage: Stage, vlm_positions: int) -> bool:
+    """Return whether the VLM is applied to `vlm_positions` positions of a row only."""
+    return bool(vlm_positions) and cfg.kind == "pretzel" and not stage.text
+
+
 @struct.dataclass
 class LossTerms:
     """The contribution of every target image and token, in nats; zero where there is no target."""
@@ -78,6 +83,26 @@ def next_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
     target = jnp.pad(batch["target"][:, 1:] & same_segment, ((0, 0), (0, 1)))
     is_patch = jnp.pad(image[:, 1:] >= 0, ((0, 0), (0, 1)))
     return target & is_patch, target & ~is_patch
+
+
+def is_read_by_images(batch: Batch) -> jax.Array:
+    """Return bool [B, T]: positions whose VLM states reach a target image, without the VLM's skip.
+
+    These are the text positions before the last target patch of a segment, as inputs of the deep
+    flow, and everything before such a text, which the VLM's attention sees. At a patch the deep
+    flow reads u alone.
+    """
+
+    def is_before(mask):
+        """Return bool [B, T]: whether `mask` is true there or later in the segment."""
+        segments, length = batch["segments"], mask.shape[1]
+        place = jnp.where(mask, jnp.arange(length), length - 1)
+        next_place = jax.lax.cummin(place, 1, reverse=True)
+        is_true = jnp.take_along_axis(mask, next_place, 1)
+        return is_true & (jnp.take_along_axis(segments, next_place, 1) == segments)
+
+    is_text = batch["image"] < 0
+    return is_before(is_text & is_before(next_targets(batch)[0])) & (batch["segments"] > 0)
 
 
 def target_counts(batch: Batch, stage: Stage) -> dict[str, jax.Array]:
@@ -126,6 +151,7 @@ def loss_terms(
     text_into_flow: bool = True,
     text_targets: int = 0,
     text_chunk: int = 256,
+    vlm_positions: int = 0,
 ) -> LossTerms:
     """Compute the terms of the loss of a batch of rows.
 
@@ -135,6 +161,8 @@ def loss_terms(
         text_into_flow: False stops the text's gradient at W_D.
         text_targets: K, 0 for T. A row with more targets has a loss of NaN.
         text_chunk: positions of a row whose logits are computed at a time.
+        vlm_positions: positions of a row to which a stage without text applies the VLM, 0 for T.
+            The loss does not depend on it (see `starflow2.vlm_states_at`).
     """
     is_image = batch["image"] >= 0
     outputs, log_dets = starflow2.shallow_forward(params, x.reshape(-1, *x.shape[2:]), cfg)
@@ -150,7 +178,11 @@ def loss_terms(
         # Segments rather than a mask: accelerator kernels read segments.
         segments=batch["segments"],
     )
-    states = cfg.forward(params, inputs, with_flow=stage.images, with_skips=stage.text)
+    options = {}
+    if reads_fewer_vlm_states(cfg, stage, vlm_positions):
+        is_read = is_read_by_images(batch)
+        options["vlm_states"] = starflow2.vlm_states_at(params, inputs, cfg, is_read, vlm_positions)
+    states = cfg.forward(params, inputs, with_flow=stage.images, with_skips=stage.text, **options)
     terms = LossTerms()
     patch, token = next_targets(batch)
     if stage.images:

@@ -127,6 +127,9 @@ def data_options(
 def step_cost(cfg: Mapping[str, Any], model: BackboneConfig, declared: Tree) -> dict[str, float]:
     """Return the tokens and FLOPs of a training step (see `flops.interleaved_step`)."""
     rows, length = cfg["train"]["batch_size"], cfg["text"]["length"]
+    stage = interleaved.stage_of(cfg["train"]["trainable"], model)
+    vlm_positions = cfg["text"].get("vlm_positions", 0)
+    fewer = interleaved.reads_fewer_vlm_states(model, stage, vlm_positions)
     row_flops = flops.interleaved_step(
         model,
         declared,
@@ -134,6 +137,7 @@ def step_cost(cfg: Mapping[str, Any], model: BackboneConfig, declared: Tree) -> 
         length=length,
         num_images=max_images(cfg, model),
         num_targets=cfg["text"]["max_targets"] or length,
+        vlm_length=min(vlm_positions, length) if fewer else length,
     )
     return {"tokens": rows * length, "flops": rows * row_flops}
 
@@ -172,6 +176,7 @@ def make_task(cfg: Mapping[str, Any]) -> Task:
             text_into_flow=cfg["loss"]["text_into_flow"],
             text_targets=cfg["text"]["max_targets"],
             text_chunk=cfg["text"]["logit_chunk"],
+            vlm_positions=cfg["text"].get("vlm_positions", 0),
         )
         return interleaved.row_metrics(terms, batch, stage)
 

@@ -149,6 +149,14 @@ def test_eight_devices_equal_one(stage3, layout, sizes):
     assert up.addressable_shards[0].data.size * (4 if "tensor" in sizes else 2) == up.size
 
 
+@pytest.mark.parametrize("positions", [23, 8])  # enough for every row, and too few
+def test_a_vlm_at_fewer_positions_trains_the_same_on_eight_devices(stage1, positions):
+    sizes = "data=2,fsdp=2,tensor=2"
+    changes = {"layout": "fsdp_tp", "mesh": sizes, "text.vlm_positions": positions}
+    losses = run(experiment(1, **changes), devices=jax.devices()[:8])[0]
+    np.testing.assert_allclose(losses, stage1[0], rtol=1e-5, atol=1e-5)
+
+
 def test_a_part_that_is_empty_contributes_nothing():
     cfg = pretzel_batch.model()
     params = pretzel_batch.random_params(cfg)
