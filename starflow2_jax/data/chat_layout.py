@@ -236,10 +236,18 @@ def vlm_positions(sequence: TokenSequence, grid_side: int) -> np.ndarray:
 def flow_positions(sequence: TokenSequence, grid_side: int) -> np.ndarray:
     """Return the (row, column, k) of the item that each item predicts, the next one: int32 [T, 3].
 
-    k counts text tokens and whole images alike. The last item predicts a text token.
+    The last item predicts a text token.
+    """
+    positions = item_flow_positions(sequence, grid_side)
+    end = [[0, 0, positions[-1, 2] + 1 if len(positions) else 0]]
+    return np.concatenate([positions[1:], end]).astype(np.int32)[: len(positions)]
+
+
+def item_flow_positions(sequence: TokenSequence, grid_side: int) -> np.ndarray:
+    """Return the (row, column, k) of every item in the deep flow: int32 [T, 3].
+
+    k counts text tokens and whole images alike.
     """
     k = np.cumsum(sequence.patch_index <= 0) - 1
     patch = np.maximum(sequence.patch_index, 0)
-    positions = np.stack([patch // grid_side, patch % grid_side, k], -1)
-    end = [[0, 0, k[-1] + 1 if len(k) else 0]]
-    return np.concatenate([positions[1:], end]).astype(np.int32)[: len(k)]
+    return np.stack([patch // grid_side, patch % grid_side, k], -1).astype(np.int32)

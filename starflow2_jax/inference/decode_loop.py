@@ -35,7 +35,7 @@ PATCH, EMPTY = -1, -2
 # The maximum number of steps of a chunk, which is the size of its output.
 CHUNK = 64
 # Fields of `DecodeState` with R rows; the others have B.
-BRANCH_FIELDS = ("valid", "vlm_position", "next_vlm_position", "flow_index")
+BRANCH_FIELDS = ("valid", "vlm_position", "next_vlm_position", "flow_position", "flow_index")
 
 
 @struct.dataclass
@@ -49,6 +49,7 @@ class DecodeState:
     is_image: Any  # bool [B], whether the pending item is a patch
     vlm_position: Any  # int32 [R, 3], the pending item's VLM position
     next_vlm_position: Any  # int32 [R], VLM position of the text or image after the pending one
+    flow_position: Any  # int32 [R, 3], the pending item's position in the deep flow
     # int32 [R], number of tokens and whole images: third coordinate of the flow's next position
     flow_index: Any
     mode: Any  # int32 [B], `TEXT`, `IMAGE`, ...
@@ -92,6 +93,7 @@ def empty_state(
         is_image=jnp.zeros(batch_size, bool),
         vlm_position=jnp.zeros((rows, 3), jnp.int32),
         next_vlm_position=branch_zeros,
+        flow_position=jnp.zeros((rows, 3), jnp.int32),
         flow_index=branch_zeros,
         mode=zeros,
         patch=zeros,
@@ -208,6 +210,7 @@ def _decode_step(params, state, keys, sampling, cfg, special):
         is_image=tile(state.is_image)[:, None],
         positions=state.vlm_position[:, None],
         next_positions=next_flow_position[:, None],
+        item_positions=state.flow_position[:, None],
     )
     is_real = tile(is_active)[:, None]
     y, h, caches, valid = forward_cached(params, state.caches, state.valid, inputs, is_real, cfg)
@@ -238,7 +241,9 @@ def _decode_step(params, state, keys, sampling, cfg, special):
     token = jnp.where(is_forced, jnp.where(closes, special.vision_end, special.vision_start), token)
     log_probs = jnp.where(is_patch[:, None], patch_log_probs, token_log_probs)
     log_probs = jnp.where((is_forced | ~is_active)[:, None], 0, log_probs)
-    state = state.replace(caches=caches, valid=valid)
+    # The pending item will stand where it was predicted.
+    flow_position = jnp.where(is_real, next_flow_position, state.flow_position)
+    state = state.replace(caches=caches, valid=valid, flow_position=flow_position)
     state = _advance(state, token, u, is_patch, is_forced, cfg, special)
     token = jnp.where(is_active, jnp.where(is_patch, PATCH, token), EMPTY)
     return state, token, jnp.where(is_patch[:, None], u, 0), log_probs

@@ -76,6 +76,8 @@ def image_score_step(
     rows, columns = jnp.divmod(patch, cfg.flow.side)
     positions = start.vlm_position + jnp.stack([0 * patch, rows, columns], -1)
     token_position = jnp.full((1, 3), start.vlm_position - 1)
+    next_positions = jnp.stack([rows, columns, jnp.full_like(patch, start.flow_index)], -1)
+    token_flow_position = jnp.stack([0, 0, start.flow_index - 1])[None]
     # Item n predicts patch n: the inputs are `<|vision_start|>` and all patches but the last.
     inputs = BackboneInputs(
         ids=jnp.full((1, cfg.num_patches), start.token),
@@ -83,7 +85,8 @@ def image_score_step(
         adapter_input=None,
         is_image=(patch > 0)[None],
         positions=jnp.concatenate([token_position, positions[:-1]])[None],
-        next_positions=jnp.stack([rows, columns, jnp.full_like(patch, start.flow_index)], -1)[None],
+        next_positions=next_positions[None],
+        item_positions=jnp.concatenate([token_flow_position, next_positions[:-1]])[None],
     )
     is_real = jnp.ones((1, cfg.num_patches), bool)
 

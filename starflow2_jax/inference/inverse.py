@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from starflow2_jax.inference.guidance import Guidance, check, combine
-from starflow2_jax.models import flow, layers, rope
+from starflow2_jax.models import flow, layers
 from starflow2_jax.models.flow import BlockConfig, Conditioning, FlowConfig
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.params import Tree
@@ -45,7 +45,7 @@ class _Chain:
     block: BlockConfig = struct.field(pytree_node=False)  #: the block's configuration
     prefix_len: int = struct.field(pytree_node=False)  #: number of text positions before y_0
     embedding_offset: Any  #: sum of class and position embeddings, added to every token embedding
-    rope_tables: Any  #: cosines and sines of all positions, or None
+    rope_tables: Any  #: `flow.rope_tables` of all positions
     temperature: Any  #: temperature of the attention logits, a number or [R]
     guidance: Guidance | None  #: the guidance of this block, or None
 
@@ -150,17 +150,13 @@ def _start_chain(
     dtype = flow.compute_dtype(params, cfg)
     cache_size = prefix_len + tokens - (block.start != "token")
     cache = layers.empty_cache(block.layer, block.depth, rows, cache_size, dtype)
-    rope_tables = None
-    if cfg.positions == "rope":
-        angle_dtype = jnp.promote_types(dtype, jnp.float32)
-        rope_tables = rope.tables(rope.angles(positions, cfg.head_dim), angle_dtype)
     chain = _Chain(
         params={**params, "layers": layers.unstack(params["layers"])},
         block=block,
         prefix_len=prefix_len,
         embedding_offset=flow.embed_class(params, labels, block)
         + flow.embed_positions(params, block),
-        rope_tables=rope_tables,
+        rope_tables=flow.rope_tables(block, positions, jnp.promote_types(dtype, jnp.float32)),
         temperature=temperature,
         guidance=block_guidance,
     )
@@ -191,17 +187,15 @@ def _append_null(guidance, block, batch, labels, text):
 def _layers(chain, h, cache, start):
     """Apply the block's layers to new positions h [R, n, C], which begin at position `start`."""
     count = h.shape[1]
-    tables = chain.rope_tables
-    if tables is not None:
-        cos, sin = (jax.lax.dynamic_slice_in_dim(t, start, count, -2) for t in tables)
-        tables = cos, sin
     size = cache.keys[0].shape[-2]
     mask = (start + jnp.arange(count))[:, None] >= jnp.arange(size)[None, :]
     return layers.apply_layers(
         chain.params["layers"],
         h,
         chain.block.layer,
-        tables,
+        jax.tree.map(
+            lambda t: jax.lax.dynamic_slice_in_dim(t, start, count, -2), chain.rope_tables
+        ),
         mask,
         cache=cache,
         temperature=chain.temperature,

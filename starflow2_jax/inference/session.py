@@ -161,6 +161,7 @@ def extend(
         is_image=jnp.asarray([s["is_image"][-1] for s in conditional]),
         vlm_position=jnp.asarray(np.stack([s["positions"][-1] for s in sequences])),
         next_vlm_position=jnp.asarray([s["next_vlm_position"] for s in sequences], jnp.int32),
+        flow_position=jnp.asarray(np.stack([s["item_positions"][-1] for s in sequences])),
         flow_index=jnp.asarray([s["flow_index"] for s in sequences], jnp.int32),
         part_index=jnp.asarray(part_index, jnp.int32),
         index_in_part=jnp.asarray(index_in_part, jnp.int32),
@@ -197,6 +198,7 @@ def _new_sequence(model, session, state, b, branch, parts, u) -> dict[str, Any]:
         "is_image": is_image,
         "positions": chat_layout.vlm_positions(items, cfg.flow.side) + position,
         "next_positions": chat_layout.flow_positions(items, cfg.flow.side) + flow_offset,
+        "item_positions": chat_layout.item_flow_positions(items, cfg.flow.side) + flow_offset,
         "is_counted": items.patch_index <= 0,
     }
     has_pending, token = state.token[b] >= 0, int(state.token[b])
@@ -212,7 +214,8 @@ def _new_sequence(model, session, state, b, branch, parts, u) -> dict[str, Any]:
         token = tokenizer.turn_end
         sequence = {name: array[1:] for name, array in sequence.items()}
         sequence["positions"] = sequence["positions"] - 1
-        sequence["next_positions"] = sequence["next_positions"] - np.array([0, 0, 1])
+        for name in ("next_positions", "item_positions"):
+            sequence[name] = sequence[name] - np.array([0, 0, 1])
     end = position
     if len(sequence["ids"]):
         end = int(sequence["positions"][-1, 0]) + 1
@@ -224,6 +227,7 @@ def _new_sequence(model, session, state, b, branch, parts, u) -> dict[str, Any]:
             "is_image": state.is_image[b : b + 1],
             "positions": state.vlm_position[r : r + 1],
             "next_positions": np.array([[0, 0, flow_index]], np.int32),
+            "item_positions": state.flow_position[r : r + 1],
             "is_counted": np.zeros(1, bool),
         }
         sequence = {name: np.concatenate([pending[name], sequence[name]]) for name in sequence}
@@ -241,11 +245,13 @@ def _pad_sequences(sequences, length, u) -> tuple[BackboneInputs, np.ndarray]:
         is_image=np.zeros((count, length), bool),
         positions=np.zeros((count, length, 3), np.int32),
         next_positions=np.zeros((count, length, 3), np.int32),
+        item_positions=np.zeros((count, length, 3), np.int32),
     )
+    names = ("ids", "latents", "is_image", "positions", "next_positions", "item_positions")
     for r, sequence in enumerate(sequences):
         size = len(sequence["ids"]) - 1
         is_real[r, :size] = True
-        for name in ("ids", "latents", "is_image", "positions", "next_positions"):
+        for name in names:
             getattr(inputs, name)[r, :size] = sequence[name][:-1]
     return inputs, is_real
 
@@ -358,7 +364,11 @@ def truncate_rows(
             host.valid[r, start.slot + len(ids) :] = False
             position = before.next_vlm_position[r] + counters["position_steps"]
             host.next_vlm_position[r] = position
-            host.flow_index[r] = before.flow_index[r] + counters["flow_steps"]
+            flow_index = before.flow_index[r] + counters["flow_steps"]
+            host.flow_index[r] = flow_index
+            # The last item is a token.
+            last_position = np.array([0, 0, flow_index - 1])
+            host.flow_position[r] = last_position if ids else before.flow_position[r]
             host.vlm_position[r] = position - 1 if ids else before.vlm_position[r]
         host.token[b] = ids[-1] if ids else before.token[b]
         host.is_image[b] = False if ids else before.is_image[b]

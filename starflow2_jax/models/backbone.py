@@ -11,9 +11,10 @@ the flow. Each position holds one item, a text token or an image patch; heads pr
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
-from starflow2_jax.models import layers, qwen
+from starflow2_jax.models import layers, qwen, rope
 from starflow2_jax.models.flow import BlockConfig, FlowConfig
 from starflow2_jax.models.layers import KVCache, LayerConfig
 from starflow2_jax.models.qwen import QwenConfig
@@ -32,6 +33,9 @@ class BackboneInputs:
     is_image: Any  #: bool [B, T], True at patches
     positions: Any  #: int [B, T, 3], M-RoPE positions of the VLM
     next_positions: Any  #: int [B, T, 3], (row, column, k) in the deep flow of the items to predict
+    #: The same of the items themselves, for `flow.key_positions="own"`; None derives them from
+    #: `next_positions` and `segments`, which needs whole rows, without a mask
+    item_positions: Any = None
     mask: Any = None  #: as in `attention.grouped_query_attention`
     segments: Any = None  #: int [B, T], the same; attention is causal if both are None
     text_embeddings: Any = None  #: [B, T, V] in place of the VLM's embeddings of `ids`
@@ -108,6 +112,32 @@ def text_embeddings(params: Tree, inputs: BackboneInputs, cfg: QwenConfig) -> ja
     if inputs.text_embeddings is not None:
         return inputs.text_embeddings
     return qwen.embed(params["vlm"], inputs.ids, cfg)
+
+
+def flow_positions(inputs: BackboneInputs, cfg: FlowConfig) -> rope.Positions:
+    """Return the positions in the deep flow that the queries and the keys of the inputs carry."""
+    if cfg.key_positions == "next":
+        return rope.Positions(inputs.next_positions)
+    return rope.Positions(inputs.next_positions, item_positions(inputs))
+
+
+def item_positions(inputs: BackboneInputs) -> jax.Array:
+    """Return the (row, column, k) int [B, T, 3] of the items themselves in the deep flow.
+
+    An item stands where the one before it predicts it; the first of each record, a token, at 0.
+    """
+    if inputs.item_positions is not None:
+        return inputs.item_positions
+    if inputs.mask is not None:
+        raise ValueError(
+            "BackboneInputs.item_positions is None, but flow.key_positions='own' with a mask needs "
+            "the positions of the items themselves"
+        )
+    predicted = jnp.pad(inputs.next_positions[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    if inputs.segments is None:
+        return predicted
+    is_first = jnp.pad(inputs.segments[:, 1:] != inputs.segments[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(is_first[..., None], 0, predicted)
 
 
 def empty_caches(

@@ -34,7 +34,8 @@ class Conditioning:
     labels: Any = None  #: int32 [B]; -1 and None are the null class
     #: (rows, columns) of the image, square by default
     grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
-    #: RoPE coordinates [N, A] of the deep block's inputs, by default those of `block_positions`
+    #: RoPE coordinates of the deep block's inputs, `rope.Positions` of [N, A], by default those of
+    #: `block_positions`
     positions: Any = None
 
 
@@ -100,21 +101,52 @@ def resolve_grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     return rows, columns
 
 
-def block_positions(block: BlockConfig, grid: tuple[int, int], text_length: int) -> Any:
-    """Return RoPE coordinates float64 [N, A] of a block's inputs after `text_length` tokens."""
-    plane = rope.plane(grid, block.flow.side)
-    if not block.flow.text_length:
-        return plane
+def block_positions(block: BlockConfig, grid: tuple[int, int], text_length: int) -> rope.Positions:
+    """Return RoPE coordinates float64 [N, A] of a block's inputs after `text_length` tokens.
+
+    Places are those of the input sequence: a reversed block does not reverse them.
+    """
+    cfg, side = block.flow, block.flow.side
+    plane = rope.plane(grid, side)
     if block.start == "prefix":
-        return rope.next_item(plane, text_length)
-    return rope.after_text(plane, text_length if block.text else 0, block.flow.side)
+        items = rope.counted(plane, text_length)
+        return rope.Positions(items[1:], items[:-1] if cfg.key_positions == "own" else None)
+
+    def with_text(plane):
+        if not cfg.text_length:
+            return plane
+        return rope.after_text(plane, text_length if block.text else 0, side)
+
+    if cfg.key_positions == "next":
+        return rope.Positions(with_text(plane))
+    # Input t is token t - 1 behind a start token, and token t without one.
+    if block.start == "token":
+        return rope.Positions(with_text(plane), with_text(rope.predecessors(plane, side)))
+    return rope.Positions(with_text(rope.successors(plane, side)), with_text(plane))
+
+
+def rope_tables(block: BlockConfig, positions: rope.Positions | None, dtype: Any) -> Any:
+    """Return the rotation tables that `layers.project_qkv` reads, None without RoPE."""
+    cfg = block.flow
+    if cfg.positions != "rope":
+        return None
+    if cfg.key_positions == "own" and positions.keys is None:
+        raise ValueError("positions: model.flow.key_positions='own' needs those of the keys")
+    grid_side = cfg.side if cfg.rope_frequencies == "grid" else None
+
+    def tables(coordinates):
+        return rope.tables(rope.angles(coordinates, cfg.head_dim, grid_side), dtype)
+
+    if positions.keys is None:
+        return tables(positions.queries)
+    return rope.QueryKeyTables(tables(positions.queries), tables(positions.keys))
 
 
 def apply_layers(
     params: Tree,
     h: jax.Array,
     block: BlockConfig,
-    positions: Any,
+    positions: rope.Positions,
     mask: Any = None,
     *,
     segments: jax.Array | None = None,
@@ -132,15 +164,11 @@ def apply_layers(
         h [B, N, C], and the extended cache (None without one).
     """
     cfg = block.flow
-    tables = None
-    if cfg.positions == "rope":
-        dtype = jnp.promote_types(h.dtype, jnp.float32)
-        tables = rope.tables(rope.angles(positions, cfg.head_dim), dtype)
     return layers.apply_layers(
         params["layers"],
         h,
         block.layer,
-        tables,
+        rope_tables(block, positions, jnp.promote_types(h.dtype, jnp.float32)),
         mask,
         temperature=temperature,
         remat=cfg.remat,

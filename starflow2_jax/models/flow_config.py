@@ -25,6 +25,13 @@ class FlowConfig:
     start: str = "token"
     order: str = "R2L"  #: the odd (`R2L`) or the even (`L2R`) blocks read the tokens in reverse
     positions: str = "rope"  #: `rope` or `learned`
+    #: Frequencies of rows and columns: `released` (powers of 10000) or `grid` (multiples of
+    #: pi / side, see `rope.grid_frequencies`)
+    rope_frequencies: str = "released"
+    #: The position that keys carry: of the token that an input predicts (`next`), as the queries
+    #: do, or of the input itself (`own`). With `start="shift"`, `next` leaves queries and keys both
+    #: at the input, as in TarFlow.
+    key_positions: str = "next"
     rope_pairs: str = "interleaved"  #: `interleaved` or `half` (see `layers.rotate`)
     scale: str = "softplus"  #: `softplus` or `exp` of the first half of the head's output
     soft_clip: float = 0.0  #: c of c tanh(v / c) on the head's output; 0 disables it
@@ -49,6 +56,8 @@ class FlowConfig:
             ("start", ("token", "shift", "prefix")),
             ("order", ("R2L", "L2R")),
             ("positions", ("rope", "learned")),
+            ("rope_frequencies", ("released", "grid")),
+            ("key_positions", ("next", "own")),
             ("scale", ("softplus", "exp")),
             ("text_blocks", ("deep", "all")),
             ("norm", ("layer_norm", "rms_norm")),
@@ -60,6 +69,13 @@ class FlowConfig:
             raise ValueError("model.start='prefix' needs text: model.text_channels is 0")
         if bool(self.text_channels) != bool(self.text_length):
             raise ValueError("model.text_channels and model.text_length are both 0 or both set")
+        if self.positions == "learned":
+            for field, default in (("rope_frequencies", "released"), ("key_positions", "next")):
+                if getattr(self, field) != default:
+                    raise ValueError(
+                        f"model.{field}={getattr(self, field)!r} needs model.positions='rope', got "
+                        "'learned'"
+                    )
         pairs = (rope.THIRD_AXIS_PAIRS if self.text_length else 0) + 2
         if self.positions == "rope" and self.head_dim // 2 < pairs:
             raise ValueError(

@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 
 from starflow2_jax.mesh import constrain, platform
+from starflow2_jax.models import rope
 from starflow2_jax.models.attention import KERNELS, grouped_query_attention
 from starflow2_jax.params import Init, ParamSpec, Tree, fan_in, ones, zeros
 
@@ -23,6 +24,9 @@ ATTEND_ALL = np.ones((1, 1), bool)
 CPU_UNROLL = 8
 # Number of columns in one panel of a tall weight in a CPU's decode step (see `unstack`).
 PANEL = 64
+
+# (cos, sin), for queries and keys alike or one for each.
+RopeTables = tuple[jax.Array, jax.Array] | rope.QueryKeyTables
 
 
 @dataclass(frozen=True)
@@ -218,9 +222,12 @@ def mlp(params: Tree, x: jax.Array, cfg: LayerConfig) -> jax.Array:
 
 
 def project_qkv(
-    params: Tree, h: jax.Array, cfg: LayerConfig, tables: tuple[jax.Array, jax.Array] | None
+    params: Tree, h: jax.Array, cfg: LayerConfig, tables: RopeTables | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return q [B, H, T, D], k and v [B, K, T, D] of a layer with input h [B, T, C]."""
+    """Return q [B, H, T, D], k and v [B, K, T, D] of a layer with input h [B, T, C].
+
+    `tables` is (cos, sin) of queries and keys alike, or a pair of them.
+    """
 
     def split_heads(y):
         y = y.reshape(*x.shape[:2], -1, cfg.head_dim)
@@ -236,7 +243,9 @@ def project_qkv(
     if cfg.qk_norm:
         q, k = rms_norm(params["query_norm"], q), rms_norm(params["key_norm"], k)
     if tables is not None:
-        q, k = rotate(q, tables, cfg.rope_pairs), rotate(k, tables, cfg.rope_pairs)
+        is_pair = isinstance(tables, rope.QueryKeyTables)
+        query_tables, key_tables = tables if is_pair else (tables, tables)
+        q, k = rotate(q, query_tables, cfg.rope_pairs), rotate(k, key_tables, cfg.rope_pairs)
     return q, k, v
 
 
@@ -292,7 +301,7 @@ def decoder_layer(
     params: Tree,
     h: jax.Array,
     cfg: LayerConfig,
-    tables: tuple[jax.Array, jax.Array] | None,
+    tables: RopeTables | None,
     mask: jax.Array | np.ndarray | None,
     temperature: Any = 1.0,
     layer_cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
@@ -303,7 +312,7 @@ def decoder_layer(
     Args:
         params: one layer's parameters, without the leading layers axis.
         h: [B, T, C].
-        tables: RoPE cos and sin of the T new positions, None without RoPE.
+        tables: of the T new positions, as in `project_qkv`; None without RoPE.
         mask, temperature: as in `grouped_query_attention`, over the S positions of a cache.
         layer_cache: keys and values of earlier positions, as in `KVCache`, and the offset at which
             the new ones are written.
@@ -362,7 +371,7 @@ def apply_layers(
     params: Any,
     h: jax.Array,
     cfg: LayerConfig,
-    tables: tuple[jax.Array, jax.Array] | None,
+    tables: RopeTables | None,
     mask: jax.Array | np.ndarray | None = None,
     *,
     temperature: Any = 1.0,

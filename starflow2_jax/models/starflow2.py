@@ -271,7 +271,7 @@ def forward(
             params["deep"],
             h,
             cfg.deep,
-            inputs.next_positions,
+            backbone.flow_positions(inputs, cfg.flow),
             inputs.mask,
             segments=inputs.segments,
             cache=flow_cache,

@@ -24,9 +24,20 @@ def backbone_inputs(batch, u, text_embeddings=None):
         is_image=batch["image"] >= 0,
         positions=batch["positions"],
         next_positions=batch["flow_positions"],
+        item_positions=item_positions(batch),
         mask=segment_mask(jnp.asarray(batch["segments"])),
         text_embeddings=text_embeddings,
     )
+
+
+def item_positions(batch):
+    """Return the flow's positions of the items themselves, (0, 0, 0) at the start of a record."""
+    positions = np.zeros_like(batch["flow_positions"])
+    for b, segments in enumerate(batch["segments"]):
+        for t in range(1, len(segments)):
+            if segments[t] == segments[t - 1]:
+                positions[b, t] = batch["flow_positions"][b, t - 1]
+    return positions
 
 
 def random_latents(batch, channels, seed=0):
@@ -80,6 +91,7 @@ def check_cached_steps(cfg, params, batch, tolerance=1e-4):
         is_image=jnp.asarray(batch["image"] >= 0),
         positions=jnp.asarray(batch["positions"]),
         next_positions=jnp.asarray(batch["flow_positions"]),
+        item_positions=jnp.asarray(item_positions(batch)),
     )
     is_real = jnp.asarray(batch["segments"] > 0)
     row_batch = {**batch, "segments": np.where(batch["segments"] > 0, 1, 0)}

@@ -38,6 +38,7 @@ def build_inputs(model, rows):
             "is_image": sequence.patch_index >= 0,
             "positions": chat_layout.vlm_positions(sequence, SIDE),
             "next_positions": chat_layout.flow_positions(sequence, SIDE),
+            "item_positions": chat_layout.item_flow_positions(sequence, SIDE),
         }
         for sequence, images in zip(sequences, u)
     ]

@@ -11,6 +11,8 @@ from starflow2_jax.models.ablations.crossings import CrossingsConfig
 
 SIDE, CHANNELS, VOCAB = 2, 3, 64
 PATCHES = SIDE * SIDE
+# Positions of the flow other than the defaults.
+OWN_KEYS = {"rope_frequencies": "grid", "key_positions": "own"}
 FLOW = {"side": SIDE, "channels": CHANNELS, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
 
 

@@ -27,8 +27,11 @@ TOKENIZER = Tokenizer(
 )
 
 
-def model(seed=0, noise=0.4, codec=None, **changes):
-    """Return a model of two streams of two layers, none of whose parameters is zero."""
+def model(seed=0, noise=0.4, codec=None, flow=None, **changes):
+    """Return a model of two streams of two layers, none of whose parameters is zero.
+
+    `flow` changes options of the flow, `changes` those of the Pretzel.
+    """
     vlm = qwen.QwenConfig(
         vocab=VOCAB,
         width=32,
@@ -42,7 +45,14 @@ def model(seed=0, noise=0.4, codec=None, **changes):
         vision_start_token=3,
         vision_end_token=4,
     )
-    sizes = {"side": SIDE, "channels": CHANNELS, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
+    sizes = {
+        **(flow or {}),
+        "side": SIDE,
+        "channels": CHANNELS,
+        "width": 40,
+        "head_dim": 20,
+        "layers": (1, 1, 2),
+    }
     cfg = config.default()
     cfg.task, cfg.noise.sigma = "starflow2", 0.1
     model_config = starflow2.PretzelConfig(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import tiny_decode_model
 from helpers.parallel_forward import build_inputs, heads, parallel
+from helpers.pretzel_batch import OWN_KEYS
 from helpers.tiny_decode_model import CHANNELS, SIDE, TOKENIZER, VOCAB, image_part
 
 from starflow2_jax.inference import decode_loop, sampling, session
@@ -46,12 +47,15 @@ def assert_same(actual, expected, tolerance=1e-10):
 
 
 @pytest.mark.fast
-def test_cached_steps_equal_the_parallel_forward():
+@pytest.mark.parametrize("frequencies", ["released", "grid"])
+@pytest.mark.parametrize("keys", ["next", "own"])
+def test_cached_steps_equal_the_parallel_forward(frequencies, keys):
     """Check rows of several lengths with three images each, also in the branches of guidance.
 
     At most steps some rows read text and others patches.
     """
-    model = tiny_decode_model.model()
+    flow_options = {"rope_frequencies": frequencies, "key_positions": keys}
+    model = tiny_decode_model.model(flow=flow_options)
     cfg, params = model.model_config, model.params
     a, b = "user", "assistant"
     row = [image_part(1, a), Part("text", a, "make"), image_part(2, b), Part("text", b, "hm"),
@@ -98,8 +102,9 @@ def test_a_batch_of_eight_is_eight_single_runs(x64):
         assert single.finish == [batch.finish[i]]
 
 
-def test_a_continued_cache_is_one_long_run_also_after_a_stop_text(x64):
-    model = tiny_decode_model.model()
+@pytest.mark.parametrize("flow_options", [{}, OWN_KEYS], ids=["next", "own"])
+def test_a_continued_cache_is_one_long_run_also_after_a_stop_text(flow_options, x64):
+    model = tiny_decode_model.model(flow=flow_options)
     prompts = MIXED[:3]
     plain = model.generate(prompts, **DRAW)
     texts = [part.text for row in plain for part in row if part.kind == "text"]
@@ -185,8 +190,9 @@ def test_reported_likelihoods_are_the_teacher_forced_ones():
     assert image < 1e-5 and text < 1e-4
 
 
-def test_reported_likelihoods_are_exact_in_float64(x64):
-    model = tiny_decode_model.model()
+@pytest.mark.parametrize("flow_options", [{}, OWN_KEYS], ids=["next", "own"])
+def test_reported_likelihoods_are_exact_in_float64(flow_options, x64):
+    model = tiny_decode_model.model(flow=flow_options)
     results = model.generate(MIXED[:4], **DRAW)
     image, text = likelihood_errors(model, MIXED[:4], results)
     assert image < 1e-10 and text < 1e-10

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from absl import flags
 from helpers import tiny_decode_model
+from helpers.pretzel_batch import OWN_KEYS
 from helpers.starflow2_folders import PIXELS, save_run
 from helpers.tiny_decode_model import image_part
 from PIL import Image
@@ -309,9 +310,10 @@ def test_continuations_that_are_refused():
 # --------------------------------------------------------------------------------------- clean-up
 
 
-def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(x64):
+@pytest.mark.parametrize("flow_options", [{}, OWN_KEYS], ids=["next", "own"])
+def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(flow_options, x64):
     """Check the score of the second image of a row against the parallel forward."""
-    model = tiny_decode_model.model()
+    model = tiny_decode_model.model(flow=flow_options)
     options = {"images": 2, "max_tokens": 2, "seed": 4, "temperature": 1.0, "guidance": 1.0}
     results = model.generate(["ab", "hello"], **options)
     sigma, cfg = 0.3, model.model_config

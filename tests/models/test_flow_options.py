@@ -39,32 +39,34 @@ OPTIONS = {
     "layers": ((1, 1), (1, 0, 1)),
     "order": ("R2L", "L2R"),
     "grid": (None, (2, 3)),
+    "rope_frequencies": ("released", "grid"),
+    "key_positions": ("next", "own"),
 }
 ROWS = [
-    ("shift", "half", "exp", 0.0, True, 0, "all", 1, False, True, False, "rms_norm", False, None,
-     (1, 0, 1), "L2R", None),
-    ("token", "learned", "softplus", 1.5, False, 3, "deep", None, True, False, True, "layer_norm",
-     True, 60, (1, 1), "R2L", None),
+    ("shift", "half", "exp", 0.0, True, 0, "all", 1, False, True, False, "rms_norm", False,
+     None, (1, 0, 1), "L2R", None, "released", "next"),
+    ("token", "learned", "softplus", 1.5, False, 3, "deep", None, True, False, True,
+     "layer_norm", True, 60, (1, 1), "R2L", None, "released", "next"),
     ("prefix", "interleaved", "softplus", 0.0, False, 3, "deep", None, False, True, False,
-     "layer_norm", False, None, (1, 1), "L2R", (2, 3)),
-    ("shift", "interleaved", "exp", 1.5, True, 0, "none", 1, True, False, True, "rms_norm", True,
-     60, (1, 0, 1), "R2L", (2, 3)),
-    ("prefix", "half", "exp", 1.5, False, 0, "all", 1, False, False, True, "layer_norm", False, 60,
-     (1, 1), "R2L", (2, 3)),
+     "layer_norm", False, None, (1, 1), "L2R", (2, 3), "released", "own"),
+    ("shift", "interleaved", "exp", 1.5, True, 0, "none", 1, True, False, True, "rms_norm",
+     True, 60, (1, 0, 1), "R2L", (2, 3), "released", "next"),
+    ("prefix", "half", "exp", 1.5, False, 0, "all", 1, False, False, True, "layer_norm", False,
+     60, (1, 1), "R2L", (2, 3), "grid", "next"),
     ("token", "learned", "softplus", 0.0, True, 3, "none", None, True, True, False, "rms_norm",
-     False, 60, (1, 0, 1), "L2R", None),
+     False, 60, (1, 0, 1), "L2R", None, "released", "next"),
     ("token", "half", "exp", 0.0, True, 0, "deep", None, True, False, False, "layer_norm", True,
-     None, (1, 0, 1), "R2L", (2, 3)),
-    ("prefix", "learned", "exp", 1.5, True, 3, "all", 1, False, True, True, "rms_norm", True, None,
-     (1, 1), "L2R", None),
+     None, (1, 0, 1), "R2L", (2, 3), "grid", "own"),
+    ("prefix", "learned", "exp", 1.5, True, 3, "all", 1, False, True, True, "rms_norm", True,
+     None, (1, 1), "L2R", None, "released", "next"),
     ("shift", "half", "softplus", 0.0, False, 3, "none", None, False, True, True, "layer_norm",
-     False, None, (1, 1), "R2L", (2, 3)),
-    ("token", "interleaved", "softplus", 1.5, False, 0, "all", 1, False, False, False, "rms_norm",
-     False, 60, (1, 0, 1), "L2R", None),
-    ("prefix", "learned", "softplus", 0.0, False, 0, "all", None, True, True, True, "layer_norm",
-     True, None, (1, 0, 1), "L2R", None),
-    ("shift", "learned", "softplus", 1.5, True, 3, "deep", 1, True, True, False, "rms_norm", True,
-     60, (1, 0, 1), "L2R", None),
+     False, None, (1, 1), "R2L", (2, 3), "grid", "own"),
+    ("token", "interleaved", "softplus", 1.5, False, 0, "all", 1, False, False, False,
+     "rms_norm", False, 60, (1, 0, 1), "L2R", None, "grid", "own"),
+    ("prefix", "learned", "softplus", 0.0, False, 0, "all", None, True, True, True,
+     "layer_norm", True, None, (1, 0, 1), "L2R", None, "released", "next"),
+    ("shift", "learned", "softplus", 1.5, True, 3, "deep", 1, True, True, False, "rms_norm",
+     True, 60, (1, 0, 1), "L2R", None, "released", "next"),
 ]  # fmt: skip
 CASES = [dict(zip(OPTIONS, row)) for row in ROWS]
 NAMES = [f"{i}-{row[0]}-{row[1]}-text_{row[6]}" for i, row in enumerate(ROWS)]
@@ -110,7 +112,8 @@ def inputs_of(cfg, grid, seed=0, dtype=np.float64, rows=2):
 
 @pytest.mark.fast
 def test_every_pair_of_options_is_covered():
-    impossible = {("prefix", "none"), ("learned", (2, 3))}  # learned positions fix T
+    # Learned positions fix T and rotate nothing.
+    impossible = {("prefix", "none")} | {("learned", other) for other in ((2, 3), "grid", "own")}
     for (a, values_a), (b, values_b) in itertools.combinations(OPTIONS.items(), 2):
         for pair in itertools.product(values_a, values_b):
             covered = any(case[a] == pair[0] and case[b] == pair[1] for case in CASES)
@@ -307,20 +310,26 @@ def test_the_null_class_is_the_mean_in_both_directions(x64, conditioned):
         assert error(run(params, x, conditioning=labels(2))[0], null) > 1e-3
 
 
-def test_explicit_positions_of_the_deep_block(x64):
+@pytest.mark.parametrize("keys", ["next", "own"])
+def test_explicit_positions_of_the_deep_block(x64, keys):
     cfg, grid = config_of(CASES[2])
     params = random_params(cfg)
     x, conditioning = inputs_of(cfg, grid)
+    cfg = dataclasses.replace(cfg, key_positions=keys)
     positions = flow.block_positions(cfg.block(-1), grid, TEXT_LENGTH)
-    assert positions.shape == (TEXT_LENGTH + 5, 3)
+    assert positions.queries.shape == (TEXT_LENGTH + 5, 3)
     plain = forward(params, x, cfg, conditioning)[0]
-    explicit = conditioning.replace(positions=jnp.asarray(positions))
+    explicit = conditioning.replace(positions=jax.tree.map(jnp.asarray, positions))
     assert error(forward(params, x, cfg, explicit)[0], plain) < 1e-12
-    moved = conditioning.replace(positions=jnp.asarray(positions) * 3)
+    moved = conditioning.replace(positions=jax.tree.map(lambda a: jnp.asarray(a) * 3, positions))
     z = forward(params, x, cfg, moved)[0]
     assert error(z, plain) > 1e-4
     back = inverse(params, z, cfg, moved)[0]
     assert error(back, x) < 1e-9
+    if keys == "own":
+        bare = conditioning.replace(positions=positions._replace(keys=None))
+        with pytest.raises(ValueError, match="key_positions='own' needs those of the keys"):
+            flow.forward(params, x, cfg, bare)
 
 
 def test_causal_attention_in_parts_is_causal_attention(x64):
@@ -346,7 +355,9 @@ def test_inputs_that_do_not_fit_are_named(conditioned):
     params = random_params(cfg, dtype=np.float32)
     x, conditioning = inputs_of(cfg, grid, dtype=np.float32)
     bare = dataclasses.replace(cfg, text_channels=0, text_length=0, classes=0)
-    learned = dataclasses.replace(bare, positions="learned")
+    learned = dataclasses.replace(
+        bare, positions="learned", rope_frequencies="released", key_positions="next"
+    )
     for other, changes, words in (
         (cfg, {"x": x[..., :1]}, r"tokens: expected \[B, T, 2\], got \[2, 6, 1\]"),
         (cfg, {"text": None}, "text: is missing"),

@@ -11,7 +11,7 @@ from helpers.backbone_checks import backbone_inputs, check_log_det, heads, rando
 from helpers.pretzel_batch import EDIT, I2T, REASON, T2I, TEXT
 
 from starflow2_jax.data.chat_layout import MessagePart
-from starflow2_jax.models import attention, flow, qwen, starflow2
+from starflow2_jax.models import attention, flow, qwen, rope, starflow2
 from starflow2_jax.models.flow import Conditioning
 from starflow2_jax.params import count as count_params, flatten
 from starflow2_jax.training.losses import interleaved
@@ -90,6 +90,10 @@ def prefix_nats(params, batch, cfg):
     for b in range(len(x)):
         first = int(np.argmax(batch["image"][b] == 0))
         positions = jnp.asarray(batch["flow_positions"][b, : first + cfg.num_patches - 1])
+        items = None
+        if cfg.flow.key_positions == "own":
+            items = jnp.pad(positions[:-1], ((1, 0), (0, 0)))
+        positions = rope.Positions(positions, items)
         conditioning = Conditioning(text=y[b : b + 1, :first], positions=positions)
         z, log_det = forward(x[b, :1], conditioning)
         nats.append(0.5 * np.square(z).sum() - log_det[0])
@@ -103,8 +107,9 @@ def first_image_nats(params, batch, cfg, stage):
 
 
 @pytest.mark.parametrize("stage", [STAGE1, STAGE3])
-def test_images_with_zero_skips_are_starflows(stage):
-    cfg = pretzel_batch.model()
+@pytest.mark.parametrize("flow_options", [{}, pretzel_batch.OWN_KEYS], ids=["next", "own"])
+def test_images_with_zero_skips_are_starflows(stage, flow_options):
+    cfg = pretzel_batch.model(flow=flow_options)
     params = pretzel_batch.random_params(cfg, zero=("adapter", "skip"))
     batch = pretzel_batch.batch([[T2I, I2T], [T2I], [EDIT]])
     expected = prefix_nats(params, batch, cfg)
@@ -160,10 +165,10 @@ def test_images_with_zero_skips_are_starflows_in_float64(x64):
 # --------------------------------------------------------------------------------------- causality
 
 
-@pytest.mark.parametrize("into", ["latent", "width"])
-def test_every_pair_of_positions_is_causal(into, x64):
+@pytest.mark.parametrize("into, flow_options", [("latent", {}), ("width", pretzel_batch.OWN_KEYS)])
+def test_every_pair_of_positions_is_causal(into, flow_options, x64):
     """Row of text, image, text, image, and one more record: what each output depends on."""
-    cfg = pretzel_batch.model(skip_into=into, compute_dtype="float64")
+    cfg = pretzel_batch.model(skip_into=into, flow=flow_options, compute_dtype="float64")
     params = pretzel_batch.random_params(cfg)
     record = (
         *(MessagePart("none", "ab"), MessagePart("none", 0, True)),
@@ -220,14 +225,16 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
 
 
 @pytest.mark.fast
-def test_log_det_is_the_jacobians(x64):
+@pytest.mark.parametrize("flow_options", [{}, pretzel_batch.OWN_KEYS], ids=["next", "own"])
+def test_log_det_is_the_jacobians(flow_options, x64):
     """An image of a row behind another one, through the shallow and the deep flow."""
-    cfg = pretzel_batch.model(compute_dtype="float64")
+    cfg = pretzel_batch.model(flow=flow_options, compute_dtype="float64")
     check_log_det(cfg, pretzel_batch.random_params(cfg))
 
 
-def test_packed_rows_equal_rows_of_one_record(x64):
-    cfg = pretzel_batch.model(compute_dtype="float64")
+@pytest.mark.parametrize("flow_options", [{}, pretzel_batch.OWN_KEYS], ids=["next", "own"])
+def test_packed_rows_equal_rows_of_one_record(flow_options, x64):
+    cfg = pretzel_batch.model(flow=flow_options, compute_dtype="float64")
     params = pretzel_batch.random_params(cfg)
     records = [T2I, I2T, EDIT, TEXT, REASON]
     packed = pretzel_batch.batch([records[:3], records[3:]], length=64, dtype=np.float64)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.models import flow, layers, qwen, starflow2
+from starflow2_jax.models import backbone, flow, layers, qwen, starflow2
 from starflow2_jax.models.backbone import BackboneInputs, BackboneOutputs
 from starflow2_jax.models.layers import KVCache, linear
 from starflow2_jax.models.starflow2 import PretzelConfig
@@ -99,7 +99,7 @@ def forward(
             {"layers": _select_layers(params["deep"]["layers"], *deep_group)},
             h,
             cfg.deep,
-            inputs.next_positions,
+            backbone.flow_positions(inputs, cfg.flow),
             inputs.mask,
             segments=inputs.segments,
             cache=_select_cache(caches[1], *deep_group) if caches else None,
