@@ -273,6 +273,11 @@ def public_options(cfg: FlowConfig, image: Mapping[str, Any] | None = None) -> d
             f"model.start={cfg.start!r}, model.mlp_ratio={cfg.mlp_ratio}: "
             "neither published code has one of them"
         )
+    if (cfg.rope_frequencies, cfg.key_positions) != ("released", "next"):
+        raise ValueError(
+            f"model.rope_frequencies={cfg.rope_frequencies!r}, model.key_positions="
+            f"{cfg.key_positions!r}: the published code has 'released' and 'next' alone"
+        )
     rope = cfg.positions == "rope"
     options: dict[str, Any] = dict(
         img_size=int(image.get("pixels", cfg.side * patch)),

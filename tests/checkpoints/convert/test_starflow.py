@@ -396,6 +396,10 @@ def test_flows_without_public_options_are_refused():
     prefix = flow.FlowConfig(4, 4, 64, (1, 1), start="prefix", text_channels=8, text_length=4)
     with pytest.raises(ValueError, match="start='prefix'"):
         starflow_options.public_options(prefix)
+    for changes in ({"rope_frequencies": "grid"}, {"key_positions": "own"}):
+        other_positions = flow.FlowConfig(4, 4, 64, (1, 1), **changes)
+        with pytest.raises(ValueError, match="the published code has 'released' and 'next' alone"):
+            starflow_options.public_options(other_positions)
     classes = flow.FlowConfig(4, 4, 64, (1, 1), classes=3)
     with pytest.raises(ValueError, match="TarFlow's options cannot express this flow"):
         starflow_options.public_options(classes)
