@@ -5,7 +5,7 @@ adapter and skips are off (arXiv 2605.08029). Variants:
     tiny   8x8x16 latents of 64-pixel shapes, the VLM of experiments/vlm_tiny.py. CPU.
     small  256-pixel images, Qwen2.5-VL-3B, a flow of 0.2 B. A few accelerators.
     paper  256-pixel images, Qwen2.5-VL-7B, 3.637 B trained parameters. Many accelerators.
-Data: tiny uses the output of launch/data_tiny.sh and encodes it during training. The others need
+Data: tiny uses the output of launch/data_tiny.sh, images and latents. The others need
 prepare import of images with captions, then prepare latents, and --config.vlm.path=FOLDER of the
 published VLM.
 """
@@ -30,6 +30,10 @@ def get_config(variant: str = "tiny"):
 def _tiny(cfg):
     cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
     cfg.data.path, cfg.eval_data.path = "data_cache/t2i64", "data_cache/t2i64_test"
+    cfg.data.latents, cfg.eval_data.latents = (
+        "data_cache/t2i64_latents",
+        "data_cache/t2i64_test_latents",
+    )
     cfg.data.packing = "mixture"
     cfg.text.length, cfg.text.images = 176, 2
     cfg.text.vlm_positions = 48  # two prompts of at most 21 positions each

@@ -6,7 +6,7 @@ Variants, as in stage1_t2i.py, with their trained parameters:
     tiny   18.7 K
     small  4.26 M
     paper  12.97 M
-Data: tiny uses the output of launch/data_tiny.sh and encodes it during training. The others need
+Data: tiny uses the output of launch/data_tiny.sh, images and latents. The others need
 prepare import of images with captions, questions and answers, then prepare latents.
 --config.init.from=WORKDIR of stage 1; --config.vlm.path as in stage 1.
 """
@@ -33,6 +33,10 @@ def get_config(variant: str = "tiny"):
 def _tiny(cfg):
     cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
     cfg.data.path, cfg.eval_data.path = "data_cache/i2t64", "data_cache/i2t64_test"
+    cfg.data.latents, cfg.eval_data.latents = (
+        "data_cache/i2t64_latents",
+        "data_cache/i2t64_test_latents",
+    )
     cfg.data.packing = "mixture"
     cfg.text.length, cfg.text.images = 256, 2
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 100, 0.99

@@ -7,7 +7,7 @@ Variants, as in stage1_t2i.py, with their trained parameters:
     tiny   2.25 M
     small  0.21 B
     paper  3.661 B
-Data: tiny uses the output of launch/data_tiny.sh and encodes it during training. The others need
+Data: tiny uses the output of launch/data_tiny.sh, images and latents. The others need
 prepare import of each part of the mixture, then prepare latents.
 --config.init.from=WORKDIR of stage 2; --config.vlm.path as in stage 1.
 """
@@ -43,8 +43,9 @@ def _mixture(suffix, latents=False, **weights):
 
 def _tiny(cfg):
     cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
-    cfg.data.mixture = _mixture("64", t2i=0.4, i2t=0.25, edit=0.15, reasoning=0.15, text=0.05)
-    cfg.eval_data.mixture = _mixture("64_test", t2i=1.0, i2t=1.0, edit=1.0, reasoning=1.0, text=1.0)
+    shares = {"t2i": 0.4, "i2t": 0.25, "edit": 0.15, "reasoning": 0.15, "text": 0.05}
+    cfg.data.mixture = _mixture("64", latents=True, **shares)
+    cfg.eval_data.mixture = _mixture("64_test", latents=True, **dict.fromkeys(shares, 1.0))
     cfg.data.packing = "mixture"
     cfg.text.length, cfg.text.images = 256, 3
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 300, 0.99

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Draws the shapes datasets on which the `tiny` stages of STARFlow2 are trained and evaluated.
+# Draws the shapes datasets on which the `tiny` stages of STARFlow2 are trained and evaluated, and
+# encodes their images.
 #
 #   bash launch/data_tiny.sh [DIVISOR]
 #
-# Writes data_cache/NAME64 and data_cache/NAME64_test in the working directory, where
-# experiments/stage*.py:tiny expect them. Complete folders are not changed. DIVISOR divides the number
-# of training records. One core makes about 500 records a second.
+# Writes data_cache/NAME64, data_cache/NAME64_test and their latents, data_cache/..._latents, in the
+# working directory, where experiments/stage*.py:tiny expect them. Complete folders are not changed;
+# latents of another codec or of other images are replaced. DIVISOR divides the number of training
+# records. One core makes about 500 records a second, and as many latents.
 #
 # PYTHON  an interpreter with the package installed (default: python)
+# FAE     the codec (default: pretrained/fae_tiny); empty: no latents
 set -euo pipefail
 
 divisor=${1:-1}
@@ -21,7 +24,11 @@ esac
 # --withheld leave_out keeps an eighth of the (color, shape) pairs and combinations out of them.
 shared_flags=(--format shapes --pixels 64 --withheld leave_out)
 lines=
+latents=
 while read -r name tasks n seed test_tasks test_n test_seed; do
+  for folder in "data_cache/${name}64" "data_cache/${name}64_test"; do
+    latents=$latents"--data $folder --out ${folder}_latents --overwrite"$'\n'
+  done
   lines=$lines"--out data_cache/${name}64 --tasks $tasks --n $((n / divisor)) --seed $seed"$'\n'
   lines=$lines"--out data_cache/${name}64_test --tasks $test_tasks --n $test_n --seed $test_seed"$'\n'
 done << 'END'
@@ -35,3 +42,7 @@ END
 mkdir -p data_cache
 # Two at a time, since each process uses one core.
 printf '%s' "$lines" | xargs -P 2 -L 1 "${PYTHON:-python}" -m starflow2_jax.prepare import "${shared_flags[@]}"
+
+fae=${FAE-pretrained/fae_tiny}
+[ -n "$fae" ] || exit 0
+printf '%s' "$latents" | xargs -P 2 -L 1 "${PYTHON:-python}" -m starflow2_jax.prepare latents --fae "$fae"

@@ -278,18 +278,26 @@ def index(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def latents(values: flags.FlagValues) -> dict[str, Any]:
-    """Encode images with a trained codec. The same command resumes an interrupted one."""
+    """Encode images with a trained codec. The same command resumes an interrupted one.
+
+    With --overwrite, latents of another codec or dataset are replaced; those of this one are kept.
+    """
     from starflow2_jax.latents import codec, write, write_beam
 
     out, data, fae = (_required(values, name) for name in ("out", "data", "fae"))
-    if values.overwrite:
-        raise DatasetError("--overwrite: latents are never overwritten; choose another --out")
+    if values.overwrite and (values.beam or values.shard != "0/1"):
+        raise DatasetError(
+            "--overwrite: not with --beam or --shard, where other jobs write as well"
+        )
     if values.beam:
         options = values.beam_option
         counts = write_beam.write(out, data, codec.open_encoder, fae, options=options)
     else:
         shard = write.parse_shard(values.shard)
-        counts = write.write(out, data, *codec.open_encoder(fae), shard=shard)
+        encode, encoder = codec.open_encoder(fae)
+        if values.overwrite and write.remove_stale(out, data, encoder):
+            print(f"removed {out}: latents of another codec or dataset")
+        counts = write.write(out, data, encode, encoder, shard=shard)
     return {"out": out, **counts}
 
 

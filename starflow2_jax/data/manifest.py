@@ -114,8 +114,9 @@ def load(path: str | os.PathLike[str], kind: Literal["records", "arrays"] = "rec
     file = folder / FILE_NAME
     if not file.exists():
         problem = "has no dataset.json" if folder.exists() else "does not exist"
+        maker = "import" if kind == "records" else "latents` or `prepare features"
         raise DatasetError(
-            f"{folder} {problem}; expected a dataset folder made by `prepare import`"
+            f"{folder} {problem}; expected a dataset folder made by `prepare {maker}`"
         )
     try:
         manifest = msgspec.json.decode(file.read_bytes(), type=Manifest)

@@ -10,6 +10,7 @@ shards complete writes the manifest. The result is a parallel dataset (`data/arr
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -132,6 +133,33 @@ def finish(folder: pathlib.Path, parent: Manifest, encoder: Mapping[str, Any]) -
     _write_atomically(folder / manifest_lib.FILE_NAME, manifest_lib.encode(manifest))
     _clear(folder)
     return 0
+
+
+def remove_stale(
+    out: str | os.PathLike[str], data: str | os.PathLike[str], encoder: Mapping[str, Any]
+) -> bool:
+    """Remove a folder of latents of another encoder or dataset, finished or not.
+
+    Latents of this encoder and dataset stay, and so does a folder of anything else than latents.
+
+    Returns:
+        Whether the folder was removed.
+    """
+    folder = pathlib.Path(os.path.abspath(out))
+    if (folder / JOB_FILE).exists():
+        features = msgspec.json.decode((folder / JOB_FILE).read_bytes())
+    elif (folder / manifest_lib.FILE_NAME).exists():
+        features = manifest_lib.load(folder, kind="arrays").features or {}
+    else:
+        return False
+    if "fae" not in features:
+        return False
+    try:
+        _check_same(folder, features, records.read(data).manifest, encoder)
+    except DatasetError:
+        shutil.rmtree(folder)
+        return True
+    return False
 
 
 def check_encoder(features: Mapping[str, Any] | None, sha256: str, name: str) -> None:

@@ -44,6 +44,23 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in pathlib.Path(folder).iterdir()}
 
 
+def test_latents_of_another_codec_or_dataset_are_removed_and_no_others(parts, complete, tmp_path):
+    encode, encoder = codec.open_encoder(parts[0])
+    assert not write.remove_stale(tmp_path / "none", parts[1], encoder)
+    before = contents(complete)
+    assert not write.remove_stale(complete, parts[1], encoder) and contents(complete) == before
+    other = {**encoder, "sha256": "0" * 64}
+    for job in ((0, 1), (0, 2)):  # finished, and with shards missing
+        write.write(tmp_path / "out", parts[1], encode, encoder, shard=job)
+        assert not write.remove_stale(tmp_path / "out", parts[1], encoder)
+        assert write.remove_stale(tmp_path / "out", parts[1], other)
+        assert not (tmp_path / "out").exists()
+    # A dataset of records, and its folder of other arrays, are never removed.
+    with pytest.raises(DatasetError, match="expected one of arrays"):
+        write.remove_stale(parts[1], parts[1], other)
+    assert records.read(parts[1])
+
+
 @pytest.mark.fast
 def test_offline_equals_online_bit_for_bit(parts, complete):
     """The rows and the size of the online batch do not matter."""

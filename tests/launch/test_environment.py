@@ -136,7 +136,9 @@ def folders_of(variant="tiny"):
     for name in ("stage1_t2i", "stage2_i2t", "stage3_joint"):
         cfg = runpy.run_path(str(ROOT / "experiments" / f"{name}.py"))["get_config"](variant)
         for group in (cfg.data, cfg.eval_data):
-            folders |= {group.path} - {""} | {entry["path"] for entry in group.mixture}
+            entries = group.mixture or (group,)
+            folders |= {entry["path"] for entry in entries}
+            folders |= {entry["latents"] for entry in entries}
     return folders
 
 
@@ -151,9 +153,17 @@ def test_the_tiny_data_are_those_that_the_stages_name(tmp_path):
         calls = [line.split() for line in log.read_text().splitlines()]
         log.unlink()
         flags = [dict(zip(call[4::2], call[5::2])) for call in calls]
-        assert all(call[1:4] == ["-m", "starflow2_jax.prepare", "import"] for call in calls)
-        counts[len(words)] = {flag["--out"]: flag for flag in flags}
-    assert set(counts[0]) == folders_of()
+        assert [call[1:4] for call in calls] == [
+            ["-m", "starflow2_jax.prepare", verb]
+            for verb in ("import", "latents")
+            for _ in range(10)
+        ]
+        encoded = {flag["--out"]: flag["--data"] for flag in flags[10:]}
+        assert all(name == f"{data}_latents" for name, data in encoded.items())
+        assert all(flag["--fae"] == "pretrained/fae_tiny" for flag in flags[10:])
+        counts[len(words)] = {flag["--out"]: flag for flag in flags[:10]}
+        assert set(encoded.values()) == set(counts[len(words)])
+        assert {*counts[len(words)], *encoded} == folders_of()
     for name, flag in counts[0].items():
         # Never the same pictures to learn from and to be measured with.
         share = 1 if name.endswith("_test") else 4
@@ -239,7 +249,7 @@ def test_the_demo_runs_its_parts_in_order(demo):
     assert {call.split()[0] for call in calls} == {str(demo.folder)}
     words = [call.split()[2:] for call in calls]
     assert [call[0].removeprefix("starflow2_jax.") for call in words] == [
-        *["prepare"] * 10, *["train"] * 3, *["evaluate"] * 2,
+        *["prepare"] * 20, *["train"] * 3, *["evaluate"] * 2,
     ]  # fmt: skip
     trained = [(Path(call[2]).name, call[4]) for call in words if call[0].endswith("train")]
     assert trained == [
@@ -256,7 +266,7 @@ def test_the_demo_runs_its_parts_in_order(demo):
 
 def test_the_demo_stops_where_training_did_and_takes_no_words(demo):
     done, calls = demo(unfinished=1)
-    assert done.returncode == 1 and len(calls) == 11
+    assert done.returncode == 1 and len(calls) == 21
     assert "training was stopped before its end; the same command resumes it" in done.stderr
     done, calls = demo("--fast")
     assert done.returncode == 1 and "takes no arguments; got --fast" in done.stderr and not calls
