@@ -63,6 +63,7 @@ def _large(cfg):
     shares = {"t2i": 0.5, "i2t": 0.25, "edit": 0.15, "reasoning": 0.1}
     cfg.data.mixture = _mixture("", latents=True, **shares)
     cfg.eval_data.mixture = _mixture("_test", latents=True, **shares)
+    cfg.data.packing = "mixture"
     cfg.text.length, cfg.text.images, cfg.text.max_targets = 2048, 6, 1024
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 5e-5, 1e-6, 1000
     cfg.train.ema, cfg.log.every = 0.9999, 100

@@ -7,7 +7,7 @@ rows of a block are shuffled. C is `BLOCK_RECORDS`.
 
 A block is a pure function of the datasets, weights, row size, seed and b, so the rows are the same
 for any number of hosts and a run resumes at any row. The number of rows differs between blocks:
-to find a row, all blocks before it are packed once, about 5 s per million records, and only their
+to find a row, all blocks before it are packed once, about 2 s per million records, and only their
 numbers of rows are kept. The memory is 4 bytes per record of the datasets, for the order of the
 current epoch, besides the sizes of the records.
 """
