@@ -83,7 +83,7 @@ _DATA = {
     "skip_bad": _count(0, "records that may fail to decode before the run stops"),
 }
 
-TASKS = ("flow", "fae_features", "fae_pixels", "vlm", "starflow2")
+TASKS = ("flow", "fae_features", "fae_pixels", "fae_end_to_end", "vlm", "starflow2")
 
 KEYS: dict[str, Key] = {
     "task": _choice("flow", "kind of training: a flow, a codec module, a VLM, STARFlow2", *TASKS),
@@ -141,6 +141,7 @@ KEYS: dict[str, Key] = {
     "teacher.path": _text(
         "", "its published folder, or pretrained/NAME; empty: a tiny tower, random from the seed"
     ),
+    "teacher.tower": Key({}, "sizes of a new tower if teacher.path is empty; empty: a tiny one"),
     "teacher.pixels": _positive(64, "side of the images that the tower sees"),
     "fae.path": _text(
         "", "workdir or model folder of the codec that encodes a flow's images and decodes samples"
@@ -202,7 +203,9 @@ KEYS: dict[str, Key] = {
     "distributed.heartbeat": _positive(20, "seconds of silence until a process counts as lost"),
     "distributed.shutdown": _positive(30, "seconds to wait for the others at the end"),
     "init.from": _text("", "workdir or model folder whose weights start this run"),
-    "init.fae": _text("", "workdir or model folder of the codec whose pixel decoder is trained"),
+    "init.fae": _text(
+        "", "workdir or model folder of the codec that a codec's training starts from"
+    ),
     "init.ema": _flag(True, "start from its averaged weights"),
 }
 

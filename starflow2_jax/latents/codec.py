@@ -20,6 +20,7 @@ from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.models import qwen_vision
 from starflow2_jax.models.fae import codec as fae, dinov2, teacher as teachers
 from starflow2_jax.models.fae.config import (
+    declare_end_to_end_training,
     declare_features_training,
     declare_pixels_training,
     model_config,
@@ -32,7 +33,10 @@ from starflow2_jax.params import flatten
 BATCH = 8
 # The subtrees that latents depend on.
 ENCODER = ("encoder", "latent", "teacher")
-TASKS = ("fae_features", "fae_pixels")
+DECODERS = ("feature_decoder", "pixel_decoder")
+TASKS = ("fae_features", "fae_pixels", "fae_end_to_end")
+# Fields of `FAEConfig` that the digests of older codecs lack; their defaults enter no digest.
+LATER_FIELDS = ("pixel_split",)
 
 
 @dataclass(frozen=True)
@@ -65,27 +69,38 @@ def load(path: str) -> Codec:
         if saved.task == "fae_features":
             del declared["pixel_decoder"]
         return from_params(cfg, model, teacher, saved.read_params(declared))
-    if saved.task == "fae_pixels":
-        features_codec = load(cfg["init"]["fae"])
-        if features_codec.sha256 != frozen["fae"]:
+    if cfg["init"]["fae"]:
+        start = load(cfg["init"]["fae"])
+        if start.sha256 != frozen["fae"]:
             raise ValueError(
                 f"{path}: the codec in {cfg['init']['fae']} is not the one that its training "
-                f"started from: sha256 {features_codec.sha256}, expected {frozen['fae']}"
+                f"started from: sha256 {start.sha256}, expected {frozen['fae']}"
             )
-        teacher = features_codec.teacher
-        trained = saved.read_params(declare_pixels_training(cfg, model))
-        params = {**features_codec.params, "pixel_decoder": trained["pixel_decoder"]}
-        return from_params(cfg, model, teacher, params)
+        trained = saved.read_params(_declare_training(saved.task, cfg, model, start.teacher))
+        parts = {name: trained[name] for name in (*ENCODER, *DECODERS) if name in trained}
+        return from_params(cfg, model, start.teacher, {**start.params, **parts})
     teacher = teacher_weights.teacher_config(cfg, model)
+    trained = saved.read_params(_declare_training(saved.task, cfg, model, teacher))
+    if "teacher" in trained:
+        return from_params(cfg, model, teacher, trained)
     folder = cfg["teacher"]["path"]
     if folder and (digest := teacher_weights.identity(folder)) != frozen["teacher"]:
         raise ValueError(
             f"{path}: the tower in {folder} is not the one that it was trained with: sha256 "
             f"{digest}, expected {frozen['teacher']}"
         )
-    trained = saved.read_params(declare_features_training(model))
-    params = {**trained, "teacher": teacher_weights.load(cfg, teacher)}
-    return from_params(cfg, model, teacher, params)
+    return from_params(
+        cfg, model, teacher, {**trained, "teacher": teacher_weights.load(cfg, teacher)}
+    )
+
+
+def _declare_training(task: str, cfg: Any, model: fae.FAEConfig, teacher: Teacher) -> Any:
+    """Declare the subtrees in the checkpoints of a codec's training."""
+    if task == "fae_features":
+        return declare_features_training(model)
+    if task == "fae_pixels":
+        return declare_pixels_training(cfg, model)
+    return declare_end_to_end_training(cfg, model, teacher)
 
 
 def export(codec: Codec, path: str, *, overwrite: bool = False) -> None:
@@ -170,8 +185,12 @@ def _digest_text(model: fae.FAEConfig, teacher: Teacher) -> str:
     """
 
     def fields(value: Any) -> str:
-        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return ", ".join(f"{name}={value!r}" for name, value in pairs)
+        pairs = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return ", ".join(
+            f"{field.name}={value!r}"
+            for field, value in pairs
+            if field.name not in LATER_FIELDS or value != field.default
+        )
 
     tower_class = {"dinov2": "Config", "qwen": "VisionConfig"}[teacher.kind]
     tower = f"{tower_class}({fields(teacher.tower)})"

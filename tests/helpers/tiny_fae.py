@@ -70,6 +70,22 @@ def pixel_experiment(**changes):
     return experiment(**{**base, **changes})
 
 
+TOWER = {
+    "depth": 1, "width": 16, "heads": 2, "mlp_width": 16, "out_width": 16, "full_layers": (0,),
+    "patch": 8, "merge": 1, "window": 16,
+}  # fmt: skip
+
+
+def end_to_end_experiment(**changes):
+    """Return a configuration of the training of the whole codec, with a tower of its own."""
+    base = {
+        "task": "fae_end_to_end", "teacher.kind": "qwen", "teacher.tower": TOWER,
+        "train.trainable": ("teacher", "encoder", "feature_decoder", "pixel_decoder", "latent"),
+        "model.feature_width": 16, "fae.l1": 1.0, "train.ema": 0.9, "image.flip": False,
+    }  # fmt: skip
+    return experiment(**{**base, **changes})
+
+
 def run_config(data, kind=experiment, **changes):
     """Return the configuration of a short run of `kind` on a dataset."""
     base = {

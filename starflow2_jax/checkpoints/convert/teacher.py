@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from starflow2_jax import params
+from starflow2_jax import config, params
 from starflow2_jax.checkpoints.convert import dinov2, qwen, qwen_options
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, locate, read_config
 from starflow2_jax.models.fae import teacher as teachers
@@ -21,6 +21,8 @@ def teacher_config(cfg: Mapping[str, Any], model: FAEConfig) -> Teacher:
     kind, path = group["kind"], group["path"]
     if not path:
         tower = teachers.RANDOM_INIT_TOWERS[kind]
+        if group.get("tower"):
+            tower = config.build(type(tower), group["tower"], "teacher.tower")
     elif kind == "dinov2":
         tower = dinov2.read_options(read_config(locate(path)))
     else:

@@ -1,16 +1,17 @@
-"""The latent codec of a configuration, and the declared parameters of its two training tasks.
+"""The latent codec of a configuration, and the declared parameters of its training tasks.
 
 `fae_features` trains the encoder and the feature decoder; `fae_pixels` trains the pixel decoder
-against a discriminator.
+against a discriminator; `fae_end_to_end` trains all of them together on pixels.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from starflow2_jax import config
-from starflow2_jax.models.fae import codec, discriminator
+from starflow2_jax.models.fae import codec, discriminator, teacher as teachers
 from starflow2_jax.models.fae.codec import FAEConfig
 from starflow2_jax.models.fae.discriminator import DiscriminatorConfig
+from starflow2_jax.models.fae.teacher import Teacher
 from starflow2_jax.params import ParamSpec, zeros
 
 
@@ -52,3 +53,16 @@ def declare_pixels_training(cfg: Mapping[str, Any], model: FAEConfig) -> dict[st
         "discriminator": discriminator.declare(discriminator_config(cfg, model)),
         "lecam": {"real": scalar, "fake": scalar},
     }
+
+
+def declare_end_to_end_training(
+    cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher
+) -> dict[str, Any]:
+    """Declare the subtrees in the state of a `fae_end_to_end` training.
+
+    They are those of the codec, and the tower `teacher` if `train.trainable` names it.
+    """
+    tree = codec.declare(model)
+    if "teacher" in cfg["train"]["trainable"]:
+        tree["teacher"] = teachers.declare(teacher)
+    return tree

@@ -1,4 +1,4 @@
-"""The two training objectives of the latent codec FAE (see `models/fae`).
+"""The training objectives of the latent codec FAE (see `models/fae`).
 
 Shapes: B rows, T patches, C feature channels, D latent channels, H x W pixels.
 """
@@ -16,6 +16,7 @@ from starflow2_jax.checkpoints.convert import lpips
 from starflow2_jax.models.fae import codec, discriminator, losses, perceptual, teacher as teachers
 from starflow2_jax.models.fae.codec import FAEConfig
 from starflow2_jax.models.fae.config import (
+    declare_end_to_end_training,
     declare_features_training,
     declare_pixels_training,
     discriminator_config,
@@ -42,6 +43,9 @@ class Objective:
     track: Callable  # (state's subtrees, observed, summed metrics, step) -> the tracked subtrees
     finalize_metrics: Callable  # summed metrics -> readable ones
     reconstruct: Callable | None = None  # (params, inputs) -> images [B, H, W, 3] in [-1, 1]
+    # Whether the loss reads the tracked subtrees. If not, only averaged weights, which evaluations
+    # and encoders read, are observed, and the raw ones get the same statistics.
+    uses_statistics: bool = True
     # Step from which a group is trained; 0 by default
     first_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -186,12 +190,96 @@ def pixels(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Object
     )
 
 
+def end_to_end(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Objective:
+    """Return the objective of encoder and decoders together: pixels through latent noise.
+
+    The noise has standard deviation `fae.latent_noise` sqrt(u), u ~ U[0, 1], so that its mean
+    variance is half the square of the option, on latents of zero mean and unit variance over the
+    microbatch. These statistics have a gradient; otherwise larger latents would drown the noise.
+    `train.trainable` chooses whether the tower is trained.
+    """
+    options = cfg["fae"]
+    weights = PixelWeights(l1=options["l1"], l2=options["l2"], perceptual=0.0, gan=0.0)
+    declared = {
+        **declare_end_to_end_training(cfg, model, teacher),
+        "teacher": teachers.declare(teacher),
+    }
+    trained = ["encoder", "feature_decoder", "pixel_decoder"]
+    if train_tower := "teacher" in cfg["train"]["trainable"]:
+        trained.append("teacher")
+
+    def prepare(params, batch, keys, training):
+        image = preprocess.images(batch, keys, training and cfg["image"]["flip"])
+        if train_tower:
+            return {"image": image}
+        return {"image": image, "features": teachers.features(params["teacher"], image, teacher)}
+
+    def tower_features(params, inputs):
+        if train_tower:
+            return teachers.features(params["teacher"], inputs["image"], teacher)
+        return inputs["features"]
+
+    def loss(params, inputs, keys, step):
+        posterior_keys, noise_keys, sigma_keys = preprocess.split_keys(keys, 3)
+        mean, log_variance = codec.posterior(params, tower_features(params, inputs), model)
+        if step is None:
+            normalized, latents = params, codec.normalize(params, mean)
+        else:
+            normalized = {**params, "latent": batch_statistics(mean)}
+            latents = codec.sample(posterior_keys, mean, log_variance)
+            latents = codec.normalize(normalized, latents)
+            sigma = options["latent_noise"] * jnp.sqrt(jax.vmap(jax.random.uniform)(sigma_keys))
+            latents = losses.add_noise(noise_keys, latents, sigma)
+        row_losses, decoded, sums = losses.pixel_loss(
+            params,
+            codec.decode_features(normalized, latents, model),
+            inputs["image"],
+            keys,
+            model,
+            weights,
+            sigma=0.0,
+        )
+        square = losses.mean_square(jnp.clip(decoded, -1, 1), inputs["image"])
+        sums["psnr"] = 10 * jnp.log10(4 / jnp.maximum(square, 1e-10))
+        sums["kl"] = losses.kl(mean, log_variance)
+        return row_losses + options["beta"] * sums["kl"], sums
+
+    def observe(params, inputs):
+        return codec.moments(*codec.posterior(params, tower_features(params, inputs), model))
+
+    def track(subtrees, observed, sums, step):
+        del sums
+        return {"latent": track_latent(subtrees["latent"], observed, options, step)}
+
+    def reconstruct(params, inputs):
+        latents = codec.encode(params, tower_features(params, inputs), model)[0]
+        return codec.decode_pixels(params, codec.decode_features(params, latents, model), model)
+
+    return Objective(
+        declared=declared,
+        groups={"codec": tuple(trained)},
+        tracked=("latent",),
+        prepare=prepare,
+        loss=loss,
+        observe=observe,
+        track=track,
+        finalize_metrics=finalize_pixel_metrics,
+        reconstruct=reconstruct,
+        uses_statistics=False,
+    )
+
+
+def batch_statistics(mean: jax.Array) -> dict[str, jax.Array]:
+    """Return `mean` and `std` [D] of every channel of latents [B, T, D]."""
+    return {"mean": mean.mean((0, 1)), "std": jnp.sqrt(mean.var((0, 1)) + 1e-8)}
+
+
 def finalize_pixel_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
     """Return `psnr` in dB and every unweighted term of the losses, as means over rows."""
     terms = [
         name
         for name in sums
-        if name in ("l1", "l2", "perceptual", "gan") or name.startswith("discriminator_")
+        if name in ("l1", "l2", "perceptual", "gan", "kl") or name.startswith("discriminator_")
     ]
     return {name: sums[name] / sums["count"] for name in ("psnr", *terms)}
 

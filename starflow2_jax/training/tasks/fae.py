@@ -1,4 +1,4 @@
-"""The two tasks that train the latent codec: first its features, then its pixels."""
+"""The tasks that train the latent codec: its features, then its pixels, or both end to end."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -49,8 +49,30 @@ def make_pixels_task(cfg: Mapping[str, Any], codec: Codec | None = None) -> Task
     return _make_task(cfg, model, objective, teacher, codec)
 
 
+def make_end_to_end_task(cfg: Mapping[str, Any], codec: Codec | None = None) -> Task:
+    """Return the task that trains encoder and decoders together on pixels through latent noise.
+
+    Training starts from the codec or, without one, from the seed. The tower is trained as well if
+    `train.trainable` names `teacher`.
+    """
+    model = model_config(cfg)
+    teacher = codec.teacher if codec else teacher_weights.teacher_config(cfg, model)
+    objective = fae.end_to_end(cfg, model, teacher)
+    loaded: tuple[str, ...] = ()
+    if codec:
+        _check_codec(objective.declared, codec)
+        state_subtrees = objective.trained + objective.tracked
+        loaded = tuple(name for name in state_subtrees if name in codec.params)
+    return _make_task(cfg, model, objective, teacher, codec, loaded)
+
+
 def _make_task(
-    cfg: Mapping[str, Any], model: Any, objective: Objective, teacher: Any, codec: Codec | None
+    cfg: Mapping[str, Any],
+    model: Any,
+    objective: Objective,
+    teacher: Any,
+    codec: Codec | None,
+    loaded: tuple[str, ...] = (),
 ) -> Task:
     settings = run_config(cfg)
     rows = settings.train.batch_size
@@ -67,10 +89,10 @@ def _make_task(
         row_losses, sums = objective.loss(
             {**context.frozen, **params}, inputs, loss_keys, context.state.step
         )
-        observed = {
-            "params": objective.observe(jax.lax.stop_gradient(params), inputs),
-            "ema": objective.observe(context.state.ema, inputs),
-        }
+        observed = {"ema": objective.observe({**context.frozen, **context.state.ema}, inputs)}
+        observed["params"] = observed["ema"]
+        if objective.uses_statistics:
+            observed["params"] = objective.observe(jax.lax.stop_gradient(params), inputs)
         return row_losses.sum() / rows, sums, observed
 
     def evaluate(params, batch, keys):
@@ -89,7 +111,14 @@ def _make_task(
         trainable=objective.trained,
         carried=objective.tracked,
         optimizer=optimizer.per_group(tx, objective.groups, objective.first_steps),
-        load_params=partial(_load_frozen, cfg, frozen_specs, teacher, codec),
+        load_params=partial(
+            _load_subtrees,
+            cfg,
+            {**frozen_specs, **{name: objective.declared[name] for name in loaded}},
+            teacher,
+            codec,
+        ),
+        loaded=loaded,
         frozen_identity=partial(_frozen_identity, cfg, "lpips" in frozen_specs, codec),
         load_start=lambda path: latent_codec.load(path).params,
         abstract_batch={
@@ -106,10 +135,10 @@ def _make_task(
     )
 
 
-def _load_frozen(
+def _load_subtrees(
     cfg: Mapping[str, Any], specs: Tree, teacher: Any, codec: Codec | None, device_mesh: Any
 ) -> dict[str, Tree]:
-    """Load the frozen subtrees from the codec and from files, and draw the others."""
+    """Load subtrees from the codec and from files, and draw the others."""
     shardings = param_shardings(specs, device_mesh, cfg["layout"])
     stored = codec.params if codec else {}
     loaded = {}

@@ -28,6 +28,9 @@ def make_task(cfg: Mapping[str, Any], *, null_text: Any = None, dry_run: bool = 
         if not path and not dry_run:
             raise ValueError("config: init.fae is needed if task='fae_pixels'")
         return fae.make_pixels_task(cfg, latent_codec.load(path) if path else None)
+    if kind(cfg) == "fae_end_to_end":
+        path = cfg["init"]["fae"]
+        return fae.make_end_to_end_task(cfg, latent_codec.load(path) if path else None)
     if kind(cfg) == "vlm":
         return vlm.make_task(cfg)
     if kind(cfg) == "starflow2":
@@ -47,7 +50,7 @@ def kind(cfg: Mapping[str, Any]) -> str:
 
 def declare_model(cfg: Mapping[str, Any]) -> Tree:
     """Declare the model of an experiment, without the parts that only its training needs."""
-    if kind(cfg) in ("fae_features", "fae_pixels"):
+    if kind(cfg) in latent_codec.TASKS:
         return codec.declare(model_config(cfg))
     if kind(cfg) == "vlm":
         return vlm.declare(vlm.model_config(cfg))
