@@ -56,17 +56,17 @@ def _tiny(cfg):
     cfg.teacher.tower = dataclasses.asdict(TOWER)
     cfg.train.trainable = ("teacher", "encoder", "feature_decoder", "pixel_decoder", "latent")
     cfg.data.mixture = (
-        {"path": "data_cache/procedural64", "weight": 0.3},
-        {"path": "data_cache/shapes64", "weight": 0.3},
+        {"path": "data_cache/procedural64", "weight": 0.2},
+        {"path": "data_cache/shapes64", "weight": 0.5},
         {"path": "data_cache/emoji64", "weight": 0.2},
-        {"path": "data_cache/cifar64", "weight": 0.2},
+        {"path": "data_cache/cifar64", "weight": 0.1},
     )
     cfg.eval_data.path = "data_cache/shapes64_test"
-    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 32, 6000, 0.998
+    cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 32, 2500, 0.995
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 1e-5, 100
     cfg.optim.muon_lr, cfg.optim.b2, cfg.optim.weight_decay = 1e-2, 0.99, 0.0
     cfg.fae.l1, cfg.fae.l2, cfg.fae.gan, cfg.fae.perceptual = 1.0, 1.0, 0.0, 0.0
-    cfg.fae.latent_noise, cfg.fae.beta, cfg.fae.statistics_decay = 0.35, 1e-7, 0.998
+    cfg.fae.latent_noise, cfg.fae.beta, cfg.fae.statistics_decay = 0.35, 1e-7, 0.995
     cfg.sample.every, cfg.sample.count = 500, 48
     cfg.evaluate.every, cfg.evaluate.rows = 500, 200
     cfg.checkpoint.every = 250
