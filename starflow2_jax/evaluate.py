@@ -31,7 +31,7 @@ from starflow2_jax.evaluation import (
 )
 from starflow2_jax.evaluation.report import run_report
 from starflow2_jax.evaluation.result_files import ResultFile
-from starflow2_jax.evaluation.shapes import cases, contact_sheets, report, suite
+from starflow2_jax.evaluation.shapes import cases, codec_ceiling, contact_sheets, report, suite
 from starflow2_jax.inference import load, options as inference_options, vlm
 from starflow2_jax.inference.flow_sampler import FlowModel, load_flow
 from starflow2_jax.inference.model import Model
@@ -45,7 +45,8 @@ from starflow2_jax.training.tasks import vlm as vlm_task
 VERBS = {
     "likelihood": "exact nats/dim, and bits/dim where they are defined (--model --data)",
     "understanding": "question answering of a VLM (--model --data --blind)",
-    "codec": "PSNR of a latent codec's images, and a probe of its latents (--model --data --fit)",
+    "codec": "PSNR of a latent codec's images, a probe of its latents, and the accuracy of the "
+    "shapes suite on reconstructed images (--model --data --fit --n)",
     "shapes": "the shapes suite for a STARFlow2 (--model --n or --data, --only)",
     "all": "shapes, with a page and contact sheets (--model --n or --data, --out FOLDER)",
     "report": "report.html of a run (--workdir)",
@@ -66,8 +67,8 @@ def define(values: flags.FlagValues) -> None:
          "folders, separated by commas (default: cases generated from the seed)")  # fmt: skip
     text("vlm", None, "folder of the VLM, if it is not where the run's configuration says")
     text("fae", None, "folder of the codec, if it is not where the run's configuration says")
-    integer("n", None, "shapes, all: cases of each tag, and half as many held-out ones (32; all "
-            "of --data)", 1)  # fmt: skip
+    integer("n", None, "shapes, all, codec: cases of each tag, and half as many held-out ones (32; "
+            "all of --data; codec: no cases)", 1)  # fmt: skip
     flags.DEFINE_list("only", [], f"shapes, all: some of {', '.join(suite.SECTIONS)}",
                       flag_values=values)  # fmt: skip
     real("guidance", None, "shapes, all: guidance weight of images; the run's by default", 0)
@@ -330,18 +331,24 @@ def evaluate_codec(values: flags.FlagValues) -> Output:
             codec, values.fit, values.data, rows=values.rows, resize=values.resize
         )
         probe = {"fit": _describe_data(values.fit), **probe}
+    ceiling = None
+    if values.n:
+        ceiling = codec_ceiling.measure(codec, values.n, sigma=values.sigma, seed=seed)
     result = {
         "model": {**file.model, "encoder": codec.sha256},
         "data": _describe_data(values.data),
         **metrics,
         "probe": probe,
+        "ceiling": ceiling,
         "protocol": codec_evaluation.protocol(codec, values.sigma, seed, values.resize),
     }
     result, written = file.write(result)
     if grid:
         image_grid.save_grid(grid, images, columns=12)
         written.append(f"written    {grid}")
-    return result, [*codec_evaluation.summary_lines(result), *written]
+    lines = codec_evaluation.summary_lines(result)
+    lines += codec_ceiling.summary_lines(ceiling) if ceiling else []
+    return result, [*lines, *written]
 
 
 def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output:
