@@ -2,10 +2,12 @@
 
 STARFlow2, stage 1: text to image. The flows are trained behind a frozen VLM that reads only text;
 adapter and skips are off (arXiv 2605.08029). Variants:
-    tiny   8x8x16 latents of 64-pixel shapes, the VLM of experiments/vlm_tiny.py. CPU.
-    small  256-pixel images, Qwen2.5-VL-3B, a flow of 0.2 B. A few accelerators.
-    paper  256-pixel images, Qwen2.5-VL-7B, 3.637 B trained parameters. Many accelerators.
-Data: tiny uses the output of launch/data_tiny.sh, images and latents. The others need
+    tiny     8x8x16 latents of 64-pixel shapes, the VLM of experiments/vlm_tiny.py. CPU.
+    shipped  the same model, trained for hours, also on emoji and photographs. CPU.
+    small    256-pixel images, Qwen2.5-VL-3B, a flow of 0.2 B. A few accelerators.
+    paper    256-pixel images, Qwen2.5-VL-7B, 3.637 B trained parameters. Many accelerators.
+The CPU variants train on edits and copies of shapes, too. Data: tiny uses the output of
+launch/data_tiny.sh, images and latents; shipped that of launch/data_wide.sh, too. The others need
 prepare import of images with captions, then prepare latents, and --config.vlm.path=FOLDER of the
 published VLM.
 """
@@ -18,31 +20,49 @@ def get_config(variant: str = "tiny"):
     """Return the configuration of a variant."""
     cfg = config.default()
     cfg.name, cfg.task = f"stage1_t2i_{variant}", "starflow2"
-    cfg.model.update(starflow2.options(starflow2.preset(variant)))
+    model = starflow2.preset("tiny" if variant == "shipped" else variant)
+    cfg.model.update(starflow2.options(model))
     cfg.train.trainable = ("shallow", "deep")
     cfg.noise.sigma, cfg.cfg_dropout.text = 0.3, 0.1
     cfg.noise.context_sigma = 0.0
     cfg.sample.every, cfg.sample.denoise = 0, False
-    {"tiny": _tiny, "small": _small, "paper": _paper}[variant](cfg)
+    {"tiny": _tiny, "shipped": _shipped, "small": _small, "paper": _paper}[variant](cfg)
     return cfg
+
+
+def _mixture(suffix, **weights):
+    """Return dataset folders of 64-pixel images with their latents and their weights."""
+    paths = {name: f"data_cache/{name}64{suffix}" for name in weights}
+    return tuple(
+        {"path": path, "weight": weights[name], "latents": f"{path}_latents"}
+        for name, path in paths.items()
+    )
 
 
 def _tiny(cfg):
     cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
-    cfg.data.path, cfg.eval_data.path = "data_cache/t2i64", "data_cache/t2i64_test"
-    cfg.data.latents, cfg.eval_data.latents = (
-        "data_cache/t2i64_latents",
-        "data_cache/t2i64_test_latents",
-    )
+    # Edits and copies from the start: a flow that has learned to draw without looking at a source
+    # learns to copy much later.
+    cfg.data.mixture = _mixture("", t2i=0.65, edit=0.3, copy=0.05)
+    cfg.eval_data.mixture = _mixture("_test", t2i=1.0, edit=1.0)
     cfg.data.packing = "mixture"
-    cfg.text.length, cfg.text.images = 176, 2
-    cfg.text.vlm_positions = 48  # two prompts of at most 21 positions each
+    # A row has room for an edit (153 positions) and a prompt with its image (84).
+    cfg.text.length, cfg.text.images = 256, 3
+    cfg.text.vlm_positions = 128
     cfg.train.batch_size, cfg.train.steps, cfg.train.ema = 16, 500, 0.99
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 1e-3, 1e-5, 50
     cfg.optim.muon_lr = 1e-2
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 250, 128, 16
     cfg.checkpoint.every = cfg.sample.every = 250
     cfg.sample.guidance, cfg.sample.denoise, cfg.sample.image_temperature = 1.0, True, 0.2
+
+
+def _shipped(cfg):
+    _tiny(cfg)
+    cfg.data.mixture = _mixture("", t2i=0.45, edit=0.3, copy=0.05, emoji_white=0.1, cifar=0.1)
+    cfg.eval_data.mixture = _mixture("_test", t2i=1.0, edit=1.0, emoji_white=1.0)
+    cfg.train.steps, cfg.train.ema, cfg.optim.warmup = 8000, 0.998, 200
+    cfg.evaluate.every = cfg.sample.every = 1000
 
 
 def _large(cfg):

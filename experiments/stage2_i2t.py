@@ -3,10 +3,10 @@
 STARFlow2, stage 2: image to text. The adapter learns to feed the output of the frozen shallow flow
 to the frozen VLM; the deep flow does not run (arXiv 2605.08029). It starts from stage 1.
 Variants, as in stage1_t2i.py, with their trained parameters:
-    tiny   18.7 K
-    small  4.26 M
-    paper  12.97 M
-Data: tiny uses the output of launch/data_tiny.sh, images and latents. The others need
+    tiny, shipped  18.7 K
+    small          4.26 M
+    paper          12.97 M
+Data: tiny and shipped use the output of launch/data_tiny.sh, images and latents. The others need
 prepare import of images with captions, questions and answers, then prepare latents.
 --config.init.from=WORKDIR of stage 1; --config.vlm.path as in stage 1.
 """
@@ -19,14 +19,15 @@ def get_config(variant: str = "tiny"):
     """Return the configuration of a variant."""
     cfg = config.default()
     cfg.name, cfg.task = f"stage2_i2t_{variant}", "starflow2"
-    cfg.model.update(starflow2.options(starflow2.preset(variant)))
+    model = starflow2.preset("tiny" if variant == "shipped" else variant)
+    cfg.model.update(starflow2.options(model))
     cfg.train.trainable = ("adapter",)
     # The noise of stages 1 and 3, whose latents the adapter reads.
     cfg.noise.sigma, cfg.cfg_dropout.text = 0.3, 0.0
     cfg.noise.context_sigma = 0.0
     cfg.init["from"] = "runs/stage1"
     cfg.sample.every, cfg.sample.denoise = 0, False
-    {"tiny": _tiny, "small": _small, "paper": _paper}[variant](cfg)
+    {"tiny": _tiny, "shipped": _shipped, "small": _small, "paper": _paper}[variant](cfg)
     return cfg
 
 
@@ -43,6 +44,12 @@ def _tiny(cfg):
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 2e-5, 50
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 50, 128, 16
     cfg.checkpoint.every = cfg.sample.every = 50
+
+
+def _shipped(cfg):
+    _tiny(cfg)
+    cfg.train.steps, cfg.optim.warmup = 800, 100
+    cfg.evaluate.every = cfg.checkpoint.every = cfg.sample.every = 200
 
 
 def _large(cfg):

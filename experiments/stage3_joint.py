@@ -4,11 +4,12 @@ STARFlow2, stage 3: everything but the VLM is trained jointly, the skips from ze
 2605.08029), on a mixture of generation, understanding, editing and interleaved reasoning. It starts
 from stage 2.
 Variants, as in stage1_t2i.py, with their trained parameters:
-    tiny   2.25 M
-    small  0.21 B
-    paper  3.661 B
-Data: tiny uses the output of launch/data_tiny.sh, images and latents. The others need
-prepare import of each part of the mixture, then prepare latents.
+    tiny, shipped  3.21 M
+    small          0.21 B
+    paper          3.661 B
+Data: tiny uses the output of launch/data_tiny.sh, images and latents; shipped that of
+launch/data_wide.sh, too. The others need prepare import of each part of the mixture, then prepare
+latents.
 --config.init.from=WORKDIR of stage 2; --config.vlm.path as in stage 1.
 """
 
@@ -20,13 +21,14 @@ def get_config(variant: str = "tiny"):
     """Return the configuration of a variant."""
     cfg = config.default()
     cfg.name, cfg.task = f"stage3_joint_{variant}", "starflow2"
-    cfg.model.update(starflow2.options(starflow2.preset(variant)))
+    model = starflow2.preset("tiny" if variant == "shipped" else variant)
+    cfg.model.update(starflow2.options(model))
     cfg.train.trainable = ("adapter", "shallow", "deep", "skip")
     cfg.noise.sigma, cfg.cfg_dropout.text = 0.3, 0.1
     cfg.noise.context_sigma = 0.0
     cfg.init["from"] = "runs/stage2"
     cfg.sample.every, cfg.sample.denoise = 0, False
-    {"tiny": _tiny, "small": _small, "paper": _paper}[variant](cfg)
+    {"tiny": _tiny, "shipped": _shipped, "small": _small, "paper": _paper}[variant](cfg)
     return cfg
 
 
@@ -43,7 +45,7 @@ def _mixture(suffix, latents=False, **weights):
 
 def _tiny(cfg):
     cfg.vlm.path, cfg.fae.path = "pretrained/vlm_tiny", "pretrained/fae_tiny"
-    shares = {"t2i": 0.4, "i2t": 0.25, "edit": 0.15, "reasoning": 0.15, "text": 0.05}
+    shares = {"t2i": 0.4, "i2t": 0.2, "edit": 0.15, "copy": 0.05, "reasoning": 0.15, "text": 0.05}
     cfg.data.mixture = _mixture("64", latents=True, **shares)
     cfg.eval_data.mixture = _mixture("64_test", latents=True, **dict.fromkeys(shares, 1.0))
     cfg.data.packing = "mixture"
@@ -54,6 +56,14 @@ def _tiny(cfg):
     cfg.evaluate.every, cfg.evaluate.rows, cfg.evaluate.batch_size = 150, 128, 16
     cfg.checkpoint.every = cfg.sample.every = 150
     cfg.sample.guidance, cfg.sample.denoise, cfg.sample.image_temperature = 1.0, True, 0.2
+
+
+def _shipped(cfg):
+    _tiny(cfg)
+    shares = {"t2i": 0.3, "i2t": 0.15, "edit": 0.2, "copy": 0.05, "reasoning": 0.15, "text": 0.05}
+    cfg.data.mixture = _mixture("64", latents=True, **shares, emoji_white=0.05, cifar=0.05)
+    cfg.train.steps, cfg.train.ema, cfg.optim.warmup = 16_000, 0.998, 200
+    cfg.evaluate.every = cfg.sample.every = 1000
 
 
 def _large(cfg):

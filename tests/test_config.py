@@ -22,7 +22,7 @@ from starflow2_jax.training.tasks import registry
 VARIANTS = ["tarflow_pixels:tiny", "tarflow_pixels:cifar", "tarflow_pixels:in64",
             "starflow_t2i:tiny", "starflow_t2i:3b"]  # fmt: skip
 STAGES = [f"{stage}:{size}" for stage in ("stage1_t2i", "stage2_i2t", "stage3_joint")
-          for size in ("tiny", "small", "paper")]  # fmt: skip
+          for size in ("tiny", "shipped", "small", "paper")]  # fmt: skip
 
 
 def experiment(name):

@@ -31,6 +31,8 @@ from starflow2_jax.params import ParamSpec, Tree, normal, zeros
 
 # The subtrees that every checkpoint contains, whether or not the stage trains them.
 SUBTREES = ("adapter", "shallow", "deep", "skip")
+# Positions of the presets' flows: with them a flow learns to copy soonest (docs/method.md).
+POSITIONS: dict[str, Any] = {"rope_frequencies": "grid", "key_positions": "own"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def flow_config(vlm_width: int, **sizes: Any) -> FlowConfig:
 
 
 def tiny(**changes: Any) -> PretzelConfig:
-    """Return a model for a CPU: 64-pixel images as 8x8x16 latents; 2.2 M + 0.9 M parameters."""
+    """Return a model for a CPU: 64-pixel images as 8x8x16 latents; 3.2 M + 0.9 M parameters."""
     vlm = QwenConfig(
         vocab=640,
         width=128,
@@ -143,14 +145,18 @@ def tiny(**changes: Any) -> PretzelConfig:
         vision_start_token=3,
         vision_end_token=4,
     )
-    flow_cfg = flow_config(vlm.width, side=8, channels=16, width=160, head_dim=32, layers=(1, 1, 5))
+    flow_cfg = flow_config(
+        vlm.width, side=8, channels=16, width=192, head_dim=32, layers=(1, 1, 5), **POSITIONS
+    )
     return dataclasses.replace(PretzelConfig(vlm, flow_cfg), **changes)
 
 
 def small(**changes: Any) -> PretzelConfig:
     """Return a model for a few accelerators: Qwen2.5-VL-3B and a flow of 0.2 B parameters."""
     vlm = qwen.qwen2_5_vl_3b(vision=None)
-    flow_cfg = flow_config(vlm.width, side=16, channels=32, width=1024, layers=(2, 2, 12))
+    flow_cfg = flow_config(
+        vlm.width, side=16, channels=32, width=1024, layers=(2, 2, 12), **POSITIONS
+    )
     return dataclasses.replace(PretzelConfig(vlm, flow_cfg), **changes)
 
 
@@ -162,7 +168,9 @@ def paper(**changes: Any) -> PretzelConfig:
     3,661,164,800.
     """
     vlm = qwen.qwen2_5_vl_7b(vision=None)
-    flow_cfg = flow_config(vlm.width, side=16, channels=32, width=3072, layers=(4, 4, 24))
+    flow_cfg = flow_config(
+        vlm.width, side=16, channels=32, width=3072, layers=(4, 4, 24), **POSITIONS
+    )
     return dataclasses.replace(PretzelConfig(vlm, flow_cfg), **changes)
 
 
