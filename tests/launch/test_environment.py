@@ -156,12 +156,12 @@ def test_the_tiny_data_are_those_that_the_stages_name(tmp_path):
         assert [call[1:4] for call in calls] == [
             ["-m", "starflow2_jax.prepare", verb]
             for verb in ("import", "latents")
-            for _ in range(10)
+            for _ in range(12)
         ]
-        encoded = {flag["--out"]: flag["--data"] for flag in flags[10:]}
+        encoded = {flag["--out"]: flag["--data"] for flag in flags[12:]}
         assert all(name == f"{data}_latents" for name, data in encoded.items())
-        assert all(flag["--fae"] == "pretrained/fae_tiny" for flag in flags[10:])
-        counts[len(words)] = {flag["--out"]: flag for flag in flags[:10]}
+        assert all(flag["--fae"] == "pretrained/fae_tiny" for flag in flags[12:])
+        counts[len(words)] = {flag["--out"]: flag for flag in flags[:12]}
         assert set(encoded.values()) == set(counts[len(words)])
         assert {*counts[len(words)], *encoded} == folders_of()
     for name, flag in counts[0].items():
@@ -249,7 +249,7 @@ def test_the_demo_runs_its_parts_in_order(demo):
     assert {call.split()[0] for call in calls} == {str(demo.folder)}
     words = [call.split()[2:] for call in calls]
     assert [call[0].removeprefix("starflow2_jax.") for call in words] == [
-        *["prepare"] * 20, *["train"] * 3, *["evaluate"] * 2,
+        *["prepare"] * 24, *["train"] * 3, *["evaluate"] * 2,
     ]  # fmt: skip
     trained = [(Path(call[2]).name, call[4]) for call in words if call[0].endswith("train")]
     assert trained == [
@@ -266,7 +266,7 @@ def test_the_demo_runs_its_parts_in_order(demo):
 
 def test_the_demo_stops_where_training_did_and_takes_no_words(demo):
     done, calls = demo(unfinished=1)
-    assert done.returncode == 1 and len(calls) == 21
+    assert done.returncode == 1 and len(calls) == 25
     assert "training was stopped before its end; the same command resumes it" in done.stderr
     done, calls = demo("--fast")
     assert done.returncode == 1 and "takes no arguments; got --fast" in done.stderr and not calls
