@@ -3,9 +3,10 @@
 STARFlow2, stage 2: image to text. The adapter learns to feed the output of the frozen shallow flow
 to the frozen VLM; the deep flow does not run (arXiv 2605.08029). It starts from stage 1.
 Variants, as in stage1_t2i.py, with their trained parameters:
-    tiny, shipped  18.7 K
-    small          4.26 M
-    paper          12.97 M
+    tiny     18.7 K
+    shipped  18.7 K
+    small    4.26 M
+    paper    12.97 M
 Data: tiny and shipped use the output of launch/data_tiny.sh, images and latents. The others need
 prepare import of images with captions, questions and answers, then prepare latents.
 --config.init.from=WORKDIR of stage 1; --config.vlm.path as in stage 1.

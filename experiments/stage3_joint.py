@@ -4,9 +4,10 @@ STARFlow2, stage 3: everything but the VLM is trained jointly, the skips from ze
 2605.08029), on a mixture of generation, understanding, editing and interleaved reasoning. It starts
 from stage 2.
 Variants, as in stage1_t2i.py, with their trained parameters:
-    tiny, shipped  3.21 M
-    small          0.21 B
-    paper          3.661 B
+    tiny     3.21 M
+    shipped  3.21 M
+    small    0.21 B
+    paper    3.661 B
 Data: tiny uses the output of launch/data_tiny.sh, images and latents; shipped that of
 launch/data_wide.sh, too. The others need prepare import of each part of the mixture, then prepare
 latents.
