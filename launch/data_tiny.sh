@@ -29,10 +29,10 @@ while read -r name tasks n seed test_tasks test_n test_seed flags; do
   for folder in "data_cache/${name}64" "data_cache/${name}64_test"; do
     latents=$latents"--data $folder --out ${folder}_latents --overwrite"$'\n'
   done
-  lines=$lines"--out data_cache/${name}64 --tasks $tasks --n $((n / divisor)) --seed $seed $flags"$'\n'
+  lines=$lines"--out data_cache/${name}64 --tasks $tasks --n $((n / divisor)) --seed $seed${flags:+ $flags}"$'\n'
   lines=$lines"--out data_cache/${name}64_test --tasks $test_tasks --n $test_n --seed $test_seed"$'\n'
 done << 'END'
-t2i        t2i                           80000   0  t2i       500   1  --tags=single_object,colors,two_object=2,counting=2,position=2,color_attr=2
+t2i        t2i                           80000   0  t2i       500   1  --tags single_object,colors,two_object=2,counting=2,position=2,color_attr=2
 i2t        quiz,dialog,caption,question  30000  20  question  500  21
 edit       edit                          40000  30  edit      300  31
 copy       copy                           8000  35  copy      100  36

@@ -234,6 +234,7 @@ ADDED = (
     "data.packing",
     "eval_data.packing",
     "noise.context_sigma",
+    "teacher.tower",
     "text.vlm_positions",
 )
 
