@@ -132,6 +132,7 @@ def define(values: flags.FlagValues) -> None:
     number("tower_merge", 2, "tokenizer: patches of the tower along one feature")
     number("image_tokens", 256, "index: positions of an image")
     number("row_images", 0, "index: images of a row, 0 for as many as fit", 0)
+    switch("clean_copies", False, "index: images with loss are read again (noise.context_sigma)")
     number("batch_size", 8, "features: images encoded at once")
     text("fae", None, "latents: workdir or model folder of the codec")
     text("shard", "0/1", "latents: i/n, this is job i of n jobs that share the shards")
@@ -265,7 +266,9 @@ def tokenizer(values: flags.FlagValues) -> dict[str, Any]:
 
 def index(values: flags.FlagValues) -> dict[str, Any]:
     """Write lengths and a packing plan next to the manifest, or read them if they exist."""
-    spec = packing.PackingSpec(values.row_length, values.image_tokens, values.row_images)
+    spec = packing.PackingSpec(
+        values.row_length, values.image_tokens, values.row_images, values.clean_copies
+    )
     data, tokenizer = (_required(values, name) for name in ("data", "tokenizer"))
     file, plan = packing.load_or_make_plan(data, tokenizer, spec, values["seed"].value)
     return {

@@ -3,7 +3,8 @@
 The layout is that of Qwen's chat template. A turn is `<|im_start|>role`, a newline, its content,
 `<|im_end|>` and a newline. An image is `<|vision_start|>`, one slot for each of its N patches, and
 `<|vision_end|>`. Parts without a role get no turn delimiters. `apply_chat_template` writes every
-delimiter, in training and in generation.
+delimiter, in training and in generation. An image that is a target and is followed by other parts
+may get a clean copy after it (`insert_copies`).
 """
 
 import functools
@@ -56,6 +57,8 @@ class MessagePart(NamedTuple):
     role: str
     content: str | tuple[int, ...] | int
     loss: bool = False
+    #: a clean copy of an image, which is only read; `loss` is then that of `<|vision_start|>` alone
+    is_copy: bool = False
 
 
 class TokenSequence(NamedTuple):
@@ -65,7 +68,9 @@ class TokenSequence(NamedTuple):
     image_index: np.ndarray  # int32 [T], the image of each slot; -1 for text
     patch_index: np.ndarray  # int32 [T], the patch of that image; -1 for text
     is_target: np.ndarray  # bool [T], true where the item is a training target
-    part_index: np.ndarray  # int32 [T], the part of each item, texts joined; -1 for delimiters
+    # int32 [T], the part of each item, texts joined; -1 for delimiters and copies
+    part_index: np.ndarray
+    is_copy: np.ndarray  # bool [T], true at the patches of clean copies
 
 
 def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
@@ -116,8 +121,13 @@ def _opening_ids(hf_tokenizer: Any, turn_start: str) -> tuple[int, ...]:
     return tuple(hf_tokenizer(opening, add_special_tokens=False)["input_ids"]) if opening else ()
 
 
-def message_parts(record: Record) -> tuple[list[MessagePart], list[int]]:
-    """Return the parts of a record, and the index in `record.imgs` of each image part."""
+def message_parts(
+    record: Record, clean_copies: bool = False
+) -> tuple[list[MessagePart], list[int]]:
+    """Return the parts of a record, and the index in `record.imgs` of each image number.
+
+    `clean_copies` applies `insert_copies`.
+    """
     parts, image_indices = [], []
     for segment in record.segs:
         if isinstance(segment, Text):
@@ -125,7 +135,35 @@ def message_parts(record: Record) -> tuple[list[MessagePart], list[int]]:
         else:
             parts.append(MessagePart(segment.role, len(image_indices), segment.loss))
             image_indices.append(segment.i)
-    return parts, image_indices
+    return insert_copies(parts)[0] if clean_copies else parts, image_indices
+
+
+def insert_copies(
+    parts: Sequence[MessagePart], last_image: MessagePart | None = None
+) -> tuple[list[MessagePart], MessagePart | None]:
+    """Insert a clean copy of every image with loss in front of what follows the image.
+
+    The image itself carries the noise of a target. A copy in the same turn is a choice to go on:
+    its `<|vision_start|>` is a target if the part after it is one. A copy in a later turn comes
+    first in that turn, as if its speaker had given the image.
+
+    Args:
+        last_image: an image with loss before these parts that has no copy yet.
+
+    Returns:
+        The parts, and the image with loss at their end that has no copy yet.
+    """
+    result = []
+    for part in parts:
+        is_empty = isinstance(part.content, str | tuple) and not part.content
+        if last_image is not None and not (is_empty and part.role == last_image.role):
+            goes_on = part.role == last_image.role and part.loss
+            result.append(MessagePart(part.role, last_image.content, goes_on, is_copy=True))
+            last_image = None
+        result.append(part)
+        if isinstance(part.content, int) and part.loss:
+            last_image = part
+    return result, last_image
 
 
 def apply_chat_template(
@@ -154,10 +192,13 @@ def apply_chat_template(
     if null not in NULL_CONDITIONS:
         raise ValueError(f"null={null!r} is not one of {', '.join(NULL_CONDITIONS)}")
     columns: list[list[int]] = [[] for _ in TokenSequence._fields]
-    ids, image_index, patch_index, is_target, part_index = columns
+    ids, image_index, patch_index, is_target, part_index, is_copy = columns
 
-    def write(tokens: Sequence[int], target: bool, image: int = -1, part: int = -1) -> None:
+    def write(
+        tokens: Sequence[int], target: bool, image: int = -1, part: int = -1, copy: bool = False
+    ) -> None:
         ids.extend(tokens)
+        is_copy.extend([copy] * len(tokens))
         image_index.extend([image] * len(tokens))
         patch_index.extend(range(len(tokens)) if image >= 0 else [-1] * len(tokens))
         is_target.extend([target] * len(tokens))
@@ -171,27 +212,34 @@ def apply_chat_template(
     joined = _join_texts(parts, null)
     if joined and joined[0].role in ("user", "assistant") and not open_role:
         write(tokenizer.opening, False)
-    role, ends_in_target = open_role or "none", False
-    for number, part in enumerate(joined):
+    role, ends_in_target, number = open_role or "none", False, 0
+    for part in joined:
         if part.role != role:
             end_turn(role, ends_in_target)
             role, ends_in_target = part.role, False
             if role != "none":
                 write([tokenizer.turn_start], False)
                 write(tokenizer.encode(f"{role}\n"), False)
+        slots = [tokenizer.image] * image_tokens
         if isinstance(part.content, str):
             write(tokenizer.encode(part.content), part.loss, part=number)
         elif isinstance(part.content, tuple):
             write(part.content, part.loss, part=number)
         else:
             write([tokenizer.vision_start], part.loss)
-            write([tokenizer.image] * image_tokens, part.loss, part.content, number)
+            if part.is_copy:
+                write(slots, False, part.content, copy=True)
+            else:
+                write(slots, part.loss, part.content, number)
             write([tokenizer.vision_end], False)
         ends_in_target = part.loss
+        number += not part.is_copy
     if closed:
         end_turn(role, ends_in_target)
     arrays = TokenSequence(*(np.asarray(column, np.int32) for column in columns))
-    return arrays._replace(is_target=arrays.is_target.astype(bool))
+    return arrays._replace(
+        is_target=arrays.is_target.astype(bool), is_copy=arrays.is_copy.astype(bool)
+    )
 
 
 def _join_texts(parts: Sequence[MessagePart], null: str) -> list[MessagePart]:
@@ -210,6 +258,11 @@ def _join_texts(parts: Sequence[MessagePart], null: str) -> list[MessagePart]:
         else:
             joined.append(part)
     return joined
+
+
+def image_slots(sequence: TokenSequence) -> np.ndarray:
+    """Return the image of each image slot of a row, in order, copies included: int32 [slots]."""
+    return sequence.image_index[sequence.patch_index == 0]
 
 
 # --------------------------------------------------------------------------------------- positions

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from starflow2_jax.config import context_sigma
+
 if TYPE_CHECKING:
     from starflow2_jax.data.packed_batches import PackedBatchOptions, RegionAnnotator
 
@@ -40,7 +42,12 @@ def packed_batch_options(
         "mixture": tuple(options["mixture"]),
         "packing_over": options.pop("packing", "dataset"),  # old configurations lack the key
         "tokenizer": tokenizer,
-        "packing": PackingSpec(cfg["text"]["length"], grid_side**2, cfg["text"]["images"]),
+        "packing": PackingSpec(
+            cfg["text"]["length"],
+            grid_side**2,
+            cfg["text"]["images"],
+            clean_copies=context_sigma(cfg) is not None,
+        ),
         "grid_side": grid_side,
         "pixels": cfg["image"]["pixels"],
         "seed": cfg["seed"],

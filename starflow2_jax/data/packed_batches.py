@@ -7,7 +7,7 @@ dict of numpy arrays, with b rows of T positions and M slots for images of N = g
 
     ids             int32 [b, T]     image slots have the tokenizer's image id
     segments        int32 [b, T]     1, 2, ... by record; 0 is padding
-    image           int32 [b, T]     m N + n for patch n of the row's image m; -1 for text
+    image           int32 [b, T]     m N + n for patch n in image slot m of the row; -1 for text
     target          bool [b, T]      true where the item is a training target
     positions       int32 [b, T, 3]  Qwen's M-RoPE, counted from 0 in each record
     flow_positions  int32 [b, T, 3]  position of the item that each item predicts
@@ -167,7 +167,8 @@ def build_packed_row(
     start = first_image = 0
     for number, sequence in enumerate(sequences):
         end = start + len(sequence.ids)
-        end_image = first_image + int(sequence.image_index.max(initial=-1)) + 1
+        is_patch = sequence.patch_index >= 0
+        end_image = first_image + len(chat_layout.image_slots(sequence))
         if end > length or end_image > spec.image_slots:
             raise ValueError(
                 f"row: {end} positions and {end_image} images, room is for {length} and "
@@ -177,8 +178,8 @@ def build_packed_row(
         row["ids"][span] = sequence.ids
         row["target"][span] = sequence.is_target
         row["segments"][span] = number + 1
-        slots = (first_image + sequence.image_index) * patches + sequence.patch_index
-        row["image"][span] = np.where(sequence.patch_index >= 0, slots, -1)
+        slots = first_image + np.cumsum(sequence.patch_index == 0) - 1
+        row["image"][span] = np.where(is_patch, slots * patches + sequence.patch_index, -1)
         row["positions"][span] = chat_layout.vlm_positions(sequence, grid_side)
         row["flow_positions"][span] = chat_layout.flow_positions(sequence, grid_side)
         start, first_image = end, end_image
@@ -241,18 +242,15 @@ def _read_row(
     sequences, row_images, ids = [], [], []
     for folder, index in _row_records(source, row):
         record, location = folder.records[index], folder.records.location(index)
-        parts, image_indices = chat_layout.message_parts(record)
+        parts, image_indices = chat_layout.message_parts(record, options.packing.clean_copies)
         null = _drop_condition(options, record, rng)
         sequence = chat_layout.apply_chat_template(
             parts, tokenizer, options.packing.image_tokens, null=null
         )
-        # The user's images may have been dropped: number the remaining ones anew.
-        remaining = np.unique(sequence.image_index[sequence.image_index >= 0]).tolist()
-        renumber = np.full(len(image_indices) + 1, -1, np.int32)
-        renumber[remaining] = np.arange(len(remaining))
-        sequences.append(sequence._replace(image_index=renumber[sequence.image_index]))
+        sequences.append(sequence)
         row_images += [
-            _RowImage(record, index, image_indices[i], location, folder.latents) for i in remaining
+            _RowImage(record, index, image_indices[i], location, folder.latents)
+            for i in chat_layout.image_slots(sequence).tolist()
         ]
         ids.append(record.id)
     example = build_packed_row(sequences, options.packing, options.grid_side, tokenizer.pad)

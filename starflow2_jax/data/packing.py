@@ -31,7 +31,8 @@ class PackingSpec:
 
     seq_len: int  # T, positions of a row, shared by all its records
     image_tokens: int  # N, positions of an image without its two delimiters
-    max_images: int = 0  # M, images of a row at most; 0 for as many as fit
+    max_images: int = 0  # M, images of a row at most, with copies; 0 for as many as fit
+    clean_copies: bool = False  # whether records are laid out with `chat_layout.insert_copies`
 
     @property
     def image_slots(self) -> int:
@@ -64,10 +65,13 @@ class PackingPlan:
         return 1 - int(self.lengths.sum()) / (len(self) * self.spec.seq_len)
 
 
-def record_size(record: Record, tokenizer: Tokenizer, image_tokens: int) -> tuple[int, int]:
+def record_size(
+    record: Record, tokenizer: Tokenizer, image_tokens: int, clean_copies: bool = False
+) -> tuple[int, int]:
     """Return the number of positions and of images of a record in the chat layout."""
-    parts, images = chat_layout.message_parts(record)
-    return len(chat_layout.apply_chat_template(parts, tokenizer, image_tokens).ids), len(images)
+    parts, _ = chat_layout.message_parts(record, clean_copies)
+    sequence = chat_layout.apply_chat_template(parts, tokenizer, image_tokens)
+    return len(sequence.ids), len(chat_layout.image_slots(sequence))
 
 
 def pack(
@@ -130,13 +134,17 @@ def load_or_make_plan(
         },
         "seed": seed,
     }
+    if spec.clean_copies:
+        inputs["clean_copies"] = True
     inputs_json = json.dumps(inputs, sort_keys=True)
     name = hashlib.sha256(inputs_json.encode()).hexdigest()[:16]
     file = os.path.join(path, f"index-{name}.npz")
     if os.path.exists(file):
         return file, _load(file, inputs_json, len(dataset), spec)
     opened = chat_layout.open_tokenizer(tokenizer)
-    sizes = np.asarray([record_size(record, opened, spec.image_tokens) for record in dataset])
+    sizes = np.asarray(
+        [record_size(r, opened, spec.image_tokens, spec.clean_copies) for r in dataset]
+    )
     plan = pack(*sizes.T, spec, seed)
     unfinished = f"{file}.{os.getpid()}.tmp"
     with open(unfinished, "wb") as out:

@@ -119,7 +119,13 @@ def score_records(
     sums, latents, row = [], [], 0
     side = model.model_config.flow.side
     for batch, count in scoring_batches.batches(
-        records, model.tokenizer, side, size=batch_size, null=null, blank=blank
+        records,
+        model.tokenizer,
+        side,
+        size=batch_size,
+        null=null,
+        blank=blank,
+        clean_copies=model.has_clean_copies,
     ):
         keys = preprocess.row_keys(seed, 0, np.arange(row, row + len(batch["ids"])))
         batch, x = _encode_images(model, batch, keys)

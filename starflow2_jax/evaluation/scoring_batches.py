@@ -20,22 +20,24 @@ def batches(
     size: int,
     null: str = "none",
     blank: bool = False,
+    clean_copies: bool = False,
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """Yield the arrays of `data.packed_batches` for `size` records, and how many of them count.
 
     The last batch is filled up with its last record. All rows have room for the longest record with
     its text, so one program scores records with and without text. `null` is as in
-    `chat_layout.apply_chat_template`, and `blank` replaces images by gray.
+    `chat_layout.apply_chat_template`, `blank` replaces images by gray, and `clean_copies` is as in
+    `packing.PackingSpec`.
     """
     laid_out, image_indices, max_length = [], [], 0
     for record in records:
-        parts, indices = chat_layout.message_parts(record)
+        parts, indices = chat_layout.message_parts(record, clean_copies)
         full = chat_layout.apply_chat_template(parts, tokenizer, grid_side**2)
         max_length = max(max_length, len(full.ids))
         if null != "none":
             full = chat_layout.apply_chat_template(parts, tokenizer, grid_side**2, null=null)
         laid_out.append(full)
-        image_indices.append(indices)
+        image_indices.append([indices[i] for i in chat_layout.image_slots(full)])
     length = -(-max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     spec = packing.PackingSpec(length, grid_side**2, max(1, *map(len, image_indices)))
     first = next(((r, ids[0]) for r, ids in zip(records, image_indices) if ids), None)

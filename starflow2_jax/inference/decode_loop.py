@@ -6,6 +6,10 @@ slots of a cache, D latent channels, N patches of an image, V vocabulary.
 A row's last item is *pending*: it is chosen, but not read yet. A step reads the pending items
 into both caches and chooses the next ones, tokens or patches by each row's mode. All rows write to
 one slot; `valid` marks those that belong to a row, and unmarking slots removes items again.
+
+With clean copies, a row that has sampled an image ends its turn or samples another
+`<|vision_start|>`. Then it waits until the caller has read the image's clean copy
+(`clean_copies.read_copies`).
 """
 
 from collections.abc import Callable
@@ -28,8 +32,9 @@ from starflow2_jax.models.layers import KVCache, at_least_float32
 from starflow2_jax.params import Tree
 
 # Modes of a row: it samples tokens; it samples patches; it must begin an image; its turn has ended;
-# it has used up its tokens. The last two are done.
-TEXT, IMAGE, BEGIN_IMAGE, ENDED, OUT_OF_TOKENS = range(5)
+# it has used up its tokens; it waits for a clean copy, then samples tokens, or must begin an image.
+# The loop does nothing in the last four.
+TEXT, IMAGE, BEGIN_IMAGE, ENDED, OUT_OF_TOKENS, COPY_TEXT, COPY_IMAGE = range(7)
 # Values in place of a token id: a patch was sampled; nothing was sampled, as the row is done.
 PATCH, EMPTY = -1, -2
 # The maximum number of steps of a chunk, which is the size of its output.
@@ -59,6 +64,7 @@ class DecodeState:
     images_required: Any  # int32 [B], images that must still be begun
     part_index: Any  # int32 [B], number of the next item's part, which determines its noise
     index_in_part: Any  # int32 [B], number of the next token in that part; also determines noise
+    needs_copy: Any  # bool [B], whether the last image was a target and has no clean copy yet
 
 
 @struct.dataclass
@@ -102,6 +108,7 @@ def empty_state(
         images_required=zeros,
         part_index=zeros,
         index_in_part=zeros,
+        needs_copy=jnp.zeros(batch_size, bool),
     )
 
 
@@ -157,7 +164,7 @@ def forward_cached(
     return states.vlm_states, states.flow_states, states.caches, valid
 
 
-@partial(jax.jit, static_argnames=("cfg", "special"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("cfg", "special", "clean_copies"), donate_argnames="state")
 def decode_chunk(
     params: Tree,
     state: DecodeState,
@@ -167,6 +174,7 @@ def decode_chunk(
     *,
     cfg: BackboneConfig,
     special: SpecialTokens,
+    clean_copies: bool = False,
 ) -> tuple[DecodeState, StepOutput]:
     """Run at most `max_steps` steps, and at most `CHUNK`; the arrays of `state` are donated."""
     rows = state.token.shape[0]
@@ -183,7 +191,9 @@ def decode_chunk(
 
     def step(carry):
         i, state, output = carry
-        state, token, u, log_probs = _decode_step(params, state, keys, sampling, cfg, special)
+        state, token, u, log_probs = _decode_step(
+            params, state, keys, sampling, cfg, special, clean_copies
+        )
         output = StepOutput(
             token=output.token.at[:, i].set(token),
             u=output.u.at[:, i].set(u.astype(output.u.dtype)),
@@ -195,7 +205,7 @@ def decode_chunk(
     return state, output
 
 
-def _decode_step(params, state, keys, sampling, cfg, special):
+def _decode_step(params, state, keys, sampling, cfg, special, clean_copies):
     """Return (state, token [B], u [B, D], log_probs [B, 3]) after one step."""
     rows = state.token.shape[0]
     tile = partial(_tile_branches, state)
@@ -215,7 +225,8 @@ def _decode_step(params, state, keys, sampling, cfg, special):
     is_real = tile(is_active)[:, None]
     y, h, caches, valid = forward_cached(params, state.caches, state.valid, inputs, is_real, cfg)
     y, h = y[:, 0], h[:, 0]
-    step_keys = item_keys(keys, state, is_patch)
+    needs_copy = state.needs_copy if clean_copies else None
+    step_keys = item_keys(keys, state, is_patch, needs_copy, cfg.num_patches)
     scale, mean = starflow2.image_head(params, h, cfg)
     fraction = (state.patch + 1) / cfg.num_patches
     u, patch_log_probs = sample_patch(scale, mean, step_keys, fraction, sampling)
@@ -224,7 +235,9 @@ def _decode_step(params, state, keys, sampling, cfg, special):
     def sample():
         may_begin_image = state.images_left > 0
         logits = starflow2.text_logits(params, starflow2.text_states(params, y, h, cfg), cfg)
-        return sample_token(logits, step_keys, may_begin_image, sampling, special, dtype)
+        return sample_token(
+            logits, step_keys, may_begin_image, sampling, special, dtype, needs_copy
+        )
 
     def no_token():
         return jnp.zeros(rows, jnp.int32), jnp.zeros((rows, 3), dtype)
@@ -244,7 +257,7 @@ def _decode_step(params, state, keys, sampling, cfg, special):
     # The pending item will stand where it was predicted.
     flow_position = jnp.where(is_real, next_flow_position, state.flow_position)
     state = state.replace(caches=caches, valid=valid, flow_position=flow_position)
-    state = _advance(state, token, u, is_patch, is_forced, cfg, special)
+    state = _advance(state, token, u, is_patch, is_forced, cfg, special, clean_copies)
     token = jnp.where(is_active, jnp.where(is_patch, PATCH, token), EMPTY)
     return state, token, jnp.where(is_patch[:, None], u, 0), log_probs
 
@@ -255,15 +268,28 @@ def _tile_branches(state: DecodeState, a: jax.Array) -> jax.Array:
     return jnp.tile(a, (branches, *(1,) * (a.ndim - 1)))
 
 
-def item_keys(keys: jax.Array, state: DecodeState, is_patch: jax.Array) -> jax.Array:
-    """Return the random key [B] of each row's next item, a patch where `is_patch` [B] is true."""
-    part_keys = jax.vmap(jax.random.fold_in)(keys, state.part_index)
+def item_keys(
+    keys: jax.Array,
+    state: DecodeState,
+    is_patch: jax.Array,
+    needs_copy: jax.Array | None = None,
+    num_patches: int = 0,
+) -> jax.Array:
+    """Return the random key [B] of each row's next item, a patch where `is_patch` [B] is true.
+
+    The item after an image that `needs_copy` [B] belongs to the image's part, after its patches.
+    """
+    part_index = state.part_index
     # An image that begins its part shares the part's number with the token that began it.
     number = jnp.where(is_patch, state.patch + 1, state.index_in_part)
+    if needs_copy is not None:
+        part_index = part_index - needs_copy
+        number = jnp.where(needs_copy, num_patches + 1, number)
+    part_keys = jax.vmap(jax.random.fold_in)(keys, part_index)
     return jax.vmap(jax.random.fold_in)(part_keys, number)
 
 
-def _advance(state, token, u, is_patch, is_forced, cfg, special) -> DecodeState:
+def _advance(state, token, u, is_patch, is_forced, cfg, special, clean_copies) -> DecodeState:
     """Return the state with the sampled items as pending ones."""
     tile = partial(_tile_branches, state)
     is_active = state.mode < ENDED
@@ -271,13 +297,20 @@ def _advance(state, token, u, is_patch, is_forced, cfg, special) -> DecodeState:
     completes = patch & (state.patch + 1 == cfg.num_patches)
     begins = text & (token == special.vision_start)
     closes = text & (token == special.vision_end)
-    tokens_left = state.tokens_left - (text & ~is_forced)
+    counted = text
+    if clean_copies:
+        copies = begins & state.needs_copy
+        begins, counted = begins & ~copies, text & ~copies
+    tokens_left = state.tokens_left - (counted & ~is_forced)
     images_left = state.images_left - begins
     images_required = jnp.maximum(state.images_required - begins, 0)
     mode = jnp.where(begins, IMAGE, jnp.where(closes, TEXT, state.mode))
     mode = jnp.where(text & jnp.isin(token, jnp.asarray(special.turn_ends)), ENDED, mode)
     is_spent = text & (mode == TEXT) & (tokens_left <= 0) & (images_required <= 0)
     mode = jnp.where(is_spent, OUT_OF_TOKENS, mode)
+    if clean_copies:
+        mode = jnp.where(copies, jnp.where(is_forced, COPY_IMAGE, COPY_TEXT), mode)
+        state = state.replace(needs_copy=(state.needs_copy & ~copies) | closes)
     row, column = (tile(a) for a in jnp.divmod(state.patch, cfg.flow.side))
     start = state.next_vlm_position
     patch_position = jnp.stack([start, start + row, start + column], -1)
@@ -295,5 +328,5 @@ def _advance(state, token, u, is_patch, is_forced, cfg, special) -> DecodeState:
         images_left=images_left,
         images_required=images_required,
         part_index=state.part_index + ((begins & (state.index_in_part > 0)) | closes),
-        index_in_part=jnp.where(begins | closes, 0, state.index_in_part + text),
+        index_in_part=jnp.where(begins | closes, 0, state.index_in_part + counted),
     )

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from starflow2_jax.inference import decode_loop
+from starflow2_jax.inference.clean_copies import CleanImage, read_copies
 from starflow2_jax.inference.decode_loop import DecodeState
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.image_latents import encode_images, shallow_forward
@@ -22,20 +23,19 @@ from starflow2_jax.inference.options import GenerateOptions
 from starflow2_jax.inference.prompts import Part, check_image_size, parse_prompt
 from starflow2_jax.inference.results import (
     Results,
-    SampledItem,
     collect_results,
     find_stop,
     select_best,
 )
 from starflow2_jax.inference.sampling import SamplingParams
 from starflow2_jax.inference.session import (
+    LENGTH_STEP,
     Session,
-    TurnStart,
+    append_copies,
     extend,
     new_session,
-    truncate_rows,
-    turn_start,
 )
+from starflow2_jax.inference.turn import SampledItem, TurnStart, truncate_rows, turn_start
 from starflow2_jax.mesh import replicated
 
 # Steps between two searches for stop texts. A row may run past one to the end of its chunk.
@@ -57,17 +57,22 @@ def generate(
     else:
         _check_continuation(continue_from, len(rows), options)
         session = continue_from.session
-    cfg = model.model_config
-    latents = encode_images(model, rows, session.keys, session.part_counts)
-    u, _ = shallow_forward(model.params, np.concatenate(latents), cfg)
-    row_u = np.split(u, np.cumsum([len(x) for x in latents])[:-1])
-    reserved = options.max_tokens + options.image_limit * (cfg.num_patches + 2) + 1
-    session = extend(model, session, rows, row_u, reserved)
+    latents, copies = encode_images(model, rows, session.keys, session.part_counts)
+
+    def shallow(x):
+        u, _ = shallow_forward(model.params, np.concatenate(x), model.model_config)
+        return np.split(u, np.cumsum([len(images) for images in x])[:-1])
+
+    u_copies = shallow(copies) if model.has_clean_copies else None
+    reserved = _reserved_slots(model, options, options.max_tokens, options.image_limit)
+    session = extend(model, session, rows, shallow(latents), reserved, u_copies)
     state = _reset_counters(model, session.state, options, continues=continue_from is not None)
     session = dataclasses.replace(session, state=state)
+    if model.has_clean_copies:
+        session = _read_early_copies(model, session, reserved)
     start = turn_start(session)
-    session, items, finish = _decode_turn(model, session, options, start)
-    results = collect_results(model, session, items, finish, options, start)
+    session, items, finish, clean = _decode_turn(model, session, options, start)
+    results = collect_results(model, session, items, finish, options, start, clean)
     return select_best(results, options.best_of) if options.best_of > 1 else results
 
 
@@ -161,6 +166,26 @@ def _start_session(model: Model, batch_size: int, options: GenerateOptions) -> S
     )
 
 
+def _reserved_slots(model: Model, options: GenerateOptions, tokens: int, images: int) -> int:
+    """Return the slots of an answer of so many tokens and images, with copies of the images."""
+    size = model.model_config.num_patches + 2
+    slots = tokens + images * size + 1
+    if model.has_clean_copies:
+        # The last image has a copy only if text may follow it.
+        num_copies = images if options.max_tokens else max(images - 1, 0)
+        slots += num_copies * (-(-size // LENGTH_STEP) * LENGTH_STEP + 1)
+    return slots
+
+
+def _read_early_copies(model: Model, session: Session, reserved: int) -> Session:
+    """Read the copies of rows that have to begin another image, after that of an earlier turn."""
+    is_next = np.asarray(session.state.mode) == decode_loop.BEGIN_IMAGE
+    rows = np.flatnonzero(is_next & np.asarray(session.state.needs_copy)).tolist()
+    if not rows:
+        return session
+    return append_copies(model, session, {b: session.copies[b] for b in rows}, reserved)
+
+
 def _reset_counters(
     model: Model, state: DecodeState, options: GenerateOptions, continues: bool
 ) -> DecodeState:
@@ -186,41 +211,67 @@ def _reset_counters(
 
 def _decode_turn(
     model: Model, session: Session, options: GenerateOptions, start: TurnStart
-) -> tuple[Session, list[list[SampledItem]], list[str]]:
-    """Run chunks until every row is done; return session, items and reason to end of each row."""
-    max_steps = jnp.int32(_STOP_CHUNK if options.stop else decode_loop.CHUNK)
-    sampling = _sampling_params(session, options)
-    state = session.state
+) -> tuple[Session, list[list[SampledItem]], list[str], dict[tuple[int, int], CleanImage]]:
+    """Run chunks until every row is done.
+
+    Returns:
+        The session, the items and the reason to end of every row, and the images that were denoised
+        for their copies, by their row and first item.
+    """
     items: list[list[SampledItem]] = [[] for _ in range(session.batch_size)]
     stopped: set[int] = set()
-    while (np.asarray(state.mode) < decode_loop.ENDED).any():
-        state, output = decode_loop.decode_chunk(
-            session.params,
-            _replicate(state),
-            session.keys,
-            sampling,
-            max_steps,
-            cfg=model.model_config,
-            special=model.special_tokens,
-        )
-        token, u, log_probs = map(np.asarray, (output.token, output.u, output.log_probs))
-        for b, row in enumerate(items):
-            count = int((token[b] != decode_loop.EMPTY).sum())
-            row += map(SampledItem, token[b, :count].tolist(), u[b, :count], log_probs[b, :count])
-        kept_ids = {}
+    clean: dict[tuple[int, int], CleanImage] = {}
+    while True:
+        state = session.state
+        mode = np.asarray(state.mode)
+        if (mode < decode_loop.ENDED).any():
+            state = _decode_chunk(model, session, options, items)
+        elif (mode >= decode_loop.COPY_TEXT).any():
+            tokens, images = int(state.tokens_left.max()), int(state.images_left.max())
+            reserved = _reserved_slots(model, options, tokens, images)
+            session, images = read_copies(model, session, start, items, reserved, options.jacobi)
+            clean |= images
+            continue
+        else:
+            break
+        kept_items = {}
         for b in set(range(len(items))) - stopped if options.stop else ():
             size = find_stop(model, items[b], options.stop)
             if size is not None:
-                items[b] = items[b][:size]
-                kept_ids[b] = [item.token for item in items[b]]
-        if kept_ids:
-            stopped |= kept_ids.keys()
-            state = truncate_rows(model, state, start, kept_ids)
+                kept_items[b] = items[b] = items[b][:size]
+        if kept_items:
+            stopped |= kept_items.keys()
+            state = truncate_rows(model, state, start, kept_items)
+        session = dataclasses.replace(session, state=state)
     finish = ["stop" if b in stopped else "end" for b in range(len(items))]
     if options.max_tokens:
-        for b in np.flatnonzero(np.asarray(state.mode) == decode_loop.OUT_OF_TOKENS):
+        for b in np.flatnonzero(np.asarray(session.state.mode) == decode_loop.OUT_OF_TOKENS):
             finish[b] = "length"
-    return dataclasses.replace(session, state=state), items, finish
+    return session, items, finish, clean
+
+
+def _decode_chunk(
+    model: Model, session: Session, options: GenerateOptions, items: list[list[SampledItem]]
+) -> DecodeState:
+    """Run one chunk, append its items to those of every row, and return the new state."""
+    slot = session.cache_length
+    state, output = decode_loop.decode_chunk(
+        session.params,
+        _replicate(session.state),
+        session.keys,
+        _sampling_params(session, options),
+        jnp.int32(_STOP_CHUNK if options.stop else decode_loop.CHUNK),
+        cfg=model.model_config,
+        special=model.special_tokens,
+        clean_copies=model.has_clean_copies,
+    )
+    token, u, log_probs = map(np.asarray, (output.token, output.u, output.log_probs))
+    for b, row in enumerate(items):
+        count = int((token[b] != decode_loop.EMPTY).sum())
+        # Item i is pending after step i, and the next step reads it.
+        slots = range(slot + 1, slot + 1 + count)
+        row += map(SampledItem, token[b, :count].tolist(), u[b, :count], log_probs[b], slots)
+    return state
 
 
 def _sampling_params(session: Session, options: GenerateOptions) -> SamplingParams:

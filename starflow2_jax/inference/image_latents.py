@@ -28,35 +28,45 @@ from starflow2_jax.training import preprocess
 
 def encode_images(
     model: Model, rows: Sequence[Sequence[Part]], keys: jax.Array, part_counts: Sequence[int]
-) -> list[np.ndarray]:
-    """Return the noisy latents [I, N, D] of every row's images, as training preprocesses them.
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the latents [I, N, D] of every row's images, as training preprocesses them.
 
     Generated images keep their latents. The noise of another image depends on the key of its row
     and the number of its part; `part_counts` are the numbers of earlier parts. Images of the user
     have the noise of images that are only read.
+
+    Returns:
+        The noisy latents, and those of the images' clean copies, equal if there are none.
     """
     context_sigma = config.context_sigma(model.cfg)
     dtype = np.asarray(model.params["deep"]["proj_in"]["weight"][:0]).dtype
     dtype = np.promote_types(dtype, np.float32)
     moments = _encode_distinct(model, rows)
-    latents = []
+
+    def encode(part, key, is_context):
+        mean, log_variance = moments[id(part.image)]
+        batch = {"latent_mean": mean[None], "latent_logvar": log_variance[None]}
+        sigma = jnp.full(1, context_sigma) if is_context and context_sigma is not None else None
+        return np.asarray(preprocess.tokens(batch, key[None], model.cfg, False, sigma=sigma))[0]
+
+    latents, copies = [], []
     for b, row in enumerate(rows):
-        part_index, row_latents = part_counts[b], []
+        part_index, row_latents, row_copies = part_counts[b], [], []
         for part in row:
             if part.kind == "image" and part.latent is not None:
                 row_latents.append(np.asarray(part.latent, dtype))
+                clean = part.latent if part.clean_latent is None else part.clean_latent
+                row_copies.append(np.asarray(clean, dtype))
             elif part.kind == "image":
-                mean, log_variance = moments[id(part.image)]
-                batch = {"latent_mean": mean[None], "latent_logvar": log_variance[None]}
                 key = jax.random.fold_in(keys[b], part_index)
-                is_clean = context_sigma is not None and part.is_context
-                sigma = jnp.full(1, context_sigma) if is_clean else None
-                x = preprocess.tokens(batch, key[None], model.cfg, False, sigma=sigma)
-                row_latents.append(np.asarray(x)[0])
+                row_latents.append(encode(part, key, part.is_context))
+                needs_copy = model.has_clean_copies and not part.is_context
+                row_copies.append(encode(part, key, True) if needs_copy else row_latents[-1])
             part_index += part.is_counted
         shape = (len(row_latents), model.model_config.num_patches, model.model_config.flow.channels)
         latents.append(np.asarray(row_latents, dtype).reshape(shape))
-    return latents
+        copies.append(np.asarray(row_copies, dtype).reshape(shape))
+    return latents, copies
 
 
 def _encode_distinct(model: Model, rows: Sequence[Sequence[Part]]) -> dict[int, Any]:

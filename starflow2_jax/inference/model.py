@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from starflow2_jax import config
 from starflow2_jax.inference import decode_loop
 from starflow2_jax.inference.sampling import SpecialTokens
 from starflow2_jax.latents.codec import Codec
@@ -33,6 +34,11 @@ class Model:
     def decode_params(self) -> Tree:
         """The parameters laid out for the decode loop, a copy made on first use."""
         return decode_loop.prepare_params(self.params)
+
+    @property
+    def has_clean_copies(self) -> bool:
+        """True if images that are targets are read again, clean, before a conversation goes on."""
+        return config.context_sigma(self.cfg) is not None
 
     @functools.cached_property
     def special_tokens(self) -> SpecialTokens:

@@ -28,6 +28,9 @@ class Part:
     image: np.ndarray | None = None  #: uint8 [H, W, 3]; None without a codec
     #: The noisy latents [N, D] of a generated image, which the model reads and scores
     latent: np.ndarray | None = None
+    #: The clean latents [N, D] of a generated image, which the model reads before it goes on, if
+    #: it reads images with a noise of their own; None for `latent`
+    clean_latent: np.ndarray | None = None
     #: Nats under the plain model (no guidance, temperature 1, no truncation), conditioned on all
     #: earlier parts. For an image it is that of the noisy latents, before any denoising.
     log_likelihood: float | None = None
@@ -112,16 +115,15 @@ def to_messages(
     """Return parts as `data.chat_layout.MessagePart` objects; images are numbered in order.
 
     `encode` is applied to texts without tokens; encoded texts are not joined with their neighbors.
+    Texts have this `loss`; images have one unless they are only read (`Part.is_context`).
     """
     from starflow2_jax.data.chat_layout import MessagePart
 
     image_numbers = iter(range(len(parts)))
     return [
-        MessagePart(
-            part.role,
-            next(image_numbers) if part.kind == "image" else part.tokens or encode(part.text),
-            loss,
-        )
+        MessagePart(part.role, next(image_numbers), not part.is_context)
+        if part.kind == "image"
+        else MessagePart(part.role, part.tokens or encode(part.text), loss)
         for part in parts
     ]
 

@@ -4,29 +4,20 @@ Shapes: N patches, D latent channels.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.inference import decode_loop, denoise
-from starflow2_jax.inference.denoise import ImageStart
+from starflow2_jax.inference import decode_loop
+from starflow2_jax.inference.clean_copies import CleanImage, clean_image, image_starts
 from starflow2_jax.inference.image_latents import shallow_forward, shallow_inverse
 from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.options import GenerateOptions
 from starflow2_jax.inference.prompts import Part
-from starflow2_jax.inference.session import Session, TurnStart, advance_counters, select_rows
+from starflow2_jax.inference.session import Session, select_rows
+from starflow2_jax.inference.turn import SampledItem, TurnStart, copy_starts
 from starflow2_jax.latents import codec
-
-
-class SampledItem(NamedTuple):
-    """A sampled token or patch."""
-
-    token: int  #: the token id, or `decode_loop.PATCH`
-    u: np.ndarray  #: the patch [D]; zeros for a token
-    log_probs: np.ndarray  #: nats [3] as in `decode_loop.StepOutput`
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +80,27 @@ def collect_results(
     finish: Sequence[str],
     options: GenerateOptions,
     start: TurnStart,
+    clean: dict[tuple[int, int], CleanImage],
 ) -> Results:
-    """Turn sampled items of every row into parts with likelihoods, and decode the images."""
+    """Turn sampled items of every row into parts with likelihoods, and decode the images.
+
+    `clean` are the images that were denoised in the turn, by their row and first item.
+    """
     rows, images, totals = [], [], []
-    for row_items, reason in zip(items, finish):
-        parts, row_images, total = _split_into_parts(model, row_items)
+    for b, (row_items, reason) in enumerate(zip(items, finish)):
+        copies, _ = copy_starts(
+            model, [item.token for item in row_items], bool(start.state.needs_copy[b])
+        )
+        parts, row_images, total = _split_into_parts(model, row_items, copies)
         if reason == "length" and parts:
             parts[-1] = dataclasses.replace(parts[-1], truncated=True)
         rows.append(parts)
         images += row_images
         totals.append(total)
     if images:
-        _add_images(model, session, items, rows, totals, np.stack(images), options, start)
+        session = _add_images(
+            model, session, items, rows, totals, np.stack(images), options, start, clean
+        )
     if not session.null:
         rows = [
             [dataclasses.replace(part, unconditional_log_likelihood=None) for part in row]
@@ -115,9 +115,12 @@ def collect_results(
 
 
 def _split_into_parts(
-    model: Model, items: Sequence[SampledItem]
+    model: Model, items: Sequence[SampledItem], copies: Container[int] = ()
 ) -> tuple[list[Part], list[np.ndarray], np.ndarray]:
-    """Return the parts of a row, u [N, D] of each of its images, and the nats [3] of all items."""
+    """Return the parts of a row, u [N, D] of each of its images, and the nats [3] of all items.
+
+    `copies` are the items that begin clean copies.
+    """
     special = model.special_tokens
     parts: list[Part] = []
     images: list[np.ndarray] = []
@@ -137,7 +140,7 @@ def _split_into_parts(
             parts.append(Part("text", text=text, tokens=tokens, **likelihoods(text_items)))
             text_items.clear()
 
-    for item in items:
+    for t, item in enumerate(items):
         total = total + item.log_probs
         if item.token == decode_loop.PATCH:
             patch_items.append(item)
@@ -145,13 +148,15 @@ def _split_into_parts(
                 images.append(np.stack([patch.u for patch in patch_items]))
                 parts.append(Part("image", delimiters=opening_nats, **likelihoods(patch_items)))
                 patch_items = []
-        elif item.token == special.vision_start:
+        elif item.token == special.vision_start and t not in copies:
             end_text()
             opening_nats = float(item.log_probs[0])
-        elif item.token in special.turn_ends:
+        elif item.token in special.turn_ends or t in copies:
             end_text()
-            if not parts:
+            if not parts and t not in copies:
                 parts.append(Part("text", log_likelihood=0.0))
+            if not parts:  # The copy of an image of an earlier turn.
+                continue
             nats = parts[-1].delimiters + float(item.log_probs[0])
             parts[-1] = dataclasses.replace(parts[-1], delimiters=nats)
         elif item.token != special.vision_end:
@@ -160,65 +165,56 @@ def _split_into_parts(
     return parts, images, total
 
 
-def _add_images(model, session, items, rows, totals, u, options, start) -> None:
-    """Add pixels, latents and log-determinants: log p(x) = log p(u) + log_det."""
+def _add_images(model, session, items, rows, totals, u, options, start, clean) -> Session:
+    """Add pixels, latents and log-determinants: log p(x) = log p(u) + log_det.
+
+    The returned session has the clean copies of the last images that rows have not read again.
+    """
     cfg = model.model_config
     x = shallow_inverse(model.params, u, cfg, options.jacobi)
     log_det = shallow_forward(model.params, x, cfg)[1]
-    clean = _denoise_images(model, session, items, x, start) if options.denoise else x
-    pixels = None if model.codec is None else codec.decode(model.codec, np.asarray(clean))
-    image_index = 0
-    for b, parts in enumerate(rows):
-        for j, part in enumerate(parts):
-            if part.kind != "image":
-                continue
-            nats = float(log_det[image_index])
-            parts[j] = dataclasses.replace(
-                part,
-                latent=x[image_index],
-                image=None if pixels is None else pixels[image_index],
-                log_likelihood=part.log_likelihood + nats,
-                sampling_log_likelihood=part.sampling_log_likelihood + nats,
-                unconditional_log_likelihood=part.unconditional_log_likelihood + nats,
-            )
-            totals[b] = totals[b] + nats
-            image_index += 1
-
-
-def _denoise_images(model, session, items, x, start) -> np.ndarray:
-    """Return images x [I, N, D] after a score step; the training noise must be Gaussian."""
-    noise, cfg = model.cfg["noise"], model.model_config
-    if noise["kind"] != "gaussian" or not noise["sigma"]:
-        raise ValueError(
-            f"denoise needs a model that was trained with Gaussian noise, but this one was trained "
-            f"with noise.kind={noise['kind']!r}, noise.sigma={noise['sigma']!r}"
+    places = [
+        (b, t)
+        for b, row_items in enumerate(items)
+        for t in image_starts(model, start, b, row_items)
+    ]
+    images = None
+    if options.denoise or model.has_clean_copies:
+        images = [
+            clean.get((b, t)) or clean_image(model, session, start, b, items[b], t, image)
+            for (b, t), image in zip(places, x)
+        ]
+    pixels = None
+    if model.codec is not None:
+        latents = np.stack([image.denoised for image in images]) if options.denoise else x
+        pixels = codec.decode(model.codec, np.asarray(latents))
+    for i, ((b, _), part_place) in enumerate(zip(places, _image_places(rows))):
+        part, nats = rows[b][part_place], float(log_det[i])
+        rows[b][part_place] = dataclasses.replace(
+            part,
+            latent=x[i],
+            clean_latent=images[i].copy if model.has_clean_copies else None,
+            image=None if pixels is None else pixels[i],
+            log_likelihood=part.log_likelihood + nats,
+            sampling_log_likelihood=part.sampling_log_likelihood + nats,
+            unconditional_log_likelihood=part.unconditional_log_likelihood + nats,
         )
-    vision_start, clean = model.special_tokens.vision_start, []
-    shallow_params = {"shallow": model.params["shallow"]}
-    for b, row_items in enumerate(items):
-        tokens = [item.token for item in row_items]
-        for t in (t for t, token in enumerate(tokens) if token == vision_start):
-            counters = advance_counters(model, start, b, tokens[: t + 1])
-            vlm_position = int(start.state.next_vlm_position[b]) + counters["position_steps"]
-            flow_index = int(start.state.flow_index[b]) + counters["flow_steps"]
-            image = jnp.asarray(x[len(clean)])
-            denoised = denoise.image_score_step(
-                shallow_params,
-                session.params,
-                session.state,
-                b,
-                ImageStart(
-                    token=jnp.int32(vision_start),
-                    slot=jnp.int32(start.slot + t + 1),
-                    vlm_position=jnp.int32(vlm_position),
-                    flow_index=jnp.int32(flow_index),
-                ),
-                image,
-                jnp.asarray(noise["sigma"], image.dtype),
-                cfg=cfg,
-            )
-            clean.append(np.asarray(denoised))
-    return np.stack(clean)
+        totals[b] = totals[b] + nats
+    if not model.has_clean_copies:
+        return session
+    needs_copy = np.asarray(session.state.needs_copy)
+    last = {b: i for i, (b, _) in enumerate(places) if needs_copy[b]}
+    copies = list(session.copies)
+    if last:
+        new = np.stack([images[i].copy for i in last.values()])
+        for b, copy in zip(last, shallow_forward(model.params, new, cfg)[0]):
+            copies[b] = copy
+    return dataclasses.replace(session, copies=tuple(copies))
+
+
+def _image_places(rows: Sequence[Sequence[Part]]) -> list[int]:
+    """Return the place within its row of each image, row by row."""
+    return [j for parts in rows for j, part in enumerate(parts) if part.kind == "image"]
 
 
 def select_best(results: Results, best_of: int) -> Results:

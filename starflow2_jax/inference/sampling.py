@@ -74,17 +74,22 @@ def sample_token(
     sampling: SamplingParams,
     special: SpecialTokens,
     dtype: Any,
+    needs_copy: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return a sampled token int32 [B] for logits [R, V], and log_probs [B, 3].
 
     Args:
         may_begin_image: bool [B], whether `<|vision_start|>` is allowed.
+        needs_copy: bool [B], whether only `<|vision_start|>` and the end of the turn are allowed.
     """
     rows = len(keys)
     plain_log_probs = jax.nn.log_softmax(logits.astype(dtype))
     ids = jnp.arange(logits.shape[-1])
     is_allowed = (ids < special.vocab_size) & ~jnp.isin(ids, jnp.asarray(special.banned))
     is_allowed = is_allowed & (may_begin_image[:, None] | (ids != special.vision_start))
+    if needs_copy is not None:
+        begins_copy = jnp.isin(ids, jnp.asarray((special.vision_start, *special.turn_ends)))
+        is_allowed = jnp.where(needs_copy[:, None], begins_copy, is_allowed)
     allowed_logits = jnp.where(is_allowed, logits[:rows], -jnp.inf)
     is_greedy = jnp.asarray(sampling.temperature) <= 0
     scaled_logits = allowed_logits / jnp.where(is_greedy, 1.0, sampling.temperature)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax import config
 from starflow2_jax.inference.image_latents import encode_images
 from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.prompts import Part, parse_prompt, to_messages
@@ -35,16 +34,20 @@ def log_likelihood(model: Model, rows: Any, *, seed: int = 0) -> list[list[float
     """
     parts = [parse_prompt(row, f"row {i}") for i, row in enumerate(rows)]
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(parts)))
-    x = encode_images(model, parts, keys, [0] * len(parts))
-    batch, part_index = build_batch(model, parts, x)
+    batch, part_index = build_batch(
+        model, parts, *encode_images(model, parts, keys, [0] * len(parts))
+    )
     terms = _loss_terms(dict(model.params), batch, cfg=model.model_config)
     dims = model.model_config.num_patches * model.model_config.flow.channels
     image_nats = np.asarray(sum(terms.log_dets) - terms.half_square - dims * HALF_LOG_2_PI)
     image_nats = np.where(np.asarray(terms.image), image_nats, 0)
+    is_copy = np.zeros_like(image_nats, bool)
+    if model.has_clean_copies:
+        is_copy = np.asarray(interleaved.target_images(batch)[1])
     positions, is_token, nll = (np.asarray(a) for a in (terms.target_index, terms.token, terms.nll))
     result = []
     for b, row in enumerate(parts):
-        row_images = iter(image_nats[b].tolist())
+        row_images = iter(image_nats[b][~is_copy[b]].tolist())
         nats = [next(row_images) if part.kind == "image" else 0.0 for part in row]
         for position, token_nll in zip(positions[b][is_token[b]], nll[b][is_token[b]]):
             # The state at a position predicts the next token.
@@ -59,34 +62,41 @@ def _loss_terms(params, batch, *, cfg):
 
 
 def build_batch(
-    model: Model, rows: Sequence[Sequence[Part]], x: Sequence[np.ndarray]
+    model: Model,
+    rows: Sequence[Sequence[Part]],
+    x: Sequence[np.ndarray],
+    copies: Sequence[np.ndarray] | None = None,
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     """Return a batch (see `training.losses.interleaved`), and the part index of all positions.
 
     Every part is a target, but for images that the model reads with a noise of their own;
-    delimiters have part index -1. The latents x [I, N, D] of each row's images become
-    `latent_mean`.
+    delimiters and clean copies have part index -1. The latents x [I, N, D] of each row's images,
+    and those of their clean `copies`, become `latent_mean`.
     """
-    from starflow2_jax.data.chat_layout import apply_chat_template
+    from starflow2_jax.data import chat_layout
     from starflow2_jax.data.packed_batches import build_packed_row
     from starflow2_jax.data.packing import PackingSpec
 
     tokenizer, cfg = model.tokenizer, model.model_config
     messages = [to_messages(row, lambda text: tuple(tokenizer.encode(text)), True) for row in rows]
+    if model.has_clean_copies:
+        messages = [chat_layout.insert_copies(row)[0] for row in messages]
     sequences = [
-        apply_chat_template(row, tokenizer, cfg.num_patches, closed=False) for row in messages
+        chat_layout.apply_chat_template(row, tokenizer, cfg.num_patches, closed=False)
+        for row in messages
     ]
     longest = max(len(sequence.ids) for sequence in sequences)
-    max_images = max(max(map(len, x)), 1)
+    max_images = max(1, *(len(chat_layout.image_slots(sequence)) for sequence in sequences))
     spec = PackingSpec(-(-longest // LENGTH_STEP) * LENGTH_STEP, cfg.num_patches, max_images)
     packed = [build_packed_row([s], spec, cfg.flow.side, tokenizer.pad) for s in sequences]
     batch = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
-    part_index = [sequence.part_index for sequence in sequences]
     latents = np.zeros((len(rows), max_images, cfg.num_patches, cfg.flow.channels), x[0].dtype)
-    has_context = config.context_sigma(model.cfg) is not None
-    for b, (index, images) in enumerate(zip(part_index, x)):
+    copies = x if copies is None else copies
+    for b, sequence in enumerate(sequences):
         # Delimiters are not targets.
-        is_condition = [has_context and part.is_context for part in rows[b]] + [True]
-        batch["target"][b, : len(index)] = ~np.asarray(is_condition)[index]
-        latents[b, : len(images)] = images
-    return {**batch, "latent_mean": latents}, part_index
+        is_condition = [model.has_clean_copies and part.is_context for part in rows[b]] + [True]
+        batch["target"][b, : len(sequence.ids)] = ~np.asarray(is_condition)[sequence.part_index]
+        is_copy = sequence.is_copy[sequence.patch_index == 0]
+        for slot, image in enumerate(chat_layout.image_slots(sequence)):
+            latents[b, slot] = (copies if is_copy[slot] else x)[b][image]
+    return {**batch, "latent_mean": latents}, [sequence.part_index for sequence in sequences]

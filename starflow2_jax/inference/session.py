@@ -38,6 +38,8 @@ class Session:
     open_roles: tuple[str, ...]  # the role whose turn is open in each row; "" before its first part
     part_counts: tuple[int, ...]  # number of parts of each row
     has_fixed_cache: bool  # true if the caches keep their size
+    # Values u [N, D] of the clean copy of each row's last image, if the row has not read it yet
+    copies: tuple[np.ndarray | None, ...]
     state: DecodeState  # the state of the decode loop
 
     @property
@@ -65,14 +67,6 @@ class Session:
         return tuple(n + sum(p.is_counted for p in row) for n, row in zip(self.part_counts, rows))
 
 
-@dataclass(frozen=True)
-class TurnStart:
-    """The point at which a turn's generation began."""
-
-    state: DecodeState  # the state of the decode loop, copied to the host, without caches
-    slot: int  # the slot into which the pending item is read
-
-
 def new_session(
     model: Model, keys: jax.Array, null: str, cache_size: int, has_fixed_cache: bool
 ) -> Session:
@@ -85,16 +79,11 @@ def new_session(
         open_roles=("",) * batch_size,
         part_counts=(0,) * batch_size,
         has_fixed_cache=has_fixed_cache,
+        copies=(None,) * batch_size,
         state=decode_loop.empty_state(
             params, model.model_config, batch_size, cache_size, has_null_branch=bool(null)
         ),
     )
-
-
-def turn_start(session: Session) -> TurnStart:
-    """Return the current point of a session; arrays are copied, because the loop donates them."""
-    state = jax.tree.map(np.array, session.state.replace(caches=None))
-    return TurnStart(state, session.cache_length)
 
 
 # ------------------------------------------------------------------------------ reading new parts
@@ -107,12 +96,23 @@ def layout_parts(
 
     `null` and `open_role` are those of the branch and the row in `Session`.
     """
-    from starflow2_jax.data.chat_layout import MessagePart, apply_chat_template
+    return _layout(_open_turn(parts), tokenizer, patches, null, open_role)
+
+
+def _open_turn(parts):
+    """Return the messages of new parts, and an empty one of the assistant if it is its turn."""
+    from starflow2_jax.data.chat_layout import MessagePart
 
     messages = to_messages(parts)
     is_plain = all(part.role == "none" for part in parts)
     if not is_plain and parts[-1].role != "assistant":
         messages.append(MessagePart("assistant", ""))
+    return messages
+
+
+def _layout(messages, tokenizer, patches, null, open_role):
+    from starflow2_jax.data.chat_layout import apply_chat_template
+
     return apply_chat_template(
         messages, tokenizer, patches, null=null or "none", closed=False, open_role=open_role
     )
@@ -124,16 +124,83 @@ def extend(
     rows: Sequence[Sequence[Part]],
     u: Sequence[np.ndarray],
     reserved: int,
+    copies: Sequence[np.ndarray] | None = None,
 ) -> Session:
     """Read new parts of every row into the caches, except for the last item, which stays pending.
 
     Args:
         u: values [I, N, D] of each row's images.
         reserved: number of slots to leave free for what will be generated.
+        copies: values [I, N, D] of their clean copies; None inserts no copies.
     """
+    from starflow2_jax.data.chat_layout import MessagePart, insert_copies
+
+    messages, tables = [_open_turn(row) for row in rows], list(u)
+    new_copies: list[np.ndarray | None] = [None] * len(rows)
+    if copies is not None:
+        for b, row_copies in enumerate(copies):
+            old, last_image, count = session.copies[b], None, len(u[b])
+            if old is not None:
+                last_image = MessagePart(session.open_roles[b], count, True)
+                row_copies = np.concatenate([row_copies, old[None]])
+            messages[b], last_image = insert_copies(messages[b], last_image)
+            new_copies[b] = None if last_image is None else row_copies[last_image.content]
+            # The values of images, and of copies behind them.
+            tables[b] = np.concatenate([np.resize(u[b], row_copies.shape), row_copies])
+    session = _read_messages(model, session, messages, tables, reserved)
+    counts = session.count_parts(rows)
+    state = session.state
+    part_index = [n if row else old for row, n, old in zip(rows, counts, state.part_index.tolist())]
+    index_in_part = [0 if row else old for row, old in zip(rows, state.index_in_part.tolist())]
+    # The counters of the turn are reset by the caller.
+    state = state.replace(
+        part_index=jnp.asarray(part_index, jnp.int32),
+        index_in_part=jnp.asarray(index_in_part, jnp.int32),
+        needs_copy=jnp.asarray([copy is not None for copy in new_copies]),
+    )
+    open_roles = [_open_role(row, role) for row, role in zip(rows, session.open_roles)]
+    return dataclasses.replace(
+        session,
+        open_roles=tuple(open_roles),
+        part_counts=counts,
+        copies=tuple(new_copies),
+        state=state,
+    )
+
+
+def append_copies(
+    model: Model, session: Session, copies: Mapping[int, np.ndarray], reserved: int
+) -> Session:
+    """Read clean copies of the last images of some rows, with values u [N, D], by their rows.
+
+    Each row's pending item is the `<|vision_end|>` of its image or the `<|vision_start|>` of the
+    copy; afterwards it is the copy's `<|vision_end|>`.
+    """
+    from starflow2_jax.data.chat_layout import MessagePart
+
+    shape = (0, model.model_config.num_patches, model.model_config.flow.channels)
+    messages = [
+        [MessagePart(session.open_roles[b], 0, is_copy=True)] if b in copies else []
+        for b in range(session.batch_size)
+    ]
+    tables = [
+        np.stack([copies[b]] * 2) if b in copies else np.zeros(shape)
+        for b in range(session.batch_size)
+    ]
+    session = _read_messages(model, session, messages, tables, reserved)
+    needs_copy = [n and b not in copies for b, n in enumerate(session.state.needs_copy.tolist())]
+    return dataclasses.replace(
+        session,
+        copies=tuple(None if b in copies else old for b, old in enumerate(session.copies)),
+        state=session.state.replace(needs_copy=jnp.asarray(needs_copy)),
+    )
+
+
+def _read_messages(model, session, messages, tables, reserved) -> Session:
+    """Read new messages of every row; `tables` are the values of its images and of its copies."""
     state = jax.tree.map(np.asarray, session.state.replace(caches=None))
     sequences = [
-        _new_sequence(model, session, state, b, branch, rows[b], u[b])
+        _new_sequence(model, session, state, b, branch, messages[b], tables[b])
         for branch in range(len(session.branches))
         for b in range(session.batch_size)
     ]
@@ -149,10 +216,6 @@ def extend(
     else:  # A copy, because the next steps donate the arrays.
         caches, valid = jax.tree.map(jnp.copy, (caches, valid))
     conditional = sequences[: session.batch_size]
-    counts = session.count_parts(rows)
-    part_index = [n if row else old for row, n, old in zip(rows, counts, state.part_index)]
-    index_in_part = [0 if row else old for row, old in zip(rows, state.index_in_part)]
-    # The counters of the turn are reset by the caller.
     new_state = session.state.replace(
         caches=caches,
         valid=valid,
@@ -163,13 +226,8 @@ def extend(
         next_vlm_position=jnp.asarray([s["next_vlm_position"] for s in sequences], jnp.int32),
         flow_position=jnp.asarray(np.stack([s["item_positions"][-1] for s in sequences])),
         flow_index=jnp.asarray([s["flow_index"] for s in sequences], jnp.int32),
-        part_index=jnp.asarray(part_index, jnp.int32),
-        index_in_part=jnp.asarray(index_in_part, jnp.int32),
     )
-    open_roles = [_open_role(row, role) for row, role in zip(rows, session.open_roles)]
-    return dataclasses.replace(
-        session, open_roles=tuple(open_roles), part_counts=counts, state=new_state
-    )
+    return dataclasses.replace(session, state=new_state)
 
 
 def _open_role(parts: Sequence[Part], previous: str) -> str:
@@ -178,7 +236,7 @@ def _open_role(parts: Sequence[Part], previous: str) -> str:
     return "none" if all(part.role == "none" for part in parts) else "assistant"
 
 
-def _new_sequence(model, session, state, b, branch, parts, u) -> dict[str, Any]:
+def _new_sequence(model, session, state, b, branch, messages, table) -> dict[str, Any]:
     """Return the pending and the new items of row b in one branch, with absolute positions."""
     from starflow2_jax.data import chat_layout
 
@@ -186,11 +244,15 @@ def _new_sequence(model, session, state, b, branch, parts, u) -> dict[str, Any]:
     r = branch * session.batch_size + b
     position, flow_index = int(state.next_vlm_position[r]), int(state.flow_index[r])
     null, role = session.branches[branch], session.open_roles[b]
-    items = layout_parts(parts, tokenizer, cfg.num_patches, null, role)
+    has_pending, token = state.token[b] >= 0, int(state.token[b])
+    items = _layout(messages, tokenizer, cfg.num_patches, null, role)
+    if messages and messages[0].is_copy and token == tokenizer.vision_start and has_pending:
+        items = type(items)(*(column[1:] for column in items))  # The row has begun the copy.
     is_image = items.patch_index >= 0
     values = np.zeros((len(items.ids), cfg.flow.channels), state.u.dtype)
     if is_image.any():
-        values[is_image] = np.asarray(u)[items.image_index[is_image], items.patch_index[is_image]]
+        entry = items.image_index + len(table) // 2 * items.is_copy
+        values[is_image] = np.asarray(table)[entry[is_image], items.patch_index[is_image]]
     flow_offset = np.array([0, 0, flow_index])
     sequence = {
         "ids": items.ids,
@@ -201,11 +263,10 @@ def _new_sequence(model, session, state, b, branch, parts, u) -> dict[str, Any]:
         "item_positions": chat_layout.item_flow_positions(items, cfg.flow.side) + flow_offset,
         "is_counted": items.patch_index <= 0,
     }
-    has_pending, token = state.token[b] >= 0, int(state.token[b])
     if not has_pending and not len(items.ids):
         raise ValueError(f"row {b}: the prompt is empty, so there is nothing to generate from")
     ends_turn = token in model.special_tokens.turn_ends and not state.is_image[b]
-    if has_pending and parts and ends_turn:
+    if has_pending and messages and ends_turn:
         if not len(items.ids) or items.ids[0] != tokenizer.turn_end:
             raise ValueError(
                 f"row {b}: the turn of {role} has ended; continue with a part of another role"
@@ -306,74 +367,6 @@ def select_rows(session: Session, rows: Sequence[int]) -> Session:
         keys=session.keys[selected],
         open_roles=tuple(session.open_roles[i] for i in rows),
         part_counts=tuple(session.part_counts[i] for i in rows),
+        copies=tuple(session.copies[i] for i in rows),
         state=DecodeState(decode_loop.map_caches(select, session.state.caches), **fields),
     )
-
-
-# --------------------------------------------------------------------------- removing items again
-
-
-def advance_counters(
-    model: Model, start: TurnStart, b: int, sampled_ids: Sequence[int]
-) -> dict[str, int]:
-    """Return the counters of row b after the items (token ids or `PATCH`) sampled in its turn.
-
-    `position_steps` and `flow_steps` are the growth of `next_vlm_position` and `flow_index`.
-    """
-    cfg, special = model.model_config, model.special_tokens
-    position_steps = flow_steps = patches = 0
-    part_index, index_in_part = int(start.state.part_index[b]), int(start.state.index_in_part[b])
-    for token in sampled_ids:
-        if token == decode_loop.PATCH:
-            patches += 1
-            if patches == cfg.num_patches:
-                position_steps += cfg.flow.side
-                flow_steps += 1
-                patches = 0
-            continue
-        position_steps += 1
-        flow_steps += 1
-        if token == special.vision_start:
-            part_index, index_in_part = part_index + (index_in_part > 0), 0
-        elif token == special.vision_end:
-            part_index, index_in_part = part_index + 1, 0
-        else:
-            index_in_part += 1
-    return {
-        "position_steps": position_steps,
-        "flow_steps": flow_steps,
-        "part_index": part_index,
-        "index_in_part": index_in_part,
-    }
-
-
-def truncate_rows(
-    model: Model, state: DecodeState, start: TurnStart, kept_ids: Mapping[int, Sequence[int]]
-) -> DecodeState:
-    """Return a state in which some rows keep only the items `kept_ids`, and are done.
-
-    The last item that a row keeps, if any, is a token.
-    """
-    caches = state.caches
-    host = jax.tree.map(np.array, state.replace(caches=None))
-    before = start.state
-    for b, ids in kept_ids.items():
-        counters = advance_counters(model, start, b, ids)
-        for r in range(b, len(host.next_vlm_position), len(host.token)):
-            # The last item that stays is pending again.
-            host.valid[r, start.slot + len(ids) :] = False
-            position = before.next_vlm_position[r] + counters["position_steps"]
-            host.next_vlm_position[r] = position
-            flow_index = before.flow_index[r] + counters["flow_steps"]
-            host.flow_index[r] = flow_index
-            # The last item is a token.
-            last_position = np.array([0, 0, flow_index - 1])
-            host.flow_position[r] = last_position if ids else before.flow_position[r]
-            host.vlm_position[r] = position - 1 if ids else before.vlm_position[r]
-        host.token[b] = ids[-1] if ids else before.token[b]
-        host.is_image[b] = False if ids else before.is_image[b]
-        host.u[b] = host.u[b] if ids else before.u[b]
-        host.part_index[b] = counters["part_index"]
-        host.index_in_part[b] = counters["index_in_part"]
-        host.mode[b] = decode_loop.ENDED
-    return jax.tree.map(jnp.asarray, host).replace(caches=caches)

@@ -155,7 +155,7 @@ def test_bad_options_and_rows_are_named(opts):
     sequence = chat_layout.apply_chat_template(
         [chat_layout.MessagePart("none", 0)] * 2, tokenizer, 4
     )
-    with pytest.raises(ValueError, match="12 positions and 1 images, room is for 9 and 1"):
+    with pytest.raises(ValueError, match="12 positions and 2 images, room is for 9 and 1"):
         packed_batches.build_packed_row([sequence], PackingSpec(9, 4, 1), 2, tokenizer.pad)
     other_size = dataclasses.replace(opts, pixels=32)
     with pytest.raises(ValueError, match=r"image is 16 x 16 \(h x w\), expected data.pixels=32"):

@@ -27,7 +27,7 @@ TOKENIZER = Tokenizer(
 )
 
 
-def model(seed=0, noise=0.4, codec=None, flow=None, **changes):
+def model(seed=0, noise=0.4, codec=None, flow=None, context_sigma=None, **changes):
     """Return a model of two streams of two layers, none of whose parameters is zero.
 
     `flow` changes options of the flow, `changes` those of the Pretzel.
@@ -54,7 +54,7 @@ def model(seed=0, noise=0.4, codec=None, flow=None, **changes):
         "layers": (1, 1, 2),
     }
     cfg = config.default()
-    cfg.task, cfg.noise.sigma = "starflow2", 0.1
+    cfg.task, cfg.noise.sigma, cfg.noise.context_sigma = "starflow2", 0.1, context_sigma
     model_config = starflow2.PretzelConfig(
         vlm, starflow2.flow_config(vlm.width, **sizes), **changes
     )

@@ -122,8 +122,8 @@ def test_images_of_the_user_are_read_clean(parts):
         [[Part("image", "user", image=pixels), target]],
         jax.random.split(jax.random.key(1), 1),
     )
-    noisy = encode_images(model, rows, keys, [0])[0]
-    x = encode_images(clean_model, rows, keys, [0])[0]
+    noisy = encode_images(model, rows, keys, [0])[0][0]
+    (x,), (copies,) = encode_images(clean_model, rows, keys, [0])
     mean, log_variance = codec.encode(model.codec, pixels[None])
     part_keys = jax.vmap(jax.random.fold_in)(keys, jnp.zeros(1, jnp.int32))
     posterior = {"latent_mean": mean, "latent_logvar": log_variance}
@@ -131,6 +131,7 @@ def test_images_of_the_user_are_read_clean(parts):
     np.testing.assert_array_equal(x[0], preprocess.tokens(posterior, part_keys, no_noise, False)[0])
     assert 0.05 < (noisy[0] - x[0]).std() < 0.2
     np.testing.assert_array_equal(x[1], noisy[1])
+    assert 0.05 < (x[1] - copies[1]).std() < 0.2
     # They are conditions: the likelihood is that of the other parts.
     prompt = ["what is it?", pixels, Part("text", text="a"), target]
     (scores,) = clean_model.log_likelihood([prompt])

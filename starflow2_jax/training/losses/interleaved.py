@@ -118,27 +118,38 @@ def target_counts(batch: Batch, stage: Stage) -> dict[str, jax.Array]:
 def sample_latents(batch: Batch, keys: jax.Array, cfg: Mapping[str, Any]) -> jax.Array:
     """Sample noisy latents x [B, M, N, D] from the posteriors, by the rows' keys [B].
 
-    Images that are no targets have the noise `noise.context_sigma`.
+    Images that are no targets have the noise `noise.context_sigma`, and clean copies are samples of
+    the posterior equal to those of their targets.
     """
     shape = batch["latent_mean"].shape
-
-    def fold_in_images(key):
-        return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(shape[1]))
-
-    image_keys = jax.vmap(fold_in_images)(keys).reshape(-1)
-    posterior = {n: batch[n].reshape(-1, *shape[2:]) for n in ("latent_mean", "latent_logvar")}
     context_sigma, sigma = config.context_sigma(cfg), None
+    images = jnp.broadcast_to(jnp.arange(shape[1]), shape[:2])
     if context_sigma is not None:
-        is_target = target_images(batch).reshape(-1)
-        sigma = jnp.where(is_target, cfg["noise"]["sigma"], context_sigma)
+        is_target, is_copy = target_images(batch)
+        images = images - is_copy
+        sigma = jnp.where(is_target, cfg["noise"]["sigma"], context_sigma).reshape(-1)
+
+    def fold_in_images(key, images):
+        return jax.vmap(partial(jax.random.fold_in, key))(images)
+
+    image_keys = jax.vmap(fold_in_images)(keys, images).reshape(-1)
+    posterior = {n: batch[n].reshape(-1, *shape[2:]) for n in ("latent_mean", "latent_logvar")}
     return preprocess.tokens(posterior, image_keys, cfg, False, sigma=sigma).reshape(shape)
 
 
-def target_images(batch: Batch) -> jax.Array:
-    """Return bool [B, M], which images are targets of the loss."""
+def target_images(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Return (is_target, is_copy), each bool [B, M]: which images are targets, or clean copies.
+
+    In rows with clean copies, the next image of a record after a target is the target's copy.
+    """
     num_images, num_patches = batch["latent_mean"].shape[1:3]
-    target_image = jnp.where(batch["target"], batch["image"], -1) // num_patches
-    return (target_image[..., None] == jnp.arange(num_images)).any(1)
+    image = batch["image"] // num_patches
+    in_slot = image[..., None] == jnp.arange(num_images)
+    is_target = (in_slot & batch["target"][..., None]).any(1)
+    segment = jnp.where(in_slot, batch["segments"][..., None], 0).max(1)
+    same_segment = (segment[:, 1:] == segment[:, :-1]) & (segment[:, 1:] > 0)
+    is_copy = is_target[:, :-1] & ~is_target[:, 1:] & same_segment
+    return is_target, jnp.pad(is_copy, ((0, 0), (1, 0)))
 
 
 def loss_terms(
