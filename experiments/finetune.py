@@ -28,6 +28,7 @@ def get_config(source: str = SHIPPED):
     for group in ("text", "noise", "loss"):
         cfg[group].update(trained[group])
     cfg.noise.context_sigma = 0.0
+    cfg.text.images = 0  # A clean copy of a drawn image takes the place of another image.
     cfg.vlm.path, cfg.fae.path = trained["vlm"]["path"], trained["fae"]["path"]
     cfg.init["from"] = source
     cfg.train.trainable = ("adapter", "shallow", "deep", "skip")

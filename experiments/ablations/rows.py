@@ -8,7 +8,7 @@ scratch. `rows.py:VARIANT/ROW` is also an experiment:
 python -m starflow2_jax.train --config experiments/ablations/rows.py:tiny/mot_frozen --workdir W
 
 The budget of every run:
-    tiny   400 steps of 8 rows (of 256 positions, two images at most), Muon at 1e-2, AdamW at 2e-3
+    tiny   400 steps of 8 rows (of 256 positions, three images at most), Muon at 1e-2, AdamW at 2e-3
     small  20,000 steps of 64 rows, peak rate 1e-4; rows are packed as in stage3_joint.py:small
 In tiny, 45% of the rows are image to text (25% in stage 3); with less, so short a run would not
 learn it. All rows with the same seed see the same records, noise and dropout in the same order. The

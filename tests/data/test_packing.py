@@ -81,6 +81,15 @@ def test_record_size_matches_the_chat_layout(folders):
     length = count("a red") + (16 + 2) + count("ring") + markup
     # Each turn: start, role, line end; end, line end.
     assert packing.record_size(Record(1, "x", "", segments), tokenizer, 16) == (length, 1)
+    # A target image that text follows is read again; the last one is not.
+    assert packing.record_size(Record(1, "x", "", segments), tokenizer, 16, True) == (length, 1)
+    segments[1:2] = [Img(0, True, "user"), Img(0, True, "user")]
+    record = Record(1, "x", "", segments)
+    assert packing.record_size(record, tokenizer, 16) == (length + 18, 2)
+    assert packing.record_size(record, tokenizer, 16, True) == (length + 3 * 18, 4)
+    record = Record(1, "x", "", segments[:-1])
+    without, with_copies = (packing.record_size(record, tokenizer, 16, c) for c in (False, True))
+    assert with_copies == (without[0] + 18, 3)
 
 
 def test_the_plan_is_written_once_and_then_read(folders, capsys):
@@ -92,6 +101,7 @@ def test_the_plan_is_written_once_and_then_read(folders, capsys):
     assert run(capsys, *argv) == first and file.read_bytes() == content
     assert first["records"] == 40 and 0 < first["waste"] < 1
     assert run(capsys, *argv, "--seed", 1)["out"] != first["out"]
+    assert run(capsys, *argv, "--clean_copies")["out"] != first["out"]
     with pytest.raises(DatasetError, match="a row has 60"):
         run(capsys, "--data", folder, "--tokenizer", tokenizer, "--row_length", 60)
     with pytest.raises(DatasetError, match="nowhere: no tokenizer in this folder"):

@@ -14,6 +14,7 @@ from helpers.pretzel_training import ROWS, STAGES, batch_of, experiment
 from starflow2_jax import config, mesh
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.checkpoints.convert import qwen as qwen_weights
+from starflow2_jax.data import chat_layout
 from starflow2_jax.models import qwen, qwen_vision, starflow2
 from starflow2_jax.models.ablations import mot
 from starflow2_jax.params import (
@@ -219,6 +220,35 @@ def test_images_that_are_only_read_have_a_noise_of_their_own():
     stored = {**cfg, "noise": {n: v for n, v in cfg["noise"].items() if n != "context_sigma"}}
     x = interleaved.sample_latents(batch, keys, config.upgrade(stored))
     np.testing.assert_array_equal(x, old)
+
+
+def test_clean_copies_are_the_targets_without_their_noise():
+    cfg, keys = experiment(), preprocess.row_keys(0, 3, jnp.arange(2))
+    reason = tuple(chat_layout.insert_copies(pretzel_batch.REASON)[0])
+    batch = pretzel_batch.batch([[reason], [pretzel_batch.T2I, reason]], length=96)
+    is_target, is_copy = map(np.asarray, interleaved.target_images(batch))
+    assert is_target.tolist() == [[False, True, False, False], [True, False, True, False]]
+    assert is_copy.tolist() == [[False, False, True, False], [False, False, False, True]]
+    # A wide posterior, which both share.
+    mean = np.where(
+        is_copy[..., None, None], np.roll(batch["latent_mean"], 1, 1), batch["latent_mean"]
+    )
+    batch |= {"latent_mean": mean, "latent_logvar": np.full_like(mean, 0.5)}
+    clean = {**cfg, "noise": {**cfg["noise"], "context_sigma": 0.0}}
+    x = np.asarray(interleaved.sample_latents(batch, keys, clean))
+    old = np.asarray(interleaved.sample_latents(batch, keys, cfg))
+    np.testing.assert_array_equal(x[is_target], old[is_target])
+    noise = x[is_copy] - x[np.roll(is_copy, -1, 1)]
+    silent = {**cfg, "noise": {**cfg["noise"], "kind": "none"}}
+    sample = np.asarray(interleaved.sample_latents(batch, keys, silent))
+    np.testing.assert_array_equal(x[is_copy], sample[np.roll(is_copy, -1, 1)])
+    assert 0.15 < noise.std() < 0.45
+    # The copies are no targets; the choice to read one is.
+    stage = interleaved.Stage(True, True)
+    plain = pretzel_batch.batch([[pretzel_batch.REASON], [pretzel_batch.T2I, pretzel_batch.REASON]])
+    counts, old_counts = (interleaved.target_counts(b, stage) for b in (batch, plain))
+    np.testing.assert_array_equal(counts["dims"], old_counts["dims"])
+    np.testing.assert_array_equal(counts["tokens"], old_counts["tokens"] + 1)
 
 
 def test_evaluation_counts_unmasked_rows_and_depends_on_row_ids_alone():
