@@ -238,13 +238,10 @@ def test_clean_copies_are_the_targets_without_their_noise():
     x = np.asarray(interleaved.sample_latents(batch, keys, clean))
     old = np.asarray(interleaved.sample_latents(batch, keys, cfg))
     np.testing.assert_array_equal(x[is_target], old[is_target])
-    noise = x[is_copy] - x[np.roll(is_copy, -1, 1)]
     silent = {**cfg, "noise": {**cfg["noise"], "kind": "none"}}
     sample = np.asarray(interleaved.sample_latents(batch, keys, silent))
     np.testing.assert_array_equal(x[is_copy], sample[np.roll(is_copy, -1, 1)])
-    assert 0.15 < noise.std() < 0.45
-    # The copies are no targets; the choice to read one is.
-    stage = interleaved.Stage(True, True)
+    stage = interleaved.Stage(True, True)  # The copies are no targets; the choice to read one is.
     plain = pretzel_batch.batch([[pretzel_batch.REASON], [pretzel_batch.T2I, pretzel_batch.REASON]])
     counts, old_counts = (interleaved.target_counts(b, stage) for b in (batch, plain))
     np.testing.assert_array_equal(counts["dims"], old_counts["dims"])
