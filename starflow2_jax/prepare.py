@@ -28,6 +28,7 @@ from starflow2_jax.data import (
     tokenizer as tokenizer_lib,
 )
 from starflow2_jax.data.manifest import DatasetError, Importer, Manifest
+from starflow2_jax.data.records import Record
 from starflow2_jax.importers import captioned
 from starflow2_jax.importers.redraw import BACKGROUNDS
 from starflow2_jax.importers.registry import CAPTIONED, IMPORTERS
@@ -80,6 +81,9 @@ def define(values: flags.FlagValues) -> None:
         "shapes: " + ", ".join(generator.LABELS),
     )
     number("missing_captions", 0, "images without a caption that may be left out", 0)
+    number("bad_images", 0, "images that cannot be read that may be left out", 0)
+    number("bad_rows", 0, "rows and examples of another form that may be left out", 0)
+    switch("check_pixels", False, "import: decode every image, which finds truncated ones")
     captioned_formats = ", ".join(CAPTIONED)
     number(
         "n",
@@ -146,31 +150,50 @@ def import_(values: flags.FlagValues) -> dict[str, Any]:
     out, kind = _required(values, "out"), _required(values, "format")
     if values.background and kind not in CAPTIONED:
         raise DatasetError(f"--background: only for {', '.join(CAPTIONED)}, not for {kind}")
-    make, importer, sources, classes, counts = SOURCES[kind](values)
+    source = SOURCES[kind](values)
+    importer, sources, classes, tally = source.importer, source.hashes, source.classes, source.tally
     if os.path.exists(out) and not values.overwrite:
         if existing := _same_import(out, importer, sources):
             size = {"records": existing.records, "bytes": existing.bytes}
             return {"out": out, **size, "was": "complete"}
         shards.check_absent(out, overwrite=False)
+
+    def make() -> Iterator[Record]:
+        if tally is not None:
+            tally.clear()
+        return source.make()
+
     if values.label == "caption":
         classes, rows = captioned.label_by_caption(make)
     else:
         rows = make()
-    written = records.write(
-        out,
-        rows,
-        importer=importer,
-        sources=sources,
-        classes=classes,
-        overwrite=values.overwrite,
-    )
+    try:
+        written = records.write(
+            out,
+            rows,
+            importer=importer,
+            sources=sources,
+            classes=classes,
+            overwrite=values.overwrite,
+            leave_out=tally.leave_out_record if tally is not None else None,
+            left_out=(lambda: dict(tally.reasons)) if tally is not None else None,
+        )
+    except shards.NoRecordsError as error:
+        reasons = (
+            [f"images missing: {n}; is --image_root right?"]
+            if (n := source.counts().get("missing_images"))
+            else []
+        )
+        reasons += [tally.summary()] if tally is not None and tally.reasons else []
+        raise DatasetError("; ".join([str(error), *reasons])) from error
     return {
         "out": out,
         "records": written.records,
         "bytes": written.bytes,
         "shards": len(written.shards),
         "classes": len(classes) if classes else 0,
-        **counts(),
+        **source.counts(),
+        **(tally.counts() if tally is not None else {}),
     }
 
 

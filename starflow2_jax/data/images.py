@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 from starflow2_jax.data.manifest import DatasetError
 
@@ -19,6 +19,17 @@ Format = Literal["jpeg", "png", "webp"]
 _FORMATS: dict[str, Format] = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
 
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
+
+# EXIF orientation -> how to bring the image upright.
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 MAX_SIDE = 16384
 MAX_PIXELS = 1 << 26  # 64 Mi, 192 MiB decoded
@@ -46,9 +57,11 @@ def _decode(
 ) -> np.ndarray:
     with _open(data, location) as image:
         try:
+            # First, as faults of the pixels would be hidden among those of the metadata.
+            image.load()
             # Transposing copies even an upright image, so the orientation tag is read first.
-            is_rotated = image.getexif().get(0x0112, 1) != 1
-            return np.asarray(convert(ImageOps.exif_transpose(image) if is_rotated else image))
+            transpose = _TRANSPOSE.get(_orientation(image))
+            return np.asarray(convert(image if transpose is None else image.transpose(transpose)))
         except DatasetError:
             raise
         except Exception as error:
@@ -99,6 +112,10 @@ def _open(data: bytes, location: str) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
     except Image.DecompressionBombError as error:
         raise DatasetError(f"{location}: {error}") from error
+    except UnidentifiedImageError as error:
+        # Its message names a buffer in memory.
+        content = f"its first bytes are {data[:12]!r}" if data else "the file is empty"
+        raise DatasetError(f"{location}: not a JPEG, PNG or WebP image: {content}") from error
     except Exception as error:
         raise DatasetError(f"{location}: not a JPEG, PNG or WebP image: {error}") from error
     width, height = image.size
@@ -109,6 +126,14 @@ def _open(data: bytes, location: str) -> Image.Image:
             f"{MAX_PIXELS} in all are allowed"
         )
     return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation; 1, upright, for junk metadata of a complete image."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # of many kinds, whatever bytes are junk
+        return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -48,7 +48,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     """The contents of `dataset.json`.
 
     `sources` maps the name of every source file to its sha256; `features` describes the arrays of
-    a parallel dataset (`kind="arrays"`) and the encoder that computed them.
+    a parallel dataset (`kind="arrays"`) and the encoder that computed them. `left_out` counts what
+    of the source is not in the dataset, by reason.
     """
 
     v: Literal[1]
@@ -60,6 +61,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     sources: dict[str, Sha256] = {}
     classes: list[str] | None = None
     features: dict[str, Any] | None = None
+    left_out: dict[str, int] = {}
 
 
 def make(
@@ -70,6 +72,7 @@ def make(
     sources: dict[str, str] | None = None,
     classes: list[str] | None = None,
     features: dict[str, Any] | None = None,
+    left_out: dict[str, int] | None = None,
 ) -> Manifest:
     """Return the manifest of finished shards, with their totals."""
     return Manifest(
@@ -82,6 +85,7 @@ def make(
         sources=sources or {},
         classes=classes,
         features=features,
+        left_out=left_out or {},
     )
 
 

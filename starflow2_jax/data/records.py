@@ -86,8 +86,12 @@ def encode(record: Record) -> bytes:
     A DatasetError names the record's id and the path of the wrong field, such as `$.segs[0].i`.
     """
     # Struct constructors do not validate; decoding does.
-    data = _encoder.encode(record)
-    decode(data, f"record {getattr(record, 'id', '?')!r}")
+    location = f"record {getattr(record, 'id', '?')!r}"
+    try:
+        data = _encoder.encode(record)
+    except (ValueError, TypeError) as error:  # lone surrogates, values of other types
+        raise DatasetError(f"{location}: {error}") from error
+    decode(data, location)
     return data
 
 
@@ -153,6 +157,8 @@ def write(
     classes: list[str] | None = None,
     shard_bytes: int = shards.SHARD_BYTES,
     overwrite: bool = False,
+    leave_out: Callable[[DatasetError], None] | None = None,
+    left_out: Callable[[], dict[str, int]] | None = None,
 ) -> Manifest:
     """Write a dataset folder of checked records, and return its manifest.
 
@@ -164,6 +170,9 @@ def write(
         classes: names of the classes that `meta["label"]` numbers.
         shard_bytes: a new shard starts after this many payload bytes.
         overwrite: replace an existing dataset folder.
+        leave_out: called with the error of a record that fails, which is left out unless this
+            function raises; by default it stops the writing.
+        left_out: called after the last record, the counts of what was left out by reason.
 
     Raises:
         DatasetError: a record that fails schema or `check`, a repeated id, a label outside
@@ -174,9 +183,15 @@ def write(
         ids: set[str] = set()
         for index, record in enumerate(records):
             location = f"record {index} (id {getattr(record, 'id', '?')!r})"
-            data = encode(record)
-            check(record, location)
-            _check_id_and_label(record, location, ids, classes)
+            try:
+                data = encode(record)
+                check(record, location)
+                _check_id_and_label(record, location, ids, classes)
+            except DatasetError as error:
+                if leave_out is None:
+                    raise
+                leave_out(error)
+                continue
             yield data
 
     def make_manifest(written: list[manifest.Shard]) -> Manifest:
@@ -186,6 +201,7 @@ def write(
             importer or Importer("records.write", "1"),
             sources=sources() if callable(sources) else sources,
             classes=classes,
+            left_out=left_out() if left_out else None,
         )
 
     return shards.write(

@@ -52,7 +52,7 @@ def write(
     building = out.parent / f".{out.name}.building-{os.getpid()}"
     building.mkdir()
     try:
-        shards = _write_shards(building, payloads, counts, shard_bytes)
+        shards = _write_shards(building, out, payloads, counts, shard_bytes)
         written = make_manifest(shards)
         with open(building / manifest.FILE_NAME, "wb") as f:
             f.write(manifest.encode(written))
@@ -114,6 +114,10 @@ class Payloads:
         return f"{self.path} record {index}"
 
 
+class NoRecordsError(DatasetError):
+    """A source without any record."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
     """A file instruction in the protocol of array_record."""
@@ -126,6 +130,7 @@ class _Instruction:
 
 def _write_shards(
     building: pathlib.Path,
+    out: pathlib.Path,
     payloads: Iterable[bytes],
     counts: Sequence[int] | None,
     shard_bytes: int,
@@ -134,7 +139,7 @@ def _write_shards(
     iterator = iter(payloads)
     payload = next(iterator, None)
     if payload is None:
-        raise DatasetError(f"nothing to write to {building.parent}: the source has no records")
+        raise NoRecordsError(f"nothing to write to {out}: the source has no records")
     while payload is not None:
         number = len(written)
         if counts is not None and number == len(counts):

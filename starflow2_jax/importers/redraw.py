@@ -10,15 +10,21 @@ import numpy as np
 from PIL import Image
 
 from starflow2_jax.data import images, records
+from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record
 from starflow2_jax.importers import procedural
+from starflow2_jax.importers.tally import ImageError, Tally
 
 BACKGROUNDS = ("white", "random")
 _PLAIN = 0.5  # probability that a random background has one color
 
 
 def redraw(
-    rows: Iterator[Record], pixels: int | None, backgrounds: Sequence[str], seed: int
+    rows: Iterator[Record],
+    pixels: int | None,
+    backgrounds: Sequence[str],
+    seed: int,
+    tally: Tally | None = None,
 ) -> Iterator[Record]:
     """Yield every record once per background, with its images drawn on it and stored as PNG.
 
@@ -32,9 +38,14 @@ def redraw(
             sizes.
         backgrounds: "white" or "random" for each copy.
         seed: of the random backgrounds.
+        tally: counts images that cannot be decoded, whose records are left out.
     """
     for index, record in enumerate(rows):
-        decoded = [images.decode_rgba(blob.data, record.id) for blob in record.imgs]
+        try:
+            decoded = [images.decode_rgba(blob.data, record.id) for blob in record.imgs]
+        except DatasetError as error:
+            (tally or Tally()).leave_out(ImageError(str(error), "image cannot be read"))
+            continue
         if pixels is not None:
             decoded = [images.center_crop(image, pixels) for image in decoded]
         for copy, background in enumerate(backgrounds):

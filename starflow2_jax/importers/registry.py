@@ -7,16 +7,28 @@ import functools
 import glob
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
 
-from starflow2_jax.data import manifest
+from starflow2_jax.data import manifest, untrusted
 from starflow2_jax.data.manifest import DatasetError, Importer
 from starflow2_jax.data.records import Record
-from starflow2_jax.importers import captioned, interleaved, procedural, redraw
+from starflow2_jax.importers import (
+    captioned,
+    huggingface,
+    interleaved,
+    procedural,
+    redraw,
+    tars,
+)
+from starflow2_jax.importers.image_root import ImageRoot
 from starflow2_jax.importers.redraw import BACKGROUNDS
+from starflow2_jax.importers.tally import Tally
+
+_MAX_BRACES = 1_000_000
 
 
 class ImportSource(NamedTuple):
@@ -27,26 +39,30 @@ class ImportSource(NamedTuple):
     hashes: dict[str, str]  # sha256 of each source file
     classes: list[str] | None = None  # names of the classes
     counts: Callable[[], dict[str, int]] = dict  # of skipped data; called after the last record
+    tally: Tally | None = None  # counts what is left out; cleared by `make`
+
+
+def _tally(values: flags.FlagValues) -> Tally:
+    return Tally(
+        missing_captions=values.missing_captions,
+        bad_images=values.bad_images,
+        bad_rows=values.bad_rows,
+        check_pixels=values.check_pixels,
+    )
 
 
 def _webdataset(values: flags.FlagValues) -> ImportSource:
-    tars = _paths(values)
-
-    def make() -> Iterator[Record]:
-        return captioned.webdataset(tars, captioned.MissingCaptions(values.missing_captions))
-
+    paths, tally = _paths(values), _tally(values)
     importer = _importer(values, "webdataset", missing=values.missing_captions)
-    return ImportSource(make, importer, _file_hashes(tars))
+    make = functools.partial(tars.webdataset, paths, tally)
+    return ImportSource(make, importer, _file_hashes(paths), tally=tally)
 
 
 def _folder(values: flags.FlagValues) -> ImportSource:
-    (root,) = _paths(values, max_count=1)
-
-    def make() -> Iterator[Record]:
-        return captioned.folder(root, captioned.MissingCaptions(values.missing_captions))
-
+    (root,), tally = _paths(values, max_count=1), _tally(values)
     importer = _importer(values, "folder", missing=values.missing_captions)
-    return ImportSource(make, importer, captioned.folder_hashes(root))
+    make = functools.partial(captioned.folder, root, tally)
+    return ImportSource(make, importer, captioned.folder_hashes(root), tally=tally)
 
 
 def _tfds(values: flags.FlagValues) -> ImportSource:
@@ -54,56 +70,57 @@ def _tfds(values: flags.FlagValues) -> ImportSource:
         raise DatasetError("--source: expected the name of one TFDS set")
     label = values.label if values.label not in ("none", "caption") else None
     source, classes, name = captioned.tfds(values.source[0], values.split, values.tfds_dir, label)
-
-    def make() -> Iterator[Record]:
-        return captioned.examples(
-            source,
-            name,
-            image_key=values.image_key,
-            text_key=values.text_key,
-            label_key=label,
-            class_names=classes,
-        )
-
+    tally = _tally(values)
+    make = functools.partial(
+        captioned.examples,
+        source,
+        name,
+        image_key=values.image_key,
+        text_key=values.text_key,
+        label_key=label,
+        class_names=classes,
+        tally=tally,
+    )
     importer = _importer(
         values, "tfds", image_key=values.image_key, text_key=values.text_key, set=name
     )
-    return ImportSource(make, importer, {}, classes)
+    return ImportSource(make, importer, {}, classes, tally=tally)
 
 
 def _huggingface(values: flags.FlagValues) -> ImportSource:
-    (folder,) = _paths(values, max_count=1)
-    image_key, text_key = values.image_key, values.text_key
-
-    def make() -> Iterator[Record]:
-        return interleaved.huggingface(folder, image_key=image_key, text_key=text_key)
-
-    importer = _importer(values, "huggingface", image_key=image_key, text_key=text_key)
-    return ImportSource(make, importer, interleaved.folder_hashes(folder))
+    (folder,), tally = _paths(values, max_count=1), _tally(values)
+    keys = {"image_key": values.image_key, "text_key": values.text_key}
+    importer = _importer(values, "huggingface", **keys)
+    make = functools.partial(huggingface.huggingface, folder, tally=tally, **keys)
+    return ImportSource(make, importer, huggingface.folder_hashes(folder), tally=tally)
 
 
 def _bagel_t2i(values: flags.FlagValues) -> ImportSource:
-    paths, caption = _paths(values), values.caption
+    paths, caption, tally = _paths(values), values.caption, _tally(values)
     importer = _importer(values, "bagel_t2i", caption=caption)
-    return ImportSource(
-        lambda: interleaved.bagel_t2i(paths, caption), importer, _file_hashes(paths)
-    )
+    make = functools.partial(interleaved.bagel_t2i, paths, caption, tally)
+    return ImportSource(make, importer, _file_hashes(paths), tally=tally)
 
 
 def _bagel_edit(values: flags.FlagValues) -> ImportSource:
-    paths = _paths(values)
+    paths, tally = _paths(values), _tally(values)
     importer = _importer(values, "bagel_edit")
-    return ImportSource(lambda: interleaved.bagel_edit(paths), importer, _file_hashes(paths))
+    make = functools.partial(interleaved.bagel_edit, paths, tally)
+    return ImportSource(make, importer, _file_hashes(paths), tally=tally)
 
 
 def _with_image_root(values: flags.FlagValues) -> ImportSource:
-    read, paths = getattr(interleaved, values.format), _paths(values)
-    root = interleaved.ImageRoot(values.image_root, values.missing_images == "image")
+    read, paths, tally = getattr(interleaved, values.format), _paths(values), _tally(values)
+    root = ImageRoot(values.image_root, values.missing_images == "image", tally)
     importer = _importer(
         values, values.format, image_root=values.image_root, missing_images=values.missing_images
     )
-    hashes = _file_hashes(paths)
-    return ImportSource(lambda: read(paths, root), importer, hashes, counts=root.counts)
+
+    def make() -> Iterator[Record]:
+        root.clear()
+        return read(paths, root)
+
+    return ImportSource(make, importer, _file_hashes(paths), counts=root.counts, tally=tally)
 
 
 def _procedural(values: flags.FlagValues) -> ImportSource:
@@ -134,7 +151,8 @@ def _captioned(
         rows = itertools.islice(source.make(), values.n)
         if not values.background and not values.pixels:
             return rows
-        return redraw.redraw(rows, values.pixels, values.background or ["white"], values.seed)
+        backgrounds = values.background or ["white"]
+        return redraw.redraw(rows, values.pixels, backgrounds, values.seed, source.tally)
 
     importer = source.importer
     importer = Importer(importer.name, importer.version, {**importer.options, **options})
@@ -144,14 +162,23 @@ def _captioned(
 def _importer(values: flags.FlagValues, name: str, **options: Any) -> Importer:
     if name != "tfds" and values.label not in ("none", "caption"):
         raise DatasetError(f"--label {values.label}: a {name} import has only none and caption")
+    # Absent unless set, so that imports without them equal those of earlier versions.
+    limits = {name: values[name].value for name in ("bad_images", "bad_rows", "check_pixels")}
+    options |= {name: value for name, value in limits.items() if value}
     return Importer(name, captioned.VERSION, {"label": values.label, **options})
 
 
 def _paths(values: flags.FlagValues, max_count: int | None = None) -> list[str]:
-    """Return the paths of --source, with wildcards expanded in sorted order."""
+    """Return the paths of --source, with wildcards expanded in sorted order.
+
+    A path that exists is no pattern. `{00000..00012}` stands for the numbers in between.
+    """
     paths = []
     for pattern in values.source:
-        matches = sorted(glob.glob(pattern))
+        matches = [pattern]
+        if not os.path.lexists(pattern):
+            patterns = _expand_braces(pattern)
+            matches = sorted(path for one in patterns for path in glob.glob(one))
         if not matches:
             raise DatasetError(f"--source {pattern}: no such file")
         paths += matches
@@ -160,11 +187,31 @@ def _paths(values: flags.FlagValues, max_count: int | None = None) -> list[str]:
     return paths
 
 
+def _expand_braces(pattern: str) -> list[str]:
+    """Return a pattern for each number of the first `{FIRST..LAST}`, padded as FIRST is."""
+    match = re.search(r"\{(\d{1,9})\.\.(\d{1,9})\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    if int(last) - int(first) >= _MAX_BRACES:
+        raise DatasetError(f"--source {pattern}: more than {_MAX_BRACES} numbers")
+    return [
+        f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}"
+        for number in range(int(first), int(last) + 1)
+    ]
+
+
 def _file_hashes(paths: Sequence[str]) -> dict[str, str]:
-    hashes = {os.path.basename(path): manifest.sha256_file(path) for path in paths}
-    if len(hashes) < len(paths):
+    names = [os.path.basename(os.path.normpath(path)) for path in paths]
+    if len(set(names)) < len(paths):
         raise DatasetError("--source: two files have the same name; ids would not be unique")
-    return hashes
+    for path in paths:
+        if os.path.isdir(path):
+            raise DatasetError(
+                f"--source {path}: a folder, expected files; '{path}/*' names those in it"
+            )
+        untrusted.check_regular(path)
+    return {name: manifest.sha256_file(path) for name, path in zip(names, paths)}
 
 
 CAPTIONED = {"webdataset": _webdataset, "folder": _folder, "tfds": _tfds}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from absl import flags
 
 from starflow2_jax.data.manifest import DatasetError, Importer
-from starflow2_jax.importers import captioned
 from starflow2_jax.importers.registry import ImportSource
 from starflow2_jax.shapes import generator, tasks
 
+VERSION = "1"  # in the manifest; raise it when equal options would give other records
 _MAX_WEIGHT = 100  # of a tag
 
 
@@ -43,7 +43,7 @@ def shapes_source(values: flags.FlagValues) -> ImportSource:
     if values.withheld != "none":
         options["withheld"] = values.withheld
     classes = generator.classes(label) if label else None
-    return ImportSource(make, Importer("shapes", captioned.VERSION, options), {}, classes)
+    return ImportSource(make, Importer("shapes", VERSION, options), {}, classes)
 
 
 def _weighted_tags(words: Sequence[str]) -> list[str]:

@@ -132,3 +132,22 @@ def test_center_crop():
     assert images.center_crop(PIXELS, 6).shape == (6, 6, 3)
     assert (images.center_crop(PIXELS, 6) == PIXELS[:, 1:7]).all()
     assert images.center_crop(PIXELS, 32).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "junk", [b"junk", b"Exif\0\0junk", b"Exif\0\0II*\0\xff\xff\xff\xff", bytes(50)]
+)
+def test_junk_metadata_is_no_orientation(fmt, junk):
+    pixels = np.full((4, 5, 3), 90, np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, fmt, exif=junk)
+    assert images.decode(buffer.getvalue(), "x").shape == (4, 5, 3)
+    assert images.decode_rgba(buffer.getvalue(), "x").shape == (4, 5, 4)
+
+
+def test_errors_name_no_address_in_memory():
+    for data in (b"", b"GIF89a......"):
+        with pytest.raises(DatasetError, match="x: not a JPEG, PNG or WebP image") as error:
+            images.decode(data, "x")
+        assert "0x7" not in str(error.value)

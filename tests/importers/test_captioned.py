@@ -14,7 +14,8 @@ from PIL import Image
 from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.importers import captioned
-from starflow2_jax.importers.captioned import MissingCaptions
+from starflow2_jax.importers.tally import Tally
+from starflow2_jax.importers.tars import webdataset
 
 pytestmark = pytest.mark.fast
 
@@ -46,7 +47,7 @@ def pairs(*captions, folder=""):
 
 
 def read(*tars, allowed=0):
-    return list(captioned.webdataset(tars, MissingCaptions(allowed)))
+    return list(webdataset(tars, Tally(missing_captions=allowed)))
 
 
 @pytest.mark.parametrize("is_gzip", [False, True])
@@ -65,7 +66,7 @@ def test_webdataset_tars_give_records_in_order(tmp_path, is_gzip):
 
 def test_webdataset_is_streamed(tmp_path):
     tar = write_tar(tmp_path / "a.tar", [*pairs("one", "two"), ("zz.png", b"not an image")])
-    stream = captioned.webdataset([tar], MissingCaptions())
+    stream = webdataset([tar], Tally())
     assert records.text(next(stream)) == "one"
 
 
@@ -91,11 +92,14 @@ def test_missing_captions_have_a_budget(tmp_path):
     tar = write_tar(tmp_path / "a.tar", members)
     with pytest.raises(DatasetError, match=r"a\.tar:lost: no caption"):
         read(tar)
-    with pytest.raises(DatasetError, match=r"a\.tar:zz: no caption.*2 missing, 1 allowed"):
+    with pytest.raises(
+        DatasetError, match=r"a\.tar:zz\.txt: no caption.*2 missing captions, 1 allowed"
+    ):
         read(tar, allowed=1)
-    missing = MissingCaptions(2)
-    assert len(list(captioned.webdataset([tar], missing))) == 1
-    assert missing.keys == ["a.tar:lost", "a.tar:zz"]
+    missing = Tally(missing_captions=2)
+    assert len(list(webdataset([tar], missing))) == 1
+    assert missing.reasons == {"caption missing": 2} and missing.budgets["missing_captions"] == 2
+    assert missing.first["caption missing"].startswith("a.tar:lost: no caption")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +168,7 @@ def make_folder(root, *names):
 def test_a_folder_gives_records_in_order(tmp_path):
     root = make_folder(tmp_path / "pets", "b.png", "a/z.png", "a/c.png")
     (root / "notes.md").write_text("ignored")
-    imported = list(captioned.folder(root, MissingCaptions()))
+    imported = list(captioned.folder(root, Tally()))
     assert [r.id for r in imported] == ["pets/a/c", "pets/a/z", "pets/b"]
     assert records.text(imported[0]) == "caption of a/c.png"
     hashes = captioned.folder_hashes(root)
@@ -177,36 +181,34 @@ def test_errors_in_a_folder_are_named(tmp_path):
     root = make_folder(tmp_path / "pets", "a.png")
     (root / "b.png").write_bytes(encoded(1))
     with pytest.raises(DatasetError, match=r"b\.png: no caption"):
-        list(captioned.folder(root, MissingCaptions()))
-    assert len(list(captioned.folder(root, MissingCaptions(1)))) == 1
+        list(captioned.folder(root, Tally()))
+    assert len(list(captioned.folder(root, Tally(missing_captions=1)))) == 1
     (root / "b.webp").write_bytes(encoded(1))
-    with pytest.raises(DatasetError, match="two images are called 'b'"):
-        list(captioned.folder(root, MissingCaptions(2)))
+    with pytest.raises(DatasetError, match="2 images, expected one"):
+        list(captioned.folder(root, Tally(missing_captions=2)))
     with pytest.raises(DatasetError, match="no images"):
         (tmp_path / "none").mkdir()
-        list(captioned.folder(tmp_path / "none", MissingCaptions()))
+        list(captioned.folder(tmp_path / "none", Tally()))
     with pytest.raises(DatasetError, match="no such folder"):
-        list(captioned.folder(tmp_path / "nowhere", MissingCaptions()))
+        list(captioned.folder(tmp_path / "nowhere", Tally()))
 
     outside = make_folder(tmp_path / "outside", "secret.png")
     leak = make_folder(tmp_path / "leak", "a.png")
     (leak / "b.png").symlink_to(outside / "secret.png")
     with pytest.raises(DatasetError, match=r"b\.png: a link that leads out"):
-        list(captioned.folder(leak, MissingCaptions()))
+        list(captioned.folder(leak, Tally()))
 
 
 def test_captions_become_classes(tmp_path, monkeypatch):
     tar = write_tar(tmp_path / "a.tar", pairs("dog", "cat", "dog", "eel"))
-    classes, labeled = captioned.label_by_caption(
-        lambda: captioned.webdataset([tar], MissingCaptions())
-    )
+    classes, labeled = captioned.label_by_caption(lambda: webdataset([tar], Tally()))
     imported = list(labeled)
     assert classes == ["cat", "dog", "eel"]
     assert [r.meta["label"] for r in imported] == [1, 0, 1, 2]
     records.write(tmp_path / "data", imported, classes=classes)
     monkeypatch.setattr(captioned, "MAX_CLASSES", 2)
     with pytest.raises(DatasetError, match="more than 2 distinct captions"):
-        captioned.label_by_caption(lambda: captioned.webdataset([tar], MissingCaptions()))
+        captioned.label_by_caption(lambda: webdataset([tar], Tally()))
 
 
 def test_a_random_access_source_gives_records():
@@ -275,9 +277,7 @@ def test_cifar_photographs_are_imported(tmp_path):
     tar = SHARED / "data" / "cifar10_test.tar"
     if not tar.exists():
         pytest.skip(f"the CIFAR photographs are not at {tar}; set STARFLOW2_SHARED")
-    classes, imported = captioned.label_by_caption(
-        lambda: captioned.webdataset([tar], MissingCaptions())
-    )
+    classes, imported = captioned.label_by_caption(lambda: webdataset([tar], Tally()))
     records.write(tmp_path / "data", imported, classes=classes)
     dataset = records.read(tmp_path / "data")
     assert len(dataset) == 1000 and len(classes) == 10
