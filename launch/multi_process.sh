@@ -47,6 +47,10 @@ if [ -z "$port" ]; then
   done
 fi
 
+# By this secret the processes know each other, whoever else connects to the port.
+STARFLOW2_JOB_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+export STARFLOW2_JOB_TOKEN
+
 prefix() { # Not awk: some versions buffer lines.
   trap '' TERM INT
   local line

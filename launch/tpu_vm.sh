@@ -39,7 +39,10 @@ case $verb in
   run)
     [ $# -gt 0 ] || usage
     words=$(printf ' %q' "$@")
+    # By this secret the processes know each other, whoever else connects to the port.
+    token=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
     on_all "cd starflow2_jax && export PATH=\$HOME/venv/bin:\$PATH STARFLOW2_CLUSTER=auto \
+      STARFLOW2_JOB_TOKEN=$token \
       JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-\$HOME/.cache/starflow2_jax} && \
       bash launch/one_process.sh$words"
     ;;

@@ -16,6 +16,7 @@ is lost, jax's heartbeat ends the remaining processes.
     JAX_NUM_PROCESSES              number of processes
     JAX_PROCESS_ID                 index of this process, from 0
     JAX_LOCAL_DEVICE_IDS           accelerators of this machine to use, all by default
+    STARFLOW2_JOB_TOKEN            secret of the job, by which its processes know each other
     STARFLOW2_DEVICES_PER_PROCESS  number of devices that each process must see; optional
     STARFLOW2_CLUSTER=auto         ask jax for the cluster (TPU slices)
 
@@ -93,9 +94,10 @@ def detect(environ: Mapping[str, str]) -> ProcessInfo | None:
     count, index = int(variables[COUNT]), int(variables[INDEX])
     if index >= count:
         raise ValueError(f"{INDEX}={index} is not below {COUNT}={count}")
-    if not re.fullmatch(r".+:\d+", variables[ADDRESS]):
+    if not re.fullmatch(r".+:\d{1,5}", variables[ADDRESS]):
         raise ValueError(f"{ADDRESS}={variables[ADDRESS]!r} is not HOST:PORT")
-    info = ProcessInfo(variables[ADDRESS], count, index, _local_devices(environ, slurm))
+    devices, token = _local_devices(environ, slurm), environ.get(rendezvous.TOKEN, "")
+    info = ProcessInfo(variables[ADDRESS], count, index, devices, token)
     return info if count > 1 else None
 
 
@@ -135,7 +137,9 @@ def _detect_by_jax() -> ProcessInfo | None:
             f"STARFLOW2_CLUSTER=auto, but jax detects no cluster here: set {ADDRESS}, {COUNT} and "
             f"{INDEX}"
         )
-    return None if count == 1 else ProcessInfo(address, count, index, devices and tuple(devices))
+    token = os.environ.get(rendezvous.TOKEN, "")
+    info = ProcessInfo(address, count, index, devices and tuple(devices), token)
+    return None if count == 1 else info
 
 
 def code_fingerprint() -> str:
@@ -174,6 +178,13 @@ def init_distributed(timeouts: Mapping[str, int] | None = None) -> None:
     if info is None or _session is not None:
         return
     timeouts = {**TIMEOUTS, **(timeouts or {})}
+    host, port = rendezvous.listening_host(info.address[0]), info.address[1]
+    if info.process == 0 and not info.token and not host.startswith(("127.", "::1")):
+        print(
+            f"warning: {rendezvous.TOKEN} is not set, so any program that reaches "
+            f"{info.coordinator} can join this run; the launchers draw one",
+            file=sys.stderr,
+        )
     connections = rendezvous.rendezvous(info, timeouts["rendezvous_timeout"])
     finished = {process: threading.Event() for process in connections}
     _session = _Session(info, timeouts, connections, finished)
@@ -188,6 +199,7 @@ def init_distributed(timeouts: Mapping[str, int] | None = None) -> None:
         info.num_processes,
         info.process,
         local_device_ids=info.local_devices,
+        coordinator_bind_address=f"{f'[{host}]' if ':' in host else host or '[::]'}:{port}",
         cluster_detection_method="deactivate",  # under SLURM, detection would take a single device
         initialization_timeout=timeouts["initialization"],
         heartbeat_timeout_seconds=timeouts["heartbeat"],
@@ -348,10 +360,13 @@ def _watch(session: _Session, process: int) -> None:
     if "done" in message:
         session.finished[process].set()
         return
-    reason, origin = message.get("failed"), message.get("process", process)
+    reason, origin = message.get("failed"), message.get("process")
+    if type(origin) is not int or not 0 <= origin < session.info.num_processes:
+        origin = process
+    reason = reason if reason and isinstance(reason, str) else None
     if session.info.process == 0:
         for connection in session.connections.values():
-            rendezvous.send(connection, failed=reason, process=origin)
+            rendezvous.send(connection, failed=reason or "", process=origin)
     if reason is not None or session.info.process == 0:
         time.sleep(_GRACE)  # processes that fail for the same reason print it themselves
     if session.ending.is_set():

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -49,6 +50,13 @@ def test_devices_are_shared_out(tmp_path):
     addresses = launch(tmp_path, 3, *shell("echo $JAX_COORDINATOR_ADDRESS")).stdout.split()[1::2]
     assert len(addresses) == 3 and len(set(addresses)) == 1
     assert addresses[0].startswith("127.0.0.1:")
+
+
+def test_each_run_has_a_token_of_its_own(tmp_path):
+    echo = shell("echo token=$STARFLOW2_JOB_TOKEN")
+    tokens = [launch(tmp_path, 2, *echo).stdout.split()[1::2] for _ in range(2)]
+    assert len(set(tokens[0])) == len(set(tokens[1])) == 1 and tokens[0] != tokens[1]
+    assert re.fullmatch("token=[0-9a-f]{32}", tokens[0][0])
 
 
 @pytest.mark.parametrize(
@@ -138,7 +146,8 @@ def test_slurm_batch_file_with_a_faked_cluster(tmp_path):
     for tool in tools.iterdir():
         tool.chmod(0o755)
     body = shell(
-        "echo $SLURM_PROCID $JAX_COORDINATOR_ADDRESS $STARFLOW2_DEVICES_PER_PROCESS;"
+        "echo $SLURM_PROCID $JAX_COORDINATOR_ADDRESS $STARFLOW2_DEVICES_PER_PROCESS"
+        " ${#STARFLOW2_JOB_TOKEN};"
         "[ $SLURM_PROCID = 2 ] || { sleep 1; exit 0; }; echo 'error: no data'; exit 1"
     )
     environ = {
@@ -154,7 +163,7 @@ def test_slurm_batch_file_with_a_faked_cluster(tmp_path):
     assert done.returncode == 1
     message = "error: the first of 4 processes to end: process 2: no data"
     assert done.stderr.splitlines()[-1] == message
-    assert {f"{i} gpu017:61005 4" for i in range(4)} <= set(done.stdout.splitlines())
+    assert {f"{i} gpu017:61005 4 32" for i in range(4)} <= set(done.stdout.splitlines())
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = [line.split()[1] for line in text.splitlines() if line.startswith("#SBATCH")]
     assert {"--signal=TERM@120", "--requeue", "--ntasks-per-node=1"} <= set(options)
@@ -185,7 +194,9 @@ def test_jobset_fits_its_schema_and_itself():
     pod = job["template"]["spec"]
     assert set(pod) <= POD and pod["restartPolicy"] == "Never"
     (container,) = pod["containers"]
-    environ = {entry["name"]: entry["value"] for entry in container["env"]}
+    token, *rest = [e for e in container["env"] if e["name"] == "STARFLOW2_JOB_TOKEN"]
+    assert token["valueFrom"]["secretKeyRef"]["key"] == "token" and not rest
+    environ = {entry["name"]: entry["value"] for entry in container["env"] if entry != token}
     assert all(isinstance(value, str) for value in environ.values())
     chips = container["resources"]["limits"]["google.com/tpu"]
     x, y, z = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
