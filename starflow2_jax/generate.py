@@ -177,7 +177,7 @@ def _read_prompts(metadata: Sequence[dict[str, Any]], values: flags.FlagValues) 
         return [prompts.read_chat(values.chat)]
     if values.batch:
         return list(prompts.read_batch(values.batch))
-    images = [epath.Path(path).read_bytes() for path in values.image]
+    images = [{"type": "image", "image": path} for path in values.image]
     return [[*images, text] for text in values.prompt] or [images]
 
 

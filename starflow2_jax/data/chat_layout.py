@@ -15,17 +15,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from starflow2_jax.data import chat_template, untrusted
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record, Text
 
 NULL_CONDITIONS = ("none", "text", "all")
+# Fields of `Tokenizer` and their tokens.
+_SPECIAL_TOKENS = {
+    "turn_start": "<|im_start|>",
+    "turn_end": "<|im_end|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+    "image": "<|image_pad|>",
+    "pad": "<|endoftext|>",
+}
 # Longer texts seldom come twice.
 _CACHED_CHARACTERS = 200
 
 
 def byte_tokens(text: str, length: int, location: str = "text") -> np.ndarray:
     """Encode `text` as UTF-8 bytes + 1, padded with 0 at the end: int32 [length]."""
-    data = text.encode("utf-8")
+    data = untrusted.clean_text(text, location).encode("utf-8")
     if len(data) > length:
         raise DatasetError(
             f"{location}: the text has {len(data)} bytes, but text_length is {length}: "
@@ -73,51 +83,68 @@ class TokenSequence(NamedTuple):
     is_copy: np.ndarray  # bool [T], true at the patches of clean copies
 
 
-def open_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """Open the tokenizer of a local folder, without network access and without running its code."""
+def open_tokenizer(folder: str | os.PathLike[str], model_vocab_size: int = 0) -> Tokenizer:
+    """Open the tokenizer of a local folder, without network access and without running its code.
+
+    Args:
+        folder: a folder with the files of a Hugging Face tokenizer.
+        model_vocab_size: number of ids that the model has, which may be more; 0 is not checked.
+
+    Raises:
+        DatasetError: No tokenizer, one that lacks a special token or does not read its name as
+            text, or one with more ids than the model.
+    """
     import transformers  # heavy
 
     try:
         hf_tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        vocabulary = hf_tokenizer.get_vocab()
+    except Exception as error:  # of many kinds, whatever is wrong in the files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DatasetError(f"{folder}: no tokenizer in this folder: {reason}") from error
-    vocabulary = hf_tokenizer.get_vocab()
-    special_tokens = {
-        "turn_start": "<|im_start|>",
-        "turn_end": "<|im_end|>",
-        "vision_start": "<|vision_start|>",
-        "vision_end": "<|vision_end|>",
-        "image": "<|image_pad|>",
-        "pad": "<|endoftext|>",
-    }
-    missing = [token for token in special_tokens.values() if token not in vocabulary]
+    missing = [token for token in _SPECIAL_TOKENS.values() if token not in vocabulary]
     if missing:
         raise DatasetError(f"{folder}: the tokenizer has no {', '.join(missing)}")
+    vocab_size = max(len(hf_tokenizer), max(vocabulary.values()) + 1)
+    if model_vocab_size and vocab_size > model_vocab_size:
+        raise DatasetError(
+            f"{folder}: the tokenizer has {vocab_size} ids, the model {model_vocab_size}: they do "
+            "not belong together"
+        )
 
     def encode(text: str) -> tuple[int, ...]:
-        encoding = hf_tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        try:
+            encoding = hf_tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        except (TypeError, UnicodeError) as error:
+            untrusted.clean_text(text, f"text {text[:40]!r}")
+            raise DatasetError(f"text {text[:40]!r}: cannot be tokenized: {error}") from error
         return tuple(encoding["input_ids"])
 
+    for token in _SPECIAL_TOKENS.values():
+        if vocabulary[token] in encode(token):
+            raise DatasetError(
+                f"{folder}: the tokenizer reads the text {token} of a user as that token; mark it "
+                '"special" in tokenizer.json'
+            )
     encode_cached = functools.lru_cache(maxsize=65536)(encode)
     return Tokenizer(
         encode=lambda text: (encode_cached if len(text) <= _CACHED_CHARACTERS else encode)(text),
         decode=lambda ids: hf_tokenizer.decode(list(ids), skip_special_tokens=True),
-        opening=_opening_ids(hf_tokenizer, special_tokens["turn_start"]),
-        vocab_size=max(len(hf_tokenizer), max(vocabulary.values()) + 1),
-        **{field: vocabulary[token] for field, token in special_tokens.items()},
+        opening=_opening_ids(folder, hf_tokenizer),
+        vocab_size=vocab_size,
+        **{field: vocabulary[token] for field, token in _SPECIAL_TOKENS.items()},
     )
 
 
-def _opening_ids(hf_tokenizer: Any, turn_start: str) -> tuple[int, ...]:
+def _opening_ids(folder: str | os.PathLike[str], hf_tokenizer: Any) -> tuple[int, ...]:
     """Return the ids that the folder's chat template writes before a user's first turn."""
-    if not isinstance(hf_tokenizer.chat_template, str):
+    template = chat_template.find_template(folder, hf_tokenizer.chat_template)
+    if template is None:
         return ()
-    messages = [{"role": "user", "content": "."}]
-    text = hf_tokenizer.apply_chat_template(messages, tokenize=False)
-    opening = text[: text.index(f"{turn_start}user")]
+    names = {k: v for k, v in hf_tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    opening = chat_template.opening(folder, template, names)
     return tuple(hf_tokenizer(opening, add_special_tokens=False)["input_ids"]) if opening else ()
 
 

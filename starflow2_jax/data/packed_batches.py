@@ -55,6 +55,7 @@ class PackedBatchOptions(MixtureOptions):
 
     tokenizer: str  # tokenizer folder, see `chat_layout.open_tokenizer`
     packing: PackingSpec  # size of a row
+    model_vocab_size: int = 0  # ids of the model, which the tokenizer must not exceed; 0: any
     # "dataset": a row is of one folder, and weights are shares of rows. "mixture": a row of the
     # training holds records of any folder, and weights are shares of records.
     packing_over: str = "dataset"
@@ -103,7 +104,7 @@ def batches(
         options = dataclasses.replace(options, shuffle=False)
     return sampler.training_batches(
         sources,
-        functools.partial(_read_row, options, chat_layout.open_tokenizer(options.tokenizer)),
+        functools.partial(_read_row, options, open_tokenizer(options)),
         options,
         batch_size=batch_size,
         start_step=start_step,
@@ -117,7 +118,7 @@ def eval_batches(
     """Yield all rows once, in order, with `row` and `mask`; see `sampler.eval_batches`."""
     return sampler.eval_batches(
         _open_sources(options),
-        functools.partial(_read_row, options, chat_layout.open_tokenizer(options.tokenizer)),
+        functools.partial(_read_row, options, open_tokenizer(options)),
         options,
         batch_size=batch_size,
         rows=rows,
@@ -130,6 +131,7 @@ def describe(options: PackedBatchOptions) -> dict[str, Any]:
     `rows` and `waste` are of one pass of `eval_batches`. `training_waste` and `records_per_row` are
     means over training, which draws the folders by weight.
     """
+    open_tokenizer(options)  # only to check it, before anything is compiled
     sources = _open_sources(options)
     rows = sum(len(source) for source in sources)
     used = sum(int(source.plan.lengths.sum()) for source in sources)
@@ -149,6 +151,11 @@ def describe(options: PackedBatchOptions) -> dict[str, Any]:
         records_per_row=round(records_per_row, 3),
         classes=None,
     )
+
+
+def open_tokenizer(options: PackedBatchOptions) -> Tokenizer:
+    """Open the tokenizer of the options; DatasetError if the model has fewer ids."""
+    return chat_layout.open_tokenizer(options.tokenizer, options.model_vocab_size)
 
 
 def build_packed_row(

@@ -226,7 +226,7 @@ def prepare(
     prompts = read_prompts(cfg, options, codec.model.pixels)
     if not prompts:
         return f"none of the first {MAX_RECORDS} records is a prompt for what this stage trains"
-    tokenizer = chat_layout.open_tokenizer(options.tokenizer)
+    tokenizer = packed_batches.open_tokenizer(options)
     gather = jax.jit(lambda a: a, out_shardings=replicated(device_mesh))
     return GridInputs(cfg, model_config, tokenizer, codec, prompts, gather)
 

@@ -79,12 +79,13 @@ def load_starflow2(
         _check_digest(path, "codec", fae, codec.sha256, saved.frozen.get("fae"))
     from starflow2_jax.data.chat_layout import open_tokenizer  # heavy
 
+    tokenizer_folder = model_folder.locate(cfg["text"]["tokenizer"] or vlm)
     device_mesh = device_mesh or mesh.make_mesh("data=1", jax.local_devices()[:1])
     return STARFlow2(
         cfg=cfg,
         model_config=model_config,
         params=_read_params(saved, cfg, model_config, device_mesh, layout),
-        tokenizer=open_tokenizer(model_folder.locate(cfg["text"]["tokenizer"] or vlm)),
+        tokenizer=open_tokenizer(tokenizer_folder, model_config.vlm.vocab),
         codec=codec,
         source=str(model_folder.locate(path)),
     )

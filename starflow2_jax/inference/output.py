@@ -62,16 +62,14 @@ def save_row(
 
 def read_geneval(path: epath.PathLike) -> list[dict[str, Any]]:
     """Read GenEval's `evaluation_metadata.jsonl`, one JSON object with a `prompt` per line."""
+    from starflow2_jax.data import untrusted
+
     rows = []
-    for number, line in enumerate(epath.Path(path).read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    for number, line in untrusted.read_lines(path):
+        location = f"{path}, line {number + 1}"
+        row = untrusted.decode_json(line, location)
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f"{path}, line {number}: expected an object with a text `prompt`")
+            raise ValueError(f"{location}: expected an object with a text `prompt`")
         rows.append(row)
     if not rows:
         raise ValueError(f"{path}: the file contains no prompt")

@@ -6,7 +6,7 @@ list of `{"type": "text", "text"}` and `{"type": "image", "image"}`. Entries wit
 to the user.
 """
 
-import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,7 @@ def _parse_message(message: Mapping[str, Any], location: str) -> list[Part]:
     if role not in ROLES:
         raise ValueError(f"{location}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
     if isinstance(content, str):
-        return [Part("text", role, content)]
+        return [_text_part(role, content, location)]
     if not isinstance(content, Sequence):
         raise ValueError(
             f"{location}: content is {type(content).__name__}, expected a text or a list"
@@ -96,17 +96,21 @@ def _parse_message(message: Mapping[str, Any], location: str) -> list[Part]:
 
 def _parse_part(entry: Any, role: str, location: str) -> Part:
     if isinstance(entry, str):
-        return Part("text", role, entry)
+        return _text_part(role, entry, location)
     if isinstance(entry, Mapping):
         kind = entry.get("type")
         if kind == "text" and isinstance(entry.get("text"), str):
-            return Part("text", role, entry["text"])
+            return _text_part(role, entry["text"], location)
         if kind != "image" or "image" not in entry:
             raise ValueError(f"{location}: expected text or an image, got type {kind!r}")
         entry = entry["image"]
-        if isinstance(entry, str):
-            entry = Path(entry)
     return Part("image", role, image=read_pixels(entry, location))
+
+
+def _text_part(role: str, text: str, location: str) -> Part:
+    from starflow2_jax.data.untrusted import clean_text
+
+    return Part("text", role, clean_text(text, location))
 
 
 def to_messages(
@@ -130,24 +134,29 @@ def to_messages(
 
 def read_chat(path: str | Path) -> list[Any]:
     """Read the messages of a chat file, a JSON list with image paths relative to the file."""
-    return _read_messages(Path(path).read_text("utf-8"), str(path), Path(path).parent)
+    from starflow2_jax.data import untrusted
+
+    data = untrusted.read_file(path, untrusted.MAX_LINE_BYTES)
+    return _read_messages(data, str(path), Path(path).parent)
 
 
 def read_batch(path: str | Path) -> list[list[Any]]:
     """Read the chats of a batch file, one JSON list per line."""
-    path = Path(path)
-    lines = path.read_text("utf-8").splitlines()
-    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
+    from starflow2_jax.data import untrusted
+
+    chats = [
+        _read_messages(line, f"{path}, line {number + 1}", Path(path).parent)
+        for number, line in untrusted.read_lines(path)
+    ]
+    if not chats:
         raise ValueError(f"{path}: the file contains no chat; expected one JSON list per line")
-    return [_read_messages(line, f"{path}, line {i}", path.parent) for i, line in numbered]
+    return chats
 
 
-def _read_messages(text: str, location: str, folder: Path) -> list[Any]:
-    try:
-        messages = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{location} is not JSON: {error}") from error
+def _read_messages(data: bytes, location: str, folder: Path) -> list[Any]:
+    from starflow2_jax.data import untrusted
+
+    messages = untrusted.decode_json(data, location)
     valid = isinstance(messages, list) and bool(messages)
     if not valid or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise ValueError(f"{location}: expected a list of messages with role and content")
@@ -161,14 +170,14 @@ def _read_messages(text: str, location: str, folder: Path) -> list[Any]:
 
 def read_pixels(image: Any, location: str) -> np.ndarray:
     """Return uint8 [H, W, 3] of an array, of the path of an image file, or of its bytes."""
-    from starflow2_jax.data import images
+    from starflow2_jax.data import images, untrusted
     from starflow2_jax.data.manifest import DatasetError
 
     if isinstance(image, str | Path):
-        path = Path(image)
-        if not path.is_file():
+        if "://" not in str(image) and not os.path.exists(str(image).replace("\0", "?")):
             raise ValueError(f"{location}: {image}: no such file (URLs are not fetched)")
-        image, location = path.read_bytes(), f"{location}, {path}"
+        location = f"{location}, {image}"
+        image = untrusted.read_file(image, images.MAX_BYTES, location)
     if isinstance(image, bytes):
         try:
             return images.decode(image, location)

@@ -7,6 +7,7 @@ order and D = (row, column, channel) of a patch as in STARFlow; and `text` float
 zero past the caption's last token.
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from starflow2_jax.data import array_store, images, records, shards
+from starflow2_jax.data import array_store, images, records, shards, untrusted
 from starflow2_jax.data.manifest import DatasetError, Importer, Manifest, sha256_file
 
 VERSION = "1"
@@ -151,17 +152,23 @@ def _open_t5(folder: str, options: FeatureOptions) -> tuple[Callable, dict[str, 
     from transformers import AutoTokenizer, T5EncoderModel
 
     _check_folder(folder, None)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = T5EncoderModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    model = T5EncoderModel.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
     device, length = options.device, options.text_length
     model = model.to(device, torch.float32).eval()
 
     @torch.inference_mode()
     def encode(texts: list[str]) -> tuple[np.ndarray, list[int]]:
         """Return features [B, L, E], zero past each caption, and the uncut token counts."""
-        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-        inputs = tokenizer(
-            texts, max_length=length, padding="max_length", truncation=True, return_tensors="pt"
+        # The names of special tokens, such as </s>, are ordinary text in a caption.
+        tokenize = functools.partial(tokenizer, texts, split_special_tokens=True)
+        lengths = [len(ids) for ids in tokenize()["input_ids"]]
+        inputs = tokenize(
+            max_length=length, padding="max_length", truncation=True, return_tensors="pt"
         )
         ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
         hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -177,7 +184,7 @@ def _check_folder(folder: str, kind: str | None) -> None:
         raise DatasetError(
             f"{folder}: no config.json; expected a folder as diffusers or transformers save it"
         )
-    if kind and kind not in config.read_text():
+    if kind and kind not in untrusted.read_file(config, 1 << 20).decode("utf-8", "replace"):
         raise DatasetError(f"{config}: not the config of an {kind}")
 
 

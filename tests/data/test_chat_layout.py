@@ -35,7 +35,7 @@ EDIT = [
 def test_the_layout_equals_the_chat_template(folders, qwen_tokenizer):
     import transformers
 
-    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folders[1])
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folders[1], trust_remote_code=False)
     image = {"type": "image"}
     text = lambda words: {"type": "text", "text": words}
     for system in ([], [{"role": "system", "content": "Be brief."}]):

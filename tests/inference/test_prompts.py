@@ -1,12 +1,14 @@
 """Images of prompts are read from several sources; those that cannot be are named."""
 
 import io
+import json
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from starflow2_jax.inference import prompts
+from starflow2_jax.inference import output, prompts
 
 pytestmark = pytest.mark.fast
 
@@ -39,3 +41,52 @@ def test_an_image_is_read_from_an_array_a_path_or_bytes(tmp_path):
 def test_images_that_cannot_be_read_are_refused(image, message):
     with pytest.raises(ValueError, match=message):
         prompts.parse_prompt(["a", {"type": "image", "image": image}], "prompt 0")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "\ud800",
+        ["a", "\udcff"],
+        [{"role": "user", "content": "\ud800"}],
+        [{"role": "user", "content": [{"type": "text", "text": "a\0"}]}],
+    ],
+)
+def test_text_that_is_no_unicode_is_named(prompt):
+    with pytest.raises(ValueError, match=r"prompt 0, (part|message) .*: (not valid Unicode|a NUL)"):
+        prompts.parse_prompt(prompt, "prompt 0")
+
+
+def test_files_of_chats_have_line_feeds_and_may_have_a_byte_order_mark(tmp_path):
+    chat = [{"role": "user", "content": "a\u2028b\x85"}]
+    text = json.dumps(chat, ensure_ascii=False)
+    file = tmp_path / "chats.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n\n{text}".encode())
+    assert prompts.read_batch(file) == [chat, chat]
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert prompts.read_chat(file) == chat
+
+
+DAMAGED = (b"[" * 100_000, b'["\\ud800"]', b"\xff", b"{}", b"[]", b"[3]", b"", b'[{"role": 1}')
+
+
+@pytest.mark.parametrize("data", DAMAGED)
+def test_damaged_files_of_chats_are_named(tmp_path, data):
+    file = tmp_path / "chat.json"
+    file.write_bytes(data)
+    for read in (prompts.read_chat, prompts.read_batch, output.read_geneval):
+        with pytest.raises(ValueError, match=r"chat\.json"):
+            read(file)
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with (tmp_path / "b.png").open("wb") as file:
+        file.truncate(100 << 30)
+    for name, problem in (
+        ("a.png", "not a regular file"),
+        ("b.png", "bytes, at most"),
+        ("/dev/zero", "not a"),
+    ):
+        with pytest.raises(ValueError, match=f"prompt 0, {tmp_path / name}: .*{problem}"):
+            prompts.read_pixels(str(tmp_path / name), "prompt 0")

@@ -90,8 +90,8 @@ def test_latents_and_text_equal_the_public_models(models, data, tmp_path):
     ]
     vae = AutoencoderKL.from_pretrained(models / "vae").eval()
     t5, tokenizer = (
-        T5EncoderModel.from_pretrained(models / "t5").eval(),
-        AutoTokenizer.from_pretrained(models / "t5"),
+        T5EncoderModel.from_pretrained(models / "t5", trust_remote_code=False).eval(),
+        AutoTokenizer.from_pretrained(models / "t5", trust_remote_code=False),
     )
     for k, record in enumerate(dataset):
         name, row = stored[k]

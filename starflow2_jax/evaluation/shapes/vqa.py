@@ -84,7 +84,7 @@ def vlm_is_correct(model: VLM, cases: Sequence[Case], *, blank: bool = False) ->
                 )
     records = [case.record for case in cases]
     correct: list[bool] = []
-    tokenizer = chat_layout.open_tokenizer(model.tokenizer_folder)
+    tokenizer = chat_layout.open_tokenizer(model.tokenizer_folder, model.model_config.vocab)
     side = grid_side(model.cfg, model.model_config)
     size = min(_VLM_BATCH_SIZE, len(records))
     for batch, count in scoring_batches.batches(records, tokenizer, side, size=size, blank=blank):

@@ -120,7 +120,11 @@ def data_options(
     # The default is the VLM's own tokenizer.
     tokenizer = model_folder.locate(cfg["text"]["tokenizer"] or cfg["vlm"]["path"])
     return packed_batch_options(
-        cfg, group, tokenizer=str(tokenizer), grid_side=model.flow.side, **changes
+        cfg,
+        group,
+        tokenizer=str(tokenizer),
+        grid_side=model.flow.side,
+        **{"model_vocab_size": model.vlm.vocab, **changes},
     )
 
 

@@ -75,7 +75,7 @@ def data_options(
         tokenizer=str(model_folder.locate(tokenizer)),
         grid_side=grid_side(cfg, model),
         annotator=RegionLabels(MAX_REGIONS, MAX_REGION_WORDS) if labels else None,
-        **changes,
+        **{"model_vocab_size": model.vocab, **changes},
     )
 
 

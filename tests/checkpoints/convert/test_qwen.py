@@ -405,7 +405,11 @@ def test_transformers_loads_what_we_export(tmp_path, tied):
     assert (tmp_path / "in" / tensor_files.INDEX_FILE).exists()
     cfg, params = convert_qwen.load(tmp_path / "in")
     convert_qwen.export(params, cfg, tmp_path / "out", extra={"bos_token_id": 0, "eos_token_id": 1})
-    again = Public.from_pretrained(tmp_path / "out").eval().requires_grad_(False)
+    again = (
+        Public.from_pretrained(tmp_path / "out", trust_remote_code=False)
+        .eval()
+        .requires_grad_(False)
+    )
     inputs = torch_qwen.CASES["three_left"]()
     actual, expected = torch_qwen.reference(again, inputs), torch_qwen.reference(model, inputs)
     for key, value in expected.items():
