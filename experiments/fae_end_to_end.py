@@ -66,6 +66,8 @@ def _tiny(cfg):
     cfg.optim.lr, cfg.optim.final_lr, cfg.optim.warmup = 2e-3, 1e-5, 100
     cfg.optim.muon_lr, cfg.optim.b2, cfg.optim.weight_decay = 1e-2, 0.99, 0.0
     cfg.fae.l1, cfg.fae.l2, cfg.fae.gan, cfg.fae.perceptual = 1.0, 1.0, 0.0, 0.0
+    # Without it the outlines of small objects are the last thing that the codec learns.
+    cfg.fae.gradient = 1.0
     cfg.fae.latent_noise, cfg.fae.beta, cfg.fae.statistics_decay = 0.35, 1e-7, 0.995
     cfg.sample.every, cfg.sample.count = 500, 48
     cfg.evaluate.every, cfg.evaluate.rows = 500, 200

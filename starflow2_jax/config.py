@@ -153,6 +153,9 @@ KEYS: dict[str, Key] = {
     ),
     "fae.l1": _number(0.0, "weight of the mean absolute error of pixels"),
     "fae.l2": _number(1.0, "weight of the mean square error of pixels"),
+    "fae.gradient": _number(
+        0.0, "end to end: weight of the error of neighboring pixels' difference"
+    ),
     "fae.perceptual": _number(1.0, "weight of the perceptual distance"),
     "fae.lpips": _text("", "safetensors of LPIPS or VGG16; empty: distance of tower features"),
     "fae.gan": _number(0.1, "weight of the adversarial loss"),
@@ -233,6 +236,7 @@ RENAMED = {
 ADDED = (
     "data.packing",
     "eval_data.packing",
+    "fae.gradient",
     "noise.context_sigma",
     "teacher.tower",
     "text.vlm_positions",

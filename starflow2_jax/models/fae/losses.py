@@ -35,6 +35,18 @@ def mean_absolute(x: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.abs(at_least_float32(x) - at_least_float32(target)).mean(range(1, x.ndim))
 
 
+def gradient_error(x: jax.Array, target: jax.Array) -> jax.Array:
+    """Return the mean absolute error [B] of the differences between neighboring pixels.
+
+    It weighs edges, and so the outlines of small objects, more than the error of pixels does.
+
+    Args:
+        x, target: images [B, H, W, c].
+    """
+    error = at_least_float32(x) - at_least_float32(target)
+    return sum(jnp.abs(jnp.diff(error, axis=axis)).mean((1, 2, 3)) for axis in (1, 2)) / 2
+
+
 def add_noise(keys: jax.Array, x: jax.Array, sigma: float | jax.Array) -> jax.Array:
     """Return x [B, ...] + sigma noise, with one key per row [B]; sigma is a number or [B]."""
     noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)

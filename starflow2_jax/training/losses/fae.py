@@ -242,7 +242,9 @@ def end_to_end(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Ob
         square = losses.mean_square(jnp.clip(decoded, -1, 1), inputs["image"])
         sums["psnr"] = 10 * jnp.log10(4 / jnp.maximum(square, 1e-10))
         sums["kl"] = losses.kl(mean, log_variance)
-        return row_losses + options["beta"] * sums["kl"], sums
+        sums["gradient"] = losses.gradient_error(decoded, inputs["image"])
+        row_losses += options["beta"] * sums["kl"] + options["gradient"] * sums["gradient"]
+        return row_losses, sums
 
     def observe(params, inputs):
         return codec.moments(*codec.posterior(params, tower_features(params, inputs), model))
@@ -279,7 +281,8 @@ def finalize_pixel_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
     terms = [
         name
         for name in sums
-        if name in ("l1", "l2", "perceptual", "gan", "kl") or name.startswith("discriminator_")
+        if name in ("l1", "l2", "gradient", "perceptual", "gan", "kl")
+        or name.startswith("discriminator_")
     ]
     return {name: sums[name] / sums["count"] for name in ("psnr", *terms)}
 

@@ -13,7 +13,7 @@ from starflow2_jax import config, mesh, params
 from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.data import records
 from starflow2_jax.latents import codec
-from starflow2_jax.models.fae import codec as fae, teacher as teachers
+from starflow2_jax.models.fae import codec as fae, losses, teacher as teachers
 from starflow2_jax.models.patches import scale_pixels
 from starflow2_jax.shapes import generator
 from starflow2_jax.training.program import to_device
@@ -104,6 +104,16 @@ def test_trained_resumed_exported_and_tuned(tmp_path):
     tuned = codec.load(str(tmp_path / "tuned"))
     for name in ("encoder", "pixel_decoder", "teacher"):
         jax.tree.map(np.testing.assert_array_equal, tuned.params[name], trained.params[name])
+
+
+@pytest.mark.fast
+def test_the_gradient_error_sees_edges_and_no_shift_of_color():
+    image = np.zeros((1, 4, 4, 3), np.float32)
+    edge = image.copy()
+    edge[:, :, 2:] = 1
+    assert float(losses.gradient_error(image + 0.5, image)[0]) == 0
+    # One of three differences in each row has an error of 1, and none in the columns.
+    np.testing.assert_allclose(losses.gradient_error(edge, image), [1 / 3 / 2], rtol=1e-6)
 
 
 def test_a_split_token_decodes_to_a_square_of_tokens():
