@@ -80,6 +80,7 @@ _DATA = {
         "a training row is of one dataset, or of the mixture (weights: shares of rows, of records)",
         *("dataset", "mixture"),
     ),
+    "skip_long": _count(0, "records longer than a row that may be left out of all rows"),
     "skip_bad": _count(0, "records that may fail to decode before the run stops"),
 }
 

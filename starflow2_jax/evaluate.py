@@ -151,6 +151,7 @@ def evaluate_likelihood(values: flags.FlagValues) -> Output:
     options, codec = _flow_data_options(model, values)
     data = batch_encoder.describe(image_batches.describe(options), codec, "--data")
     _check_encoder(model, data)
+    _check_classes(model, data)
     file = _open_result(values, "likelihood", options["path"] or "mixture")
     num_shards = device_mesh.shape["data"] * device_mesh.shape["fsdp"]
     default_size = -(-model.cfg["evaluate"]["batch_size"] // num_shards) * num_shards
@@ -213,6 +214,17 @@ def _check_encoder(model: FlowModel, data: dict[str, Any]) -> None:
                 f"likelihood: the data are latents of the encoder {row['fae']['sha256'][:12]}, but "
                 f"the flow was trained on those of {', '.join(name[:12] for name in expected)}"
             )
+
+
+def _check_classes(model: FlowModel, data: dict[str, Any]) -> None:
+    """Raise ValueError if the data number other classes than the model was trained on."""
+    classes, expected = tuple(data["classes"] or ()), tuple(model.classes)
+    if model.model_config.classes and expected and classes != expected:
+        differing = sorted(set(classes) ^ set(expected)) or ["their order"]
+        raise ValueError(
+            f"likelihood: the {len(classes)} classes of the data are not the {len(expected)} of "
+            f"the model, so their numbers differ: {', '.join(differing[:8])}"
+        )
 
 
 def _gaussian_baseline(

@@ -62,7 +62,7 @@ def define(values: flags.FlagValues) -> None:
     text("chat", None, "JSON file of a chat to continue")
     text("batch", None, "file with one chat per line")
     text("geneval", None, "GenEval's metadata file; --out becomes its folder tree")
-    texts("label", [], "class name or number; may be repeated")
+    texts("label", [], "class name, or else its number; may be repeated")
     integer("n", None, "samples per prompt (default: 4 for images, 1 for answers)", 1)
     integer("seed", 0, "seed of the noise", 0)
     number("guidance", None, "guidance weight (default: the run's)")
@@ -311,13 +311,14 @@ def _flow_sampling(model: "FlowModel", count: int, values: flags.FlagValues) -> 
 
 
 def _class_number(label: str, classes: tuple[str, ...]) -> int:
-    if label.lstrip("-").isdigit():
+    # A name comes first: a class may be called 12 and have another number.
+    if label in classes:
+        return classes.index(label)
+    if label.isascii() and label.lstrip("-").isdigit():
         return int(label)
-    if label not in classes:
-        known = ", ".join(classes[:12]) or "the model has no class names"
-        suggestion = config.nearest(label, classes)
-        raise ValueError(f"--label: unknown class {label!r}{suggestion}; classes: {known}")
-    return classes.index(label)
+    known = ", ".join(classes[:12]) or "the model has no class names"
+    suggestion = config.nearest(label, classes)
+    raise ValueError(f"--label: unknown class {label!r}{suggestion}; classes: {known}")
 
 
 if __name__ == "__main__":

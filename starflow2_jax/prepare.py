@@ -135,6 +135,7 @@ def define(values: flags.FlagValues) -> None:
     number("tower_patch", 4, "tokenizer: pixels along a patch of the vision tower")
     number("tower_merge", 2, "tokenizer: patches of the tower along one feature")
     number("image_tokens", 256, "index: positions of an image")
+    number("skip_long", 0, "index: records longer than a row that may be left out", 0)
     number("row_images", 0, "index: images of a row, 0 for as many as fit", 0)
     switch("clean_copies", False, "index: images with loss are read again (noise.context_sigma)")
     number("batch_size", 8, "features: images encoded at once")
@@ -293,12 +294,15 @@ def index(values: flags.FlagValues) -> dict[str, Any]:
         values.row_length, values.image_tokens, values.row_images, values.clean_copies
     )
     data, tokenizer = (_required(values, name) for name in ("data", "tokenizer"))
-    file, plan = packing.load_or_make_plan(data, tokenizer, spec, values["seed"].value)
+    file, plan = packing.load_or_make_plan(
+        data, tokenizer, spec, values["seed"].value, values.skip_long
+    )
     return {
         "out": file,
-        "records": len(plan.lengths),
+        "records": len(plan.items),
+        "too_long": plan.num_left_out,
         "rows": len(plan),
-        "longest": int(plan.lengths.max()),
+        "longest": int(plan.lengths[plan.items].max()),
         "waste": round(plan.waste, 4),
     }
 

@@ -25,13 +25,13 @@ from starflow2_jax.mesh import host_rows, make_mesh
 from starflow2_jax.runtime import allocator, cli, distributed
 from starflow2_jax.training import run_data
 from starflow2_jax.training.init_from import init_from_checkpoint
-from starflow2_jax.training.logging import run_log, throughput
+from starflow2_jax.training.logging import run_log, throughput, trackers
 from starflow2_jax.training.program import Program, TrainState, build_program, to_device
 from starflow2_jax.training.run_config import RunConfig, run_config
 from starflow2_jax.training.run_data import RunData
 from starflow2_jax.training.tasks import registry
 from starflow2_jax.training.tasks.task import Task
-from starflow2_jax.training.workdir import check_workdir
+from starflow2_jax.training.workdir import check_path, check_workdir
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "FILE.py[:variant] or starflow2:NAME[:variant]"
@@ -63,6 +63,10 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     config.check(cfg)
     distributed.init_distributed(cfg["distributed"])
     distributed.assert_equal_across_processes("the configuration", cfg)
+    if not dry_run:
+        check_path(workdir)
+        if jax.process_index() == 0:
+            trackers.check(cfg["log"]["trackers"])
     task = registry.make_task(cfg, dry_run=dry_run)
     codec = batch_encoder.open(cfg, getattr(task.model_config, "flow", task.model_config))
     if dry_run:
@@ -277,10 +281,11 @@ def log_step(run: Run, pending: PendingStep, window: list[dict[str, float]]) -> 
     number, metrics, batch = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not values["finite"]:
+        ids = ", ".join(" ".join(batch["id"][:4]).split("\n")[:4])
         path = run_log.dump_batch(run.workdir, number, batch, batch["id"], values)
         raise RuntimeError(
             f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']} is not "
-            f"finite; the batch (ids {', '.join(batch['id'][:4])}, ...) is in {path}; this "
+            f"finite; the batch (ids {ids}, ...) is in {path}; this "
             f"step did not change the weights, and the newest checkpoint is intact"
         )
     window.append(values)

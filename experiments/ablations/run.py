@@ -22,6 +22,7 @@ from absl import flags
 from etils import epath
 
 from starflow2_jax import config
+from starflow2_jax.data import untrusted
 from starflow2_jax.latents import write
 from starflow2_jax.runtime import cli
 
@@ -73,13 +74,21 @@ def is_done(folder: epath.Path, cfg: dict[str, Any]) -> bool:
     path = folder / table.RESULT
     if not path.exists():
         return False
-    stored = config.upgrade(json.loads(path.read_text())["config"])
+    stored = config.upgrade(_read_result(path)["config"])
     differing = [
         row for row in config.differences(stored, cfg) if not row.startswith(RELOCATABLE_KEYS)
     ]
     if differing:
         raise ValueError(f"{path} is of another configuration:\n  " + "\n  ".join(differing))
     return True
+
+
+def _read_result(path: epath.Path) -> dict[str, Any]:
+    """Return the JSON object of a result; ValueError names a file that is none."""
+    result = untrusted.read_json(path, dict[str, Any])
+    if not isinstance(result.get("config"), dict):
+        raise ValueError(f"{path}: has no `config`; expected the result of an ablation")
+    return result
 
 
 def sweep(
@@ -108,10 +117,10 @@ def results(out: epath.Path) -> dict[str, dict[int, dict[str, Any]]]:
     by_row: dict[str, dict[int, dict[str, Any]]] = {}
     for name in rows.ROWS:
         for path in sorted((out / name).glob(f"*/{table.RESULT}")):
-            result = json.loads(path.read_text())
+            result = _read_result(path)
             judged = path.parent / JUDGED
             if judged.exists():
-                result["generation"] = _mean_of_tags(json.loads(judged.read_text()))
+                result["generation"] = _mean_of_tags(untrusted.read_json(judged, dict[str, Any]))
             by_row.setdefault(name, {})[int(path.parent.name)] = result
     return by_row
 

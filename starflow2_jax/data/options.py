@@ -15,7 +15,7 @@ def image_batch_options(
     cfg: Mapping[str, Any], model_config: Any, group: str = "eval_data", **changes: Any
 ) -> dict[str, Any]:
     """Return options of `data.image_batches`; `group` is `data` or `eval_data`."""
-    unused = ("blank_images", "packing")
+    unused = ("blank_images", "packing", "skip_long")
     options = {name: value for name, value in cfg[group].items() if name not in unused}
     options["pixels"] = cfg["image"]["pixels"]
     options["text_length"] = getattr(model_config, "text_length", 0)

@@ -15,7 +15,7 @@ dict of numpy arrays, with b rows of T positions and M slots for images of N = g
     latent_mean, latent_logvar       float32 [b, M, N, D]
     region          int32 [b, M, N]  with an annotator: the region of each patch, -1 for none
     region_words    int32 [b, M, R, W]  token ids of each region's description, padded with -1
-    id              a list of b strings, the ids of a row's records joined by spaces
+    id              a list of b strings, the ids of a row's records joined by line feeds
 """
 
 import dataclasses
@@ -83,7 +83,8 @@ class _MixedRows:
     """The rows of all folders together, in place of a `Source` of one folder."""
 
     sources: Sequence[Source]
-    rows: MixtureRows
+    rows: MixtureRows  # numbers the records that the folders' plans have, in order
+    packed: Sequence[np.ndarray]  # those records of each folder
 
     def __len__(self) -> int:
         return sys.maxsize // 2  # endless; grain repeats finite datasets only
@@ -100,7 +101,7 @@ def batches(
     sources: Sequence[Source | _MixedRows] = _open_sources(options)
     if options.packing_over == "mixture":
         # These rows have an order of their own.
-        sources = [_MixedRows(sources, _mix(sources, options))]
+        sources = [_MixedRows(sources, _mix(sources, options), _packed_records(sources))]
         options = dataclasses.replace(options, shuffle=False)
     return sampler.training_batches(
         sources,
@@ -134,8 +135,9 @@ def describe(options: PackedBatchOptions) -> dict[str, Any]:
     open_tokenizer(options)  # only to check it, before anything is compiled
     sources = _open_sources(options)
     rows = sum(len(source) for source in sources)
-    used = sum(int(source.plan.lengths.sum()) for source in sources)
+    used = sum(int(source.plan.lengths[source.plan.items].sum()) for source in sources)
     waste = round(1 - used / (rows * options.packing.seq_len), 4)
+    left_out = sum(source.plan.num_left_out for source in sources)
     if options.packing_over == "mixture":
         training_waste, records_per_row = _mix(sources, options).fill()
     else:
@@ -150,6 +152,7 @@ def describe(options: PackedBatchOptions) -> dict[str, Any]:
         training_waste=round(training_waste, 4),
         records_per_row=round(records_per_row, 3),
         classes=None,
+        **({"records_too_long": left_out} if left_out else {}),
     )
 
 
@@ -208,7 +211,9 @@ def _open_sources(options: PackedBatchOptions) -> list[Source]:
     sources = []
     for entry in mixture.entries(options, _ENTRY_KEYS):
         dataset = records.read(entry["path"])
-        _, plan = load_or_make_plan(entry["path"], options.tokenizer, options.packing, options.seed)
+        _, plan = load_or_make_plan(
+            entry["path"], options.tokenizer, options.packing, options.seed, options.skip_long
+        )
         latents = None
         if entry["latents"]:
             latents = array_store.read(entry["latents"], dataset.manifest)
@@ -222,8 +227,9 @@ def _open_sources(options: PackedBatchOptions) -> list[Source]:
 
 
 def _mix(sources: Sequence[Source], options: PackedBatchOptions) -> MixtureRows:
+    packed = _packed_records(sources)
     return MixtureRows(
-        [np.stack([source.plan.lengths, source.plan.images], -1) for source in sources],
+        [np.stack([s.plan.lengths, s.plan.images], -1)[k] for s, k in zip(sources, packed)],
         [source.weight for source in sources],
         options.packing,
         seed=options.seed,
@@ -231,11 +237,17 @@ def _mix(sources: Sequence[Source], options: PackedBatchOptions) -> MixtureRows:
     )
 
 
+def _packed_records(sources: Sequence[Source]) -> list[np.ndarray]:
+    """Return the records of each folder that fit into a row, int32, in order."""
+    return [np.sort(source.plan.items) for source in sources]
+
+
 def _row_records(source: Source | _MixedRows, row: int) -> list[tuple[Source, int]]:
     """Return the folder and the index in it of each record of a row."""
     if isinstance(source, Source):
         return [(source, index) for index in source.plan[row].tolist()]
-    return [(source.sources[number], index) for number, index in source.rows[row].tolist()]
+    pairs = source.rows[row].tolist()
+    return [(source.sources[n], int(source.packed[n][index])) for n, index in pairs]
 
 
 def _read_row(
@@ -268,7 +280,7 @@ def _read_row(
         example["images"] = _read_images(options, row_images)
     else:
         example |= _read_latents(options, stored.spec, row_images)
-    return {"id": " ".join(ids), **example}
+    return {"id": "\n".join(ids), **example}
 
 
 def _drop_condition(

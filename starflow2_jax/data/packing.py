@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 
 from starflow2_jax.data import chat_layout, records
 from starflow2_jax.data.chat_layout import Tokenizer
@@ -22,6 +23,7 @@ from starflow2_jax.data.records import Record
 VERSION = 2  # raise it when equal arguments would give another plan
 # Rows that stay open. More waste less; first fit over them keeps the plan one pass.
 OPEN_ROWS = 256
+_CACHE = "~/.cache/starflow2_jax"
 _ARRAYS = ("lengths", "images", "items", "ends")
 
 
@@ -62,7 +64,12 @@ class PackingPlan:
     @property
     def waste(self) -> float:
         """Share of positions that are padding."""
-        return 1 - int(self.lengths.sum()) / (len(self) * self.spec.seq_len)
+        return 1 - int(self.lengths[self.items].sum()) / (len(self) * self.spec.seq_len)
+
+    @property
+    def num_left_out(self) -> int:
+        """Number of records that are in no row, as they are longer than one."""
+        return len(self.lengths) - len(self.items)
 
 
 def record_size(
@@ -75,17 +82,23 @@ def record_size(
 
 
 def pack(
-    lengths: Sequence[int], images: Sequence[int], spec: PackingSpec, seed: int = 0
+    lengths: Sequence[int],
+    images: Sequence[int],
+    spec: PackingSpec,
+    seed: int = 0,
+    *,
+    leave_out: bool = False,
 ) -> PackingPlan:
     """Pack records of `lengths` positions and `images` images first fit, in a random order.
 
-    Equal arguments give an equal plan. A record that does not fit into a row is an error.
+    Equal arguments give an equal plan. A record that does not fit into a row is an error, or with
+    `leave_out` it is in no row.
     """
     sizes = np.stack([np.asarray(lengths, np.int32), np.asarray(images, np.int32)], -1)
     capacity = np.asarray([spec.seq_len, spec.image_slots])
     for axis, unit in enumerate(("positions", "images")):
         too_large = np.flatnonzero(sizes[:, axis] > capacity[axis])
-        if len(too_large):
+        if len(too_large) and not leave_out:
             raise DatasetError(
                 f"record {too_large[0]} takes {sizes[too_large[0], axis]} {unit}, a row has "
                 f"{capacity[axis]} ({len(too_large)} records have too many); give larger rows or "
@@ -95,6 +108,8 @@ def pack(
     free = np.zeros((0, 2), np.int64)  # positions and images left in each open row
     open_rows = np.zeros(0, np.int64)  # their numbers
     for item in np.random.default_rng(seed).permutation(len(sizes)).tolist():
+        if (sizes[item] > capacity).any():
+            continue
         fits = np.flatnonzero((free >= sizes[item]).all(1))
         if len(fits):
             slot = fits[0]
@@ -114,11 +129,22 @@ def pack(
 
 
 def load_or_make_plan(
-    path: str, tokenizer: str, spec: PackingSpec, seed: int = 0
+    path: str, tokenizer: str, spec: PackingSpec, seed: int = 0, skip_long: int = 0
 ) -> tuple[str, PackingPlan]:
     """Load the packing plan of a dataset folder, or make it and store it next to the manifest.
 
-    `tokenizer` is a folder, see `chat_layout.open_tokenizer`. Returns the plan's file and the plan.
+    The plan of a folder that cannot be written is stored in the user's cache folder, or stays in
+    memory.
+
+    Args:
+        path: the dataset folder.
+        tokenizer: a folder, see `chat_layout.open_tokenizer`.
+        spec: size of a row.
+        seed: of the order in which records are packed.
+        skip_long: records longer than a row that the plan may leave out.
+
+    Returns:
+        The plan's file, empty if it is stored nowhere, and the plan.
     """
     dataset = records.read(path)
     inputs = {
@@ -138,21 +164,68 @@ def load_or_make_plan(
         inputs["clean_copies"] = True
     inputs_json = json.dumps(inputs, sort_keys=True)
     name = hashlib.sha256(inputs_json.encode()).hexdigest()[:16]
-    file = os.path.join(path, f"index-{name}.npz")
-    if os.path.exists(file):
-        return file, _load(file, inputs_json, len(dataset), spec)
+    places = [path, os.path.join(os.path.expanduser(_CACHE), "plans")]
+    files = [os.path.join(place, f"index-{name}.npz") for place in places]
+    for file in files:
+        if os.path.exists(file):
+            plan = _load(file, inputs_json, len(dataset), spec)
+            _check_left_out(dataset, plan.lengths, plan.images, spec, skip_long)
+            return file, plan
     opened = chat_layout.open_tokenizer(tokenizer)
     sizes = np.asarray(
         [record_size(r, opened, spec.image_tokens, spec.clean_copies) for r in dataset]
     )
-    plan = pack(*sizes.T, spec, seed)
+    _check_left_out(dataset, *sizes.T, spec, skip_long)
+    plan = pack(*sizes.T, spec, seed, leave_out=bool(skip_long))
+    for file in files:
+        try:
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+            _store(file, plan, inputs_json)
+        except OSError as error:
+            logging.warning("%s: the packing plan is not stored there: %s", file, error)
+        else:
+            return file, plan
+    return "", plan
+
+
+def _store(file: str, plan: PackingPlan, inputs_json: str) -> None:
     unfinished = f"{file}.{os.getpid()}.tmp"
     with open(unfinished, "wb") as out:
         np.savez(out, about=inputs_json, **{name: getattr(plan, name) for name in _ARRAYS})
         out.flush()
         os.fsync(out.fileno())
     os.replace(unfinished, file)
-    return file, plan
+
+
+def _too_large(lengths: Sequence[int], images: Sequence[int], spec: PackingSpec) -> np.ndarray:
+    """Return the numbers of the records that do not fit into a row, in order."""
+    sizes = np.stack([np.asarray(lengths), np.asarray(images)], -1)
+    return np.flatnonzero((sizes > [spec.seq_len, spec.image_slots]).any(1))
+
+
+def _check_left_out(
+    dataset: records.Dataset,
+    lengths: Sequence[int],
+    images: Sequence[int],
+    spec: PackingSpec,
+    skip_long: int,
+) -> None:
+    """Raise DatasetError if more than `skip_long` records do not fit; else log how many."""
+    too_large = _too_large(lengths, images, spec)
+    if not len(too_large):
+        return
+    first = int(too_large[0])
+    count, total = len(too_large), len(dataset)
+    message = (
+        f"{dataset.location(first)} (id {dataset[first].id!r}) takes {lengths[first]} positions "
+        f"and {images[first]} images, a row has {spec.seq_len} and {spec.image_slots} "
+        f"({count} of {total} records have too many)"
+    )
+    if count > skip_long:
+        raise DatasetError(f"{message}; give larger rows, or leave out up to N with data.skip_long")
+    if count == total:
+        raise DatasetError(f"{message}, so no record is left; give larger rows")
+    logging.warning("%s: left out", message)
 
 
 def _load(file: str, inputs_json: str, count: int, spec: PackingSpec) -> PackingPlan:
@@ -163,9 +236,14 @@ def _load(file: str, inputs_json: str, count: int, spec: PackingSpec) -> Packing
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         message = f"{file}: damaged packing plan ({error}); remove it, and it is made again"
         raise DatasetError(message) from error
-    complete = np.array_equal(np.sort(plan.items), np.arange(count)) and plan.ends[-1] == count
-    row_lengths = np.add.reduceat(plan.lengths[plan.items], np.r_[0, plan.ends[:-1]])
-    if not same_inputs or not complete or row_lengths.max() > spec.seq_len:
+    try:
+        packed = np.setdiff1d(np.arange(count), _too_large(plan.lengths, plan.images, spec))
+        complete = np.array_equal(np.sort(plan.items), packed) and plan.ends[-1] == len(packed)
+        row_lengths = np.add.reduceat(plan.lengths[plan.items], np.r_[0, plan.ends[:-1]])
+        valid = same_inputs and complete and row_lengths.max() <= spec.seq_len
+    except (IndexError, ValueError, TypeError):  # arrays of other shapes
+        valid = False
+    if not valid:
         raise DatasetError(f"{file}: not a plan of these {count} records; remove it")
     return plan
 

@@ -89,6 +89,11 @@ def decode_json(data: bytes, location: str, type: Any = Any) -> Any:
         raise DatasetError(f"{location}: not JSON: {error}") from error
 
 
+def read_json(path: str | os.PathLike[str], type: Any = Any) -> Any:
+    """Return the JSON value of a file, checked against a msgspec type; errors name the file."""
+    return decode_json(read_file(path, MAX_JSON_BYTES), os.fspath(path), type)
+
+
 def convert(value: Any, type: Any, location: str) -> Any:
     """Return a value checked against a msgspec type.
 

@@ -43,11 +43,13 @@ def score_answers(
     for batch in packed_batches.eval_batches(options, batch_size=batch_size):
         sums = score_fn(batch)
         for row, ids in enumerate(batch["id"]):
-            for k, id in enumerate(ids.split(" ") if ids else ()):
+            for k, id in enumerate(ids.split("\n") if ids else ()):
                 tokens, wrong, nll = (sums[name][row, k] for name in ("tokens", "wrong", "nll"))
                 scores[id] = (bool(wrong == 0), float(nll), round(float(tokens)))
     answers = []
     for record in records.read(options.path):
+        if record.id not in scores:
+            continue  # longer than a row, and within data.skip_long
         correct, nll, tokens = scores[record.id]
         if not tokens:
             continue

@@ -17,7 +17,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from starflow2_jax.data import array_store, images, manifest as manifest_lib, records, shards
+from starflow2_jax.data import (
+    array_store,
+    images,
+    manifest as manifest_lib,
+    records,
+    shards,
+    untrusted,
+)
 from starflow2_jax.data.manifest import DatasetError, Importer, Manifest, Shard
 
 VERSION = "2"
@@ -83,7 +90,7 @@ def begin(folder: pathlib.Path, parent: Manifest, encoder: Mapping[str, Any]) ->
             raise DatasetError(f"{folder} holds other things than latents; choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         _write_atomically(file, text)
-    _check_same(folder, msgspec.json.decode(file.read_bytes()), parent, encoder)
+    _check_same(folder, untrusted.read_json(file, dict[str, Any]), parent, encoder)
 
 
 def make_shard(
@@ -147,7 +154,7 @@ def remove_stale(
     """
     folder = pathlib.Path(os.path.abspath(out))
     if (folder / JOB_FILE).exists():
-        features = msgspec.json.decode((folder / JOB_FILE).read_bytes())
+        features = untrusted.read_json(folder / JOB_FILE, dict[str, Any])
     elif (folder / manifest_lib.FILE_NAME).exists():
         features = manifest_lib.load(folder, kind="arrays").features or {}
     else:

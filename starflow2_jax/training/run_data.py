@@ -83,6 +83,8 @@ def summary(data: RunData) -> str:
             f", {description['records_per_row']:.2f} in a row, of whose positions "
             f"{description['training_waste']:.1%} are padding"
         )
+    if "records_too_long" in description:
+        line += f"; {description['records_too_long']:,} are longer than a row and left out"
     return line
 
 

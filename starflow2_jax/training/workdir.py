@@ -1,5 +1,7 @@
 """Check that a workdir can be resumed by a configuration and its data."""
 
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +23,32 @@ RESUMABLE_KEYS = (
 DATA_PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", "eval_data.")
 
 
+# Orbax finds the files of a checkpoint by patterns, and takes its folder for a part of them.
+_PATTERN_CHARACTERS = "[]*?"
+
+
+def check_path(workdir: epath.Path) -> None:
+    """Raise ValueError if checkpoints cannot be written to a workdir, or not be read again."""
+    path = str(workdir) if "://" in str(workdir) else os.path.abspath(workdir)
+    special = [character for character in _PATTERN_CHARACTERS if character in path]
+    if special:
+        raise ValueError(
+            f"--workdir {path}: checkpoints under a path with {' '.join(special)} cannot be read "
+            "again, as it is taken for a pattern; choose another path"
+        )
+    if "://" in path:
+        return
+    existing = pathlib.Path(path)
+    while not existing.exists():
+        if existing.is_symlink():
+            raise ValueError(f"--workdir {path}: {existing} is a link to nothing")
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"--workdir {path}: {existing} is a file, expected a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--workdir {path}: {existing} cannot be written")
+
+
 def check_workdir(workdir: epath.Path, cfg: Mapping[str, Any], data: RunData) -> int | None:
     """Return the step to resume from, None in a new workdir; check configuration and data."""
     newest_step = steps.latest(workdir)
@@ -36,7 +64,10 @@ def check_workdir(workdir: epath.Path, cfg: Mapping[str, Any], data: RunData) ->
     may_change = RESUMABLE_KEYS + (DATA_PATH_KEYS if same_data else ())
     differing = [row for row in config.differences(saved, cfg) if not row.startswith(may_change)]
     if differing:
-        raise ValueError(f"{workdir} holds another configuration:\n  " + "\n  ".join(differing))
+        raise ValueError(
+            f"{workdir} holds another configuration:\n  " + "\n  ".join(differing) + "\nto go on "
+            "from its weights, train in another --workdir with --config.init.from set to this one"
+        )
     if newest_step is not None and not same_data:
         raise ValueError(
             f"{workdir}: the data have changed since step {newest_step}: fingerprints {saved_data} "

@@ -1,7 +1,9 @@
 """Packing: nothing lost or split, every row fits, equal on every host, written once."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
 
 import grain
 import numpy as np
@@ -10,7 +12,7 @@ from absl import flags
 from helpers import interleaved_dataset
 
 from starflow2_jax import prepare
-from starflow2_jax.data import chat_layout, packing, records
+from starflow2_jax.data import chat_layout, packed_batches, packing, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.packing import PackingSpec
 from starflow2_jax.data.records import Img, Record, Text
@@ -138,3 +140,61 @@ def test_hosts_share_the_rows_of_a_plan(folders):
         if hosts == 1:
             first = order
         assert order == first
+
+
+def test_records_longer_than_a_row_have_a_budget(folders, tmp_path):
+    folder = shutil.copytree(folders[0], tmp_path / "data", ignore=lambda *_: ["index-*.npz"])
+    dataset, opened = records.read(folder), chat_layout.open_tokenizer(folders[1])
+    lengths = np.sort([packing.record_size(record, opened, 32)[0] for record in dataset])
+    spec = PackingSpec(int(lengths[-4]), 32)
+    too_long = int((lengths > spec.seq_len).sum())
+    assert 0 < too_long < len(dataset)
+    load = lambda skip: packing.load_or_make_plan(str(folder), folders[1], spec, skip_long=skip)[1]
+    for _ in range(2):  # without a stored plan, and then with one
+        with pytest.raises(DatasetError, match=r"\(id '.*data\.skip_long") as error:
+            load(too_long - 1)
+        assert f"({too_long} of {len(dataset)} records" in str(error.value)
+        plan = load(too_long)
+        assert plan.num_left_out == too_long and 0 <= plan.waste < 1
+    with pytest.raises(DatasetError, match="no record is left"):
+        packing.load_or_make_plan(str(folder), folders[1], PackingSpec(3, 32), skip_long=999)
+    options = packed_batches.PackedBatchOptions(
+        path=str(folder), pixels=32, tokenizer=str(folders[1]), packing=spec, grid_side=4,
+        skip_long=too_long, resize="center_crop", packing_over="mixture", threads=0,
+    )  # fmt: skip
+    assert packed_batches.describe(options)["records_too_long"] == too_long
+    long = {r.id for r in dataset if packing.record_size(r, opened, 32)[0] > spec.seq_len}
+    for over in ("mixture", "dataset"):
+        batches = packed_batches.batches(
+            dataclasses.replace(options, packing_over=over), batch_size=8
+        )
+        ids = [id for _ in range(9) for row in next(batches)["id"] for id in row.split("\n")]
+        assert not long & set(ids) and len(set(ids)) > len(dataset) // 2
+    rows = [
+        row for batch in packed_batches.eval_batches(options, batch_size=8) for row in batch["id"]
+    ]
+    ids = [id for row in rows if row for id in row.split("\n")]
+    assert sorted(ids) == sorted({record.id for record in dataset} - long)
+
+
+def test_the_plan_of_a_read_only_folder_is_in_the_cache(folders, tmp_path, monkeypatch):
+    folder = shutil.copytree(folders[0], tmp_path / "data")
+    for file in folder.glob("index-*.npz"):
+        file.unlink()
+    store = packing._store
+
+    def refuse(file, *args):
+        if not any(str(place) in file for place in writable):
+            raise PermissionError(13, "Permission denied", file)
+        store(file, *args)
+
+    monkeypatch.setattr(packing, "_store", refuse)
+    monkeypatch.setattr(packing, "_CACHE", str(tmp_path / "cache"))
+    load = lambda: packing.load_or_make_plan(str(folder), folders[1], PackingSpec(150, 32))
+    writable = []
+    for place in ("", "cache/plans", "cache/plans"):
+        writable[:] = [tmp_path / place] if place and not writable else []
+        file, plan = load()
+        assert file.startswith(str(tmp_path / place) if place else "") and bool(file) == bool(place)
+        assert len(plan.items) == len(plan.lengths)
+    assert not list(folder.glob("index-*"))

@@ -12,6 +12,7 @@ from absl import logging
 from etils import epath
 
 from starflow2_jax import config, params
+from starflow2_jax.data import untrusted
 from starflow2_jax.evaluation import stats
 from starflow2_jax.evaluation.report import html, plots
 from starflow2_jax.training.logging import run_log
@@ -124,10 +125,7 @@ def _read_likelihoods(workdir: epath.Path) -> list[dict[str, Any]]:
     folder = workdir / "evaluation"
     results = []
     for path in sorted(folder.glob("likelihood*.json")) if folder.exists() else []:
-        try:
-            results.append(json.loads(path.read_text()))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        results.append(untrusted.read_json(path, dict[str, Any]))
     return results
 
 
@@ -188,7 +186,7 @@ def _starts(workdir: epath.Path) -> str:
     if not path.exists():
         logging.warning("%s is missing, so the report names no command and no machine", path)
         return ""
-    starts = json.loads(path.read_text())["starts"]
+    starts = run_log.read_run(workdir)["starts"]
     parts = ["<h2>Commands and machine</h2>"]
     for start in starts:
         parts.append(f"<p>{html.escape(start['time'])}, from step {start['step']:,}</p>")

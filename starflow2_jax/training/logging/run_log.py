@@ -26,13 +26,15 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import jax
+import msgspec
 import numpy as np
 from etils import epath
 
 from starflow2_jax import config
+from starflow2_jax.data import untrusted
 from starflow2_jax.training.logging import image_grid, throughput
 from starflow2_jax.training.logging.trackers import Tracker, open_trackers
 
@@ -83,7 +85,7 @@ def open(workdir: epath.PathLike, cfg: Mapping[str, Any], *, step: int = 0) -> L
     truncate(workdir, step)
     starts, run_id = [], secrets.token_hex(4)
     if (workdir / RUN).exists():
-        run = json.loads((workdir / RUN).read_text())
+        run = read_run(workdir)
         starts, run_id = run["starts"], run["id"]
     # Before anything is written, so that a tracker that fails leaves no trace.
     opened_trackers = open_trackers(
@@ -209,7 +211,42 @@ def save_config(workdir: epath.PathLike, cfg: Mapping[str, Any]) -> None:
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
     """Return the configuration that `save_config` wrote, or None."""
     path = epath.Path(workdir) / CONFIG
-    return config.upgrade(json.loads(path.read_text())) if path.exists() else None
+    if not path.exists():
+        return None
+    stored = untrusted.read_json(path, dict[str, Any])
+    try:
+        return config.upgrade(stored)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a configuration: {error!r}") from error
+
+
+class _Start(msgspec.Struct):
+    """A start of a run, as `run.json` has it."""
+
+    time: str
+    step: int
+    command: str
+    versions: dict[str, str]
+    devices: str
+    processes: int
+    machine: str
+
+
+class _Run(msgspec.Struct):
+    id: str
+    starts: Annotated[list[_Start], msgspec.Meta(min_length=1)]
+
+
+def read_run(workdir: epath.PathLike) -> dict[str, Any]:
+    """Return the contents of `run.json`, `id` and `starts`.
+
+    Raises:
+        ValueError: The file is damaged; names it.
+    """
+    path = epath.Path(workdir) / RUN
+    run = untrusted.read_json(path, dict[str, Any])
+    untrusted.convert(run, _Run, str(path))
+    return run
 
 
 def dump_batch(

@@ -4,6 +4,7 @@ Each tracker is opened once, by process 0, and imported only if `log.trackers` n
 """
 
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,14 +39,34 @@ def open_trackers(
         run_id: stays the same when a run is resumed.
         step: the step from which the run continues; later rows of an earlier start are superseded.
     """
+    check(names)
+    workdir, trackers = epath.Path(workdir), []
+    for name in names:
+        try:
+            trackers.append(_OPEN[name](workdir, project, run_id, step, dict(config)))
+        except Exception as error:  # of any kind: each tracker has its own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"config: log.trackers: {name} cannot be opened: {reason}") from error
+    return trackers
+
+
+def check(names: Sequence[str]) -> None:
+    """Raise ValueError for a tracker that is unknown, not installed, or without its key."""
     for name in names:
         if name not in _OPEN:
             raise ValueError(
                 f"config: log.trackers names {name!r}, which is not one of {', '.join(_OPEN)}"
                 f"{nearest(name, _OPEN)}"
             )
-    workdir = epath.Path(workdir)
-    return [_OPEN[name](workdir, project, run_id, step, dict(config)) for name in names]
+        _package(name, _PACKAGES[name])
+    is_online = os.environ.get("WANDB_MODE", "online") in ("online", "run", "shared")
+    if "wandb" in names and is_online:
+        api = getattr(_package("wandb", "wandb"), "api", None)
+        if api is not None and not api.api_key:
+            raise ValueError(
+                "config: log.trackers names 'wandb', but there is no key for it: run "
+                "`wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline"
+            )
 
 
 def _package(tracker: str, package: str) -> Any:
@@ -110,4 +131,5 @@ def _trackio(workdir, project, run_id, step, config) -> Tracker:
     )
 
 
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}

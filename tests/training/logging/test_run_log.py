@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from starflow2_jax import config
-from starflow2_jax.training.logging import image_grid, run_log, throughput
+from starflow2_jax.training.logging import image_grid, run_log, throughput, trackers
 
 pytestmark = pytest.mark.fast
 
@@ -283,3 +283,33 @@ def test_grid_refuses_what_is_not_images():
     with pytest.raises(ValueError, match="grid: 2 captions for 1 images"):
         image_grid.grid(np.zeros((1, 4, 4, 3), np.uint8), ["a", "b"])
     assert math.isfinite(image_grid.grid(np.zeros((1, 256, 300, 3), np.uint8)).mean())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 99_999])
+def test_damaged_files_of_a_run_are_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        run_log.read_config(tmp_path)
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.json"):
+        run_log.read_run(tmp_path)
+    with pytest.raises(ValueError, match=r"run\.json"):
+        run_log.open(tmp_path, settings())
+
+
+def test_a_tracker_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    class UsageError(Exception):
+        pass
+
+    def fail(**_):
+        raise UsageError("No API key configured.\nUse wandb login")
+
+    wandb = types.SimpleNamespace(init=fail, api=types.SimpleNamespace(api_key=None))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(ValueError, match="run `wandb login`"):
+        trackers.check(["wandb"])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trackers.check(["wandb"])
+    with pytest.raises(ValueError, match="wandb cannot be opened: No API key configured"):
+        run_log.open(tmp_path, settings("wandb"))
