@@ -130,10 +130,13 @@ def _check_trained(model: Model, rows: Sequence[Sequence[Part]], options: Genera
             "cannot generate images. Pass images=0 for text only."
         )
     has_images = any(part.kind == "image" for row in rows for part in row)
-    if has_images and not adapter_is_trained(model):
+    # The flow reads the image of an edit by itself, so a stage 1 with edits can make them.
+    only_image = options.images and not options.max_tokens
+    if has_images and not only_image and not adapter_is_trained(model):
         raise ValueError(
             f"{name}: the adapter is untrained (last layer is still zero, as after stage 1), so "
-            "the VLM cannot see images. Pass text only, or use a checkpoint of stage 2 or 3."
+            "the VLM cannot see images. Pass text only, ask for an image alone (images=1, "
+            "max_tokens=0), or use a checkpoint of stage 2 or 3."
         )
 
 

@@ -200,7 +200,7 @@ def test_sections_that_a_stage_has_not_trained_are_named(model):
         return dataclasses.replace(model, params={**model.params, name: subtree})
 
     stage1, stage2 = with_zeros("adapter", "down"), with_zeros("deep", "proj_out")
-    assert set(suite.unsupported_sections(stage1)) == {"understanding", "editing", "reasoning"}
+    assert set(suite.unsupported_sections(stage1)) == {"understanding", "reasoning"}
     assert set(suite.unsupported_sections(stage2)) == {"generation", "editing", "reasoning"}
     assert suite.unsupported_sections(model) == {}
     reasons = suite.unsupported_sections(dataclasses.replace(model, codec=None))

@@ -285,6 +285,9 @@ def test_untrained_parts_of_a_checkpoint_are_refused():
     with pytest.raises(ValueError, match=r"the adapter is untrained \(last layer is still zero"):
         blind.generate([[image_part(1), "what?"]], images=0)
     assert blind.generate(["draw"], images=1, max_tokens=0)[0][0].kind == "image"
+    # The flow reads the source of an edit by itself.
+    edited = blind.generate([[image_part(1), "keep it"]], images=1, max_tokens=0)
+    assert edited[0][0].kind == "image"
     deep = {**model.params["deep"], "proj_out": zero(model.params["deep"]["proj_out"])}
     mute = dataclasses.replace(model, params={**model.params, "deep": deep})
     with pytest.raises(ValueError, match="the flow is untrained"):

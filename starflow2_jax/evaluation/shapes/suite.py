@@ -65,7 +65,7 @@ def unsupported_sections(model: Model) -> dict[str, str]:
         reasons |= dict.fromkeys(("generation", "understanding", "editing", "reasoning"), reason)
     if not adapter_is_trained(model):
         reason = "the adapter is still zero (stage 1?), so the VLM cannot see images"
-        reasons |= dict.fromkeys(("understanding", "editing", "reasoning"), reason)
+        reasons |= dict.fromkeys(("understanding", "reasoning"), reason)
     if not flow_is_trained(model):
         reason = "the flow's output layers are still zero (stage 2?), so it cannot generate images"
         reasons |= dict.fromkeys(("generation", "editing", "reasoning"), reason)
