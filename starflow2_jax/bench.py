@@ -78,9 +78,10 @@ def define(values: flags.FlagValues) -> None:
                       "of fixed size", flag_values=values)  # fmt: skip
     flags.DEFINE_enum("size", "paper", list(starflow2.PRESETS), "presets stage1, stage3: "
                       "size of the model", flag_values=values)  # fmt: skip
-    flags.DEFINE_integer("batch", None, "rows; the default is 8 and 4 in training (stages: 4 a "
-                         "device), 1 in sampling, 64 in data", 1, flag_values=values)  # fmt: skip
-    flags.DEFINE_float("guidance", 0.0, "sample: guidance weight", 0.0, flag_values=values)
+    cli.define_integer("batch", None, "rows; the default is 8 and 4 in training (stages: 4 a "
+                         "device), 1 in sampling, 64 in data", 1, 100_000_000,
+                       flag_values=values)  # fmt: skip
+    cli.define_number("guidance", 0.0, "sample: guidance weight", flag_values=values)
     flags.DEFINE_string("jacobi", None, "sample: BLOCK,THRESHOLD of Jacobi iteration instead of "
                         "sequential sampling", flag_values=values)  # fmt: skip
     flags.DEFINE_enum("compute_dtype", None, ("float32", "bfloat16"), "presets: dtype of matmuls; "
@@ -88,7 +89,7 @@ def define(values: flags.FlagValues) -> None:
                       flag_values=values)  # fmt: skip
     flags.DEFINE_string("data", None, "data: dataset folder", flag_values=values)
     flags.DEFINE_string("model", None, "load: workdir, step or model folder", flag_values=values)
-    flags.DEFINE_integer("repeats", 9, "timed runs", 1, flag_values=values)
+    cli.define_integer("repeats", 9, "timed runs", 1, 1_000_000, flag_values=values)
     flags.DEFINE_boolean("json", False, "print the result as JSON", flag_values=values)
     try:
         from ml_collections import config_flags
@@ -206,11 +207,13 @@ def train_experiment(cfg: Mapping[str, Any], repeats: int, rates: Result) -> Res
     """Time the training step of an experiment on one random batch."""
     from starflow2_jax import config
     from starflow2_jax.mesh import host_rows, make_mesh
-    from starflow2_jax.training.program import to_device
+    from starflow2_jax.runtime import memory
+    from starflow2_jax.training.program import check_memory, to_device
     from starflow2_jax.training.tasks import registry
 
     config.check(cfg)
     program = registry.build(cfg, make_mesh(cfg["mesh"]))
+    check_memory(cfg, program.task, memory.capacity())
     draw = np.random.default_rng(0)
 
     def array(spec):

@@ -18,6 +18,7 @@ import jax
 from absl import flags, logging
 from etils import epath
 
+from starflow2_jax import checks
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.config import nearest
 from starflow2_jax.data import image_batches, manifest, records
@@ -38,7 +39,8 @@ from starflow2_jax.inference.model import Model
 from starflow2_jax.latents import batch_encoder, codec as latent_codec
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.mesh import check_batch, host_rows, make_mesh
-from starflow2_jax.runtime import allocator, cli
+from starflow2_jax.runtime import allocator, cli, memory
+from starflow2_jax.training import preprocess
 from starflow2_jax.training.logging import image_grid
 from starflow2_jax.training.tasks import vlm as vlm_task
 
@@ -58,8 +60,8 @@ Output = tuple[dict[str, Any], list[str]]
 def define(values: flags.FlagValues) -> None:
     """Define the flags of this command."""
     text = functools.partial(flags.DEFINE_string, flag_values=values)
-    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
-    real = functools.partial(flags.DEFINE_float, flag_values=values)
+    integer = functools.partial(cli.define_integer, flag_values=values)
+    real = functools.partial(cli.define_number, flag_values=values)
     switch = functools.partial(flags.DEFINE_boolean, flag_values=values)
     text("model", None, "workdir, step folder or model folder")
     text("workdir", None, "report: the run's folder")
@@ -68,7 +70,7 @@ def define(values: flags.FlagValues) -> None:
     text("vlm", None, "folder of the VLM, if it is not where the run's configuration says")
     text("fae", None, "folder of the codec, if it is not where the run's configuration says")
     integer("n", None, "shapes, all, codec: cases of each tag, and half as many held-out ones (32; "
-            "all of --data; codec: no cases)", 1)  # fmt: skip
+            "all of --data; codec: no cases)", 1, 1_000_000)  # fmt: skip
     flags.DEFINE_list("only", [], f"shapes, all: some of {', '.join(suite.SECTIONS)}",
                       flag_values=values)  # fmt: skip
     real("guidance", None, "shapes, all: guidance weight of images; the run's by default", 0)
@@ -84,8 +86,8 @@ def define(values: flags.FlagValues) -> None:
     real("sigma", 0.3, "codec: noise on unit-variance latents", 0)
     flags.DEFINE_enum("resize", "none", ("none", "center_crop"), "codec: how to treat images whose "
                       "size is not the codec's", flag_values=values)  # fmt: skip
-    integer("seed", 0, "seed of noise and of generated cases", 0)
-    integer("pictures", 16, "codec: images in the grid next to --out", 1)
+    integer("seed", 0, "seed of noise and of generated cases", 0, checks.MAX_SEED)
+    integer("pictures", 16, "codec: images in the grid next to --out", 1, 10_000)
     text("layout", "dp", "sharding layout of the weights")
     text("mesh", "data=-1", "devices along each mesh axis")
     text("out", None, "JSON file to write; all: folder to write (default for a run: in its "
@@ -157,6 +159,9 @@ def evaluate_likelihood(values: flags.FlagValues) -> Output:
     default_size = -(-model.cfg["evaluate"]["batch_size"] // num_shards) * num_shards
     batch_size = values.batch_size or default_size
     check_batch(batch_size, device_mesh, "--batch_size")
+    rows = preprocess.abstract_batch(model.cfg, model.model_config, batch_size)
+    size = {"a batch": memory.nbytes(rows.values())}
+    memory.check(f"--batch_size={batch_size}", size, memory.capacity())
     batches = image_batches.eval_batches(
         options, batch_size=batch_size, rows=host_rows(batch_size, device_mesh)
     )

@@ -42,6 +42,7 @@ _STARFLOW2_ONLY = (
     *("image", "chat", "batch", "geneval", "images", "max_tokens", "top_k", "top_p", "stop"),
     *("best_of", "best_of_gain", "null", "image_temperature", "cache", "vlm", "fae"),
 )
+_MAX_SAMPLES = 1_000_000  # options.MAX_SAMPLES, which would import jax
 _PROMPT_FLAGS = ("prompt", "chat", "batch", "geneval")
 
 
@@ -49,8 +50,8 @@ def define(values: flags.FlagValues) -> None:
     """Define the flags of this command."""
     text = functools.partial(flags.DEFINE_string, flag_values=values)
     texts = functools.partial(flags.DEFINE_multi_string, flag_values=values)
-    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
-    number = functools.partial(flags.DEFINE_float, flag_values=values)
+    integer = functools.partial(cli.define_integer, flag_values=values)
+    number = functools.partial(cli.define_number, flag_values=values)
     switch = functools.partial(flags.DEFINE_bool, flag_values=values)
     text("model", SHIPPED, "a workdir, a step folder of it, or a model folder")
     text("vlm", None, "folder of the VLM, if it has moved since training")
@@ -63,8 +64,8 @@ def define(values: flags.FlagValues) -> None:
     text("batch", None, "file with one chat per line")
     text("geneval", None, "GenEval's metadata file; --out becomes its folder tree")
     texts("label", [], "class name, or else its number; may be repeated")
-    integer("n", None, "samples per prompt (default: 4 for images, 1 for answers)", 1)
-    integer("seed", 0, "seed of the noise", 0)
+    integer("n", None, "samples per prompt (default: 4 for images, 1 for answers)", 1, _MAX_SAMPLES)
+    integer("seed", 0, "seed of the noise", 0, 2**63 - 1)
     number("guidance", None, "guidance weight (default: the run's)")
     text("rule", None, "guidance rule (default: the run's)")
     flags.DEFINE_enum(
@@ -79,16 +80,18 @@ def define(values: flags.FlagValues) -> None:
         None,
         "temperature of text tokens (default: 0, greedy), or of a flow's attention (default: 1)",
     )
-    integer("top_k", 0, "sample from the k most likely tokens; 0 for all")
-    number("top_p", 1.0, "sample from the most likely tokens with this probability mass")
+    integer("top_k", 0, "sample from the k most likely tokens; 0 for all", 0)
+    number("top_p", 1.0, "sample from the most likely tokens with this probability mass", 0, 1)
     texts("stop", [], "text that ends an answer; may be repeated")
-    integer("max_tokens", 256, "maximum number of text tokens of an answer")
-    integer("images", None, "exact number of images in an answer")
+    integer("max_tokens", 256, "maximum number of text tokens of an answer", 0)
+    integer("images", None, "exact number of images in an answer", 0)
     number("image_temperature", None, "factor on the noise of images (default: the run's)")
-    integer("best_of", 1, "candidates per sample, of which the most likely is returned")
+    integer(
+        "best_of", 1, "candidates per sample, of which the most likely is returned", 1, _MAX_SAMPLES
+    )
     switch("best_of_gain", False, "rank candidates by what the prompt adds to the likelihood")
     integer("cache", None, "positions of the cache (default: as many as needed)")
-    integer("jacobi", 0, "tokens of a Jacobi chunk; 0 samples sequentially")
+    integer("jacobi", 0, "tokens of a Jacobi chunk; 0 samples sequentially", 0)
     number("threshold", 1e-3, "residual at which a Jacobi chunk has converged")
     switch("denoise", None, "apply a score step after sampling (default: the run's)")
     text("layout", "dp", "name of the sharding layout of the weights")

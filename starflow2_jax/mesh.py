@@ -11,6 +11,7 @@ causal mask the devices with the first positions wait for those with the last.
 A *slice* is a set of devices with fast links: a TPU slice, elsewhere the devices of one process.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for entry in filter(None, text.replace(" ", "").split(",")):
         axis, equals, size = entry.partition("=")
-        if not equals or not re.fullmatch(r"-?\d+", size):
+        if not equals or not re.fullmatch(r"-?\d{1,9}", size):
             raise ValueError(f"mesh: {entry!r} is not axis=size (for example data=2,fsdp=4)")
         if axis in sizes:
             raise ValueError(f"mesh: axis {axis!r} is named twice in {text!r}")
@@ -74,11 +75,11 @@ def make_mesh(
     if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
         raise ValueError(f"mesh: sizes must be positive, at most one of them -1; got {sizes}")
     if -1 in shape:
-        known = int(np.prod([n for n in shape if n != -1]))
+        known = math.prod(n for n in shape if n != -1)
         shape[shape.index(-1)] = max(len(devices) // known, 1)
-    if int(np.prod(shape)) != len(devices):
+    if math.prod(shape) != len(devices):
         raise ValueError(
-            f"mesh: {dict(zip(AXES, shape))} needs {int(np.prod(shape))} devices, "
+            f"mesh: {dict(zip(AXES, shape))} needs {math.prod(shape)} devices, "
             f"{len(devices)} are there"
         )
     axis_types = (AxisType.Auto,) * len(AXES)

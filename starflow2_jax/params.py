@@ -4,6 +4,7 @@ A model declares a nested dict of `ParamSpec` leaves. Arrays, abstract shapes, s
 are all derived from that one tree.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
@@ -115,7 +115,7 @@ def draw(
 
 def count(tree: Tree) -> int:
     """Count the parameters in a tree of ParamSpecs, arrays or ShapeDtypeStructs."""
-    return sum(int(np.prod(leaf.shape)) for leaf in flatten(tree).values())
+    return sum(math.prod(leaf.shape) for leaf in flatten(tree).values())
 
 
 def split(tree: Tree, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:

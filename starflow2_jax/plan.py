@@ -36,10 +36,10 @@ def define() -> None:
     flags.DEFINE_string("mesh", None, "such as data=2,fsdp=64, for one layout; by default one "
                                 "that suits the layout")  # fmt: skip
     flags.DEFINE_enum("what", "train", ("train", "generate"), "a step, or a batch of images")
-    flags.DEFINE_integer("batch", None, "rows, by default train.batch_size; generate: one a "
-                                  "device", 1)  # fmt: skip
+    cli.define_integer("batch", None, "rows, by default train.batch_size; generate: one a "
+                                  "device", 1, 100_000_000)  # fmt: skip
     flags.DEFINE_bool("search", False, "try batches, remat policies and meshes; best first")
-    flags.DEFINE_integer("tries", 6, "search: programs compiled", 1)
+    cli.define_integer("tries", 6, "search: programs compiled", 1, 10_000)
     flags.DEFINE_bool("whole", False, "generate machine code too, so that its size counts; "
                                       "takes minutes per layout")  # fmt: skip
     flags.DEFINE_string("out", None, "folder for plan.json, plan.md and plan.png")

@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from starflow2_jax import checks
 from starflow2_jax.data import (
     chat_layout,
     images,
@@ -60,8 +61,7 @@ def define(values: flags.FlagValues) -> None:
     names = partial(flags.DEFINE_list, flag_values=values)
     strings = partial(flags.DEFINE_multi_string, flag_values=values)
 
-    def number(name: str, default: int | None, doc: str, least: int = 1) -> None:
-        flags.DEFINE_integer(name, default, doc, least, flag_values=values)
+    number = partial(cli.define_integer, flag_values=values)
 
     text("data", None, "dataset folder to read")
     text("out", None, "what to write: a dataset folder, or a PNG for show")
@@ -97,6 +97,7 @@ def define(values: flags.FlagValues) -> None:
         "side of the images: shapes (32), procedural (64), features (256), "
         f"{captioned_formats} (unchanged; scaled and cropped if given)",
         8,
+        8192,
     )
     names(
         "background",
@@ -104,7 +105,7 @@ def define(values: flags.FlagValues) -> None:
         f"{captioned_formats}: what to draw transparent images on, {' or '.join(BACKGROUNDS)}; "
         "several, with commas, give a copy on each (white when read)",
     )
-    number("seed", 0, "seed: shapes, procedural, random backgrounds, index", 0)
+    number("seed", 0, "seed: shapes, procedural, random backgrounds, index", 0, checks.MAX_SEED)
     names(
         "tags",
         list(generator.TAGS),
@@ -127,18 +128,18 @@ def define(values: flags.FlagValues) -> None:
     text("caption", "all", "bagel_t2i: name of the caption to use")
     text("vae", None, "features: folder of a diffusers AutoencoderKL")
     text("t5", None, "features: folder of a T5 encoder and tokenizer")
-    number("text_length", 128, "features: tokens of text")
-    number("patch", 1, "features: latent pixels on a side of a token")
-    number("row_length", 2048, "index: positions of a row")
+    number("text_length", 128, "features: tokens of text", 1, 1_000_000)
+    number("patch", 1, "features: latent pixels on a side of a token", 1, 8192)
+    number("row_length", 2048, "index: positions of a row", 1, 100_000_000)
     text("tokenizer", None, "index: folder of a tokenizer")
-    number("vocabulary", 640, "tokenizer: number of ids")
-    number("tower_patch", 4, "tokenizer: pixels along a patch of the vision tower")
-    number("tower_merge", 2, "tokenizer: patches of the tower along one feature")
-    number("image_tokens", 256, "index: positions of an image")
+    number("vocabulary", 640, "tokenizer: number of ids", 1, 10_000_000)
+    number("tower_patch", 4, "tokenizer: pixels along a patch of the vision tower", 1, 8192)
+    number("tower_merge", 2, "tokenizer: patches of the tower along one feature", 1, 8192)
+    number("image_tokens", 256, "index: positions of an image", 1, 100_000_000)
     number("skip_long", 0, "index: records longer than a row that may be left out", 0)
     number("row_images", 0, "index: images of a row, 0 for as many as fit", 0)
     switch("clean_copies", False, "index: images with loss are read again (noise.context_sigma)")
-    number("batch_size", 8, "features: images encoded at once")
+    number("batch_size", 8, "features: images encoded at once", 1, 100_000)
     text("fae", None, "latents: workdir or model folder of the codec")
     text("shard", "0/1", "latents: i/n, this is job i of n jobs that share the shards")
     switch("beam", False, "latents: write the shards in an Apache Beam pipeline")

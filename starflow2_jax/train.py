@@ -15,18 +15,24 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import config, params
+from starflow2_jax import checks, config, params
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.evaluation import likelihood, sample_grids
 from starflow2_jax.evaluation.report import run_report
 from starflow2_jax.inference.flow_sampler import FlowModel
 from starflow2_jax.latents import batch_encoder
 from starflow2_jax.mesh import host_rows, make_mesh
-from starflow2_jax.runtime import allocator, cli, distributed
+from starflow2_jax.runtime import allocator, cli, distributed, memory
 from starflow2_jax.training import run_data
 from starflow2_jax.training.init_from import init_from_checkpoint
 from starflow2_jax.training.logging import run_log, throughput, trackers
-from starflow2_jax.training.program import Program, TrainState, build_program, to_device
+from starflow2_jax.training.program import (
+    Program,
+    TrainState,
+    build_program,
+    check_memory,
+    to_device,
+)
 from starflow2_jax.training.run_config import RunConfig, run_config
 from starflow2_jax.training.run_data import RunData
 from starflow2_jax.training.tasks import registry
@@ -39,7 +45,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of checkpoints, metrics, samples, report")
 _LAYOUT = flags.DEFINE_string("layout", None, "sharding layout; overrides the config")
 _MESH = flags.DEFINE_string("mesh", None, "such as data=2,fsdp=4; overrides the config")
-_SEED = flags.DEFINE_integer("seed", None, "overrides the config")
+_SEED = flags.DEFINE_integer("seed", None, "overrides the config", 0, checks.MAX_SEED)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build, compile, print the tables, and end")
 
 
@@ -84,6 +90,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         return
     if data.null_text is not None:
         task = registry.make_task(cfg, null_text=data.null_text)
+    check_memory(cfg, task, memory.capacity())
     compiled = compile_step(cfg, task)
     distributed.wait_for_all()
     state, frozen, identity = init_or_restore(compiled.program, data, workdir, newest_step)

@@ -1,5 +1,6 @@
 """Configuration: a wrong key or value is named, and every experiment builds at full size."""
 
+import dataclasses
 import json
 import runpy
 import subprocess
@@ -11,12 +12,17 @@ from absl import flags
 from helpers.paths import EXPERIMENTS, GOLDEN
 from ml_collections import config_flags
 
-from starflow2_jax import config, mesh
+from starflow2_jax import checks, config, mesh
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.checkpoints.open_model import open_model
+from starflow2_jax.models.fae.codec import FAEConfig
+from starflow2_jax.models.fae.dinov2 import DinoConfig
 from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.runtime import cli
+from starflow2_jax.models.qwen import QwenConfig
+from starflow2_jax.models.qwen_vision import VisionConfig
+from starflow2_jax.runtime import cli, memory
 from starflow2_jax.training.logging import run_log
+from starflow2_jax.training.program import check_memory
 from starflow2_jax.training.tasks import registry
 
 VARIANTS = ["tarflow_pixels:tiny", "tarflow_pixels:cifar", "tarflow_pixels:in64",
@@ -65,9 +71,35 @@ def test_defaults_are_whole_and_pass():
         ("train.steps", True, "train.steps=True must be a positive whole number"),
         ("text.vocabulary", 256, "text.vocabulary=256 must be 0, or at least 257"),
         ("optim.warmup", -1, "optim.warmup=-1 must be a whole number, 0 or more"),
-        ("optim.lr", -1e-3, "optim.lr=-0.001 must be at least 0"),
-        ("optim.lr", float("nan"), "optim.lr=nan must be at least 0"),
-        ("optim.lr", True, "optim.lr=True must be at least 0"),
+        ("optim.lr", -1e-3, "optim.lr=-0.001 must be a number from 0 to 1e+09"),
+        ("optim.lr", float("nan"), "optim.lr=nan must be a number from 0 to 1e+09"),
+        ("optim.lr", float("inf"), "optim.lr=inf must be a number from 0 to 1e+09"),
+        ("optim.lr", 1e300, "optim.lr=1e+300 must be a number from 0 to 1e+09"),
+        ("optim.lr", True, "optim.lr=True must be a number from 0 to 1e+09"),
+        ("seed", 2**32, "seed=4294967296 must be a whole number, 0 or more, at most 4294967294"),
+        ("train.steps", 2**31, "must be a positive whole number, at most 2147483647"),
+        ("data.threads", 10**6, "must be a positive whole number, at most 1024"),
+        ("distributed.heartbeat", 10**9, "must be a positive whole number, at most 1000000"),
+        ("data.path", "a\0b", "data.path='a\\x00b' must be a string"),
+        ("data.path", "\ud800", "data.path='\\ud800' must be a string"),
+        ("data.mixture", None, "data.mixture=None must be a list of groups"),
+        ("data.mixture", [1], "data.mixture=[1] must be a list of groups"),
+        ("data.mixture", [{"path": 1}], "must be a list of groups of strings, with a weight"),
+        ("data.mixture", [{"path": "a", "weight": float("nan")}], "with a weight from 0 to 1e+09"),
+        ("data.mixture", [{"path": "a", "weight": "1"}], "with a weight from 0 to 1e+09"),
+        ("sample.prompts", float("-inf"), "sample.prompts=-inf must be a list of strings"),
+        ("sample.prompts", "one", "sample.prompts='one' must be a list of strings"),
+        ("sample.prompts", [1], "sample.prompts=[1] must be a list of strings"),
+        ("train.trainable", None, "train.trainable=None must be a list of strings"),
+        ("log.trackers", ["x"], "must be a list of some of tensorboard, wandb, trackio"),
+        ("log.profile_steps", [3], "log.profile_steps=[3] must be empty, or the numbers of two"),
+        ("log.profile_steps", [3, 2], "the first not after the last"),
+        ("fae.discriminator_widths", float("nan"), "must be a list of 1 to 16 positive whole"),
+        ("fae.discriminator_widths", [64, 0], "must be a list of 1 to 16 positive whole numbers"),
+        ("teacher.tower", 3, "teacher.tower=3 must be a group of keys"),
+        ("model", 3, "config: model=3 must be a group of keys"),
+        ("name", 3, "config: name=3 must be a string"),
+        ("noise.kind", ["gaussian"], "noise.kind=['gaussian'] must be one of gaussian"),
         ("cfg_dropout.text", 1.5, "cfg_dropout.text=1.5 must be a number from 0 to 1"),
         ("noise.kind", "gauss", "noise.kind='gauss' must be one of gaussian, uniform, none"),
         ("image.flip", 1, "image.flip=1 must be True or False"),
@@ -80,6 +112,12 @@ def test_a_wrong_key_or_value_is_named(key, value, words):
     with pytest.raises(ValueError) as error:
         config.check(changed(**{key: value}))
     assert words in str(error.value) and str(error.value).startswith("config: ")
+
+
+@pytest.mark.fast
+def test_a_number_of_thousands_of_digits_is_one_line():
+    with pytest.raises(ValueError, match=r"^config: optim.lr=a int too large to print must be a"):
+        config.check(changed(**{"optim.lr": 10**5000}))
 
 
 @pytest.mark.fast
@@ -128,6 +166,97 @@ def test_what_only_the_built_model_can_tell(key, value, words):
         program = registry.build(cfg, mesh.make_mesh(cfg["mesh"]))
         program.lower_step()
     assert words in str(error.value)
+
+
+WRONG = [float("nan"), float("inf"), -1, 10**18, 10**5000, True, "x", None, [1], {}, "\0"]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("key", sorted(config.KEYS))
+def test_every_key_has_a_check(key):
+    """A key takes at most the three of these values that are of its type."""
+    taken = [value for value in WRONG if config.KEYS[key].is_valid(value)]
+    assert len(taken) <= 3, taken
+    assert not any(value is None and key != "noise.context_sigma" for value in taken)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", [FlowConfig, QwenConfig, VisionConfig, FAEConfig, DinoConfig])
+def test_every_field_of_a_model_has_a_check(kind):
+    for field in dataclasses.fields(kind):
+        wrong = [v for v in WRONG if not (v is None and field.default is None)]
+        if field.type is str:
+            wrong = [v for v in wrong if v != "x"]  # not of this name; the dataclass knows them
+        if field.type is bool:
+            wrong = [v for v in wrong if v is not True]
+        for value in wrong:
+            if value == [1] and "tuple" in str(field.type):
+                continue
+            with pytest.raises(ValueError, match=rf"^config: model\.{field.name}=.* must be "):
+                checks.check_fields(kind, {field.name: value}, "config: model")
+    with pytest.raises(ValueError, match=r"layers=\[-1\] must be a list of items, each a whole"):
+        checks.check_fields(FlowConfig, {"layers": [-1]}, "config: model")
+    checks.check_fields(FlowConfig, {"layers": [0, 2], "classes": 0, "kv_heads": None}, "m")
+
+
+MODELS = {"flow": "tarflow_pixels", "starflow2": "stage3_joint", "vlm": "vlm_tiny",
+          "fae": "fae_features", "codec": "fae_end_to_end"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model, key, value, words",
+    [
+        ("flow", "model.layers", [], "model.layers is empty"),
+        ("flow", "model.layers", 3, "model.layers=3 must be a list of items, each a whole number"),
+        ("flow", "model.width", 1.5, "model.width=1.5 must be a whole number from 1"),
+        ("flow", "model.heads", 0, "model.heads=0 must be a whole number from 1 to 2147483647"),
+        ("flow", "model.head_dim", 10**6, "heads=0 must be at least 1"),
+        ("flow", "model.compute_dtype", "fp8", "model.compute_dtype='fp8' must be one of"),
+        ("starflow2", "model.vlm", 3, "model.vlm=3 must be a group of keys"),
+        ("starflow2", "model.flow", [1], "model.flow=[1] must be a group of keys"),
+        ("starflow2", "model.flow.layers", True, "model.flow.layers=True must be a list"),
+        ("vlm", "model.rope_base", 0, "rope_base=0 must be above 1"),
+        ("starflow2", "model.kind", ["mot"], "model.kind=['mot'] is not one of"),
+        ("vlm", "model.vision", 3, "model.vision=3 must be a group of keys"),
+        ("vlm", "model.vision.remat", "x", "vision remat='x' is not one of"),
+        ("fae", "model.decoder_heads", -1, "model.decoder_heads=-1 must be a whole number"),
+        ("codec", "teacher.tower.width", None, "teacher.tower.width=None must be a whole number"),
+    ],
+)
+def test_wrong_values_of_a_model_are_named(model, key, value, words):
+    cfg = config.to_dict(experiment(f"{MODELS[model]}:tiny"))
+    *path, last = key.split(".")
+    group = cfg
+    for name in path:
+        group = group[name]
+    group[last] = value
+    with pytest.raises(ValueError) as error:
+        config.check(cfg)
+        registry.make_task(cfg, dry_run=True)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("model.width", 2**30, "GiB of memory (the state"),
+        ("train.batch_size", 2**30, "a batch of 1073741824 rows"),
+        ("evaluate.batch_size", 2**30, "evaluation of 1073741824 rows"),
+        ("sample.count", 2**30, "a grid of 1073741824 samples"),
+    ],
+)
+def test_sizes_beyond_the_memory_are_refused(key, value, words):
+    cfg = config.to_dict(experiment("tarflow_pixels:tiny"))
+    group, last = key.split(".")
+    cfg[group][last] = value
+    config.check(cfg)
+    task = registry.make_task(cfg)
+    with pytest.raises(ValueError, match="config: the run needs at least") as error:
+        check_memory(cfg, task, memory.capacity())
+    assert words in str(error.value) and "more than there is" in str(error.value)
+    if key == "model.width":
+        with pytest.raises(ValueError, match="more than any machine has"):
+            registry.build(cfg, mesh.make_mesh(cfg["mesh"]))
 
 
 def test_differences_name_keys_of_the_model_too():

@@ -21,6 +21,7 @@ from starflow2_jax.inference.inverse import Jacobi, inverse
 from starflow2_jax.mesh import to_host
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import to_pixels, unpatchify
+from starflow2_jax.runtime import memory
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.losses.flow import log_likelihood
 from starflow2_jax.training.tasks import flow
@@ -103,6 +104,9 @@ def generate(
         uint8 [count, H, W, 3]; for a flow of latents float32 tokens [count, T, D].
     """
     sampling = sampling or FlowSampling()
+    row = model.model_config.tokens * model.model_config.channels
+    row *= 1 if model.cfg["image"]["pixels"] else 4
+    memory.check(f"generate: {count} images", {"the result": count * row}, memory.host_capacity())
     conditions = _conditions(model, count, prompts, labels, text)
     guidance = None
     if sampling.guidance:

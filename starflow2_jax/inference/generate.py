@@ -37,6 +37,7 @@ from starflow2_jax.inference.session import (
 )
 from starflow2_jax.inference.turn import SampledItem, TurnStart, truncate_rows, turn_start
 from starflow2_jax.mesh import replicated
+from starflow2_jax.runtime import memory
 
 # Steps between two searches for stop texts. A row may run past one to the end of its chunk.
 _STOP_CHUNK = 16
@@ -51,6 +52,7 @@ def generate(
     rows = [parse_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
     _check_images(model, rows)
     _check_trained(model, rows, options)
+    _check_memory(model, len(rows), options)
     if continue_from is None:
         rows = [row for row in rows for _ in range(options.copies)]
         session = _start_session(model, len(rows), options)
@@ -138,6 +140,18 @@ def _check_trained(model: Model, rows: Sequence[Sequence[Part]], options: Genera
             "the VLM cannot see images. Pass text only, ask for an image alone (images=1, "
             "max_tokens=0), or use a checkpoint of stage 2 or 3."
         )
+
+
+def _check_memory(model: Model, num_prompts: int, options: GenerateOptions) -> None:
+    """Raise ValueError if the caches cannot fit, before anything is allocated."""
+    rows = num_prompts * options.copies * (2 if options.needs_null_branch else 1)
+    slots = options.cache or _reserved_slots(
+        model, options, options.max_tokens, options.image_limit
+    )
+    # Keys and values, of at least two bytes each.
+    slot = sum(4 * n * c.kv_heads * c.head_dim for c, n in model.model_config.stacks)
+    what = f"generate: {rows} rows of {slots} positions"
+    memory.check(what, {"the caches": rows * slots * slot}, memory.capacity())
 
 
 def _check_continuation(results: Results, row_count: int, options: GenerateOptions) -> None:

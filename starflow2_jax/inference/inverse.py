@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from starflow2_jax import checks
 from starflow2_jax.inference.guidance import Guidance, check, combine
 from starflow2_jax.models import flow, layers
 from starflow2_jax.models.flow import BlockConfig, Conditioning, FlowConfig
@@ -35,6 +36,9 @@ class Jacobi:
     block: int = 16
     threshold: float = 1e-3
     max_iterations: int = 32
+
+    def __post_init__(self):
+        checks.check_fields(Jacobi, vars(self), "jacobi")
 
 
 @struct.dataclass

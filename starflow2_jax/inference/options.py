@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from starflow2_jax import checks
 from starflow2_jax.config import nearest
 from starflow2_jax.inference import guidance
 from starflow2_jax.inference.guidance import Guidance
@@ -12,6 +13,17 @@ from starflow2_jax.inference.inverse import Jacobi
 
 _NULL_PROMPTS = ("text", "all")
 _MAX_NUMBER = 1e6
+MAX_SAMPLES = 1_000_000  # rows of a prompt; more do not fit into any memory
+_RANGES = {
+    "n": (1, MAX_SAMPLES),
+    "best_of": (1, MAX_SAMPLES),
+    "top_k": (0, checks.MAX_INT),
+    "max_tokens": (0, checks.MAX_INT),
+    "max_images": (0, checks.MAX_INT),
+    "images": (0, checks.MAX_INT),
+    "cache": (0, checks.MAX_INT),
+    "seed": (-(2**63), 2**63 - 1),
+}
 
 
 @dataclass(frozen=True)
@@ -48,12 +60,17 @@ class GenerateOptions:
         _check_number("temperature", self.temperature, minimum=0.0)
         _check_number("top_p", self.top_p, above=0.0, maximum=1.0)
         _check_number("image_temperature", self.image_temperature, above=0.0)
-        minimums = {"n": 1, "best_of": 1, "top_k": 0, "max_tokens": 0, "max_images": 0}
-        for name, minimum in minimums.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected at least {minimum}")
-        if self.images is not None and self.images < 0:
-            raise ValueError(f"images={self.images!r}: expected at least 0, or None")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            is_default = value is None and name in ("images", "cache")
+            if not is_default and not checks.is_whole(value, low, high):
+                raise ValueError(
+                    f"{name}={checks.display(value)}: expected a whole number from {low} to {high}"
+                )
+        if self.copies > MAX_SAMPLES:
+            raise ValueError(
+                f"n={self.n} x best_of={self.best_of}: expected at most {MAX_SAMPLES} rows"
+            )
         if not self.max_tokens and not self.image_limit:
             raise ValueError("max_tokens=0 and no images: there is nothing to generate")
         if self.image_start and not self.image_limit:

@@ -65,6 +65,8 @@ class FlowConfig:
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"model.{field}={getattr(self, field)!r} is not one of {allowed}")
+        if not self.layers:
+            raise ValueError("model.layers is empty: a flow has at least one block")
         if self.start == "prefix" and not self.text_channels:
             raise ValueError("model.start='prefix' needs text: model.text_channels is 0")
         if bool(self.text_channels) != bool(self.text_length):

@@ -60,6 +60,12 @@ class LayerConfig:
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} is not one of {allowed}")
+        for field in ("width", "heads", "kv_heads", "head_dim", "mlp_width"):
+            if getattr(self, field) < 1:
+                raise ValueError(
+                    f"{field}={getattr(self, field)} must be at least 1; a width is at least that "
+                    f"of one head"
+                )
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
 

@@ -57,6 +57,8 @@ class QwenConfig:
                 f"sections={self.sections} must be three numbers that sum to half of the "
                 f"{self.head_dim} head channels"
             )
+        if self.rope_base <= 1:
+            raise ValueError(f"rope_base={self.rope_base} must be above 1")
         self.layer  # noqa: B018  raises if the sizes or the activation are invalid
         if self.remat not in layers.REMAT:
             raise ValueError(f"remat={self.remat!r} is not one of {tuple(layers.REMAT)}")

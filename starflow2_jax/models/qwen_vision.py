@@ -52,6 +52,8 @@ class VisionConfig:
         if self.window < self.patch * self.merge:
             raise ValueError(f"vision window={self.window} is smaller than {self.merge} patches")
         self.layer  # noqa: B018  raises if the activation is invalid
+        if self.remat not in layers.REMAT:
+            raise ValueError(f"vision remat={self.remat!r} is not one of {tuple(layers.REMAT)}")
 
     @property
     def patch_values(self) -> int:

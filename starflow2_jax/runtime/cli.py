@@ -18,6 +18,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from starflow2_jax import checks
 from starflow2_jax.config import KEYS, nearest, unknown_key
 from starflow2_jax.runtime import distributed
 
@@ -100,6 +101,39 @@ def locate_experiments(argv: list[str]) -> list[str]:
     return args
 
 
+def define_integer(
+    name: str,
+    default: int | None,
+    doc: str,
+    low: int = 1,
+    high: int = checks.MAX_INT,
+    *,
+    flag_values: flags.FlagValues = flags.FLAGS,
+) -> None:
+    """Define a flag for a whole number from `low` to `high`."""
+    flags.DEFINE_integer(name, default, doc, low, high, flag_values=flag_values)
+
+
+def define_number(
+    name: str,
+    default: float | None,
+    doc: str,
+    low: float = 0.0,
+    high: float = 1e6,
+    *,
+    flag_values: flags.FlagValues = flags.FLAGS,
+) -> None:
+    """Define a flag for a number from `low` to `high`."""
+    flags.DEFINE_float(name, default, doc, flag_values=flag_values)
+    # absl's own bounds let NaN pass.
+    flags.register_validator(
+        name,
+        lambda value: value is None or checks.is_number(value, low, high),
+        f"expected a number from {low:g} to {high:g}",
+        flag_values=flag_values,
+    )
+
+
 def use_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, or in `JAX_COMPILATION_CACHE_DIR`."""
     import jax
@@ -119,7 +153,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     # In place: config_flags looks for the keys in sys.argv.
     argv[:] = sys.argv[:] = args
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except (AttributeError, KeyError) as error:
         problem = explain(argv, error)
         if not problem:
@@ -133,8 +169,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def run(main: Callable[..., None], verbs: Mapping[str, str] | None = None) -> None:
     """Run a command: `main(argv)`, or `main(verb, argv)` if it has verbs.
 
-    Bad input (ValueError, OSError, RuntimeError) ends with one line on stderr and exit status 1;
-    `--traceback` shows the whole error.
+    Bad input (ValueError, OSError, RuntimeError) or a lack of memory ends with one line on stderr
+    and exit status 1; `--traceback` shows the whole error.
     """
     # Without this, every command on a machine without a TPU starts with a warning of jax.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
@@ -148,8 +184,8 @@ def run(main: Callable[..., None], verbs: Mapping[str, str] | None = None) -> No
             return
         try:
             run_main()
-        except (ValueError, OSError, RuntimeError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            print(f"error: {error or type(error).__name__}", file=sys.stderr)
             distributed.abort_all(error)
             sys.exit(1)
 

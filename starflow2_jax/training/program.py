@@ -22,10 +22,12 @@ from starflow2_jax.mesh import batch_sharding, check_batch, place_rows, replicat
 from starflow2_jax.params import (
     Tree,
     abstract as abstract_params,
+    count as count_params,
     init as init_params,
     shardings as param_shardings,
     split as split_params,
 )
+from starflow2_jax.runtime import memory
 from starflow2_jax.training import optimizer, preprocess
 from starflow2_jax.training.run_config import RunConfig, run_config
 
@@ -83,6 +85,7 @@ def build_program(cfg: Mapping[str, Any], device_mesh: Mesh, task: Task) -> Prog
     """Build a task's program for a mesh."""
     layout, seed, settings = cfg["layout"], cfg["seed"], run_config(cfg)
     rows = settings.train.batch_size
+    check_memory(cfg, task, memory.NO_MACHINE)
     check_batch(rows, device_mesh)
     check_batch(rows // settings.train.microbatches, device_mesh, "rows of a microbatch")
     state_specs, frozen_specs = split_params(task.declared, task.trainable + task.carried)
@@ -130,6 +133,29 @@ def build_program(cfg: Mapping[str, Any], device_mesh: Mesh, task: Task) -> Prog
         abstract_frozen=abstract_params(frozen_specs, device_mesh, layout, task.frozen_dtype),
         abstract_batch={name: place(a, batch_rows) for name, a in task.abstract_batch.items()},
     )
+
+
+def check_memory(cfg: Mapping[str, Any], task: Task, limit: int) -> None:
+    """Raise ValueError if what a run certainly holds at a time exceeds `limit` bytes.
+
+    It is the state, with at least one moment of the optimizer for every trained parameter, and a
+    batch of training, of evaluation or of samples.
+    """
+    settings = run_config(cfg)
+    state, frozen = split_params(task.declared, task.trainable + task.carried)
+    trained = count_params(_pick(state, task.trainable))
+    row = memory.nbytes(task.abstract_batch.values()) // settings.train.batch_size
+    pictures = settings.sample.count * 3 * cfg["image"]["pixels"] ** 2
+    sizes = {
+        "the state": 4 * (3 * trained + 2 * (count_params(state) - trained)),
+        "frozen parameters": jnp.dtype(task.frozen_dtype).itemsize * count_params(frozen),
+    }
+    for name, size in (
+        (f"a batch of {settings.train.batch_size} rows", row * settings.train.batch_size),
+        (f"evaluation of {settings.evaluate.batch_size} rows", row * settings.evaluate.batch_size),
+        (f"a grid of {settings.sample.count} samples", pictures),
+    ):
+        memory.check("config: the run", {**sizes, name: size}, limit)
 
 
 def _pick(tree: Tree, names: Iterable[str]) -> dict[str, Any]:

@@ -78,6 +78,7 @@ class RunConfig:
 def run_config(cfg: Mapping[str, Any]) -> RunConfig:
     """Return the groups of a checked configuration as typed objects."""
     groups = {
-        f.name: config.build(f.type, cfg[f.name], f.name) for f in dataclasses.fields(RunConfig)
+        f.name: config.build(f.type, cfg[f.name], f.name, least=0)
+        for f in dataclasses.fields(RunConfig)
     }
     return RunConfig(**groups)

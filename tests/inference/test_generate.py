@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from starflow2_jax.inference import (
 )
 from starflow2_jax.inference.api import STARFlow2
 from starflow2_jax.inference.image_latents import encode_images
-from starflow2_jax.inference.options import make_options, sampling_defaults
+from starflow2_jax.inference.options import GenerateOptions, make_options, sampling_defaults
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.latents import codec
 from starflow2_jax.training import preprocess
@@ -371,3 +372,22 @@ def test_denoised_images_are_decoded_and_noisy_latents_are_reported(parts):
     silent = {**model.cfg, "noise": {**model.cfg["noise"], "kind": "none"}}
     with pytest.raises(ValueError, match=r"was trained with noise\.kind='none'"):
         dataclasses.replace(model, cfg=silent).generate(["a"], **options, denoise=True)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"n": 10**9}, "n=1000000000: expected a whole number from 1 to 1000000"),
+        ({"n": 2000, "best_of": 2000}, "n=2000 x best_of=2000: expected at most 1000000 rows"),
+        ({"n": True}, "n=True: expected a whole number"),
+        ({"top_k": 2**31}, "top_k=2147483648: expected a whole number from 0 to 2147483647"),
+        ({"seed": 2**63}, "seed=9223372036854775808: expected a whole number"),
+        ({"max_tokens": 1.5}, "max_tokens=1.5: expected a whole number"),
+        ({"cache": -1}, "cache=-1: expected a whole number"),
+        ({"guidance": float("nan")}, "guidance=nan: expected a number at least 0"),
+    ],
+)
+def test_numbers_of_the_options_have_bounds(options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        GenerateOptions(**options)

@@ -17,7 +17,7 @@ from starflow2_jax.params import ParamSpec, zeros
 
 def model_config(cfg: Mapping[str, Any]) -> FAEConfig:
     """Return the codec of an experiment."""
-    group = dict(cfg["model"])
+    group = config.subgroup(cfg, "model", "")
     if cfg["compute_dtype"] != "float32":
         group["compute_dtype"] = cfg["compute_dtype"]
     model = config.build(FAEConfig, group, "model")

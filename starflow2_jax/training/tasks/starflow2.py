@@ -21,6 +21,7 @@ from starflow2_jax.checkpoints.convert import (
     teacher,
 )
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config
+from starflow2_jax.checks import display, is_list
 from starflow2_jax.data.options import packed_batch_options
 from starflow2_jax.models import flops, qwen, starflow2
 from starflow2_jax.models.ablations.crossings import CrossingsConfig
@@ -47,18 +48,18 @@ def model_config(cfg: Mapping[str, Any]) -> BackboneConfig:
     those of the folder. `model.flow` needs sizes only (see `starflow2.flow_defaults`). `model.kind`
     names one of `KINDS`, by default `crossings` if the group has that key, else `pretzel`.
     """
-    group, shared = dict(cfg["model"]), {"compute_dtype": cfg["compute_dtype"]}
+    group, shared = config.subgroup(cfg, "model", ""), {"compute_dtype": cfg["compute_dtype"]}
     kind = group.pop("kind", "crossings" if "crossings" in group else "pretzel")
-    if kind not in KINDS:
-        raise ValueError(f"config: model.kind={kind!r} is not one of {', '.join(KINDS)}")
+    if kind not in tuple(KINDS):
+        raise ValueError(f"config: model.kind={display(kind)} is not one of {', '.join(KINDS)}")
     if cfg.get("attention", "auto") != "auto":
         shared["attention"] = cfg["attention"]
-    vlm_fields = dict(group.pop("vlm", None) or {})
+    vlm_fields, sizes = (config.subgroup(group, name, "model.") for name in ("vlm", "flow"))
     if cfg["vlm"]["path"]:
         vlm_fields = _stored_vlm_fields(vlm_fields, str(model_folder.locate(cfg["vlm"]["path"])))
     vlm = config.build(QwenConfig, {**vlm_fields, "vision": None, **shared}, "model.vlm")
-    sizes = dict(group.pop("flow", None) or {})
-    defaults = starflow2.flow_defaults(vlm.width, len(sizes.get("layers", ())))
+    layers = sizes.get("layers", ())
+    defaults = starflow2.flow_defaults(vlm.width, len(layers) if is_list(layers) else 0)
     flow = config.build(FlowConfig, {**defaults, **sizes, **shared}, "model.flow")
     return config.build(KINDS[kind], {**group, "vlm": vlm, "flow": flow}, "model")
 

@@ -26,9 +26,10 @@ MAX_REGIONS, MAX_REGION_WORDS = 5, 8
 def model_config(cfg: Mapping[str, Any]) -> QwenConfig:
     """Return the model of an experiment, after checking that its tower can divide the images."""
     group = config.model_group(cfg)
-    if not group.get("vision"):
+    sizes = config.subgroup(group, "vision", "model.")
+    if not sizes:
         raise ValueError("config: model.vision is missing: the model needs a vision tower")
-    vision = config.build(VisionConfig, group["vision"], "model.vision")
+    vision = config.build(VisionConfig, sizes, "model.vision")
     model = config.build(QwenConfig, {**group, "vision": vision}, "model")
     qwen_vision.check_size(cfg["image"]["pixels"], cfg["image"]["pixels"], vision)
     return model
