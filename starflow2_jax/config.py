@@ -321,6 +321,11 @@ def unknown_key(name: str) -> str:
     """Return the message for a key that does not exist, with its new name or the nearest one."""
     if name in RENAMED:
         return f"config: key {name!r} is now called {RENAMED[name]!r}"
+    group, _, rest = name.partition(".")
+    groups = {key.partition(".")[0] for key in KEYS} | {"model"}
+    near = difflib.get_close_matches(group, [g for g in groups if g != group], 1, 0.6)
+    if rest and near and (near[0] == "model" or f"{near[0]}.{rest}" in KEYS):
+        return f"config: unknown key {name!r}; did you mean '{near[0]}.{rest}'?"
     return f"config: unknown key {name!r}{nearest(name, KEYS)}"
 
 

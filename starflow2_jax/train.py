@@ -103,7 +103,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         run_log.close(run.log)
     if last_step < run.config.train.steps:
         print(
-            f"stopped by SIGTERM at step {last_step}, saved; the same command resumes", flush=True
+            f"stopped by a signal at step {last_step}, saved; the same command resumes", flush=True
         )
     elif jax.process_index() == 0:
         print(f"done: {run_report.write(workdir)}", flush=True)

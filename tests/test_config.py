@@ -409,3 +409,8 @@ def test_runs_and_folders_from_before_the_renaming_are_read(tmp_path):
     assert open_model(tmp_path / "run").config == cfg
     assert model_folder.read_config(tmp_path / "folder") == cfg
     assert config.differences(run_log.read_config(tmp_path / "run"), cfg) == []
+
+
+def test_the_group_of_an_unknown_key_is_guessed_too():
+    assert "did you mean 'model.width'?" in config.unknown_key("modle.width")
+    assert "did you mean 'train.steps'?" in config.unknown_key("trian.steps")

@@ -5,6 +5,7 @@ memory. Text is valid Unicode without NUL, and its lines end in a line feed alon
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from starflow2_jax.data.manifest import DatasetError
 MAX_JSON_BYTES = 8 << 30  # of a file that is one JSON value
 MAX_LINE_BYTES = 64 << 20
 _BOM = b"\xef\xbb\xbf"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def check_regular(path: str | os.PathLike[str], location: str = "") -> int:
@@ -86,7 +88,10 @@ def decode_json(data: bytes, location: str, type: Any = Any) -> Any:
     except msgspec.ValidationError as error:
         raise DatasetError(f"{location}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{location}: not JSON: {error}") from error
+        # The decoder reports half of a surrogate pair as an invalid or a truncated text.
+        is_surrogate = _SURROGATE.search(data) is not None
+        hint = "; half of a surrogate pair, such as \\ud800, is no Unicode" if is_surrogate else ""
+        raise DatasetError(f"{location}: not JSON: {error}{hint}") from error
 
 
 def read_json(path: str | os.PathLike[str], type: Any = Any) -> Any:

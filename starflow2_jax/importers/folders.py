@@ -66,6 +66,8 @@ def list_files(
             path = pathlib.Path(folder, name)
             if is_hidden(name):
                 tally.pass_over("hidden files", str(path))
+            elif path.is_symlink() and not path.exists():
+                refuse(f"{path}: a link to nothing", "links")
             elif path.suffix.lower() not in suffixes:
                 kind = f"{path.suffix.lower()} files" if path.suffix else "files without a suffix"
                 tally.pass_over(kind, str(path))

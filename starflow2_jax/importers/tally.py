@@ -76,7 +76,8 @@ class Tally:
         if count > allowed:
             suffix = f" ({count} {error.budget.replace('_', ' ')}, {allowed} allowed)"
             hint = f"; --{error.budget} N leaves out up to N, counted"
-            raise type(error)(f"{error}{suffix if allowed else ''}{hint}", error.reason) from error
+            # Of no kind that can be left out, so that no caller counts it again.
+            raise DatasetError(f"{error}{suffix if allowed else ''}{hint}") from error
         if self.reasons[error.reason] <= _MAX_LOGGED:
             logging.warning("%s; left out (%d so far)", error, count)
 

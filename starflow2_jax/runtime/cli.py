@@ -184,6 +184,10 @@ def run(main: Callable[..., None], verbs: Mapping[str, str] | None = None) -> No
             return
         try:
             run_main()
+        except KeyboardInterrupt as error:
+            print("error: interrupted", file=sys.stderr)
+            distributed.abort_all(error)
+            sys.exit(130)
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             print(f"error: {error or type(error).__name__}", file=sys.stderr)
             distributed.abort_all(error)

@@ -321,6 +321,7 @@ def _table(rows: list[list[Any]]) -> str:
 def preemption_handler() -> Callable[[int], bool]:
     """Catch SIGTERM, and return a function of the step that says whether to stop after it.
 
+    A process on its own catches the first SIGINT (Ctrl-C) as well; the second one ends it at once.
     In a job of several processes all of them must call it at every step. After a signal to any
     process it returns True on all of them at the same step. It sends nothing until then.
     """
@@ -331,6 +332,14 @@ def preemption_handler() -> Callable[[int], bool]:
         return multihost_utils.reached_preemption_sync_point
     signaled = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: signaled.set())
+
+    def interrupt(*_: object) -> None:
+        signaled.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one does not wait
+
+    # A shell starts its background jobs with SIGINT ignored, and they stay so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     return lambda step: signaled.is_set()
 
 

@@ -53,6 +53,11 @@ def test_rows_of_wrong_types_are_named_and_have_a_budget(tmp_path, row):
     assert sum(tally.reasons.values()) == tally.budgets["bad_rows"] == 1
 
 
+def test_half_of_a_surrogate_pair_is_named_as_such():
+    with pytest.raises(DatasetError, match=r"here: not JSON.*half of a surrogate pair"):
+        untrusted.decode_json(b'["\\ud800"]', "here")
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -161,7 +166,11 @@ def test_links_to_folders_are_refused(tmp_path):
     make_folder(tmp_path / "other", "0.png")
     root = make_folder(tmp_path / "pets", "a.png")
     (root / "part2").symlink_to(tmp_path / "other")
-    assert "part2: a link to a folder" in refused(tmp_path, "--format", "folder", "--source", root)
+    argv = ("--format", "folder", "--source", root)
+    assert "part2: a link to a folder" in refused(tmp_path, *argv)
+    (root / "part2").unlink()
+    (root / "part2").symlink_to(tmp_path / "nothing")
+    assert "part2: a link to nothing" in refused(tmp_path, *argv)
 
 
 def test_other_kinds_of_files_are_counted(tmp_path):

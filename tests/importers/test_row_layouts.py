@@ -66,8 +66,9 @@ def test_null_and_empty_captions_are_missing_captions(tmp_path, caption):
     parquet.write_table(pyarrow.table({"image": [png()], "captions": captions}), tmp_path / "a.p")
     (record,) = interleaved.bagel_t2i([tmp_path / "a.p"], "all", Tally(missing_captions=1))
     assert records.text(record) == "b"
-    with pytest.raises(DatasetError, match="no caption"):
+    with pytest.raises(DatasetError, match="no caption") as error:
         list(interleaved.bagel_t2i([tmp_path / "a.p"]))
+    assert str(error.value).count("--missing_captions") == 1
 
 
 def test_a_list_of_captions_gives_a_record_each_and_a_struct_is_refused(tmp_path):
