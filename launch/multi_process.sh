@@ -59,6 +59,11 @@ prefix() { # Not awk: some versions buffer lines.
   done
 }
 
+# The processes end with this script, even if a kill -9 ends it.
+follow=()
+if setpriv --pdeathsig TERM true 2> /dev/null; then
+  follow=(setpriv --pdeathsig TERM)
+fi
 pids=()
 trap 'kill -TERM "${pids[@]}" 2> /dev/null' TERM INT
 for ((i = 0; i < count; i++)); do
@@ -76,7 +81,7 @@ for ((i = 0; i < count; i++)); do
         export JAX_LOCAL_DEVICE_IDS
         ;;
     esac
-    exec bash "$here/one_process.sh" "$@"
+    exec ${follow[@]+"${follow[@]}"} bash "$here/one_process.sh" "$@"
   ) > >(prefix "[$i]") 2>&1 &
   pids+=($!)
 done

@@ -39,7 +39,8 @@ reason() { # STATUS
   printf '%s\n' "${message#error: }" | cut -c1-600
 }
 
-PYTHONUNBUFFERED=1 "$@" > >(tee "$log") 2>&1 &
+# With STARFLOW2_PARENT the command ends with this script, even if a kill -9 ends it.
+STARFLOW2_PARENT=$$ PYTHONUNBUFFERED=1 "$@" > >(tee "$log") 2>&1 &
 pid=$!
 trap 'kill -TERM $pid 2> /dev/null' TERM INT
 trap 'kill -KILL $pid 2> /dev/null' USR1

@@ -19,7 +19,7 @@ from absl import flags
 from starflow2_jax import params
 from starflow2_jax.checkpoints import model_folder, tensor_files
 from starflow2_jax.checkpoints.convert import starflow, starflow_options
-from starflow2_jax.checkpoints.open_model import EXPORTED_METADATA, open_model
+from starflow2_jax.checkpoints.open_model import EXPORTED_METADATA, SavedModel, open_model
 from starflow2_jax.models.flow import declare
 from starflow2_jax.runtime import cli
 
@@ -115,7 +115,9 @@ def _import(family: str, values: flags.FlagValues, source: str) -> Result:
 def _export(values: flags.FlagValues) -> Result:
     """Export a run, a step or a model folder, in our format or the published one."""
     path, out = _required(values, "model"), _required(values, "out")
-    task = open_model(path).task
+    saved = open_model(path)
+    _check_place(saved, out, values.overwrite)
+    task = saved.task
     if task == "flow":
         return _export_flow(values, path, out)
     if values.public or not values.ema:
@@ -138,6 +140,14 @@ def _export(values: flags.FlagValues) -> Result:
         model = codec.load(path)
         codec.export(model, out, overwrite=values.overwrite)
     return _summary(out, params.count(model.params))
+
+
+def _check_place(saved: SavedModel, out: str, overwrite: bool) -> None:
+    """Refuse an output that would replace a part of the exported model, or all around it."""
+    source, target = Path(saved.path).resolve(), Path(out).resolve()
+    contained = source.is_relative_to(target) or target.is_relative_to(source)
+    if overwrite and saved.is_folder and source != target and contained and target.exists():
+        raise ValueError(f"--out {out}: the model {saved.path} would be replaced in part")
 
 
 def _export_flow(values: flags.FlagValues, path: str, out: str) -> Result:
@@ -172,7 +182,7 @@ def _export_flow(values: flags.FlagValues, path: str, out: str) -> Result:
 
 
 def _summary(out: str, count: int, left_out: list[str] | None = None) -> Result:
-    size = sum(file.stat().st_size for file in Path(out).iterdir())
+    size = sum(file.stat().st_size for file in Path(out).rglob("*") if file.is_file())
     result = {"out": out, "parameters": count, "bytes": size, "left_out": left_out or []}
     lines = [f"{out}: {count:,} parameters, {size / 1e6:,.1f} MB"]
     if left_out:
@@ -217,8 +227,10 @@ def _show(values: flags.FlagValues) -> Result:
 def _verify(values: flags.FlagValues) -> Result:
     """Compare files with their digests."""
     path = _required(values, "workdir", "model")
-    if model_folder.is_folder(path):
-        rows = [{"what": path, "status": "sealed", "problems": model_folder.verify(path)}]
+    if model_folder.is_folder(model_folder.locate(path)):
+        path = str(model_folder.locate(path))
+        problems = [*model_folder.verify(path), *_missing_parts(path)]
+        rows = [{"what": path, "status": "sealed", "problems": problems}]
     else:
         from starflow2_jax.checkpoints import orbax, steps
 
@@ -233,6 +245,17 @@ def _verify(values: flags.FlagValues) -> Result:
         lines.append(f"{row['what']}: {row['status']}, {'damaged' if row['problems'] else 'good'}")
         lines += [f"  {problem}" for problem in row["problems"]]
     return {"checked": rows, "problems": sum(1 for row in rows if row["problems"])}, lines
+
+
+def _missing_parts(path: str) -> list[str]:
+    """Return a line for each part of a model folder that its configuration names and it lacks."""
+    saved = open_model(path)
+    if saved.task != "starflow2":
+        return []
+    from starflow2_jax.inference import load
+
+    missing = load.missing_parts(saved, load.read_config(path))
+    return [f"{name}: there is no folder {folder}" for name, folder in missing.items()]
 
 
 _RUN = {

@@ -33,13 +33,13 @@ from starflow2_jax.evaluation import (
 from starflow2_jax.evaluation.report import run_report
 from starflow2_jax.evaluation.result_files import ResultFile
 from starflow2_jax.evaluation.shapes import cases, codec_ceiling, contact_sheets, report, suite
-from starflow2_jax.inference import load, options as inference_options, vlm
+from starflow2_jax.inference import load, options as inference_options, output, vlm
 from starflow2_jax.inference.flow_sampler import FlowModel, load_flow
 from starflow2_jax.inference.model import Model
 from starflow2_jax.latents import batch_encoder, codec as latent_codec
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.mesh import check_batch, host_rows, make_mesh
-from starflow2_jax.runtime import allocator, cli, memory
+from starflow2_jax.runtime import allocator, atomic, cli, memory
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.logging import image_grid
 from starflow2_jax.training.tasks import vlm as vlm_task
@@ -108,7 +108,10 @@ def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> 
         "all": functools.partial(evaluate_shapes, with_page=True),
         "report": write_report,
     }
-    result, lines = verbs[verb](values)
+    try:
+        result, lines = verbs[verb](values)
+    except result_files.CompleteResult as complete:
+        result, lines = complete.result, [str(complete)]
     if jax.process_index() == 0:
         print(json.dumps(result, indent=2) if values.json else "\n".join(lines))
 
@@ -331,7 +334,8 @@ def evaluate_codec(values: flags.FlagValues) -> Output:
     if file.path and file.path.suffix != ".json":
         raise ValueError(f"--out {file.path}: expected a name that ends in .json")
     grid = file.path.with_suffix(".png") if file.path else None
-    if grid:
+    # A grid without figures may be what a killed process of this command left.
+    if grid and not output.is_of_this_package(grid):
         result_files.refuse_existing(grid, values.overwrite)
     metrics, images = codec_evaluation.measure_fidelity(
         codec,
@@ -359,10 +363,10 @@ def evaluate_codec(values: flags.FlagValues) -> Output:
         "ceiling": ceiling,
         "protocol": codec_evaluation.protocol(codec, values.sigma, seed, values.resize),
     }
-    result, written = file.write(result)
     if grid:
-        image_grid.save_grid(grid, images, columns=12)
-        written.append(f"written    {grid}")
+        output.save_png(grid, image_grid.grid(images, columns=12), {"codec": codec.sha256})
+    result, written = file.write(result)
+    written += [f"written    {grid}"] if grid else []
     lines = codec_evaluation.summary_lines(result)
     lines += codec_ceiling.summary_lines(ceiling) if ceiling else []
     return result, [*lines, *written]
@@ -380,7 +384,7 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
     if with_page:
         if folder is None:
             raise ValueError("all: --out is needed: a folder for the page and the sheets")
-        file = dataclasses.replace(file, path=folder / "shapes.json")
+        file = dataclasses.replace(file, path=None)
     model = _load_starflow2(values)
     pixels = model.codec.model.pixels if model.codec else model.cfg["image"]["pixels"] or 64
     if folders:
@@ -420,11 +424,14 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
         "samples": {name: [*map(report.sample_row, rows)] for name, rows in samples.items()},
     }
     result, written = file.write(result)
-    if with_page:
+    if with_page and jax.process_index() == 0:
         sheets = contact_sheets.make(samples, seed)
-        for name, sheet in sheets.items():
-            (folder / f"{name}.png").write_bytes(image_grid.png(sheet))
-        report.write(folder / "report.html", result, sheets)
+        with atomic.folder(str(folder), overwrite=values.overwrite) as temporary:
+            file = dataclasses.replace(file, path=temporary / result_files.SHAPES_FILE)
+            result, _ = file.write(result)
+            for name, sheet in sheets.items():
+                (temporary / f"{name}.png").write_bytes(image_grid.png(sheet))
+            report.write(temporary / "report.html", result, sheets)
         written = [f"written    {folder}: report.html, shapes.json, {len(sheets)} sheets"]
     return result, [*report.summary_lines(result), *written]
 

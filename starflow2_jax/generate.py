@@ -27,7 +27,7 @@ from etils import epath
 
 from starflow2_jax import config
 from starflow2_jax.mesh import make_mesh
-from starflow2_jax.runtime import allocator, cli
+from starflow2_jax.runtime import allocator, atomic, cli
 
 if TYPE_CHECKING:
     from starflow2_jax.inference.api import STARFlow2
@@ -43,6 +43,8 @@ _STARFLOW2_ONLY = (
     *("best_of", "best_of_gain", "null", "image_temperature", "cache", "vlm", "fae"),
 )
 _MAX_SAMPLES = 1_000_000  # options.MAX_SAMPLES, which would import jax
+# Flags that change neither images nor texts.
+_NO_PART_OF_A_JOB = ("out", "overwrite", "json", "layout", "mesh", "vlm", "fae", "help")
 _PROMPT_FLAGS = ("prompt", "chat", "batch", "geneval")
 
 
@@ -101,14 +103,17 @@ def define(values: flags.FlagValues) -> None:
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """Generate with the model and the prompts of the flags, and print what was written."""
+    from starflow2_jax.inference import output
     from starflow2_jax.inference.api import STARFlow2
     from starflow2_jax.inference.load import load
 
     if argv:
         raise ValueError(f"unexpected argument {argv[0]!r}")
     out = epath.Path(values.out) if values.out else None
-    if out is not None and out.exists() and any(out.iterdir()) and not values.overwrite:
-        raise ValueError(f"--out: {out} is not empty; --overwrite replaces the files in it")
+    job = _describe_job(values) if out is not None else {}
+    if out is not None and (result := output.start_job(out, job, overwrite=values.overwrite)):
+        print(json.dumps(result) if values.json else f"{out} is complete; --overwrite replaces it")
+        return
     device_mesh = make_mesh(values.mesh) if values.mesh else None
     model = load(
         values.model, device_mesh, values.layout, vlm=values.vlm or "", fae=values.fae or ""
@@ -117,16 +122,36 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     for name in _FLOW_ONLY if is_starflow2 else _STARFLOW2_ONLY:
         if values[name].present and values[name].value != values[name].default:
             raise ValueError(f"--{name}: the model {values.model} does not take this flag")
-    if is_starflow2:
-        _generate_answers(model, out, values)
-    else:
-        _generate_images(model, out, values)
+    result = (_generate_answers if is_starflow2 else _generate_images)(model, out, values)
+    if out is not None:
+        output.end_job(out, job, result)
+    if values.json:
+        print(json.dumps(result))
+
+
+def _describe_job(values: flags.FlagValues) -> dict[str, Any]:
+    """Return all that the output depends on: the flags, the model, and the files that they name."""
+    from starflow2_jax.checkpoints import digest
+    from starflow2_jax.evaluation import result_files
+
+    names = flags.FlagValues()
+    define(names)
+    options = {name: values[name].value for name in names if name not in _NO_PART_OF_A_JOB}
+    files = [*values.image, *(values[name].value for name in ("chat", "batch", "geneval"))]
+    return {
+        "options": options,
+        "model": result_files.describe_model(values.model),
+        "files": {file: digest.sha256_file(file) for file in files if file},
+    }
 
 
 # ------------------------------------------------------------------------------------- STARFlow2
 
 
-def _generate_answers(model: "STARFlow2", out: epath.Path | None, values: flags.FlagValues) -> None:
+def _generate_answers(
+    model: "STARFlow2", out: epath.Path | None, values: flags.FlagValues
+) -> dict[str, Any]:
+    """Generate, save and print answers; return the result for --json."""
     from starflow2_jax.inference import output
     from starflow2_jax.inference.generate import generate_many
 
@@ -136,18 +161,21 @@ def _generate_answers(model: "STARFlow2", out: epath.Path | None, values: flags.
     prompts = _read_prompts(metadata, values)
     options = _answer_options(model, out is not None, values)
     start_time = time.perf_counter()
-    answers = generate_many(model, prompts, options)
     settings = {"model": values.model, "source": model.source, **output.options_dict(options)}
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
     if values.geneval:
-        count = output.save_geneval(out, metadata, answers, settings)
+        # A folder that was left unfinished is continued.
+        numbers = range(len(prompts))
+        if not values.overwrite:
+            numbers = output.missing_geneval(out, len(prompts), options.n)
+        chosen = [prompts[i] for i in numbers]
+        answers = generate_many(model, chosen, options, numbers=numbers) if chosen else []
+        count = output.save_geneval(out, metadata, answers, settings, numbers)
         seconds = time.perf_counter() - start_time
-        result = {"written": count, "out": str(out), "seconds": seconds}
-        print(json.dumps(result) if values.json else f"{count} images in {seconds:.1f} s: {out}")
-        return
+        if not values.json:
+            print(f"{count} images in {seconds:.1f} s: {out}")
+        return {"written": count, "out": str(out), "seconds": seconds}
     rows = []
-    for i, samples in enumerate(answers):
+    for i, samples in enumerate(generate_many(model, prompts, options)):
         prompt = {"prompt": values.prompt[i]} if values.prompt else {}
         for k, parts in enumerate(samples):
             rows.append(output.save_row(out, f"{i:05}_{k:02}", parts, {**settings, **prompt}))
@@ -156,13 +184,12 @@ def _generate_answers(model: "STARFlow2", out: epath.Path | None, values: flags.
                 _print_row(rows[-1], f"--- prompt {i}, sample {k}" if has_many else "")
     if out is not None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (out / "results.jsonl").write_text(lines)
+        atomic.write_file(out / "results.jsonl", lines)
     seconds = time.perf_counter() - start_time
-    if values.json:
-        print(json.dumps({"rows": rows, "seconds": seconds}))
-    else:
+    if not values.json:
         count = sum(part["type"] == "image" for row in rows for part in row)
         print(f"{len(rows)} answers with {count} images in {seconds:.1f} s")
+    return {"rows": rows, "seconds": seconds}
 
 
 def _read_prompts(metadata: Sequence[dict[str, Any]], values: flags.FlagValues) -> list[Any]:
@@ -239,7 +266,10 @@ def _print_row(row: list[dict[str, Any]], title: str) -> None:
 # ------------------------------------------------------------------------------- flows of images
 
 
-def _generate_images(model: "FlowModel", out: epath.Path | None, values: flags.FlagValues) -> None:
+def _generate_images(
+    model: "FlowModel", out: epath.Path | None, values: flags.FlagValues
+) -> dict[str, Any]:
+    """Generate and save images; return the result for --json."""
     import numpy as np
 
     from starflow2_jax.inference import flow_sampler, output
@@ -262,12 +292,11 @@ def _generate_images(model: "FlowModel", out: epath.Path | None, values: flags.F
         sampling=sampling,
     )
     seconds = time.perf_counter() - start_time
-    out.mkdir(parents=True, exist_ok=True)
     if images.dtype != np.uint8:
         buffer = io.BytesIO()
         np.save(buffer, images)
         paths = [out / "latents.npy"]
-        paths[0].write_bytes(buffer.getvalue())
+        atomic.write_file(paths[0], buffer.getbuffer())
     else:
         settings = {
             "model": str(values.model),
@@ -286,10 +315,9 @@ def _generate_images(model: "FlowModel", out: epath.Path | None, values: flags.F
             output.save_png(path, images[i], metadata)
         paths.append(out / "grid.png")
         image_grid.save_grid(paths[-1], images, captions if any(captions) else None)
-    if values.json:
-        print(json.dumps({"written": [str(path) for path in paths], "seconds": seconds}))
-    else:
+    if not values.json:
         print(f"{len(paths)} files in {seconds:.1f} s: {paths[-1]}")
+    return {"written": [str(path) for path in paths], "seconds": seconds}
 
 
 def _flow_sampling(model: "FlowModel", count: int, values: flags.FlagValues) -> Any:

@@ -24,7 +24,7 @@ from ml_collections import config_flags
 
 from starflow2_jax import config
 from starflow2_jax.mesh import LAYOUTS, make_mesh, parse_mesh
-from starflow2_jax.runtime import cli
+from starflow2_jax.runtime import atomic, cli
 
 
 def define() -> None:
@@ -187,10 +187,10 @@ def write(out: epath.Path, plan_result: dict[str, Any]) -> None:
     """Write plan.json, plan.md and plan.png to a folder."""
     from starflow2_jax.planning import report
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "plan.json").write_text(json.dumps(plan_result, indent=2))
-    (out / "plan.md").write_text("\n".join(table(plan_result)) + "\n")
-    (out / "plan.png").write_bytes(report.chart(plan_result["rows"], plan_result["title"]))
+    chart = report.chart(plan_result["rows"], plan_result["title"])
+    atomic.write_file(out / "plan.json", json.dumps(plan_result, indent=2))
+    atomic.write_file(out / "plan.md", "\n".join(table(plan_result)) + "\n")
+    atomic.write_file(out / "plan.png", chart)
 
 
 if __name__ == "__main__":

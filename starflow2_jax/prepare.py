@@ -33,7 +33,7 @@ from starflow2_jax.data.records import Record
 from starflow2_jax.importers import captioned
 from starflow2_jax.importers.redraw import BACKGROUNDS
 from starflow2_jax.importers.registry import CAPTIONED, IMPORTERS
-from starflow2_jax.runtime import cli
+from starflow2_jax.runtime import atomic, cli
 from starflow2_jax.shapes import generator, holdout, tasks
 from starflow2_jax.shapes.importer import shapes_source
 from starflow2_jax.training.logging import image_grid
@@ -243,10 +243,7 @@ def show(values: flags.FlagValues) -> dict[str, Any]:
     if not pixels:
         raise DatasetError(f"{values.data}: none of {count} records has an image")
     sheet = image_grid.grid(np.stack(pixels), captions, columns=min(8, len(pixels)))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_bytes(image_grid.png(sheet))
-    os.replace(temporary, out)
+    atomic.write_file(out, image_grid.png(sheet))
     height, width, _ = sheet.shape
     return {"out": str(out), "pictures": len(pixels), "pixels": f"{width}x{height}"}
 

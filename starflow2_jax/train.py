@@ -5,6 +5,7 @@ python -m starflow2_jax.train --config starflow2:tarflow_pixels:cifar --config.o
 python -m starflow2_jax.train --config experiments/starflow_t2i.py:3b --layout fsdp --mesh fsdp=-1 --workdir runs/3b --dry_run
 """  # noqa: E501
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from starflow2_jax.evaluation.report import run_report
 from starflow2_jax.inference.flow_sampler import FlowModel
 from starflow2_jax.latents import batch_encoder
 from starflow2_jax.mesh import host_rows, make_mesh
-from starflow2_jax.runtime import allocator, cli, distributed, memory
+from starflow2_jax.runtime import allocator, cli, distributed, folder_lock, memory
 from starflow2_jax.training import run_data
 from starflow2_jax.training.init_from import init_from_checkpoint
 from starflow2_jax.training.logging import run_log, throughput, trackers
@@ -73,15 +74,24 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
         check_path(workdir)
         if jax.process_index() == 0:
             trackers.check(cfg["log"]["trackers"])
-    task = registry.make_task(cfg, dry_run=dry_run)
-    codec = batch_encoder.open(cfg, getattr(task.model_config, "flow", task.model_config))
     if dry_run:
+        task = registry.make_task(cfg, dry_run=True)
+        batch_encoder.open(cfg, getattr(task.model_config, "flow", task.model_config))
         compile_step(cfg, task)
         return
+    # One process of a run, since the others share its folder.
+    is_first = jax.process_index() == 0
+    with folder_lock.lock(workdir, "trains") if is_first else contextlib.nullcontext():
+        _train(cfg, epath.Path(workdir))
+
+
+def _train(cfg: dict[str, Any], workdir: epath.Path) -> None:
+    """Run or resume an experiment in a folder that no other run uses."""
+    task = registry.make_task(cfg)
+    codec = batch_encoder.open(cfg, getattr(task.model_config, "flow", task.model_config))
     data = run_data.open_data(cfg, task, codec)
     if jax.process_index() == 0:
         print(run_data.summary(data), flush=True)
-    workdir = epath.Path(workdir)
     newest_step = check_workdir(workdir, cfg, data)
     if newest_step == cfg["train"]["steps"]:
         if not (workdir / run_report.FILE).exists():
@@ -218,7 +228,6 @@ def open_run(
     """Open the log and the checkpoint writer of a run."""
     program = compiled.program
     cfg, settings = program.cfg, run_config(program.cfg)
-    run_log.save_config(workdir, cfg)
     log = run_log.open(workdir, cfg, step=first_step)
     writer = orbax.open(
         workdir, keep=settings.checkpoint.keep, keep_every=settings.checkpoint.keep_every or None
@@ -344,9 +353,9 @@ def log_evaluation(run: Run, state: TrainState, number: int) -> None:
 
 
 def save_checkpoint(run: Run, state: TrainState, number: int) -> None:
-    """Save the state and upload the log."""
-    orbax.save(run.writer, number, state, {**run.metadata, "step": number})
-    run_log.upload(run.log)
+    """Save the state, with a record of the log up to it."""
+    metadata = {**run.metadata, "step": number, "metrics": run_log.record(run.log)}
+    orbax.save(run.writer, number, state, metadata)
 
 
 def evaluate(program: Program, ema: Any, frozen: Any, data: RunData) -> dict[str, float]:

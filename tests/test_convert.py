@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from helpers.checkpoint_states import flip
 from helpers.paths import GOLDEN
 from safetensors.numpy import load_file, save_file
 
@@ -158,6 +159,10 @@ def test_only_overwrite_replaces_a_folder(public):
     out = public / "model"
     words = ("tarflow", public / "tarflow.safetensors", "--options", TARFLOW, "--out", out)
     run(*words)
+    changed_at = out.stat().st_mtime_ns
+    run(*words)  # a killed process may have written all of it
+    assert out.stat().st_mtime_ns == changed_at
+    flip(out / "model.safetensors", 5000)
     with pytest.raises(FileExistsError, match="exists already"):
         run(*words)
     run(*words, "--overwrite")

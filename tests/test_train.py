@@ -16,6 +16,8 @@ from helpers.training_runs import environment, finish, rows_of, run_config, star
 from starflow2_jax import train
 from starflow2_jax.checkpoints import steps
 from starflow2_jax.data import records
+from starflow2_jax.evaluation.report import run_report
+from starflow2_jax.runtime import folder_lock
 from starflow2_jax.shapes import generator
 from starflow2_jax.training.logging import run_log
 
@@ -137,6 +139,46 @@ def test_changed_data_are_refused_and_moved_data_are_not(unbroken, data, tmp_pat
     run_log.save_config(tmp_path / "run", moved_cfg)
     with pytest.raises(ValueError, match="the data have changed since step 6: fingerprints"):
         train.train(moved_cfg, str(tmp_path / "run"))
+
+
+def test_records_are_compared_with_the_checkpoint(unbroken, tmp_path):
+    cfg, workdir = unbroken
+    shutil.copytree(workdir, tmp_path / "run")
+    run = tmp_path / "run"
+    metrics, other = run / run_log.METRICS, {**cfg, "optim": {**cfg["optim"], "lr": 0.5}}
+    text = metrics.read_text()
+    metrics.write_text(text.replace('"loss": ', '"loss": 1', 1))
+    for function in (lambda: train.train(cfg, str(run)), lambda: run_report.write(run)):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: its first \d+ bytes"):
+            function()
+    metrics.write_text(text)
+    (run / run_log.CONFIG).unlink()
+    with pytest.raises(ValueError, match=r"another configuration:\n  optim.lr: 0.001 -> 0.5$"):
+        train.train(other, str(run))
+    (run / run_log.RUN).unlink()  # it names the configuration's sha256
+    run_log.save_config(run, other)
+    with pytest.raises(ValueError, match=r"config\.json is not the configuration of the newest"):
+        train.train(other, str(run))
+    # Descriptions are checked before Orbax reads them.
+    for name in ("ema/_METADATA", "params/_sharding", "step/manifest.ocdbt"):
+        file = run / "checkpoints" / "6" / name
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        damaged = rf"step 6 is damaged: \S+/checkpoints/6/{name}: sha256.*newest good step: 4"
+        with pytest.raises(ValueError, match=damaged):
+            train.train(cfg, str(run))
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+
+def test_one_process_trains_in_a_folder(unbroken):
+    cfg, workdir = unbroken
+    with (
+        folder_lock.lock(workdir, "trains"),
+        pytest.raises(RuntimeError, match=r"run: another process trains here \(process \d+"),
+    ):
+        train.train(cfg, str(workdir))
 
 
 def test_a_step_that_is_not_finite_stops_with_ids_and_a_dump(data, tmp_path):

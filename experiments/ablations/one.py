@@ -12,7 +12,7 @@ from etils import epath
 
 from starflow2_jax import params, train
 from starflow2_jax.checkpoints import steps
-from starflow2_jax.runtime import allocator, cli
+from starflow2_jax.runtime import allocator, atomic, cli, folder_lock
 from starflow2_jax.training.logging import run_log
 from starflow2_jax.training.tasks import starflow2
 
@@ -60,7 +60,8 @@ def run(
         "command": run_log.command_line(),
         **run_log.environment(),
     }
-    (epath.Path(workdir) / table.RESULT).write_text(json.dumps(result, indent=2) + "\n")
+    file = epath.Path(workdir) / table.RESULT
+    atomic.write_file(file, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -72,7 +73,8 @@ def main(argv: list[str]) -> None:
     cfg = rows.settings(values, values.row, values["seed"].value or 0)
     codec = values.fae or rows.configuration(values.variant, "pretzel").fae.path
     held_out = rows.held_out(values.variant, values.row, data=values.data)
-    run(cfg, rows.ROWS[values.row].latents, held_out, values.workdir, fae=codec)
+    with folder_lock.lock(values.workdir, "makes this run of the table", ".ablation.lock"):
+        run(cfg, rows.ROWS[values.row].latents, held_out, values.workdir, fae=codec)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ if its result exists. The table contains all results in OUT, whichever process w
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from etils import epath
 from starflow2_jax import config
 from starflow2_jax.data import untrusted
 from starflow2_jax.latents import write
-from starflow2_jax.runtime import cli
+from starflow2_jax.runtime import atomic, child_process, cli
 
 from . import rows, table
 
@@ -136,11 +135,9 @@ def write_table(out: epath.Path, variant: str, steps: int) -> str:
     built = table.build(results(out))
     budget = " ".join(_budget(variant).split()) + (f", but {steps} steps" if steps else "")
     text = table.markdown(built, f"Variant {variant}. Of every run: {budget}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.json").write_text(
-        json.dumps({"variant": variant, "rows": built}, indent=2) + "\n"
-    )
-    (out / "table.md").write_text(text)
+    stored = {"variant": variant, "rows": built}
+    atomic.write_file(out / "table.json", json.dumps(stored, indent=2) + "\n")
+    atomic.write_file(out / "table.md", text)
     return text
 
 
@@ -151,15 +148,15 @@ def _budget(variant: str) -> str:
 
 
 def _start(arguments: Sequence[str], log: epath.Path) -> bool:
-    """Run a module in a separate process, so that nothing of a run outlives it."""
+    """Run a module in a process that ends with this one, so that nothing of a run outlives it."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(os.fspath(log), "a") as stream:
         command = [sys.executable, "-m", *arguments]
-        process = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False)
-    if process.returncode:
+        status = child_process.run(command, stream)
+    if status:
         last_line = log.read_text().strip().splitlines()[-1:]
         print(f"  {' '.join(last_line)} (see {log})", flush=True)
-    return process.returncode == 0
+    return status == 0
 
 
 def main(argv: list[str]) -> None:

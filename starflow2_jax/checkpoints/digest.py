@@ -7,13 +7,19 @@ list is not mistaken for damage to a file.
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator
 
 from etils import epath
 
+from starflow2_jax.runtime import atomic
+
 SIDECAR = "SHA256SUMS"
+# Seconds that are more than the resolution of any file system's clock.
+_CLOCK_STEP = 3.0
 _SELF_DIGEST_PREFIX = "# sha256 of the lines above: "
 
 
@@ -27,13 +33,33 @@ def files(directory: epath.Path) -> list[str]:
             else:
                 yield entry
 
-    names = (path.relative_to(directory).as_posix() for path in walk(directory))
+    paths = (path for path in walk(directory) if not atomic.is_partial(path.name))
+    names = (path.relative_to(directory).as_posix() for path in paths)
     return sorted(name for name in names if not name.startswith(SIDECAR))
 
 
-def _sha256(path: epath.Path) -> str:
+def sha256_file(path: epath.PathLike) -> str:
+    """Return the hex sha256 of a file. A local file that did not change is read once only."""
+    path = os.fspath(path)
+    if atomic.is_remote(path):
+        return _sha256(path)
+    status = os.stat(path)
+    if time.time() - status.st_mtime < _CLOCK_STEP:
+        return _sha256(path)  # it may change again without another time
+    return _sha256_of_version(
+        os.path.realpath(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    )
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _sha256_of_version(path: str, *version: int) -> str:
+    del version  # a file with another one is read again
+    return _sha256(path)
+
+
+def _sha256(path: str) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with epath.Path(path).open("rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
@@ -44,31 +70,15 @@ def compute(directory: epath.Path, names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     # hashlib releases the GIL, so a few threads read at once.
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        return dict(zip(names, pool.map(lambda name: _sha256(directory / name), names)))
+        return dict(zip(names, pool.map(lambda name: sha256_file(directory / name), names)))
 
 
 def write(directory: epath.Path) -> None:
-    """Digest every file of `directory` and write the sidecar atomically.
-
-    A local sidecar is written under a temporary name, flushed and renamed. An object store shows a
-    written object only when it is complete, so a plain write suffices there.
-    """
+    """Digest every file of `directory` and write the sidecar atomically."""
     lines = [f"{value}  {name}\n" for name, value in compute(directory, files(directory)).items()]
     text = "".join(lines)
     text += f"{_SELF_DIGEST_PREFIX}{hashlib.sha256(text.encode()).hexdigest()}\n"
-    target = directory / SIDECAR
-    if "://" in os.fspath(directory):
-        target.write_text(text)
-        return
-    temporary = directory / f"{SIDECAR}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic.write_file(directory / SIDECAR, text)
 
 
 def read(directory: epath.Path) -> dict[str, str] | None:

@@ -2,15 +2,14 @@
 
 Tensors are written and read one at a time, so that memory never holds two copies of a model. A
 folder appears complete, by a rename, or not at all. Tensor names are those of our parameter tree,
-joined by dots.
+joined by dots. A folder may hold the folders of other models, whose files are in `sha256.json` too.
 """
 
 import errno
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from starflow2_jax.checkpoints.tensor_files import (
     to_device,
 )
 from starflow2_jax.config import upgrade
+from starflow2_jax.data import untrusted
 from starflow2_jax.params import (
     Tree,
     flatten,
@@ -37,6 +37,7 @@ from starflow2_jax.params import (
     split as split_params,
     unflatten,
 )
+from starflow2_jax.runtime import atomic
 
 CONFIG_FILE = "config.json"
 # The entry of a Hugging Face config.json that holds the configuration of the experiment.
@@ -72,6 +73,7 @@ def write_folder(
     params: Tree,
     config: Mapping[str, Any],
     *,
+    folders: Mapping[str, Path] | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
@@ -80,13 +82,21 @@ def write_folder(
     Args:
         params: nested dict of arrays (numpy or jax, wholly on this host's devices), or of
             `tensor_files.StoredTensor`s, each of which is read when it is written.
+        folders: folders to copy into it, by name. They may lie in the folder that is replaced.
         overwrite: replace a folder that this function wrote before; nothing else is ever replaced.
     """
     leaves = {name.replace("/", "."): leaf for name, leaf in flatten(params).items()}
     arrays = {n: leaf for n, leaf in leaves.items() if not isinstance(leaf, StoredTensor)}
     tensors = {**leaves, **open_source(arrays)}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_tensors(path, tensors, {CONFIG_FILE: text}, shard_bytes=shard_bytes, overwrite=overwrite)
+    write_tensors(
+        path,
+        tensors,
+        {CONFIG_FILE: text},
+        folders=folders,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+    )
 
 
 def write_tensors(
@@ -94,34 +104,34 @@ def write_tensors(
     tensors: Mapping[str, StoredTensor],
     texts: Mapping[str, str],
     *,
+    folders: Mapping[str, Path] | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write a folder of safetensors, text files and the digests of all of them."""
+    """Write a folder of safetensors, text files, copied folders and the digests of all files.
+
+    A folder with just these contents is left as it is: a process may have been killed after it had
+    written it. Arguments and errors are those of `write_folder`.
+    """
     path = Path(path)
-    if path.exists() and not (overwrite and (path / DIGEST_FILE).exists()):
-        reason = f"is there and has no {DIGEST_FILE}" if overwrite else "exists already"
-        raise FileExistsError(f"{path} {reason}; nothing was written over")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    atomic.recover(path)
+    files = partial(_files, tensors, texts, folders or {}, shard_bytes)
+    if path.exists() and not overwrite:
+        if _holds(path, files()):
+            return
+        raise FileExistsError(f"{path} exists already; nothing was written over")
+    if path.exists() and not (path / DIGEST_FILE).exists():
+        raise FileExistsError(f"{path} is there and has no {DIGEST_FILE}; nothing was written over")
     try:
-        temporary.mkdir()
-        _write_files(temporary, tensors, texts, shard_bytes)
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        with atomic.folder(path, overwrite=overwrite) as temporary:
+            digests = {name: _write(temporary / name, parts) for name, parts in files()}
+            text = json.dumps(digests, indent=2) + "\n"
+            _write(temporary / DIGEST_FILE, iter([text.encode()]))
     except OSError as error:
         full = "the disk is full: " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         size = sum(stored.bytes for stored in tensors.values())
         reason = f"{path} could not be written ({size} bytes of tensors): {full}{error}"
         raise OSError(error.errno, reason) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _assign_shards(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> list[list[str]]:
@@ -138,38 +148,64 @@ def _assign_shards(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> lis
     return shards
 
 
-def _write_files(
-    folder: Path, tensors: Mapping[str, StoredTensor], texts: Mapping[str, str], shard_bytes: int
-) -> None:
+def _files(
+    tensors: Mapping[str, StoredTensor],
+    texts: Mapping[str, str],
+    folders: Mapping[str, Path],
+    shard_bytes: int,
+) -> Iterator[tuple[str, Iterator[Any]]]:
+    """Yield the name and the parts of every file of a folder, small ones first."""
     shards = _assign_shards(tensors, shard_bytes)
     count = len(shards)
     files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     files = [TENSOR_FILE] if count == 1 else files
-    digests = {}
-    for file, names in zip(files, shards):
-        digests[file] = _write(folder / file, safetensors_parts({n: tensors[n] for n in names}))
-    texts = dict(texts)
+    for file, text in texts.items():
+        yield file, iter([text.encode()])
     if count > 1:
         index = {
             "metadata": {"total_size": sum(stored.bytes for stored in tensors.values())},
             "weight_map": {n: file for file, names in zip(files, shards) for n in names},
         }
-        texts[INDEX_FILE] = json.dumps(index, indent=2) + "\n"
-    for file, text in texts.items():
-        digests[file] = _write(folder / file, iter([text.encode()]))
-    _write(folder / DIGEST_FILE, iter([(json.dumps(digests, indent=2) + "\n").encode()]))
+        yield INDEX_FILE, iter([(json.dumps(index, indent=2) + "\n").encode()])
+    for name, source in folders.items():
+        for inner in digest.files(epath.Path(source)):
+            yield f"{name}/{inner}", _read_parts(Path(source) / inner)
+    for file, names in zip(files, shards):
+        yield file, safetensors_parts({n: tensors[n] for n in names})
+
+
+def _read_parts(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 22):
+            yield part
 
 
 def _write(path: Path, parts: Iterator[Any]) -> str:
-    """Write and flush a file. Return its sha256."""
+    """Write a file. Return its sha256."""
     sha256 = hashlib.sha256()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as stream:
         for part in parts:
             stream.write(part)
             sha256.update(part)
-        stream.flush()
-        os.fsync(stream.fileno())
     return sha256.hexdigest()
+
+
+def _holds(path: Path, files: Iterator[tuple[str, Iterator[Any]]]) -> bool:
+    """Return True if a folder holds these files, undamaged, and no others."""
+    try:
+        stored = read_digests(path)
+    except (OSError, ValueError):
+        return False
+    for name, parts in files:
+        sha256 = hashlib.sha256()
+        if name not in stored:
+            return False
+        for part in parts:
+            sha256.update(part)
+        if stored.pop(name) != sha256.hexdigest():
+            return False
+    return not stored and not verify(path)
 
 
 def safetensors_parts(tensors: Mapping[str, StoredTensor]) -> Iterator[Any]:
@@ -209,32 +245,69 @@ def read_config(path: str | Path) -> dict[str, Any]:
     file = Path(path) / CONFIG_FILE
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; is {path} a model folder?")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}, expected an object")
-    config = upgrade(config)
+    config = upgrade(untrusted.read_json(file, dict[str, Any]))
     if EXPERIMENT_KEY in config:
         config[EXPERIMENT_KEY] = upgrade(config[EXPERIMENT_KEY])
     return config
 
 
-def verify(path: str | Path) -> list[str]:
-    """Compare a model folder's files with its list of digests. Return every problem."""
+def read_digests(path: str | Path) -> dict[str, str]:
+    """Return the sha256 of every file of a model folder, by its name relative to the folder."""
     file = Path(path) / DIGEST_FILE
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; is {path} a model folder?")
     try:
-        expected = {str(k): str(v) for k, v in json.loads(file.read_text()).items()}
+        digests = {str(k): str(v) for k, v in json.loads(file.read_text("utf-8")).items()}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a list of digests: {error}") from error
-    files = sorted(file.name for file in Path(path).glob("*.safetensors"))
-    problems = [f"{name} is not in {DIGEST_FILE}" for name in files if name not in expected]
+    outside = [n for n in digests if Path(n).is_absolute() or ".." in Path(n).parts]
+    if outside:
+        raise ValueError(f"{file} names {outside[0]!r}, which is not in its folder")
+    return digests
+
+
+def verify(path: str | Path) -> list[str]:
+    """Compare the files of a model folder, and of folders in it, with the lists of their digests.
+
+    Returns:
+        Every problem. Folders that were exported before version 2 of the list, which names only the
+        files beside it, are compared with a list of their own if they have one.
+    """
+    path, expected = Path(path), read_digests(path)
+    listed = {name.split("/")[0] for name in expected if "/" in name}
+    names = [name for name in digest.files(epath.Path(path)) if name != DIGEST_FILE]
+    required = [
+        name
+        for name in names
+        if name.split("/")[0] in listed
+        or ("/" not in name and (name == CONFIG_FILE or name.endswith(".safetensors")))
+    ]
+    problems = [f"{name} is not in {DIGEST_FILE}" for name in required if name not in expected]
     for name, problem in digest.mismatches(epath.Path(path), expected).items():
-        problems.append(f"{name} {'is missing' if problem == 'missing' else f'has {problem}'}")
+        problems.append(
+            f"{name} is missing"
+            if problem == "missing"
+            else f"{name} has {problem} by {DIGEST_FILE}: one of the two is damaged"
+        )
+    for inner in sorted({name.split("/")[0] for name in names if "/" in name} - listed):
+        if (path / inner / DIGEST_FILE).exists():
+            problems += [f"{inner}/{problem}" for problem in verify(path / inner)]
     return problems
+
+
+def check(path: str | Path) -> None:
+    """Raise an error that names every damaged file of a model folder with a list of digests.
+
+    Raises:
+        FileNotFoundError: Files are missing.
+        ValueError: Files are damaged.
+    """
+    path = Path(path)
+    problems = verify(path) if (path / DIGEST_FILE).exists() else []
+    if problems:
+        absent = all(text.endswith("is missing") for text in problems)
+        kind = FileNotFoundError if absent else ValueError
+        raise kind(f"{path} is damaged: {'; '.join(problems)}")
 
 
 def open_folder(path: str | Path, tree: Tree, *, check_digests: bool = True) -> dict[str, Any]:
@@ -245,11 +318,9 @@ def open_folder(path: str | Path, tree: Tree, *, check_digests: bool = True) -> 
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such model folder")
-    problems = verify(path) if check_digests else []
-    if problems:
-        absent = all(text.endswith("is missing") for text in problems)
-        kind = FileNotFoundError if absent else ValueError
-        raise kind(f"{path} is damaged: {'; '.join(problems)}")
+    if check_digests:
+        read_digests(path)  # a model folder has them
+        check(path)
     stored = open_source(path)
     expected = {name.replace("/", "."): spec.shape for name, spec in flatten(tree).items()}
     raise_problems(f"{path} does not hold the declared model", compare(stored, expected))

@@ -16,7 +16,7 @@ from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.params import Tree
 
 # Metadata that an exported model folder keeps in its config.json.
-EXPORTED_METADATA = ("classes", "null_text", "frozen")
+EXPORTED_METADATA = ("classes", "null_text", "frozen", "parts")
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,8 @@ def _read_metadata(entry: StepFolder) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{entry.path} cannot be read: {_reason(error)}") from error
     unreadable = [name for name, tree in stored.metadata.items() if tree is None]
     if unreadable:
-        raise ValueError(f"{entry.path}: the description of {unreadable} cannot be read")
+        files = ", ".join(str(entry.path / name / "_METADATA") for name in unreadable)
+        raise ValueError(f"{files} cannot be read")
     meta = dict(stored.custom_metadata or {})
     if "config" in meta:
         meta["config"] = upgrade(meta["config"])
@@ -338,7 +339,9 @@ def read_meta(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any
 
 def show(workdir: epath.PathLike, step: int | None = None) -> list[ArrayInfo]:
     """Return name, shape, dtype and bytes of every stored array."""
-    arrays = _shapes_and_dtypes(_read_metadata(steps.find(workdir, step))[0])
+    entry = steps.find(workdir, step)
+    steps.check_files(workdir, entry, ())
+    arrays = _shapes_and_dtypes(_read_metadata(entry)[0])
     return [
         ArrayInfo(name, shape, dtype.name, int(np.prod(shape)) * dtype.itemsize)
         for name, (shape, dtype) in arrays.items()

@@ -155,14 +155,19 @@ def newest_good(workdir: epath.PathLike, other_than: int) -> str:
 def damaged_files(path: epath.Path, parts: Sequence[str] | None) -> dict[str, str] | None:
     """Return the problem of each damaged file of a step, or None if the step has no sidecar.
 
-    The hosts share the files among them. `parts` names the Orbax parts to check, in addition to the
-    files that belong to no part; None checks all.
+    The hosts share the files among them. `parts` names the Orbax parts whose arrays to check, in
+    addition to the files that describe the step and every part; None checks all.
     """
     expected = digest.read(path)
     if expected is None:
         return None
     if parts is not None:
-        expected = {n: v for n, v in expected.items() if "/" not in n or n.split("/")[0] in parts}
+        # Orbax reads the descriptions of all parts, and names no file if one is damaged.
+        expected = {
+            name: value
+            for name, value in expected.items()
+            if "/d/" not in name or name.split("/")[0] in parts
+        }
     names = sorted(expected)
     share = names[jax.process_index() :: jax.process_count()]
     problems = digest.mismatches(path, {name: expected[name] for name in share})

@@ -7,6 +7,7 @@ over a shuffled order. The plan is stored next to the manifest, named by a hash 
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import zipfile
@@ -19,6 +20,7 @@ from starflow2_jax.data import chat_layout, records
 from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.data.manifest import DatasetError, fingerprint, sha256_file
 from starflow2_jax.data.records import Record
+from starflow2_jax.runtime import atomic
 
 VERSION = 2  # raise it when equal arguments would give another plan
 # Rows that stay open. More waste less; first fit over them keeps the plan one pass.
@@ -179,7 +181,6 @@ def load_or_make_plan(
     plan = pack(*sizes.T, spec, seed, leave_out=bool(skip_long))
     for file in files:
         try:
-            os.makedirs(os.path.dirname(file), exist_ok=True)
             _store(file, plan, inputs_json)
         except OSError as error:
             logging.warning("%s: the packing plan is not stored there: %s", file, error)
@@ -189,12 +190,9 @@ def load_or_make_plan(
 
 
 def _store(file: str, plan: PackingPlan, inputs_json: str) -> None:
-    unfinished = f"{file}.{os.getpid()}.tmp"
-    with open(unfinished, "wb") as out:
-        np.savez(out, about=inputs_json, **{name: getattr(plan, name) for name in _ARRAYS})
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(unfinished, file)
+    data = io.BytesIO()
+    np.savez(data, about=inputs_json, **{name: getattr(plan, name) for name in _ARRAYS})
+    atomic.write_file(file, data.getbuffer())
 
 
 def _too_large(lengths: Sequence[int], images: Sequence[int], spec: PackingSpec) -> np.ndarray:

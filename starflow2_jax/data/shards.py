@@ -1,14 +1,14 @@
 """Shards of a dataset folder: ArrayRecord files of opaque payloads, written atomically.
 
-A folder is built under a temporary name next to its final one. Every shard is closed, synced,
-opened again and counted, the manifest is written last, and only then is the folder renamed. An
-existing dataset is replaced only with `overwrite`, and stays until the new one is complete.
+A folder is built under a temporary name next to its final one (see `runtime/atomic.py`). Every
+shard is closed, opened again and counted, the manifest is written last, and only then is the folder
+renamed. An existing dataset is replaced only with `overwrite`, and stays until the new one is
+complete.
 """
 
 import dataclasses
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 
 from absl import logging
@@ -16,6 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from starflow2_jax.data import manifest
 from starflow2_jax.data.manifest import DatasetError, Manifest, Shard
+from starflow2_jax.runtime import atomic
 
 # Groups of one record give random access; images are compressed already.
 WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -48,26 +49,21 @@ def write(
     out = pathlib.Path(os.path.abspath(path))
     # Reading the source may take hours, so this is checked first.
     check_absent(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = out.parent / f".{out.name}.building-{os.getpid()}"
-    building.mkdir()
-    try:
+    with atomic.folder(out, overwrite=overwrite) as building:
         shards = _write_shards(building, out, payloads, counts, shard_bytes)
         written = make_manifest(shards)
-        with open(building / manifest.FILE_NAME, "wb") as f:
-            f.write(manifest.encode(written))
-            f.flush()
-            os.fsync(f.fileno())
-        sync(building)
-        _put_in_place(building, out, overwrite)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        (building / manifest.FILE_NAME).write_bytes(manifest.encode(written))
+        is_replacement = out.exists()
+        check_absent(out, overwrite)
+    if is_replacement:
+        logging.info("replaced the dataset in %s", out)
     return written
 
 
 def check_absent(out: str | os.PathLike[str], overwrite: bool) -> None:
     """Refuse an output that exists, unless it is a dataset folder and may be replaced."""
     out = pathlib.Path(out)
+    atomic.recover(out)
     if not out.exists():
         return
     if not overwrite:
@@ -156,7 +152,6 @@ def _write_shards(
                 payload = next(iterator, None)
         finally:
             _close(writer, number)
-        sync(file)
         check_count(file, records)
         written.append(records)
     if counts is not None and written != list(counts):
@@ -171,7 +166,7 @@ def _write_shards(
 
 
 def write_file(file: pathlib.Path, payloads: Iterable[bytes], number: int) -> None:
-    """Write, close and sync one file of payloads; remove the file if that fails."""
+    """Write and close one file of payloads; remove the file if that fails."""
     writer = ArrayRecordWriter(str(file), WRITER_OPTIONS)
     try:
         try:
@@ -179,7 +174,6 @@ def write_file(file: pathlib.Path, payloads: Iterable[bytes], number: int) -> No
                 writer.write(payload)
         finally:
             _close(writer, number)
-        sync(file)
     except BaseException:
         file.unlink(missing_ok=True)
         raise
@@ -192,6 +186,19 @@ def _close(writer: ArrayRecordWriter, number: int) -> None:
         raise DatasetError(f"shard {number} could not be written: {error}") from error
 
 
+def check_records(file: pathlib.Path, records: int) -> None:
+    """Raise DatasetError unless `records` records can be read; reads all of them."""
+    check_count(file, records)
+    reader = ArrayRecordReader(str(file))
+    try:
+        for index in range(records):
+            reader.read([index])
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise DatasetError(f"{file} record {index}: cannot be read: {error}") from error
+    finally:
+        reader.close()
+
+
 def check_count(file: pathlib.Path, records: int) -> None:
     """Raise DatasetError unless exactly `records` records can be read from a shard."""
     # An ArrayRecord file without its footer opens without an error and has no records.
@@ -200,25 +207,3 @@ def check_count(file: pathlib.Path, records: int) -> None:
     reader.close()
     if readable != records:
         raise DatasetError(f"{file}: wrote {records} records but {readable} can be read")
-
-
-def _put_in_place(building: pathlib.Path, out: pathlib.Path, overwrite: bool) -> None:
-    check_absent(out, overwrite)
-    if not out.exists():
-        os.rename(building, out)
-    else:
-        old = out.parent / f".{out.name}.old-{os.getpid()}"
-        os.rename(out, old)
-        os.rename(building, out)
-        shutil.rmtree(old)
-        logging.info("replaced the dataset in %s", out)
-    sync(out.parent)
-
-
-def sync(path: pathlib.Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

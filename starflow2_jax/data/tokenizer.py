@@ -11,6 +11,7 @@ from pathlib import Path
 
 from starflow2_jax.data import records
 from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.runtime import atomic
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -71,12 +72,12 @@ def write(
 ) -> None:
     """Write a folder with the tokenizer, the chat template and an image processor.
 
+    A folder with just these files is left as it is; any other one is an error.
+
     `text` is tokenizer.json. A patch of the vision tower has `patch` pixels a side and `frames`
     video frames; a square of `merge` x `merge` patches forms one feature.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; choose another --out")
     special = {
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
@@ -105,11 +106,19 @@ def write(
         },
         "preprocessor_config.json": images,
     }
-    folder.mkdir(parents=True)
-    for name, content in files.items():
-        (folder / name).write_text(
-            json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8"
-        )
+    texts = {
+        name: (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+        for name, content in files.items()
+    }
+    if folder.exists():
+        # The same tokenizer is complete, though its process may have been killed after that.
+        stored = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+        if stored != texts:
+            raise FileExistsError(f"{folder} exists; choose another --out")
+        return
+    with atomic.folder(folder) as temporary:
+        for name, data in texts.items():
+            (temporary / name).write_bytes(data)
 
 
 def _texts(dataset: Iterable[records.Record]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,20 @@ import jax
 from etils import epath
 
 from starflow2_jax.checkpoints import digest, model_folder, steps
+from starflow2_jax.runtime import atomic
 from starflow2_jax.training.logging import run_log
+
+COMMAND = "starflow2_jax.evaluate"
+# The result in the folder of `evaluate all`.
+SHAPES_FILE = "shapes.json"
+
+
+class CompleteResult(Exception):
+    """The same command was run before, and its result is complete."""
+
+    def __init__(self, path: epath.Path, result: dict[str, Any]):
+        super().__init__(f"{path} is complete; --overwrite replaces it")
+        self.result = result
 
 
 @dataclass(frozen=True)
@@ -29,8 +43,7 @@ class ResultFile:
         if self.path is None:
             return result, []
         if jax.process_index() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(result, indent=2) + "\n")
+            atomic.write_file(self.path, json.dumps(result, indent=2) + "\n")
         return result, [f"written    {self.path}"]
 
 
@@ -40,16 +53,42 @@ def open_result(
     """Return the file `out` or, for a run, by default a file in its `evaluation/` folder.
 
     It is called before anything is computed, so that no computed result is refused. `name`, `data`
-    and `suffix` are parts of the default name of the file.
+    and `suffix` are parts of the default name of the file. Without a suffix it is a folder.
+
+    Raises:
+        FileExistsError: The file exists, is not of this command, and may not be replaced.
+        CompleteResult: The file is the result of this command.
     """
-    source = _describe_model(model)
+    source = describe_model(model)
     path = epath.Path(out) if out else None
     if path is None and source["step"] is not None:
         file_name = f"{name}_{source['step']:08d}_{epath.Path(data).name}{suffix}"
         path = epath.Path(source["path"]) / "evaluation" / file_name
-    if path is not None:
+    if path is not None and path.exists() and not overwrite:
+        file = path if suffix else path / SHAPES_FILE
+        result = _read_result(file) if file.exists() else {}
+        if _is_result_of_this_command(result, source):
+            raise CompleteResult(path, result)
         refuse_existing(path, overwrite)
+    if path is not None and not suffix:
+        _refuse_other_files(path)
     return ResultFile(path, source, time.time())
+
+
+def _read_result(file: epath.Path) -> dict[str, Any]:
+    try:
+        result = json.loads(file.read_text())
+    except (ValueError, OSError):
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+def _is_result_of_this_command(result: dict[str, Any], model: dict[str, Any]) -> bool:
+    """Return True if the command that runs, not one in a script or notebook, made a result."""
+    command = run_log.command_line()
+    stored = result.get("model")
+    is_same_model = isinstance(stored, dict) and model.items() <= stored.items()
+    return COMMAND in shlex.split(command) and result.get("command") == command and is_same_model
 
 
 def refuse_existing(path: epath.Path, overwrite: bool) -> None:
@@ -58,7 +97,14 @@ def refuse_existing(path: epath.Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists already; --overwrite replaces it")
 
 
-def _describe_model(path: str) -> dict[str, Any]:
+def _refuse_other_files(folder: epath.Path) -> None:
+    """Raise FileExistsError for a folder with files that `evaluate all` did not write."""
+    for file in folder.iterdir() if folder.exists() else ():
+        if not file.name.endswith((".html", ".png", SHAPES_FILE)):
+            raise FileExistsError(f"{folder} is not replaced, because it contains {file.name}")
+
+
+def describe_model(path: str) -> dict[str, Any]:
     """Return path and step of a model, and the sha256 of its list of file digests."""
     folder = model_folder.locate(path)
     if model_folder.is_folder(folder):

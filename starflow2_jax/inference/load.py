@@ -6,7 +6,7 @@ configuration, and are compared with the sha256 that was recorded in training.
 """
 
 import os
-import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ def load_starflow2(
 ) -> STARFlow2:
     """Load a STARFlow2; arguments and errors are those of `load`."""
     saved, cfg = _open_starflow2(path)
+    replaced = [name for name, folder in (("vlm", vlm), ("fae", fae)) if folder]
+    _check_parts(saved, cfg, replaced)
     vlm, fae = vlm or cfg["vlm"]["path"], fae or cfg["fae"]["path"]
     cfg["vlm"]["path"], cfg["fae"]["path"], cfg["layout"] = vlm, fae, layout
     for name, folder in (("VLM", vlm), ("codec", fae)):
@@ -89,6 +91,36 @@ def load_starflow2(
         codec=codec,
         source=str(model_folder.locate(path)),
     )
+
+
+def missing_parts(saved: SavedModel, cfg: Mapping[str, Any]) -> dict[str, str]:
+    """Return the folders that a STARFlow2 needs and that do not exist, by part.
+
+    `cfg` is its configuration with resolved paths, see `read_config`.
+    """
+    embedded = saved.metadata.get("parts") or ()
+    if saved.is_folder and saved.metadata.get("parts") is None:
+        # Folders that were exported before `parts` was recorded.
+        embedded = [name for name in ("vlm", "fae") if saved.frozen.get(name)]
+    paths = {"vlm": cfg["vlm"]["path"], "fae": cfg["fae"]["path"]}
+    paths["tokenizer"] = cfg["text"]["tokenizer"]
+    folders = {name: path or name for name, path in paths.items() if path or name in embedded}
+    inside = {name: Path(saved.path) / name for name, path in folders.items() if path == name}
+    return {
+        name: str(inside.get(name, path))
+        for name, path in folders.items()
+        if not model_folder.locate(inside.get(name, path)).is_dir()
+    }
+
+
+def _check_parts(saved: SavedModel, cfg: Mapping[str, Any], replaced: Sequence[str]) -> None:
+    """Raise FileNotFoundError if a part is missing that no other folder replaces."""
+    labels = {"vlm": "VLM", "fae": "codec", "tokenizer": "tokenizer"}
+    for name, folder in missing_parts(saved, cfg).items():
+        if name not in replaced:
+            raise FileNotFoundError(
+                f"{saved.path}: its {labels[name]} is missing: there is no folder {folder}"
+            )
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -176,24 +208,34 @@ def export(
     if model.codec is not None:
         frozen["fae"] = model.codec.sha256
 
-    def stored_path(source: str) -> str:
-        if embed or not source:
+    folders = {"vlm": vlm, "fae": fae, "tokenizer": "" if tokenizer == vlm else tokenizer}
+    located = {name: model_folder.locate(source) for name, source in folders.items() if source}
+    target = Path(out).resolve()
+    # What lies in a folder that is replaced has to be copied.
+    embedded = {
+        name: source
+        for name, source in located.items()
+        if embed or source.resolve().is_relative_to(target)
+    }
+
+    def stored_path(name):
+        source = folders[name]
+        if not source or name in embedded:
             return ""
-        if model_folder.locate(source) != Path(source):  # A model that ships with the package.
+        if located[name] != Path(source):  # A model that ships with the package.
             return source
-        return os.path.relpath(Path(source).resolve(), Path(out).resolve())
+        return os.path.relpath(Path(source).resolve(), target)
 
     cfg = {
         **model.cfg,
-        "vlm": {**model.cfg["vlm"], "path": stored_path(vlm)},
-        "fae": {**model.cfg["fae"], "path": stored_path(fae)},
-        "text": {**model.cfg["text"], "tokenizer": stored_path(tokenizer)},
+        "vlm": {**model.cfg["vlm"], "path": stored_path("vlm")},
+        "fae": {**model.cfg["fae"], "path": stored_path("fae")},
+        "text": {**model.cfg["text"], "tokenizer": stored_path("tokenizer")},
         "frozen": frozen,
+        "parts": sorted(embedded),
     }
     params = {name: tree for name, tree in model.params.items() if name != "vlm"}
-    model_folder.write_folder(out, jax.tree.map(np.asarray, params), cfg, overwrite=overwrite)
-    if embed:
-        for name, source in (("vlm", vlm), ("fae", fae), ("tokenizer", tokenizer)):
-            if source and not (name == "tokenizer" and source == vlm):
-                shutil.copytree(model_folder.locate(source), Path(out) / name)
+    model_folder.write_folder(
+        out, jax.tree.map(np.asarray, params), cfg, folders=embedded, overwrite=overwrite
+    )
     return model

@@ -1,6 +1,7 @@
 """Write generated parts to disk: PNG files with metadata, JSON lines, and GenEval's folder tree."""
 
 import dataclasses
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from starflow2_jax.inference.prompts import Part
+from starflow2_jax.runtime import atomic
 
 # Key of the metadata in a PNG's text chunk.
 PNG_KEY = "starflow2_jax"
@@ -21,14 +23,66 @@ _SCORES = (
 )
 
 
+# The file in an output folder with the job that writes it, and its result once that is complete.
+JOB_FILE = ".generate.json"
+
+
+def start_job(out: epath.Path, job: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+    """Prepare an output folder. Return the result of the same job if the folder is complete.
+
+    Args:
+        job: everything that the output depends on, for JSON. A folder that the same job left
+            unfinished is continued.
+        overwrite: replace files of another job.
+
+    Raises:
+        ValueError: The folder contains other files and may not be overwritten.
+    """
+    atomic.remove_leftovers(out)
+    stored = read_job(out) if (out / JOB_FILE).exists() else {}
+    is_same = stored.get("job") == json.loads(json.dumps(job))
+    if is_same and not overwrite and stored.get("result") is not None:
+        return stored["result"]
+    if not is_same and not overwrite and out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out: {out} is not empty; --overwrite replaces the files in it")
+    atomic.write_file(out / JOB_FILE, json.dumps({"job": job, "result": None}) + "\n")
+    return None
+
+
+def end_job(out: epath.Path, job: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Note that the output folder of a job is complete."""
+    atomic.write_file(out / JOB_FILE, json.dumps({"job": job, "result": result}) + "\n")
+
+
+def read_job(out: epath.Path) -> dict[str, Any]:
+    """Return `job` and `result` of an output folder, or an empty dict if they are unreadable."""
+    try:
+        stored = json.loads((out / JOB_FILE).read_text())
+    except ValueError:
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
 def save_png(path: epath.PathLike, pixels: np.ndarray, settings: Mapping[str, Any]) -> None:
     """Write uint8 [H, W, 3] with `settings` as JSON in the metadata."""
     from PIL import Image, PngImagePlugin
 
     metadata = PngImagePlugin.PngInfo()
     metadata.add_text(PNG_KEY, json.dumps(settings))
-    with epath.Path(path).open("wb") as file:
-        Image.fromarray(pixels).save(file, "PNG", pnginfo=metadata)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG", pnginfo=metadata)
+    atomic.write_file(path, data.getbuffer())
+
+
+def is_of_this_package(path: epath.PathLike) -> bool:
+    """Return True for a PNG that `save_png` wrote."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(epath.Path(path).read_bytes()), formats=("PNG",)) as image:
+            return PNG_KEY in image.text
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 def part_scores(part: Part) -> dict[str, Any]:
@@ -76,22 +130,35 @@ def read_geneval(path: epath.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
+def missing_geneval(out: epath.Path, count: int, n: int) -> list[int]:
+    """Return the numbers of those of `count` prompts without all of their `n` images."""
+
+    def is_complete(index):
+        files = [out / f"{index:05}" / "samples" / f"{k:05}.png" for k in range(n)]
+        return all(file.exists() for file in files)
+
+    return [index for index in range(count) if not is_complete(index)]
+
+
 def save_geneval(
     out: epath.Path,
     metadata: Sequence[Mapping[str, Any]],
     samples: Iterable[Sequence[Sequence[Part]]],
     settings: Mapping[str, Any],
+    numbers: Sequence[int] | None = None,
 ) -> int:
     """Write GenEval's tree, `00000/metadata.jsonl` and `00000/samples/00000.png`; count its images.
 
-    `settings.json` records the options, and that no prompt was rewritten.
+    `settings.json` records the options, and that no prompt was rewritten. `samples` are those of
+    the prompts with `numbers`, in order; all of them by default.
     """
     count = 0
-    (out / "settings.json").write_text(json.dumps({**settings, "rewrite": False}, indent=2) + "\n")
-    for index, (row, prompt_samples) in enumerate(zip(metadata, samples)):
-        folder = out / f"{index:05}"
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    text = json.dumps({**settings, "rewrite": False}, indent=2) + "\n"
+    atomic.write_file(out / "settings.json", text)
+    numbers = range(len(metadata)) if numbers is None else numbers
+    for index, prompt_samples in zip(numbers, samples):
+        row, folder = metadata[index], out / f"{index:05}"
+        atomic.write_file(folder / "metadata.jsonl", json.dumps(row) + "\n")
         for k, parts in enumerate(prompt_samples):
             part = next(part for part in parts if part.kind == "image")
             note = {**settings, **part_scores(part), "prompt": row["prompt"], "sample": k}

@@ -2,20 +2,21 @@
 
 A job takes every n-th shard. A shard appears under its name only when it is complete, so a job that
 was killed at any point keeps what is finished when it is started again. The job that finds all
-shards complete writes the manifest. The result is a parallel dataset (`data/array_store.py`) with
-`latent_mean` and `latent_logvar` float32 [I, T, D] for the I images of a record, in order (I may be
-0). Its manifest names the sha256 of the encoder.
+shards complete compares them with the digests of their writers and writes the manifest. The result
+is a parallel dataset (`data/array_store.py`) with `latent_mean` and `latent_logvar` float32 [I, T,
+D] for the I images of a record, in order (I may be 0). Its manifest names the sha256 of the
+encoder.
 """
 
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
+from absl import logging
 
 from starflow2_jax.data import (
     array_store,
@@ -26,6 +27,7 @@ from starflow2_jax.data import (
     untrusted,
 )
 from starflow2_jax.data.manifest import DatasetError, Importer, Manifest, Shard
+from starflow2_jax.runtime import atomic, folder_lock
 
 VERSION = "2"
 # Names the dataset and the encoder of an unfinished folder; the manifest replaces it.
@@ -64,10 +66,12 @@ def write(
     if complete(folder, dataset.manifest, encoder):
         return {"shards": count, "made": 0, "kept": len(range(job, count, jobs)), "missing": 0}
     begin(folder, dataset.manifest, encoder)
-    is_new = [
-        make_shard(folder, dataset, number, encode, encoder) for number in range(job, count, jobs)
-    ]
-    missing = finish(folder, dataset.manifest, encoder)
+    with folder_lock.lock(folder, f"makes shard {job}/{jobs}", f".job-{job}-of-{jobs}.lock"):
+        is_new = [
+            make_shard(folder, dataset, number, encode, encoder)
+            for number in range(job, count, jobs)
+        ]
+        missing = finish(folder, dataset.manifest, encoder)
     return {
         "shards": count,
         "made": is_new.count(True),
@@ -89,7 +93,7 @@ def begin(folder: pathlib.Path, parent: Manifest, encoder: Mapping[str, Any]) ->
         if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise DatasetError(f"{folder} holds other things than latents; choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(file, text)
+        atomic.write_file(file, text)
     _check_same(folder, untrusted.read_json(file, dict[str, Any]), parent, encoder)
 
 
@@ -100,21 +104,40 @@ def make_shard(
     encode: Encode,
     encoder: Mapping[str, Any],
 ) -> bool:
-    """Make one shard, after removing what a killed job left of it. Return False if it existed."""
+    """Make one shard. Return False if it existed; one that is damaged is made again."""
     parent = dataset.manifest.shards
-    path = folder / shard_name(number, len(parent))
-    for stale in folder.glob(f".{path.name}.*"):
-        stale.unlink(missing_ok=True)
+    path, count = folder / shard_name(number, len(parent)), parent[number].records
     if path.exists():
-        shards.check_count(path, parent[number].records)
-        return False
-    temporary = folder / f".{path.name}.{os.getpid()}"
+        problem = _damage(path, count)
+        if not problem:
+            return False
+        logging.warning("%s; it is made again", problem)
     first = sum(shard.records for shard in parent[:number])
-    rows = _rows(dataset, range(first, first + parent[number].records), encode, encoder)
-    shards.write_file(temporary, (array_store.encode(id, row) for id, row in rows), number)
-    shards.check_count(temporary, parent[number].records)
-    os.rename(temporary, path)
+    rows = _rows(dataset, range(first, first + count), encode, encoder)
+    with atomic.file(path) as temporary:
+        shards.write_file(temporary, (array_store.encode(id, row) for id, row in rows), number)
+        shards.check_count(temporary, count)
+        # Before the shard appears, so that no shard of this job lacks a digest.
+        atomic.write_file(_digest_file(path), manifest_lib.sha256_file(temporary))
     return True
+
+
+def _digest_file(path: pathlib.Path) -> pathlib.Path:
+    """Return the file with the sha256 of a shard, which exists until the manifest has it."""
+    return path.with_name(f".{path.name}.sha256")
+
+
+def _damage(path: pathlib.Path, count: int) -> str:
+    """Return what is wrong with a shard that an earlier job made, an empty text if nothing is."""
+    file = _digest_file(path)
+    if file.exists():
+        expected, actual = file.read_text("ascii", "replace"), manifest_lib.sha256_file(path)
+        return "" if actual == expected else f"{path}: sha256 is {actual}, written was {expected}"
+    try:
+        shards.check_records(path, count)
+    except DatasetError as error:
+        return str(error)
+    return ""
 
 
 def finish(folder: pathlib.Path, parent: Manifest, encoder: Mapping[str, Any]) -> int:
@@ -124,6 +147,9 @@ def finish(folder: pathlib.Path, parent: Manifest, encoder: Mapping[str, Any]) -
     missing = sum(not path.exists() for path in paths)
     if missing:
         return missing
+    for path, shard in zip(paths, parent.shards):
+        if problem := _damage(path, shard.records):
+            raise DatasetError(f"{problem}: remove it, and the same command makes it again")
     entries = [
         Shard(path.name, shard.records, path.stat().st_size, manifest_lib.sha256_file(path))
         for path, shard in zip(paths, parent.shards)
@@ -137,7 +163,7 @@ def finish(folder: pathlib.Path, parent: Manifest, encoder: Mapping[str, Any]) -
         "fae": dict(encoder),
     }
     manifest = manifest_lib.make("arrays", entries, importer, features=features)
-    _write_atomically(folder / manifest_lib.FILE_NAME, manifest_lib.encode(manifest))
+    atomic.write_file(folder / manifest_lib.FILE_NAME, manifest_lib.encode(manifest))
     _clear(folder)
     return 0
 
@@ -164,7 +190,7 @@ def remove_stale(
     try:
         _check_same(folder, features, records.read(data).manifest, encoder)
     except DatasetError:
-        shutil.rmtree(folder)
+        atomic.remove_folder(folder)
         return True
     return False
 
@@ -201,10 +227,12 @@ def complete(folder: pathlib.Path, parent: Manifest, encoder: Mapping[str, Any])
 
 
 def _clear(folder: pathlib.Path) -> None:
-    """Remove the temporary files of jobs from a finished dataset."""
+    """Remove the files of unfinished jobs from a finished dataset."""
     (folder / JOB_FILE).unlink(missing_ok=True)
+    atomic.remove_leftovers(folder)
     for stale in folder.glob(".*"):
-        stale.unlink(missing_ok=True)
+        if not atomic.is_partial(stale.name):
+            stale.unlink(missing_ok=True)
 
 
 def _check_same(
@@ -235,18 +263,3 @@ def _rows(
         for id, count in zip(ids, counts):
             rows = slice(end, end := end + count)
             yield id, {"latent_mean": mean[rows], "latent_logvar": log_variance[rows]}
-
-
-def _write_atomically(path: pathlib.Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    try:
-        os.rename(temporary, path)
-    except FileNotFoundError:
-        # Another job finished at the same time and removed the temporary file.
-        if not path.exists():
-            raise
-    shards.sync(path.parent)

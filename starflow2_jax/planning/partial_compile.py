@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 
+from starflow2_jax.runtime import child_process
+
 _PROGRAM = "*.after_optimizations_after_buffer_assignment.txt"
 _BUFFERS = "*.after_optimizations-buffer-assignment.txt"
 _USAGE = "*.after_optimizations-memory-usage-report.txt"
@@ -135,7 +137,7 @@ def run_in_subprocess(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _run_child(pipe, parent, function, args):
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    child_process.follow(parent)
     # As in the command: jax would wait for a TPU if libtpu is installed without one.
     jax.config.update("jax_platforms", "cpu")
     try:
@@ -147,10 +149,3 @@ def _run_child(pipe, parent, function, args):
     pipe.close()
     time.sleep(_POLL_SECONDS)
     os._exit(0)
-
-
-def _exit_with_parent(parent):
-    """End this process once its parent is gone; no signal announces that."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)

@@ -20,7 +20,7 @@ from absl import app, flags
 
 from starflow2_jax import checks
 from starflow2_jax.config import KEYS, nearest, unknown_key
-from starflow2_jax.runtime import distributed
+from starflow2_jax.runtime import child_process, distributed
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an error was raised")
 
@@ -172,6 +172,7 @@ def run(main: Callable[..., None], verbs: Mapping[str, str] | None = None) -> No
     Bad input (ValueError, OSError, RuntimeError) or a lack of memory ends with one line on stderr
     and exit status 1; `--traceback` shows the whole error.
     """
+    child_process.end_with_parent()
     # Without this, every command on a machine without a TPU starts with a warning of jax.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
 

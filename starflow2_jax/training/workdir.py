@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from starflow2_jax import config
@@ -56,10 +57,11 @@ def check_workdir(workdir: epath.Path, cfg: Mapping[str, Any], data: RunData) ->
         f"what they see in {workdir}", {"newest step": newest_step}
     )
     steps.check_copied(workdir)
-    saved = run_log.read_config(workdir)
+    meta = orbax.read_meta(workdir) if newest_step is not None else {}
+    saved = read_records(workdir, meta)
     if saved is None:
         return newest_step
-    saved_data = newest_step is not None and fingerprints(orbax.read_meta(workdir)["data"])
+    saved_data = newest_step is not None and fingerprints(meta["data"])
     same_data = saved_data == data.fingerprints
     may_change = RESUMABLE_KEYS + (DATA_PATH_KEYS if same_data else ())
     differing = [row for row in config.differences(saved, cfg) if not row.startswith(may_change)]
@@ -74,3 +76,36 @@ def check_workdir(workdir: epath.Path, cfg: Mapping[str, Any], data: RunData) ->
             f"then, {data.fingerprints} now"
         )
     return newest_step
+
+
+def read_records(workdir: epath.Path, meta: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the configuration of a run, after checking its files against a checkpoint's `meta`.
+
+    Args:
+        meta: of the newest checkpoint; empty if there is none.
+
+    Returns:
+        `config.json`, or the configuration in `meta` if that file is missing; None if both are.
+
+    Raises:
+        ValueError: `config.json`, `run.json` or `metrics.jsonl` is not what was written.
+    """
+    saved, trained = run_log.read_config(workdir), meta.get("config")
+    run_log.check_metrics(workdir, meta)
+    if saved is None and trained is not None:
+        file = workdir / run_log.CONFIG
+        logging.warning("%s is missing: taking the configuration of the newest checkpoint", file)
+        return dict(trained)
+    # Paths of data and placement may have changed since the checkpoint.
+    may_change = RESUMABLE_KEYS + DATA_PATH_KEYS
+    differing = [
+        row
+        for row in (config.differences(trained, saved) if trained and saved else ())
+        if not row.startswith(may_change)
+    ]
+    if differing:
+        raise ValueError(
+            f"{workdir / run_log.CONFIG} is not the configuration of the newest checkpoint; move "
+            "it away, and that one is taken:\n  " + "\n  ".join(differing)
+        )
+    return saved

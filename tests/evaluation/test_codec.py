@@ -190,7 +190,8 @@ def test_the_command_writes_figures_and_images(codec, tmp_path, capsys):
         assert grid.width > 12 * SIDE
     with pytest.raises(FileExistsError, match=r"codec\.json exists already; --overwrite"):
         run_command(capsys, **kwargs)
-    out.rename(tmp_path / "moved.json")
+    out.unlink()
+    Image.new("RGB", (8, 8)).save(out.with_suffix(".png"))  # not of this command
     with pytest.raises(FileExistsError, match=r"codec\.png exists already; --overwrite"):
         run_command(capsys, **kwargs)
     with pytest.raises(ValueError, match=r"expected a name that ends in \.json"):

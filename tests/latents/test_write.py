@@ -15,6 +15,7 @@ from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.latents import codec, write, write_beam
 from starflow2_jax.models.fae import codec as fae, teacher
 from starflow2_jax.models.patches import scale_pixels
+from starflow2_jax.runtime import folder_lock
 from starflow2_jax.shapes import generator, tasks
 
 SHARDS, ROWS = 4, 21
@@ -184,7 +185,8 @@ def around(function):
         event()
         return result
     return run
-array_store.encode, write.os.rename = around(array_store.encode), around(os.rename)
+array_store.encode = around(array_store.encode)
+write.atomic.os.replace = around(os.replace)
 write.shards.check_count = around(write.shards.check_count)
 def encode(pixels):
     mean = pixels[:, :2, :2].reshape(len(pixels), 4, 3).astype(np.float32)
@@ -232,6 +234,56 @@ def test_killed_between_shards_and_started_again(several, tmp_path):
     stored = array_store.read(tmp_path / "complete", dataset.manifest)
     for i in range(ROWS):
         assert stored[i][1]["latent_mean"].shape == (len(dataset[i].imgs), 4, 3)
+
+
+def test_damaged_shards_are_made_again_or_named(several, tmp_path):
+    """Shards that an earlier job left are checked before the manifest has their sha256."""
+    expected = run_job(tmp_path / "complete", several)
+    assert expected.returncode == 0
+    expected = contents(tmp_path / "complete")
+    dataset, encoder = records.read(several), {"sha256": "0" * 64, "pixels": 16, "shape": [4, 3]}
+    count = len(dataset.manifest.shards)
+
+    def encode(pixels):
+        mean = pixels[:, :2, :2].reshape(len(pixels), 4, 3).astype(np.float32)
+        return mean, mean - 1
+
+    draw = np.random.default_rng(0)
+    for has_digests in (True, False):
+        out = tmp_path / f"out_{has_digests}"
+        write.write(out, several, encode, encoder, shard=(0, count))
+        shard = out / write.shard_name(0, count)
+        for damage in range(6):
+            data = bytearray(shard.read_bytes())
+            data[draw.integers(len(data))] ^= 1 << damage
+            shard.write_bytes(data if damage else data[: len(data) // 2])
+            if not has_digests:  # as an earlier version left it
+                (out / f".{shard.name}.sha256").unlink()
+            counts = write.write(out, several, encode, encoder, shard=(0, count))
+            is_undamaged = shard.read_bytes() == expected[shard.name]
+            # Without digests, damage is found where a record cannot be read.
+            assert is_undamaged or not has_digests
+            assert counts["made"] == 1 or not has_digests
+            shard.write_bytes(expected[shard.name])
+    out = tmp_path / "out_True"
+    write.make_shard(out, dataset, 0, encode, encoder)
+    for job in range(1, count - 1):
+        write.write(out, several, encode, encoder, shard=(job, count))
+    # Damaged between its job and the job that ends the dataset.
+    shard.write_bytes(b"")
+    (out / shard.name).write_bytes(expected[shard.name][:-1])
+    with pytest.raises(DatasetError, match=rf"{shard.name}: sha256 is .* same command makes it"):
+        write.write(out, several, encode, encoder, shard=(count - 1, count))
+    write.write(out, several, encode, encoder)
+    assert contents(out) == expected
+
+
+def test_one_job_makes_a_shard(parts, tmp_path):
+    with folder_lock.lock(tmp_path / "out", "makes shard 0/2", ".job-0-of-2.lock"):
+        encode, encoder = codec.open_encoder(parts[0])
+        with pytest.raises(RuntimeError, match=r"another process makes shard 0/2 here"):
+            write.write(tmp_path / "out", parts[1], encode, encoder, shard=(0, 2))
+        write.write(tmp_path / "out", parts[1], encode, encoder, shard=(1, 2))
 
 
 @pytest.mark.slow

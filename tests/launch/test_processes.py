@@ -75,6 +75,29 @@ def test_bad_arguments(words, message):
     assert done.returncode == 2 and done.stderr == f"error: {message}\n"
 
 
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux")
+def test_processes_end_with_a_launcher_that_is_killed(tmp_path):
+    code = "import os, pathlib, sys, time; from starflow2_jax.runtime import child_process as c; "
+    code += "c.end_with_parent(); pathlib.Path(sys.argv[1], str(os.getpid())).touch(); "
+    code += "time.sleep(60)"
+    (tmp_path / "started").mkdir()
+    launcher = subprocess.Popen(
+        ["bash", str(LAUNCH / "multi_process.sh"), "2", "--logs", str(tmp_path / "logs"),
+         sys.executable, "-c", code, str(tmp_path / "started")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(os.listdir(tmp_path / "started")) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.wait()
+    for name in os.listdir(tmp_path / "started"):
+        while pathlib.Path("/proc", name).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 def test_sigterm_reaches_every_process(tmp_path):
     wait = 'trap "echo told; exit 0" TERM; echo up; for i in $(seq 300); do sleep 0.1; done'
     command = ["bash", str(LAUNCH / "multi_process.sh"), "2", "--logs", f"{tmp_path}/logs"]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from starflow2_jax import params
 from starflow2_jax.checkpoints.convert.tensor_map import Piece, published_shapes, to_tree
-from starflow2_jax.checkpoints.model_folder import read_config
+from starflow2_jax.checkpoints.model_folder import check, read_config
 from starflow2_jax.checkpoints.tensor_files import (
     Index,
     StoredTensor,
@@ -106,6 +106,7 @@ def load(
 
     An absent `mesh` means the default device, an absent `dtype` that of the file.
     """
+    check(folder)
     cfg = read_options(read_config(folder))
     tensors = flatten(view(open_source(folder), cfg))
     shardings = flatten(params.shardings(declare(cfg), mesh, layout)) if mesh is not None else {}

@@ -25,7 +25,7 @@ from starflow2_jax.checkpoints.convert.tensor_map import (
     read_rows,
     to_published,
 )
-from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config, write_tensors
+from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, check, read_config, write_tensors
 from starflow2_jax.checkpoints.tensor_files import (
     StoredTensor,
     compare,
@@ -127,9 +127,12 @@ def load(
     The host never holds more than one tensor in addition to the finished arrays. Names, shapes and
     options are checked before anything is loaded.
 
+    A folder that this package wrote is compared with its digests first.
+
     Args:
         only: the top-level subtree, or subtrees, to load, such as `vision`; all by default.
     """
+    check(folder)
     cfg = read_options(read_config(folder), str(Path(folder) / CONFIG_FILE))
     source = _open(folder, cfg)
     pieces: dict[str, list[Piece]] = {}

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from starflow2_jax import config, params
 from starflow2_jax.checkpoints.convert import dinov2, qwen, qwen_options
+from starflow2_jax.checkpoints.digest import sha256_file
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, locate, read_config
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.models.fae.codec import FAEConfig
@@ -61,7 +62,6 @@ def identity(path: str) -> str:
     root = locate(path)
     for file in sorted(root.iterdir()) if root.is_dir() else [root]:
         if file.name == CONFIG_FILE or file.suffix == ".safetensors":
-            with file.open("rb") as stream:
-                inner = hashlib.file_digest(stream, "sha256").hexdigest()
+            inner = sha256_file(file)
             digest.update(f"{file.name} {inner}\n".encode())
     return digest.hexdigest()

@@ -78,8 +78,19 @@ def image(data: bytes, alt: str, caption: str = "") -> str:
 
 
 def shrink_png(path: epath.Path, width: int) -> bytes:
-    """Return the PNG at `path`, scaled down to `width` pixels if it is wider."""
+    """Return the PNG at `path`, scaled down to `width` pixels if it is wider.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     data = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as original:
+            original.verify()  # the checksums of all of its parts
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as original:
+            original.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is a damaged PNG: {error}") from error
     with Image.open(io.BytesIO(data), formats=("PNG",)) as original:
         if original.width <= width:
             return data

@@ -12,11 +12,14 @@ from absl import logging
 from etils import epath
 
 from starflow2_jax import config, params
+from starflow2_jax.checkpoints import orbax, steps
 from starflow2_jax.data import untrusted
 from starflow2_jax.evaluation import stats
 from starflow2_jax.evaluation.report import html, plots
+from starflow2_jax.runtime import atomic
 from starflow2_jax.training.logging import run_log
 from starflow2_jax.training.tasks import registry
+from starflow2_jax.training.workdir import read_records
 
 FILE = "report.html"
 _SAMPLE_FILE = re.compile(r"(?:(.+)_)?(\d+)\.png")
@@ -29,7 +32,8 @@ def write(workdir: epath.PathLike) -> epath.Path:
     path = workdir / FILE
     if jax.process_index():
         return path
-    cfg = run_log.read_config(workdir)
+    newest_step = steps.latest(workdir)
+    cfg = read_records(workdir, {} if newest_step is None else orbax.read_meta(workdir))
     if cfg is None:
         raise FileNotFoundError(f"{workdir} has no {run_log.CONFIG}: it is not the folder of a run")
     rows = run_log.read_rows(workdir)
@@ -47,7 +51,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
         _starts(workdir),
         _configuration(cfg),
     ]
-    path.write_text(html.page(title, body), encoding="utf-8")
+    atomic.write_file(path, html.page(title, body))
     return path
 
 
@@ -182,11 +186,12 @@ def _last_values(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _starts(workdir: epath.Path) -> str:
-    path = workdir / run_log.RUN
-    if not path.exists():
-        logging.warning("%s is missing, so the report names no command and no machine", path)
+    run = run_log.read_run(workdir)
+    if run is None:
+        file = workdir / run_log.RUN
+        logging.warning("%s is missing, so the report names no command and no machine", file)
         return ""
-    starts = run_log.read_run(workdir)["starts"]
+    starts = run["starts"]
     parts = ["<h2>Commands and machine</h2>"]
     for start in starts:
         parts.append(f"<p>{html.escape(start['time'])}, from step {start['step']:,}</p>")

@@ -10,6 +10,7 @@ from starflow2_jax.evaluation import stats
 from starflow2_jax.evaluation.report import html
 from starflow2_jax.evaluation.shapes import contact_sheets, editing, suite
 from starflow2_jax.evaluation.shapes.cases import Sample
+from starflow2_jax.runtime import atomic
 from starflow2_jax.training.logging import image_grid
 
 Result = Mapping[str, Any]
@@ -68,7 +69,7 @@ def write(path: epath.PathLike, result: Result, sheets: Mapping[str, np.ndarray]
         _not_run_section(result["not_run"]),
         _protocol_section(result),
     ]
-    epath.Path(path).write_text(html.page("Evaluation on shapes", body), encoding="utf-8")
+    atomic.write_file(path, html.page("Evaluation on shapes", body))
 
 
 def _scored(result: Result) -> Iterator[tuple[str, Mapping[str, Any]]]:

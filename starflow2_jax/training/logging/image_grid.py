@@ -9,6 +9,8 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from starflow2_jax.runtime import atomic
+
 
 def png(pixels: np.ndarray) -> bytes:
     """Encode uint8 [H, W, 3] as PNG."""
@@ -24,9 +26,7 @@ def save_grid(
     columns: int | None = None,
 ) -> None:
     """Write images uint8 [n, H, W, 3] as one PNG; see `grid`."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(grid(images, captions, columns)))
+    atomic.write_file(path, png(grid(images, captions, columns)))
 
 
 def grid(

@@ -2,7 +2,8 @@
 
     WORKDIR/metrics.jsonl        one JSON object per row: `step` and metrics; nan and inf are null
             config.json          the resolved configuration
-            run.json             id of the run; command, machine and versions of every start
+            run.json             id of the run; command, machine and versions of every start;
+                                 sha256 of config.json and of itself
             samples/00000500.png grids of generated images, NAME_00000500.png for other names
             nonfinite/           the batch of a step whose loss or gradient was not finite
             tensorboard/ ...     files of the trackers in `log.trackers`
@@ -14,6 +15,7 @@ may be a gs:// path. Then `metrics.jsonl` is a local file, which `upload` copies
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -31,10 +33,12 @@ from typing import Annotated, Any, BinaryIO
 import jax
 import msgspec
 import numpy as np
+from absl import logging
 from etils import epath
 
 from starflow2_jax import config
 from starflow2_jax.data import untrusted
+from starflow2_jax.runtime import atomic
 from starflow2_jax.training.logging import image_grid, throughput
 from starflow2_jax.training.logging.trackers import Tracker, open_trackers
 
@@ -52,22 +56,9 @@ class Log:
     file: BinaryIO | None = None
     trackers: list[Tracker] = dataclasses.field(default_factory=list)
     clock: throughput.Clock = dataclasses.field(default_factory=throughput.Clock)
+    num_bytes: int = 0  # of `metrics.jsonl`
+    digest: Any = dataclasses.field(default_factory=hashlib.sha256)  # of the same
     unfinished_line: bool = False
-
-
-def _remote(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
-def _write(path: epath.Path, data: bytes) -> None:
-    """Write a file completely or not at all, as an object store does by itself."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if _remote(path):
-        path.write_bytes(data)
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def _json(value: Any) -> bytes:
@@ -83,10 +74,8 @@ def open(workdir: epath.PathLike, cfg: Mapping[str, Any], *, step: int = 0) -> L
     if jax.process_index():
         return Log(workdir, writes=False)
     truncate(workdir, step)
-    starts, run_id = [], secrets.token_hex(4)
-    if (workdir / RUN).exists():
-        run = read_run(workdir)
-        starts, run_id = run["starts"], run["id"]
+    run = read_run(workdir) or {"id": secrets.token_hex(4), "starts": []}
+    starts, run_id = run["starts"], run["id"]
     # Before anything is written, so that a tracker that fails leaves no trace.
     opened_trackers = open_trackers(
         cfg["log"]["trackers"],
@@ -96,21 +85,35 @@ def open(workdir: epath.PathLike, cfg: Mapping[str, Any], *, step: int = 0) -> L
         step=step,
         config=config.to_dict(cfg),
     )
-    _write(workdir / RUN, _json({"id": run_id, "starts": [*starts, _start(step)]}))
+    _save_records(workdir, cfg, {"id": run_id, "starts": [*starts, _start(step)]})
     log = Log(workdir, writes=True, path=Path(str(workdir / METRICS)), trackers=opened_trackers)
-    if _remote(workdir):
+    if atomic.is_remote(workdir):
         log.path = Path(tempfile.mkdtemp(prefix="metrics_")) / METRICS
         if (workdir / METRICS).exists():
             log.path.write_bytes((workdir / METRICS).read_bytes())
+    stored = log.path.read_bytes() if log.path.exists() else b""
+    log.num_bytes, log.digest = len(stored), hashlib.sha256(stored)
     # Unbuffered and appending: a row is one write, so a kill loses at most the row being written.
     log.file = log.path.open("ab", buffering=0)
     return log
 
 
+def record(log: Log) -> dict[str, Any] | None:
+    """Return number and sha256 of the bytes of `metrics.jsonl`, for the next checkpoint.
+
+    They are on the disk then, and uploaded if the workdir is remote. None except on process 0.
+    """
+    if not log.writes:
+        return None
+    os.fsync(log.file.fileno())
+    upload(log)
+    return {"bytes": log.num_bytes, "sha256": log.digest.hexdigest()}
+
+
 def upload(log: Log) -> None:
     """Copy `metrics.jsonl` to a remote workdir; call it at each checkpoint."""
-    if log.writes and _remote(log.workdir):
-        _write(log.workdir / METRICS, log.path.read_bytes())
+    if log.writes and atomic.is_remote(log.workdir):
+        atomic.write_file(log.workdir / METRICS, log.path.read_bytes())
 
 
 def close(log: Log) -> None:
@@ -157,8 +160,11 @@ def write_row(log: Log, step: int, values: Mapping[str, Any]) -> None:
     if not log.writes:
         return
     plain = {name: _number(name, value) for name, value in values.items()}
-    line = {"step": int(step), **{k: v if math.isfinite(v) else None for k, v in plain.items()}}
-    log.file.write((json.dumps(line, allow_nan=False) + "\n").encode())
+    values = {"step": int(step), **{k: v if math.isfinite(v) else None for k, v in plain.items()}}
+    line = (json.dumps(values, allow_nan=False) + "\n").encode()
+    log.file.write(line)
+    log.digest.update(line)
+    log.num_bytes += len(line)
     for tracker in log.trackers:
         tracker.scalars(int(step), plain)
 
@@ -199,21 +205,73 @@ def truncate(workdir: epath.PathLike, step: int) -> None:
     rows = [json.dumps(row) + "\n" for row in read_rows(workdir) if row["step"] <= step]
     text = "".join(rows).encode()
     if text != path.read_bytes():
-        _write(path, text)
+        atomic.write_file(path, text)
+
+
+def check_metrics(workdir: epath.PathLike, meta: Mapping[str, Any]) -> None:
+    """Compare `metrics.jsonl` with its record in the `meta` of a checkpoint, see `record`.
+
+    Raises:
+        ValueError: Its rows up to the checkpoint are not those that were written.
+    """
+    path = epath.Path(workdir) / METRICS
+    recorded = meta.get("metrics")
+    if not recorded or not recorded["bytes"]:
+        return
+    # Rows are after the checkpoint if the file was moved away and the run went on.
+    if not path.exists() or all(row["step"] > meta["step"] for row in read_rows(workdir)):
+        logging.warning("%s is missing: the metrics before the checkpoint are lost", path)
+        return
+    actual = hashlib.sha256(path.read_bytes()[: recorded["bytes"]]).hexdigest()
+    if actual != recorded["sha256"]:
+        raise ValueError(
+            f"{path} is damaged: its first {recorded['bytes']} bytes are not those that the newest "
+            "checkpoint recorded; copy it again, or move it away to go on without these metrics"
+        )
 
 
 def save_config(workdir: epath.PathLike, cfg: Mapping[str, Any]) -> None:
-    """Write `config.json`."""
+    """Write `config.json`, and its sha256 into `run.json` if that exists."""
     if not jax.process_index():
-        _write(epath.Path(workdir) / CONFIG, _json(config.to_dict(cfg)))
+        _save_records(epath.Path(workdir), cfg, read_run(workdir))
+
+
+def _save_records(
+    workdir: epath.Path, cfg: Mapping[str, Any], run: Mapping[str, Any] | None
+) -> None:
+    """Write `config.json`, and `run.json` with the sha256 of it."""
+    data = _json(config.to_dict(cfg))
+    # Both are in `run.json` while one replaces the other, whenever this process is killed.
+    stored = [(workdir / CONFIG).read_bytes()] if (workdir / CONFIG).exists() else []
+    sums = [hashlib.sha256(text).hexdigest() for text in (*stored, data)]
+    if run is not None:
+        run = {**run, "config_sha256": list(dict.fromkeys(sums))}
+        atomic.write_file(workdir / RUN, _json({**run, "sha256": _sha256_of(run)}))
+    atomic.write_file(workdir / CONFIG, data)
+
+
+def _sha256_of(run: Mapping[str, Any]) -> str:
+    """Return the sha256 of the values of `run.json`, except for `sha256`."""
+    values = {name: value for name, value in run.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
-    """Return the configuration that `save_config` wrote, or None."""
+    """Return the configuration that `save_config` wrote, or None.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         return None
     stored = untrusted.read_json(path, dict[str, Any])
+    sums = (read_run(workdir) or {}).get("config_sha256")
+    if sums and hashlib.sha256(path.read_bytes()).hexdigest() not in sums:
+        raise ValueError(
+            f"{path} is damaged: {RUN} recorded another sha256; copy it again, or move it away, "
+            "and the configuration in the newest checkpoint is compared instead"
+        )
     try:
         return config.upgrade(stored)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -235,17 +293,27 @@ class _Start(msgspec.Struct):
 class _Run(msgspec.Struct):
     id: str
     starts: Annotated[list[_Start], msgspec.Meta(min_length=1)]
+    # Runs of earlier versions have no digests.
+    config_sha256: list[str] = []
+    sha256: str = ""
 
 
-def read_run(workdir: epath.PathLike) -> dict[str, Any]:
-    """Return the contents of `run.json`, `id` and `starts`.
+def read_run(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """Return the contents of `run.json`, `id` and `starts`, or None if there is none.
 
     Raises:
         ValueError: The file is damaged; names it.
     """
     path = epath.Path(workdir) / RUN
+    if not path.exists():
+        return None
     run = untrusted.read_json(path, dict[str, Any])
     untrusted.convert(run, _Run, str(path))
+    if run.get("sha256", _sha256_of(run)) != _sha256_of(run):
+        raise ValueError(
+            f"{path} is damaged: it does not match its own sha256; copy it again, or move it away, "
+            "and the run goes on under another id"
+        )
     return run
 
 
@@ -266,11 +334,11 @@ def dump_batch(
     arrays = {name: np.asarray(value) for name, value in batch.items() if name != "id"}
     data = io.BytesIO()
     np.savez(data, **arrays)
-    _write(path, data.getvalue())
+    atomic.write_file(path, data.getvalue())
     # As text: JSON has no nan.
     texts = {name: str(_number(name, value)) for name, value in metrics.items()}
     metadata = {"step": int(step), "ids": list(ids), "metrics": texts}
-    _write(path.with_suffix(".json"), _json(metadata))
+    atomic.write_file(path.with_suffix(".json"), _json(metadata))
     return path
 
 
@@ -333,7 +401,7 @@ def write_samples(
     pixels = image_grid.grid(images, captions, columns)
     prefix = "" if name == "samples" else f"{name}_"
     path = log.workdir / "samples" / f"{prefix}{int(step):08d}.png"
-    _write(path, image_grid.png(pixels))
+    atomic.write_file(path, image_grid.png(pixels))
     for tracker in log.trackers:
         tracker.image(int(step), name, pixels)
     return path

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from starflow2_jax import config
+from starflow2_jax.runtime import atomic
 from starflow2_jax.training.logging import image_grid, run_log, throughput, trackers
 
 pytestmark = pytest.mark.fast
@@ -66,7 +67,71 @@ def test_cut_keeps_rows_up_to_the_restored_step(tmp_path):
     # Opening at a restored step cuts by itself, and leaves nothing else behind.
     run_log.close(run_log.open(tmp_path, settings(), step=1))
     assert path.read_text() == lines[0]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "run.json"]
+    names = ["config.json", "metrics.jsonl", "run.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_a_flipped_bit_in_any_record_is_named(tmp_path):
+    log = run_log.open(tmp_path, settings())
+    for step in (1, 2, 3):
+        run_log.write_row(log, step, {"loss": 0.1 * step})
+    recorded = {"step": 3, "metrics": run_log.record(log)}
+    run_log.write_row(log, 4, {"loss": 0.4})
+    run_log.close(log)
+    run_log.check_metrics(tmp_path, recorded)
+    # Cut to the rows of the checkpoint, as on resuming, and written by another process.
+    run_log.truncate(tmp_path, 3)
+    run_log.check_metrics(tmp_path, recorded)
+    log = run_log.open(tmp_path, settings(), step=3)
+    assert run_log.record(log) == recorded["metrics"]
+    run_log.close(log)
+    run_log.check_metrics(tmp_path, {"step": 3})  # a checkpoint of an earlier version
+    draw = np.random.default_rng(0)
+    for name in (run_log.METRICS, run_log.CONFIG, run_log.RUN):
+        path = tmp_path / name
+        stored = path.read_bytes()
+        intact = (run_log.read_config(tmp_path), run_log.read_run(tmp_path))
+        for index in draw.integers(0, len(stored), 40):
+            path.write_bytes(
+                stored[:index] + bytes([stored[index] ^ (1 << index % 8)]) + stored[index + 1 :]
+            )
+            try:
+                run_log.check_metrics(tmp_path, recorded)
+                read = (run_log.read_config(tmp_path), run_log.read_run(tmp_path))
+            except ValueError as error:
+                assert f"{tmp_path / name}" in str(error)
+                continue
+            # White space of run.json, or the name of the digest itself.
+            assert name == run_log.RUN and read[0] == intact[0]
+            assert {k: read[1][k] for k in ("id", "starts")} == {
+                k: intact[1][k] for k in ("id", "starts")
+            }
+        path.write_bytes(stored)
+    (tmp_path / run_log.METRICS).unlink()
+    run_log.check_metrics(tmp_path, recorded)  # only warns, see the log
+    (tmp_path / run_log.METRICS).write_text('{"step": 4, "loss": 1.0}\n')
+    run_log.check_metrics(tmp_path, recorded)
+
+
+def test_a_config_of_either_of_two_starts_is_accepted(tmp_path):
+    run_log.close(run_log.open(tmp_path, settings()))
+    first = (tmp_path / run_log.CONFIG).read_bytes()
+    cfg = settings()
+    cfg.log.every = 77
+    run_log.close(run_log.open(tmp_path, cfg))
+    # A process may be killed between the two files.
+    (tmp_path / run_log.CONFIG).write_bytes(first)
+    assert run_log.read_config(tmp_path)["log"]["every"] != 77
+    run_log.save_config(tmp_path, cfg)
+    assert run_log.read_config(tmp_path)["log"]["every"] == 77
+    run = json.loads((tmp_path / run_log.RUN).read_text())
+    del run["sha256"], run["config_sha256"]  # a run of an earlier version
+    (tmp_path / run_log.RUN).write_text(json.dumps(run))
+    assert len(run_log.read_run(tmp_path)["starts"]) == 2
+    for text in ('{"id": 1}', "[]", "", '{"id": "x", "starts": [{}]}', "\ufffd\x00"):
+        (tmp_path / run_log.RUN).write_text(text)
+        with pytest.raises(ValueError, match=r"run\.json"):
+            run_log.read_run(tmp_path)
 
 
 def test_opening_drops_a_half_written_line_before_it_appends(tmp_path):
@@ -143,7 +208,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
 
 
 def test_a_remote_workdir_is_uploaded_at_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_log, "_remote", lambda path: True)
+    monkeypatch.setattr(atomic, "is_remote", lambda path: True)
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 9}\n')
     records = run_log.open(tmp_path, settings(), step=1)
