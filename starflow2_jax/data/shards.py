@@ -193,17 +193,19 @@ def check_records(file: pathlib.Path, records: int) -> None:
     try:
         for index in range(records):
             reader.read([index])
+        reader.close()
     except (RuntimeError, ValueError, IndexError) as error:
         raise DatasetError(f"{file} record {index}: cannot be read: {error}") from error
-    finally:
-        reader.close()
 
 
 def check_count(file: pathlib.Path, records: int) -> None:
     """Raise DatasetError unless exactly `records` records can be read from a shard."""
     # An ArrayRecord file without its footer opens without an error and has no records.
-    reader = ArrayRecordReader(str(file))
-    readable = reader.num_records() if reader.ok() else 0
-    reader.close()
+    try:
+        reader = ArrayRecordReader(str(file))
+        readable = reader.num_records() if reader.ok() else 0
+        reader.close()
+    except RuntimeError:  # without a message
+        readable = 0
     if readable != records:
         raise DatasetError(f"{file}: wrote {records} records but {readable} can be read")

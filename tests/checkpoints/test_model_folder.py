@@ -218,10 +218,10 @@ def test_a_damaged_config_or_digest_list_is_refused(tmp_path):
     model_folder.write_folder(path, random_params(), CONFIG)
     flip(path / "config.json", 0)
     assert model_folder.verify(path)[0].startswith("config.json has sha256")
-    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
         model_folder.read_config(path)
     (path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds a list, expected an object"):
+    with pytest.raises(ValueError, match="Expected `object`, got `array`"):
         model_folder.read_config(path)
     save_file({"a": np.zeros(2)}, path / "other.safetensors")
     assert "other.safetensors is not in sha256.json" in model_folder.verify(path)

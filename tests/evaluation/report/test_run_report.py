@@ -104,7 +104,7 @@ def test_report_shows_likelihoods_and_their_baseline(tmp_path):
     assert "Bits/dim are not comparable: trained with gaussian noise." in page
     assert "<b>2.5000</b><span>nats/dim, Gaussian per dimension</span>" in page
     (folder / "likelihood_broken.json").write_text("{")
-    with pytest.raises(ValueError, match=r"likelihood_broken.json is not JSON"):
+    with pytest.raises(ValueError, match=r"likelihood_broken.json: not JSON"):
         run_report.write(tmp_path)
     assert (tmp_path / "report.html").read_text() == page
 
