@@ -152,7 +152,7 @@ OTHER_WRITERS = {
     "planning/report.py:chart",
     "evaluation/report/plots.py:_png",
     "data/images.py:encode_png",
-    "data/packing.py:load_or_make_plan",
+    "data/packing.py:_store",
     "training/logging/run_log.py:dump_batch",
     "training/logging/image_grid.py:png",
     "evaluation/report/html.py:shrink_png",
