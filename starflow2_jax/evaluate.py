@@ -334,7 +334,7 @@ def evaluate_codec(values: flags.FlagValues) -> Output:
     if file.path and file.path.suffix != ".json":
         raise ValueError(f"--out {file.path}: expected a name that ends in .json")
     grid = file.path.with_suffix(".png") if file.path else None
-    # A grid without figures may be what a killed process of this command left.
+    # What a killed process of this command left is replaced.
     if grid and not output.is_of_this_package(grid):
         result_files.refuse_existing(grid, values.overwrite)
     metrics, images = codec_evaluation.measure_fidelity(
@@ -367,9 +367,8 @@ def evaluate_codec(values: flags.FlagValues) -> Output:
         output.save_png(grid, image_grid.grid(images, columns=12), {"codec": codec.sha256})
     result, written = file.write(result)
     written += [f"written    {grid}"] if grid else []
-    lines = codec_evaluation.summary_lines(result)
-    lines += codec_ceiling.summary_lines(ceiling) if ceiling else []
-    return result, [*lines, *written]
+    ceiling_lines = codec_ceiling.summary_lines(ceiling) if ceiling else []
+    return result, [*codec_evaluation.summary_lines(result), *ceiling_lines, *written]
 
 
 def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output:
@@ -384,7 +383,6 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
     if with_page:
         if folder is None:
             raise ValueError("all: --out is needed: a folder for the page and the sheets")
-        file = dataclasses.replace(file, path=None)
     model = _load_starflow2(values)
     pixels = model.codec.model.pixels if model.codec else model.cfg["image"]["pixels"] or 64
     if folders:
@@ -423,8 +421,10 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
         "not_run": {**result["not_run"], **missing_references},
         "samples": {name: [*map(report.sample_row, rows)] for name, rows in samples.items()},
     }
-    result, written = file.write(result)
-    if with_page and jax.process_index() == 0:
+    written = []
+    if not with_page:
+        result, written = file.write(result)
+    elif jax.process_index() == 0:
         sheets = contact_sheets.make(samples, seed)
         with atomic.folder(str(folder), overwrite=values.overwrite) as temporary:
             file = dataclasses.replace(file, path=temporary / result_files.SHAPES_FILE)

@@ -70,17 +70,16 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     config.check(cfg)
     distributed.init_distributed(cfg["distributed"])
     distributed.assert_equal_across_processes("the configuration", cfg)
-    if not dry_run:
-        check_path(workdir)
-        if jax.process_index() == 0:
-            trackers.check(cfg["log"]["trackers"])
     if dry_run:
         task = registry.make_task(cfg, dry_run=True)
         batch_encoder.open(cfg, getattr(task.model_config, "flow", task.model_config))
         compile_step(cfg, task)
         return
+    check_path(workdir)
     # One process of a run, since the others share its folder.
     is_first = jax.process_index() == 0
+    if is_first:
+        trackers.check(cfg["log"]["trackers"])
     with folder_lock.lock(workdir, "trains") if is_first else contextlib.nullcontext():
         _train(cfg, epath.Path(workdir))
 

@@ -38,6 +38,8 @@ class LockedError(RuntimeError):
 def lock(folder: epath.PathLike, purpose: str, name: str = FILE) -> Iterator[None]:
     """Exclude other processes from a folder, which is created, until the block ends.
 
+    A folder that was created and is empty at the end is removed.
+
     Args:
         folder: local, or of an object store.
         purpose: what is done in it, for the error message, such as `trains`.
@@ -48,7 +50,7 @@ def lock(folder: epath.PathLike, purpose: str, name: str = FILE) -> Iterator[Non
     """
     file = epath.Path(folder) / name
     owner = _describe_process()
-    descriptor = None
+    descriptor, is_new = None, not file.parent.exists()
     if not atomic.is_remote(folder):
         descriptor = _lock_file(Path(os.fspath(file)), owner, purpose)
     if descriptor is None:
@@ -61,6 +63,9 @@ def lock(folder: epath.PathLike, purpose: str, name: str = FILE) -> Iterator[Non
         # While the lock is in force, so that no other process loses the file.
         Path(os.fspath(file)).unlink(missing_ok=True)
         os.close(descriptor)
+        if is_new:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
 
 
 def _describe_process() -> dict[str, Any]:

@@ -73,6 +73,10 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, kind):
         ):
             pass
     assert os.listdir(tmp_path / "w") == []
+    if kind == "file":
+        with folder_lock.lock(tmp_path / "new", "trains"):
+            pass
+        assert os.listdir(tmp_path) == ["w"]
 
 
 def test_a_lease_of_another_host_is_taken_over_once_it_is_not_renewed(tmp_path, monkeypatch):
