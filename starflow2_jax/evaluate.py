@@ -380,9 +380,8 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
     data_name = "-".join(epath.Path(folder).name for folder in folders) or "drawn"
     file = _open_result(values, verb, data_name, "" if with_page else ".json")
     folder, seed = file.path, values["seed"].value
-    if with_page:
-        if folder is None:
-            raise ValueError("all: --out is needed: a folder for the page and the sheets")
+    if with_page and folder is None:
+        raise ValueError("all: --out is needed: a folder for the page and the sheets")
     model = _load_starflow2(values)
     pixels = model.codec.model.pixels if model.codec else model.cfg["image"]["pixels"] or 64
     if folders:
@@ -439,10 +438,9 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
 def _sections(values: flags.FlagValues) -> tuple[str, ...]:
     for name in values.only:
         if name not in suite.SECTIONS:
-            raise ValueError(
-                f"--only: unknown section {name!r}{nearest(name, suite.SECTIONS)}; the sections "
-                f"are {', '.join(suite.SECTIONS)}"
-            )
+            known = ", ".join(suite.SECTIONS)
+            near = nearest(name, suite.SECTIONS)
+            raise ValueError(f"--only: unknown section {name!r}{near}; the sections are {known}")
     return tuple(values.only) or suite.SECTIONS
 
 

@@ -48,7 +48,7 @@ def kind(request, monkeypatch):
     if request.param == "lease":
         monkeypatch.setattr(atomic, "is_remote", lambda path: True)
         monkeypatch.setattr(folder_lock, "RENEWAL", 0.1)
-        monkeypatch.setattr(folder_lock, "EXPIRY", 1.5)
+        monkeypatch.setattr(folder_lock, "EXPIRY", 60)
     return request.param
 
 
