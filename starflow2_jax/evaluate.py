@@ -73,6 +73,8 @@ def define(values: flags.FlagValues) -> None:
             "all of --data; codec: no cases)", 1, 1_000_000)  # fmt: skip
     flags.DEFINE_list("only", [], f"shapes, all: some of {', '.join(suite.SECTIONS)}",
                       flag_values=values)  # fmt: skip
+    switch("balance_answers", False, "shapes, all: generated cases have each answer of counting "
+           "questions equally often")  # fmt: skip
     real("guidance", None, "shapes, all: guidance weight of images; the run's by default", 0)
     real("image_temperature", None, "shapes, all: scale of the noise of images; the run's by "
          "default", 1e-3)  # fmt: skip
@@ -387,8 +389,11 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
     if folders:
         suite_cases = cases.read(folders, n=values.n)
     else:
-        tasks = [*cases.TAGS] if "likelihood" in sections else [suite.TASKS[s] for s in sections]
-        suite_cases = cases.generate(seed, values.n or 32, pixels, tasks)
+        tasks = [*cases.TAGS]
+        if "likelihood" not in sections:
+            tasks = [task for section in sections for task in suite.TASKS[section]]
+        balance = values.balance_answers
+        suite_cases = cases.generate(seed, values.n or 32, pixels, tasks, balance)
     sampling_settings = {
         "batch_size": values.batch_size or 96,
         "seed": seed,

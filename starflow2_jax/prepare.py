@@ -112,8 +112,9 @@ def define(values: flags.FlagValues) -> None:
         "kinds of shapes images, in turn; position=2 takes two turns, and single_object,colors "
         "restricts all tasks to single objects",
     )
-    names("tasks", ["t2i"], "shapes records, in turn: " + ", ".join(tasks.TASKS))
+    names("tasks", ["t2i"], "shapes records, in turn: " + ", ".join(tasks.ALL_TASKS))
     choice("withheld", "none", holdout.CHOICES, "shapes pairs and combinations kept for evaluation")
+    switch("balance_answers", False, "shapes: each answer of counting questions equally often")
     text("split", "train", "split of the TFDS set")
     text("tfds_dir", None, "data_dir of the TFDS set")
     text("image_key", "image", "image feature: TFDS, huggingface")

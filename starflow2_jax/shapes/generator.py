@@ -136,12 +136,23 @@ def place_object(
     radius = SIZES[size]
     for _ in range(50):
         x, y = np.round(rng.uniform(radius + _MARGIN, 1 - radius - _MARGIN, 2), 4).tolist()
-        if all(
-            math.hypot(x - other.x, y - other.y) >= radius + SIZES[other.size] + _MARGIN
-            for other in objects
-        ):
-            return Object(shape, color, size, x, y)
+        item = Object(shape, color, size, x, y)
+        if is_clear(item, objects):
+            return item
     return None
+
+
+def is_clear(item: Object, objects: Sequence[Object], gap: float = _MARGIN) -> bool:
+    """Return whether an object has a gap, in image sides, to all others."""
+    return all(
+        math.hypot(item.x - other.x, item.y - other.y) >= SIZES[item.size] + SIZES[other.size] + gap
+        for other in objects
+    )
+
+
+def is_inside(item: Object) -> bool:
+    """Return whether an object has a gap to the border."""
+    return max(abs(item.x - 0.5), abs(item.y - 0.5)) <= 0.5 - SIZES[item.size] - _MARGIN
 
 
 def relation(first: Object, second: Object) -> str | None:

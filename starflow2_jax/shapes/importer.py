@@ -30,6 +30,7 @@ def shapes_source(values: flags.FlagValues) -> ImportSource:
         tags=tags,
         withheld=values.withheld,
         label=label,
+        balance_answers=values.balance_answers,
     )
     options = {
         "label": values.label,
@@ -42,6 +43,8 @@ def shapes_source(values: flags.FlagValues) -> ImportSource:
         options["tasks"] = ",".join(values.tasks)
     if values.withheld != "none":
         options["withheld"] = values.withheld
+    if values.balance_answers:
+        options["balance_answers"] = True
     classes = generator.classes(label) if label else None
     return ImportSource(make, Importer("shapes", VERSION, options), {}, classes)
 

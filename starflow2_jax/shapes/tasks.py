@@ -8,6 +8,7 @@
     edit      image, instruction          image
     copy      image, request              the same image
     reason    image, request              image (zoomed or edited), one or two words
+    reason_*  image, request              without the image, or with a choice (`shapes.reasoning`)
     multi     two or three images, ...    one word
     text      statement and question      a few words
     t2i       caption                     image (`generator.make_records`)
@@ -28,7 +29,15 @@ import numpy as np
 from starflow2_jax.data import images, records
 from starflow2_jax.data.records import Img, Record, Text
 from starflow2_jax.shapes import generator, holdout
+from starflow2_jax.shapes.drafts import Draft, Mentions, absent_values, replace_object
 from starflow2_jax.shapes.generator import NUMBERS, Object, Scene, pick, plural
+from starflow2_jax.shapes.reasoning import (
+    FREE_REASONS,
+    REASONS,
+    reason,
+    reason_direct,
+    reason_free,
+)
 from starflow2_jax.shapes.scenes import (
     Zoom,
     definite,
@@ -43,7 +52,6 @@ from starflow2_jax.shapes.wordings import TERSE, request
 
 EDITS = ("recolor", "add", "remove", "move", "replace")
 QUESTIONS = ("color", "shape", "size", "count", "exists", "relation", "is_relation", "background")
-REASONS = ("zoom", "count_after_removal", "count_after_edit")
 MULTI = ("same_shape", "which_shows", "which_has_most", "total")
 TEXTS = ("turn_around", "count_left", "color_of")
 COPIES = ("keep", "repeat")
@@ -51,21 +59,6 @@ DIALOGS = ("distinct", "groups")
 _HARD = ("exists", "relation", "is_relation")  # three times as frequent
 _DIALOG_QUESTIONS, _QUIZ_QUESTIONS = 8, 13  # fewer if a question is repeated
 _ORDINALS = ("first", "second", "third")
-
-Mentions = tuple[Object | holdout.Combination, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Draft:
-    """A record before its images are drawn."""
-
-    tag: str  # variant of the task
-    user: tuple[str | Scene, ...]
-    assistant: tuple[str | Text | Scene | Zoom, ...]  # a Text is not a target
-    scenes: tuple[Scene, ...]  # of the images, in order
-    mentioned: Mentions = ()  # objects and combinations that only the text mentions
-    geneval: dict[str, object] | None = None  # what the last image must and must not show
-    more: tuple[tuple[str, str], ...] = ()  # further turns of user and assistant
 
 
 def caption(rng: np.random.Generator, wording: int, tag: str) -> Draft:
@@ -162,7 +155,7 @@ def _ask(
         key = pick(rng, ("shape", "color"))
         value = getattr(scene.objects[0], key)
         if rng.random() < 0.15:  # sometimes ask for absent objects
-            value = pick(rng, _absent(scene, key))
+            value = pick(rng, absent_values(scene, key))
         count = sum(getattr(item, key) == value for item in scene.objects)
         things = plural(value) if key == "shape" else f"{value} objects"
         words, answer = {"things": things}, NUMBERS[count]
@@ -172,7 +165,7 @@ def _ask(
         if tag == "exists":
             # An absent object has the color of one object and the shape of another, if possible.
             exists = bool(rng.integers(2))
-            shape = b.shape if a != b else pick(rng, _absent(scene, "shape"))
+            shape = b.shape if a != b else pick(rng, absent_values(scene, "shape"))
             item = a if exists else dataclasses.replace(a, shape=shape)
             words, answer = {"new": indefinite(item)}, "yes" if exists else "no"
             mentioned = (item,)
@@ -200,18 +193,18 @@ def edit(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     words = {"a": definite(a), "b": definite(b)}
     required_relation = None
     if tag == "remove":
-        target = _replace(scene, a, None)
+        target = replace_object(scene, a, None)
     elif tag in ("recolor", "replace"):
         keys = ("color",) if tag == "recolor" else ("shape", "color")
-        new = dataclasses.replace(a, **{key: pick(rng, _absent(scene, key)) for key in keys})
+        new = dataclasses.replace(a, **{key: pick(rng, absent_values(scene, key)) for key in keys})
         words |= {"color": new.color, "new": indefinite(new)}
-        target = _replace(scene, a, new)
+        target = replace_object(scene, a, new)
     else:
         relation = pick(rng, generator.RELATIONS)
         if tag == "move":
             kind, rest = (a.shape, a.color, a.size), scene.objects[1:]
         else:
-            kind = tuple(pick(rng, _absent(scene, key)) for key in ("shape", "color"))
+            kind = tuple(pick(rng, absent_values(scene, key)) for key in ("shape", "color"))
             kind, rest = (*kind, pick(rng, ("small", "medium"))), scene.objects
         new = place_in_relation(rng, rest, kind, relation, b)
         # Before a move, the two have another clear relation, so that an unchanged image is wrong.
@@ -233,29 +226,6 @@ def copy(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     return Draft(tag, (scene, prompt), (scene,), (scene, scene), geneval=facts)
 
 
-def reason(rng: np.random.Generator, wording: int, tag: str, min_objects: int = 2) -> Draft:
-    """Draft image and request -> an intermediate image, then the answer."""
-    scene = distinct_scene(rng, int(rng.integers(min_objects, 5)), clear_relation=False)
-    a = scene.objects[0]
-    if tag == "zoom":
-        prompt = request(tag, wording, color=a.color)
-        steps = (Zoom(scene, a), a.shape)
-        return Draft(tag, (scene, prompt), steps, (scene,), geneval=scene_facts(scene, prompt))
-    if tag == "count_after_removal":
-        prompt, target = request(tag, wording, a=definite(a)), _replace(scene, a, None)
-        count = len(target.objects)
-    else:
-        color = scene.objects[-1].color if rng.integers(4) else pick(rng, _absent(scene, "color"))
-        for item in scene.objects[1:-1]:
-            if rng.integers(2):
-                scene = _replace(scene, item, dataclasses.replace(item, color=color))
-        prompt = request(tag, wording, a=definite(a), color=color)
-        target = _replace(scene, a, dataclasses.replace(a, color=color))
-        count = sum(item.color == color for item in target.objects)
-    facts = scene_facts(target, prompt, removed=scene.objects)
-    return Draft(tag, (scene, prompt), (target, NUMBERS[count]), (scene, target), geneval=facts)
-
-
 def multi(rng: np.random.Generator, wording: int, tag: str) -> Draft:
     """Draft two or three images and a question about all of them -> one word."""
     number = int(rng.integers(2, 4))
@@ -264,7 +234,7 @@ def multi(rng: np.random.Generator, wording: int, tag: str) -> Draft:
         items = [scene.objects[0] for scene in scenes]
         if rng.integers(2):
             items = [dataclasses.replace(item, shape=items[0].shape) for item in items]
-            scenes = [_replace(s, s.objects[0], item) for s, item in zip(scenes, items)]
+            scenes = [replace_object(s, s.objects[0], item) for s, item in zip(scenes, items)]
         is_same = len({item.shape for item in items}) == 1
         prompt, answer = request(tag, wording), "yes" if is_same else "no"
     elif tag == "which_shows":
@@ -319,6 +289,8 @@ _MAKERS: dict[str, _Maker] = {
     "dialog": (dialog, DIALOGS),
     "quiz": (quiz, ("distinct", *DIALOGS)),
     "copy": (copy, COPIES),
+    "reason_free": (reason_free, FREE_REASONS),
+    "reason_direct": (reason_direct, REASONS),
 }
 # Of images with one object; captions have the tags that the caller names, and text has no images.
 _SINGLE_OBJECT_MAKERS: dict[str, _Maker] = {
@@ -329,26 +301,49 @@ _SINGLE_OBJECT_MAKERS: dict[str, _Maker] = {
     "multi": (multi, ("same_shape", "which_shows")),
     "dialog": (dialog, ("distinct",)),
     "quiz": (quiz, ("distinct",)),
+    "reason_free": (reason_free, ("free_color", "free_shape")),
+    "reason_direct": (functools.partial(reason_direct, min_objects=1), ("zoom",)),
 }
-# Do not reorder: the number of a task is part of its seed.
 TASKS = ("caption", "question", "edit", "reason", "multi", "text", "t2i", "dialog", "quiz", "copy")
+# Do not reorder: the number of a task is part of its seed.
+ALL_TASKS = (*TASKS, "reason_free", "reason_direct")
+# The answers that `balance_answers` makes equally frequent. Without it, "two" is twice as frequent
+# as most others.
+_ANSWERS = {
+    "count": NUMBERS[:5],
+    "total": NUMBERS[2:],
+    "count_after_removal": NUMBERS[1:4],
+    "count_after_edit": NUMBERS[1:5],
+}
 
 
-def make_draft(seed: int, index: int, task: str, withheld: str, tags: Sequence[str]) -> Draft:
+def make_draft(
+    seed: int,
+    index: int,
+    task: str,
+    withheld: str,
+    tags: Sequence[str],
+    balance_answers: bool = False,
+) -> Draft:
     """Return draft `index` of a task other than t2i; `tags` are those of captions.
 
-    If all `tags` show one object, every image does.
+    If all `tags` show one object, every image does. With `balance_answers`, the counts that a tag
+    asks for take turns.
     """
     is_single = task != "text" and set(tags) <= set(generator.SINGLE_OBJECT_TAGS)
     make, task_tags = (_SINGLE_OBJECT_MAKERS if is_single else _MAKERS)[task]
     tags = tags if task == "caption" else task_tags
-    rng = np.random.default_rng(np.random.SeedSequence((seed, index, 1 + TASKS.index(task))))
+    rng = np.random.default_rng(np.random.SeedSequence((seed, index, 1 + ALL_TASKS.index(task))))
     # A count has no scene and names no pair, so it can never contain a withheld one.
     tags = [tag for tag in tags if withheld != "only" or tag != "count_left"]
     tag, wording = tags[index % len(tags)], int(rng.integers(generator.WORDINGS))
+    answers = _ANSWERS.get(tag) if balance_answers else None
+    answer = answers[index // len(tags) % len(answers)] if answers else None
     while True:
         candidate = make(rng, wording, tag)
         if is_single and any(len(scene.objects) > 1 for scene in candidate.scenes):
+            continue
+        if answer and candidate.assistant[-1] != answer:
             continue
         kind = holdout.withheld_kind(candidate.scenes, candidate.mentioned)
         if holdout.is_included(withheld, kind):
@@ -364,6 +359,7 @@ def make_records(
     tags: Sequence[str] = generator.TAGS,
     withheld: str = "none",
     label: str | None = None,
+    balance_answers: bool = False,
 ) -> Iterator[Record]:
     """Yield records 0 to count - 1 of `seed`, tasks in turn; record i does not depend on `count`.
 
@@ -371,11 +367,12 @@ def make_records(
     as JSON `scenes`, in the order of the images (a zoomed one has none), and `geneval`, what the
     last scene must and must not show, except for multi and text. `tags` are those of caption and
     t2i; if they are all of one object, the images of the other tasks show one object too. `label`
-    and the `meta` of t2i are those of `generator.make_records`.
+    and the `meta` of t2i are those of `generator.make_records`. For `balance_answers` see
+    `make_draft`.
     """
-    unknown = [task for task in tasks if task not in TASKS]
+    unknown = [task for task in tasks if task not in ALL_TASKS]
     if unknown or not tasks:
-        raise ValueError(f"--tasks: unknown {unknown}, expected some of {', '.join(TASKS)}")
+        raise ValueError(f"--tasks: unknown {unknown}, expected some of {', '.join(ALL_TASKS)}")
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"--tasks {','.join(tasks)}: a task is named twice")
     # t2i records are numbered separately, so that they are the same without other tasks.
@@ -388,7 +385,7 @@ def make_records(
         else:
             number = index // len(tasks)
             id = f"shapes-{task}-{seed}-{number:08d}"
-            draft = make_draft(seed, number, task, withheld, tags)
+            draft = make_draft(seed, number, task, withheld, tags, balance_answers)
             yield _draw_record(draft, task, id, seed, pixels)
 
 
@@ -418,15 +415,3 @@ def _draw_record(draft: Draft, task: str, id: str, seed: int, pixels: int) -> Re
     if draft.geneval is not None:
         meta["geneval"] = json.dumps(draft.geneval)
     return Record(1, id, f"shapes:{seed}", segments, blobs, meta)
-
-
-def _absent(scene: Scene, key: str) -> list[str]:
-    """Return the shapes or colors that no object of the scene has."""
-    taken = {getattr(item, key) for item in scene.objects}
-    return [x for x in (generator.SHAPES if key == "shape" else generator.COLORS) if x not in taken]
-
-
-def _replace(scene: Scene, old: Object, new: Object | None) -> Scene:
-    """Return the scene with `new` in place of `old`, or without it."""
-    objects = [new if item is old else item for item in scene.objects]
-    return dataclasses.replace(scene, objects=tuple(item for item in objects if item is not None))

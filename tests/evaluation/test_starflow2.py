@@ -50,8 +50,8 @@ def test_all_writes_a_page_figures_and_sheets(parts, tmp_path, capsys, sections)
             "generation_failed.png", "understanding.png"} <= names  # fmt: skip
     result = json.loads((out / "shapes.json").read_text())
     assert tuple(result["sections"]) == sections and not result["not_run"]
-    counts = {"t2i": 8, "question": 16, "edit": 10, "reason": 6, "text": 5}
-    tasks = [task for section, task in suite.TASKS.items() if section in sections]
+    counts = {"t2i": 8, "question": 16, "edit": 10, "reason": 6, "reason_free": 6, "text": 5}
+    tasks = [task for name in sections for task in suite.TASKS.get(name, ())]
     assert result["cases"] == {task: counts[task] for task in tasks}
     assert len(result["samples"]["generation"]) == 8
     understanding = result["sections"]["understanding"]

@@ -14,7 +14,7 @@ from starflow2_jax import prepare
 from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Img, Text
-from starflow2_jax.shapes import detector, generator, holdout, tasks
+from starflow2_jax.shapes import detector, generator, holdout, reasoning, tasks
 from starflow2_jax.shapes.wordings import TERSE, WORDINGS
 
 TAGS = {
@@ -114,7 +114,9 @@ def test_records_of_a_task_are_well_formed(task):
 
 
 def test_every_request_has_three_wordings():
-    assert set(WORDINGS) == {"caption", "quiz"}.union(*(TAGS[t] for t in TAGS if t != "caption"))
+    assert set(WORDINGS) == {"caption", "quiz", *reasoning.FREE_REASONS}.union(
+        *(TAGS[t] for t in TAGS if t != "caption")
+    )
     assert set(TERSE) == set(tasks.QUESTIONS)
     for forms in WORDINGS.values():
         assert len(set(forms)) == generator.WORDINGS == 3

@@ -3,8 +3,9 @@
 `correct_for(j, i)` in this file says whether the answer to case j is correct for case i.
 """
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starflow2_jax.evaluation import stats
@@ -40,6 +41,43 @@ def split_by_holdout(cases: Sequence[Case], correct: Sequence[float]) -> dict[st
         part = [(c, value) for c, value in zip(cases, correct) if c.is_held_out == held_out]
         tables[name] = by_tag(*zip(*part)) if part else None
     return tables
+
+
+def difference(
+    cases: Sequence[Case], first: Sequence[float], second: Sequence[float]
+) -> dict[str, Any]:
+    """Return by how much the first accuracy exceeds the second, over the same cases.
+
+    The parts, tags and mean are those of `split_by_holdout`; an interval is that of the mean of
+    the differences case by case, None of one case.
+    """
+    tables: dict[str, Any] = {}
+    for name, held_out in (("seen", False), ("held_out", True)):
+        groups: dict[str, list[float]] = defaultdict(list)
+        for case, a, b in zip(cases, first, second, strict=True):
+            if case.is_held_out == held_out:
+                groups[case.tag].append(float(a) - float(b))
+        tables[name] = _difference_table(groups) if groups else None
+    return tables
+
+
+def _difference_table(groups: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    tags = {
+        tag: {"count": len(group), **stats.mean(group, "difference")}
+        for tag, group in groups.items()
+    }
+    mean = {
+        "count": sum(map(len, groups.values())),
+        "difference": sum(row["difference"] for row in tags.values()) / len(tags),
+        "difference_95": None,
+    }
+    intervals = [row["difference_95"] for row in tags.values()]
+    if None not in intervals:
+        # The variances of independent tags add up.
+        half_width = math.hypot(*((high - low) / 2 for low, high in intervals)) / len(tags)
+        center = mean["difference"]
+        mean["difference_95"] = [center - half_width, center + half_width]
+    return {"tags": tags, "mean": mean}
 
 
 def group_by_tag(cases: Sequence[Case]) -> dict[tuple[str, bool], list[int]]:

@@ -25,6 +25,7 @@ TAGS = {
     "question": shapes_tasks.QUESTIONS,
     "edit": shapes_tasks.EDITS,
     "reason": shapes_tasks.REASONS,
+    "reason_free": shapes_tasks.FREE_REASONS,
     "text": shapes_tasks.TEXTS,
 }
 # Only captions with these tags name color and shape, so only they can name a held-out pair.
@@ -151,19 +152,32 @@ def read(folders: Iterable[str], *, n: int | None = None) -> list[Case]:
     return cases
 
 
-def generate(seed: int, n: int, pixels: int, tasks: Sequence[str] = tuple(TAGS)) -> list[Case]:
-    """Generate for each tag `n` cases like those of training, and half as many held-out ones."""
+def generate(
+    seed: int,
+    n: int,
+    pixels: int,
+    tasks: Sequence[str] = tuple(TAGS),
+    balance_answers: bool = False,
+) -> list[Case]:
+    """Generate for each tag `n` cases like those of training, and half as many held-out ones.
+
+    For `balance_answers` see `shapes.tasks.make_draft`.
+    """
     cases = []
     for task in tasks:
         for part, suffix, count in (("leave_out", "", n), ("only", "-withheld", -(-n // 2))):
-            for record in _generate_records(task, FIRST_SEED + seed, count, pixels, part):
+            for record in _generate_records(
+                task, FIRST_SEED + seed, count, pixels, part, balance_answers
+            ):
                 case = from_record(record, f"generated {task}", suffix)
                 if case is not None:
                     cases.append(case)
     return cases
 
 
-def _generate_records(task: str, seed: int, count: int, pixels: int, part: str) -> Iterator[Record]:
+def _generate_records(
+    task: str, seed: int, count: int, pixels: int, part: str, balance_answers: bool
+) -> Iterator[Record]:
     """Generate `count` records for each tag of a task, as `--withheld part` selects them."""
     tags: Sequence[str] = TAGS[task]
     if task == "t2i":
@@ -173,7 +187,14 @@ def _generate_records(task: str, seed: int, count: int, pixels: int, part: str) 
         return generator.make_records(seed, count * len(tags), pixels, tags=tags, keep=keep)
     if task == "text" and part == "only":
         tags = [tag for tag in tags if tag != "count_left"]  # it names no pair
-    return shapes_tasks.make_records(seed, count * len(tags), pixels, tasks=[task], withheld=part)
+    return shapes_tasks.make_records(
+        seed,
+        count * len(tags),
+        pixels,
+        tasks=[task],
+        withheld=part,
+        balance_answers=balance_answers,
+    )
 
 
 def with_blank_images(case: Case) -> Case:

@@ -1,14 +1,23 @@
-"""Questions that an intermediate image helps with, answered with and without generating it."""
+"""Questions that an intermediate image helps with, answered with and without generating it.
 
+The answer to a request with a choice (task `reason_free`) is the one that the detector reads off
+the image that the model generated. If that image does not give a clear one, the sample is wrong;
+answers without an image, which have none to agree with, are then compared with the reference.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from starflow2_jax.evaluation import ask
 from starflow2_jax.evaluation.shapes import accuracy, vqa
 from starflow2_jax.evaluation.shapes.cases import Case, Sample, with_blank_images
 from starflow2_jax.inference.prompts import Part
-from starflow2_jax.shapes import detector
+from starflow2_jax.shapes import detector, reasoning as shapes_reasoning
+from starflow2_jax.shapes.detector import Verdict
 
 BASELINES = {
     "direct_answer": "the answer at once, without an image",
@@ -21,43 +30,102 @@ BASELINES = {
 CEILINGS = {"reference_image": "the answer after the reference image in place of the generated one"}
 
 
+class _Answer(NamedTuple):
+    """An image and a text that the model generated, and what the image says."""
+
+    part: Part
+    text: str
+    verdict: Verdict  # of the image
+    expected: str | None  # the correct text after this image, None if the image does not give one
+
+    @property
+    def correct(self) -> bool:
+        return self.text == self.expected
+
+
 def measure(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> tuple[dict[str, Any], list[Sample]]:
-    """Answer every case after generating an image, which is scored too, and at once."""
-    answers = answer_fn([case.prompt for case in cases], "both")
-    texts = [ask.answer_text(parts) for parts in answers]
-    correct = [text == case.reference_text for text, case in zip(texts, cases)]
-    images = [ask.answer_image(parts, case.id) for parts, case in zip(answers, cases)]
-    verdicts = [detector.judge(part.image, case.facts) for part, case in zip(images, cases)]
-    references = [detector.judge(case.reference_image, case.facts).correct for case in cases]
+    """Answer every case after generating an image, which is scored too, and at once.
+
+    `gain` is the difference between the two, as from `accuracy.difference`.
+    """
+    answers = _answer_through_images(cases, answer_fn)
+    correct = [answer.correct for answer in answers]
+    expected_cases = [
+        dataclasses.replace(case, reference_text=answer.expected or case.reference_text)
+        for case, answer in zip(cases, answers)
+    ]
+    direct = vqa.is_correct(expected_cases, answer_fn)
     blank = [with_blank_images(case) for case in cases]
+    blank_direct = vqa.is_correct([with_blank_images(case) for case in expected_cases], answer_fn)
     forced_prompts = [
         [*case.prompt, Part("image", "assistant", image=case.reference_image)] for case in cases
     ]
     forced_texts = [ask.answer_text(parts) for parts in answer_fn(forced_prompts, "text")]
     forced = [text == case.reference_text for text, case in zip(forced_texts, cases)]
+    references = [read_image(case.reference_image, case)[0].correct for case in cases]
+
+    def through_images(cases):
+        return [answer.correct for answer in _answer_through_images(cases, answer_fn)]
+
     split = functools.partial(accuracy.split_by_holdout, cases)
     figures = {
         "score": split(correct),
+        "gain": accuracy.difference(cases, correct, direct),
         "baselines": {
-            "direct_answer": split(vqa.is_correct(cases, answer_fn)),
-            "most_frequent": split(accuracy.most_frequent_text(cases)),
+            "direct_answer": split(direct),
+            "most_frequent": split(accuracy.most_frequent_text(expected_cases)),
             "chance": split(accuracy.chance_of_text(cases)),
-            "blank_source": split(vqa.is_correct(blank, answer_fn, "both")),
-            "blank_source_direct_answer": split(vqa.is_correct(blank, answer_fn)),
-            "shuffled": split(vqa.is_correct(vqa.shuffle_images(cases), answer_fn, "both")),
+            "blank_source": split(through_images(blank)),
+            "blank_source_direct_answer": split(blank_direct),
+            "shuffled": split(through_images(vqa.shuffle_images(cases))),
         },
         "ceilings": {"reference_image": split(forced)},
         "image": {
-            "score": split([verdict.correct for verdict in verdicts]),
+            "score": split([answer.verdict.correct for answer in answers]),
             "baselines": {},
             "ceilings": {"reference_image": split(references)},
         },
     }
-    samples = []
-    for case, part, text, matched, verdict in zip(cases, images, texts, correct, verdicts):
-        reason = "" if matched else f"correct: {case.reference_text}"
-        if verdict.reason:
-            reason = f"{reason}; image: {verdict.reason}".lstrip("; ")
-        shown_images = (*case.prompt_images, part.image, case.reference_image)
-        samples.append(Sample(case, shown_images, text, matched, reason, part.log_likelihood))
-    return figures, samples
+    return figures, [_sample(case, answer) for case, answer in zip(cases, answers)]
+
+
+def read_image(image: np.ndarray, case: Case) -> tuple[Verdict, str | None]:
+    """Return whether an image is right for a case, and the correct text after it.
+
+    The text is None if the answer depends on the image, and the image does not give a clear one.
+    """
+    objects = detector.detect(image)
+    verdict = detector.check_facts(objects, case.facts)
+    if case.task != "reason_free":
+        return verdict, case.reference_text
+    answer = shapes_reasoning.read_answer(case.tag, objects, case.scenes)
+    if answer is None and verdict.correct:
+        verdict = Verdict(False, "it gives no clear answer")
+    return verdict, answer
+
+
+def _answer_through_images(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> list[_Answer]:
+    """Return the answer to each case, an image and then a text."""
+    answers = []
+    for parts, case in zip(answer_fn([case.prompt for case in cases], "both"), cases):
+        part = ask.answer_image(parts, case.id)
+        answers.append(_Answer(part, ask.answer_text(parts), *read_image(part.image, case)))
+    return answers
+
+
+def _sample(case: Case, answer: _Answer) -> Sample:
+    """Return the sample of a case."""
+    reasons = []
+    if answer.expected is not None and not answer.correct:
+        reasons.append(f"correct: {answer.expected}")
+    if answer.verdict.reason:
+        reasons.append(f"image: {answer.verdict.reason}")
+    shown_images = (*case.prompt_images, answer.part.image, case.reference_image)
+    return Sample(
+        case,
+        shown_images,
+        answer.text,
+        answer.correct,
+        "; ".join(reasons),
+        answer.part.log_likelihood,
+    )

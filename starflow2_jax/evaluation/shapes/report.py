@@ -30,6 +30,9 @@ def summary_lines(result: Result) -> list[str]:
                 ]
                 score = _accuracy(figures["score"][part], interval=True)
                 lines.append(f"{name}, {label}: {score}; {', '.join(comparisons)}")
+    for label, table in _gains(result):
+        figure = stats.format_figure(table["mean"], "difference", "+.3f")
+        lines.append(f"reasoning, {label}: {figure} more correct with an image than without")
     for name, label, kind, unit, row in _likelihoods(result):
         baselines = "".join(f", {_label(k)} {_nll(v)}" for k, v in row["baselines"].items())
         lines.append(f"likelihood, {name}, {label}, {kind}: {_nll(row)} {unit}{baselines}")
@@ -97,6 +100,14 @@ def _likelihoods(result: Result) -> Iterator[tuple[str, str, str, str, Mapping[s
                     yield task, PARTS.get(part, part), kind, unit, figures[kind]
 
 
+def _gains(result: Result) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (label, table) of what the generated images of reasoning add."""
+    gains = result["sections"].get("reasoning", {}).get("gain", {})
+    for part, table in gains.items():
+        if table is not None:
+            yield PARTS[part], table
+
+
 def _label(name: str) -> str:
     return name.replace("_", " ")
 
@@ -142,6 +153,9 @@ def _sections(result: Result, sheets: Mapping[str, np.ndarray]) -> Iterator[str]
             psnr = result["sections"]["editing"]["psnr_outside_edit"]
             values = ", ".join(f"{_label(key)} {value:.1f}" for key, value in psnr.items())
             yield f"<p>PSNR outside of what changes, dB: {html.escape(values)}.</p>"
+        if name == "reasoning":
+            for label, table in _gains(result):
+                yield _gain_table(label, table)
         for sheet, pixels in sheets.items():
             if sheet.split("_")[0] == name:
                 title = contact_sheets.TITLES[sheet]
@@ -160,8 +174,18 @@ def _accuracy_table(title: str, figures: Mapping[str, Any], part: str) -> str:
     rows = [row("the model", score, interval=True), cases]
     for name, table in _comparisons(figures).items():
         if table[part] is not None:
-            rows.append(row(_label(name), table[part]))
+            # The claim about reasoning is the difference to these two.
+            has_intervals = "direct_answer" in figures["baselines"]
+            interval = has_intervals and name in ("direct_answer", "reference_image")
+            rows.append(row(_label(name), table[part], interval))
     return html.table([title, "mean of tags", *map(_label, tags)], rows)
+
+
+def _gain_table(label: str, table: Mapping[str, Any]) -> str:
+    rows = [table["mean"], *table["tags"].values()]
+    figures = [stats.format_figure(row, "difference", "+.3f") for row in rows]
+    head = [f"reasoning, {label}", "mean of tags", *map(_label, table["tags"])]
+    return html.table(head, [["more correct with an image than without", *figures]])
 
 
 def _likelihood_section(result: Result) -> str:

@@ -18,13 +18,13 @@ from starflow2_jax.inference import vlm
 from starflow2_jax.inference.model import Model, adapter_is_trained, flow_is_trained
 from starflow2_jax.inference.vlm import VLM
 
-# The task whose cases a section answers; `likelihood` scores those of all tasks.
+# The tasks whose cases a section answers; `likelihood` scores those of all tasks.
 TASKS = {
-    "generation": "t2i",
-    "understanding": "question",
-    "editing": "edit",
-    "reasoning": "reason",
-    "text": "text",
+    "generation": ("t2i",),
+    "understanding": ("question",),
+    "editing": ("edit",),
+    "reasoning": ("reason", "reason_free"),
+    "text": ("text",),
 }
 SECTIONS = ("generation", "understanding", "editing", "reasoning", "likelihood", "text")
 # Each `measure` returns `score`, `baselines` and `ceilings` or `references`, all as from
@@ -118,9 +118,9 @@ def run(
     sections: dict[str, Any] = {}
     samples: dict[str, list[Sample]] = {}
     for name in only:
-        subset = [case for case in cases if case.task == TASKS.get(name, case.task)]
+        subset = [case for case in cases if case.task in TASKS.get(name, [case.task])]
         if not subset:
-            skipped.setdefault(name, f"no cases of task {TASKS.get(name)}")
+            skipped.setdefault(name, f"no cases of task {' or '.join(TASKS.get(name, ()))}")
         if name not in SCORED_SECTIONS and model is None:
             skipped.setdefault(name, "there is no model to score with")
         if name == "likelihood" and model is not None and model.codec is None:
@@ -191,6 +191,7 @@ def protocol() -> dict[str, Any]:
         "detector": "shapes/detector, by rules; facts as GenEval metadata",
         "editing": " ".join((editing.__doc__ or "").split("\n\n", 1)[1].split()),
         "max_shift": editing.MAX_SHIFT,
+        "reasoning": " ".join((reasoning.__doc__ or "").split("\n\n", 1)[1].split()),
         "likelihood": interleaved_likelihood.PROTOCOL,
         "comparisons": {
             name: {

@@ -14,6 +14,7 @@ from starflow2_jax.evaluation.shapes import (
     cases as cases_lib,
     contact_sheets,
     editing,
+    reasoning,
     report,
     suite,
 )
@@ -217,6 +218,64 @@ def test_page_lines_and_sheets_show_the_result(tmp_path, oracle_run):
     assert page.count("data:image/png;base64") == len(sheets) and "<html" in page
     assert "no &lt;model&gt;" in page and "color attr" in page and "own vision tower" in page
     lines = "\n".join(report.summary_lines(result))
+    assert "reasoning, seen: +0.000 (+0.000 to +0.000) more correct with an image" in lines
+    assert "more correct with an image than without" in page
     assert "generation, seen: 1.000 (" in lines and "not run: likelihood" in lines
     assert "editing, preserved, held out: 1.000" in lines
     json.dumps([report.sample_row(s) for group in samples.values() for s in group])
+
+
+def test_a_free_choice_is_judged_by_the_drawn_image(cases):
+    """The correct answer after an image is what that image shows, whatever the reference shows."""
+    free = [case for case in cases if case.task == "reason_free"]
+    for case in free:
+        verdict, answer = reasoning.read_image(case.reference_image, case)
+        assert verdict.correct and answer == case.reference_text
+        verdict, answer = reasoning.read_image(case.prompt_images[0], case)
+        assert not verdict.correct and answer is None
+    case = next(c for c in free if c.tag == "free_color")
+    old, item = case.scenes[0].objects[0], case.scenes[1].objects[0]
+    color = next(c for c in generator.COLORS if c not in (old.color, item.color))
+    objects = (dataclasses.replace(item, color=color), *case.scenes[1].objects[1:])
+    pixels = generator.draw(dataclasses.replace(case.scenes[1], objects=objects), PIXELS)
+
+    def answer_fn(text, direct_text=""):
+        """Return a function that draws the other color, and answers with these texts."""
+
+        def answer(prompts, kind):
+            parts = [Part("image", image=pixels, log_likelihood=-1.0)] * (kind != "text")
+            return [[*parts, Part("text", text=text if parts else direct_text)] for _ in prompts]
+
+        return answer
+
+    def measure(*texts):
+        figures, samples = reasoning.measure([case], answer_fn(*texts))
+        part = "held_out" if case.is_held_out else "seen"
+        rows = {name: t[part]["mean"]["correct"] for name, t in figures["baselines"].items()}
+        row = figures["gain"][part]["mean"]
+        return figures["score"][part]["mean"]["correct"], rows["direct_answer"], row, samples[0]
+
+    score, direct, gain, sample = measure(color, item.color)
+    assert (score, direct, gain["difference"]) == (1, 0, 1) and sample.reason == ""
+    score, direct, gain, sample = measure(item.color, color)
+    assert (score, direct, gain["difference"]) == (0, 1, -1)
+    assert sample.reason == f"correct: {color}"
+    pixels = case.prompt_images[0]  # no choice at all: what is said after it cannot be right
+    score, direct, _, sample = measure(old.color, item.color)
+    assert (score, direct) == (0, 1) and sample.reason.startswith("image: ")
+
+
+def test_differences_have_paired_intervals(cases):
+    subset = [c for c in cases if c.task == "reason" and not c.is_held_out]
+    first = [1.0] * len(subset)
+    second = [float(k % 2) for k in range(len(subset))]
+    table = accuracy.difference(subset, first, second)
+    assert table["held_out"] is None
+    mean = table["seen"]["mean"]
+    values = np.subtract(first, second)
+    assert mean["difference"] == pytest.approx(values.mean()) and mean["count"] == len(subset)
+    low, high = mean["difference_95"]
+    tags = [values[[c.tag == tag for c in subset]] for tag in table["seen"]["tags"]]
+    deviation = np.sqrt(sum(v.var(ddof=1) / len(v) for v in tags)) / len(tags)
+    assert (high - low) / 2 == pytest.approx(stats.Z_95 * deviation)
+    assert accuracy.difference(subset, first, first)["seen"]["mean"]["difference_95"] == [0, 0]
