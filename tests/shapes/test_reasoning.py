@@ -76,7 +76,7 @@ def test_free_records_are_read_off_the_reference_alone():
         assert record.meta["withheld"] == holdout.withheld_kind(scenes) == "none"
         answers[tag].add(answer)
         wordings[tag].add(record.segs[1].s.split()[0])
-    assert all(len(answers[tag]) >= 4 for tag in reasoning.FREE_REASONS)
+    assert all(len(answers[tag]) >= 3 for tag in reasoning.FREE_REASONS)
     assert all(len(wordings[tag]) == 3 for tag in reasoning.FREE_REASONS)
 
 
