@@ -152,9 +152,13 @@ def _open_t5(folder: str, options: FeatureOptions) -> tuple[Callable, dict[str, 
     from transformers import AutoTokenizer, T5EncoderModel
 
     _check_folder(folder, None)
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of many kinds, whatever is wrong in the files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DatasetError(f"{folder}: its tokenizer cannot be opened: {reason}") from error
     model = T5EncoderModel.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
     )

@@ -45,9 +45,9 @@ def test_one_pass_has_every_record_once_and_complete(opts):
             if not batch["mask"][row]:
                 continue
             contents = record_contents(batch, row, tokenizer)
-            assert len(contents) == len(ids.split(" "))
+            assert len(contents) == len(ids.split("\n"))
             image = 0
-            for id, (text, slots) in zip(ids.split(" "), contents):
+            for id, (text, slots) in zip(ids.split("\n"), contents):
                 record = dataset[id]
                 for segment in record.segs:
                     if isinstance(segment, records.Text):
@@ -73,7 +73,7 @@ def test_packing_does_not_change_a_record(opts):
         arrays_by_id = {}
         for batch in packed_batches.eval_batches(options, batch_size=2):
             for row, ids in enumerate(batch["id"]):
-                for number, id in enumerate(ids.split(" ") if ids else ()):
+                for number, id in enumerate(ids.split("\n") if ids else ()):
                     in_record = batch["segments"][row] == number + 1
                     arrays_by_id[id] = [batch[name][row][in_record] for name in names]
         return arrays_by_id
@@ -125,7 +125,7 @@ def test_dropped_conditions_belong_to_records_with_a_target_image_and_depend_on_
     dataset = {record.id: record for record in records.read(opts.path)}
     num_targets = 0
     for row, ids in enumerate(batch["id"]):
-        for id, (content, _) in zip(ids.split(" "), record_contents(batch, row, tokenizer)):
+        for id, (content, _) in zip(ids.split("\n"), record_contents(batch, row, tokenizer)):
             record = dataset[id]
             has_target_image = any(isinstance(s, records.Img) and s.loss for s in record.segs)
             user_texts = [

@@ -1,7 +1,9 @@
 """Offline latents and text features against diffusers and transformers, on tiny random models."""
 
+import contextlib
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -140,3 +142,22 @@ def test_without_the_extra_the_error_names_it(data, tmp_path, monkeypatch):
     monkeypatch.setattr(sd_vae_t5.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DatasetError, match=r"starflow2_jax\[features\]"):
         sd_vae_t5.write(tmp_path / "f", data, sd_vae_t5.FeatureOptions(), vae="x", t5=None)
+
+
+def test_no_code_of_a_t5_folder_runs(models, tmp_path):
+    folder = tmp_path / "t5"
+    shutil.copytree(models / "t5", folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "T"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(folder / 'OWNED')!r}, 'w')")
+    # transformers may take its own class for the folder instead.
+    with contextlib.suppress(DatasetError):
+        sd_vae_t5._open_t5(str(folder), sd_vae_t5.FeatureOptions())
+    assert not (folder / "OWNED").exists()
+
+
+def test_a_caption_that_names_a_special_token_is_text(models):
+    encode, _ = sd_vae_t5._open_t5(str(models / "t5"), sd_vae_t5.FeatureOptions(text_length=16))
+    (length,) = encode(["</s>"])[1]
+    assert length > 2  # the characters of the name, and one end
