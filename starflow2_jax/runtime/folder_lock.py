@@ -179,7 +179,7 @@ def _renew(file: epath.Path, owner: dict[str, Any], ended: threading.Event) -> N
         count += 1
         try:
             stored = _read(file)
-            if stored and stored.get("id") != owner["id"]:
+            if stored.get("id", owner["id"]) != owner["id"]:
                 print(f"error: {file}: process {stored.get('pid')} on {stored.get('host')} has "
                       "taken over this folder", file=sys.stderr, flush=True)  # fmt: skip
                 os._exit(1)

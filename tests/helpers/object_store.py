@@ -134,12 +134,17 @@ class Files(fsspec.AbstractFileSystem):
         raise PermissionError(f"{path1}: an object is not copied in place")
 
 
+def register():
+    """Direct the gs:// paths of this process to the store OBJECT_STORE, for etils."""
+    fsspec.register_implementation("gs", Files, clobber=True)
+    fsspec.register_implementation("gcs", Files, clobber=True)
+
+
 def use():
     """Direct the gs:// paths of this process to the store OBJECT_STORE, for etils and Orbax."""
     from orbax.checkpoint._src.path import gcs_utils
 
-    fsspec.register_implementation("gs", Files, clobber=True)
-    fsspec.register_implementation("gcs", Files, clobber=True)
+    register()
     # Orbax asks Google's client whether the bucket has folders; this one has none.
     gcs_utils.get_bucket = lambda name: None
 

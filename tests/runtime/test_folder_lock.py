@@ -9,17 +9,20 @@ import sys
 import time
 
 import pytest
-from helpers.paths import ROOT
+from etils import epath
+from helpers import object_store
+from helpers.paths import ROOT, TESTS
 
-from starflow2_jax.runtime import atomic, child_process, folder_lock
+from starflow2_jax.runtime import child_process, folder_lock
 
 pytestmark = pytest.mark.fast
 
 OWNER = """
-import pathlib, sys, time
-from starflow2_jax.runtime import atomic, folder_lock
-if sys.argv[2] == "lease":
-    atomic.is_remote = lambda path: True
+import sys, time
+from starflow2_jax.runtime import folder_lock
+if sys.argv[1].startswith("gs://"):
+    from helpers import object_store
+    object_store.register()
     folder_lock.RENEWAL = 0.1
 with folder_lock.lock(sys.argv[1], "trains"):
     print("locked", flush=True)
@@ -38,58 +41,61 @@ with open(sys.argv[1], "w") as output:
 
 
 def start(code, *args):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """An object store, in which a lease is renewed often."""
+    (tmp_path / "objects").mkdir()
+    monkeypatch.setenv("OBJECT_STORE", str(tmp_path / "objects"))
+    object_store.register()
+    monkeypatch.setattr(folder_lock, "RENEWAL", 0.1)
+    return epath.Path("gs://bucket")
+
+
 @pytest.fixture(params=["file", "lease"])
-def kind(request, monkeypatch):
-    if request.param == "lease":
-        monkeypatch.setattr(atomic, "is_remote", lambda path: True)
-        monkeypatch.setattr(folder_lock, "RENEWAL", 0.1)
-        monkeypatch.setattr(folder_lock, "EXPIRY", 60)
-    return request.param
+def workdir(request, tmp_path):
+    if request.param == "file":
+        return epath.Path(tmp_path / "w")
+    return request.getfixturevalue("bucket") / "w"
 
 
-def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, kind):
-    owner = start(OWNER, tmp_path / "w", kind)
+def test_a_second_process_is_refused_until_the_first_has_ended(workdir, tmp_path):
+    owner = start(OWNER, workdir)
     assert owner.stdout.readline() == "locked\n"
     expected = rf"/w: another process trains here \(process {owner.pid} on \S+\); end it first"
     with (
         pytest.raises(folder_lock.LockedError, match=expected),
-        folder_lock.lock(tmp_path / "w", "trains"),
+        folder_lock.lock(workdir, "trains"),
     ):
         pass
     owner.kill()
     owner.wait()
-    assert (tmp_path / "w" / ".lock").exists()
-    with folder_lock.lock(tmp_path / "w", "trains"):
-        stored = json.loads((tmp_path / "w" / ".lock").read_text())
-        assert stored["pid"] == os.getpid()
+    assert (workdir / ".lock").exists()
+    with folder_lock.lock(workdir, "trains"):
+        assert json.loads((workdir / ".lock").read_text())["pid"] == os.getpid()
         with (
             pytest.raises(folder_lock.LockedError, match=f"process {os.getpid()} on"),
-            folder_lock.lock(tmp_path / "w", "trains"),
+            folder_lock.lock(workdir, "trains"),
         ):
             pass
-    assert os.listdir(tmp_path / "w") == []
-    if kind == "file":
-        with folder_lock.lock(tmp_path / "new", "trains"):
-            pass
-        assert os.listdir(tmp_path) == ["w"]
+    assert not (workdir / ".lock").exists()
+    with folder_lock.lock(tmp_path / "new", "trains"):
+        pass
+    assert not (tmp_path / "new").exists()
 
 
-def test_a_lease_of_another_host_is_taken_over_once_it_is_not_renewed(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic, "is_remote", lambda path: True)
-    monkeypatch.setattr(folder_lock, "RENEWAL", 0.1)
+def test_a_lease_of_another_host_is_taken_over_once_it_is_not_renewed(bucket, monkeypatch):
     monkeypatch.setattr(folder_lock, "EXPIRY", 0.5)
     for text in (json.dumps({"pid": 1, "host": "elsewhere", "id": "x", "count": 7}), "no JSON"):
-        (tmp_path / ".lock").write_text(text)
+        (bucket / "w" / ".lock").write_text(text)
         start_time = time.monotonic()
-        with folder_lock.lock(tmp_path, "trains"):
+        with folder_lock.lock(bucket / "w", "trains"):
             assert time.monotonic() - start_time > 0.4
-            time.sleep(0.3)
-            assert json.loads((tmp_path / ".lock").read_text())["count"] > 0  # it is renewed
+            wait_for(lambda: json.loads((bucket / "w" / ".lock").read_text())["count"] > 0)
 
 
 def wait_for(condition):
