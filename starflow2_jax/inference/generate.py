@@ -29,6 +29,7 @@ from starflow2_jax.inference.results import (
 )
 from starflow2_jax.inference.sampling import SamplingParams
 from starflow2_jax.inference.session import (
+    CACHE_STEP,
     LENGTH_STEP,
     Session,
     append_copies,
@@ -145,9 +146,8 @@ def _check_trained(model: Model, rows: Sequence[Sequence[Part]], options: Genera
 def _check_memory(model: Model, num_prompts: int, options: GenerateOptions) -> None:
     """Raise ValueError if the caches cannot fit, before anything is allocated."""
     rows = num_prompts * options.copies * (2 if options.needs_null_branch else 1)
-    slots = options.cache or _reserved_slots(
-        model, options, options.max_tokens, options.image_limit
-    )
+    reserved = _reserved_slots(model, options, options.max_tokens, options.image_limit)
+    slots = options.cache or -(-(LENGTH_STEP + reserved) // CACHE_STEP) * CACHE_STEP
     # Keys and values, of at least two bytes each.
     slot = sum(4 * n * c.kv_heads * c.head_dim for c, n in model.model_config.stacks)
     what = f"generate: {rows} rows of {slots} positions"

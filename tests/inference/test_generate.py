@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -391,3 +392,17 @@ def test_denoised_images_are_decoded_and_noisy_latents_are_reported(parts):
 def test_numbers_of_the_options_have_bounds(options, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         GenerateOptions(**options)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "options", [{"n": 10**6, "max_tokens": 2}, {"max_tokens": 2**31 - 1}, {"cache": 2**31 - 1}]
+)
+def test_caches_beyond_the_memory_are_refused(options):
+    layer = types.SimpleNamespace(kv_heads=2, head_dim=32)
+    cfg = types.SimpleNamespace(stacks=((layer, 8), (layer, 8)), num_patches=64)
+    model = types.SimpleNamespace(model_config=cfg, has_clean_copies=False)
+    checked = GenerateOptions(images=0, **options)
+    with pytest.raises(ValueError, match=r"rows of \d+ positions needs at least .* \(the caches"):
+        generate._check_memory(model, 1, checked)
+    generate._check_memory(model, 1, GenerateOptions(images=0))
