@@ -73,8 +73,7 @@ def define(values: flags.FlagValues) -> None:
             "all of --data; codec: no cases)", 1, 1_000_000)  # fmt: skip
     flags.DEFINE_list("only", [], f"shapes, all: some of {', '.join(suite.SECTIONS)}",
                       flag_values=values)  # fmt: skip
-    switch("balance_answers", False, "shapes, all: generated cases have each answer of counting "
-           "questions equally often")  # fmt: skip
+    switch("balance_answers", False, "shapes, all: each answer of counting questions as often")
     real("guidance", None, "shapes, all: guidance weight of images; the run's by default", 0)
     real("image_temperature", None, "shapes, all: scale of the noise of images; the run's by "
          "default", 1e-3)  # fmt: skip
@@ -389,11 +388,8 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
     if folders:
         suite_cases = cases.read(folders, n=values.n)
     else:
-        tasks = [*cases.TAGS]
-        if "likelihood" not in sections:
-            tasks = [task for section in sections for task in suite.TASKS[section]]
-        balance = values.balance_answers
-        suite_cases = cases.generate(seed, values.n or 32, pixels, tasks, balance)
+        n, tasks = values.n or 32, suite.tasks_of(sections)
+        suite_cases = cases.generate(seed, n, pixels, tasks, values.balance_answers)
     sampling_settings = {
         "batch_size": values.batch_size or 96,
         "seed": seed,

@@ -40,6 +40,13 @@ _EXTRA_TOKENS = 4
 _LIKELIHOOD_BATCH_SIZE = 32
 
 
+def tasks_of(sections: Sequence[str]) -> list[str]:
+    """Return the tasks whose cases sections need."""
+    if "likelihood" in sections:
+        return list(TAGS)
+    return [task for name in sections for task in TASKS[name]]
+
+
 def make_answer_fn(model: Model, cases: Sequence[Case], **options: Any) -> ask.AnswerFn:
     """Return `ask.make_answer_fn` with room for the longest reference text of the cases."""
     lengths = [len(model.tokenizer.encode(case.reference_text)) for case in cases]
