@@ -388,8 +388,8 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
     if folders:
         suite_cases = cases.read(folders, n=values.n)
     else:
-        n, tasks = values.n or 32, suite.tasks_of(sections)
-        suite_cases = cases.generate(seed, n, pixels, tasks, values.balance_answers)
+        n, balance = values.n or 32, values.balance_answers
+        suite_cases = cases.generate(seed, n, pixels, suite.tasks_of(sections), balance)
     sampling_settings = {
         "batch_size": values.batch_size or 96,
         "seed": seed,
@@ -439,8 +439,7 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
 def _sections(values: flags.FlagValues) -> tuple[str, ...]:
     for name in values.only:
         if name not in suite.SECTIONS:
-            known = ", ".join(suite.SECTIONS)
-            near = nearest(name, suite.SECTIONS)
+            known, near = ", ".join(suite.SECTIONS), nearest(name, suite.SECTIONS)
             raise ValueError(f"--only: unknown section {name!r}{near}; the sections are {known}")
     return tuple(values.only) or suite.SECTIONS
 
