@@ -8,7 +8,6 @@ python -m starflow2_jax.evaluate report --workdir runs/cifar
 python -m starflow2_jax.evaluate all --model runs/stage3 --n 16 --out evaluation/
 """  # noqa: E501
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -39,7 +38,7 @@ from starflow2_jax.inference.model import Model
 from starflow2_jax.latents import batch_encoder, codec as latent_codec
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.mesh import check_batch, host_rows, make_mesh
-from starflow2_jax.runtime import allocator, atomic, cli, memory
+from starflow2_jax.runtime import allocator, cli, memory
 from starflow2_jax.training import preprocess
 from starflow2_jax.training.logging import image_grid
 from starflow2_jax.training.tasks import vlm as vlm_task
@@ -426,12 +425,7 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
         result, written = file.write(result)
     elif jax.process_index() == 0:
         sheets = contact_sheets.make(samples, seed)
-        with atomic.folder(str(folder), overwrite=values.overwrite) as temporary:
-            file = dataclasses.replace(file, path=temporary / result_files.SHAPES_FILE)
-            result, _ = file.write(result)
-            for name, sheet in sheets.items():
-                (temporary / f"{name}.png").write_bytes(image_grid.png(sheet))
-            report.write(temporary / "report.html", result, sheets)
+        result = report.write_folder(file, result, sheets, overwrite=values.overwrite)
         written = [f"written    {folder}: report.html, shapes.json, {len(sheets)} sheets"]
     return result, [*report.summary_lines(result), *written]
 

@@ -146,7 +146,6 @@ OTHER_WRITERS = {
     "checkpoints/steps.py:remove",
     "data/shards.py:write",
     "data/shards.py:_write_shards",
-    "evaluate.py:evaluate_shapes",
     "training/logging/run_log.py:open",
     "benchmarking/timing.py:_reset_peak",
     "planning/report.py:chart",

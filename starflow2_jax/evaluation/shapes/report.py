@@ -1,13 +1,16 @@
 """The result of `evaluate shapes` and `evaluate all` as lines of text, and as an HTML page."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import dataclasses
 from typing import Any
 
+import Iterator
+import Mapping
 import numpy as np
 from etils import epath
 
 from starflow2_jax.evaluation import stats
 from starflow2_jax.evaluation.report import html
+from starflow2_jax.evaluation.result_files import SHAPES_FILE, ResultFile
 from starflow2_jax.evaluation.shapes import contact_sheets, editing, suite
 from starflow2_jax.evaluation.shapes.cases import Sample
 from starflow2_jax.runtime import atomic
@@ -57,6 +60,18 @@ def sample_row(sample: Sample) -> dict[str, Any]:
         "reason": sample.reason,
         "log_likelihood": sample.log_likelihood,
     }
+
+
+def write_folder(
+    file: ResultFile, result: Result, sheets: Mapping[str, np.ndarray], *, overwrite: bool
+) -> Result:
+    """Write result, sheets and page to the folder of a result; return the result with its stamp."""
+    with atomic.folder(str(file.path), overwrite=overwrite) as temporary:
+        result, _ = dataclasses.replace(file, path=temporary / SHAPES_FILE).write(result)
+        for name, sheet in sheets.items():
+            atomic.write_file(temporary / f"{name}.png", image_grid.png(sheet))
+        write(temporary / "report.html", result, sheets)
+    return result
 
 
 def write(path: epath.PathLike, result: Result, sheets: Mapping[str, np.ndarray]) -> None:
