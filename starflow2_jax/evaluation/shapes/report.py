@@ -1,10 +1,9 @@
 """The result of `evaluate shapes` and `evaluate all` as lines of text, and as an HTML page."""
 
-from collections.abc import dataclasses
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import Iterator
-import Mapping
 import numpy as np
 from etils import epath
 
