@@ -13,10 +13,9 @@ from starflow2_jax.data.manifest import DatasetError
 PAGE = ROOT / "docs" / "data.md"
 
 
-def only_block(language):
-    """Return the text of the one block of a language on the page."""
-    (block,) = [block for block in blocks(PAGE) if block.language == language]
-    return block.text
+def first_block(language):
+    """Return the text of the first block of a language on the page."""
+    return next(block.text for block in blocks(PAGE) if block.language == language)
 
 
 @pytest.fixture
@@ -24,11 +23,11 @@ def dataset(tmp_path, monkeypatch):
     """Run the page's program on its lines and some images; return the dataset's folder."""
     monkeypatch.chdir(tmp_path)
     pathlib.Path("my_data").mkdir()
-    pathlib.Path("my_data/rows.jsonl").write_text(only_block("json"))
+    pathlib.Path("my_data/rows.jsonl").write_text(first_block("json"))
     for i, name in enumerate(("red", "blue", "near")):
         pixels = np.full((24, 16, 3), 40 * i, np.uint8)
         pathlib.Path(f"my_data/{name}.png").write_bytes(images.encode_png(pixels))
-    code = only_block("python")
+    code = first_block("python")
     assert len(code.strip().splitlines()) <= 21
     exec(compile(code, PAGE.name, "exec"), {})
     return "data/my_data"

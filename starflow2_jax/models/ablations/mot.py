@@ -28,7 +28,7 @@ from starflow2_jax.models.starflow2 import PretzelConfig
 from starflow2_jax.params import ParamSpec, Tree, normal, zeros
 
 # Widths of the expert at which as many parameters are trained as in the Pretzel of that name.
-WIDTHS = {"tiny": 192, "small": 400, "paper": 2240}
+WIDTHS = {"tiny": 232, "small": 400, "paper": 2240}
 
 
 @dataclass(frozen=True)
