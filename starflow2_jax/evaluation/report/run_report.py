@@ -33,7 +33,11 @@ def write(workdir: epath.PathLike) -> epath.Path:
     if jax.process_index():
         return path
     newest_step = steps.latest(workdir)
-    cfg = read_records(workdir, {} if newest_step is None else orbax.read_meta(workdir))
+    # Orbax reads in all processes at once, and only one of them writes the report. Resuming checks
+    # the files against the checkpoint in any case.
+    reads_checkpoint = newest_step is not None and jax.process_count() == 1
+    meta = orbax.read_meta(workdir) if reads_checkpoint else {}
+    cfg = read_records(workdir, meta)
     if cfg is None:
         raise FileNotFoundError(f"{workdir} has no {run_log.CONFIG}: it is not the folder of a run")
     rows = run_log.read_rows(workdir)
