@@ -128,8 +128,12 @@ def _procedural(values: flags.FlagValues) -> ImportSource:
         raise DatasetError(f"--label {values.label}: procedural images have no classes")
     count, pixels = values.n or 10_000, values.pixels or 64
     make = functools.partial(procedural.make_records, values.seed, count, pixels)
-    options = {"seed": values.seed, "n": count, "pixels": pixels}
-    return ImportSource(make, Importer("procedural", procedural.VERSION, options), {})
+    importer = Importer(
+        "procedural",
+        procedural.VERSION,
+        {"seed": values.seed, "n": count, "pixels": pixels},
+    )
+    return ImportSource(make, importer, {})
 
 
 def _captioned(

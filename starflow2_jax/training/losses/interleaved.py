@@ -189,11 +189,14 @@ def loss_terms(
         # Segments rather than a mask: accelerator kernels read segments.
         segments=batch["segments"],
     )
-    options = {}
+    forward = partial(cfg.forward, params, inputs, with_flow=stage.images, with_skips=stage.text)
     if reads_fewer_vlm_states(cfg, stage, vlm_positions):
         is_read = is_read_by_images(batch)
-        options["vlm_states"] = starflow2.vlm_states_at(params, inputs, cfg, is_read, vlm_positions)
-    states = cfg.forward(params, inputs, with_flow=stage.images, with_skips=stage.text, **options)
+        states = forward(
+            vlm_states=starflow2.vlm_states_at(params, inputs, cfg, is_read, vlm_positions)
+        )
+    else:
+        states = forward()
     terms = LossTerms()
     patch, token = next_targets(batch)
     if stage.images:
