@@ -5,8 +5,9 @@ that what an image needs survives the noise of a flow's training. A larger model
 codec in the same way: --config.init.fae=FOLDER, with train.trainable=encoder,feature_decoder,
 pixel_decoder,latent for a frozen tower.
 Variants:
-    tiny   64x64 images of any content, 16 channels for each of 8x8 tokens. CPU.
-           Data: launch/data_wide.sh (procedural images, shapes, emoji, photographs)
+    tiny    64x64 images of any content, 16 channels for each of 8x8 tokens. CPU.
+            Data: launch/data_wide.sh (procedural images, shapes, emoji, photographs)
+    longer  the same from runs/fae, with more objects in the shapes (launch/data_tiny.sh)
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ def get_config(variant: str = "tiny"):
     """Return the configuration of a variant."""
     cfg = config.default()
     cfg.name, cfg.task = f"fae_end_to_end_{variant}", "fae_end_to_end"
-    {"tiny": _tiny}[variant](cfg)
+    {"tiny": _tiny, "longer": _longer}[variant](cfg)
     return cfg
 
 
@@ -72,3 +73,16 @@ def _tiny(cfg):
     cfg.sample.every, cfg.sample.count = 500, 48
     cfg.evaluate.every, cfg.evaluate.rows = 500, 200
     cfg.checkpoint.every = 250
+
+
+def _longer(cfg):
+    _tiny(cfg)
+    cfg.init.fae, cfg.seed = "runs/fae", 1
+    cfg.data.mixture = (
+        {"path": "data_cache/procedural64", "weight": 0.15},
+        {"path": "data_cache/t2i64", "weight": 0.55},
+        {"path": "data_cache/emoji64", "weight": 0.2},
+        {"path": "data_cache/cifar64", "weight": 0.1},
+    )
+    cfg.train.steps = 2400
+    cfg.optim.lr, cfg.optim.muon_lr = 1e-3, 6e-3

@@ -182,7 +182,7 @@ def test_one_process_trains_in_a_folder(unbroken):
 
 
 def test_a_step_that_is_not_finite_stops_with_ids_and_a_dump(data, tmp_path):
-    cfg = run_config(data, **{"optim.lr": 1e30, "optim.clip": 0.0, "optim.warmup": 0})
+    cfg = run_config(data, **{"optim.lr": 1e9, "optim.clip": 0.0, "optim.warmup": 0})
     output = finish(start(cfg, tmp_path / "run"), expected=1)
     assert "is not finite; the batch (ids " in output
     dumps = list((tmp_path / "run" / "nonfinite").glob("*.npz"))

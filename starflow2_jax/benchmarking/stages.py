@@ -38,7 +38,7 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 # The rows of the tiny preset, whose images have 64 patches.
 TINY: dict[str, dict[str, Any]] = {
-    "stage1": {"length": 176, "images": 2, "max_targets": 0},
+    "stage1": {"length": 256, "images": 3, "max_targets": 0},
     "stage3": {"length": 256, "images": 3, "max_targets": 0},
 }
 GIB = 2**30

@@ -29,7 +29,6 @@ from starflow2_jax.checkpoints.tensor_files import (
     to_device,
 )
 from starflow2_jax.config import upgrade
-from starflow2_jax.data import untrusted
 from starflow2_jax.params import (
     Tree,
     flatten,
@@ -245,6 +244,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     file = Path(path) / CONFIG_FILE
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; is {path} a model folder?")
+    from starflow2_jax.data import untrusted  # needs msgspec, which sampling alone does not
+
     config = upgrade(untrusted.read_json(file, dict[str, Any]))
     if EXPERIMENT_KEY in config:
         config[EXPERIMENT_KEY] = upgrade(config[EXPERIMENT_KEY])

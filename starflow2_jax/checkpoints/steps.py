@@ -162,11 +162,14 @@ def damaged_files(path: epath.Path, parts: Sequence[str] | None) -> dict[str, st
     if expected is None:
         return None
     if parts is not None:
-        # Orbax reads the descriptions of all parts, and names no file if one is damaged.
+        # Orbax reads the descriptions of all parts that are there, and names no file if one is
+        # damaged. A copy may lack a part that is not read, such as the optimizer's.
         expected = {
             name: value
             for name, value in expected.items()
-            if "/d/" not in name or name.split("/")[0] in parts
+            if "/" not in name
+            or name.split("/")[0] in parts
+            or ("/d/" not in name and (path / name.split("/")[0]).exists())
         }
     names = sorted(expected)
     share = names[jax.process_index() :: jax.process_count()]

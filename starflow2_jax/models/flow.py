@@ -130,6 +130,8 @@ def rope_tables(block: BlockConfig, positions: rope.Positions | None, dtype: Any
     cfg = block.flow
     if cfg.positions != "rope":
         return None
+    if positions is None:
+        raise ValueError("positions: a flow with RoPE needs them")
     if cfg.key_positions == "own" and positions.keys is None:
         raise ValueError("positions: model.flow.key_positions='own' needs those of the keys")
     grid_side = cfg.side if cfg.rope_frequencies == "grid" else None

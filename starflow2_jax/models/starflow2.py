@@ -321,7 +321,8 @@ def vlm_states_at(
             return jnp.take_along_axis(a, index.reshape(*index.shape, *(1,) * (a.ndim - 2)), 1)
 
         adapter_input = inputs.adapter_input
-        fewer_inputs = inputs.replace(
+        fewer_inputs = dataclasses.replace(
+            inputs,
             ids=at_index(inputs.ids),
             latents=None,
             adapter_input=None if adapter_input is None else at_index(adapter_input),

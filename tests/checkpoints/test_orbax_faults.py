@@ -57,7 +57,7 @@ def check_every_listed_step(workdir, at_least, width):
     assert steps.latest(workdir) == newest + 1
 
 
-FIRST_WORDS = ["2/ema/_sharding", "2/commit_success.txt", "2/SHA256SUMS.tmp"]
+FIRST_WORDS = ["2/ema/_sharding", "2/commit_success.txt", "2/.SHA256SUMS.partial"]
 MORE_WORDS = ["2", "2/params/manifest.ocdbt", "2/opt_state/d", "2/step/_METADATA"]
 LAST_WORDS = ["2/orbax.checkpoint", "2/_CHECKPOINT_METADATA", "2/SHA256SUMS"]
 

@@ -188,7 +188,9 @@ def test_text_that_does_not_fit_is_named(folder):
 def test_byte_tokens():
     assert chat_layout.byte_tokens("a\u00e9", 5).tolist() == [98, 196, 170, 0, 0]
     assert chat_layout.byte_tokens("", 2).tolist() == [0, 0]
-    assert chat_layout.byte_tokens("\x00", 1).tolist() == [1]
+    assert chat_layout.byte_tokens("\x01", 1).tolist() == [2]
+    with pytest.raises(DatasetError, match="a NUL character"):
+        chat_layout.byte_tokens("\x00", 1)
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_guided_jacobi_equals_guided_sequential(x64, conditioned):
     loose, info = draw(jacobi=Jacobi(4, 1e-2, 4))
     assert info["passes"].sum() < 16 and (info["residual"] < 1e-2).all()
     assert error(loose, exact) < 1
-    with pytest.raises(ValueError, match="block and max_iterations must be at least 1"):
+    with pytest.raises(ValueError, match="must be a whole number from 1"):
         draw(jacobi=Jacobi(0))
 
 

@@ -23,7 +23,7 @@ from starflow2_jax.runtime import folder_lock
 if sys.argv[1].startswith("gs://"):
     from helpers import object_store
     object_store.register()
-    folder_lock.RENEWAL = 0.1
+    folder_lock.RENEWAL = 0.5
 with folder_lock.lock(sys.argv[1], "trains"):
     print("locked", flush=True)
     time.sleep(60)
@@ -52,7 +52,7 @@ def bucket(tmp_path, monkeypatch):
     (tmp_path / "objects").mkdir()
     monkeypatch.setenv("OBJECT_STORE", str(tmp_path / "objects"))
     object_store.register()
-    monkeypatch.setattr(folder_lock, "RENEWAL", 0.1)
+    monkeypatch.setattr(folder_lock, "RENEWAL", 0.5)
     return epath.Path("gs://bucket")
 
 
