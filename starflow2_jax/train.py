@@ -296,7 +296,7 @@ def log_step(run: Run, pending: PendingStep, window: list[dict[str, float]]) -> 
     number, metrics, batch = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not values["finite"]:
-        ids = ", ".join(" ".join(batch["id"][:4]).split("\n")[:4])
+        ids = ", ".join("\n".join(batch["id"][:4]).split("\n")[:4])
         path = run_log.dump_batch(run.workdir, number, batch, batch["id"], values)
         raise RuntimeError(
             f"step {number}: loss {values['loss']}, gradient norm {values['grad_norm']} is not "

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from starflow2_jax import params
 from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.params import Tree
+from starflow2_jax.runtime import atomic
 
 # Metadata that an exported model folder keeps in its config.json.
 EXPORTED_METADATA = ("classes", "null_text", "frozen", "parts")
@@ -108,7 +109,7 @@ def open_model(path: str | Path) -> SavedModel:
         path: `WORKDIR`, `WORKDIR/checkpoints/STEP`, a model folder, or `pretrained/NAME`; local or
             an object store's `gs://...` (runs only).
     """
-    location = str(path) if "://" in str(path) else str(model_folder.locate(path))
+    location = str(path) if atomic.is_remote(path) else str(model_folder.locate(path))
     if model_folder.is_folder(location):
         config = model_folder.read_config(location)
         config = config.get(model_folder.EXPERIMENT_KEY, config)

@@ -4,7 +4,6 @@ A folder is a committed checkpoint once Orbax has written `commit_success.txt` i
 once its digests exist as well. Nothing here opens an array.
 """
 
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from absl import logging
 from etils import epath
 
 from starflow2_jax.checkpoints import digest
+from starflow2_jax.runtime import atomic
 
 COMMIT_FILE = "commit_success.txt"
 FOLDER = "checkpoints"
@@ -32,7 +32,7 @@ class StepFolder(NamedTuple):
 def absolute(path: epath.PathLike) -> epath.Path:
     """Return an absolute path, as Orbax requires. Object store paths (`gs://`) are unchanged."""
     path = epath.Path(path)
-    return path if "://" in os.fspath(path) else path.resolve()
+    return path if atomic.is_remote(path) else path.resolve()
 
 
 def folder(workdir: epath.PathLike) -> epath.Path:

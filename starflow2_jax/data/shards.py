@@ -42,7 +42,7 @@ def write(
             exactly as many. Without it a new shard starts after `shard_bytes` of payload.
         overwrite: replace an existing dataset folder (and only a dataset folder).
     """
-    if "://" in os.fspath(path):
+    if atomic.is_remote(path):
         raise DatasetError(
             f"{path}: datasets are written to a local folder; copy it there when it is complete"
         )

@@ -14,6 +14,7 @@ import msgspec
 from etils import epath
 
 from starflow2_jax.data.manifest import DatasetError
+from starflow2_jax.runtime import atomic
 
 MAX_JSON_BYTES = 8 << 30  # of a file that is one JSON value
 MAX_LINE_BYTES = 64 << 20
@@ -29,7 +30,7 @@ def check_regular(path: str | os.PathLike[str], location: str = "") -> int:
     """
     location = location or os.fspath(path)
     try:
-        if "://" in os.fspath(path):
+        if atomic.is_remote(path):
             return epath.Path(path).stat().length
         status = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a path with NUL

@@ -32,72 +32,11 @@ def image_starts(model: Model, start: TurnStart, b: int, items: Sequence[Sampled
     return [t for t, token in enumerate(tokens) if token == vision_start and t not in copies]
 
 
-def denoise_image(
-    model: Model,
-    session: Session,
-    start: TurnStart,
-    b: int,
-    items: Sequence[SampledItem],
-    t: int,
-    x: np.ndarray,
-) -> np.ndarray:
-    """Return latents x [N, D] of the image that item t of row b begins, after a score step.
-
-    The training noise must be Gaussian.
-    """
-    noise = model.cfg["noise"]
-    if noise["kind"] != "gaussian" or not noise["sigma"]:
-        raise ValueError(
-            f"denoise needs a model that was trained with Gaussian noise, but this one was trained "
-            f"with noise.kind={noise['kind']!r}, noise.sigma={noise['sigma']!r}"
-        )
-    counters = advance_counters(model, start, b, [item.token for item in items[: t + 1]])
-    vlm_position = int(start.state.next_vlm_position[b]) + counters["position_steps"]
-    flow_index = int(start.state.flow_index[b]) + counters["flow_steps"]
-    image = jnp.asarray(x)
-    denoised = denoise.image_score_step(
-        {"shallow": model.params["shallow"]},
-        session.params,
-        session.state,
-        b,
-        ImageStart(
-            token=jnp.int32(model.special_tokens.vision_start),
-            slot=jnp.int32(items[t].slot),
-            vlm_position=jnp.int32(vlm_position),
-            flow_index=jnp.int32(flow_index),
-        ),
-        image,
-        jnp.asarray(noise["sigma"], image.dtype),
-        cfg=model.model_config,
-    )
-    return np.asarray(denoised)
-
-
-def copy_latents(
-    model: Model,
-    session: Session,
-    start: TurnStart,
-    b: int,
-    items: Sequence[SampledItem],
-    t: int,
-    clean: np.ndarray,
-) -> np.ndarray:
-    """Return the latents [N, D] of the copy of a denoised image, with the noise of context."""
-    sigma = config.context_sigma(model.cfg)
-    if not sigma:
-        return clean
-    counters = advance_counters(model, start, b, [item.token for item in items[: t + 1]])
-    # The patches of the image and the item after it have the numbers 1 ... N + 1 of its part.
-    part_key = jax.random.fold_in(session.keys[b], counters["part_index"])
-    key = jax.random.fold_in(part_key, model.model_config.num_patches + 2)
-    return clean + sigma * np.asarray(jax.random.normal(key, clean.shape, clean.dtype))
-
-
 class CleanImage(NamedTuple):
     """A sampled image after denoising."""
 
     denoised: np.ndarray  #: latents [N, D]
-    copy: np.ndarray  #: latents [N, D] of its clean copy
+    copy: np.ndarray  #: latents [N, D] of its clean copy, with the noise of context
 
 
 def clean_image(
@@ -109,9 +48,56 @@ def clean_image(
     t: int,
     x: np.ndarray,
 ) -> CleanImage:
-    """Return latents x [N, D] of the image that item t of row b begins, denoised."""
-    denoised = denoise_image(model, session, start, b, items, t, x)
-    return CleanImage(denoised, copy_latents(model, session, start, b, items, t, denoised))
+    """Return latents x [N, D] of the image that item t of row b begins, after a score step.
+
+    The training noise must be Gaussian.
+    """
+    counters = advance_counters(model, start, b, [item.token for item in items[: t + 1]])
+    vlm_position = int(start.state.next_vlm_position[b]) + counters["position_steps"]
+    flow_index = int(start.state.flow_index[b]) + counters["flow_steps"]
+    image_start = ImageStart(
+        token=jnp.int32(model.special_tokens.vision_start),
+        slot=jnp.int32(items[t].slot),
+        vlm_position=jnp.int32(vlm_position),
+        flow_index=jnp.int32(flow_index),
+    )
+    denoised = _denoise(model, session, b, image_start, x)
+    part_key = jax.random.fold_in(session.keys[b], counters["part_index"])
+    return CleanImage(denoised, _add_context_noise(model, part_key, denoised))
+
+
+def _denoise(
+    model: Model, session: Session, b: int, image_start: ImageStart, x: np.ndarray
+) -> np.ndarray:
+    """Return latents x [N, D] of an image of row b after a score step."""
+    noise = model.cfg["noise"]
+    if noise["kind"] != "gaussian" or not noise["sigma"]:
+        raise ValueError(
+            f"denoise needs a model that was trained with Gaussian noise, but this one was trained "
+            f"with noise.kind={noise['kind']!r}, noise.sigma={noise['sigma']!r}"
+        )
+    image = jnp.asarray(x)
+    denoised = denoise.image_score_step(
+        {"shallow": model.params["shallow"]},
+        session.params,
+        session.state,
+        b,
+        image_start,
+        image,
+        jnp.asarray(noise["sigma"], image.dtype),
+        cfg=model.model_config,
+    )
+    return np.asarray(denoised)
+
+
+def _add_context_noise(model: Model, part_key: jax.Array, clean: np.ndarray) -> np.ndarray:
+    """Return clean latents [N, D] with the noise of context, drawn from the key of their part."""
+    sigma = config.context_sigma(model.cfg)
+    if not sigma:
+        return clean
+    # The patches of the image and the item after it have the numbers 1 ... N + 1 of its part.
+    key = jax.random.fold_in(part_key, model.model_config.num_patches + 2)
+    return clean + sigma * np.asarray(jax.random.normal(key, clean.shape, clean.dtype))
 
 
 def read_copies(

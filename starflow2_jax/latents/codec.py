@@ -35,8 +35,6 @@ BATCH = 8
 ENCODER = ("encoder", "latent", "teacher")
 DECODERS = ("feature_decoder", "pixel_decoder")
 TASKS = ("fae_features", "fae_pixels", "fae_end_to_end")
-# Fields of `FAEConfig` that the digests of older codecs lack; their defaults enter no digest.
-LATER_FIELDS = ("pixel_split",)
 
 
 @dataclass(frozen=True)
@@ -185,12 +183,8 @@ def _digest_text(model: fae.FAEConfig, teacher: Teacher) -> str:
     """
 
     def fields(value: Any) -> str:
-        pairs = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return ", ".join(
-            f"{field.name}={value!r}"
-            for field, value in pairs
-            if field.name not in LATER_FIELDS or value != field.default
-        )
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return ", ".join(f"{name}={value!r}" for name, value in pairs)
 
     tower_class = {"dinov2": "Config", "qwen": "VisionConfig"}[teacher.kind]
     tower = f"{tower_class}({fields(teacher.tower)})"

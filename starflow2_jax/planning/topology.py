@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from starflow2_jax.config import nearest
+from starflow2_jax.runtime import memory
 from starflow2_jax.training.logging import throughput
 
 GIB = 2**30
@@ -165,8 +166,8 @@ def _local(name, platform, count):
     kind = next((k for k in GPUS if k in described), platform)
     peak = next((p for k, p in throughput.PEAKS.items() if k in described), 0.0)
     if platform == "cpu":
-        page = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Topology(name, kind, tuple(devices), Chip(0, page / len(devices), 0, 0, 0))
+        chip = Chip(0, memory.host_capacity() / len(devices), 0, 0, 0)
+        return Topology(name, kind, tuple(devices), chip)
     limit = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
     chip = dataclasses.replace(GPUS.get(kind, Chip(0, 0, 0, 0, 0)), flops=peak, memory=limit)
     return Topology(name, kind, tuple(devices), chip)

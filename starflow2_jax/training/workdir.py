@@ -10,7 +10,7 @@ from etils import epath
 
 from starflow2_jax import config
 from starflow2_jax.checkpoints import orbax, steps
-from starflow2_jax.runtime import distributed
+from starflow2_jax.runtime import atomic, distributed
 from starflow2_jax.training.logging import run_log
 from starflow2_jax.training.run_data import RunData, fingerprints
 
@@ -30,14 +30,14 @@ _PATTERN_CHARACTERS = "[]*?"
 
 def check_path(workdir: epath.Path) -> None:
     """Raise ValueError if checkpoints cannot be written to a workdir, or not be read again."""
-    path = str(workdir) if "://" in str(workdir) else os.path.abspath(workdir)
+    path = str(workdir) if atomic.is_remote(workdir) else os.path.abspath(workdir)
     special = [character for character in _PATTERN_CHARACTERS if character in path]
     if special:
         raise ValueError(
             f"--workdir {path}: checkpoints under a path with {' '.join(special)} cannot be read "
             "again, as it is taken for a pattern; choose another path"
         )
-    if "://" in path:
+    if atomic.is_remote(path):
         return
     existing = pathlib.Path(path)
     while not existing.exists():

@@ -49,12 +49,16 @@ def make_folder(root, *names):
     return root
 
 
-def make_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+def make_tar(path, members, mode="w"):
+    """Write a tar of members, each (name, bytes) or a TarInfo."""
+    with tarfile.open(path, mode) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
     return path
 
 

@@ -8,6 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from helpers.import_sources import make_folder, make_tar, png
 from helpers.paths import ROOT
 from PIL import Image
 
@@ -22,27 +23,10 @@ pytestmark = pytest.mark.fast
 SHARED = pathlib.Path(os.environ.get("STARFLOW2_SHARED", ROOT / "../shared"))
 
 
-def encoded(number: int) -> bytes:
-    return images.encode_png(np.full((4, 5, 3), number, np.uint8))
-
-
-def write_tar(path, members, mode="w"):
-    """Write a tar of members, each (name, bytes) or a TarInfo."""
-    with tarfile.open(path, mode) as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-            else:
-                info = tarfile.TarInfo(member[0])
-                info.size = len(member[1])
-                tar.addfile(info, io.BytesIO(member[1]))
-    return path
-
-
 def pairs(*captions, folder=""):
     out = []
     for k, caption in enumerate(captions):
-        out += [(f"{folder}{k:03d}.png", encoded(k)), (f"{folder}{k:03d}.txt", caption.encode())]
+        out += [(f"{folder}{k:03d}.png", png(k)), (f"{folder}{k:03d}.txt", caption.encode())]
     return out
 
 
@@ -54,25 +38,25 @@ def read(*tars, allowed=0):
 def test_webdataset_tars_give_records_in_order(tmp_path, is_gzip):
     name = "set.tar.gz" if is_gzip else "set.tar"
     extra = [("sub/dir.name/9.cls", b"3"), ("sub/dir.name/9.txt", b" a cat\n")]
-    members = [*pairs("a dog", "ein B\u00e4r"), *extra, ("sub/dir.name/9.PNG", encoded(9))]
-    tar = write_tar(tmp_path / name, members, "w:gz" if is_gzip else "w")
+    members = [*pairs("a dog", "ein B\u00e4r"), *extra, ("sub/dir.name/9.PNG", png(9))]
+    tar = make_tar(tmp_path / name, members, "w:gz" if is_gzip else "w")
     imported = read(tar)
     assert [r.id for r in imported] == [f"{name}/000", f"{name}/001", f"{name}/sub/dir.name/9"]
     assert [records.text(r) for r in imported] == ["a dog", "ein B\u00e4r", "a cat"]
-    assert imported[2].imgs[0].data == encoded(9)  # the original bytes
+    assert imported[2].imgs[0].data == png(9)  # the original bytes
     assert imported[0].segs[1].loss and not imported[0].segs[0].loss
     assert list(tmp_path.iterdir()) == [tar]
 
 
 def test_webdataset_is_streamed(tmp_path):
-    tar = write_tar(tmp_path / "a.tar", [*pairs("one", "two"), ("zz.png", b"not an image")])
+    tar = make_tar(tmp_path / "a.tar", [*pairs("one", "two"), ("zz.png", b"not an image")])
     stream = webdataset([tar], Tally())
     assert records.text(next(stream)) == "one"
 
 
 @pytest.mark.parametrize("name", ["../evil.png", "a/../../evil.png", "/etc/evil.png", "..\\e.png"])
 def test_a_path_that_leads_out_of_the_archive_is_refused(tmp_path, name):
-    tar = write_tar(tmp_path / "a.tar", [*pairs("one"), (name, encoded(1))])
+    tar = make_tar(tmp_path / "a.tar", [*pairs("one"), (name, png(1))])
     with pytest.raises(DatasetError, match=r"a\.tar.*leads out of the archive"):
         read(tar)
     assert list(tmp_path.iterdir()) == [tar]
@@ -82,14 +66,14 @@ def test_a_path_that_leads_out_of_the_archive_is_refused(tmp_path, name):
 def test_links_and_devices_are_refused(tmp_path, kind):
     link = tarfile.TarInfo("link.png")
     link.type, link.linkname = kind, "/etc/passwd"
-    tar = write_tar(tmp_path / "a.tar", [link])
+    tar = make_tar(tmp_path / "a.tar", [link])
     with pytest.raises(DatasetError, match=r"a\.tar: 'link\.png' is a link"):
         read(tar)
 
 
 def test_missing_captions_have_a_budget(tmp_path):
-    members = [*pairs("one"), ("lost.png", encoded(7)), ("zz.png", encoded(8)), ("zz.txt", b" \n")]
-    tar = write_tar(tmp_path / "a.tar", members)
+    members = [*pairs("one"), ("lost.png", png(7)), ("zz.png", png(8)), ("zz.txt", b" \n")]
+    tar = make_tar(tmp_path / "a.tar", members)
     with pytest.raises(DatasetError, match=r"a\.tar:lost: no caption"):
         read(tar)
     with pytest.raises(
@@ -106,34 +90,34 @@ def test_missing_captions_have_a_budget(tmp_path):
     ("members", "message"),
     [
         ([("0.png", b"GIF89a"), ("0.txt", b"x")], r"a\.tar:0\.png: not a JPEG, PNG or WebP"),
-        ([("0.png", encoded(0)), ("0.txt", b"\xff\xfe")], r"a\.tar:0\.txt: not UTF-8"),
+        ([("0.png", png(0)), ("0.txt", b"\xff\xfe")], r"a\.tar:0\.txt: not UTF-8"),
         ([("0.txt", b"alone")], "0 images, expected one"),
-        ([("0.png", encoded(0)), ("0.jpg", encoded(0)), ("0.txt", b"x")], "2 images"),
-        ([("0.png", encoded(0)), ("0.png", encoded(0))], "two members are called '0.png'"),
-        ([*pairs("a", "b"), ("000.jpg", encoded(1))], "'000' are not adjacent"),
+        ([("0.png", png(0)), ("0.jpg", png(0)), ("0.txt", b"x")], "2 images"),
+        ([("0.png", png(0)), ("0.png", png(0))], "two members are called '0.png'"),
+        ([*pairs("a", "b"), ("000.jpg", png(1))], "'000' are not adjacent"),
     ],
 )
 def test_errors_in_a_tar_are_named(tmp_path, members, message):
     with pytest.raises(DatasetError, match=message):
-        read(write_tar(tmp_path / "a.tar", members))
+        read(make_tar(tmp_path / "a.tar", members))
 
 
 def test_a_member_over_the_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_BYTES", 1000)
-    tar = write_tar(tmp_path / "a.tar", [("0.png", bytes(1001)), ("0.txt", b"x")])
+    tar = make_tar(tmp_path / "a.tar", [("0.png", bytes(1001)), ("0.txt", b"x")])
     with pytest.raises(DatasetError, match=r"'0\.png' has 1001 bytes, at most 1000"):
         read(tar)
 
 
 def test_a_gzip_bomb_is_refused(tmp_path):
     tar = tmp_path / "a.tar.gz"
-    write_tar(tar, [("0.bin", bytes(30 << 20)), *pairs("one")], "w:gz")
+    make_tar(tar, [("0.bin", bytes(30 << 20)), *pairs("one")], "w:gz")
     with pytest.raises(DatasetError, match=r"a\.tar\.gz.*expands to more than 200 times"):
         read(tar)
 
 
 def test_truncated_archives_are_named(tmp_path):
-    content = write_tar(tmp_path / "whole.tar", pairs("one", "two", "three")).read_bytes()
+    content = make_tar(tmp_path / "whole.tar", pairs("one", "two", "three")).read_bytes()
     with tarfile.open(tmp_path / "whole.tar") as tar:
         # Inside a member, inside a header, and just after a member, where tarfile sees no fault.
         boundary = tar.getmembers()[2].offset
@@ -156,15 +140,6 @@ def test_truncated_archives_are_named(tmp_path):
         read(tmp_path / "nowhere.tar")
 
 
-def make_folder(root, *names):
-    for k, name in enumerate(names):
-        file = root / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encoded(k))
-        file.with_suffix(".txt").write_text(f"caption of {name}")
-    return root
-
-
 def test_a_folder_gives_records_in_order(tmp_path):
     root = make_folder(tmp_path / "pets", "b.png", "a/z.png", "a/c.png")
     (root / "notes.md").write_text("ignored")
@@ -179,11 +154,11 @@ def test_a_folder_gives_records_in_order(tmp_path):
 
 def test_errors_in_a_folder_are_named(tmp_path):
     root = make_folder(tmp_path / "pets", "a.png")
-    (root / "b.png").write_bytes(encoded(1))
+    (root / "b.png").write_bytes(png(1))
     with pytest.raises(DatasetError, match=r"b\.png: no caption"):
         list(captioned.folder(root, Tally()))
     assert len(list(captioned.folder(root, Tally(missing_captions=1)))) == 1
-    (root / "b.webp").write_bytes(encoded(1))
+    (root / "b.webp").write_bytes(png(1))
     with pytest.raises(DatasetError, match="2 images, expected one"):
         list(captioned.folder(root, Tally(missing_captions=2)))
     with pytest.raises(DatasetError, match="no images"):
@@ -200,7 +175,7 @@ def test_errors_in_a_folder_are_named(tmp_path):
 
 
 def test_captions_become_classes(tmp_path, monkeypatch):
-    tar = write_tar(tmp_path / "a.tar", pairs("dog", "cat", "dog", "eel"))
+    tar = make_tar(tmp_path / "a.tar", pairs("dog", "cat", "dog", "eel"))
     classes, labeled = captioned.label_by_caption(lambda: webdataset([tar], Tally()))
     imported = list(labeled)
     assert classes == ["cat", "dog", "eel"]
@@ -213,7 +188,7 @@ def test_captions_become_classes(tmp_path, monkeypatch):
 
 def test_a_random_access_source_gives_records():
     source = [
-        {"image": encoded(0), "label": 1, "text": b"one"},
+        {"image": png(0), "label": 1, "text": b"one"},
         {"image": np.full((4, 5, 1), 7, np.uint8), "label": np.int64(0), "text": "two"},
     ]
     names = ["sea_lion", "apple"]
@@ -222,7 +197,7 @@ def test_a_random_access_source_gives_records():
     )
     assert [records.text(r) for r in imported] == ["a photo of an apple", "a photo of a sea lion"]
     assert [r.meta["label"] for r in imported] == [1, 0]
-    assert imported[0].imgs[0].data == encoded(0)
+    assert imported[0].imgs[0].data == png(0)
     assert (images.decode(imported[1].imgs[0].data, "x") == 7).all()
     texts = captioned.examples(source, "s", image_key="image", text_key="text")
     assert [records.text(r) for r in texts] == ["one", "two"]
@@ -257,7 +232,7 @@ def test_tfds_is_read_without_tensorflow(tmp_path):
 
         def _generate_examples(self):
             for k in range(4):
-                yield k, {"image": io.BytesIO(encoded(k)), "label": k % 2}
+                yield k, {"image": io.BytesIO(png(k)), "label": k % 2}
 
     TinyPets(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     source, classes, name = captioned.tfds("tiny_pets", "train", str(tmp_path), "label")
@@ -265,7 +240,7 @@ def test_tfds_is_read_without_tensorflow(tmp_path):
     imported = list(
         captioned.examples(source, name, image_key="image", label_key="label", class_names=classes)
     )
-    assert sorted(r.imgs[0].data for r in imported) == sorted(encoded(k) for k in range(4))
+    assert sorted(r.imgs[0].data for r in imported) == sorted(png(k) for k in range(4))
     assert {records.text(r) for r in imported} == {"a photo of a cat", "a photo of an eel"}
     with pytest.raises(DatasetError, match="'image' is not a class label"):
         captioned.tfds("tiny_pets", "train", str(tmp_path), "image")

@@ -41,7 +41,7 @@ def measure(cfg, num_steps):
         jax.block_until_ready(metrics)
         wall.append(time.perf_counter() - wall_start)
         cpu.append(time.process_time() - cpu_start)
-        records.append(sum(len(ids.split()) for ids in batch["id"]))
+        records.append(sum(len(ids.split("\n")) for ids in batch["id"]))
     result = {"wall": statistics.median(wall[3:]), "cpu": statistics.median(cpu[3:])}
     return {**result, "records": statistics.mean(records[3:]), "jax": jax.__version__}
 

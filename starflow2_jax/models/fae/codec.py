@@ -46,8 +46,6 @@ class FAEConfig:
     pixel_heads: int
     pixel_mlp: int
     patch: int  # side in pixels of the square that one token decodes to
-    # The pixel decoder works on split x split tokens for every latent, each of patch / split pixels
-    pixel_split: int = 1
     activation: str = "gelu"  # of the encoder, `gelu` or `silu`; the paper does not name it
     # Standard deviation of the noise on the features from which the pixel decoder learns, for
     # DINOv2; other teachers scale it by the norm of their features
@@ -65,10 +63,6 @@ class FAEConfig:
                 f"fae: pixel_width={self.pixel_width} is not a multiple of "
                 f"pixel_heads={self.pixel_heads}"
             )
-        if self.patch % self.pixel_split:
-            raise ValueError(
-                f"fae: patch={self.patch} is not a multiple of pixel_split={self.pixel_split}"
-            )
         if self.decoder_head_dim % 4:
             raise ValueError(
                 f"fae: decoder_head_dim={self.decoder_head_dim} is not a multiple of 4, so rows "
@@ -79,11 +73,6 @@ class FAEConfig:
     def tokens(self) -> int:
         """Number of tokens T."""
         return self.side**2
-
-    @property
-    def pixel_side(self) -> int:
-        """Rows (= columns) of the pixel decoder's tokens."""
-        return self.side * self.pixel_split
 
     @property
     def pixels(self) -> int:
@@ -190,13 +179,11 @@ def declare(cfg: FAEConfig) -> dict[str, Any]:
             "final_norm": layers.declare_norm("rms_norm", (width,), ("embed",)),
         },
         "pixel_decoder": {
-            "proj_in": layers.declare_linear(width, pixel * cfg.pixel_split**2, (None, "embed")),
-            "position": ParamSpec((cfg.pixel_side**2, pixel), (None, "embed"), normal(1e-2)),
+            "proj_in": layers.declare_linear(width, pixel, (None, "embed")),
+            "position": ParamSpec((cfg.tokens, pixel), (None, "embed"), normal(1e-2)),
             "layers": layers.declare(cfg.pixel_layer, cfg.pixel_layers),
             "final_norm": layers.declare_norm("layer_norm", (pixel,), ("embed",)),
-            "proj_out": layers.declare_linear(
-                pixel, 3 * (cfg.patch // cfg.pixel_split) ** 2, ("embed", None)
-            ),
+            "proj_out": layers.declare_linear(pixel, 3 * cfg.patch**2, ("embed", None)),
         },
         "latent": {
             "mean": ParamSpec((cfg.latent,), (None,), zeros),
@@ -265,14 +252,10 @@ def moments(mean: jax.Array, log_variance: jax.Array) -> dict[str, jax.Array]:
     return {"count": count, "sum": mean.sum((0, 1)), "square": square.sum((0, 1))}
 
 
-def _embed(params: Tree, x: jax.Array, cfg: FAEConfig, split: int = 1) -> jax.Array:
-    """Embed x [B, T, C] as [B, T split^2, width], every token as a square of split x split."""
+def _embed(params: Tree, x: jax.Array, cfg: FAEConfig) -> jax.Array:
     if x.shape[1] != cfg.tokens:
         raise ValueError(f"fae: {x.shape[1]} tokens, expected {cfg.side} x {cfg.side}")
     h = linear(params["proj_in"], x.astype(_compute_dtype(params, cfg)))
-    if split > 1:
-        h = unpatchify(h, (cfg.side, cfg.side), split, "channel_last")
-        h = h.reshape(len(h), -1, h.shape[-1])
     return h + params["position"].astype(h.dtype)
 
 
@@ -292,11 +275,10 @@ def decode_features(params: Tree, latents: jax.Array, cfg: FAEConfig) -> jax.Arr
 def decode_pixels(params: Tree, features: jax.Array, cfg: FAEConfig) -> jax.Array:
     """Decode features [B, T, C] to images [B, H, W, 3] in [-1, 1], unclipped, at least float32."""
     decoder = params["pixel_decoder"]
-    h = _embed(decoder, features, cfg, cfg.pixel_split)
+    h = _embed(decoder, features, cfg)
     h, _ = layers.apply_layers(
         decoder["layers"], h, cfg.pixel_layer, None, layers.ATTEND_ALL, remat=cfg.remat
     )
     h = layers.layer_norm(decoder["final_norm"], h, cfg.pixel_layer.norm_eps)
     out = at_least_float32(linear(decoder["proj_out"], h))
-    grid = (cfg.pixel_side, cfg.pixel_side)
-    return unpatchify(out, grid, cfg.patch // cfg.pixel_split, "channel_last")
+    return unpatchify(out, (cfg.side, cfg.side), cfg.patch, "channel_last")

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from starflow2_jax.config import nearest
+from starflow2_jax.runtime import atomic
 
 
 class Tracker(NamedTuple):
@@ -101,7 +102,7 @@ def _tensorboard(workdir, project, run_id, step, config) -> Tracker:
 def _wandb(workdir, project, run_id, step, config) -> Tracker:
     del step
     wandb = _package("wandb", "wandb")
-    local = None if "://" in str(workdir) else str(workdir)
+    local = None if atomic.is_remote(workdir) else str(workdir)
     run = wandb.init(
         project=project, name=workdir.name, id=run_id, resume="allow", config=config, dir=local
     )

@@ -81,10 +81,6 @@ def features(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Obje
     def observe(params, inputs):
         return codec.moments(*codec.posterior(params, inputs["features"], model))
 
-    def track(subtrees, observed, sums, step):
-        del sums
-        return {"latent": track_latent(subtrees["latent"], observed, options, step)}
-
     return Objective(
         declared={**declare_features_training(model), "teacher": teachers.declare(teacher)},
         groups={"codec": ("encoder", "feature_decoder")},
@@ -92,7 +88,7 @@ def features(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Obje
         prepare=prepare,
         loss=loss,
         observe=observe,
-        track=track,
+        track=partial(track_latent, options=options),
         finalize_metrics=finalize_feature_metrics,
     )
 
@@ -147,9 +143,7 @@ def pixels(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Object
             perceptual=partial(perceptual_distance, params, inputs),
             logits=lambda x: gan_on * discriminator.forward(frozen_critic, x, critic),
         )
-        square = losses.mean_square(jnp.clip(decoded, -1, 1), inputs["image"])
-        # Pixels lie in [-1, 1], so the peak is 2 and its square 4.
-        sums["psnr"] = 10 * jnp.log10(4 / jnp.maximum(square, 1e-10))
+        sums["psnr"] = psnr(decoded, inputs["image"])
         if not weights.gan or step is None:
             return row_losses, sums
         critic_losses, parts = losses.discriminator_loss(
@@ -239,8 +233,7 @@ def end_to_end(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Ob
             weights,
             sigma=0.0,
         )
-        square = losses.mean_square(jnp.clip(decoded, -1, 1), inputs["image"])
-        sums["psnr"] = 10 * jnp.log10(4 / jnp.maximum(square, 1e-10))
+        sums["psnr"] = psnr(decoded, inputs["image"])
         sums["kl"] = losses.kl(mean, log_variance)
         sums["gradient"] = losses.gradient_error(decoded, inputs["image"])
         row_losses += options["beta"] * sums["kl"] + options["gradient"] * sums["gradient"]
@@ -248,10 +241,6 @@ def end_to_end(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Ob
 
     def observe(params, inputs):
         return codec.moments(*codec.posterior(params, tower_features(params, inputs), model))
-
-    def track(subtrees, observed, sums, step):
-        del sums
-        return {"latent": track_latent(subtrees["latent"], observed, options, step)}
 
     def reconstruct(params, inputs):
         latents = codec.encode(params, tower_features(params, inputs), model)[0]
@@ -264,11 +253,18 @@ def end_to_end(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Ob
         prepare=prepare,
         loss=loss,
         observe=observe,
-        track=track,
+        track=partial(track_latent, options=options),
         finalize_metrics=finalize_pixel_metrics,
         reconstruct=reconstruct,
         uses_statistics=False,
     )
+
+
+def psnr(decoded: jax.Array, image: jax.Array) -> jax.Array:
+    """Return the PSNR [B] in dB of images [B, H, W, 3] in [-1, 1], the decoded ones clipped."""
+    square = losses.mean_square(jnp.clip(decoded, -1, 1), image)
+    # The peak is 2 and its square 4.
+    return 10 * jnp.log10(4 / jnp.maximum(square, 1e-10))
 
 
 def batch_statistics(mean: jax.Array) -> dict[str, jax.Array]:
@@ -298,11 +294,17 @@ def finalize_feature_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def track_latent(
-    latent: Tree, observed: Tree, options: Mapping[str, Any], step: jax.Array
-) -> dict[str, jax.Array]:
-    """Update the mean and standard deviation of every latent channel by one more batch."""
-    mean, std = latent["mean"], latent["std"]
+    subtrees: Tree, observed: Tree, sums: Tree, step: jax.Array, *, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Update the mean and standard deviation of every latent channel by one more batch.
+
+    Arguments and result are those of `Objective.track`; `options` is the group `fae` of an
+    experiment.
+    """
+    del sums
+    mean, std = subtrees["latent"]["mean"], subtrees["latent"]["std"]
     batch_moments = tuple(observed[name] / observed["count"] for name in ("sum", "square"))
     moments = (mean, jnp.square(std) + jnp.square(mean))
     mean, square = optimizer.update_ema(moments, batch_moments, options["statistics_decay"], step)
-    return {"mean": mean, "std": jnp.sqrt(jnp.maximum(square - jnp.square(mean), 1e-12))}
+    std = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 1e-12))
+    return {"latent": {"mean": mean, "std": std}}

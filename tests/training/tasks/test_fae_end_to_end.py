@@ -116,25 +116,6 @@ def test_the_gradient_error_sees_edges_and_no_shift_of_color():
     np.testing.assert_allclose(losses.gradient_error(edge, image), [1 / 3 / 2], rtol=1e-6)
 
 
-def test_a_split_token_decodes_to_a_square_of_tokens():
-    cfg = fae.preset("tiny", side=2, patch=16, pixel_split=2, pixel_layers=1)
-    declared = fae.declare(cfg)
-    assert declared["pixel_decoder"]["position"].shape == (16, cfg.pixel_width)
-    weights = params.init(jax.random.key(0), declared)
-    features = jax.random.normal(jax.random.key(1), (1, 4, cfg.feature_width))
-    weights["pixel_decoder"]["position"] *= 0
-    weights["pixel_decoder"]["layers"] = jax.tree.map(
-        lambda a: a * 0, weights["pixel_decoder"]["layers"]
-    )
-    image = fae.decode_pixels(weights, features, cfg)
-    changed = fae.decode_pixels(weights, features.at[:, 1].add(1.0), cfg)
-    # Without layers a token changes the pixels of its own square alone.
-    difference = np.abs(np.asarray(image - changed)).max((0, 3)) > 0
-    expected = np.zeros((32, 32), bool)
-    expected[:16, 16:] = True
-    np.testing.assert_array_equal(difference, expected)
-
-
 def test_the_experiment_is_complete():
     spec = importlib.util.spec_from_file_location("fae", EXPERIMENTS / "fae_end_to_end.py")
     module = importlib.util.module_from_spec(spec)
