@@ -17,9 +17,8 @@ import jax
 from absl import flags, logging
 from etils import epath
 
-from starflow2_jax import checks
 from starflow2_jax.checkpoints.open_model import open_model
-from starflow2_jax.config import nearest
+from starflow2_jax.config import checks, nearest
 from starflow2_jax.data import image_batches, manifest, records
 from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.evaluation import (

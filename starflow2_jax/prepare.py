@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from starflow2_jax import checks
+from starflow2_jax.config import checks
 from starflow2_jax.data import (
     chat_layout,
     images,

@@ -16,8 +16,9 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from starflow2_jax import checks, config, params
+from starflow2_jax import config, params
 from starflow2_jax.checkpoints import orbax
+from starflow2_jax.config import checks
 from starflow2_jax.evaluation import likelihood, sample_grids
 from starflow2_jax.evaluation.report import run_report
 from starflow2_jax.inference.flow_sampler import FlowModel

@@ -12,9 +12,10 @@ from absl import flags
 from helpers.paths import EXPERIMENTS, GOLDEN
 from ml_collections import config_flags
 
-from starflow2_jax import checks, config, mesh
+from starflow2_jax import config, mesh
 from starflow2_jax.checkpoints import model_folder, orbax
 from starflow2_jax.checkpoints.open_model import open_model
+from starflow2_jax.config import checks
 from starflow2_jax.models.fae.codec import FAEConfig
 from starflow2_jax.models.fae.dinov2 import DinoConfig
 from starflow2_jax.models.flow import FlowConfig

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "starflow2_jax"
 # A module imports from its own layer and from those before it. Modules at the package's root that
 # are not named here are commands.
 LAYERS = (
-    ("checks", "config", "mesh", "params"),
+    ("config", "mesh", "params"),
     ("runtime",),
     ("data",),
     ("importers",),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from starflow2_jax import checks
+from starflow2_jax.config import checks
 from starflow2_jax.inference.guidance import Guidance, check, combine
 from starflow2_jax.models import flow, layers
 from starflow2_jax.models.flow import BlockConfig, Conditioning, FlowConfig

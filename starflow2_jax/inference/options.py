@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from starflow2_jax import checks
-from starflow2_jax.config import nearest
+from starflow2_jax.config import checks, nearest
 from starflow2_jax.inference import guidance
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import Jacobi

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from starflow2_jax import checks
-from starflow2_jax.config import KEYS, nearest, unknown_key
+from starflow2_jax.config import KEYS, checks, nearest, unknown_key
 from starflow2_jax.runtime import child_process, distributed
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an error was raised")

@@ -21,7 +21,7 @@ from starflow2_jax.checkpoints.convert import (
     teacher,
 )
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config
-from starflow2_jax.checks import display, is_list
+from starflow2_jax.config.checks import display, is_list
 from starflow2_jax.data.options import packed_batch_options
 from starflow2_jax.models import flops, qwen, starflow2
 from starflow2_jax.models.ablations.crossings import CrossingsConfig
