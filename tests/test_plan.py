@@ -332,6 +332,7 @@ def test_what_does_not_fit_a_tpu_says_by_how_much():
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_plan_without_machine_code_is_that_of_the_whole():
     """Only the code's own bytes are missing, and what it keeps in memory for itself."""
     cfg = experiment("fsdp", "fsdp=4", depth=2, compute_dtype="bfloat16")

@@ -72,6 +72,7 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(unbroken, tmp_path, kill
     assert_equal_runs(unbroken_run, workdir, cfg)
 
 
+@pytest.mark.slow
 def test_resume_on_other_meshes(unbroken, tmp_path):
     cfg, unbroken_run = unbroken
     workdir = tmp_path / "run"

@@ -92,7 +92,7 @@ def test_cached_steps_equal_the_parallel_forward(frequencies, keys):
 # ------------------------------------------------------------------------------ batches, long runs
 
 
-@pytest.mark.parametrize("context_sigma", (None, 0.0))
+@pytest.mark.parametrize("context_sigma", (pytest.param(None, marks=pytest.mark.slow), 0.0))
 def test_a_batch_of_eight_is_eight_single_runs(x64, context_sigma):
     model = tiny_decode_model.model(context_sigma=context_sigma)
     batch = model.generate(MIXED, **DRAW)
@@ -107,7 +107,12 @@ def test_a_batch_of_eight_is_eight_single_runs(x64, context_sigma):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"flow": OWN_KEYS}, {"context_sigma": 0.0}, {"flow": OWN_KEYS, "context_sigma": 0.05}],
+    [
+        {},
+        pytest.param({"flow": OWN_KEYS}, marks=pytest.mark.slow),
+        pytest.param({"context_sigma": 0.0}, marks=pytest.mark.slow),
+        {"flow": OWN_KEYS, "context_sigma": 0.05},
+    ],
     ids=["next", "own", "clean", "own_clean"],
 )
 def test_a_continued_cache_is_one_long_run_also_after_a_stop_text(options, x64):
@@ -151,7 +156,7 @@ def test_continuing_without_new_parts_equals_a_longer_run(x64):
 # --------------------------------------------------------------------------------------- likelihood
 
 
-@pytest.mark.parametrize("context_sigma", (None, 0.0))
+@pytest.mark.parametrize("context_sigma", (pytest.param(None, marks=pytest.mark.slow), 0.0))
 def test_a_continued_conversation_is_teacher_forced(context_sigma):
     """Check the reported likelihoods in float32, after rows that a stop text truncated."""
     model = tiny_decode_model.model(context_sigma=context_sigma)
@@ -200,7 +205,12 @@ def test_reported_likelihoods_are_the_teacher_forced_ones():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"flow": OWN_KEYS}, {"context_sigma": 0.0}, {"flow": OWN_KEYS, "context_sigma": 0.05}],
+    [
+        {},
+        pytest.param({"flow": OWN_KEYS}, marks=pytest.mark.slow),
+        pytest.param({"context_sigma": 0.0}, marks=pytest.mark.slow),
+        {"flow": OWN_KEYS, "context_sigma": 0.05},
+    ],
     ids=["next", "own", "clean", "own_clean"],
 )
 def test_reported_likelihoods_are_exact_in_float64(options, x64):

@@ -316,7 +316,9 @@ def test_continuations_that_are_refused():
 # --------------------------------------------------------------------------------------- clean-up
 
 
-@pytest.mark.parametrize("flow_options", [{}, OWN_KEYS], ids=["next", "own"])
+@pytest.mark.parametrize(
+    "flow_options", [pytest.param({}, marks=pytest.mark.slow), OWN_KEYS], ids=["next", "own"]
+)
 def test_the_score_step_of_an_image_has_the_gradient_of_its_own_density(flow_options, x64):
     """Check the score of the second image of a row against the parallel forward."""
     model = tiny_decode_model.model(flow=flow_options)

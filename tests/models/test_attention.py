@@ -76,7 +76,9 @@ def test_kernels_equal_the_plain_path(kernel, packing):
     assert_close(with_gradients(kernel_output, *qkv), with_gradients(plain_output, *qkv), 2e-5)
 
 
-@pytest.mark.parametrize("sizes", ["data=2,tensor=2,fsdp=2", "fsdp=4,context=2"])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param("data=2,tensor=2,fsdp=2", marks=pytest.mark.slow), "fsdp=4,context=2"]
+)
 def test_kernels_and_segments_on_a_mesh(sizes):
     """Heads are sharded over tensor, queries over context; keys are not sharded by position."""
     qkv, segments = arrays(batch=4), jnp.tile(packed(), (2, 1))

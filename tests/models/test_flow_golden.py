@@ -134,7 +134,7 @@ def tolerance_32(key):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("kind", ["cond", "uncond"])
+@pytest.mark.parametrize("kind", ["cond", pytest.param("uncond", marks=pytest.mark.slow)])
 def test_tarflow_float32(kind):
     golden = read("tarflow_tiny.npz")
     values = tarflow_values(golden, np.float32, kind == "cond", 64)
@@ -145,7 +145,7 @@ def test_tarflow_float32(kind):
     "prefix, head_dim, kind",
     [
         ("f64", 64, "cond"),
-        ("f64", 64, "uncond"),
+        pytest.param("f64", 64, "uncond", marks=pytest.mark.slow),
         ("f64_hd16", 16, "cond"),
         pytest.param("f64_hd16", 16, "uncond", marks=pytest.mark.slow),
     ],
@@ -247,6 +247,7 @@ def tolerance_iterations(tolerance):
     return lambda key: 0.0 if key.endswith("_iters") else tolerance(key)
 
 
+@pytest.mark.slow
 def test_starflow_float32():
     golden = read("starflow_tiny.npz")
     check_all(

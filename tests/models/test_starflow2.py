@@ -124,8 +124,9 @@ def test_images_with_zero_skips_are_starflows(stage, flow_options):
     [
         ([[T2I, TEXT], [T2I, T2I]], 20, [9, 18]),  # up to <|vision_start|>, and no text record
         ([[T2I], [EDIT, T2I], []], 28, [9, 23, 0]),  # an edit with its first image
-        ([[REASON], [I2T]], 20, [15, 0]),  # a question about an image has no target image
-        ([[T2I], [EDIT, T2I]], 12, [9, 23]),  # more than 12
+        # A question about an image has no target image.
+        pytest.param([[REASON], [I2T]], 20, [15, 0], marks=pytest.mark.slow),
+        pytest.param([[T2I], [EDIT, T2I]], 12, [9, 23], marks=pytest.mark.slow),  # more than 12
     ],
 )
 def test_stage_1_applies_the_vlm_to_what_it_reads(packed, size, reads):
@@ -232,7 +233,11 @@ def test_log_det_is_the_jacobians(flow_options, x64):
     check_log_det(cfg, pretzel_batch.random_params(cfg))
 
 
-@pytest.mark.parametrize("flow_options", [{}, pretzel_batch.OWN_KEYS], ids=["next", "own"])
+@pytest.mark.parametrize(
+    "flow_options",
+    [pytest.param({}, marks=pytest.mark.slow), pretzel_batch.OWN_KEYS],
+    ids=["next", "own"],
+)
 def test_packed_rows_equal_rows_of_one_record(flow_options, x64):
     cfg = pretzel_batch.model(flow=flow_options, compute_dtype="float64")
     params = pretzel_batch.random_params(cfg)

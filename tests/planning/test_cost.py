@@ -239,7 +239,7 @@ def test_a_refusal_of_the_compiler_says_how_much_is_missing():
 # ------------------------------------------------------------------------------------------- work
 
 
-@pytest.mark.parametrize("depth", [2, 4])
+@pytest.mark.parametrize("depth", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_loops_count_as_often_as_they_run(depth, monkeypatch):
     """A loop over the layers and the layers one after another: the same FLOPs and exchanges."""
     sums = []

@@ -188,6 +188,7 @@ def test_two_processes_killed_and_moved_to_one_lose_nothing(make, unbroken, tmp_
     assert_same_run(run, unbroken_run, tmp_path / "a", whole_notes, 6)
 
 
+@pytest.mark.slow
 def test_sigterm_on_one_process_saves_once_and_ends_all(make, tmp_path):
     """And its grids are drawn where the layout cuts what is drawn over the processes."""
     over = {"layout": "tp", "mesh": "data=2,tensor=4", "sample__every": 1}
@@ -333,6 +334,7 @@ def compare_processes(build, folder, layout, steps, shapes, step_changes):
             )
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_joint_stage_as_one_does(joint, tmp_path):
     """With one layer of everything: each process compiles the step."""
     sizes = {"width": 64, "layers": 1, "heads": 2, "kv_heads": 2, "mlp_width": 96}

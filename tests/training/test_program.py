@@ -43,7 +43,7 @@ def one_device():
         ("fsdp", "fsdp=8"),
         ("tp", "tensor=8"),
         ("fsdp_tp", "data=2,fsdp=2,tensor=2"),
-        ("hybrid", "data=2,fsdp=4"),
+        pytest.param("hybrid", "data=2,fsdp=4", marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_equal_one(one_device, layout, sizes):
@@ -95,7 +95,10 @@ def test_a_step_that_is_not_finite_changes_no_weight():
 
 @pytest.mark.parametrize(
     "kind",
-    [{}, {"start": "token", "positions": "rope", "scale": "softplus", "soft_clip": 4.0}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"start": "token", "positions": "rope", "scale": "softplus", "soft_clip": 4.0},
+    ],
     ids=["tarflow", "starflow"],
 )
 def test_trained_weights_invert_in_float32(kind):

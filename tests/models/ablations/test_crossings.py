@@ -108,13 +108,21 @@ def test_an_image_sees_all_of_itself_and_nothing_later(x64):
     np.testing.assert_array_equal(by_image, np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1]], bool))
 
 
-@pytest.mark.parametrize("flow_options", [{}, pretzel_batch.OWN_KEYS], ids=["next", "own"])
+@pytest.mark.parametrize(
+    "flow_options",
+    [pytest.param({}, marks=pytest.mark.slow), pretzel_batch.OWN_KEYS],
+    ids=["next", "own"],
+)
 def test_log_likelihood_is_that_of_the_jacobian(flow_options, x64):
     cfg = pretzel_batch.model(crossings=2, flow=flow_options, compute_dtype="float64")
     check_log_det(cfg, pretzel_batch.random_params(cfg))
 
 
-@pytest.mark.parametrize("flow_options", [{}, pretzel_batch.OWN_KEYS], ids=["next", "own"])
+@pytest.mark.parametrize(
+    "flow_options",
+    [pytest.param({}, marks=pytest.mark.slow), pretzel_batch.OWN_KEYS],
+    ids=["next", "own"],
+)
 def test_cached_steps_equal_the_parallel_forward(flow_options):
     cfg = pretzel_batch.model(crossings=2, flow=flow_options)
     batch = pretzel_batch.batch([[REASON], [T2I]], length=48)

@@ -113,13 +113,21 @@ def test_each_input_of_the_expert_carries_the_position_of_the_patch_it_predicts(
         assert int(np.argmax(changed)) == number and changed[number:].all()
 
 
-@pytest.mark.parametrize("flow_options", [{}, pretzel_batch.OWN_KEYS], ids=["next", "own"])
+@pytest.mark.parametrize(
+    "flow_options",
+    [pytest.param({}, marks=pytest.mark.slow), pretzel_batch.OWN_KEYS],
+    ids=["next", "own"],
+)
 def test_log_likelihood_is_that_of_the_jacobian(flow_options, x64):
     cfg = model(flow=flow_options, compute_dtype="float64")
     check_log_det(cfg, random_params(cfg))
 
 
-@pytest.mark.parametrize("flow_options", [{}, pretzel_batch.OWN_KEYS], ids=["next", "own"])
+@pytest.mark.parametrize(
+    "flow_options",
+    [pytest.param({}, marks=pytest.mark.slow), pretzel_batch.OWN_KEYS],
+    ids=["next", "own"],
+)
 def test_cached_steps_equal_the_parallel_forward(flow_options):
     cfg = model(flow=flow_options)
     batch = pretzel_batch.batch([[REASON], [T2I]], length=48)

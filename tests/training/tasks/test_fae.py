@@ -149,6 +149,7 @@ def features_run(data, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(data, tmp_path, features_run):
     cfg = run_config(data)
     unbroken_run, broken = features_run, tmp_path / "broken"
@@ -162,6 +163,7 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(data, tmp_path, features
     assert orbax.read_meta(unbroken_run)["frozen"] == {}
 
 
+@pytest.mark.slow
 def test_pixels_after_features(data, tmp_path, features_run):
     first = codec.load(str(features_run))
     changes = {"init.fae": str(features_run), "sample.every": 2, "sample.count": 4}

@@ -50,6 +50,7 @@ def test_a_frozen_tower_does_not_change():
     jax.tree.map(np.testing.assert_array_equal, before, frozen)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     alone = run(end_to_end_experiment())[0]
     spread = run(end_to_end_experiment(layout="fsdp", mesh="data=2,fsdp=4"), devices=jax.devices())

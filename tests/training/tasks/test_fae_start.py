@@ -148,6 +148,7 @@ def test_lpips_within_a_step(tmp_path):
     assert max(moved) > 0
 
 
+@pytest.mark.slow
 def test_lpips_alone_teaches(tmp_path):
     alone = {"fae.l1": 0.0, "fae.l2": 0.0, "fae.gan": 0.0, "fae.perceptual": 1.0}
     file = lpips_file(tmp_path / "vgg.safetensors")
@@ -156,7 +157,9 @@ def test_lpips_alone_teaches(tmp_path):
     assert losses[-5:].mean() < 0.9 * losses[:2].mean(), losses
 
 
-@pytest.mark.parametrize("kind", [experiment, pixel_experiment])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(experiment, marks=pytest.mark.slow), pixel_experiment]
+)
 def test_bfloat16_steps_are_finite_and_near_float32(kind):
     cfg = kind(compute_dtype="bfloat16")
     losses, state, _ = run(cfg)

@@ -104,7 +104,10 @@ def test_the_joint_stage_changes_everything_but_the_vlm(stage3):
     np.testing.assert_allclose(float(metrics["loss"]), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("trains", [("shallow", "deep"), ("vlm", "shallow", "deep")])
+@pytest.mark.parametrize(
+    "trains",
+    [pytest.param(("shallow", "deep"), marks=pytest.mark.slow), ("vlm", "shallow", "deep")],
+)
 def test_a_mixture_of_transformers_changes_what_it_trains_alone(trains):
     cfg = experiment(3)
     vlm = dataclasses.replace(
@@ -150,7 +153,8 @@ def test_eight_devices_equal_one(stage3, layout, sizes):
     assert up.addressable_shards[0].data.size * (4 if "tensor" in sizes else 2) == up.size
 
 
-@pytest.mark.parametrize("positions", [23, 8])  # enough for every row, and too few
+# Enough for every row, and too few.
+@pytest.mark.parametrize("positions", [23, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_vlm_at_fewer_positions_trains_the_same_on_eight_devices(stage1, positions):
     sizes = "data=2,fsdp=2,tensor=2"
     changes = {"layout": "fsdp_tp", "mesh": sizes, "text.vlm_positions": positions}
