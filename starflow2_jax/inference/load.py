@@ -174,13 +174,18 @@ def _check_latent_shape(path: str, fae: str, codec: Codec, model_config: Backbon
 
 def _read_params(saved, cfg, model_config, device_mesh, layout) -> dict[str, Any]:
     declared = model_config.declare()
-    if saved.is_folder or "vlm" not in cfg["train"]["trainable"]:
+    if not _vlm_is_trained(cfg):
         del declared["vlm"]
     params = saved.read_params(declared, device_mesh, layout)
     if "vlm" not in params:
         dtype = jnp.dtype(cfg["frozen_dtype"])
         params |= starflow2.load_frozen_vlm(cfg, model_config, device_mesh, dtype)
     return params
+
+
+def _vlm_is_trained(cfg: Mapping[str, Any]) -> bool:
+    """Return whether a model's own weights contain the VLM's, which its training changed."""
+    return "vlm" in cfg["train"]["trainable"]
 
 
 def export(
@@ -234,7 +239,9 @@ def export(
         "frozen": frozen,
         "parts": sorted(embedded),
     }
-    params = {name: tree for name, tree in model.params.items() if name != "vlm"}
+    params = dict(model.params)
+    if not _vlm_is_trained(model.cfg):
+        del params["vlm"]  # It is in the folder `vlm`.
     model_folder.write_folder(
         out, jax.tree.map(np.asarray, params), cfg, folders=embedded, overwrite=overwrite
     )

@@ -49,10 +49,10 @@ def make(root):
     return root, save_run(root / "run", root, features_codec)
 
 
-def save_run(workdir, root, latent_codec, noise=0.3, **frozen):
+def save_run(workdir, root, latent_codec, noise=0.3, trainable=starflow2.SUBTREES, **frozen):
     """Write the checkpoint of a run of stage 3, and return its folder."""
     cfg = config.default()
-    cfg.task, cfg.train.trainable = "starflow2", starflow2.SUBTREES
+    cfg.task, cfg.train.trainable = "starflow2", trainable
     sizes = {"side": 2, "channels": 4, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
     cfg.model.update({"vlm": {}, "flow": sizes})
     cfg.vlm.path, cfg.text.tokenizer = str(root / "vlm"), str(root / "vlm")
@@ -66,7 +66,7 @@ def save_run(workdir, root, latent_codec, noise=0.3, **frozen):
         name: jax.tree.map(
             lambda a: a + noise * rng.standard_normal(a.shape, np.float32), tree[name]
         )
-        for name in starflow2.SUBTREES
+        for name in trainable
     }
     vlm_digest = teacher.identity(str(root / "vlm"))
     frozen_digests = {"vlm": vlm_digest, "fae": latent_codec.sha256, **frozen}

@@ -3,15 +3,19 @@
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 from helpers import starflow2_folders
 from helpers.checkpoint_states import flip
 from helpers.kills import contents
 
-from starflow2_jax import convert
+from starflow2_jax import convert, params
 from starflow2_jax.checkpoints import digest, model_folder
 from starflow2_jax.inference import load
+from starflow2_jax.latents import codec
+from starflow2_jax.models import starflow2
 
 
 def run(*words):
@@ -105,3 +109,16 @@ def test_exporting_onto_itself_loses_nothing(exported, tmp_path):
         with pytest.raises(ValueError, match="would be replaced in part"):
             run("export", "--model", copy / part, "--out", copy, "--overwrite")
     assert contents(copy) == before
+
+
+def test_a_vlm_that_was_trained_is_exported_with_the_model(tmp_path):
+    root, _ = starflow2_folders.make(tmp_path)
+    trained = ("vlm", *starflow2.SUBTREES)
+    latent_codec = codec.load(str(root / "fae"))
+    workdir = starflow2_folders.save_run(root / "trained", root, latent_codec, trainable=trained)
+    run("export", "--model", workdir, "--out", root / "model")
+    models = [load.load(path) for path in (workdir, str(root / "model"))]
+    jax.tree.map(np.testing.assert_array_equal, models[0].params, models[1].params)
+    original = params.flatten(load.load(str(root / "run")).params["vlm"])
+    exported = params.flatten(models[1].params["vlm"])
+    assert any(np.any(original[name] != exported[name]) for name in original)

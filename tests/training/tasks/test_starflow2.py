@@ -105,15 +105,13 @@ def test_the_joint_stage_changes_everything_but_the_vlm(stage3):
 
 
 @pytest.mark.parametrize(
-    "trains",
-    [pytest.param(("shallow", "deep"), marks=pytest.mark.slow), ("vlm", "shallow", "deep")],
+    "trains", [pytest.param(STAGES[1], marks=pytest.mark.slow), ("vlm", *STAGES[1])]
 )
 def test_a_mixture_of_transformers_changes_what_it_trains_alone(trains):
     cfg = experiment(3)
-    vlm = dataclasses.replace(
-        pretzel_batch.model().vlm, vision_start_token=pretzel_batch.TOKENIZER.vision_start
-    )
-    pretzel = dataclasses.replace(pretzel_batch.model(), vlm=vlm)
+    pretzel, vision_start = pretzel_batch.model(), pretzel_batch.TOKENIZER.vision_start
+    vlm = dataclasses.replace(pretzel.vlm, vision_start_token=vision_start)
+    pretzel = dataclasses.replace(pretzel, vlm=vlm)
     cfg["model"] = starflow2.options(mot.matching(pretzel, 24))
     cfg["train"]["trainable"] = list(trains)
     losses, state, metrics, first, (before, final) = run(cfg)
@@ -133,8 +131,7 @@ def test_several_crossings_train_beside_a_frozen_vlm():
     losses, state, _, first, (before, final) = run(cfg)
     assert np.isfinite(losses).all()
     check_moved(first, state, STAGES[3])
-    for name in ("into_deep", "into_vlm"):
-        assert np.any(state.params["skip"][name]["weight"]), name
+    assert all(np.any(state.params["skip"][name]["weight"]) for name in ("into_deep", "into_vlm"))
     jax.tree.map(np.testing.assert_array_equal, before, final)
 
 
@@ -153,8 +150,7 @@ def test_eight_devices_equal_one(stage3, layout, sizes):
     assert up.addressable_shards[0].data.size * (4 if "tensor" in sizes else 2) == up.size
 
 
-# Enough for every row, and too few.
-@pytest.mark.parametrize("positions", [23, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("positions", [23, pytest.param(8, marks=pytest.mark.slow)])  # too few: 8
 def test_a_vlm_at_fewer_positions_trains_the_same_on_eight_devices(stage1, positions):
     sizes = "data=2,fsdp=2,tensor=2"
     changes = {"layout": "fsdp_tp", "mesh": sizes, "text.vlm_positions": positions}
