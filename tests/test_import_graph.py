@@ -126,7 +126,7 @@ def test_no_test_module_imports_another():
 
 def test_tests_lie_in_the_folders_of_what_they_test():
     folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
-    unknown = folders - set(LAYER_OF) - {".", "docs", "experiments", "launch", "peer"}
+    unknown = folders - set(LAYER_OF) - {".", "docs", "experiments", "launch", "peer", "soak"}
     assert not unknown, f"tests mirror the package, which has no {sorted(unknown)}"
 
 

@@ -56,7 +56,8 @@ def read_file(path: str | os.PathLike[str], max_bytes: int, location: str = "") 
         raise DatasetError(f"{location}: {size} bytes, at most {max_bytes} allowed")
     try:
         with epath.Path(path).open("rb") as file:
-            return file.read(max_bytes)
+            # Not of `max_bytes`, for which Python would allocate all the memory at once.
+            return file.read(size)
     except OSError as error:
         raise DatasetError(f"{location}: cannot be read: {error.strerror or error}") from error
 

@@ -58,11 +58,16 @@ def end_with_parent() -> None:
 
 def follow(parent: int) -> None:
     """Kill this process when its parent, which is expected to be process `parent`, ends."""
+    die_with_parent()
+    # The parent may have ended before, and elsewhere no signal announces its end.
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def die_with_parent() -> None:
+    """Let Linux kill this process when its parent ends from this call on."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    # The parent may have ended before, and elsewhere no signal announces its end.
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
 def _watch(parent: int) -> None:

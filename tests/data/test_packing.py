@@ -110,8 +110,9 @@ def test_the_plan_is_written_once_and_then_read(folders, capsys):
         run(capsys, *argv[:2], "--tokenizer", "nowhere")
     with pytest.raises(DatasetError, match="--tokenizer must be given"):
         run(capsys, "--data", folder)
-    # Half a file, then the plan of another order.
-    for damaged in (content[: len(content) // 2], None):
+    # Half a file, a newer version of the format, then the plan of another order.
+    newer = content.replace(b"PK\1\2-\3-", b"PK\1\2-\3\xff")
+    for damaged in (content[: len(content) // 2], newer, None):
         if damaged is None:
             with np.load(file) as arrays:
                 arrays = dict(arrays)

@@ -151,6 +151,11 @@ def test_sizes_are_checked_before_the_bytes(tmp_path, monkeypatch):
         untrusted.read_file(file, images.MAX_BYTES)
 
 
+def test_reading_takes_the_memory_of_the_file_alone(tmp_path):
+    (tmp_path / "a.json").write_text("1")
+    assert untrusted.read_file(tmp_path / "a.json", 1 << 60) == b"1"
+
+
 def test_hidden_files_are_passed_over(tmp_path):
     hidden = ("._a.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/._a.png", ".x/b.png")
     root = make_folder(tmp_path / "pets", "a.png", *hidden)

@@ -35,6 +35,7 @@ _REFUSED = {
     "use_mm_attn": "puts a pretrained language model in the deep block",
     "model_type": "names one of that code's presets: give its width, blocks and layers instead",
 }
+_MAX_BYTES = 1 << 20  # of a file of options
 # Pixels along a latent's side, by the name of the autoencoder in the released configurations.
 _VAE_FACTORS = {"sd-vae": 8, "sdxl-vae": 8}
 
@@ -93,13 +94,15 @@ def _merge_arguments(arguments: Any) -> dict[str, Any]:
 
 
 def _parse(source: str | Path) -> dict[str, Any]:
+    from starflow2_jax.data import untrusted  # needs msgspec
+
     text = str(source)
     is_text = isinstance(source, str) and ("=" in text or "\n" in text)
     if not is_text or ("\n" not in text and Path(text).is_file()):
         path = Path(text)
         if not path.is_file():
             raise FileNotFoundError(f"options: no file {path} (or write key=value)")
-        text = path.read_text()
+        text = untrusted.decode_text(untrusted.read_file(path, _MAX_BYTES), f"options: {path}")
     if re.match(r"\s*[A-Za-z_]\w*\s*=", text):
         ends = r"(?=[\s,;]+[A-Za-z_]\w*\s*=|\s*$)"
         pairs = re.findall(rf"([A-Za-z_]\w*)\s*=\s*(.*?){ends}", text, re.S)
@@ -109,7 +112,8 @@ def _parse(source: str | Path) -> dict[str, Any]:
     try:
         parsed = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"options: neither key=value nor YAML: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"options: neither key=value nor YAML: {reason}") from error
     if not isinstance(parsed, Mapping):
         raise ValueError(f"options: expected names and values, got {type(parsed).__name__}")
     return dict(parsed)

@@ -380,6 +380,12 @@ def test_bad_option_texts_are_refused(text, error, message):
         starflow_options.read_options(text)
 
 
+def test_a_file_of_options_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "options.yaml").write_bytes(b"rope: \xff")
+    with pytest.raises(ValueError, match=r"options: .*options\.yaml: not UTF-8"):
+        starflow_options.read_options(tmp_path / "options.yaml")
+
+
 def test_export_lists_every_difference():
     cfg, params = starflow.load(golden("starflow"), STARFLOW)
     block = dict(params["blocks"]["0"])
