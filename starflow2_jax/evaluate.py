@@ -6,6 +6,7 @@ python -m starflow2_jax.evaluate likelihood --model runs/latents --data data/sha
 python -m starflow2_jax.evaluate codec --model runs/fae_pixels --data data/shapes64_test --out codec.json
 python -m starflow2_jax.evaluate report --workdir runs/cifar
 python -m starflow2_jax.evaluate all --model runs/stage3 --n 16 --out evaluation/
+python -m starflow2_jax.evaluate showcase --model pretrained/starflow2_tiny --out examples/
 """  # noqa: E501
 
 import functools
@@ -14,12 +15,11 @@ import json
 from typing import Any
 
 import jax
-from absl import flags, logging
-from etils import epath
+from absl import flags
 
 from starflow2_jax.checkpoints.open_model import open_model
-from starflow2_jax.config import checks, nearest
-from starflow2_jax.data import image_batches, manifest, records
+from starflow2_jax.config import checks
+from starflow2_jax.data import image_batches, records
 from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.evaluation import (
     codec as codec_evaluation,
@@ -28,12 +28,17 @@ from starflow2_jax.evaluation import (
     result_files,
     vqa,
 )
+from starflow2_jax.evaluation.command_flags import (
+    Output,
+    describe_data,
+    load_starflow2,
+    open_result,
+    require,
+)
 from starflow2_jax.evaluation.report import run_report
-from starflow2_jax.evaluation.result_files import ResultFile
-from starflow2_jax.evaluation.shapes import cases, codec_ceiling, contact_sheets, report, suite
-from starflow2_jax.inference import load, options as inference_options, output, vlm
+from starflow2_jax.evaluation.shapes import codec_ceiling, command, report, suite
+from starflow2_jax.inference import load, output, vlm
 from starflow2_jax.inference.flow_sampler import FlowModel, load_flow
-from starflow2_jax.inference.model import Model
 from starflow2_jax.latents import batch_encoder, codec as latent_codec
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.mesh import check_batch, host_rows, make_mesh
@@ -49,10 +54,10 @@ VERBS = {
     "shapes suite on reconstructed images (--model --data --fit --n)",
     "shapes": "the shapes suite for a STARFlow2 (--model --n or --data, --only)",
     "all": "shapes, with a page and contact sheets (--model --n or --data, --out FOLDER)",
+    "showcase": "a page of pictures that a STARFlow2 draws, edits, answers and reasons about, with "
+    "verdicts (--model --out FOLDER)",
     "report": "report.html of a run (--workdir)",
 }
-# A result for --json, and the lines to print otherwise.
-Output = tuple[dict[str, Any], list[str]]
 
 
 def define(values: flags.FlagValues) -> None:
@@ -68,12 +73,13 @@ def define(values: flags.FlagValues) -> None:
     text("vlm", None, "folder of the VLM, if it is not where the run's configuration says")
     text("fae", None, "folder of the codec, if it is not where the run's configuration says")
     integer("n", None, "shapes, all, codec: cases of each tag, and half as many held-out ones (32; "
-            "all of --data; codec: no cases)", 1, 1_000_000)  # fmt: skip
-    flags.DEFINE_list("only", [], f"shapes, all: some of {', '.join(suite.SECTIONS)}",
+            "all of --data; codec: none); showcase: cases of each tag", 1, 1_000_000)  # fmt: skip
+    flags.DEFINE_list("only", [], f"shapes, all, showcase: some of {', '.join(suite.SECTIONS)}",
                       flag_values=values)  # fmt: skip
     switch("balance_answers", False, "shapes, all: each answer of counting questions as often")
-    real("guidance", None, "shapes, all: guidance weight of images; the run's by default", 0)
-    real("image_temperature", None, "shapes, all: scale of the noise of images; the run's by "
+    text("note", None, "all, showcase: a sentence for the page, about the model or its data")
+    real("guidance", None, "shapes suite: guidance weight of images; the run's by default", 0)
+    real("image_temperature", None, "shapes suite: scale of the noise of images; the run's by "
          "default", 1e-3)  # fmt: skip
     text("latents", None, "folder of latents parallel to --data")
     text("features", None, "folder of text features parallel to --data")
@@ -89,8 +95,8 @@ def define(values: flags.FlagValues) -> None:
     integer("pictures", 16, "codec: images in the grid next to --out", 1, 10_000)
     text("layout", "dp", "sharding layout of the weights")
     text("mesh", "data=-1", "devices along each mesh axis")
-    text("out", None, "JSON file to write; all: folder to write (default for a run: in its "
-         "evaluation/)")  # fmt: skip
+    text("out", None, "JSON file to write; all, showcase: folder to write (default for a run: in "
+         "its evaluation/)")  # fmt: skip
     switch("overwrite", False, "replace what --out names")
     switch("json", False, "print the result as JSON")
 
@@ -103,8 +109,9 @@ def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> 
         "likelihood": evaluate_likelihood,
         "understanding": evaluate_vlm,
         "codec": evaluate_codec,
-        "shapes": evaluate_shapes,
-        "all": functools.partial(evaluate_shapes, with_page=True),
+        "shapes": command.evaluate_shapes,
+        "all": functools.partial(command.evaluate_shapes, with_page=True),
+        "showcase": command.show_examples,
         "report": write_report,
     }
     try:
@@ -115,34 +122,16 @@ def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> 
         print(json.dumps(result, indent=2) if values.json else "\n".join(lines))
 
 
-def _require(values: flags.FlagValues, verb: str, *names: str) -> None:
-    if not all(values[name].value for name in names):
-        missing = " and ".join(f"--{name}" for name in names)
-        raise ValueError(f"{verb}: {missing} {'is' if len(names) == 1 else 'are'} needed")
-
-
-def _open_result(
-    values: flags.FlagValues, name: str, data: str, suffix: str = ".json"
-) -> ResultFile:
-    return result_files.open_result(
-        values.model, values.out, name, data, suffix=suffix, overwrite=values.overwrite
-    )
-
-
-def _describe_data(path: str) -> dict[str, str]:
-    return {"path": path, "fingerprint": manifest.fingerprint(manifest.load(path))}
-
-
 def write_report(values: flags.FlagValues) -> Output:
     """Write the report of a run."""
-    _require(values, "report", "workdir")
+    require(values, "report", "workdir")
     path = run_report.write(values.workdir)
     return {"report": str(path)}, [str(path)]
 
 
 def evaluate_likelihood(values: flags.FlagValues) -> Output:
     """Measure the exact likelihood of a dataset under a flow, or of records under a STARFlow2."""
-    _require(values, "likelihood", "model")
+    require(values, "likelihood", "model")
     task = open_model(values.model).task
     if task == load.TASK:
         return _record_likelihood(values)
@@ -156,7 +145,7 @@ def evaluate_likelihood(values: flags.FlagValues) -> Output:
     data = batch_encoder.describe(image_batches.describe(options), codec, "--data")
     _check_encoder(model, data)
     _check_classes(model, data)
-    file = _open_result(values, "likelihood", options["path"] or "mixture")
+    file = open_result(values, "likelihood", options["path"] or "mixture")
     num_shards = device_mesh.shape["data"] * device_mesh.shape["fsdp"]
     default_size = -(-model.cfg["evaluate"]["batch_size"] // num_shards) * num_shards
     batch_size = values.batch_size or default_size
@@ -266,24 +255,16 @@ def _gaussian_baseline(
     return {"gaussian_per_dimension": metrics}
 
 
-def _load_starflow2(values: flags.FlagValues) -> Model:
-    """Load the STARFlow2 of --model, on one device unless a mesh is given."""
-    device_mesh = make_mesh(values.mesh) if values["mesh"].present else None
-    return load.load_starflow2(
-        values.model, device_mesh, values.layout, vlm=values.vlm or "", fae=values.fae or ""
-    )
-
-
 def _record_likelihood(values: flags.FlagValues) -> Output:
     if not values.data:
         raise ValueError("likelihood: --data is needed: a dataset folder of interleaved records")
-    file, seed = _open_result(values, "rows_likelihood", values.data), values["seed"].value
-    model = _load_starflow2(values)
+    file, seed = open_result(values, "rows_likelihood", values.data), values["seed"].value
+    model = load_starflow2(values)
     rows = list(itertools.islice(records.read(values.data), values.rows))
     batch_size = min(values.batch_size or 32, len(rows))
     metrics = interleaved_likelihood.measure_records(model, rows, batch_size=batch_size, seed=seed)
     result = {
-        "data": _describe_data(values.data),
+        "data": describe_data(values.data),
         "sections": {"likelihood": {"records": {"all": metrics}}},
         "not_run": {},
         "options": {"batch_size": batch_size, "seed": seed},
@@ -295,8 +276,8 @@ def _record_likelihood(values: flags.FlagValues) -> Output:
 
 def evaluate_vlm(values: flags.FlagValues) -> Output:
     """Measure how many questions about images a VLM answers correctly."""
-    _require(values, "understanding", "model", "data")
-    file = _open_result(values, "understanding", values.data)
+    require(values, "understanding", "model", "data")
+    file = open_result(values, "understanding", values.data)
 
     def score(path, **changes):
         model = vlm.load(path)
@@ -315,7 +296,7 @@ def evaluate_vlm(values: flags.FlagValues) -> Output:
     if values.blind:
         baselines["text_only_baseline"] = vqa.summarize(score(values.blind))
     result = {
-        "data": _describe_data(values.data),
+        "data": describe_data(values.data),
         "kinds": vqa.summarize(answers),
         "by_holdout": vqa.summarize_by_holdout(answers),
         "baselines": baselines,
@@ -327,9 +308,9 @@ def evaluate_vlm(values: flags.FlagValues) -> Output:
 
 def evaluate_codec(values: flags.FlagValues) -> Output:
     """Measure the fidelity of a codec's images and, with --fit, a linear probe of its latents."""
-    _require(values, "codec", "model", "data")
+    require(values, "codec", "model", "data")
     codec = latent_codec.load(values.model)
-    file, seed = _open_result(values, "codec", values.data), values["seed"].value
+    file, seed = open_result(values, "codec", values.data), values["seed"].value
     if file.path and file.path.suffix != ".json":
         raise ValueError(f"--out {file.path}: expected a name that ends in .json")
     grid = file.path.with_suffix(".png") if file.path else None
@@ -350,13 +331,13 @@ def evaluate_codec(values: flags.FlagValues) -> Output:
         probe = codec_evaluation.measure_probe(
             codec, values.fit, values.data, rows=values.rows, resize=values.resize
         )
-        probe = {"fit": _describe_data(values.fit), **probe}
+        probe = {"fit": describe_data(values.fit), **probe}
     ceiling = None
     if values.n:
         ceiling = codec_ceiling.measure(codec, values.n, sigma=values.sigma, seed=seed)
     result = {
         "model": {**file.model, "encoder": codec.sha256},
-        "data": _describe_data(values.data),
+        "data": describe_data(values.data),
         **metrics,
         "probe": probe,
         "ceiling": ceiling,
@@ -368,73 +349,6 @@ def evaluate_codec(values: flags.FlagValues) -> Output:
     written += [f"written    {grid}"] if grid else []
     ceiling_lines = codec_ceiling.summary_lines(ceiling) if ceiling else []
     return result, [*codec_evaluation.summary_lines(result), *ceiling_lines, *written]
-
-
-def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output:
-    """Run the shapes suite and, for the verb `all`, write its page and contact sheets."""
-    verb = "all" if with_page else "shapes"
-    _require(values, verb, "model")
-    sections = _sections(values)
-    folders = values.data.split(",") if values.data else []
-    data_name = "-".join(epath.Path(folder).name for folder in folders) or "drawn"
-    file = _open_result(values, verb, data_name, "" if with_page else ".json")
-    folder, seed = file.path, values["seed"].value
-    if with_page and folder is None:
-        raise ValueError("all: --out is needed: a folder for the page and the sheets")
-    model = _load_starflow2(values)
-    pixels = model.codec.model.pixels if model.codec else model.cfg["image"]["pixels"] or 64
-    if folders:
-        suite_cases = cases.read(folders, n=values.n)
-    else:
-        n, balance = values.n or 32, values.balance_answers
-        suite_cases = cases.generate(seed, n, pixels, suite.tasks_of(sections), balance)
-    sampling_settings = {
-        "batch_size": values.batch_size or 96,
-        "seed": seed,
-        **inference_options.sampling_defaults(
-            model.cfg["sample"],
-            guidance=values.guidance,
-            image_temperature=values.image_temperature,
-        ),
-    }
-    references, missing_references = suite.load_reference_vlms(model, pixels, values.blind)
-    result, samples = suite.run(
-        suite_cases,
-        suite.make_answer_fn(model, suite_cases, **sampling_settings),
-        only=sections,
-        not_run=suite.unsupported_sections(model),
-        model=model,
-        references=references,
-        reconstruct_fn=suite.make_reconstruct_fn(model, seed) if model.codec else None,
-        seed=seed,
-        on_section=lambda section: logging.info("%s ...", section),
-    )
-    result = {
-        "data": {
-            "path": values.data or f"generated from seed {seed}",
-            "fingerprints": [_describe_data(path)["fingerprint"] for path in folders],
-        },
-        "options": sampling_settings,
-        **result,
-        "not_run": {**result["not_run"], **missing_references},
-        "samples": {name: [*map(report.sample_row, rows)] for name, rows in samples.items()},
-    }
-    written = []
-    if not with_page:
-        result, written = file.write(result)
-    elif jax.process_index() == 0:
-        sheets = contact_sheets.make(samples, seed)
-        result = report.write_folder(file, result, sheets, overwrite=values.overwrite)
-        written = [f"written    {folder}: report.html, shapes.json, {len(sheets)} sheets"]
-    return result, [*report.summary_lines(result), *written]
-
-
-def _sections(values: flags.FlagValues) -> tuple[str, ...]:
-    for name in values.only:
-        if name not in suite.SECTIONS:
-            known, near = ", ".join(suite.SECTIONS), nearest(name, suite.SECTIONS)
-            raise ValueError(f"--only: unknown section {name!r}{near}; the sections are {known}")
-    return tuple(values.only) or suite.SECTIONS
 
 
 if __name__ == "__main__":

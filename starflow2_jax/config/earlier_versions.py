@@ -28,7 +28,7 @@ RENAMED = {
 # the key existed.
 ADDED = (
     "data.packing", "data.skip_long", "eval_data.packing", "eval_data.skip_long",
-    "fae.gradient", "noise.context_sigma", "teacher.tower", "text.vlm_positions",
+    "fae.gradient", "noise.context_sigma", "sample.spread", "teacher.tower", "text.vlm_positions",
 )  # fmt: skip
 
 

@@ -182,6 +182,7 @@ KEYS: dict[str, Key] = {
         checks.is_text,
         "a list of strings",
     ),
+    "sample.spread": flag(False, "prompts from all over the data, not from its first records"),
     "sample.guidance": number(0.0, "guidance weight"),
     "sample.guidance_rule": choice(
         "product", "guidance rule", "product", "linear_log_scale", "linear_scale"

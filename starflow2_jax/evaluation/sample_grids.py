@@ -1,8 +1,9 @@
 """Grids of samples for fixed prompts and seeds, to monitor a training run.
 
-Prompts of a STARFlow2 are the first records of the evaluation data, up to the first target segment.
-It draws its grids on one device, which meanwhile stores all weights twice: as trained, and in the
-layout of the decode loop. The other devices gather one array at a time.
+Prompts of a STARFlow2 are records of the evaluation data, up to the first target segment: the first
+records, or with `sample.spread` records from all over the data. It draws its grids on one device,
+which meanwhile stores all weights twice: as trained, and in the layout of the decode loop. The
+other devices gather one array at a time.
 """
 
 import dataclasses
@@ -143,14 +144,26 @@ def read_prompts(
         texts = [str(text) for text in cfg["sample"]["prompts"]]
         texts = [texts[i % len(texts)] for i in range(count)]
         prompts["samples"] = [Prompt([Part("text", "user", t)], None, t) for t in texts]
+    candidates: dict[str, list[tuple[Record, str]]] = {kind: [] for kind in prompts}
+    is_spread = cfg["sample"].get("spread", False)
     for entry in options.mixture or ({"path": options.path},):
         dataset = records.read(entry["path"])
-        for index in range(min(MAX_RECORDS, len(dataset))):
+        number = min(MAX_RECORDS, len(dataset))
+        for index in _evenly(len(dataset), number) if is_spread else range(number):
             record = dataset[index]
-            group = prompts.get(kind_of(record))
-            if group is not None and len(group) < limits[kind_of(record)]:
-                group.append(_prompt_of(options, record, dataset.location(index)))
+            if kind_of(record) in candidates:
+                candidates[kind_of(record)].append((record, dataset.location(index)))
+    for kind, group in candidates.items():
+        free = limits[kind] - len(prompts[kind])
+        chosen = _evenly(len(group), free) if is_spread else range(min(free, len(group)))
+        prompts[kind] += [_prompt_of(options, *group[index]) for index in chosen]
     return {kind: group for kind, group in prompts.items() if group}
+
+
+def _evenly(count: int, number: int) -> list[int]:
+    """Return at most `number` of the indices 0 to `count` - 1, from all over them, in order."""
+    number = min(count, number)
+    return [count * (2 * k + 1) // (2 * number) for k in range(number)]
 
 
 def _prompt_of(options: packed_batches.PackedBatchOptions, record: Record, location: str) -> Prompt:

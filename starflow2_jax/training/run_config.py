@@ -47,6 +47,7 @@ class SampleConfig:
     guidance_rule: str
     image_temperature: float
     denoise: bool
+    spread: bool = False
 
 
 @dataclass(frozen=True)

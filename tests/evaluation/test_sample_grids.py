@@ -66,6 +66,16 @@ def test_a_stage_shows_what_it_trains(model, data):
     assert [p.caption for p in prompts] == ["a red circle", "a star", "a red circle"]
 
 
+def test_prompts_can_come_from_all_over_the_data(model, data):
+    cfg, options = experiment(model, data, 1, spread=True, count=2)
+    captions = [r.segs[0].s for r in records.read(data) if "task" not in r.meta]
+    assert len(captions) == 3
+    prompts = sample_grids.read_prompts(cfg, options, PIXELS)["samples"]
+    assert [prompt.caption for prompt in prompts] == [captions[0], captions[2]]
+    assert sample_grids._evenly(1000, 4) == [125, 375, 625, 875]
+    assert sample_grids._evenly(3, 8) == [0, 1, 2] and sample_grids._evenly(0, 8) == []
+
+
 def test_grids_contain_prompts_and_answers(model, data):
     cfg, options = experiment(model, data, 3)
     stage_model = dataclasses.replace(model, cfg=cfg)

@@ -69,6 +69,38 @@ def test_all_writes_a_page_figures_and_sheets(parts, tmp_path, capsys, sections)
         assert set(row) == kinds and all(np.isfinite(row[kind]["nll"]) for kind in kinds)
 
 
+def test_the_showcase_is_one_page_of_examples(parts, tmp_path, capsys):
+    out = tmp_path / "examples"
+    argv = (
+        "--model",
+        parts[1],
+        "--n",
+        1,
+        "--out",
+        out,
+        "--only",
+        "generation",
+        "--note",
+        "A <note>",
+    )
+    run_verb("showcase", *argv)
+    page = (out / "showcase.html").read_text()
+    result = json.loads((out / "shapes.json").read_text())
+    assert {name: len(rows) for name, rows in result["samples"].items()} == {
+        "prompt": 1, "generation": 6
+    }  # fmt: skip
+    assert page.count('<img alt="') == 7 and "A &lt;note&gt;" in page
+    assert "a red circle above a blue square" in page and 'class="no"' in page
+    assert result["training"] == [
+        {"name": "", "step": 1, "rows": result["training"][0]["rows"],
+         "trainable": ["adapter", "shallow", "deep", "skip"]}
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "drawings from captions are right" in printed and f"{out}/showcase.html" in printed
+    with pytest.raises(ValueError, match="showcase: --model and --out are needed"):
+        run_verb("showcase", "--model", parts[1])
+
+
 def test_shapes_takes_folders_and_sections(parts, tmp_path, capsys):
     for task, count in (("text", 6), ("question", 8)):
         rows = shapes_tasks.make_records(2, count, PIXELS, tasks=[task])

@@ -152,6 +152,9 @@ def test_the_tiny_data_are_those_that_the_stages_name(tmp_path):
         )  # fmt: skip
         calls = [line.split() for line in log.read_text().splitlines()]
         log.unlink()
+        balanced = {c[c.index("--out") + 1] for c in calls if "--balance_answers" in c}
+        assert balanced == {f"data_cache/reasoning64{end}" for end in ("", "_test")}
+        calls = [[word for word in call if word != "--balance_answers"] for call in calls]
         flags = [dict(zip(call[4::2], call[5::2])) for call in calls]
         assert [call[1:4] for call in calls] == [
             ["-m", "starflow2_jax.prepare", verb]
@@ -170,6 +173,23 @@ def test_the_tiny_data_are_those_that_the_stages_name(tmp_path):
         assert int(flag["--n"]) == share * int(counts[1][name]["--n"])
         assert flag["--pixels"] == "64" and flag["--withheld"] == "leave_out"
     assert len({flag["--seed"] for flag in counts[0].values()}) == len(counts[0])
+
+
+def test_the_small_world_shows_single_objects_in_captions_and_reasoning(tmp_path):
+    python, log = logging_python(tmp_path)
+    command = ["bash", ROOT / "launch/data_tiny.sh", "4", "single"]
+    env = {**os.environ, "PYTHON": str(python), "FAE": ""}
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    lines = log.read_text().splitlines()
+    single = [line.split("--out ")[1].split()[0] for line in lines if "--tags" in line]
+    folders = [
+        f"data_cache/{name}64{end}" for name in ("t2i", "reasoning") for end in ("", "_test")
+    ]
+    assert sorted(single) == sorted(folders) and len(lines) == 12
+    assert all("single_object,colors" in line for line in lines if "--tags" in line)
+    command[-1] = "large"
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "expected all or single, got large" in done.stderr
 
 
 def test_too_few_data_is_a_clear_error(tmp_path):
@@ -223,19 +243,22 @@ def test_the_data_of_the_codec_are_read_from_the_tars_that_exist(tmp_path):
     assert complete["data_cache/emoji64_test"]["background"] == "white"
 
 
+PREPARE_IMPORT = ["starflow2_jax.prepare", "import"]
+
+
 @pytest.fixture
 def demo(tmp_path):
     """Return a function that runs a copy of the demo with an interpreter that only logs."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
 
-    def run(*words, unfinished=0):
+    def run(*words, unfinished=0, **variables):
         shutil.rmtree(tmp_path / "venv", ignore_errors=True)
         log = logging_python(tmp_path, unfinished)[1]
         log.unlink(missing_ok=True)
         done = subprocess.run(
             ["bash", tmp_path / "launch/demo.sh", *words], capture_output=True, text=True, cwd="/",
             # PYTHON would be compared with the interpreter of VENV, a script without a version.
-            env={**os.environ, "VENV": str(tmp_path / "venv"), "PYTHON": ""},
+            env={**os.environ, "VENV": str(tmp_path / "venv"), "PYTHON": "", **variables},
         )  # fmt: skip
         return done, log.read_text().splitlines() if log.exists() else []
 
@@ -249,7 +272,7 @@ def test_the_demo_runs_its_parts_in_order(demo):
     assert {call.split()[0] for call in calls} == {str(demo.folder)}
     words = [call.split()[2:] for call in calls]
     assert [call[0].removeprefix("starflow2_jax.") for call in words] == [
-        *["prepare"] * 24, *["train"] * 3, *["evaluate"] * 2,
+        "evaluate", *["prepare"] * 24, *["train"] * 3, *["evaluate"] * 2,
     ]  # fmt: skip
     trained = [(Path(call[2]).name, call[4]) for call in words if call[0].endswith("train")]
     assert trained == [
@@ -259,14 +282,41 @@ def test_the_demo_runs_its_parts_in_order(demo):
     for (name, _), (_, before) in zip(trained[1:], trained):
         path = ROOT / "experiments" / name.split(":")[0]
         assert runpy.run_path(str(path))["get_config"]().init["from"] == before
-    assert [call[1] for call in words[-2:]] == ["all", "report"]
-    for name in ("install", "data", "stage 1", "evaluation", "all but the install"):
+    assert [call[1] for call in (words[0], *words[-2:])] == ["showcase", "all", "report"]
+    assert words[0][2:] == [
+        "--model",
+        "pretrained/starflow2_tiny",
+        "--out",
+        "examples",
+        "--overwrite",
+    ]
+    datasets = words[-2][words[-2].index("--data") + 1].split(",")
+    imported = {call[call.index("--out") + 1] for call in words if call[:2] == PREPARE_IMPORT}
+    assert set(datasets) < imported and all(name.endswith("64_test") for name in datasets)
+    note = " ".join(words[-2])
+    assert "320, 80 and 200 steps" in note and "captions and reasoning show one object" in note
+    for name in (
+        "install",
+        "shipped model",
+        "data",
+        "stage 1",
+        "evaluation",
+        "all but the install",
+    ):
         assert name in done.stdout.split("\nTimes\n")[1]
+
+
+def test_the_steps_of_the_demo_can_be_chosen(demo):
+    done, calls = demo(STEPS="3 2 1")
+    steps = [word for call in calls for word in call.split() if "train.steps" in word]
+    assert done.returncode == 0 and steps == [f"--config.train.steps={n}" for n in (3, 2, 1)]
+    done, calls = demo(STEPS="3")
+    assert done.returncode == 1 and "STEPS=3: expected three numbers" in done.stderr and not calls
 
 
 def test_the_demo_stops_where_training_did_and_takes_no_words(demo):
     done, calls = demo(unfinished=1)
-    assert done.returncode == 1 and len(calls) == 25
+    assert done.returncode == 1 and len(calls) == 26
     assert "training was stopped before its end; the same command resumes it" in done.stderr
     done, calls = demo("--fast")
     assert done.returncode == 1 and "takes no arguments; got --fast" in done.stderr and not calls

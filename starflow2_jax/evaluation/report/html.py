@@ -28,6 +28,11 @@ code, pre { font: 13px/1.45 ui-monospace, monospace; } pre { background: #f6f6f6
 img { max-width: 100%; } figure { margin: 0; } figcaption { color: #666; font-size: .82rem; }
 .stages { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem; margin-top: 1rem; }
 .stages img { width: 100%; } summary { cursor: pointer; color: #555; }
+.examples { display: flex; flex-wrap: wrap; gap: 1.4rem 1.6rem; margin-top: .8rem; }
+.example p { margin: .25rem 0 0; } .example .pictures { display: flex; gap: .4rem; }
+.example { width: min-content; min-width: 11rem; } .example img { width: 11rem; max-width: none;
+         border: 1px solid #ddd; }
+.yes { color: #17692f; } .no { color: #a3261d; } h3 { font-size: 1rem; margin: 1.3rem 0 .1rem; }
 """
 
 
@@ -75,6 +80,22 @@ def image(data: bytes, alt: str, caption: str = "") -> str:
     source = base64.b64encode(data).decode()
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{source}">{below}</figure>'
+
+
+def example(
+    pictures: Sequence[tuple[bytes, str]], texts: Sequence[str], verdict: str, correct: bool
+) -> str:
+    """Return pictures (PNG, caption) side by side, with texts and a verdict below them."""
+    figures = "".join(image(data, caption or texts[0], caption) for data, caption in pictures)
+    lines = "".join(f"<p>{escape(text)}</p>" for text in texts)
+    mark = f'<p class="{"yes" if correct else "no"}">{escape(verdict)}</p>'
+    return f'<div class="example"><div class="pictures">{figures}</div>{lines}{mark}</div>'
+
+
+def bullets(title: str, items: Sequence[str]) -> str:
+    """Return a heading and a list; empty without items."""
+    lines = "".join(f"<li>{escape(item)}</li>" for item in items)
+    return f"<h2>{escape(title)}</h2><ul>{lines}</ul>" if items else ""
 
 
 def shrink_png(path: epath.Path, width: int) -> bytes:

@@ -24,6 +24,12 @@ from starflow2_jax.training.workdir import read_records
 FILE = "report.html"
 _SAMPLE_FILE = re.compile(r"(?:(.+)_)?(\d+)\.png")
 _MAX_STAGES = 6
+# Baselines of `interleaved_likelihood.measure_records` in words.
+RECORD_BASELINES = {
+    "no_text": "without the user's words",
+    "gaussian": "by one Gaussian for each channel",
+    "blank_image": "with gray images in the prompt",
+}
 
 
 def write(workdir: epath.PathLike) -> epath.Path:
@@ -41,7 +47,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
     if cfg is None:
         raise FileNotFoundError(f"{workdir} has no {run_log.CONFIG}: it is not the folder of a run")
     rows = run_log.read_rows(workdir)
-    likelihoods = _read_likelihoods(workdir)
+    likelihoods = _read_results(workdir, "likelihood*.json")
     gaussian = _gaussian_baseline(rows, likelihoods)
     title = cfg.get("name") or workdir.resolve().name
     body = [
@@ -51,6 +57,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
         _samples(workdir),
         _curves(rows, gaussian),
         _likelihood_section(likelihoods),
+        _records_section(_read_results(workdir, "rows_likelihood*.json")),
         _last_values(rows),
         _starts(workdir),
         _configuration(cfg),
@@ -129,12 +136,11 @@ def _curves(rows: Sequence[Mapping[str, Any]], gaussian: float | None) -> str:
     return "\n".join(["<h2>Curves</h2>", *images]) if images else ""
 
 
-def _read_likelihoods(workdir: epath.Path) -> list[dict[str, Any]]:
+def _read_results(workdir: epath.Path, pattern: str) -> list[dict[str, Any]]:
+    """Return the results that `evaluate likelihood` wrote into a run's folder."""
     folder = workdir / "evaluation"
-    results = []
-    for path in sorted(folder.glob("likelihood*.json")) if folder.exists() else []:
-        results.append(untrusted.read_json(path, dict[str, Any]))
-    return results
+    paths = sorted(folder.glob(pattern)) if folder.exists() else []
+    return [untrusted.read_json(path, dict[str, Any]) for path in paths]
 
 
 def _gaussian_baseline(rows, likelihoods) -> float | None:
@@ -172,6 +178,27 @@ def _likelihood_section(likelihoods: Sequence[Mapping[str, Any]]) -> str:
         "<details><summary>Protocol of the last one</summary>"
         f"<pre>{html.escape(stamp)}</pre></details>"
     )
+
+
+def _records_section(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the likelihoods of records under a STARFlow2, next to their baselines."""
+    table = []
+    for result in results:
+        figures = result["sections"]["likelihood"]["records"]["all"]
+        for kind, unit in (("image", "nats/dim"), ("text", "nats/token")):
+            if kind not in figures:
+                continue
+            row, step = figures[kind], result["model"]["step"]
+            name = f"{kind} in {result['data']['path']}, step {step or 0:,}"
+            table.append((name, row["records"], stats.format_figure(row, "nll", ".4f"), unit))
+            table += [
+                (f"... {RECORD_BASELINES[key]}", "", stats.format_figure(b, "nll", ".4f"), unit)
+                for key, b in row["baselines"].items()
+            ]
+    if not table:
+        return ""
+    head = ("what", "records", "NLL (95%)", "unit")
+    return f"<h2>Likelihood of records</h2>{html.table(head, table)}"
 
 
 def _with_interval(row: Mapping[str, Any], name: str) -> str:

@@ -3,7 +3,6 @@
 `correct_for(j, i)` in this file says whether the answer to case j is correct for case i.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,8 @@ from starflow2_jax.evaluation.shapes.cases import Case
 MAX_OTHERS = 32
 PROTOCOL = (
     "shares with 95% by Wilson's score interval over cases; the mean of tags weighs every tag "
-    "alike, its interval that of as many cases as would give the same variance"
+    "alike, its interval that of as many cases as would give the same variance; differences are "
+    "of the same cases, their interval Agresti and Min's for pairs"
 )
 
 
@@ -48,8 +48,8 @@ def difference(
 ) -> dict[str, Any]:
     """Return by how much the first accuracy exceeds the second, over the same cases.
 
-    The parts, tags and mean are those of `split_by_holdout`; an interval is that of the mean of
-    the differences case by case, None of one case.
+    The parts, tags and mean are those of `split_by_holdout`, intervals those of
+    `stats.mean_difference`.
     """
     tables: dict[str, Any] = {}
     for name, held_out in (("seen", False), ("held_out", True)):
@@ -63,21 +63,28 @@ def difference(
 
 def _difference_table(groups: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     tags = {
-        tag: {"count": len(group), **stats.mean(group, "difference")}
+        tag: {"count": len(group), **stats.mean_difference([group])}
         for tag, group in groups.items()
     }
-    mean = {
-        "count": sum(map(len, groups.values())),
-        "difference": sum(row["difference"] for row in tags.values()) / len(tags),
-        "difference_95": None,
-    }
-    intervals = [row["difference_95"] for row in tags.values()]
-    if None not in intervals:
-        # The variances of independent tags add up.
-        half_width = math.hypot(*((high - low) / 2 for low, high in intervals)) / len(tags)
-        center = mean["difference"]
-        mean["difference_95"] = [center - half_width, center + half_width]
+    count = sum(map(len, groups.values()))
+    mean = {"count": count, **stats.mean_difference(list(groups.values()))}
     return {"tags": tags, "mean": mean}
+
+
+def compare(
+    cases: Sequence[Case], correct: Sequence[float], baselines: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """Return `score` and `baselines`, as from `split_by_holdout`, and `differences` to them.
+
+    Args:
+        correct: of each case, 0 to 1.
+        baselines: the same of other answers, by name.
+    """
+    return {
+        "score": split_by_holdout(cases, correct),
+        "baselines": {name: split_by_holdout(cases, row) for name, row in baselines.items()},
+        "differences": {name: difference(cases, correct, row) for name, row in baselines.items()},
+    }
 
 
 def group_by_tag(cases: Sequence[Case]) -> dict[tuple[str, bool], list[int]]:

@@ -6,7 +6,7 @@ found in its color and shape, at most `MAX_SHIFT` image sides from its place, ov
 leave something alone. `both`: the two together, and no more objects than the target has.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,17 @@ BASELINES = {
 }
 
 
+def answer_cases(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> list[Sample]:
+    """Make every edit once and return source, result and reference with the verdict of `both`."""
+    samples = []
+    for case, part in zip(cases, generate_images(cases, answer_fn)):
+        verdict = judge(part.image, case)
+        images = (case.prompt_images[0], part.image, case.reference_image)
+        both, reason = verdict["both"], verdict["reason"]
+        samples.append(Sample(case, images, "", both, reason, part.log_likelihood))
+    return samples
+
+
 def measure(
     cases: Sequence[Case], answer_fn: ask.AnswerFn, reconstruct_fn: ReconstructFn | None = None
 ) -> tuple[dict[str, Any], list[Sample]]:
@@ -38,13 +49,14 @@ def measure(
     `psnr_outside_edit` is the mean over edits of the PSNR in dB between image and reference outside
     of the boxes around what changes.
     """
-    generated = generate_images(cases, answer_fn)
+    samples = answer_cases(cases, answer_fn)
+    generated = [sample.images[1] for sample in samples]
     blank_source = generate_images([with_blank_images(case) for case in cases], answer_fn)
     next_cases = accuracy.next_in_tag(cases)
     images = {
-        "score": [part.image for part in generated],
+        "score": generated,
         "copy": [case.prompt_images[0] for case in cases],
-        "shuffled": [generated[j].image for j in next_cases],
+        "shuffled": [generated[j] for j in next_cases],
         "chance": [cases[j].reference_image for j in next_cases],
         "blank_image": [codec.background(c.reference_image, c.scenes[-1]) for c in cases],
         "blank_source": [part.image for part in blank_source],
@@ -54,25 +66,12 @@ def measure(
         references = np.stack([case.reference_image for case in cases])
         images["codec_reconstruction"] = list(reconstruct_fn(references))
     verdicts = {name: [*map(judge, group, cases)] for name, group in images.items()}
-    tables = {name: _split_measures(cases, group) for name, group in verdicts.items()}
-    figures: dict[str, Any] = {
-        measure: {
-            "score": tables["score"][measure],
-            "baselines": {name: tables[name][measure] for name in BASELINES},
-            "ceilings": {name: tables[name][measure] for name in CEILINGS if name in tables},
-        }
-        for measure in MEASURES
-    }
+    figures: dict[str, Any] = {name: _compare(cases, verdicts, name) for name in MEASURES}
     figures["psnr_outside_edit"] = {
         name: round(float(np.mean([*map(_psnr_outside_edit, images[name], cases)])), 2)
         for name in ("score", "blank_source", "codec_reconstruction")
         if name in images
     }
-    samples = []
-    for case, part, verdict in zip(cases, generated, verdicts["score"]):
-        sheet = (case.prompt_images[0], part.image, case.reference_image)
-        both, reason = verdict["both"], verdict["reason"]
-        samples.append(Sample(case, sheet, "", both, reason, part.log_likelihood))
     return figures, samples
 
 
@@ -103,13 +102,22 @@ def _matches(detected: DetectedObject, item: Object) -> bool:
     return same and float(np.hypot(detected.x - item.x, detected.y - item.y)) <= MAX_SHIFT
 
 
-def _split_measures(cases: Sequence[Case], verdicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return `accuracy.split_by_holdout` of each of `MEASURES`, over the cases that have it."""
-    tables = {}
-    for name in MEASURES:
-        pairs = [(c, v[name]) for c, v in zip(cases, verdicts) if v[name] is not None]
-        tables[name] = accuracy.split_by_holdout(*(zip(*pairs) if pairs else ((), ())))
-    return tables
+def _compare(
+    cases: Sequence[Case], verdicts: Mapping[str, Sequence[Mapping[str, Any]]], measure: str
+) -> dict[str, Any]:
+    """Return `accuracy.compare` and the ceilings of a measure, over the cases that have it."""
+    index = [i for i, verdict in enumerate(verdicts["score"]) if verdict[measure] is not None]
+    subset = [cases[i] for i in index]
+    correct = {name: [group[i][measure] for i in index] for name, group in verdicts.items()}
+    baselines = {name: correct[name] for name in BASELINES}
+    return {
+        **accuracy.compare(subset, correct["score"], baselines),
+        "ceilings": {
+            name: accuracy.split_by_holdout(subset, correct[name])
+            for name in CEILINGS
+            if name in correct
+        },
+    }
 
 
 def _psnr_outside_edit(image: np.ndarray, case: Case) -> float:

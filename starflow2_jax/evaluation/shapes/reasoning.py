@@ -1,8 +1,8 @@
-"""Questions that an intermediate image helps with, answered with and without generating it.
+"""Questions that an intermediate image helps with, answered with it, without it, with another one.
 
 The answer to a request with a choice (task `reason_free`) is the one that the detector reads off
 the image that the model generated. If that image does not give a clear one, the sample is wrong;
-answers without an image, which have none to agree with, are then compared with the reference.
+answers without an image or with another one are then compared with the reference.
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ from starflow2_jax.shapes.detector import Verdict
 
 BASELINES = {
     "direct_answer": "the answer at once, without an image",
+    "other_image": "the answer after the image that was drawn for the next case of the tag",
+    "encoded_again": "the answer after its own image, decoded to pixels and encoded again",
     "most_frequent": "the most frequent answer of the tag",
     "chance": "one over the number of different answers of the tag",
     "blank_source": "the model with a gray image in place of the source; it draws, then answers",
@@ -43,50 +45,66 @@ class _Answer(NamedTuple):
         return self.text == self.expected
 
 
-def measure(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> tuple[dict[str, Any], list[Sample]]:
-    """Answer every case after generating an image, which is scored too, and at once.
+def answer_cases(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> list[Sample]:
+    """Answer every case after generating an image; return source, image, reference and verdict."""
+    return [
+        _sample(c, answer) for c, answer in zip(cases, _answer_through_images(cases, answer_fn))
+    ]
 
-    `gain` is the difference between the two, as from `accuracy.difference`.
+
+def measure(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> tuple[dict[str, Any], list[Sample]]:
+    """Answer every case after generating an image, which is scored too, and by each baseline.
+
+    The same question is answered with its own image, without one and with another one, so
+    `differences` to `direct_answer` and `other_image` are what the image adds.
     """
     answers = _answer_through_images(cases, answer_fn)
-    correct = [answer.correct for answer in answers]
     expected_cases = [
         dataclasses.replace(case, reference_text=answer.expected or case.reference_text)
         for case, answer in zip(cases, answers)
     ]
-    direct = vqa.is_correct(expected_cases, answer_fn)
-    blank = [with_blank_images(case) for case in cases]
-    blank_direct = vqa.is_correct([with_blank_images(case) for case in expected_cases], answer_fn)
-    forced_prompts = [
-        [*case.prompt, Part("image", "assistant", image=case.reference_image)] for case in cases
-    ]
-    forced_texts = [ask.answer_text(parts) for parts in answer_fn(forced_prompts, "text")]
-    forced = [text == case.reference_text for text, case in zip(forced_texts, cases)]
-    references = [read_image(case.reference_image, case)[0].correct for case in cases]
+    blank_cases = [with_blank_images(case) for case in expected_cases]
+    images = [answer.part.image for answer in answers]
+    other_images = [images[j] for j in accuracy.next_in_tag(cases)]
 
-    def through_images(cases):
+    def correct_after_drawing(cases):
         return [answer.correct for answer in _answer_through_images(cases, answer_fn)]
 
+    baselines = {
+        "direct_answer": vqa.is_correct(expected_cases, answer_fn),
+        "other_image": _correct_after(expected_cases, other_images, answer_fn),
+        "encoded_again": _correct_after(expected_cases, images, answer_fn),
+        "most_frequent": accuracy.most_frequent_text(expected_cases),
+        "chance": accuracy.chance_of_text(cases),
+        "blank_source": correct_after_drawing([with_blank_images(case) for case in cases]),
+        "blank_source_direct_answer": vqa.is_correct(blank_cases, answer_fn),
+        "shuffled": correct_after_drawing(vqa.shuffle_images(cases)),
+    }
+    figures = accuracy.compare(cases, [answer.correct for answer in answers], baselines)
+    references = [case.reference_image for case in cases]
     split = functools.partial(accuracy.split_by_holdout, cases)
-    figures = {
-        "score": split(correct),
-        "gain": accuracy.difference(cases, correct, direct),
-        "baselines": {
-            "direct_answer": split(direct),
-            "most_frequent": split(accuracy.most_frequent_text(expected_cases)),
-            "chance": split(accuracy.chance_of_text(cases)),
-            "blank_source": split(through_images(blank)),
-            "blank_source_direct_answer": split(blank_direct),
-            "shuffled": split(through_images(vqa.shuffle_images(cases))),
-        },
-        "ceilings": {"reference_image": split(forced)},
-        "image": {
-            "score": split([answer.verdict.correct for answer in answers]),
-            "baselines": {},
-            "ceilings": {"reference_image": split(references)},
+    figures["ceilings"] = {"reference_image": split(_correct_after(cases, references, answer_fn))}
+    figures["image"] = {
+        **accuracy.compare(cases, [answer.verdict.correct for answer in answers], {}),
+        "ceilings": {
+            "reference_image": split(
+                [read_image(image, case)[0].correct for image, case in zip(references, cases)]
+            )
         },
     }
     return figures, [_sample(case, answer) for case, answer in zip(cases, answers)]
+
+
+def _correct_after(
+    cases: Sequence[Case], images: Sequence[np.ndarray], answer_fn: ask.AnswerFn
+) -> list[bool]:
+    """Return whether the text after these images, as the model's own, is the reference text."""
+    prompts = [
+        [*case.prompt, Part("image", "assistant", image=image)]
+        for case, image in zip(cases, images)
+    ]
+    texts = [ask.answer_text(parts) for parts in answer_fn(prompts, "text")]
+    return [text == case.reference_text for text, case in zip(texts, cases)]
 
 
 def read_image(image: np.ndarray, case: Case) -> tuple[Verdict, str | None]:

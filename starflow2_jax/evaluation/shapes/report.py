@@ -7,16 +7,21 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from starflow2_jax.evaluation import stats
+from starflow2_jax.evaluation import stats, training_history
 from starflow2_jax.evaluation.report import html
 from starflow2_jax.evaluation.result_files import SHAPES_FILE, ResultFile
-from starflow2_jax.evaluation.shapes import contact_sheets, editing, suite
+from starflow2_jax.evaluation.shapes import contact_sheets, editing, skills, suite
 from starflow2_jax.evaluation.shapes.cases import Sample
 from starflow2_jax.runtime import atomic
 from starflow2_jax.training.logging import image_grid
 
 Result = Mapping[str, Any]
 PARTS = {"seen": "seen", "held_out": "held out"}
+# What the images of reasoning add, by the baseline without them.
+GAINS = {
+    "direct_answer": "more correct with an image than without",
+    "other_image": "more correct with its own image than with that of another case",
+}
 
 
 def summary_lines(result: Result) -> list[str]:
@@ -32,9 +37,9 @@ def summary_lines(result: Result) -> list[str]:
                 ]
                 score = _accuracy(figures["score"][part], interval=True)
                 lines.append(f"{name}, {label}: {score}; {', '.join(comparisons)}")
-    for label, table in _gains(result):
+    for label, what, table in _gains(result):
         figure = stats.format_figure(table["mean"], "difference", "+.3f")
-        lines.append(f"reasoning, {label}: {figure} more correct with an image than without")
+        lines.append(f"reasoning, {label}: {figure} {what}")
     for name, label, kind, unit, row in _likelihoods(result):
         baselines = "".join(f", {_label(k)} {_nll(v)}" for k, v in row["baselines"].items())
         lines.append(f"likelihood, {name}, {label}, {kind}: {_nll(row)} {unit}{baselines}")
@@ -44,7 +49,8 @@ def summary_lines(result: Result) -> list[str]:
             f"difference {_nll(text['difference'])}; correct {text['model']['exact_match']:.3f}, "
             f"its VLM {text['vlm']['exact_match']:.3f}"
         )
-    return [*lines, *(f"not run: {name}: {why}" for name, why in result["not_run"].items())]
+    lines += [f"not run: {name}: {why}" for name, why in result["not_run"].items()]
+    return [*lines, *skills.lines(skills.judge(result["sections"]))]
 
 
 def sample_row(sample: Sample) -> dict[str, Any]:
@@ -79,11 +85,14 @@ def write(path: epath.PathLike, result: Result, sheets: Mapping[str, np.ndarray]
     body = [
         f"<h1>Evaluation on shapes: {html.escape(model.get('path', ''))}</h1>",
         f'<p class="under">{html.escape(_overview(result))}</p>',
+        f"<p>{html.escape(result['note'])}</p>" if result.get("note") else "",
         html.cards(_cards(result)),
+        skills.section(skills.judge(result["sections"])),
+        html.bullets("Its training", training_history.lines(result.get("training", []))),
         *_sections(result, sheets),
         _likelihood_section(result),
         _text_section(result["sections"].get("text")),
-        _not_run_section(result["not_run"]),
+        html.bullets("Not run", [f"{name}: {why}" for name, why in result["not_run"].items()]),
         _protocol_section(result),
     ]
     atomic.write_file(path, html.page("Evaluation on shapes", body))
@@ -114,12 +123,14 @@ def _likelihoods(result: Result) -> Iterator[tuple[str, str, str, str, Mapping[s
                     yield task, PARTS.get(part, part), kind, unit, figures[kind]
 
 
-def _gains(result: Result) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (label, table) of what the generated images of reasoning add."""
-    gains = result["sections"].get("reasoning", {}).get("gain", {})
-    for part, table in gains.items():
-        if table is not None:
-            yield PARTS[part], table
+def _gains(result: Result) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yield (label, what, table) of what the generated images of reasoning add."""
+    differences = result["sections"].get("reasoning", {}).get("differences", {})
+    for part, label in PARTS.items():
+        for name, what in GAINS.items():
+            table = differences.get(name, {}).get(part)
+            if table is not None:
+                yield label, what, table
 
 
 def _label(name: str) -> str:
@@ -168,8 +179,7 @@ def _sections(result: Result, sheets: Mapping[str, np.ndarray]) -> Iterator[str]
             values = ", ".join(f"{_label(key)} {value:.1f}" for key, value in psnr.items())
             yield f"<p>PSNR outside of what changes, dB: {html.escape(values)}.</p>"
         if name == "reasoning":
-            for label, table in _gains(result):
-                yield _gain_table(label, table)
+            yield from _gain_tables(result)
         for sheet, pixels in sheets.items():
             if sheet.split("_")[0] == name:
                 title = contact_sheets.TITLES[sheet]
@@ -188,18 +198,25 @@ def _accuracy_table(title: str, figures: Mapping[str, Any], part: str) -> str:
     rows = [row("the model", score, interval=True), cases]
     for name, table in _comparisons(figures).items():
         if table[part] is not None:
-            # The claim about reasoning is the difference to these two.
+            # The claim about reasoning is the difference to these.
             has_intervals = "direct_answer" in figures["baselines"]
-            interval = has_intervals and name in ("direct_answer", "reference_image")
+            interval = has_intervals and name in (*GAINS, "reference_image")
             rows.append(row(_label(name), table[part], interval))
     return html.table([title, "mean of tags", *map(_label, tags)], rows)
 
 
-def _gain_table(label: str, table: Mapping[str, Any]) -> str:
-    rows = [table["mean"], *table["tags"].values()]
-    figures = [stats.format_figure(row, "difference", "+.3f") for row in rows]
-    head = [f"reasoning, {label}", "mean of tags", *map(_label, table["tags"])]
-    return html.table(head, [["more correct with an image than without", *figures]])
+def _gain_tables(result: Result) -> Iterator[str]:
+    gains: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for label, what, table in _gains(result):
+        gains.setdefault(label, []).append((what, table))
+    for label, group in gains.items():
+        head = [f"reasoning, {label}", "mean of tags", *map(_label, group[0][1]["tags"])]
+        rows = [
+            [what, *(stats.format_figure(row, "difference", "+.3f") for row in
+                     (table["mean"], *table["tags"].values()))]
+            for what, table in group
+        ]  # fmt: skip
+        yield html.table(head, rows)
 
 
 def _likelihood_section(result: Result) -> str:
@@ -221,11 +238,6 @@ def _text_section(figures: Mapping[str, Any] | None) -> str:
     rows.append(["difference", _nll(figures["difference"]), ""])
     head = ("", "nats/token (95%)", "exact match")
     return f"<h2>Text alone</h2>{html.table(head, rows)}"
-
-
-def _not_run_section(reasons: Mapping[str, str]) -> str:
-    items = "".join(f"<li>{html.escape(f'{name}: {why}')}</li>" for name, why in reasons.items())
-    return f"<h2>Not run</h2><ul>{items}</ul>" if items else ""
 
 
 def _protocol_section(result: Result) -> str:

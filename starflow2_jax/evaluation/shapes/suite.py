@@ -27,8 +27,8 @@ TASKS = {
     "text": ("text",),
 }
 SECTIONS = ("generation", "understanding", "editing", "reasoning", "likelihood", "text")
-# Each `measure` returns `score`, `baselines` and `ceilings` or `references`, all as from
-# `accuracy.split_by_holdout`, and the samples.
+# Each `measure` returns `accuracy.compare`, `ceilings` or `references` as from
+# `accuracy.split_by_holdout`, and the samples, which `answer_cases` returns alone.
 SCORED_SECTIONS = {
     "generation": text_to_image,
     "understanding": vqa,

@@ -1,6 +1,5 @@
 """Text-to-image generation, scored by tag as in GenEval, with baselines that ignore the caption."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,21 +32,29 @@ def generate_images(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> list[Part
     return [ask.answer_image(parts, case.id) for parts, case in zip(answers, cases)]
 
 
+def answer_cases(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> list[Sample]:
+    """Draw one image for every caption and return it with its verdict."""
+    samples = []
+    for case, part in zip(cases, generate_images(cases, answer_fn)):
+        verdict = detector.check_facts(detector.detect(part.image), case.facts)
+        correct, reason = verdict.correct, verdict.reason
+        samples.append(Sample(case, (part.image,), "", correct, reason, part.log_likelihood))
+    return samples
+
+
 def measure(
     cases: Sequence[Case], answer_fn: ask.AnswerFn, reconstruct_fn: ReconstructFn | None = None
 ) -> tuple[dict[str, Any], list[Sample]]:
     """Generate one image for every caption and score the images."""
-    parts = generate_images(cases, answer_fn)
-    generated = [detector.detect(part.image) for part in parts]
+    samples = answer_cases(cases, answer_fn)
+    generated = [detector.detect(sample.images[0]) for sample in samples]
     references = [detector.detect(case.reference_image) for case in cases]
     blanks = [
         detector.detect(codec.background(case.reference_image, case.scenes[0])) for case in cases
     ]
-    verdicts = [detector.check_facts(objects, c.facts) for objects, c in zip(generated, cases)]
-    split = functools.partial(accuracy.split_by_holdout, cases)
 
-    def score(detections):
-        return split([detector.check_facts(d, c.facts).correct for d, c in zip(detections, cases)])
+    def correct(detections):
+        return [detector.check_facts(d, c.facts).correct for d, c in zip(detections, cases)]
 
     def generated_correct_for(j, i):
         return detector.check_facts(generated[j], cases[i].facts).correct
@@ -55,21 +62,19 @@ def measure(
     def reference_correct_for(j, i):
         return detector.check_facts(references[j], cases[i].facts).correct
 
-    figures = {
-        "score": split([verdict.correct for verdict in verdicts]),
-        "baselines": {
-            "shuffled": split(accuracy.shuffled(cases, generated_correct_for)),
-            "chance": split(accuracy.shuffled(cases, reference_correct_for)),
-            "constant_image": split(accuracy.best_constant(cases, reference_correct_for)),
-            "blank_image": score(blanks),
-        },
-        "ceilings": {"reference_image": score(references)},
+    baselines = {
+        "shuffled": accuracy.shuffled(cases, generated_correct_for),
+        "chance": accuracy.shuffled(cases, reference_correct_for),
+        "constant_image": accuracy.best_constant(cases, reference_correct_for),
+        "blank_image": correct(blanks),
     }
+    figures = accuracy.compare(cases, [sample.correct for sample in samples], baselines)
+    ceilings = {"reference_image": references}
     if reconstruct_fn is not None:
         images = reconstruct_fn(np.stack([case.reference_image for case in cases]))
-        figures["ceilings"]["codec_reconstruction"] = score(map(detector.detect, images))
-    samples = [
-        Sample(case, (part.image,), "", verdict.correct, verdict.reason, part.log_likelihood)
-        for case, part, verdict in zip(cases, parts, verdicts)
-    ]
+        ceilings["codec_reconstruction"] = [*map(detector.detect, images)]
+    figures["ceilings"] = {
+        name: accuracy.split_by_holdout(cases, correct(detections))
+        for name, detections in ceilings.items()
+    }
     return figures, samples

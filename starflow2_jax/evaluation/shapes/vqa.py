@@ -3,7 +3,6 @@
 An answer is correct if it equals the reference text word for word.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,30 +30,30 @@ REFERENCES = {
 }
 
 
+def answer_cases(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> list[Sample]:
+    """Answer every question and return the answer with its verdict."""
+    samples = []
+    for case, parts in zip(cases, answer_fn([case.prompt for case in cases], "text")):
+        text = ask.answer_text(parts)
+        correct = text == case.reference_text
+        reason = "" if correct else f"correct: {case.reference_text}"
+        log_likelihood = sum(part.log_likelihood or 0.0 for part in parts)
+        images = tuple(case.prompt_images)
+        samples.append(Sample(case, images, text, correct, reason, log_likelihood))
+    return samples
+
+
 def measure(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> tuple[dict[str, Any], list[Sample]]:
     """Answer every question once, and once more under each baseline."""
-    answers = answer_fn([case.prompt for case in cases], "text")
-    texts = [ask.answer_text(parts) for parts in answers]
-    correct = [text == case.reference_text for text, case in zip(texts, cases)]
-    blank = [with_blank_images(case) for case in cases]
-    split = functools.partial(accuracy.split_by_holdout, cases)
-    figures = {
-        "score": split(correct),
-        "baselines": {
-            "most_frequent": split(accuracy.most_frequent_text(cases)),
-            "chance": split(accuracy.chance_of_text(cases)),
-            "blank_image": split(is_correct(blank, answer_fn)),
-            "shuffled": split(is_correct(shuffle_images(cases), answer_fn)),
-        },
-        "references": {},
+    samples = answer_cases(cases, answer_fn)
+    baselines = {
+        "most_frequent": accuracy.most_frequent_text(cases),
+        "chance": accuracy.chance_of_text(cases),
+        "blank_image": is_correct([*map(with_blank_images, cases)], answer_fn),
+        "shuffled": is_correct(shuffle_images(cases), answer_fn),
     }
-    samples = []
-    for case, parts, text, matched in zip(cases, answers, texts, correct):
-        log_likelihood = sum(part.log_likelihood or 0.0 for part in parts)
-        reason = "" if matched else f"correct: {case.reference_text}"
-        images = tuple(case.prompt_images)
-        samples.append(Sample(case, images, text, matched, reason, log_likelihood))
-    return figures, samples
+    figures = accuracy.compare(cases, [sample.correct for sample in samples], baselines)
+    return {**figures, "references": {}}, samples
 
 
 def shuffle_images(cases: Sequence[Case]) -> list[Case]:
