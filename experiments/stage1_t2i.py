@@ -59,9 +59,9 @@ def _tiny(cfg):
 
 def _shipped(cfg):
     _tiny(cfg)
-    cfg.data.mixture = _mixture("", t2i=0.45, edit=0.3, copy=0.05, emoji_white=0.1, cifar=0.1)
+    cfg.data.mixture = _mixture("", t2i=0.55, edit=0.3, copy=0.05, emoji_white=0.05, cifar=0.05)
     cfg.eval_data.mixture = _mixture("_test", t2i=1.0, edit=1.0, emoji_white=1.0)
-    cfg.train.steps, cfg.train.ema, cfg.optim.warmup = 8000, 0.998, 200
+    cfg.train.steps, cfg.train.ema, cfg.optim.warmup = 4000, 0.998, 200
     cfg.evaluate.every = cfg.sample.every = 1000
 
 

@@ -63,7 +63,7 @@ def _shipped(cfg):
     _tiny(cfg)
     shares = {"t2i": 0.3, "i2t": 0.15, "edit": 0.2, "copy": 0.05, "reasoning": 0.15, "text": 0.05}
     cfg.data.mixture = _mixture("64", latents=True, **shares, emoji_white=0.05, cifar=0.05)
-    cfg.train.steps, cfg.train.ema, cfg.optim.warmup = 16_000, 0.998, 200
+    cfg.train.steps, cfg.train.ema, cfg.optim.warmup = 20_000, 0.998, 200
     cfg.evaluate.every = cfg.sample.every = 1000
 
 
