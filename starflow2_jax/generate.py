@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from starflow2_jax.inference.api import STARFlow2
     from starflow2_jax.inference.flow_sampler import FlowModel
     from starflow2_jax.inference.options import GenerateOptions
+    from starflow2_jax.inference.prompts import Part
+    from starflow2_jax.inference.resize import Fit
 
 SHIPPED = "pretrained/starflow2_tiny"
 
@@ -40,7 +42,7 @@ SHIPPED = "pretrained/starflow2_tiny"
 _FLOW_ONLY = ("label",)
 _STARFLOW2_ONLY = (
     *("image", "chat", "batch", "geneval", "images", "max_tokens", "top_k", "top_p", "stop"),
-    *("best_of", "best_of_gain", "null", "image_temperature", "cache", "vlm", "fae"),
+    *("best_of", "best_of_gain", "null", "image_temperature", "cache", "vlm", "fae", "resize"),
 )
 _MAX_SAMPLES = 1_000_000  # options.MAX_SAMPLES, which would import jax
 # Flags that change neither images nor texts.
@@ -98,6 +100,14 @@ def define(values: flags.FlagValues) -> None:
     switch("denoise", None, "apply a score step after sampling (default: the run's)")
     text("layout", "dp", "name of the sharding layout of the weights")
     text("mesh", None, "device mesh such as fsdp=8 (default: one device)")
+    flags.DEFINE_enum(
+        "resize",
+        "refuse",
+        ("refuse", "pad", "center_crop"),  # resize.POLICIES, which would import PIL
+        "images of prompts that do not have the model's size: refuse them, scale and pad them "
+        "(edits get their shape back), or scale them and crop the center",
+        flag_values=values,
+    )
     switch("json", False, "print the result as JSON")
 
 
@@ -152,7 +162,7 @@ def _generate_answers(
     model: "STARFlow2", out: epath.Path | None, values: flags.FlagValues
 ) -> dict[str, Any]:
     """Generate, save and print answers; return the result for --json."""
-    from starflow2_jax.inference import output
+    from starflow2_jax.inference import output, resize
     from starflow2_jax.inference.generate import generate_many
 
     if values.geneval and out is None:
@@ -174,11 +184,16 @@ def _generate_answers(
         if not values.json:
             print(f"{count} images in {seconds:.1f} s: {out}")
         return {"written": count, "out": str(out), "seconds": seconds}
+    settings["resize"] = values.resize
+    prompts, fits = _fit_images(model, prompts, values.resize)
     rows = []
     for i, samples in enumerate(generate_many(model, prompts, options)):
         prompt = {"prompt": values.prompt[i]} if values.prompt else {}
+        resized = [fit.to_json() for fit in fits[i]]
         for k, parts in enumerate(samples):
-            rows.append(output.save_row(out, f"{i:05}_{k:02}", parts, {**settings, **prompt}))
+            note = {**settings, **prompt, **({"resized": resized} if resized else {})}
+            name, parts = f"{i:05}_{k:02}", resize.restore_parts(parts, fits[i])
+            rows.append(output.save_row(out, name, parts, note))
             if not values.json:
                 has_many = len(prompts) * len(samples) > 1
                 _print_row(rows[-1], f"--- prompt {i}, sample {k}" if has_many else "")
@@ -190,6 +205,21 @@ def _generate_answers(
         count = sum(part["type"] == "image" for row in rows for part in row)
         print(f"{len(rows)} answers with {count} images in {seconds:.1f} s")
     return {"rows": rows, "seconds": seconds}
+
+
+def _fit_images(
+    model: "STARFlow2", prompts: Sequence[Any], policy: str
+) -> tuple[list[list["Part"]], list[list["Fit"]]]:
+    """Return the parts of every prompt with images that the model can read, and their fits."""
+    from starflow2_jax.inference import resize
+    from starflow2_jax.inference.prompts import parse_prompt
+
+    rows = [parse_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+    if model.codec is None:
+        return rows, [[] for _ in rows]
+    side = model.codec.model.pixels
+    pairs = [resize.fit_parts(row, side, policy, f"prompt {i}") for i, row in enumerate(rows)]
+    return [row for row, _ in pairs], [fits for _, fits in pairs]
 
 
 def _read_prompts(metadata: Sequence[dict[str, Any]], values: flags.FlagValues) -> list[Any]:

@@ -43,7 +43,10 @@ def start_job(out: epath.Path, job: Mapping[str, Any], *, overwrite: bool) -> di
     is_same = stored.get("job") == json.loads(json.dumps(job))
     if is_same and not overwrite and stored.get("result") is not None:
         return stored["result"]
-    if not is_same and not overwrite and out.exists() and any(out.iterdir()):
+    # A job that ended in an error before its first image leaves only its description.
+    has_files = out.exists() and any(path.name != JOB_FILE for path in out.iterdir())
+    has_files = has_files or stored.get("result") is not None
+    if not is_same and not overwrite and has_files:
         raise ValueError(f"--out: {out} is not empty; --overwrite replaces the files in it")
     atomic.write_file(out / JOB_FILE, json.dumps({"job": job, "result": None}) + "\n")
     return None

@@ -199,5 +199,6 @@ def check_image_size(image: np.ndarray, side: int, location: str) -> None:
     if image.shape[:2] != (side, side):
         raise ValueError(
             f"{location}: the image is {image.shape[0]} x {image.shape[1]} (height x width), but "
-            f"this model takes {side} x {side} only; resize the image first"
+            f"this model takes {side} x {side} only; --resize pad or --resize center_crop "
+            "(inference.resize) bring it to that size"
         )

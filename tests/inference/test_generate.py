@@ -195,6 +195,22 @@ def test_the_command_draws_and_answers(parts, tmp_path, capsys):
     assert "1 answers with 0 images" in printed
 
 
+def test_the_command_resizes_and_gives_an_edit_the_shape_of_its_source(parts, tmp_path, capsys):
+    source, out = tmp_path / "wide.png", tmp_path / "out"
+    Image.fromarray(np.full((24, 48, 3), 90, np.uint8)).save(source)
+    args = ("--model", parts[1], "--image", source, "--prompt", "make it red", "--images", 1,
+            "--max_tokens", 0, "--out", out)  # fmt: skip
+    with pytest.raises(ValueError, match=r"the image is 24 x 48 .* --resize pad"):
+        run_command(capsys, *args)
+    run_command(capsys, *args, "--resize", "pad")
+    with Image.open(out / "00000_00_0.png") as image:
+        assert image.size == (PIXELS, PIXELS // 2)
+        note = json.loads(image.text[output.PNG_KEY])
+    box = [PIXELS // 4, 0, PIXELS // 2, PIXELS]
+    fit = {"policy": "pad", "source": [24, 48], "side": PIXELS, "box": box}
+    assert note["resize"] == "pad" and note["resized"] == [fit]
+
+
 def test_genevals_tree(parts, tmp_path, capsys):
     rows = [{"tag": "colors", "prompt": f"a {c} circle", "include": []} for c in ("red", "blue")]
     (tmp_path / "meta.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
