@@ -4,7 +4,7 @@ python -m starflow2_jax.generate --prompt 'a red circle above a blue square' --o
 python -m starflow2_jax.generate --model runs/stage3 --prompt 'a red circle' --n 4 --guidance 3 --out images/
 python -m starflow2_jax.generate --model runs/stage3 --image in.png --prompt 'make the circle blue' --out edited/
 python -m starflow2_jax.generate --model runs/stage3 --chat chat.json --temperature 0.7 --out answer/
-python -m starflow2_jax.generate --model runs/stage3 --geneval evaluation_metadata.jsonl --out geneval/
+python -m starflow2_jax.generate --model runs/stage3 --bench geneval --prompts evaluation_metadata.jsonl --out geneval/
 python -m starflow2_jax.generate --model runs/tiny --label 'red circle' --n 8 --guidance 1 --out images/
 
 Without --model, the small STARFlow2 that ships with the package is used; it knows colored shapes.
@@ -18,6 +18,7 @@ In Python: inference.load.load(path).generate([[Path("photo.png"), "what is it?"
 import functools
 import io
 import json
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -41,13 +42,15 @@ SHIPPED = "pretrained/starflow2_tiny"
 # Flags that only one of the two kinds of model has.
 _FLOW_ONLY = ("label",)
 _STARFLOW2_ONLY = (
-    *("image", "chat", "batch", "geneval", "images", "max_tokens", "top_k", "top_p", "stop"),
+    *("image", "chat", "batch", "images", "max_tokens", "top_k", "top_p", "stop", "think"),
     *("best_of", "best_of_gain", "null", "image_temperature", "cache", "vlm", "fae", "resize"),
+    *("bench", "prompts", "image_root", "rewrite", "shard", "check", "system", "batch_size"),
 )
 _MAX_SAMPLES = 1_000_000  # options.MAX_SAMPLES, which would import jax
 # Flags that change neither images nor texts.
 _NO_PART_OF_A_JOB = ("out", "overwrite", "json", "layout", "mesh", "vlm", "fae", "help")
-_PROMPT_FLAGS = ("prompt", "chat", "batch", "geneval")
+_PROMPT_FLAGS = ("prompt", "chat", "batch")
+_BENCH_FLAGS = ("prompts", "image_root", "rewrite", "shard", "check")
 
 
 def define(values: flags.FlagValues) -> None:
@@ -66,7 +69,18 @@ def define(values: flags.FlagValues) -> None:
     texts("image", [], "image file shown before every prompt; may be repeated")
     text("chat", None, "JSON file of a chat to continue")
     text("batch", None, "file with one chat per line")
-    text("geneval", None, "GenEval's metadata file; --out becomes its folder tree")
+    text("bench", None, "public benchmark to draw: geneval, dpg, gedit, imgedit, rise, kris, wise "
+         "or wise_verified")  # fmt: skip
+    names = functools.partial(flags.DEFINE_list, flag_values=values)
+    names("prompts", [], "--bench: its own file or folder of prompts")
+    text("image_root", None, "--bench: folder of the source images (default: that of --prompts)")
+    names("rewrite", [], "--bench: files like --prompts, whose texts are drawn instead")
+    text("shard", "0/1", "--bench: i/n draws every n-th group of prompts from the i-th")
+    switch("check", False, "--bench: list the missing and damaged files of --out, and draw nothing")
+    text("system", "", "--prompt, --bench: text of the system's turn before every prompt")
+    switch("think", False, "--prompt, --bench: the model may write text before it draws, at most "
+           "--max_tokens")  # fmt: skip
+    integer("batch_size", 16, "rows that are generated at a time", 1, _MAX_SAMPLES)
     texts("label", [], "class name, or else its number; may be repeated")
     integer("n", None, "samples per prompt (default: 4 for images, 1 for answers)", 1, _MAX_SAMPLES)
     integer("seed", 0, "seed of the noise", 0, 2**63 - 1)
@@ -115,19 +129,23 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """Generate with the model and the prompts of the flags, and print what was written."""
     from starflow2_jax.inference import output
     from starflow2_jax.inference.api import STARFlow2
-    from starflow2_jax.inference.load import load
 
     if argv:
         raise ValueError(f"unexpected argument {argv[0]!r}")
+    if values.bench or any(values[name].present for name in _BENCH_FLAGS):
+        _draw_benchmark(values)
+        return
     out = epath.Path(values.out) if values.out else None
+    if values.think and not (out is not None and _is_text_prompt(values)):
+        raise ValueError(
+            "--think is for --bench, and for --prompt with --out; elsewhere --max_tokens says how "
+            "much text comes with the images"
+        )
     job = _describe_job(values) if out is not None else {}
     if out is not None and (result := output.start_job(out, job, overwrite=values.overwrite)):
         print(json.dumps(result) if values.json else f"{out} is complete; --overwrite replaces it")
         return
-    device_mesh = make_mesh(values.mesh) if values.mesh else None
-    model = load(
-        values.model, device_mesh, values.layout, vlm=values.vlm or "", fae=values.fae or ""
-    )
+    model = _load(values)
     is_starflow2 = isinstance(model, STARFlow2)
     for name in _FLOW_ONLY if is_starflow2 else _STARFLOW2_ONLY:
         if values[name].present and values[name].value != values[name].default:
@@ -139,6 +157,15 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
         print(json.dumps(result))
 
 
+def _load(values: flags.FlagValues) -> "STARFlow2 | FlowModel":
+    from starflow2_jax.inference.load import load
+
+    device_mesh = make_mesh(values.mesh) if values.mesh else None
+    return load(
+        values.model, device_mesh, values.layout, vlm=values.vlm or "", fae=values.fae or ""
+    )
+
+
 def _describe_job(values: flags.FlagValues) -> dict[str, Any]:
     """Return all that the output depends on: the flags, the model, and the files that they name."""
     from starflow2_jax.checkpoints import digest
@@ -147,7 +174,7 @@ def _describe_job(values: flags.FlagValues) -> dict[str, Any]:
     names = flags.FlagValues()
     define(names)
     options = {name: values[name].value for name in names if name not in _NO_PART_OF_A_JOB}
-    files = [*values.image, *(values[name].value for name in ("chat", "batch", "geneval"))]
+    files = [*values.image, *(values[name].value for name in ("chat", "batch"))]
     return {
         "options": options,
         "model": result_files.describe_model(values.model),
@@ -165,34 +192,22 @@ def _generate_answers(
     from starflow2_jax.inference import output, resize
     from starflow2_jax.inference.generate import generate_many
 
-    if values.geneval and out is None:
-        raise ValueError("--geneval needs --out")
-    metadata = output.read_geneval(values.geneval) if values.geneval else []
-    prompts = _read_prompts(metadata, values)
-    options = _answer_options(model, out is not None, values)
+    prompts = _read_prompts(values)
+    only_image = out is not None and _is_text_prompt(values)
+    options = _answer_options(model, values, has_out=out is not None, only_image=only_image)
     start_time = time.perf_counter()
     settings = {"model": values.model, "source": model.source, **output.options_dict(options)}
-    if values.geneval:
-        # A folder that was left unfinished is continued.
-        numbers = range(len(prompts))
-        if not values.overwrite:
-            numbers = output.missing_geneval(out, len(prompts), options.n)
-        chosen = [prompts[i] for i in numbers]
-        answers = generate_many(model, chosen, options, numbers=numbers) if chosen else []
-        count = output.save_geneval(out, metadata, answers, settings, numbers)
-        seconds = time.perf_counter() - start_time
-        if not values.json:
-            print(f"{count} images in {seconds:.1f} s: {out}")
-        return {"written": count, "out": str(out), "seconds": seconds}
-    settings["resize"] = values.resize
+    settings |= {"resize": values.resize, "think": values.think, "system": values.system}
     prompts, fits = _fit_images(model, prompts, values.resize)
     rows = []
-    for i, samples in enumerate(generate_many(model, prompts, options)):
+    for i, samples in enumerate(generate_many(model, prompts, options, values.batch_size)):
         prompt = {"prompt": values.prompt[i]} if values.prompt else {}
         resized = [fit.to_json() for fit in fits[i]]
         for k, parts in enumerate(samples):
             note = {**settings, **prompt, **({"resized": resized} if resized else {})}
             name, parts = f"{i:05}_{k:02}", resize.restore_parts(parts, fits[i])
+            if values.think:
+                parts = parts[: [part.kind for part in parts].index("image") + 1]
             rows.append(output.save_row(out, name, parts, note))
             if not values.json:
                 has_many = len(prompts) * len(samples) > 1
@@ -222,34 +237,36 @@ def _fit_images(
     return [row for row, _ in pairs], [fits for _, fits in pairs]
 
 
-def _read_prompts(metadata: Sequence[dict[str, Any]], values: flags.FlagValues) -> list[Any]:
+def _is_text_prompt(values: flags.FlagValues) -> bool:
+    """Return True for texts alone, of which images are drawn."""
+    return bool(values.prompt) and not values.image and values.images is None
+
+
+def _read_prompts(values: flags.FlagValues) -> list[Any]:
     """Return the prompts of the one prompt flag that was set."""
     from starflow2_jax.inference import prompts
 
     sources = [name for name in _PROMPT_FLAGS if values[name].value]
     if len(sources) > 1 or not (sources or values.image):
-        raise ValueError(
-            "give one of --prompt (with or without --image), --chat, --batch, --geneval"
-        )
-    if values.geneval:
-        return [row["prompt"] for row in metadata]
+        raise ValueError("give one of --prompt (with or without --image), --chat, --batch, --bench")
     if values.chat:
         return [prompts.read_chat(values.chat)]
     if values.batch:
         return list(prompts.read_batch(values.batch))
     images = [{"type": "image", "image": path} for path in values.image]
-    return [[*images, text] for text in values.prompt] or [images]
+    rows = [[*images, text] for text in values.prompt] or [images]
+    system = [prompts.Part("text", "system", values.system)] if values.system else []
+    return [[*system, *row] for row in rows]
 
 
 def _answer_options(
-    model: "STARFlow2", has_out: bool, values: flags.FlagValues
+    model: "STARFlow2", values: flags.FlagValues, *, has_out: bool, only_image: bool
 ) -> "GenerateOptions":
+    """Return the options of the flags; `only_image` asks for one image and, to think, text."""
     from starflow2_jax.inference.options import GenerateOptions, sampling_defaults
 
     if values.images and not has_out:
         raise ValueError("--images: --out is needed to save them")
-    is_text_prompt = bool(values.prompt) and not values.image and values.images is None
-    only_image = has_out and (bool(values.geneval) or is_text_prompt)
     images = 1 if only_image else values.images if has_out else 0
     image_options = sampling_defaults(
         model.cfg["sample"],
@@ -270,7 +287,7 @@ def _answer_options(
         top_k=values.top_k,
         top_p=values.top_p,
         stop=tuple(values.stop),
-        max_tokens=0 if only_image else values.max_tokens,
+        max_tokens=values.max_tokens if values.think or not only_image else 0,
         images=images,
         best_of=values.best_of,
         best_of_gain=values.best_of_gain,
@@ -291,6 +308,50 @@ def _print_row(row: list[dict[str, Any]], title: str) -> None:
     for part in row:
         suffix = " [cut off: --max_tokens]" if part["truncated"] else ""
         print((part["text"] if part["type"] == "text" else f"[{part['image']}]") + suffix)
+
+
+# ------------------------------------------------------------------------------------ benchmarks
+
+
+def _draw_benchmark(values: flags.FlagValues) -> None:
+    """Write the tree of a public benchmark, or list what it lacks and exit with status 1."""
+    from starflow2_jax.evaluation.benchmarks import draw, tree
+
+    for name in ("bench", "prompts", "out"):
+        if not values[name].value:
+            raise ValueError(f"--{name} is needed to draw a benchmark")
+    for name in (*_PROMPT_FLAGS, *_FLOW_ONLY, "image", "images"):
+        if values[name].value:
+            raise ValueError(f"--{name}: --bench draws the prompts of --prompts alone")
+    benchmark = tree.open_tree(
+        values.out,
+        values.bench,
+        prompts=values.prompts,
+        image_root=values.image_root,
+        rewrite=values.rewrite,
+        samples=values.n,
+        shard=values.shard,
+        max_rows=values.batch_size // values.best_of,
+    )
+    if values.check:
+        faults, count = tree.check(benchmark)
+        result = {"files": count, "faults": [fault._asdict() for fault in faults]}
+        lines = [f"{fault.reason}: {fault.path} (prompt {fault.item})" for fault in faults]
+        lines.append(f"{count - len(faults)} of {count} files are complete: {values.out}")
+        print(json.dumps(result) if values.json else "\n".join(lines))
+        sys.exit(1 if faults else 0)
+    start_time = time.perf_counter()
+    model = _load(values)
+    if not hasattr(model, "codec"):
+        raise ValueError(f"--bench: the model {values.model} does not take this flag")
+    values.n = benchmark.samples
+    options = _answer_options(model, values, has_out=True, only_image=True)
+    names = ("system", "resize", "batch_size", "layout", "mesh")
+    settings = {name: values[name].value for name in names}
+    count = draw.run(model, options, benchmark, overwrite=values.overwrite, **settings)
+    seconds = time.perf_counter() - start_time
+    result = {"written": count, "out": values.out, "seconds": seconds}
+    print(json.dumps(result) if values.json else f"{count} files in {seconds:.1f} s: {values.out}")
 
 
 # ------------------------------------------------------------------------------- flows of images

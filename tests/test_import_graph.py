@@ -22,7 +22,7 @@ LAYERS = (
     ("latents",),
     ("training", "training/losses", "training/tasks", "training/logging"),
     ("inference",),
-    ("evaluation", "evaluation/shapes", "evaluation/report"),
+    ("evaluation", "evaluation/shapes", "evaluation/report", "evaluation/benchmarks"),
     ("planning",),
     ("benchmarking",),
     ("commands",),

@@ -1,9 +1,9 @@
-"""Write generated parts to disk: PNG files with metadata, JSON lines, and GenEval's folder tree."""
+"""Write generated parts to disk: PNG files with metadata, and JSON lines."""
 
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,13 +68,18 @@ def read_job(out: epath.Path) -> dict[str, Any]:
 
 def save_png(path: epath.PathLike, pixels: np.ndarray, settings: Mapping[str, Any]) -> None:
     """Write uint8 [H, W, 3] with `settings` as JSON in the metadata."""
+    atomic.write_file(path, encode_png(pixels, settings))
+
+
+def encode_png(pixels: np.ndarray, settings: Mapping[str, Any]) -> bytes:
+    """Encode uint8 [H, W, 3] as PNG with `settings` as JSON in the metadata."""
     from PIL import Image, PngImagePlugin
 
     metadata = PngImagePlugin.PngInfo()
     metadata.add_text(PNG_KEY, json.dumps(settings))
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "PNG", pnginfo=metadata)
-    atomic.write_file(path, data.getbuffer())
+    return data.getvalue()
 
 
 def is_of_this_package(path: epath.PathLike) -> bool:
@@ -115,59 +120,6 @@ def save_row(
             image_count += 1
         entries.append(entry)
     return entries
-
-
-def read_geneval(path: epath.PathLike) -> list[dict[str, Any]]:
-    """Read GenEval's `evaluation_metadata.jsonl`, one JSON object with a `prompt` per line."""
-    from starflow2_jax.data import untrusted
-
-    rows = []
-    for number, line in untrusted.read_lines(path):
-        location = f"{path}, line {number + 1}"
-        row = untrusted.decode_json(line, location)
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f"{location}: expected an object with a text `prompt`")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: the file contains no prompt")
-    return rows
-
-
-def missing_geneval(out: epath.Path, count: int, n: int) -> list[int]:
-    """Return the numbers of those of `count` prompts without all of their `n` images."""
-
-    def is_complete(index):
-        files = [out / f"{index:05}" / "samples" / f"{k:05}.png" for k in range(n)]
-        return all(file.exists() for file in files)
-
-    return [index for index in range(count) if not is_complete(index)]
-
-
-def save_geneval(
-    out: epath.Path,
-    metadata: Sequence[Mapping[str, Any]],
-    samples: Iterable[Sequence[Sequence[Part]]],
-    settings: Mapping[str, Any],
-    numbers: Sequence[int] | None = None,
-) -> int:
-    """Write GenEval's tree, `00000/metadata.jsonl` and `00000/samples/00000.png`; count its images.
-
-    `settings.json` records the options, and that no prompt was rewritten. `samples` are those of
-    the prompts with `numbers`, in order; all of them by default.
-    """
-    count = 0
-    text = json.dumps({**settings, "rewrite": False}, indent=2) + "\n"
-    atomic.write_file(out / "settings.json", text)
-    numbers = range(len(metadata)) if numbers is None else numbers
-    for index, prompt_samples in zip(numbers, samples):
-        row, folder = metadata[index], out / f"{index:05}"
-        atomic.write_file(folder / "metadata.jsonl", json.dumps(row) + "\n")
-        for k, parts in enumerate(prompt_samples):
-            part = next(part for part in parts if part.kind == "image")
-            note = {**settings, **part_scores(part), "prompt": row["prompt"], "sample": k}
-            save_png(folder / "samples" / f"{k:05}.png", part.image, note)
-            count += 1
-    return count
 
 
 def options_dict(options: Any) -> dict[str, Any]:

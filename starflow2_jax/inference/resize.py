@@ -75,14 +75,14 @@ def fit_parts(
     parts: Sequence[Part], side: int, policy: str, location: str
 ) -> tuple[list[Part], list[Fit]]:
     """Return the parts of a prompt with images of one side, and the fits of its images."""
-    fitted, fits = [], []
+    squares, fits = [], []
     for i, part in enumerate(parts):
         if part.image is not None and part.latent is None:
             pixels, fit = fit_image(part.image, side, policy, f"{location}, part {i}")
             part = dataclasses.replace(part, image=pixels)
             fits.append(fit)
-        fitted.append(part)
-    return fitted, fits
+        squares.append(part)
+    return squares, fits
 
 
 def restore_image(pixels: np.ndarray, fits: Sequence[Fit]) -> np.ndarray:

@@ -211,32 +211,17 @@ def test_the_command_resizes_and_gives_an_edit_the_shape_of_its_source(parts, tm
     assert note["resize"] == "pad" and note["resized"] == [fit]
 
 
-def test_genevals_tree(parts, tmp_path, capsys):
-    rows = [{"tag": "colors", "prompt": f"a {c} circle", "include": []} for c in ("red", "blue")]
-    (tmp_path / "meta.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = ("--model", parts[1], "--geneval", tmp_path / "meta.jsonl", "--n", 2, "--seed", 42)
-    run_command(capsys, *args, "--out", tmp_path / "tree")
-    for i, row in enumerate(rows):
-        folder = tmp_path / "tree" / f"{i:05}"
-        assert json.loads((folder / "metadata.jsonl").read_text()) == row
-        names = sorted(path.name for path in (folder / "samples").iterdir())
-        assert names == ["00000.png", "00001.png"]
-        with Image.open(folder / "samples" / names[0]) as image:
-            assert image.size == (PIXELS, PIXELS)
-    assert json.loads((tmp_path / "tree" / "settings.json").read_text())["rewrite"] is False
-    # A picture depends on its number, not on how many are drawn at a time.
+def test_a_picture_depends_on_its_number_and_not_on_the_batch(parts):
     model = load.load(parts[1])
-    drawing = {"images": 1, "max_tokens": 0, "n": 2, "seed": 42}
-    options = make_options(drawing | {"denoise": model.cfg["sample"]["denoise"]})
-    prompts = [row["prompt"] for row in rows]
-    for num_prompts in (1, 2):
-        answers = list(generate.generate_many(model, prompts, options, max_rows=2 * num_prompts))
-        image = answers[1][1][0].image
-        saved = np.asarray(Image.open(tmp_path / "tree" / "00001" / "samples" / "00001.png"))
-        assert np.abs(image.astype(int) - saved).max() <= 1
-    with pytest.raises(ValueError, match=r"meta.jsonl, line 1: expected an object with a text"):
-        (tmp_path / "meta.jsonl").write_text("[]\n")
-        run_command(capsys, *args, "--out", tmp_path / "other")
+    options = make_options({"images": 1, "max_tokens": 0, "n": 2, "seed": 42})
+    prompts = ["a red circle", "a blue circle"]
+    one, two = (
+        list(generate.generate_many(model, prompts, options, max_rows=rows)) for rows in (2, 4)
+    )
+    for first, second in zip(one, two):
+        for k in range(2):
+            difference = first[k][0].image.astype(int) - second[k][0].image
+            assert np.abs(difference).max() <= 1
 
 
 # ---------------------------------------------------------------------------------- what is refused

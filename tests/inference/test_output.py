@@ -1,13 +1,10 @@
 """Output folders of `generate`: a job that was killed goes on, and other files stay."""
 
-import json
-
 import numpy as np
 import pytest
 from etils import epath
 
 from starflow2_jax.inference import output
-from starflow2_jax.inference.prompts import Part
 
 pytestmark = pytest.mark.fast
 
@@ -29,23 +26,17 @@ def test_a_job_goes_on_and_says_that_it_is_complete(tmp_path):
         output.start_job(out, job, overwrite=False)
 
 
-def test_genevals_tree_goes_on_where_it_was(tmp_path):
-    out, metadata = epath.Path(tmp_path), [{"prompt": text} for text in "abc"]
+def test_a_picture_of_this_package_is_known_by_its_metadata(tmp_path):
+    output.save_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8), {"seed": 1})
+    (tmp_path / "settings.json").write_text("{}")
+    assert output.is_of_this_package(tmp_path / "a.png")
+    assert not output.is_of_this_package(tmp_path / "settings.json")
 
-    def samples(numbers):
-        for number in numbers:
-            pixels = np.full((4, 4, 3), number, np.uint8)
-            yield [[Part("image", image=pixels)] for _ in range(2)]
 
-    numbers = output.missing_geneval(out, 3, 2)
-    assert numbers == [0, 1, 2]
-    assert output.save_geneval(out, metadata, samples(numbers[:2]), {}, numbers) == 4
-    (out / "00000" / "samples" / "00001.png").unlink()
-    numbers = output.missing_geneval(out, 3, 2)
-    assert numbers == [0, 2]
-    assert output.save_geneval(out, metadata, samples(numbers), {}, numbers) == 4
-    assert output.missing_geneval(out, 3, 2) == []
-    for number, row in enumerate(metadata):
-        assert json.loads((out / f"{number:05}" / "metadata.jsonl").read_text()) == row
-    assert output.is_of_this_package(out / "00002" / "samples" / "00001.png")
-    assert not output.is_of_this_package(out / "settings.json")
+def test_a_job_that_failed_before_its_first_image_leaves_room_for_another(tmp_path):
+    out = epath.Path(tmp_path)
+    assert output.start_job(out, {"options": {"resize": "refuse"}}, overwrite=False) is None
+    assert output.start_job(out, {"options": {"resize": "pad"}}, overwrite=False) is None
+    output.end_job(out, {"options": {"resize": "pad"}}, {"rows": []})
+    with pytest.raises(ValueError, match="is not empty"):
+        output.start_job(out, {"options": {"resize": "refuse"}}, overwrite=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from starflow2_jax.inference import output, prompts
+from starflow2_jax.inference import prompts
 
 pytestmark = pytest.mark.fast
 
@@ -74,7 +74,7 @@ DAMAGED = (b"[" * 100_000, b'["\\ud800"]', b"\xff", b"{}", b"[]", b"[3]", b"", b
 def test_damaged_files_of_chats_are_named(tmp_path, data):
     file = tmp_path / "chat.json"
     file.write_bytes(data)
-    for read in (prompts.read_chat, prompts.read_batch, output.read_geneval):
+    for read in (prompts.read_chat, prompts.read_batch):
         with pytest.raises(ValueError, match=r"chat\.json"):
             read(file)
 

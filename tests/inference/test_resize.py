@@ -21,7 +21,13 @@ def gradient(height, width):
 
 @pytest.mark.parametrize(
     "height, width, shape",
-    [(40, 20, (16, 8)), (20, 40, (8, 16)), (5, 3, (16, 10)), (100, 100, (16, 16)), (900, 1, (16, 1))],
+    [
+        (40, 20, (16, 8)),
+        (20, 40, (8, 16)),
+        (5, 3, (16, 10)),
+        (100, 100, (16, 16)),
+        (900, 1, (16, 1)),
+    ],
 )
 def test_a_padded_image_has_all_of_its_source_and_gets_its_shape_back(height, width, shape):
     pixels = gradient(height, width)
@@ -62,11 +68,11 @@ def test_what_is_refused():
         resize.fit_image(gradient(8, 9), SIDE, "crop")
 
 
-def test_the_images_of_a_prompt_are_fitted_and_its_pictures_restored():
+def test_the_images_of_a_prompt_are_squares_and_its_pictures_restored():
     latent = Part("image", "user", latent=np.zeros((4, 3)))
     parts = [Part("text", "user", "a"), latent, Part("image", "user", image=gradient(20, 40))]
-    fitted, fits = resize.fit_parts(parts, SIDE, "pad", "prompt 0")
-    assert fitted[:2] == parts[:2] and fitted[2].image.shape == (SIDE, SIDE, 3) and len(fits) == 1
+    squares, fits = resize.fit_parts(parts, SIDE, "pad", "prompt 0")
+    assert squares[:2] == parts[:2] and squares[2].image.shape == (SIDE, SIDE, 3) and len(fits) == 1
     answer = [Part("text", text="a"), Part("image", image=gradient(SIDE, SIDE))]
     restored = resize.restore_parts(answer, fits)
     assert restored[0] is answer[0] and restored[1].image.shape == (8, 16, 3)

@@ -99,7 +99,8 @@ CASES = {
     ),
     "generate starflow2": _case(_DRAW, "starflow2", "images"),
     "generate geneval": _case(
-        "generate --model starflow2 --geneval sources/geneval.jsonl --n 1 --out geneval",
+        "generate --model starflow2 --bench geneval --prompts sources/geneval.jsonl --n 1 "
+        "--out geneval",
         "starflow2 sources",
         "geneval",
     ),

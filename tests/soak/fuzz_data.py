@@ -14,10 +14,12 @@ from PIL import Image
 from soak.fuzz_trials import NAME, Reader
 from soak.mutations import change_bytes, change_value, changed_json, to_json
 from starflow2_jax.data import array_store, images, manifest, packing, records, untrusted
+from starflow2_jax.evaluation.benchmarks import layouts
+from starflow2_jax.evaluation.benchmarks.items import Item
 from starflow2_jax.importers import captioned, huggingface, interleaved, tars
 from starflow2_jax.importers.image_root import ImageRoot
 from starflow2_jax.importers.tally import Tally
-from starflow2_jax.inference import output, prompts
+from starflow2_jax.inference import prompts
 
 PIXELS = np.arange(8 * 9 * 3, dtype=np.uint8).reshape(8, 9, 3)
 
@@ -310,10 +312,14 @@ def _make_geneval(rng: random.Random, folder: Path) -> Path | None:
     return None if data is None else write(folder, "geneval.jsonl", data + b"\n")
 
 
-def _geneval_problem(rows: list[dict[str, Any]]) -> str:
+def _read_geneval(path: Path) -> list[Item]:
+    return layouts.read_items("geneval", [str(path)], None)
+
+
+def _geneval_problem(items: list[Item]) -> str:
     try:
-        for row in rows:
-            untrusted.clean_text(row["prompt"], "its prompt")
+        for item in items:
+            untrusted.clean_text(item.prompt, "its prompt")
     except manifest.DatasetError as error:
         return str(error)
     return ""
@@ -332,5 +338,5 @@ READERS = (
     Reader("huggingface", _make_arrow, _read_arrow, _records_problem, 60),
     Reader("chats", _make_chat, _read_chat, _parts_problem, 100),
     Reader("batches", _make_chat, _read_batch, _parts_problem, 60),
-    Reader("geneval", _make_geneval, output.read_geneval, _geneval_problem, 60),
+    Reader("geneval", _make_geneval, _read_geneval, _geneval_problem, 60),
 )

@@ -1,0 +1,1 @@
+"""Output trees of public benchmarks: prompts, layouts, completeness and protocol stamps."""
