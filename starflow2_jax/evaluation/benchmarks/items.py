@@ -163,12 +163,12 @@ def read_gedit(paths: Sequence[Path], image_root: Path) -> list[Item]:
                 _file_name(row[name], location)
                 for name in ("task_type", "instruction_language", "key")
             )
-            raw, shown = (
+            raw, display = (
                 functools.partial(_parquet_image, path, index, column)
                 for column in ("input_image_raw", "input_image")
             )
             name, prompt = f"{task}/{language}/{key}", str(row["instruction"])
-            items.append(Item(name, prompt, images=(raw,), shown_source=shown))
+            items.append(Item(name, prompt, images=(raw,), shown_source=display))
     return items
 
 
@@ -219,9 +219,9 @@ def check_names(items: Sequence[Item], location: str) -> list[Item]:
     return [dataclasses.replace(item, prompt=text) for item, text in zip(items, texts)]
 
 
-def replace_texts(items: Sequence[Item], others: Sequence[Item], location: str) -> list[Item]:
+def replace_texts(items: Sequence[Item], rewrites: Sequence[Item], location: str) -> list[Item]:
     """Return items with the texts of other ones, which must have the same names in any order."""
-    texts = {item.name: item.prompt for item in others}
+    texts = {item.name: item.prompt for item in rewrites}
     for item in items:
         if item.name not in texts:
             raise ValueError(f"{location}: no rewritten text for prompt {item.name!r}")
