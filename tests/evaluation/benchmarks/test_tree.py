@@ -138,21 +138,25 @@ def test_wise_is_walked(trees, prompt_files, version):
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(trees, prompt_files, tmp_path):
     """A kill at many of the calls that change files, and the same command again."""
     setup = """
-    import shutil
+    import json, shutil
     from helpers.benchmark_files import drawer
     from helpers.kills import contents
     from starflow2_jax.evaluation.benchmarks import tree
 
-    name, out, prompts, complete = sys.argv[1:]
-    benchmark = tree.open_tree(out, name, prompts=[prompts], max_rows=8)
-    settings = {**tree.describe(benchmark), "guidance": 3.0, "seed": 0}
+    out, complete = sys.argv[1:3]
+    trees = [
+        tree.open_tree(f"{out}/{name}", name, prompts=prompts, max_rows=8)
+        for name, prompts in json.loads(sys.argv[3]).items()
+    ]
 
     def prepare():
         shutil.rmtree(out, ignore_errors=True)
 
     def write():
-        stamp = tree.start(benchmark.out, settings, overwrite=False)
-        tree.write(benchmark, stamp, drawer(benchmark.samples))
+        for benchmark in trees:
+            settings = {**tree.describe(benchmark), "guidance": 3.0, "seed": 0}
+            stamp = tree.start(benchmark.out, settings, overwrite=False)
+            tree.write(benchmark, stamp, drawer(benchmark.samples))
 
     def check_killed():
         pass
@@ -160,8 +164,8 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(trees, prompt_file
     def check_finished():
         assert contents(out) == contents(complete)
     """
-    args = ("gedit", tmp_path / "out", prompt_files["gedit"][0], trees / "gedit")
-    assert kills.kill_everywhere(setup, *args, every=29) > 100
+    args = (tmp_path / "out", trees, json.dumps(prompt_files))
+    assert kills.kill_everywhere(setup, *args, every=151) > 1000
 
 
 @pytest.mark.parametrize("name", layouts.LAYOUTS)
