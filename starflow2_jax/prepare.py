@@ -77,8 +77,8 @@ def define(values: flags.FlagValues) -> None:
     text(
         "label",
         "none",
-        "classes: none, caption (the distinct captions), a class feature of the TFDS set, or for "
-        "shapes: " + ", ".join(generator.LABELS),
+        "classes: none, caption (the distinct captions), a class feature of a TFDS or huggingface "
+        "set, or for shapes: " + ", ".join(generator.LABELS),
     )
     number("missing_captions", 0, "images without a caption that may be left out", 0)
     number("bad_images", 0, "images that cannot be read that may be left out", 0)

@@ -230,7 +230,8 @@ def _read_metadata(entry: StepFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     unreadable = [name for name, tree in stored.metadata.items() if tree is None]
     if unreadable:
         files = ", ".join(str(entry.path / name / "_METADATA") for name in unreadable)
-        raise ValueError(f"{files} cannot be read")
+        reason = steps.pattern_problem(entry.path)
+        raise ValueError(f"{files} cannot be read" + (f": {reason}" if reason else ""))
     meta = dict(stored.custom_metadata or {})
     if "config" in meta:
         meta["config"] = upgrade(meta["config"])
@@ -364,6 +365,8 @@ def verify(
             if status == "sealed":
                 damaged = digest.mismatches(entry.path, digest.read(entry.path))
                 problems = [f"{name}: {problem}" for name, problem in damaged.items()]
+                if not problems:
+                    _read_metadata(entry)  # intact files may still be unreadable
             elif status == "leftover":
                 problems = [f"no {COMMIT_FILE}: saving was cut off, or it was lost in a copy"]
             elif seal:

@@ -19,6 +19,21 @@ COMMIT_FILE = "commit_success.txt"
 FOLDER = "checkpoints"
 
 
+# Orbax finds the files of a checkpoint by patterns, and takes its folder for a part of them.
+_PATTERN_CHARACTERS = "[]*?"
+
+
+def pattern_problem(path: epath.PathLike) -> str:
+    """Return why checkpoints under a path cannot be read, empty if they can."""
+    special = [character for character in _PATTERN_CHARACTERS if character in str(path)]
+    if not special:
+        return ""
+    return (
+        f"checkpoints under a path with {' '.join(special)} cannot be read again, as it is taken "
+        "for a pattern; choose another path"
+    )
+
+
 class StepFolder(NamedTuple):
     """One folder under `WORKDIR/checkpoints`."""
 

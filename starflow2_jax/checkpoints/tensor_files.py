@@ -58,7 +58,18 @@ class StoredTensor:
 def compare(
     actual: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
 ) -> dict[str, list[str]]:
-    """Return the names and shapes that differ as `missing`, `unexpected` and `misshapen`."""
+    """Return the names and shapes that differ as `missing`, `unexpected` and `misshapen`.
+
+    Names that would be right without a prefix are listed by that alone.
+    """
+    prefix = _wrapper_prefix(actual, expected)
+    if prefix:
+        return {
+            f"of {len(actual)} names begin with {prefix!r}, which DistributedDataParallel, "
+            "torch.compile or another wrapper has added; remove it from the names, such as": [
+                next(name for name in actual if name.startswith(prefix))
+            ]
+        }
     return {
         "missing": [name for name in expected if name not in actual],
         "unexpected": [name for name in actual if name not in expected],
@@ -68,6 +79,16 @@ def compare(
             if name in actual and tuple(actual[name].shape) != tuple(shape)
         ],
     }
+
+
+def _wrapper_prefix(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Return the prefix without which names would be those that are expected, empty if none is."""
+    known = next(iter(expected), "")  # all have it, so one name shows it
+    for name in actual:
+        prefix = name.removesuffix(known) if name.endswith(f".{known}") else ""
+        if prefix and {n.removeprefix(prefix) for n in actual} >= set(expected):
+            return prefix
+    return ""
 
 
 def raise_problems(summary: str, problems: Mapping[str, Sequence[str]]) -> None:

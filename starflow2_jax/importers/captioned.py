@@ -145,8 +145,7 @@ def examples(
         if text_key is not None:
             captions = captions_of(row[text_key], location)
         else:
-            noun = class_names[meta["label"]].replace("_", " ")
-            captions = [f"a photo of {'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"]
+            captions = [photo_of(class_names[meta["label"]])]
         blob = tally.image(_encoded(row[image_key], location), location)
         ids = [f"{src}-{index:08d}" + (f"/{k}" if k else "") for k in range(len(captions))]
         return [
@@ -156,6 +155,12 @@ def examples(
 
     rows = ((f"{src} example {index}", index) for index in range(len(source)))
     yield from tally.parse_rows(rows, parse)
+
+
+def photo_of(class_name: str) -> str:
+    """Return the caption of an image of which only the class is known."""
+    noun = class_name.replace("_", " ")
+    return f"a photo of {'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def tfds(

@@ -16,6 +16,7 @@ from starflow2_jax.data import records, untrusted
 from starflow2_jax.data.manifest import DatasetError, sha256_file
 from starflow2_jax.data.records import ImageBlob, Record
 from starflow2_jax.importers import tables
+from starflow2_jax.importers.captioned import photo_of
 from starflow2_jax.importers.image_root import ImageRoot
 from starflow2_jax.importers.interleaved import Conversation, conversation_record
 from starflow2_jax.importers.tally import ImageError, RowError, Tally, captions_of
@@ -50,17 +51,21 @@ def huggingface(
     *,
     image_key: str = "image",
     text_key: str | None = None,
+    label_key: str | None = None,
     tally: Tally | None = None,
 ) -> Iterator[Record]:
     """Yield the records of a folder written by `datasets.save_to_disk`.
 
     With a column `messages` or `conversations`, these are conversations over `images` (or `image`);
     otherwise text-to-image pairs of `image_key` and `text_key` (by default `text` or `caption`). A
-    caption that is a class number becomes the name of the class.
+    caption that is a class number becomes the name of the class. The number of the class
+    `label_key` goes to `meta.label`; without a caption, its name is in "a photo of a ...".
     """
     folder, tally = pathlib.Path(folder), tally or Tally()
     classes = class_names(folder)
-    parse = functools.partial(_stored_row, folder.name, image_key, text_key, classes, tally)
+    parse = functools.partial(
+        _stored_row, folder.name, image_key, text_key, label_key, classes, tally
+    )
     for file in data_files(folder):
         yield from tally.parse_rows(tables.arrow_rows(file), parse)
 
@@ -69,6 +74,7 @@ def _stored_row(
     src: str,
     image_key: str,
     text_key: str | None,
+    label_key: str | None,
     classes: Mapping[str, Sequence[str]],
     tally: Tally,
     location: str,
@@ -76,7 +82,7 @@ def _stored_row(
 ) -> list[Record]:
     """Return the records of a row of a `datasets` folder."""
     turns = tables.convert(row, Conversation, location).turns
-    if turns:
+    if turns and label_key is None:
         stored = tables.convert(row, StoredImages, location)
         one = stored.images if isinstance(stored.images, StoredImage) else stored.image
         several = stored.images if isinstance(stored.images, list) else []
@@ -86,21 +92,33 @@ def _stored_row(
         ]
         return conversation_record(location, turns, blobs, ImageRoot(tally=tally), src)
     column = next((k for k in (text_key, "text", "caption") if k and k in row), None)
-    if column is None or image_key not in row or (text_key and column != text_key):
+    meta = {} if label_key is None else {"label": _class_number(label_key, classes, row, location)}
+    if column is None and label_key is not None and image_key in row and not text_key:
+        captions = [photo_of(classes[label_key][meta["label"]])]
+    elif column is None or image_key not in row or (text_key and column != text_key):
         raise DatasetError(
             f"{location}: expected messages, conversations, or {image_key!r} and "
             f"{text_key or 'text or caption'!r}; its columns are {sorted(row)}"
         )
-    value = row[column]
-    if column in classes and isinstance(value, int):
-        if not 0 <= value < len(classes[column]):
-            raise RowError(f"{location}: {column} is {value}, not a class", "label is no class")
-        value = classes[column][value]
-    captions = captions_of(value, f"{location}: {column}")
+    else:
+        value = row[column]
+        if column in classes and isinstance(value, int):
+            value = classes[column][_class_number(column, classes, row, location)]
+        captions = captions_of(value, f"{location}: {column}")
     image = tables.convert(row[image_key], StoredImage | bytes | None, f"{location}: {image_key}")
     blob = _stored_image(image, f"{location}: {image_key}", tally)
     ids = [location + (f"/{k}" if k else "") for k in range(len(captions))]
-    return [records.text_to_image(id, src, text, blob) for id, text in zip(ids, captions)]
+    return [records.text_to_image(id, src, text, blob, meta) for id, text in zip(ids, captions)]
+
+
+def _class_number(
+    column: str, classes: Mapping[str, Sequence[str]], row: Mapping[str, Any], location: str
+) -> int:
+    """Return the number of a row's class, which RowError says is none of the column's classes."""
+    value, count = row.get(column), len(classes[column])
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
+        raise RowError(f"{location}: {column} is {value!r:.80}, not a class", "label is no class")
+    return value
 
 
 def data_files(folder: str | os.PathLike[str]) -> list[pathlib.Path]:

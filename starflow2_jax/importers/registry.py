@@ -91,8 +91,14 @@ def _huggingface(values: flags.FlagValues) -> ImportSource:
     (folder,), tally = _paths(values, max_count=1), _tally(values)
     keys = {"image_key": values.image_key, "text_key": values.text_key}
     importer = _importer(values, "huggingface", **keys)
-    make = functools.partial(huggingface.huggingface, folder, tally=tally, **keys)
-    return ImportSource(make, importer, huggingface.folder_hashes(folder), tally=tally)
+    label = values.label if values.label not in ("none", "caption") else None
+    names = huggingface.class_names(folder)
+    if label is not None and label not in names:
+        known = f"classes are in {', '.join(names)}" if names else "it has no columns of classes"
+        raise DatasetError(f"--label {label}: {folder} has no such column of classes; {known}")
+    make = functools.partial(huggingface.huggingface, folder, label_key=label, tally=tally, **keys)
+    hashes, classes = huggingface.folder_hashes(folder), names[label] if label else None
+    return ImportSource(make, importer, hashes, classes, tally=tally)
 
 
 def _bagel_t2i(values: flags.FlagValues) -> ImportSource:
@@ -164,7 +170,7 @@ def _captioned(
 
 
 def _importer(values: flags.FlagValues, name: str, **options: Any) -> Importer:
-    if name != "tfds" and values.label not in ("none", "caption"):
+    if name not in ("tfds", "huggingface") and values.label not in ("none", "caption"):
         raise DatasetError(f"--label {values.label}: a {name} import has only none and caption")
     # Absent unless set, so that imports without them equal those of earlier versions.
     limits = {name: values[name].value for name in ("bad_images", "bad_rows", "check_pixels")}

@@ -135,6 +135,7 @@ def recover(path: str | os.PathLike[str]) -> None:
         return
     for entry in _temporaries(path):
         _remove_leftover(entry)
+    _recover_earlier(path)
     aside = _temporary_name(path, "replaced")
     if aside.exists():
         if path.exists():
@@ -187,6 +188,28 @@ def _temporaries(path: Path) -> list[Path]:
     pattern = re.compile(re.escape(prefix) + r"([0-9a-f]{8}\.)?partial")
     names = os.listdir(path.parent)
     return [path.parent / name for name in sorted(names) if pattern.fullmatch(name)]
+
+
+def _recover_earlier(path: Path) -> None:
+    """Remove what releases before 0.2 left of `path`, and put back a folder that they moved aside.
+
+    Their names end in a process number, which says nothing in containers, and they held no lock:
+    what has not changed for a day is a leftover.
+    """
+    start, number = re.escape(f".{path.name}."), r"\d{1,10}"
+    unfinished = re.compile(rf"{start}(building-{number}|{number}\.tmp)")
+    replaced = re.compile(rf"{start}(old-{number}|{number}\.old)")
+    for name in sorted(os.listdir(path.parent)):
+        folder = path.parent / name
+        is_replaced = replaced.fullmatch(name) is not None
+        if not (is_replaced or unfinished.fullmatch(name)) or not folder.is_dir():
+            continue
+        if time.time() - _newest(folder) < _MAX_AGE:
+            continue
+        if is_replaced and not path.exists():
+            os.rename(folder, path)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _create(path: Path, *, is_folder: bool) -> tuple[Path, int]:

@@ -82,8 +82,15 @@ def detect(environ: Mapping[str, str]) -> ProcessInfo | None:
     if not variables and not slurm:
         return _detect_by_jax() if environ.get("STARFLOW2_CLUSTER") == "auto" else None
     if slurm:
+        if "SLURM_STEP_NUM_TASKS" not in environ and INDEX not in variables:
+            raise ValueError(
+                f"SLURM_NTASKS={tasks}, but srun did not start this process, so the others will "
+                "not come: start it with srun (see launch/slurm.sbatch), or unset SLURM_NTASKS for "
+                "a single process"
+            )
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
-        variables.setdefault(ADDRESS, _slurm_address(nodes, environ["SLURM_JOB_ID"]))
+        if ADDRESS not in variables:
+            variables[ADDRESS] = _slurm_address(nodes, environ["SLURM_JOB_ID"])
         variables = {COUNT: tasks, INDEX: environ["SLURM_PROCID"], **variables}
     missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in variables]
     if missing:

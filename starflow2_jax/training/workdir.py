@@ -24,19 +24,11 @@ RESUMABLE_KEYS = (
 DATA_PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", "eval_data.")
 
 
-# Orbax finds the files of a checkpoint by patterns, and takes its folder for a part of them.
-_PATTERN_CHARACTERS = "[]*?"
-
-
 def check_path(workdir: epath.Path) -> None:
     """Raise ValueError if checkpoints cannot be written to a workdir, or not be read again."""
     path = str(workdir) if atomic.is_remote(workdir) else os.path.abspath(workdir)
-    special = [character for character in _PATTERN_CHARACTERS if character in path]
-    if special:
-        raise ValueError(
-            f"--workdir {path}: checkpoints under a path with {' '.join(special)} cannot be read "
-            "again, as it is taken for a pattern; choose another path"
-        )
+    if problem := steps.pattern_problem(path):
+        raise ValueError(f"--workdir {path}: {problem}")
     if atomic.is_remote(path):
         return
     existing = pathlib.Path(path)

@@ -196,6 +196,13 @@ def test_newest_good_step_skips_damaged_ones(workdir):
 
 
 @pytest.mark.fast
+def test_intact_files_that_cannot_be_read_are_no_good_step(tmp_path):
+    run(tmp_path / "a[1]", [1])
+    (report,) = orbax.verify(tmp_path / "a[1]")
+    assert report.status == "sealed" and "taken for a pattern" in report.problems[0]
+
+
+@pytest.mark.fast
 def test_truncated_and_missing_files_are_noticed(workdir):
     data = next((workdir / "checkpoints/3/params/d").iterdir())
     os.truncate(data, data.stat().st_size // 2)

@@ -8,6 +8,8 @@ from helpers.import_sources import (
     llava,
     make_folder,
     png,
+    refused,
+    run,
     stored,
     talk,
 )
@@ -86,6 +88,23 @@ def test_class_numbers_become_class_names(tmp_path):
     (folder / "dataset_info.json").write_text(json.dumps({"features": feature}))
     (record,) = huggingface.huggingface(folder, text_key="label")
     assert records.text(record) == "dog"
+
+
+def test_a_column_of_classes_numbers_them(tmp_path):
+    folder = stored(tmp_path / "set", image=[png(), png()], label=[1, 0], kind=[0, 2])
+    names = {"label": ["cat", "dog"], "kind": ["x", "y", "z"]}
+    features = {name: {"names": values} for name, values in names.items()}
+    (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
+    argv = ("--format", "huggingface", "--source", folder)
+    result, imported = run(tmp_path, *argv, "--label", "label")
+    assert result["classes"] == 2 and [record.meta["label"] for record in imported] == [1, 0]
+    assert [records.text(record) for record in imported] == ["a photo of a dog", "a photo of a cat"]
+    _, imported = run(tmp_path, *argv, "--label", "kind", "--text_key", "label")
+    assert [(records.text(r), r.meta["label"]) for r in imported] == [("dog", 0), ("cat", 2)]
+    message = refused(tmp_path, *argv, "--label", "breed")
+    assert "no such column of classes; classes are in label, kind" in message
+    message = refused(tmp_path, "--format", "folder", "--source", folder, "--label", "label")
+    assert "only none and caption" in message
 
 
 def test_an_instruction_is_a_text_or_a_list_of_paraphrases(tmp_path):

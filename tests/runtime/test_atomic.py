@@ -4,6 +4,7 @@ import ast
 import errno
 import os
 import pathlib
+import time
 
 import pytest
 from helpers.kills import contents, kill_everywhere
@@ -82,6 +83,26 @@ def test_only_overwrite_replaces_a_folder(tmp_path):
     with pytest.raises(OSError, match="/d"), atomic.folder(tmp_path / "d") as temporary:
         (temporary / "x").write_text("2")
     assert contents(tmp_path) == {"d/x": b"1"}
+
+
+def test_leftovers_of_earlier_releases(tmp_path):
+    def make(name, age):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+        for path in (tmp_path / name / "x", tmp_path / name):
+            os.utime(path, (time.time() - age,) * 2)
+
+    day = 24 * 3600
+    for name in (".out.building-7", ".out.8.tmp", ".outer.building-9", ".out.building-x"):
+        make(name, 2 * day)
+    make(".out.building-70", 60)  # it may still be written
+    make(".out.old-7", 2 * day)
+    atomic.recover(tmp_path / "out")
+    assert (tmp_path / "out" / "x").read_text() == ".out.old-7"
+    make(".out.9.old", 2 * day)
+    atomic.recover(tmp_path / "out")
+    rest = [".out.building-70", ".out.building-x", ".outer.building-9", "out"]
+    assert sorted(os.listdir(tmp_path)) == rest
 
 
 def test_two_writers_at_once(tmp_path):

@@ -80,6 +80,15 @@ def test_slurm_variables_identify_the_process():
 
 
 @pytest.mark.fast
+def test_a_batch_shell_without_srun_is_told_at_once():
+    shell = {name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID")}
+    with pytest.raises(ValueError, match="SLURM_NTASKS=4, but srun did not start this process"):
+        distributed.detect(shell)
+    assert distributed.detect({**shell, "SLURM_NTASKS": "1"}) is None
+    assert distributed.detect({**shell, **EXPLICIT}) == ProcessInfo("box:1234", 4, 3)
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "tasks, local, visible, devices",
     [

@@ -18,7 +18,7 @@ from soak.fork_server import Ending, ForkServer, Job
 from soak.outcomes import Outcome
 
 # Files that grow, or that a later part of the command replaces.
-_GROWING = ("metrics.jsonl", ".generate.json", ".job.json", "settings.json")
+_GROWING = ("metrics.jsonl", ".generate.json", ".job.json", "settings.json", "unfinished.json")
 
 
 @dataclasses.dataclass

@@ -47,6 +47,13 @@ def read_options(options: Mapping[str, Any], source: str = "config.json") -> Qwe
     kind = options.get("model_type")
     if kind != _MODEL_TYPE:
         raise ValueError(f"{source}: model_type={kind!r}, expected {_MODEL_TYPE!r}")
+    quantized = options.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        raise ValueError(
+            f"{source}: the weights are quantized ({method}), which is not supported; take the "
+            "model's folder of floating-point weights"
+        )
     nested = options.get("text_config")
     text = nested if isinstance(nested, Mapping) else options
     vision = options.get("vision_config")

@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 
 from starflow2_jax import config
 from starflow2_jax.checkpoints.convert import starflow_options
@@ -26,6 +27,7 @@ from starflow2_jax.checkpoints.convert.tensor_map import (
     to_tree,
 )
 from starflow2_jax.checkpoints.tensor_files import (
+    Index,
     StoredTensor,
     compare,
     open_source,
@@ -65,7 +67,7 @@ _GATED_NAMES = {
 _BUFFERS = re.compile(r"blocks\.\d+\.attn_mask|var|feat_rope\.freqs_(cos|sin)")
 # Standard deviation of the noise in each family's trainer.
 _NOISE_STD = {"tarflow": 0.05, "starflow": 0.3}
-_DTYPES = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float64)))
+_DTYPES = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float64, np.float16)))
 
 
 def table(cfg: FlowConfig) -> list[Piece]:
@@ -143,7 +145,7 @@ def _check(source: Mapping[str, StoredTensor], cfg: FlowConfig, family: str) -> 
     if not wrong:
         first = min(dtype.name for dtype in dtypes.values()) if dtypes else ""
         wrong = [name for name, dtype in dtypes.items() if dtype.name != first]
-    kind = "not of one dtype of float32, bfloat16, float64"
+    kind = "not of one dtype of float32, bfloat16, float16, float64"
     problems[kind] = [f"{name} is {dtypes[name]}" for name in wrong]
     raise_problems(f"the state dict is not the {family} that the options describe", problems)
     if family == "tarflow" and "var" in source:
@@ -156,8 +158,26 @@ def _check(source: Mapping[str, StoredTensor], cfg: FlowConfig, family: str) -> 
 
 
 def tree_view(source: Mapping[str, StoredTensor], cfg: FlowConfig) -> dict[str, Any]:
-    """Return our tree of a checked state dict, as tensors that are assembled when read."""
-    return to_tree(table(cfg), source, declare(cfg))
+    """Return our tree of a checked state dict, as tensors that are assembled when read.
+
+    Weights of float16 become float32, and those that are not finite are logged.
+    """
+    leaves = flatten(to_tree(table(cfg), source, declare(cfg)))
+    return unflatten({name: _checked(name, stored) for name, stored in leaves.items()})
+
+
+def _checked(name: str, stored: StoredTensor) -> StoredTensor:
+    dtype = np.dtype(np.float32) if stored.dtype == np.float16 else stored.dtype
+
+    def read(index: Index = ()) -> np.ndarray:
+        array = stored.read(index)
+        count = array.size - int(np.isfinite(array).sum())
+        if count:
+            logging.warning("%s: %d of %d weights of %s are not finite", stored.location, count,
+                            array.size, name)  # fmt: skip
+        return array.astype(dtype, copy=False)
+
+    return StoredTensor(stored.shape, dtype, stored.location, read)
 
 
 def public_view(params: Tree, cfg: FlowConfig) -> dict[str, StoredTensor]:

@@ -3,13 +3,15 @@
 import io
 import math
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from starflow2_jax.runtime import atomic
+from starflow2_jax.training.logging import caption_fonts
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -46,8 +48,9 @@ def grid(
     columns = columns or (8 if count >= 16 else math.ceil(math.sqrt(count)))
     scale = max(1, round((112 if captions else 64) / width))
     height, width, gap = height * scale, width * scale, 4
-    font, line_height = ImageFont.load_default(11), 14
-    lines = [_wrap(text, width) for text in captions or [""] * count]
+    captions, line_height = captions or [""] * count, 14
+    fonts = caption_fonts.fonts_of(captions, 11)
+    lines = [_wrap(text, width) for text in captions]
     step = height + gap + line_height * max(map(len, lines))
     rows = -(-count // columns)
     sheet = Image.new("RGB", (gap + columns * (width + gap), gap + rows * step), "white")
@@ -59,10 +62,12 @@ def grid(
         pen.rectangle((left - 1, top - 1, left + width, top + height), outline="#cccccc")
         sheet.paste(image, (left, top))
         for n, line in enumerate(lines[i]):
-            pen.text((left, top + height + 1 + n * line_height), line, "black", font)
+            pen.text((left, top + height + 1 + n * line_height), line, "black", fonts[i])
     return np.asarray(sheet)
 
 
 def _wrap(text: str, width: int) -> list[str]:
     """Wrap a caption to at most five lines that fit below an image of `width` pixels."""
-    return textwrap.wrap(text, max(8, width // 6), max_lines=5, placeholder=" ...")
+    is_wide = any(unicodedata.east_asian_width(character) in "WF" for character in text)
+    columns = max(8, width // 6) // (2 if is_wide else 1)
+    return textwrap.wrap(text, columns, max_lines=5, placeholder=" ...")

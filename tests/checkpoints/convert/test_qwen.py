@@ -236,6 +236,7 @@ def test_names_and_shapes_are_strict(tmp_path, published):
         ("text_config.hidden_size", 30, "hidden_size=30 is not 4 heads of 7"),
         ("text_config.head_dim", 16, "hidden_size=32 is not 4 heads of 16"),
         ("text_config.num_key_value_heads", 3, "heads=4 is not a multiple of kv_heads=3"),
+        ("quantization_config", {"quant_method": "awq"}, r"the weights are quantized \(awq\)"),
         ("text_config.use_sliding_window", True, "use_sliding_window=True is not supported"),
         (
             "text_config.rope_parameters",

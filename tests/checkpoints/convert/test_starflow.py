@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from absl import logging
 from helpers.paths import GOLDEN
 
 from starflow2_jax.checkpoints.convert import starflow, starflow_options, tensor_map
@@ -245,6 +246,26 @@ def test_dtype_is_kept(dtype):
     assert all(leaf.dtype == dtype for leaf in leaves.values())
     back = starflow.export(params, cfg)
     assert all(back[n].dtype == dtype and np.array_equal(back[n], state[n]) for n in state)
+
+
+def test_float16_becomes_float32_and_infinite_weights_are_logged(monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
+    state, _ = synthetic(STARFLOW, np.float16)
+    name = "blocks.0.final_norm.weight"
+    state[name] = state[name].copy()
+    state[name][3] = np.inf
+    _, params = starflow.load(state, STARFLOW)
+    assert all(leaf.dtype == np.float32 for leaf in flatten(params).values())
+    assert len(lines) == 1 and "blocks/0/final_norm/weight are not finite" in lines[0]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_prefix_of_all_names_is_named(prefix):
+    state = {f"{prefix}{name}": array for name, array in golden("starflow").items()}
+    with pytest.raises(ValueError, match=f"names begin with {prefix!r}.*torch.compile") as error:
+        starflow.load(state, {**STARFLOW, "family": "starflow"})
+    assert "missing" not in str(error.value)
 
 
 def test_jax_arrays_are_exported():
