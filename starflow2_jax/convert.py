@@ -1,12 +1,13 @@
-"""Convert weights and inspect checkpoints: starflow, tarflow, export, list, show, verify.
+"""Convert weights, inspect checkpoints, share models: starflow, tarflow, export, push, list, show, verify.
 
 python -m starflow2_jax.convert tarflow model.pth --options config.yaml --out models/tarflow
 python -m starflow2_jax.convert export --model runs/cifar --out models/cifar
 python -m starflow2_jax.convert verify --workdir runs/cifar
+python -m starflow2_jax.convert push --model models/cifar --repo user/cifar --license apache-2.0 --private
 
 INPUT of starflow and tarflow is a .safetensors or .pth file or a folder with one; --options is the
 run's YAML file, or text such as 'img_size=32 patch_size=4 ...', in either published vocabulary.
-"""
+"""  # noqa: E501
 
 import json
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from starflow2_jax import params
-from starflow2_jax.checkpoints import model_folder, tensor_files
+from starflow2_jax.checkpoints import hub, hub_push, model_card, model_folder, tensor_files
 from starflow2_jax.checkpoints.convert import starflow, starflow_options
 from starflow2_jax.checkpoints.open_model import EXPORTED_METADATA, SavedModel, open_model
 from starflow2_jax.models.flow import declare
@@ -28,6 +29,8 @@ VERBS = {
     "tarflow": "INPUT, --options, --out: a published TarFlow to a model folder",
     "export": "--model, --out: a run, a step or a model folder to a model folder; with --public "
     "to safetensors under the published names",
+    "push": "--model, --repo, --license: a model folder to the Hugging Face Hub, with a card; "
+    "with --dry_run to the folder --out",
     "list": "--workdir: its checkpoints",
     "show": "--model: names, shapes and sizes of a run, a step or a model folder",
     "verify": "--workdir or --model: compare every file with its sha256",
@@ -45,7 +48,7 @@ def define(values: flags.FlagValues) -> None:
     text("options", None, "options of the run: a YAML file or key=value")
     text("out", None, "folder to write")
     switch("overwrite", False, "replace the model folder at --out")
-    text("model", None, "a workdir, a step folder in it, or a model folder")
+    text("model", None, "a workdir, a step folder in it, or a model folder, also hf://user/name")
     text("workdir", None, "a run's folder")
     switch("ema", True, "export the averaged weights, not the raw ones")
     switch(
@@ -59,6 +62,16 @@ def define(values: flags.FlagValues) -> None:
         "export of a task='vlm' run: dtype of the tensors",
         flag_values=values,
     )
+    text("repo", None, "push: USER/NAME, created if it does not exist")
+    switch("private", False, "push: create a private repository; a public one is refused")
+    text("license", None, "push: license of the weights, such as apache-2.0")
+    flags.DEFINE_multi_string(
+        "base_model", [], "push: USER/NAME that the model derives from", flag_values=values
+    )
+    flags.DEFINE_multi_string(
+        "results", [], "push: result file of `evaluate` for the card", flag_values=values
+    )
+    switch("dry_run", False, "push: write the files to --out and upload nothing")
     switch("seal", False, "verify: write the digests that a complete step lacks")
     switch("json", False, "print the result as JSON")
 
@@ -190,6 +203,51 @@ def _summary(out: str, count: int, left_out: list[str] | None = None) -> Result:
     return result, lines
 
 
+def _push(values: flags.FlagValues) -> Result:
+    """Upload a model folder with a card, or write both to --out."""
+    path, license_name = _required(values, "model"), _required(values, "license")
+    repo = hub.parse(hub.PREFIX + _required(values, "repo").removeprefix(hub.PREFIX)).repo
+    saved = open_model(path)
+    if not saved.is_folder:
+        raise ValueError(
+            f"push: {path} is a run; push the folder that `convert export` makes of it"
+        )
+    if problems := [*_missing_parts(path), *_outside_parts(path, saved)]:
+        raise ValueError(f"push: {path}: {'; '.join(problems)}; nothing was uploaded")
+    count = sum(int(np.prod(t.shape)) for t in tensor_files.open_source(saved.path).values())
+    options = model_card.CardOptions(
+        repo, license_name, tuple(values.base_model), tuple(values.results)
+    )
+    card = model_card.make_card(saved, options, parameters=count)
+    upload = hub_push.prepare(saved.path, card)
+    if values.dry_run:
+        out = _required(values, "out")
+        hub_push.write(upload, out, overwrite=values.overwrite)
+        return {"out": out, "files": len(upload.names) + 1}, [f"{out}: nothing was uploaded"]
+    address = hub_push.push(upload, repo, private=values.private)
+    result = {"address": str(address), "files": len(upload.names) + 1}
+    return result, [f"pushed {result['files']} files: --model {address}"]
+
+
+def _outside_parts(path: str, saved: SavedModel) -> list[str]:
+    """Return a line for each part of a STARFlow2 that other machines would not find."""
+    if saved.task != "starflow2":
+        return []
+    from starflow2_jax.inference import load
+
+    cfg, folder = load.read_config(path), Path(saved.path).resolve()
+    problems = []
+    for name, part in (
+        ("VLM", cfg["vlm"]["path"]),
+        ("codec", cfg["fae"]["path"]),
+        ("tokenizer", cfg["text"]["tokenizer"]),
+    ):
+        is_public = hub.is_address(part) or part.startswith(model_folder.PRETRAINED)
+        if part and not is_public and not Path(part).resolve().is_relative_to(folder):
+            problems.append(f"its {name} is in {part}; `convert export` copies it into the folder")
+    return problems
+
+
 def _list(values: flags.FlagValues) -> Result:
     """List the step folders of a run."""
     from starflow2_jax.checkpoints import steps
@@ -204,7 +262,7 @@ def _list(values: flags.FlagValues) -> Result:
 
 def _show(values: flags.FlagValues) -> Result:
     """List name, shape, dtype and bytes of every stored array."""
-    path = _required(values, "model", "workdir")
+    path = str(model_folder.locate(_required(values, "model", "workdir")))
     if model_folder.is_folder(path):
         rows = [
             (name, tensor.shape, tensor.dtype.name, tensor.bytes)
@@ -262,6 +320,7 @@ _RUN = {
     "starflow": partial(_import, "starflow"),
     "tarflow": partial(_import, "tarflow"),
     "export": _export,
+    "push": _push,
     "list": _list,
     "show": _show,
     "verify": _verify,

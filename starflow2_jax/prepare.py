@@ -263,6 +263,7 @@ def _fit(pixels: np.ndarray, side: int = 128) -> np.ndarray:
 
 def features(values: flags.FlagValues) -> dict[str, Any]:
     """Encode images with an SD-VAE and captions with T5, to a parallel dataset of arrays."""
+    from starflow2_jax.checkpoints.model_folder import locate
     from starflow2_jax.latents import sd_vae_t5
 
     out = _required(values, "out")
@@ -274,7 +275,8 @@ def features(values: flags.FlagValues) -> dict[str, Any]:
         device=values.device,
     )
     data, overwrite = _required(values, "data"), values.overwrite
-    written = sd_vae_t5.write(out, data, options, vae=values.vae, t5=values.t5, overwrite=overwrite)
+    vae, t5 = (str(locate(path)) if path else None for path in (values.vae, values.t5))
+    written = sd_vae_t5.write(out, data, options, vae=vae, t5=t5, overwrite=overwrite)
     arrays = {name: a["shape"] for name, a in written.features["arrays"].items()}
     return {"out": out, "records": written.records, "bytes": written.bytes, "arrays": arrays}
 
@@ -289,12 +291,14 @@ def tokenizer(values: flags.FlagValues) -> dict[str, Any]:
 
 def index(values: flags.FlagValues) -> dict[str, Any]:
     """Write lengths and a packing plan next to the manifest, or read them if they exist."""
+    from starflow2_jax.checkpoints.model_folder import locate
+
     spec = packing.PackingSpec(
         values.row_length, values.image_tokens, values.row_images, values.clean_copies
     )
     data, tokenizer = (_required(values, name) for name in ("data", "tokenizer"))
     file, plan = packing.load_or_make_plan(
-        data, tokenizer, spec, values["seed"].value, values.skip_long
+        data, str(locate(tokenizer)), spec, values["seed"].value, values.skip_long
     )
     return {
         "out": file,

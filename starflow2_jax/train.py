@@ -39,7 +39,7 @@ from starflow2_jax.training.run_config import RunConfig, run_config
 from starflow2_jax.training.run_data import RunData
 from starflow2_jax.training.tasks import registry
 from starflow2_jax.training.tasks.task import Task
-from starflow2_jax.training.workdir import check_path, check_workdir
+from starflow2_jax.training.workdir import check_path, check_workdir, pin_models
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "FILE.py[:variant] or starflow2:NAME[:variant]"
@@ -70,6 +70,7 @@ def train(cfg: dict[str, Any], workdir: str | None, *, dry_run: bool = False) ->
     """
     config.check(cfg)
     distributed.init_distributed(cfg["distributed"])
+    cfg = pin_models(cfg, workdir)
     distributed.assert_equal_across_processes("the configuration", cfg)
     if dry_run:
         task = registry.make_task(cfg, dry_run=True)

@@ -6,6 +6,7 @@ joined by dots. A folder may hold the folders of other models, whose files are i
 """
 
 import errno
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from starflow2_jax.checkpoints import digest
+from starflow2_jax.checkpoints import digest, hub
 from starflow2_jax.checkpoints.tensor_files import (
     INDEX_FILE,
     SAFETENSORS_NAMES,
@@ -50,12 +51,30 @@ ROOT = Path(__file__).parents[1]
 
 
 def locate(path: str | Path) -> Path:
-    """Resolve `pretrained/NAME` to the package's own model, in any working directory.
+    """Resolve the path of a model: local, `pretrained/NAME`, or `hf://user/name[@revision]`.
 
-    Other paths are returned unchanged. A folder of that name in the working directory is
-    `./pretrained/NAME`.
+    `pretrained/NAME` is the package's own model, in any working directory; a folder of that name
+    in the working directory is `./pretrained/NAME`. `hf://...` is downloaded to the cache, and its
+    files are compared with its `sha256.json`. Other paths are returned unchanged.
+
+    Raises:
+        OSError, ValueError: A model of the Hub cannot be downloaded, or is damaged; see `hub.pull`.
     """
+    if hub.is_address(path):
+        return _pull(str(path))
     return ROOT / path if str(path).startswith(PRETRAINED) else Path(path)
+
+
+@functools.cache
+def _pull(address: str) -> Path:
+    """Return the local copy of a model of the Hub, whose own digests match."""
+    pinned, folder = hub.pull(address)
+    problems = verify(folder) if (folder / DIGEST_FILE).exists() else []
+    if problems:
+        raise ValueError(
+            f"{pinned}: the repository is not the folder that was exported: {'; '.join(problems)}"
+        )
+    return folder
 
 
 def is_folder(path: str | Path) -> bool:

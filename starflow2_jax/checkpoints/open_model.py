@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from starflow2_jax import params
-from starflow2_jax.checkpoints import model_folder
+from starflow2_jax.checkpoints import hub, model_folder
 from starflow2_jax.params import Tree
 from starflow2_jax.runtime import atomic
 
@@ -24,7 +24,7 @@ EXPORTED_METADATA = ("classes", "null_text", "frozen", "parts")
 class SavedModel:
     """A model on disk. Its weights are not read until `read_params` or `open_params` is called."""
 
-    path: str  # the workdir of the run, or the model folder; `pretrained/NAME` is resolved
+    path: str  # workdir of the run, or model folder; `pretrained/` and `hf://` are resolved
     step: int | None  # number of the checkpoint's step; None for a model folder
     config: dict[str, Any]  # the resolved configuration of the experiment that trained the model
     # `classes` (names of the classes), `null_text` (features of the empty prompt), `frozen` (sha256
@@ -106,15 +106,20 @@ def open_model(path: str | Path) -> SavedModel:
     """Open a run (its newest checkpoint), a step folder of a run, or a model folder.
 
     Args:
-        path: `WORKDIR`, `WORKDIR/checkpoints/STEP`, a model folder, or `pretrained/NAME`; local or
-            an object store's `gs://...` (runs only).
+        path: `WORKDIR`, `WORKDIR/checkpoints/STEP`, a model folder, `pretrained/NAME`, or
+            `hf://user/name[@revision]`; local or an object store's `gs://...` (runs only).
     """
-    location = str(path) if atomic.is_remote(path) else str(model_folder.locate(path))
+    is_local = hub.is_address(path) or not atomic.is_remote(path)
+    location = str(model_folder.locate(path)) if is_local else str(path)
     if model_folder.is_folder(location):
         config = model_folder.read_config(location)
         config = config.get(model_folder.EXPERIMENT_KEY, config)
         metadata = {key: config[key] for key in EXPORTED_METADATA if key in config}
         return SavedModel(location, None, config, metadata)
+    if hub.is_address(path):
+        raise FileNotFoundError(
+            f"{path}: no model folder (config.json with safetensors); `convert push` uploads one"
+        )
     from starflow2_jax.checkpoints import orbax, steps  # heavy
 
     workdir, step = steps.locate(location)

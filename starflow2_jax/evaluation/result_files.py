@@ -1,5 +1,6 @@
 """Result files of evaluations: their place, and the model, command and machine that they name."""
 
+import datetime
 import hashlib
 import json
 import shlex
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from starflow2_jax.checkpoints import digest, model_folder, steps
+from starflow2_jax.checkpoints import digest, hub, model_folder, steps
 from starflow2_jax.runtime import atomic
 from starflow2_jax.training.logging import run_log
 
@@ -38,7 +39,12 @@ class ResultFile:
     def write(self, result: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Add model, duration, command and machine to a result, and write it on process 0."""
         seconds = round(time.time() - self.start_time, 1)
-        stamp = {"seconds": seconds, "command": run_log.command_line(), **run_log.environment()}
+        stamp = {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": seconds,
+            "command": run_log.command_line(),
+            **run_log.environment(),
+        }
         result = {"model": self.model, **result, **stamp}
         if self.path is None:
             return result, []
@@ -109,6 +115,7 @@ def describe_model(path: str) -> dict[str, Any]:
     folder = model_folder.locate(path)
     if model_folder.is_folder(folder):
         digests, step = epath.Path(folder) / model_folder.DIGEST_FILE, None
+        path = hub.pin(path)
     else:
         workdir, step = steps.locate(path)
         checkpoint = steps.find(workdir, step)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from starflow2_jax.checkpoints import hub
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.inference import denoise
 from starflow2_jax.inference.guidance import Guidance
@@ -67,7 +68,7 @@ def load_flow(path: str, device_mesh: Mesh | None = None, layout: str = "dp") ->
     model_config = flow.model_config(cfg)
     declared = flow.declare(cfg, model_config)
     if saved.is_folder:
-        params, source = saved.read_params(declared, device_mesh, layout), str(path)
+        params, source = saved.read_params(declared, device_mesh, layout), hub.pin(str(path))
     else:
         trainable = tuple(cfg["train"]["trainable"])
         params = saved.read_params(declared, device_mesh, layout, subtrees=trainable)

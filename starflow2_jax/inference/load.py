@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from starflow2_jax import mesh
-from starflow2_jax.checkpoints import model_folder
+from starflow2_jax.checkpoints import hub, model_folder
 from starflow2_jax.checkpoints.convert import teacher
 from starflow2_jax.checkpoints.open_model import SavedModel, open_model
 from starflow2_jax.inference import flow_sampler
@@ -40,7 +40,8 @@ def load(
     """Load a trained model with the averaged weights of its checkpoint.
 
     Args:
-        path: a workdir (its newest checkpoint), a step folder of it, or a model folder.
+        path: a workdir (its newest checkpoint), a step folder of it, or a model folder, also
+            `hf://user/name[@revision]`.
         device_mesh: where the weights go; the default device if None.
         vlm, fae: folders of a STARFlow2's VLM and codec, if they have moved since the training.
 
@@ -89,7 +90,7 @@ def load_starflow2(
         params=_read_params(saved, cfg, model_config, device_mesh, layout),
         tokenizer=open_tokenizer(tokenizer_folder, model_config.vlm.vocab),
         codec=codec,
-        source=str(model_folder.locate(path)),
+        source=hub.pin(path) if hub.is_address(path) else str(model_folder.locate(path)),
     )
 
 
@@ -133,25 +134,31 @@ def _open_starflow2(path: str) -> tuple[SavedModel, dict[str, Any]]:
     if saved.task != TASK:
         expected = f"a model of interleaved text and images (task={TASK!r})"
         raise ValueError(f"{path}: task={saved.task!r}, expected {expected}")
-    cfg, folder = saved.config, path if saved.is_folder else ""
-    tokenizer = cfg["text"]["tokenizer"]
+    cfg = saved.config
+
+    def resolve(name: str, stored: str) -> str:
+        return _resolve(path, saved, name, stored)
+
     return saved, {
         **cfg,
-        "vlm": {**cfg["vlm"], "path": _resolve(folder, "vlm", cfg["vlm"]["path"])},
-        "fae": {**cfg["fae"], "path": _resolve(folder, "fae", cfg["fae"].get("path") or "")},
-        "text": {**cfg["text"], "tokenizer": _resolve(folder, "tokenizer", tokenizer)},
+        "vlm": {**cfg["vlm"], "path": resolve("vlm", cfg["vlm"]["path"])},
+        "fae": {**cfg["fae"], "path": resolve("fae", cfg["fae"].get("path") or "")},
+        "text": {**cfg["text"], "tokenizer": resolve("tokenizer", cfg["text"]["tokenizer"])},
         # Checkpoints saved before this key existed used temperature 1.
         "sample": {"image_temperature": 1.0, **cfg["sample"]},
     }
 
 
-def _resolve(folder: str, name: str, path: str) -> str:
-    """Return `name` or the relative `path` inside a model folder if it exists, else `path`."""
-    for relative in (name, path) if folder else ():
-        inside = Path(folder, relative)
-        if relative and not Path(relative).is_absolute() and model_folder.locate(inside).is_dir():
-            return str(inside)
-    return path
+def _resolve(path: str, saved: SavedModel, name: str, stored: str) -> str:
+    """Return the path of `name` or of the relative path `stored` in a model folder, else `stored`.
+
+    `path` is that of the model, with which the result begins.
+    """
+    for relative in (name, stored) if saved.is_folder else ():
+        is_relative = relative and not Path(relative).is_absolute() and "://" not in relative
+        if is_relative and Path(saved.path, relative).is_dir():
+            return hub.join(hub.pin(path), relative)
+    return stored
 
 
 def _check_digest(path: str, name: str, folder: str, actual: str, expected: str | None) -> None:

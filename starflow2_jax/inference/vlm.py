@@ -16,7 +16,7 @@ import numpy as np
 
 from starflow2_jax import config
 from starflow2_jax.checkpoints.convert import qwen
-from starflow2_jax.checkpoints.model_folder import EXPERIMENT_KEY
+from starflow2_jax.checkpoints.model_folder import EXPERIMENT_KEY, locate
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.models.qwen import QwenConfig
 from starflow2_jax.training.losses import text, vlm as vlm_loss
@@ -47,7 +47,7 @@ def load(path: str) -> VLM:
         return VLM(cfg, model_config, params, saved.path)
     model_config = vlm.model_config(cfg)
     params = saved.read_params(vlm.declare(model_config))["vlm"]
-    return VLM(cfg, model_config, params, cfg["text"]["tokenizer"])
+    return VLM(cfg, model_config, params, str(locate(cfg["text"]["tokenizer"])))
 
 
 def export(model: VLM, path: str, *, dtype: Any = "float32", overwrite: bool = False) -> None:

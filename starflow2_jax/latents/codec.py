@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from starflow2_jax import config, mesh
-from starflow2_jax.checkpoints import model_folder
+from starflow2_jax.checkpoints import hub, model_folder
 from starflow2_jax.checkpoints.convert import teacher as teacher_weights
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.models import qwen_vision
@@ -167,7 +167,7 @@ def open_encoder(path: str) -> tuple[Callable, dict[str, Any]]:
     The description includes `path`, so that sample grids can decode latents from this encoder.
     """
     codec = load(path)
-    return partial(encode, codec), {**describe(codec), "path": path}
+    return partial(encode, codec), {**describe(codec), "path": hub.pin(path)}
 
 
 def describe(codec: Codec) -> dict[str, Any]:

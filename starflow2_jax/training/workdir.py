@@ -9,7 +9,7 @@ from absl import logging
 from etils import epath
 
 from starflow2_jax import config
-from starflow2_jax.checkpoints import orbax, steps
+from starflow2_jax.checkpoints import hub, orbax, steps
 from starflow2_jax.runtime import atomic, distributed
 from starflow2_jax.training.logging import run_log
 from starflow2_jax.training.run_data import RunData, fingerprints
@@ -22,6 +22,11 @@ RESUMABLE_KEYS = (
 )
 # These may change as well if the data are the same.
 DATA_PATH_KEYS = ("data.path", "data.latents", "data.features", "data.mixture", "eval_data.")
+# Keys that name a folder or file of another model.
+MODEL_PATH_KEYS = (
+    *("vlm.path", "fae.path", "fae.lpips", "teacher.path", "text.tokenizer"),
+    *("init.from", "init.fae"),
+)
 
 
 def check_path(workdir: epath.Path) -> None:
@@ -40,6 +45,23 @@ def check_path(workdir: epath.Path) -> None:
         raise ValueError(f"--workdir {path}: {existing} is a file, expected a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"--workdir {path}: {existing} cannot be written")
+
+
+def pin_models(cfg: Mapping[str, Any], workdir: epath.PathLike | None) -> dict[str, Any]:
+    """Return a configuration whose addresses of the Hugging Face Hub name commits.
+
+    A run that is resumed keeps the commits in its records, whatever the Hub has by then, unless the
+    command names another repository, folder or commit.
+    """
+    pinned = config.to_dict(cfg)
+    keys = [key.split(".") for key in MODEL_PATH_KEYS]
+    addresses = [(group, name) for group, name in keys if hub.is_address(pinned[group][name])]
+    stored = run_log.read_config(workdir) if workdir and addresses else None
+    for group, name in addresses:
+        path, recorded = pinned[group][name], (stored or {}).get(group, {}).get(name) or ""
+        is_same = hub.is_address(recorded) and hub.is_same_model(path, recorded)
+        pinned[group][name] = recorded if is_same else hub.pin(path)
+    return pinned
 
 
 def check_workdir(workdir: epath.Path, cfg: Mapping[str, Any], data: RunData) -> int | None:

@@ -1,11 +1,14 @@
 """Workdirs whose checkpoints could not be written, or not be read again, are refused first."""
 
+import dataclasses
 import os
 
 import pytest
 from etils import epath
 
+from starflow2_jax import config
 from starflow2_jax.training import workdir
+from starflow2_jax.training.logging import run_log
 
 pytestmark = pytest.mark.fast
 
@@ -36,3 +39,31 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match="cannot be written"):
         workdir.check_path(epath.Path(tmp_path / "a"))
+
+
+def test_addresses_are_pinned_and_a_run_keeps_its_commits(tmp_path, monkeypatch):
+    commits = {"hf://user/a": "1" * 40, "hf://user/b@v1": "2" * 40}
+
+    def pin(path):
+        address = workdir.hub.parse(path)
+        commit = commits.get(path, address.revision)
+        return str(dataclasses.replace(address, revision=commit))
+
+    monkeypatch.setattr(workdir.hub, "pin", pin)
+    cfg = config.default()
+    cfg.vlm.path, cfg.init["from"], cfg.fae.path = "hf://user/a", "hf://user/b@v1", "pretrained/c"
+    pinned = workdir.pin_models(cfg, None)
+    expected = {**config.flat(config.to_dict(cfg))}
+    expected |= {"vlm.path": f"hf://user/a@{'1' * 40}", "init.from": f"hf://user/b@{'2' * 40}"}
+    assert config.flat(pinned) == expected
+    run_log.save_config(tmp_path, pinned)
+    # The Hub has newer commits, which the run does not take.
+    commits |= {"hf://user/a": "3" * 40, "hf://user/b@v1": "4" * 40}
+    assert workdir.pin_models(cfg, tmp_path) == pinned
+    assert workdir.pin_models(pinned, tmp_path) == pinned
+    assert workdir.pin_models(cfg, tmp_path / "new")["vlm"]["path"] == f"hf://user/a@{'3' * 40}"
+    # Another repository or commit is what the command says.
+    cfg.vlm.path = f"hf://user/a@{'5' * 40}"
+    assert workdir.pin_models(cfg, tmp_path)["vlm"]["path"] == cfg.vlm.path
+    keys = set(config.KEYS)
+    assert set(workdir.MODEL_PATH_KEYS) <= keys

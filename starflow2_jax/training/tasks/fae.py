@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from starflow2_jax.checkpoints import model_folder
 from starflow2_jax.checkpoints.convert import lpips, teacher as teacher_weights
 from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.latents import codec as latent_codec
@@ -148,7 +149,8 @@ def _load_subtrees(
         elif name == "teacher":
             loaded[name] = teacher_weights.load(cfg, teacher, device_mesh, cfg["layout"])
         elif name == "lpips":
-            loaded[name] = jax.device_put(lpips.load(cfg["fae"]["lpips"])[1], shardings[name])
+            source = model_folder.locate(cfg["fae"]["lpips"])
+            loaded[name] = jax.device_put(lpips.load(source)[1], shardings[name])
         else:
             loaded |= draw_params(cfg["seed"], {name: tree}, device_mesh, cfg["layout"])
     return loaded
