@@ -271,12 +271,13 @@ def read_data(folder: str, rows: int, repeats: int) -> Result:
 
 def read_model(path: str, repeats: int) -> Result:
     """Time the reading of a workdir, a step or a model folder, including its digests."""
+    from starflow2_jax.checkpoints import hub
     from starflow2_jax.inference import flow_sampler
 
     before = status_mb("VmRSS")
     timing = measure(lambda: flow_sampler.load_flow(path).params, repeats, warm_up=1)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(flow_sampler.load_flow(path).params))
-    row = {"row": f"load {path}", "model_mb": size / 2**20, "before_mb": before, **timing}
+    row = {"row": f"load {hub.pin(path)}", "model_mb": size / 2**20, "before_mb": before, **timing}
     return row | {"mb_per_s": size / 2**20 / timing["ms"] * 1000}
 
 

@@ -66,7 +66,7 @@ def define(values: flags.FlagValues) -> None:
     integer = functools.partial(cli.define_integer, flag_values=values)
     real = functools.partial(cli.define_number, flag_values=values)
     switch = functools.partial(flags.DEFINE_boolean, flag_values=values)
-    text("model", None, "workdir, step folder or model folder")
+    text("model", None, "workdir, step folder, model folder or hf://user/name")
     text("workdir", None, "report: the run's folder")
     text("data", None, "dataset folder (default: the run's eval_data); shapes, all: one or more "
          "folders, separated by commas (default: cases generated from the seed)")  # fmt: skip

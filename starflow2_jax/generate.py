@@ -60,7 +60,7 @@ def define(values: flags.FlagValues) -> None:
     integer = functools.partial(cli.define_integer, flag_values=values)
     number = functools.partial(cli.define_number, flag_values=values)
     switch = functools.partial(flags.DEFINE_bool, flag_values=values)
-    text("model", SHIPPED, "a workdir, a step folder of it, or a model folder")
+    text("model", SHIPPED, "workdir, step folder, model folder, or hf://user/name")
     text("vlm", None, "folder of the VLM, if it has moved since training")
     text("fae", None, "folder of the codec, if it has moved since training")
     text("out", None, "folder for the images; must be empty")

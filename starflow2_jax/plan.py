@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
     """Plan an experiment, print the table, and write it to --out."""
     if argv:
         raise ValueError(f"unexpected argument {argv[0]!r}")
+    from starflow2_jax.training.workdir import pin_models
+
     if flags.FLAGS.config is None or flags.FLAGS.topology is None:
         raise ValueError("--config and --topology are needed")
     if not flags.FLAGS.topology.startswith("gpu"):
@@ -60,6 +62,7 @@ def main(argv: list[str]) -> None:
     if flags.FLAGS.batch and flags.FLAGS.what == "train":
         cfg["train"]["batch_size"] = flags.FLAGS.batch
     config.check(cfg)
+    cfg = pin_models(cfg, None)
     out = epath.Path(flags.FLAGS.out) if flags.FLAGS.out else None
     if out is not None and out.exists() and not flags.FLAGS.overwrite:
         raise FileExistsError(f"{out} exists already; --overwrite replaces it")

@@ -94,7 +94,9 @@ KEYS: dict[str, Key] = {
     "vlm.train_tower": flag(True, "train the vision tower; False: it does not change"),
     "vlm.region_loss_weight": number(0.0, "weight of predicting region words from features"),
     "vlm.pixel_loss_weight": number(0.1, "weight of predicting pixels from the tower's features"),
-    "vlm.path": text("", "folder of the published VLM; empty: random weights from the seed"),
+    "vlm.path": text(
+        "", "folder of the published VLM, also hf://user/name; empty: random weights from the seed"
+    ),
     "loss.text_weight": number(1.0, "weight of nats per token against nats per latent channel"),
     "loss.text_into_flow": flag(True, "let the text's gradient reach the flow through its skip"),
     "loss.latent_penalty": number(1e-4, "weight of the mean square before every block"),

@@ -3,7 +3,7 @@
 A block runs as it stands, in bash or python, in an empty folder. Only sizes are reduced: `python`
 is a script that appends the flags in SMALLER to the commands that have them. Blocks that are marked
 `<!-- skip-test: REASON -->` do not run. test_data_page.py and test_finetune.py run the blocks on a
-user's own data.
+user's own data, and test_tour.py those of the tour.
 """
 
 import os
@@ -21,12 +21,16 @@ SMALLER = {
     "starflow2_jax.evaluate likelihood": "--rows=8",
 }
 RUN_ELSEWHERE = ("experiments/finetune.py", "rows.jsonl")
+# The blocks of this page share their variables; test_tour.py runs them.
+TOUR = ROOT / "docs" / "tour.md"
 
 
 def examples():
     """Return the blocks to run, equal ones once."""
     chosen = {}
     for page in PAGES:
+        if page == TOUR:
+            continue
         for block in blocks(page):
             elsewhere = any(text in block.text for text in RUN_ELSEWHERE)
             if block.language in ("bash", "python") and not block.skip and not elsewhere:

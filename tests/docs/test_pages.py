@@ -12,6 +12,7 @@ from helpers.markdown import PAGES, blocks, spans
 from helpers.paths import ROOT
 
 from starflow2_jax import config
+from starflow2_jax.runtime import cli
 
 NAMES = {str(page.relative_to(ROOT)): page for page in PAGES}
 COMMANDS = ("prepare", "convert", "train", "generate", "evaluate", "plan", "bench")
@@ -116,7 +117,7 @@ def test_commands_have_their_verbs_flags_experiments_and_keys(page, flags):
             elif flag.startswith("--"):
                 assert flag[2:] in flags[name], location
             if flag == "--config" and "$" not in words[i + 1]:
-                path, _, variant = words[i + 1].partition(":")
+                path, _, variant = cli.experiment_path(words[i + 1]).partition(":")
                 get_config = runpy.run_path(str(ROOT / path))["get_config"]
                 if not variant.startswith("runs/"):
                     get_config(*variant.split(":", 1) if variant else ())
