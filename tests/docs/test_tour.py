@@ -49,7 +49,7 @@ def test_the_notebook_is_its_page():
     texts = [text for kind, text in cells() if kind == "markdown"]
     prose = re.sub(r"^---\n.*?^---\n", "", PAGE.read_text(), flags=re.S | re.M)
     prose = re.sub(r"^```.*?^```$", "", prose, flags=re.S | re.M)
-    assert "".join(texts).split() == prose.split(), "run `python docs/make_notebook.py`"
+    assert "\n".join(texts).split() == prose.split(), "run `python docs/make_notebook.py`"
     stored = json.loads(NOTEBOOK.read_text())["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in stored)
 
