@@ -101,10 +101,14 @@ def part_scores(part: Part) -> dict[str, Any]:
 def save_row(
     out: epath.Path | None, name: str, row: Sequence[Part], settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Write the images of a row as `NAME_0.png`, `NAME_1.png`, ...; return its parts for JSON."""
+    """Write the images of a row as `NAME_0.png`, `NAME_1.png`, ...; return its parts for JSON.
+
+    If images of the prompt were `resized`, every part says so.
+    """
     entries, image_count = [], 0
     for part in row:
         entry: dict[str, Any] = {"type": part.kind, **part_scores(part)}
+        entry |= {name: settings[name] for name in ("resized",) if name in settings}
         if part.kind == "text":
             entry["text"] = part.text
         else:

@@ -209,6 +209,7 @@ def test_the_command_resizes_and_gives_an_edit_the_shape_of_its_source(parts, tm
     box = [PIXELS // 4, 0, PIXELS // 2, PIXELS]
     fit = {"policy": "pad", "source": [24, 48], "side": PIXELS, "box": box}
     assert note["resize"] == "pad" and note["resized"] == [fit]
+    assert json.loads((out / "results.jsonl").read_text())[0]["resized"] == [fit]
 
 
 def test_a_picture_depends_on_its_number_and_not_on_the_batch(parts):
