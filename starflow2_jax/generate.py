@@ -19,23 +19,20 @@ import functools
 import io
 import json
 import sys
+import threading
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
 
-from starflow2_jax import config
 from starflow2_jax.mesh import make_mesh
-from starflow2_jax.runtime import allocator, atomic, cli
+from starflow2_jax.runtime import allocator, atomic, cli, interrupts
 
 if TYPE_CHECKING:
     from starflow2_jax.inference.api import STARFlow2
     from starflow2_jax.inference.flow_sampler import FlowModel
     from starflow2_jax.inference.options import GenerateOptions
-    from starflow2_jax.inference.prompts import Part
-    from starflow2_jax.inference.resize import Fit
 
 SHIPPED = "pretrained/starflow2_tiny"
 
@@ -150,7 +147,13 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     for name in _FLOW_ONLY if is_starflow2 else _STARFLOW2_ONLY:
         if values[name].present and values[name].value != values[name].default:
             raise ValueError(f"--{name}: the model {values.model} does not take this flag")
-    result = (_generate_answers if is_starflow2 else _generate_images)(model, out, values)
+    with interrupts.interrupt_flag() as interrupted:
+        if is_starflow2:
+            result = _generate_answers(model, out, values, interrupted)
+        else:
+            result = _generate_images(model, out, values)
+    if interrupted.is_set():  # What there is has been written; the same command starts over.
+        raise KeyboardInterrupt
     if out is not None:
         output.end_job(out, job, result)
     if values.json:
@@ -186,10 +189,13 @@ def _describe_job(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def _generate_answers(
-    model: "STARFlow2", out: epath.Path | None, values: flags.FlagValues
+    model: "STARFlow2",
+    out: epath.Path | None,
+    values: flags.FlagValues,
+    interrupted: threading.Event,
 ) -> dict[str, Any]:
-    """Generate, save and print answers; return the result for --json."""
-    from starflow2_jax.inference import output, resize
+    """Generate, save and print answers, which end early if the event is set; return the result."""
+    from starflow2_jax.inference import output, resize, text_stream
     from starflow2_jax.inference.generate import generate_many
 
     prompts = _read_prompts(values)
@@ -198,20 +204,30 @@ def _generate_answers(
     start_time = time.perf_counter()
     settings = {"model": values.model, "source": model.source, **output.options_dict(options)}
     settings |= {"resize": values.resize, "think": values.think, "system": values.system}
-    prompts, fits = _fit_images(model, prompts, values.resize)
-    rows = []
-    for i, samples in enumerate(generate_many(model, prompts, options, values.batch_size)):
+    prompts, fits = resize.fit_prompts(model, prompts, values.resize)
+    rows, is_single = [], len(prompts) * options.copies == 1
+    shows_text = is_single and not options.image_limit and not values.json
+    printer = text_stream.TextPrinter(model, options.stop) if shows_text else None
+
+    def on_chunk(items):
+        if printer:
+            printer.show(items[0])
+        return interrupted.is_set()
+
+    answers = generate_many(model, prompts, options, values.batch_size, on_chunk=on_chunk)
+    for i, samples in enumerate(answers):
         prompt = {"prompt": values.prompt[i]} if values.prompt else {}
         resized = [fit.to_json() for fit in fits[i]]
         for k, parts in enumerate(samples):
             note = {**settings, **prompt, **({"resized": resized} if resized else {})}
             name, parts = f"{i:05}_{k:02}", resize.restore_parts(parts, fits[i])
-            if values.think:
+            if values.think and not interrupted.is_set():
                 parts = parts[: [part.kind for part in parts].index("image") + 1]
             rows.append(output.save_row(out, name, parts, note))
             if not values.json:
                 has_many = len(prompts) * len(samples) > 1
-                _print_row(rows[-1], f"--- prompt {i}, sample {k}" if has_many else "")
+                title = f"--- prompt {i}, sample {k}" if has_many else ""
+                _print_row(rows[-1], title, printer.text if printer else "")
     if out is not None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         atomic.write_file(out / "results.jsonl", lines)
@@ -220,21 +236,6 @@ def _generate_answers(
         count = sum(part["type"] == "image" for row in rows for part in row)
         print(f"{len(rows)} answers with {count} images in {seconds:.1f} s")
     return {"rows": rows, "seconds": seconds}
-
-
-def _fit_images(
-    model: "STARFlow2", prompts: Sequence[Any], policy: str
-) -> tuple[list[list["Part"]], list[list["Fit"]]]:
-    """Return the parts of every prompt with images that the model can read, and their fits."""
-    from starflow2_jax.inference import resize
-    from starflow2_jax.inference.prompts import parse_prompt
-
-    rows = [parse_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
-    if model.codec is None:
-        return rows, [[] for _ in rows]
-    side = model.codec.model.pixels
-    pairs = [resize.fit_parts(row, side, policy, f"prompt {i}") for i, row in enumerate(rows)]
-    return [row for row, _ in pairs], [fits for _, fits in pairs]
 
 
 def _is_text_prompt(values: flags.FlagValues) -> bool:
@@ -302,12 +303,15 @@ def _jacobi(values: flags.FlagValues) -> Any:
     return Jacobi(values.jacobi, values.threshold) if values.jacobi else None
 
 
-def _print_row(row: list[dict[str, Any]], title: str) -> None:
+def _print_row(row: list[dict[str, Any]], title: str, printed: str) -> None:
+    """Print the parts of a row, the first of which begins with text that has been printed."""
     if title:
         print(title)
     for part in row:
-        suffix = " [cut off: --max_tokens]" if part["truncated"] else ""
-        print((part["text"] if part["type"] == "text" else f"[{part['image']}]") + suffix)
+        suffix = " [cut off]" if part["truncated"] else ""
+        text = part["text"] if part["type"] == "text" else f"[{part['image']}]"
+        print(text[len(printed) :] + suffix)
+        printed = ""
 
 
 # ------------------------------------------------------------------------------------ benchmarks
@@ -372,7 +376,11 @@ def _generate_images(
         raise ValueError("--prompt and --label: give one of them")
     n, conditions = values.n or 4, values.prompt or values.label or [""]
     captions = [caption for caption in conditions for _ in range(n)]
-    labels = [_class_number(label, model.classes) for label in captions] if values.label else None
+    labels = (
+        [flow_sampler.class_number(label, model.classes) for label in captions]
+        if values.label
+        else None
+    )
     sampling = _flow_sampling(model, len(captions), values)
     start_time = time.perf_counter()
     images = flow_sampler.generate(
@@ -430,17 +438,6 @@ def _flow_sampling(model: "FlowModel", count: int, values: flags.FlagValues) -> 
         seed=values.seed,
         batch=min(16, count),
     )
-
-
-def _class_number(label: str, classes: tuple[str, ...]) -> int:
-    # A name comes first: a class may be called 12 and have another number.
-    if label in classes:
-        return classes.index(label)
-    if label.isascii() and label.lstrip("-").isdigit():
-        return int(label)
-    known = ", ".join(classes[:12]) or "the model has no class names"
-    suggestion = config.nearest(label, classes)
-    raise ValueError(f"--label: unknown class {label!r}{suggestion}; classes: {known}")
 
 
 if __name__ == "__main__":

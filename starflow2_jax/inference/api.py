@@ -12,7 +12,12 @@ class STARFlow2(Model):
     """A trained STARFlow2 that generates and scores interleaved text and images."""
 
     def generate(
-        self, prompts: Any, *, continue_from: Results | None = None, **options: Any
+        self,
+        prompts: Any,
+        *,
+        continue_from: Results | None = None,
+        on_chunk: generate.OnChunk | None = None,
+        **options: Any,
     ) -> Results:
         """Generate text and images that follow the prompts.
 
@@ -20,10 +25,16 @@ class STARFlow2(Model):
             prompts: a list with one prompt per row; `inference.prompts` describes a prompt.
             continue_from: earlier results. Each row reads its prompt as further parts of its
                 conversation; an empty prompt continues the row as it stands.
+            on_chunk: called with the items of every row after each chunk of steps; all rows end if
+                it returns true.
             options: fields of `inference.options.GenerateOptions`.
         """
         return generate.generate(
-            self, prompts, continue_from=continue_from, options=make_options(options)
+            self,
+            prompts,
+            continue_from=continue_from,
+            options=make_options(options),
+            on_chunk=on_chunk,
         )
 
     def log_likelihood(self, rows: Any, *, seed: int = 0) -> list[list[float]]:

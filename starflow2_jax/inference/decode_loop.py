@@ -5,7 +5,9 @@ slots of a cache, D latent channels, N patches of an image, V vocabulary.
 
 A row's last item is *pending*: it is chosen, but not read yet. A step reads the pending items
 into both caches and chooses the next ones, tokens or patches by each row's mode. All rows write to
-one slot; `valid` marks those that belong to a row, and unmarking slots removes items again.
+one slot; `valid` marks those that belong to a row, and unmarking slots removes items again. If the
+caches have one length for each row (`inference.row_pool`), a row writes behind its own last slot,
+and rows can begin and end independently.
 
 With clean copies, a row that has sampled an image ends its turn or samples another
 `<|vision_start|>`. Then it waits until the caller has read the image's clean copy
@@ -150,18 +152,25 @@ def forward_cached(
     Args:
         caches: key-value caches with at least T free slots.
         inputs: the new items [R, T]; the adapter's input and the mask are filled in.
-        is_real: bool [R, T], False for padding.
+        is_real: bool [R, T], False for padding, which is on the right if each row has a length.
 
     Returns:
         VLM states y [R, T, V], flow states h [R, T, C], caches, valid.
     """
     first, count = caches[0].length, inputs.ids.shape[1]
-    valid = jax.lax.dynamic_update_slice_in_dim(valid, is_real, first, 1)
     slots = jnp.arange(valid.shape[1])
-    mask = valid[:, None, :] & (slots <= first + jnp.arange(count)[:, None])
+    if first.ndim:  # Padding stays behind a row's length, where later items replace it.
+        length = first + is_real.sum(1, dtype=jnp.int32)
+        valid = slots < length[:, None]
+        mask = slots <= (first[:, None] + jnp.arange(count))[..., None]
+    else:
+        length = first + count
+        valid = jax.lax.dynamic_update_slice_in_dim(valid, is_real, first, 1)
+        mask = valid[:, None, :] & (slots <= first + jnp.arange(count)[:, None])
     inputs = inputs.replace(adapter_input=inputs.latents, mask=mask)
     states = cfg.forward(params, inputs, caches=caches)
-    return states.vlm_states, states.flow_states, states.caches, valid
+    caches = tuple(cache.replace(length=length) for cache in states.caches)
+    return states.vlm_states, states.flow_states, caches, valid
 
 
 @partial(jax.jit, static_argnames=("cfg", "special", "clean_copies"), donate_argnames="state")
@@ -244,6 +253,8 @@ def _decode_step(params, state, keys, sampling, cfg, special, clean_copies):
 
     is_token = is_active & (state.mode == TEXT) & (state.tokens_left > 0)
     token, token_log_probs = jax.lax.cond(is_token.any(), sample, no_token)
+    if sampling.branches is not None:
+        token, u = token[sampling.branches.source], u[sampling.branches.source]
 
     # Required images come before the end of a turn, and before running out of tokens.
     is_turn_end = jnp.isin(token, jnp.asarray(special.turn_ends))

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from starflow2_jax import config
 from starflow2_jax.checkpoints import hub
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.inference import denoise
@@ -201,3 +202,15 @@ def _conditions(model, count, prompts, labels, text) -> dict[str, np.ndarray]:
             raise ValueError(f"labels: {classes.max()} is not below the {cfg.classes} classes")
         batch["label"] = classes.astype(np.int32)
     return batch
+
+
+def class_number(label: str, classes: tuple[str, ...]) -> int:
+    """Return the number of a class by its name, or by the number itself."""
+    # A name comes first: a class may be called 12 and have another number.
+    if label in classes:
+        return classes.index(label)
+    if label.isascii() and label.lstrip("-").isdigit():
+        return int(label)
+    known = ", ".join(classes[:12]) or "the model has no class names"
+    suggestion = config.nearest(label, classes)
+    raise ValueError(f"--label: unknown class {label!r}{suggestion}; classes: {known}")

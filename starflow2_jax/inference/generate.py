@@ -5,7 +5,7 @@ and turns the sampled items into parts.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -40,12 +40,22 @@ from starflow2_jax.inference.turn import SampledItem, TurnStart, truncate_rows, 
 from starflow2_jax.mesh import replicated
 from starflow2_jax.runtime import memory
 
-# Steps between two searches for stop texts. A row may run past one to the end of its chunk.
-_STOP_CHUNK = 16
+# Steps between two searches for stop texts, or calls of `on_chunk`. A row may run past a stop text
+# to the end of its chunk.
+_SHORT_CHUNK = 16
+
+# A function of the items that each row has sampled, which is called after every chunk. If it
+# returns true, all rows end with their last whole token or image.
+OnChunk = Callable[[Sequence[Sequence[SampledItem]]], bool | None]
 
 
 def generate(
-    model: Model, prompts: Any, *, continue_from: Results | None = None, options: GenerateOptions
+    model: Model,
+    prompts: Any,
+    *,
+    continue_from: Results | None = None,
+    options: GenerateOptions,
+    on_chunk: OnChunk | None = None,
 ) -> Results:
     """Generate what follows the prompts; see `api.STARFlow2.generate`."""
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence) or not len(prompts):
@@ -74,7 +84,7 @@ def generate(
     if model.has_clean_copies:
         session = _read_early_copies(model, session, reserved)
     start = turn_start(session)
-    session, items, finish, clean = _decode_turn(model, session, options, start)
+    session, items, finish, clean = _decode_turn(model, session, options, start, on_chunk)
     results = collect_results(model, session, items, finish, options, start, clean)
     return select_best(results, options.best_of) if options.best_of > 1 else results
 
@@ -85,11 +95,12 @@ def generate_many(
     options: GenerateOptions,
     max_rows: int = 16,
     numbers: Sequence[int] | None = None,
+    on_chunk: OnChunk | None = None,
 ) -> Iterator[list[list[Part]]]:
     """Yield the samples of every prompt, generated in batches of `max_rows` by one program.
 
     Sample k of the prompt with number i (of `numbers`; 0, 1, ... if None) draws its noise as row
-    i * n * best_of + k, whatever `max_rows` is.
+    i * n * best_of + k, whatever `max_rows` is. The batch that `on_chunk` ends is the last one.
     """
     copies = options.copies
     prompt_numbers = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
@@ -99,9 +110,12 @@ def generate_many(
         batch = np.minimum(np.arange(first, first + batch_size), len(prompts) - 1)
         samples = (prompt_numbers[batch][:, None] * copies + np.arange(copies)).ravel()
         batch_options = dataclasses.replace(options, samples=tuple(samples.tolist()))
-        results = generate(model, [prompts[i] for i in batch], options=batch_options)
+        rows = [prompts[i] for i in batch]
+        results = generate(model, rows, options=batch_options, on_chunk=on_chunk)
         for i in range(min(batch_size, len(prompts) - first)):
             yield results.rows[i * options.n : (i + 1) * options.n]
+        if "interrupted" in results.finish:
+            return
 
 
 # ---------------------------------------------------------------------------------------- checks
@@ -227,7 +241,11 @@ def _reset_counters(
 
 
 def _decode_turn(
-    model: Model, session: Session, options: GenerateOptions, start: TurnStart
+    model: Model,
+    session: Session,
+    options: GenerateOptions,
+    start: TurnStart,
+    on_chunk: OnChunk | None,
 ) -> tuple[Session, list[list[SampledItem]], list[str], dict[tuple[int, int], CleanImage]]:
     """Run chunks until every row is done.
 
@@ -237,12 +255,14 @@ def _decode_turn(
     """
     items: list[list[SampledItem]] = [[] for _ in range(session.batch_size)]
     stopped: set[int] = set()
+    interrupted: set[int] = set()
+    chunk_size = _SHORT_CHUNK if options.stop or on_chunk else decode_loop.CHUNK
     clean: dict[tuple[int, int], CleanImage] = {}
     while True:
         state = session.state
         mode = np.asarray(state.mode)
         if (mode < decode_loop.ENDED).any():
-            state = _decode_chunk(model, session, options, items)
+            state = _decode_chunk(model, session, options, items, chunk_size)
         elif (mode >= decode_loop.COPY_TEXT).any():
             tokens, images = int(state.tokens_left.max()), int(state.images_left.max())
             reserved = _reserved_slots(model, options, tokens, images)
@@ -259,16 +279,39 @@ def _decode_turn(
         if kept_items:
             stopped |= kept_items.keys()
             state = truncate_rows(model, state, start, kept_items)
+        if on_chunk and on_chunk(items):
+            mode = np.asarray(state.mode)
+            is_done = (mode == decode_loop.ENDED) | (mode == decode_loop.OUT_OF_TOKENS)
+            interrupted = set(np.flatnonzero(~is_done).tolist())
+            for b in interrupted:
+                items[b] = items[b][: _complete_size(model, items[b])]
+            state = truncate_rows(model, state, start, {b: items[b] for b in interrupted})
         session = dataclasses.replace(session, state=state)
     finish = ["stop" if b in stopped else "end" for b in range(len(items))]
+    for b in interrupted:
+        finish[b] = "interrupted"
     if options.max_tokens:
         for b in np.flatnonzero(np.asarray(session.state.mode) == decode_loop.OUT_OF_TOKENS):
             finish[b] = "length"
     return session, items, finish, clean
 
 
+def _complete_size(model: Model, items: Sequence[SampledItem]) -> int:
+    """Return the number of items up to the last whole token or image."""
+    begin = len(items)
+    while begin and items[begin - 1].token == decode_loop.PATCH:
+        begin -= 1
+    if begin and items[begin - 1].token == model.special_tokens.vision_start:
+        return begin - 1
+    return len(items)
+
+
 def _decode_chunk(
-    model: Model, session: Session, options: GenerateOptions, items: list[list[SampledItem]]
+    model: Model,
+    session: Session,
+    options: GenerateOptions,
+    items: list[list[SampledItem]],
+    chunk_size: int,
 ) -> DecodeState:
     """Run one chunk, append its items to those of every row, and return the new state."""
     slot = session.cache_length
@@ -277,7 +320,7 @@ def _decode_chunk(
         _replicate(session.state),
         session.keys,
         _sampling_params(session, options),
-        jnp.int32(_STOP_CHUNK if options.stop else decode_loop.CHUNK),
+        jnp.int32(chunk_size),
         cfg=model.model_config,
         special=model.special_tokens,
         clean_copies=model.has_clean_copies,

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from starflow2_jax.inference.prompts import Part, check_image_size
+from starflow2_jax.inference.model import Model
+from starflow2_jax.inference.prompts import Part, check_image_size, parse_prompt
 
 POLICIES = ("refuse", "pad", "center_crop")
 DEFAULT, UNDERSTANDING_DEFAULT = "refuse", "pad"
@@ -83,6 +84,18 @@ def fit_parts(
             fits.append(fit)
         squares.append(part)
     return squares, fits
+
+
+def fit_prompts(
+    model: Model, prompts: Sequence[Any], policy: str
+) -> tuple[list[list[Part]], list[list[Fit]]]:
+    """Return the parts of every prompt with images that the model can read, and their fits."""
+    rows = [parse_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+    if model.codec is None:
+        return rows, [[] for _ in rows]
+    side = model.codec.model.pixels
+    pairs = [fit_parts(row, side, policy, f"prompt {i}") for i, row in enumerate(rows)]
+    return [row for row, _ in pairs], [fits for _, fits in pairs]
 
 
 def restore_image(pixels: np.ndarray, fits: Sequence[Fit]) -> np.ndarray:

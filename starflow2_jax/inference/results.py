@@ -4,7 +4,7 @@ Shapes: N patches, D latent channels.
 """
 
 import dataclasses
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,10 @@ from starflow2_jax.inference.clean_copies import CleanImage, clean_image, image_
 from starflow2_jax.inference.image_latents import shallow_forward, shallow_inverse
 from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.options import GenerateOptions
+from starflow2_jax.inference.part_builder import PartBuilder, with_log_det
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.inference.session import Session, select_rows
-from starflow2_jax.inference.turn import SampledItem, TurnStart, copy_starts
+from starflow2_jax.inference.turn import SampledItem, TurnStart
 from starflow2_jax.latents import codec
 
 
@@ -26,7 +27,8 @@ class Results:
 
     rows: list[list[Part]]  #: lists of parts
     #: Why each row ended: `end` (the model ended its turn or drew all images), `stop` (one of the
-    #: stop texts) or `length` (the token limit; the last part is marked as truncated)
+    #: stop texts), `length` (the token limit) or `interrupted` (by `on_chunk`). After the last two
+    #: the last part is marked as truncated
     finish: list[str]
     #: Log-likelihood in nats of everything that was sampled, delimiters included
     total: list[float]
@@ -88,15 +90,15 @@ def collect_results(
     """
     rows, images, totals = [], [], []
     for b, (row_items, reason) in enumerate(zip(items, finish)):
-        copies, _ = copy_starts(
-            model, [item.token for item in row_items], bool(start.state.needs_copy[b])
-        )
-        parts, row_images, total = _split_into_parts(model, row_items, copies)
-        if reason == "length" and parts:
+        builder = PartBuilder(model, bool(start.state.needs_copy[b]))
+        builder.add(row_items)
+        builder.end_text()
+        parts = builder.parts
+        if reason in ("length", "interrupted") and parts:
             parts[-1] = dataclasses.replace(parts[-1], truncated=True)
         rows.append(parts)
-        images += row_images
-        totals.append(total)
+        images += [image.u for image in builder.images]
+        totals.append(builder.total)
     if images:
         session = _add_images(
             model, session, items, rows, totals, np.stack(images), options, start, clean
@@ -112,57 +114,6 @@ def collect_results(
         total=[float(t[0] - t[2]) if options.best_of_gain else float(t[0]) for t in totals],
         session=dataclasses.replace(session, part_counts=session.count_parts(rows)),
     )
-
-
-def _split_into_parts(
-    model: Model, items: Sequence[SampledItem], copies: Container[int] = ()
-) -> tuple[list[Part], list[np.ndarray], np.ndarray]:
-    """Return the parts of a row, u [N, D] of each of its images, and the nats [3] of all items.
-
-    `copies` are the items that begin clean copies.
-    """
-    special = model.special_tokens
-    parts: list[Part] = []
-    images: list[np.ndarray] = []
-    text_items: list[SampledItem] = []
-    patch_items: list[SampledItem] = []
-    total, opening_nats = np.zeros(3), 0.0
-
-    def likelihoods(part_items: Sequence[SampledItem]) -> dict[str, float]:
-        sums = np.sum([item.log_probs for item in part_items], 0, dtype=np.float64)
-        names = ("log_likelihood", "sampling_log_likelihood", "unconditional_log_likelihood")
-        return dict(zip(names, map(float, sums)))
-
-    def end_text() -> None:
-        if text_items:
-            tokens = tuple(item.token for item in text_items)
-            text = model.tokenizer.decode(tokens)
-            parts.append(Part("text", text=text, tokens=tokens, **likelihoods(text_items)))
-            text_items.clear()
-
-    for t, item in enumerate(items):
-        total = total + item.log_probs
-        if item.token == decode_loop.PATCH:
-            patch_items.append(item)
-            if len(patch_items) == model.model_config.num_patches:
-                images.append(np.stack([patch.u for patch in patch_items]))
-                parts.append(Part("image", delimiters=opening_nats, **likelihoods(patch_items)))
-                patch_items = []
-        elif item.token == special.vision_start and t not in copies:
-            end_text()
-            opening_nats = float(item.log_probs[0])
-        elif item.token in special.turn_ends or t in copies:
-            end_text()
-            if not parts and t not in copies:
-                parts.append(Part("text", log_likelihood=0.0))
-            if not parts:  # The copy of an image of an earlier turn.
-                continue
-            nats = parts[-1].delimiters + float(item.log_probs[0])
-            parts[-1] = dataclasses.replace(parts[-1], delimiters=nats)
-        elif item.token != special.vision_end:
-            text_items.append(item)
-    end_text()
-    return parts, images, total
 
 
 def _add_images(model, session, items, rows, totals, u, options, start, clean) -> Session:
@@ -191,13 +142,10 @@ def _add_images(model, session, items, rows, totals, u, options, start, clean) -
     for i, ((b, _), part_place) in enumerate(zip(places, _image_places(rows))):
         part, nats = rows[b][part_place], float(log_det[i])
         rows[b][part_place] = dataclasses.replace(
-            part,
+            with_log_det(part, nats),
             latent=x[i],
             clean_latent=images[i].copy if model.has_clean_copies else None,
             image=None if pixels is None else pixels[i],
-            log_likelihood=part.log_likelihood + nats,
-            sampling_log_likelihood=part.sampling_log_likelihood + nats,
-            unconditional_log_likelihood=part.unconditional_log_likelihood + nats,
         )
         totals[b] = totals[b] + nats
     if not model.has_clean_copies:

@@ -26,14 +26,35 @@ class SpecialTokens(NamedTuple):
 
 
 @struct.dataclass
+class Branches:
+    """Unconditional branches of single rows, which are rows of the batch like all others."""
+
+    source: Any  #: int32 [B], the row whose items a row reads: its own, but for unconditional rows
+    null: Any  #: int32 [B], the unconditional branch of a row; itself if it has none
+
+
+@struct.dataclass
 class SamplingParams:
-    """Sampling parameters. They are traced, so changing them does not recompile."""
+    """Sampling parameters, numbers or [B]. They are traced, so changing them does not recompile."""
 
     temperature: Any  #: temperature of tokens; 0 is greedy
     top_k: Any  #: number of the most likely tokens to sample from; 0 is all of them
     top_p: Any  #: probability mass of the most likely tokens to sample from; 1 is all of them
     image_temperature: Any  #: factor on the standard deviation of patches
     guidance: Guidance | None  #: guidance of patches; None without an unconditional branch
+    #: The branches of rows that have them independently of one another. None if the second half of
+    #: the rows, if any, is the unconditional branch of the first.
+    branches: Branches | None = None
+
+
+def _columns(value: Any, ndim: int = 2) -> jax.Array:
+    """Return a number or numbers [B] with trailing axes, to be combined with [B, ...]."""
+    return jnp.reshape(jnp.asarray(value), (-1, *(1,) * (ndim - 1)))
+
+
+def _null_rows(a: jax.Array, count: int, sampling: SamplingParams) -> jax.Array:
+    """Return a [R, ...] of the unconditional branch of each of `count` rows."""
+    return a[-count:] if sampling.branches is None else a[sampling.branches.null]
 
 
 def sample_patch(
@@ -50,11 +71,15 @@ def sample_patch(
         fraction: (n + 1) / N of patch n [B], for annealed guidance.
     """
     rows = len(keys)
-    plain, density = (scale[:rows], mean[:rows]), (scale, mean)
+    plain = density = scale[:rows], mean[:rows]
+    null = tuple(_null_rows(a, rows, sampling) for a in (scale, mean))
     if sampling.guidance is not None:
-        guided = combine(sampling.guidance, scale[:, None], mean[:, None], fraction[:, None, None])
-        density = tuple(a[:, 0] for a in guided)
-    temperature = jnp.asarray(sampling.image_temperature, scale.dtype)
+        weight = _columns(sampling.guidance.weight, 3)
+        pairs = (jnp.concatenate([a, b])[:, None] for a, b in zip(plain, null))
+        guided = combine(sampling.guidance.replace(weight=weight), *pairs, fraction[:, None, None])
+        # A row without guidance must not depend on the rounding of the rule.
+        density = tuple(jnp.where(weight[:, 0] == 0, a, g[:, 0]) for a, g in zip(plain, guided))
+    temperature = _columns(sampling.image_temperature).astype(scale.dtype)
     density = (density[0] * temperature, density[1])
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys)
     u = density[1] + density[0] * noise
@@ -63,8 +88,7 @@ def sample_patch(
         z = (u - mean) / scale
         return -(0.5 * jnp.square(z) + jnp.log(scale) + HALF_LOG_2_PI).sum(-1)
 
-    unconditional = log_prob(scale[-rows:], mean[-rows:])
-    return u, jnp.stack([log_prob(*plain), log_prob(*density), unconditional], -1)
+    return u, jnp.stack([log_prob(*plain), log_prob(*density), log_prob(*null)], -1)
 
 
 def sample_token(
@@ -91,16 +115,19 @@ def sample_token(
         begins_copy = jnp.isin(ids, jnp.asarray((special.vision_start, *special.turn_ends)))
         is_allowed = jnp.where(needs_copy[:, None], begins_copy, is_allowed)
     allowed_logits = jnp.where(is_allowed, logits[:rows], -jnp.inf)
-    is_greedy = jnp.asarray(sampling.temperature) <= 0
-    scaled_logits = allowed_logits / jnp.where(is_greedy, 1.0, sampling.temperature)
-    truncates = (jnp.asarray(sampling.top_k) > 0) | (jnp.asarray(sampling.top_p) < 1)
-    scaled_logits = jax.lax.cond(
-        truncates,
-        lambda logits: truncate_logits(logits, sampling.top_k, sampling.top_p),
-        lambda logits: logits,
-        scaled_logits,
+    temperature, top_k, top_p = (
+        _columns(value) for value in (sampling.temperature, sampling.top_k, sampling.top_p)
     )
+    is_greedy = temperature <= 0
+    scaled_logits = allowed_logits / jnp.where(is_greedy, 1.0, temperature)
+    truncates = (top_k > 0) | (top_p < 1)
+
+    def truncate(logits):  # A row without limits must not depend on the limits of others.
+        return jnp.where(truncates, truncate_logits(logits, top_k, top_p), logits)
+
+    scaled_logits = jax.lax.cond(truncates.any(), truncate, lambda logits: logits, scaled_logits)
     sampled = jax.vmap(jax.random.categorical)(keys, scaled_logits)
+    is_greedy = is_greedy[:, 0]
     token = jnp.where(is_greedy, jnp.argmax(allowed_logits, -1), sampled).astype(jnp.int32)
 
     def gather(log_probs):
@@ -108,7 +135,8 @@ def sample_token(
 
     sampling_log_prob = gather(jax.nn.log_softmax(scaled_logits.astype(dtype)))
     sampling_log_prob = jnp.where(is_greedy, 0.0, sampling_log_prob)
-    conditional, unconditional = plain_log_probs[:rows], plain_log_probs[-rows:]
+    conditional = plain_log_probs[:rows]
+    unconditional = _null_rows(plain_log_probs, rows, sampling)
     return token, jnp.stack([gather(conditional), sampling_log_prob, gather(unconditional)], -1)
 
 

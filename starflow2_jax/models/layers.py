@@ -80,7 +80,8 @@ class KVCache:
 
     keys: tuple[jax.Array, ...]  # one [B, K, S, D] array per layer
     values: tuple[jax.Array, ...]  # of the same shapes
-    length: jax.Array  # int32 [], number of positions that are filled
+    # int32 [] or [B], number of positions that are filled, equal in all rows or one for each
+    length: jax.Array
 
 
 def empty_cache(
@@ -272,7 +273,13 @@ def self_attention(
 
     def write(cached, new, offset):
         new = new.astype(cached.dtype).reshape(*cached.shape[:-2], *new.shape[-2:])
-        return jax.lax.dynamic_update_slice_in_dim(cached, new, offset, cached.ndim - 2)
+        if not offset.ndim:
+            return jax.lax.dynamic_update_slice_in_dim(cached, new, offset, cached.ndim - 2)
+        # One update for each row, since XLA would turn a batched one into a loop.
+        for b in range(len(new)):
+            start = (*np.asarray((b, 0), offset.dtype), offset[b], np.zeros((), offset.dtype))
+            cached = jax.lax.dynamic_update_slice(cached, new[b : b + 1], start)
+        return cached
 
     if layer_cache is not None:
         cached_k, cached_v, offset = layer_cache

@@ -4,7 +4,8 @@ import types
 
 import pytest
 
-from starflow2_jax import evaluate, generate
+from starflow2_jax import evaluate
+from starflow2_jax.inference import flow_sampler
 
 pytestmark = pytest.mark.fast
 CLASSES = ("1", "10", "11", "12", "2")
@@ -27,8 +28,8 @@ def test_data_with_other_classes_are_refused():
 
 
 def test_a_label_is_a_name_before_it_is_a_number():
-    numbers = [generate._class_number(label, CLASSES) for label in ("2", "12", "0", "-1")]
+    numbers = [flow_sampler.class_number(label, CLASSES) for label in ("2", "12", "0", "-1")]
     assert numbers == [4, 3, 0, -1]
     for label in ("cat", "\u0663", "\u00b2", ""):
         with pytest.raises(ValueError, match="--label: unknown class"):
-            generate._class_number(label, CLASSES)
+            flow_sampler.class_number(label, CLASSES)

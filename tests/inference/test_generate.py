@@ -1,5 +1,6 @@
 """The use of a STARFlow2: loading, prompts, the command, refusals, and denoised images."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -210,6 +211,30 @@ def test_the_command_resizes_and_gives_an_edit_the_shape_of_its_source(parts, tm
     fit = {"policy": "pad", "source": [24, 48], "side": PIXELS, "box": box}
     assert note["resize"] == "pad" and note["resized"] == [fit]
     assert json.loads((out / "results.jsonl").read_text())[0]["resized"] == [fit]
+
+
+def test_an_interrupted_command_writes_what_is_done(parts, tmp_path, capsys, monkeypatch):
+    args = ("--model", parts[1], "--prompt", "hello", "--prompt", "what?", "--max_tokens", 60,
+            "--images", 0, "--out", tmp_path / "out")  # fmt: skip
+
+    @contextlib.contextmanager
+    def interrupt_after_a_chunk():
+        yield types.SimpleNamespace(is_set=lambda: True)
+
+    read_rows = lambda: [
+        json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    ]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(command.interrupts, "interrupt_flag", interrupt_after_a_chunk)
+        run_command(capsys, *args)
+    rows = read_rows()
+    assert [len(row) for row in rows] == [1, 1] and all(row[0]["truncated"] for row in rows)
+    assert "complete" not in run_command(capsys, *args)  # the same command starts over
+    for row, full in zip(rows, read_rows()):
+        assert full[0]["text"].startswith(row[0]["text"].rstrip("\ufffd"))
+    # A text alone is printed while it is sampled, and only once.
+    printed = run_command(capsys, "--model", parts[1], "--prompt", "hello", "--max_tokens", 60)
+    assert printed.startswith(read_rows()[0][0]["text"])
 
 
 def test_a_picture_depends_on_its_number_and_not_on_the_batch(parts):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from starflow2_jax.runtime import cli, distributed
+from starflow2_jax.runtime import cli, distributed, interrupts
 
 pytestmark = pytest.mark.fast
 
@@ -53,3 +53,18 @@ def test_an_interrupted_command_ends_in_one_line(capsys, monkeypatch):
         cli.run(main)
     assert end.value.code == 130 and capsys.readouterr().err == "error: interrupted\n"
     assert sys.exc_info() == (None, None, None)
+
+
+def test_a_command_that_saves_first_ends_at_the_second_interrupt(handlers):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with interrupts.interrupt_flag() as interrupted:
+        assert not interrupted.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interrupts.interrupt_flag() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not interrupted.is_set()
