@@ -21,7 +21,7 @@ from starflow2_jax.models.backbone import BackboneInputs
 from starflow2_jax.params import Tree
 
 if TYPE_CHECKING:  # heavy
-    from starflow2_jax.data.chat_layout import Tokenizer, TokenSequence
+    from starflow2_jax.data.chat_layout import MessagePart, Tokenizer, TokenSequence
 
 # New positions are padded to a multiple of the first, caches to one of the second, so that similar
 # prompts share their programs.
@@ -96,10 +96,10 @@ def layout_parts(
 
     `null` and `open_role` are those of the branch and the row in `Session`.
     """
-    return _layout(_open_turn(parts), tokenizer, patches, null, open_role)
+    return layout_messages(open_turn(parts), tokenizer, patches, null, open_role)
 
 
-def _open_turn(parts):
+def open_turn(parts: Sequence[Part]) -> "list[MessagePart]":
     """Return the messages of new parts, and an empty one of the assistant if it is its turn."""
     from starflow2_jax.data.chat_layout import MessagePart
 
@@ -110,7 +110,14 @@ def _open_turn(parts):
     return messages
 
 
-def _layout(messages, tokenizer, patches, null, open_role):
+def layout_messages(
+    messages: "Sequence[MessagePart]",
+    tokenizer: "Tokenizer",
+    patches: int,
+    null: str,
+    open_role: str,
+) -> "TokenSequence":
+    """Return the items of messages; `null` and `open_role` are as in `Session`."""
     from starflow2_jax.data.chat_layout import apply_chat_template
 
     return apply_chat_template(
@@ -135,7 +142,7 @@ def extend(
     """
     from starflow2_jax.data.chat_layout import MessagePart, insert_copies
 
-    messages, tables = [_open_turn(row) for row in rows], list(u)
+    messages, tables = [open_turn(row) for row in rows], list(u)
     new_copies: list[np.ndarray | None] = [None] * len(rows)
     if copies is not None:
         for b, row_copies in enumerate(copies):
@@ -245,7 +252,7 @@ def _new_sequence(model, session, state, b, branch, messages, table) -> dict[str
     position, flow_index = int(state.next_vlm_position[r]), int(state.flow_index[r])
     null, role = session.branches[branch], session.open_roles[b]
     has_pending, token = state.token[b] >= 0, int(state.token[b])
-    items = _layout(messages, tokenizer, cfg.num_patches, null, role)
+    items = layout_messages(messages, tokenizer, cfg.num_patches, null, role)
     if messages and messages[0].is_copy and token == tokenizer.vision_start and has_pending:
         items = type(items)(*(column[1:] for column in items))  # The row has begun the copy.
     is_image = items.patch_index >= 0
