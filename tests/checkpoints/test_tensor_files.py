@@ -121,6 +121,14 @@ def test_pickles_run_no_code(tmp_path):
     assert not mark.exists()
 
 
+def test_a_pickle_that_ends_early_is_damaged(tmp_path):
+    pytest.importorskip("torch")
+    # A file of before torch 1.6 whose first opcode takes from an empty stack.
+    (tmp_path / "x.pth").write_bytes(b"\x80\x020.")
+    with pytest.raises(ValueError, match=r"x\.pth is damaged"):
+        tensor_files.open_source(tmp_path / "x.pth")
+
+
 def test_torch_files_without_a_state_dict_are_refused(tmp_path):
     torch = pytest.importorskip("torch")
     path = tmp_path / "x.pth"

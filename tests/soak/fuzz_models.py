@@ -1,6 +1,7 @@
 """The readers of weights, configurations, tokenizers, run records and messages of processes."""
 
 import functools
+import importlib.util
 import json
 import random
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import flags
 from etils import epath
 
 from soak import tiny_experiment
@@ -18,7 +20,7 @@ from soak.fuzz_trials import NAME, Reader
 from soak.mutations import TOKENS, change_bytes, change_value, changed_json
 from starflow2_jax import config
 from starflow2_jax.checkpoints import model_folder, tensor_files
-from starflow2_jax.checkpoints.convert import starflow_options
+from starflow2_jax.checkpoints.convert import starflow
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.data import chat_template
 from starflow2_jax.inference import output
@@ -112,7 +114,6 @@ def _make_overrides(rng: random.Random, folder: Path) -> list[str]:
 
 def _read_overrides(arguments: list[str]) -> dict[str, Any]:
     """Parse a command line as `train` does."""
-    from absl import flags
     from ml_collections import config_flags
 
     from starflow2_jax.runtime import cli
@@ -170,6 +171,10 @@ def _make_options(rng: random.Random, folder: Path) -> Path | None:
     data = text.encode("utf-8", "surrogatepass")
     path.write_bytes(change_bytes(data, rng) if rng.random() < 0.7 else data)
     return path
+
+
+def _read_options(path: Path) -> Any:
+    return starflow.describe(tensor_files.open_source(_TENSORS), path)
 
 
 # ------------------------------------------------------------------------------------------ records
@@ -289,13 +294,87 @@ def _read_tokenizer(root: Path) -> Any:
     return [opened.encode(text.decode("utf-8", "replace")) for text in TOKENS[:8]]
 
 
+# ------------------------------------------------------------------------------- PyTorch and flags
+
+
+class _Code:
+    """An object whose pickle runs a command when it is loaded."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("/tmp/soak_ran_code"),)
+
+
+def _make_torch(rng: random.Random, folder: Path) -> Path | None:
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    state: dict[Any, Any] = {name: torch.from_numpy(a) for name, a in _TENSORS.items()}
+    kind = rng.random()
+    if kind < 0.1:
+        state["a.weight"] = _Code()
+    elif kind < 0.3:
+        state = change_value({"a": 1, "b": [torch.zeros(2)]}, rng)
+    path = folder / f"{NAME}.pth"
+    try:
+        torch.save(state, path, _use_new_zipfile_serialization=rng.random() < 0.7)
+    except Exception:  # no file holds such values
+        return None
+    if kind > 0.4:
+        path.write_bytes(change_bytes(path.read_bytes(), rng))
+    return path
+
+
+def _torch_problem(tensors: dict[str, np.ndarray]) -> str:
+    file = Path("/tmp/soak_ran_code")
+    if file.exists():
+        file.unlink()
+        return "code of the file ran"
+    return ""
+
+
+_NUMBERS = ("", "nan", "inf", "-1", "0", "1e999", "9" * 25, "0x10", "1.5", "\x00", "ü", "True", "7")
+_COMMANDS = ("bench", "convert", "evaluate", "generate", "prepare")
+
+
+def _make_flags(rng: random.Random, folder: Path) -> tuple[str, list[str]]:
+    command = rng.choice(_COMMANDS)
+    names = list(_flags_of(command))
+    chosen = [rng.choice(names) for _ in range(rng.choice((1, 1, 2, 4)))]
+    return command, [f"--{name}={rng.choice(_NUMBERS)}" for name in chosen]
+
+
+def _flags_of(command: str) -> flags.FlagValues:
+    values = flags.FlagValues()
+    importlib.import_module(f"starflow2_jax.{command}").define(values)
+    return values
+
+
+def _read_flags(value: tuple[str, list[str]]) -> dict[str, Any]:
+    command, arguments = value
+    values = _flags_of(command)
+    try:
+        values([command, *arguments])
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+    return values.flag_values_dict()
+
+
+def _flags_problem(values: dict[str, Any]) -> str:
+    numbers = {n: v for n, v in values.items() if isinstance(v, float)}
+    infinite = [name for name, value in numbers.items() if not np.isfinite(value)]
+    return f"{infinite} are not finite" if infinite else ""
+
+
 READERS = (
+    Reader("torch files", _make_torch, _read_tensors, _torch_problem, 40),
+    Reader("flags", _make_flags, _read_flags, _flags_problem, 60, "--"),
     Reader("safetensors", _make_safetensors, _read_tensors, _tensors_problem, 150),
     Reader("model indexes", _make_index, _read_model, _tensors_problem, 60),
     Reader("configurations", _make_config, _read_config, _config_problem, 100, "config"),
     Reader("overrides", _make_overrides, _read_overrides, _config_problem, 30, "config"),
     Reader("model configs", _make_model_config, _read_model_config, _config_problem, 60),
-    Reader("options", _make_options, starflow_options.read_options, cases=100, mark="options"),
+    Reader("options", _make_options, _read_options, cases=100, mark="options"),
     Reader("run records", _make_run, _read_run, cases=60),
     Reader("locks", _make_lock, _read_lock, cases=60),
     Reader("messages", _make_message, _read_message, _message_problem, 150),

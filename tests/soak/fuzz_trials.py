@@ -17,8 +17,10 @@ from soak.outcomes import Outcome
 
 # Part of the name of every input; an error has to contain it.
 NAME = "THE"
-_CASE_SECONDS = 20
-_CASE_BYTES = 3 << 30  # of address space beyond that of the server
+_CASE_SECONDS = 120
+_CASE_CPU_SECONDS = 20  # a busy machine needs more time, but no more work
+_CASE_BYTES = 4 << 30  # of address space beyond that of the server
+_TIME_SIGNALS = (-signal.SIGALRM, -signal.SIGPROF)
 # What a command reports in one line; see `runtime.cli.run`.
 _ERRORS = (ValueError, OSError, RuntimeError)
 
@@ -51,7 +53,7 @@ class FuzzTrials:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             arguments = (self.target, seed, str(first), str(log))
-            timeout = 2.0 * _CASE_SECONDS + 2.0 * self.reader.cases
+            timeout = 2.0 * _CASE_SECONDS + 5.0 * self.reader.cases
             job = Job("soak.fuzz_trials:run_cases", arguments, str(self.folder), timeout)
             ending = self.server.run(job)
             lines = log.read_text("utf-8").splitlines() if log.exists() else []
@@ -60,7 +62,7 @@ class FuzzTrials:
                 outcomes.append(Outcome(kind, detail))
             first += len(lines)
             if first < self.reader.cases:
-                kind = "hang" if ending.status == -signal.SIGALRM or ending.timed_out else "signal"
+                kind = "hang" if ending.timed_out or ending.status in _TIME_SIGNALS else "signal"
                 text = f"case {first}: ended with {ending.status}: {ending.errors[-400:]}"
                 outcomes.append(Outcome(kind, text))
                 first += 1
@@ -83,8 +85,10 @@ def run_cases(name: str, seed: str, first: str, log: str) -> None:
     with open(log, "w", encoding="utf-8") as file:
         for number in range(int(first), reader.cases):
             signal.alarm(_CASE_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, _CASE_CPU_SECONDS)
             outcome = run_case(reader, random.Random(f"{seed} {number}"), Path(f"case{number}"))
             signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             detail = f"case {number}: {outcome.detail}" if outcome.is_failure else ""
             file.write(f"{outcome.kind}\t{ascii(detail)[1:-1]}\n")
             file.flush()

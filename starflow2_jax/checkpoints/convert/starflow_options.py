@@ -6,11 +6,13 @@ replaced by the constructor's.
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from starflow2_jax.config import checks
 from starflow2_jax.models.flow import FlowConfig
 
 FAMILIES = ("tarflow", "starflow")
@@ -35,6 +37,8 @@ _REFUSED = {
     "use_mm_attn": "puts a pretrained language model in the deep block",
     "model_type": "names one of that code's presets: give its width, blocks and layers instead",
 }
+_NUMBERS = (_SHARED | _STARFLOW_ONLY) - {"layers_per_block", "norm_type", "seq_order"}
+_MAX_NUMBER = 1_000_000
 _MAX_BYTES = 1 << 20  # of a file of options
 # Pixels along a latent's side, by the name of the autoencoder in the released configurations.
 _VAE_FACTORS = {"sd-vae": 8, "sdxl-vae": 8}
@@ -66,9 +70,9 @@ def read_options(
             if value not in (None, 0, False, ""):
                 raise ValueError(f"options: {name}={value} {_REFUSED[key]}, which is not converted")
         elif key in _SHARED | _STARFLOW_ONLY | {"family", "vae"}:
-            if known.get(key, value) != value:
+            if key in known and known[key] != value:
                 raise ValueError(f"options: {key} is given twice, {known[key]!r} and {value!r}")
-            known[key] = value
+            known[key] = _check_number(name, value) if key in _NUMBERS else value
         else:
             _refuse_misspelt(name)
             trainer_options[name] = value
@@ -79,6 +83,14 @@ def read_options(
     return known, trainer_options
 
 
+def _check_number(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, bool) or checks.is_number(value, 0, _MAX_NUMBER):
+        return value
+    raise ValueError(
+        f"options: {name}={checks.display(value)} is not a number from 0 to {_MAX_NUMBER:,}"
+    )
+
+
 def _merge_arguments(arguments: Any) -> dict[str, Any]:
     if isinstance(arguments, Mapping):
         return dict(arguments)
@@ -87,7 +99,7 @@ def _merge_arguments(arguments: Any) -> dict[str, Any]:
         if not isinstance(entry, Mapping):
             raise ValueError(f"options: arguments holds {entry!r}; expected a list of name: value")
         for name, value in entry.items():
-            if merged.get(name, value) != value:
+            if name in merged and merged[name] != value:
                 raise ValueError(f"options: {name} is given twice, {merged[name]!r} and {value!r}")
             merged[name] = value
     return merged
@@ -360,11 +372,11 @@ def _layers(options: Mapping[str, Any]) -> tuple[int, ...]:
     parts = re.split(r"[\s,]+", value.strip("[]() ")) if isinstance(value, str) else value
     try:
         layers = [int(n) for n in (parts if isinstance(parts, (list, tuple)) else [parts])]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"options: layers_per_block={value!r} is not whole numbers") from None
     if len(layers) == 1:
         layers *= _required(options, "num_blocks")
-    elif blocks is not None and int(blocks) != len(layers):
+    elif blocks is not None and blocks != len(layers):
         raise ValueError(f"options: num_blocks={blocks}, but layers_per_block has {len(layers)}")
     if min(layers) < 0 or layers[-1] == 0:
         raise ValueError(f"options: layers_per_block={layers}: the last block has at least 1 layer")
@@ -381,7 +393,7 @@ def _integer(options: Mapping[str, Any], name: str, default: int) -> int:
     value = options.get(name)
     if value is None:
         return default
-    if isinstance(value, str) or int(value) != value or value < 0:
+    if isinstance(value, str) or not math.isfinite(value) or int(value) != value or value < 0:
         raise ValueError(f"options: {name}={value!r} is not a whole number")
     return int(value)
 

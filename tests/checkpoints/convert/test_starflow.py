@@ -393,12 +393,22 @@ def test_the_family_follows_from_options_and_tensors():
         ("- 1\n- 2", ValueError, "expected names and values"),
         ("rope=1 rope=0", ValueError, "rope is given twice"),
         ("arguments:\n- rope: 1\n- rope: 0", ValueError, "rope is given twice"),
+        ("blocks=nan blocks=2", ValueError, "blocks is given twice, 'nan' and '2'"),
         ("arguments:\n- rope", ValueError, "expected a list of name: value"),
     ],
 )
 def test_bad_option_texts_are_refused(text, error, message):
     with pytest.raises(error, match=message):
         starflow_options.read_options(text)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-1", "1e12", "two"])
+def test_options_that_are_no_numbers_are_refused(number):
+    for name in ("blocks", "soft_clip", "img_size"):
+        with pytest.raises(ValueError, match=f"options: {name}=.* is not a number from 0"):
+            starflow_options.read_options(f"{name}={number} patch_size=2")
+    with pytest.raises(ValueError, match=r"layers_per_block=.* is not whole"):
+        starflow_options.flow_config({**STARFLOW, "layers_per_block": [1e999]}, "starflow", {})
 
 
 def test_a_file_of_options_that_is_no_text_is_named(tmp_path):
