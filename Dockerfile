@@ -27,6 +27,9 @@ RUN pip install --no-deps .
 
 FROM python:${PYTHON}-slim
 COPY --from=build /opt/venv /opt/venv
+# What the launchers of clusters expect, such as launch/gke.yaml.
+COPY experiments /starflow2_jax/experiments
+COPY launch /starflow2_jax/launch
 # Compiled programs and models of the Hugging Face Hub are kept in /home/starflow2/.cache.
 RUN useradd --create-home --uid 1000 starflow2 \
   && mkdir -p /work /home/starflow2/.cache \

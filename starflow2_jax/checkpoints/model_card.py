@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 CARD_FILE = "README.md"
 PAPER = "https://arxiv.org/abs/2605.08029"
 TAGS = ("jax", "starflow2_jax", "normalizing-flow")
-# Groups of a result that are no figures of the model as such, and those of single questions.
-_SKIPPED_GROUPS = ("samples", "options", "protocol", "versions", "model", "data", "tags", "fit")
+# Groups of a result that are no figures of the model as such, and those of single tasks.
+_SKIPPED_GROUPS = (
+    *("samples", "options", "protocol", "versions", "model", "data", "fit"),
+    *("tags", "by_holdout"),
+)
+# Groups whose name says nothing to a reader, and counts of what a figure is the mean of.
+_SILENT_GROUPS = ("sections", "mean", "score", "kinds", "all")
+_COUNTS = ("count", "rows", "records")
 _COMPARISONS = ("baselines", "references", "ceilings", "ceiling", "probe")
 _STAMP = ("command", "machine", "devices")
 
@@ -91,6 +97,7 @@ def make_card(saved: SavedModel, options: CardOptions, *, parameters: int) -> st
         tag = "text-to-image"
     results = [(path, read_result(path, saved.path)) for path in options.results]
     base_models = list(dict.fromkeys([*options.base_models, *_base_models(saved.config)]))
+    name = options.repo.split("/")[1]
     evaluations = [entry for _, result in results for entry in _evaluations(result, tag)]
     data = ModelCardData(
         license=options.license,
@@ -98,10 +105,9 @@ def make_card(saved: SavedModel, options: CardOptions, *, parameters: int) -> st
         pipeline_tag=tag,
         tags=list(TAGS),
         base_model=base_models or None,
-        model_name=options.repo.split("/")[1],
+        model_name=name if evaluations else None,
         eval_results=evaluations or None,
     )
-    name = options.repo.split("/")[1]
     lines = ["---", data.to_yaml().strip(), "---", "", f"# {name}", "", description, ""]
     lines += _facts(saved, parameters)
     lines += _usage(f"{hub.PREFIX}{options.repo}", command, task)
@@ -182,11 +188,13 @@ def figures(group: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Fi
     """Yield every number of a result that has a 95% interval next to it."""
     for name, value in group.items():
         if isinstance(value, Mapping):
+            if name == "kinds" and "all" in value:
+                value = {"all": value["all"]}
             if name not in _SKIPPED_GROUPS:
                 yield from figures(value, (*path, name))
         elif f"{name}_95" in group and isinstance(value, int | float):
-            count = next((group[key] for key in ("count", "rows", "n") if key in group), None)
-            parts = [p.replace("_", " ") for p in path if p not in ("sections", "mean", "score")]
+            count = next((group[key] for key in _COUNTS if isinstance(group.get(key), int)), None)
+            parts = [part.replace("_", " ") for part in path if part not in _SILENT_GROUPS]
             yield Figure(", ".join(parts), name, value, group[f"{name}_95"], count)
 
 

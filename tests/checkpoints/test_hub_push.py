@@ -55,6 +55,8 @@ def result_of(folder, **changes):
             "mean": {"correct": 0.5, "correct_95": [0.4, 0.6], "count": 40},
             "tags": {"color": {"correct": 0.1, "correct_95": [0.0, 0.2], "count": 4}},
         }}}},
+        "kinds": {"quiz/color": {"correct": 0.0, "correct_95": [0, 1], "records": 1},
+                  "all": {"correct": 0.875, "correct_95": [0.5, 1], "records": 8}},
         "time": "2026-11-30T12:00:00+00:00",
         "command": "python -m starflow2_jax.evaluate likelihood --model tiny",
         "machine": "Linux, 2 cores", "devices": "1 x cpu", "versions": {"jax": "0.10.2"},
@@ -172,7 +174,9 @@ def test_the_card_has_metadata_commands_and_figures_with_their_stamps(folder, tm
     assert metadata["library_name"] == "starflow2_jax" and "jax" in metadata["tags"]
     assert metadata["pipeline_tag"] == "unconditional-image-generation"
     values = {(r.metric_name, r.metric_value): r for r in card.data.eval_results}
-    assert values.keys() == {("nats_per_dim", -1.25), ("generation, seen: correct", 0.5)}
+    assert values.keys() == {
+        *(("nats_per_dim", -1.25), ("generation, seen: correct", 0.5), ("correct", 0.875))
+    }
     figure = values["generation, seen: correct", 0.5]
     assert figure.metric_type == "accuracy" and figure.dataset_name == "data/shapes64_test"
     assert figure.metric_args == {"count": 40, "interval_95": [0.4, 0.6]}

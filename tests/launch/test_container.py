@@ -4,6 +4,7 @@ No image is built here.
 """
 
 import fnmatch
+import itertools
 import json
 import os
 import re
@@ -31,9 +32,14 @@ def instructions():
     return [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
 
 
-def copied():
-    """Return (sources, target) of every COPY from the repository."""
-    rows = [shlex.split(rest) for name, rest in instructions() if name == "COPY"]
+def copied(stage=None):
+    """Return (sources, target) of every COPY from the repository, in one stage or in all."""
+    stages = itertools.accumulate(name == "FROM" for name, _ in instructions())
+    rows = [
+        shlex.split(rest)
+        for number, (name, rest) in zip(stages, instructions())
+        if name == "COPY" and stage in (None, number)
+    ]
     return [(row[:-1], row[-1]) for row in rows if not row[0].startswith("--from")]
 
 
@@ -106,7 +112,7 @@ def test_names_agree():
 def test_the_copied_files_install(tmp_path):
     """Run the last installation of the Dockerfile on just the files that it copies."""
     source, target = tmp_path / "src", tmp_path / "target"
-    for names, place in copied():
+    for names, place in copied(stage=1):
         for name in names:
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, source / place, dirs_exist_ok=True)
