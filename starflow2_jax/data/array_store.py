@@ -70,6 +70,8 @@ def decode(data: bytes, location: str) -> tuple[str, dict[str, np.ndarray]]:
                 f"{array.shape} takes {size}"
             )
         arrays[name] = np.frombuffer(array.data, dtype).reshape(array.shape)
+        if dtype.kind == "f" and not np.isfinite(arrays[name]).all():
+            raise DatasetError(f"{location}: {name} has values that are not finite")
     return row.id, arrays
 
 

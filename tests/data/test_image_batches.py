@@ -375,3 +375,6 @@ def test_too_few_rows_or_odd_shapes_write_nothing(folder, tmp_path):
     payload = array_store.encode("x", {"a": np.zeros((2, 2), np.float32)})
     with pytest.raises(DatasetError, match="here: a has 16 bytes"):
         array_store.decode(payload.replace(b"\x92\x02\x02", b"\x92\x02\x03"), "here")
+    infinite = np.array([np.inf], np.float32).tobytes()
+    with pytest.raises(DatasetError, match="here: a has values that are not finite"):
+        array_store.decode(payload.replace(bytes(16), infinite + bytes(12)), "here")

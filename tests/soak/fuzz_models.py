@@ -86,7 +86,8 @@ def _read_model(root: Path) -> dict[str, np.ndarray]:
 
 
 def _make_config(rng: random.Random, folder: Path) -> dict[str, Any] | None:
-    return change_value(config.to_dict(tiny_experiment.get_config()), rng)
+    cfg = change_value(config.to_dict(tiny_experiment.get_config()), rng)
+    return cfg if isinstance(cfg, dict) else None
 
 
 def _read_config(cfg: dict[str, Any]) -> dict[str, Any]:
