@@ -2,13 +2,14 @@
 # Installs the test extras, checks the style and runs the tests.
 #
 #   bash launch/test.sh [--fast | --slow] [--parity] [--plan] [--release] [--docs]
-#                       [-- PYTEST ARGUMENTS]
+#                       [--lmms] [-- PYTEST ARGUMENTS]
 #
 #   --fast     only the tests marked fast: a few of every folder, in about two minutes
 #   --slow     also the tests marked slow
 #   --parity   also tests against PyTorch and diffusers (installs both, CPU builds if pip has them)
 #   --plan     also tests that compile for TPUs (installs libtpu; no TPU is needed)
 #   --release  also tests of the release archives, and pyright (installs build, twine and pyright)
+#   --lmms     only lmms-eval with the plugin of this package (installs it apart; minutes)
 #   --docs     also builds the documentation site, with warnings as errors (installs Sphinx)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,7 +21,8 @@ while [ $# -gt 0 ]; do
   case $1 in
     --parity | --plan | --release | --docs) extras+=("${1#--}") ;;
     --fast) options+=(-m "fast and not slow") ;;
-    --slow) options+=(-m "") ;;
+    --slow) options+=(-m "not lmms") ;;
+    --lmms) options+=(-m lmms tests/evaluation/harnesses) ;;
     --)
       shift
       options+=("$@")
@@ -28,7 +30,7 @@ while [ $# -gt 0 ]; do
       ;;
     *)
       die "unknown argument $1:" "launch/test.sh [--fast | --slow] [--parity] [--plan]" \
-        "[--release] [--docs] [-- PYTEST ARGUMENTS]"
+        "[--release] [--docs] [--lmms] [-- PYTEST ARGUMENTS]"
       ;;
   esac
   shift

@@ -38,7 +38,7 @@ def make_answer_fn(
         options = make_options({"seed": seed, **options_by_kind[kind]})
         num_batches = -(-len(prompts) // batch_size)
         size = -(-len(prompts) // num_batches)
-        order = _batch_order([_length(model, prompt) for prompt in prompts], size)
+        order = batch_order([_length(model, prompt) for prompt in prompts], size)
         ordered = [list(prompts[i]) for i in order]
         samples = generate.generate_many(model, ordered, options, size, order)
         answers = {i: parts[0] for i, parts in zip(order, samples)}
@@ -54,7 +54,7 @@ def _length(model: Model, prompt: Sequence[Any]) -> int:
     return num_tokens + (len(prompt) - len(texts)) * model.model_config.num_patches
 
 
-def _batch_order(lengths: Sequence[int], batch_size: int) -> list[int]:
+def batch_order(lengths: Sequence[int], batch_size: int) -> list[int]:
     """Return an order in which every batch begins with one of the longest prompts.
 
     Programs are compiled for the longest prompt of a batch, so most batches share one program.

@@ -1,0 +1,1 @@
+"""Adapters with which the harnesses of others evaluate a STARFlow2."""
