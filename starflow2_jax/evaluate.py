@@ -4,8 +4,11 @@ python -m starflow2_jax.evaluate likelihood --model runs/cifar --data data/cifar
 python -m starflow2_jax.evaluate likelihood --model runs/cifar --fit data/cifar_train --rows 1000
 python -m starflow2_jax.evaluate likelihood --model runs/latents --data data/shapes64_test --fae runs/fae
 python -m starflow2_jax.evaluate codec --model runs/fae_pixels --data data/shapes64_test --out codec.json
+python -m starflow2_jax.evaluate images --model runs/cifar --data data/cifar_test --inception weights.pth --out images.json
+python -m starflow2_jax.evaluate judge --bench wise --tree tree --prompts data.json --official WISE --judge http://127.0.0.1:8000/v1 --out scores
 python -m starflow2_jax.evaluate report --workdir runs/cifar
 python -m starflow2_jax.evaluate all --model runs/stage3 --n 16 --out evaluation/
+python -m starflow2_jax.evaluate compare evaluation/ other_evaluation/
 python -m starflow2_jax.evaluate showcase --model pretrained/starflow2_tiny --out examples/
 """  # noqa: E501
 
@@ -35,8 +38,10 @@ from starflow2_jax.evaluation.command_flags import (
     open_result,
     require,
 )
+from starflow2_jax.evaluation.image_metrics import command as images_command
+from starflow2_jax.evaluation.judges import command as judges_command
 from starflow2_jax.evaluation.report import run_report
-from starflow2_jax.evaluation.shapes import codec_ceiling, command, report, suite
+from starflow2_jax.evaluation.shapes import codec_ceiling, command, suite, summary
 from starflow2_jax.inference import load, output, vlm
 from starflow2_jax.inference.flow_sampler import FlowModel, load_flow
 from starflow2_jax.latents import batch_encoder, codec as latent_codec
@@ -49,13 +54,18 @@ from starflow2_jax.training.tasks import vlm as vlm_task
 
 VERBS = {
     "likelihood": "exact nats/dim, and bits/dim where they are defined (--model --data)",
-    "understanding": "question answering of a VLM (--model --data --blind)",
+    "understanding": "question answering of a VLM or STARFlow2 (--model --data --blind)",
     "codec": "PSNR of a latent codec's images, a probe of its latents, and the accuracy of the "
     "shapes suite on reconstructed images (--model --data --fit --n)",
     "shapes": "the shapes suite for a STARFlow2 (--model --n or --data, --only)",
     "all": "shapes, with a page and contact sheets (--model --n or --data, --out FOLDER)",
     "showcase": "a page of pictures that a STARFlow2 draws, edits, answers and reasons about, with "
     "verdicts (--model --out FOLDER)",
+    "compare": "paired differences of two models or results: compare A B (the flags of shapes)",
+    "images": "Fréchet distance, precision, recall and CLIP score against a dataset's images, and "
+    "ADM's .npz (--model or --images, --data --inception --clip --out)",
+    "judge": "scores of a benchmark's tree by a judge behind an OpenAI-compatible address (--bench "
+    "--tree --prompts --official --judge --out)",
     "report": "report.html of a run (--workdir)",
 }
 
@@ -78,8 +88,8 @@ def define(values: flags.FlagValues) -> None:
                       flag_values=values)  # fmt: skip
     switch("balance_answers", False, "shapes, all: each answer of counting questions as often")
     text("note", None, "all, showcase: a sentence for the page, about the model or its data")
-    real("guidance", None, "shapes suite: guidance weight of images; the run's by default", 0)
-    real("image_temperature", None, "shapes suite: scale of the noise of images; the run's by "
+    real("guidance", None, "shapes suite, images: guidance weight; the run's by default", 0)
+    real("image_temperature", None, "shapes suite, images: scale of the noise; the run's by "
          "default", 1e-3)  # fmt: skip
     text("latents", None, "folder of latents parallel to --data")
     text("features", None, "folder of text features parallel to --data")
@@ -93,6 +103,10 @@ def define(values: flags.FlagValues) -> None:
                       "size is not the codec's", flag_values=values)  # fmt: skip
     integer("seed", 0, "seed of noise and of generated cases", 0, checks.MAX_SEED)
     integer("pictures", 16, "codec: images in the grid next to --out", 1, 10_000)
+    text("images", None, "images: measure these in place of a model's: .npz of ADM, or a folder")
+    text("inception", None, "images: weights of FID's Inception v3, as torch-fidelity stores them")
+    text("clip", None, "images: folder of a CLIP in Hugging Face's format")
+    judges_command.define(values)
     text("layout", "dp", "sharding layout of the weights")
     text("mesh", "data=-1", "devices along each mesh axis")
     text("out", None, "JSON file to write; all, showcase: folder to write (default for a run: in "
@@ -103,7 +117,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """Run one verb and print its result."""
-    if argv:
+    if argv and verb != "compare":
         raise ValueError(f"{verb}: unexpected argument {argv[0]!r}")
     verbs = {
         "likelihood": evaluate_likelihood,
@@ -112,6 +126,9 @@ def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> 
         "shapes": command.evaluate_shapes,
         "all": functools.partial(command.evaluate_shapes, with_page=True),
         "showcase": command.show_examples,
+        "compare": functools.partial(command.compare_results, paths=argv),
+        "images": images_command.evaluate_images,
+        "judge": judges_command.evaluate_judge,
         "report": write_report,
     }
     try:
@@ -271,15 +288,17 @@ def _record_likelihood(values: flags.FlagValues) -> Output:
         "protocol": {"likelihood": interleaved_likelihood.PROTOCOL},
     }
     result, written = file.write(result)
-    return result, [*report.summary_lines(result), *written]
+    return result, [*summary.likelihood_lines(result), *written]
 
 
 def evaluate_vlm(values: flags.FlagValues) -> Output:
-    """Measure how many questions about images a VLM answers correctly."""
+    """Measure how many questions about images a VLM, or a STARFlow2, answers correctly."""
     require(values, "understanding", "model", "data")
     file = open_result(values, "understanding", values.data)
 
     def score(path, **changes):
+        if open_model(path).task == load.TASK:
+            return _score_with_starflow2(values, path, **changes)
         model = vlm.load(path)
         options = vlm_task.data_options(
             model.cfg,
@@ -304,6 +323,18 @@ def evaluate_vlm(values: flags.FlagValues) -> Output:
     }
     result, written = file.write(result)
     return result, [*vqa.summary_lines(result), *written]
+
+
+def _score_with_starflow2(
+    values: flags.FlagValues, path: str, blank: bool = False
+) -> list[vqa.ScoredAnswer]:
+    model, seed = load_starflow2(values, path), values["seed"].value
+    rows = list(itertools.islice(records.read(values.data), values.rows))
+    batch_size = min(values.batch_size or 32, len(rows))
+    sums, _ = interleaved_likelihood.score_records(
+        model, rows, batch_size=batch_size, seed=seed, blank=blank
+    )
+    return vqa.from_sums(rows, sums)
 
 
 def evaluate_codec(values: flags.FlagValues) -> Output:

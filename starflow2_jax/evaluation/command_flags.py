@@ -36,9 +36,13 @@ def describe_data(path: str) -> dict[str, str]:
     return {"path": path, "fingerprint": manifest.fingerprint(manifest.load(path))}
 
 
-def load_starflow2(values: flags.FlagValues) -> Model:
-    """Load the STARFlow2 of --model, on one device unless a mesh is given."""
+def load_starflow2(values: flags.FlagValues, path: str = "") -> Model:
+    """Load the STARFlow2 at `path`, by default --model, on one device unless a mesh is given."""
     device_mesh = make_mesh(values.mesh) if values["mesh"].present else None
     return load.load_starflow2(
-        values.model, device_mesh, values.layout, vlm=values.vlm or "", fae=values.fae or ""
+        path or values.model,
+        device_mesh,
+        values.layout,
+        vlm=values.vlm or "",
+        fae=values.fae or "",
     )

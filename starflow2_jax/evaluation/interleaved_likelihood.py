@@ -39,7 +39,9 @@ def measure_records(
     Returns:
         `image` and `text`, if there are such targets, as from `stats.nll_ratio` and with
         `baselines`: for images `no_text`, without the user's text, and `gaussian`, one Gaussian for
-        each channel, fitted to these latents; for text `blank_image`, with gray prompt images.
+        each channel, fitted to these latents; for text `blank_image`, with gray prompt images. And
+        `per_record`, lists with an entry of each record: `id`, and of images and of text the sum
+        of the NLL and the count that it is divided by.
     """
     segments = [segment for record in records for segment in record.segs]
     has_target_images = any(isinstance(s, Img) and s.loss for s in segments)
@@ -47,7 +49,7 @@ def measure_records(
     has_prompt_images = any(isinstance(s, Img) and not s.loss for s in segments)
     score = partial(score_records, model, records, batch_size=batch_size, seed=seed)
     sums, latents = score()
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"per_record": _per_record(records, _image_and_text_sums(sums))}
     if has_target_images:
         baselines = {"no_text": _image_nll(score(null="text")[0]), "gaussian": _gaussian(latents)}
         figures["image"] = {**_image_nll(sums), "baselines": baselines}
@@ -64,12 +66,16 @@ def measure_text_skill(
 ) -> dict[str, Any]:
     """Compare a model on text without images with the frozen VLM that it was trained from.
 
-    `exact_match` is the share of records that greedy decoding reproduces.
+    `exact_match` is the share of records that greedy decoding reproduces, and `per_record` as from
+    `measure_records`.
     """
     batch_size = min(batch_size, len(records))
     sums = score_records(model, records, batch_size=batch_size)[0]
     vlm_sums = _score_with_vlm(model, records, batch_size)
+    columns = {"text_nll": sums["text/nll"], "text_count": sums["text/count"]}
+    columns |= {"image_nll": np.zeros(len(records)), "image_count": np.zeros(len(records))}
     return {
+        "per_record": _per_record(records, columns),
         "model": {**_text_nll(sums), "exact_match": _exact_match(sums)},
         "vlm": {**_text_nll(vlm_sums), "exact_match": _exact_match(vlm_sums)},
         "difference": stats.nll_ratio(sums["text/nll"] - vlm_sums["text/nll"], sums["text/count"]),
@@ -166,6 +172,21 @@ def _row_metrics(params, batch, x, *, cfg):
     stage = Stage(True, True)
     terms = interleaved.loss_terms(params, batch, x, cfg, stage)
     return interleaved.row_metrics(terms, batch, stage), terms.image
+
+
+def _image_and_text_sums(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    means = per_dim({**sums, "count": np.maximum(sums["count"], 1)})["nats_per_dim"]
+    return {
+        "image_nll": means * sums["count"],
+        "image_count": sums["count"],
+        "text_nll": sums["text/nll"],
+        "text_count": sums["text/count"],
+    }
+
+
+def _per_record(records: Sequence[Record], columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    values = {name: np.round(column, 4).tolist() for name, column in columns.items()}
+    return {"id": [record.id for record in records], **values}
 
 
 def _image_nll(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -53,10 +53,31 @@ def score_answers(
         correct, nll, tokens = scores[record.id]
         if not tokens:
             continue
-        text = " / ".join(s.s for s in record.segs if isinstance(s, Text) and s.loss)
-        group = [str(record.meta.get(key, default)) for key, default in _META_DEFAULTS.items()]
-        answers.append(ScoredAnswer(record.id, *group, text, correct, nll, tokens))
+        answers.append(_scored_answer(record, correct, nll, tokens))
     return answers
+
+
+def from_sums(rows: Iterable[records.Record], sums: Mapping[str, np.ndarray]) -> list[ScoredAnswer]:
+    """Return the scored answers of records with target text.
+
+    Args:
+        rows: the records.
+        sums: `text/count`, `text/correct` and `text/nll` [records], as from
+            `interleaved_likelihood.score_records`.
+    """
+    answers = []
+    for i, record in enumerate(rows):
+        nll, tokens = float(sums["text/nll"][i]), round(float(sums["text/count"][i]))
+        correct = round(float(sums["text/correct"][i])) == tokens
+        if tokens:
+            answers.append(_scored_answer(record, correct, nll, tokens))
+    return answers
+
+
+def _scored_answer(record: records.Record, correct: bool, nll: float, tokens: int) -> ScoredAnswer:
+    text = " / ".join(s.s for s in record.segs if isinstance(s, Text) and s.loss)
+    group = [str(record.meta.get(key, default)) for key, default in _META_DEFAULTS.items()]
+    return ScoredAnswer(record.id, *group, text, correct, nll, tokens)
 
 
 def summarize(answers: Sequence[ScoredAnswer]) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -25,11 +26,11 @@ def model(parts):
     return load.load(parts[1])
 
 
-def run_verb(verb, *argv):
+def run_verb(verb, *flag_words, argv=()):
     values = flags.FlagValues()
     evaluate.define(values)
-    values(["evaluate", *map(str, argv)])
-    evaluate.main(verb, [], values)
+    values(["evaluate", *map(str, flag_words)])
+    evaluate.main(verb, [*map(str, argv)], values)
 
 
 # Every section is a few programs to compile.
@@ -58,15 +59,24 @@ def test_all_writes_a_page_figures_and_sheets(parts, tmp_path, capsys, sections)
     assert set(understanding["references"]) == {"vlm_baseline", "vlm_baseline_blank_image"}
     assert understanding["score"]["seen"]["mean"]["count"] == 8
     assert result["model"]["step"] == 1 and result["model"]["sha256"]
-    assert "generation, seen: 0." in printed and "written" in printed
+    assert re.search(r"\ngeneration +0\.\d+ \(", printed) and "written" in printed
+    if sections == FAST_SECTIONS:
+        # The folder is compared with the model, which is measured again: no answer differs.
+        run_verb("compare", *argv[2:4], *only, argv=(out, parts[1]))
+        table = capsys.readouterr().out.splitlines()
+        assert table[0].startswith("A  ") and "step 1" in table[0]
+        rows = [line for line in table if line.startswith(("generation", "understanding"))]
+        assert len(rows) == 4 and all("+0.000 (" in row and "better" not in row for row in rows)
     with pytest.raises(FileExistsError, match="out exists already; --overwrite replaces it"):
         run_verb("all", *argv)
     if sections != suite.SECTIONS:
         return
-    assert {"editing.png", "reasoning.png"} <= names and "text alone" in printed
+    assert {"editing.png", "reasoning.png"} <= names and "text per token" in printed
     for task, kinds in (("t2i", {"image"}), ("question", {"text"}), ("reason", {"image", "text"})):
         row = result["sections"]["likelihood"][task]["seen"]
-        assert set(row) == kinds and all(np.isfinite(row[kind]["nll"]) for kind in kinds)
+        assert set(row) == {*kinds, "per_record"} and all(
+            np.isfinite(row[kind]["nll"]) for kind in kinds
+        )
 
 
 def test_the_showcase_is_one_page_of_examples(parts, tmp_path, capsys):
@@ -134,7 +144,7 @@ def test_answers_do_not_depend_on_the_batch_size(model):
     # The noise of a prompt's image depends on its position alone.
     first_answers = suite.make_answer_fn(model, questions)(prompts[:6], "text")
     assert ask.answer_text(first_answers[5]) == texts[16][5]
-    order = ask._batch_order([3, 9, 1, 7, 8], 2)
+    order = ask.batch_order([3, 9, 1, 7, 8], 2)
     assert sorted(order) == [0, 1, 2, 3, 4] and order[::2] == [1, 4, 3]
 
 

@@ -6,6 +6,7 @@ the assistant should answer, and the facts that a generated image is checked aga
 
 import dataclasses
 import json
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -75,6 +76,8 @@ class Sample(NamedTuple):
     correct: bool
     reason: str  # why the answer is not correct
     log_likelihood: float | None  # in nats, of the generated image or else of the text
+    # Verdicts that `correct` rests on or is compared with, None where one does not apply
+    measures: Mapping[str, bool | None] = types.MappingProxyType({})
 
 
 def from_record(record: Record, location: str, id_suffix: str = "") -> Case | None:

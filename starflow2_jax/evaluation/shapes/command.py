@@ -1,10 +1,15 @@
-"""The verbs `shapes`, `all` and `showcase` of `evaluate`."""
+"""The verbs `shapes`, `all`, `compare` and `showcase` of `evaluate`."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import flags, logging
 from etils import epath
 
 from starflow2_jax.config import nearest
+from starflow2_jax.evaluation import result_files
 from starflow2_jax.evaluation.command_flags import (
     Output,
     describe_data,
@@ -12,24 +17,49 @@ from starflow2_jax.evaluation.command_flags import (
     open_result,
     require,
 )
-from starflow2_jax.evaluation.shapes import cases, contact_sheets, report, showcase, skills, suite
+from starflow2_jax.evaluation.shapes import (
+    cases,
+    compare,
+    report,
+    showcase,
+    skills,
+    suite,
+    summary,
+)
 from starflow2_jax.evaluation.training_history import training_history
 from starflow2_jax.inference import options as inference_options
 from starflow2_jax.inference.model import Model
+from starflow2_jax.runtime import atomic
 
 
 def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output:
     """Run the shapes suite and, for the verb `all`, write its page and contact sheets."""
     verb = "all" if with_page else "shapes"
     require(values, verb, "model")
-    sections = _sections(values)
-    folders = values.data.split(",") if values.data else []
+    _sections(values)  # an unknown one is named before anything is opened
+    folders = _folders(values)
     data_name = "-".join(epath.Path(folder).name for folder in folders) or "drawn"
     file = open_result(values, verb, data_name, "" if with_page else ".json")
-    folder, seed = file.path, values["seed"].value
-    if with_page and folder is None:
+    if with_page and file.path is None:
         raise ValueError("all: --out is needed: a folder for the page and the sheets")
-    model = load_starflow2(values)
+    result, samples = _run_suite(values, values.model)
+    written = []
+    if not with_page:
+        result, written = file.write(result)
+    elif jax.process_index() == 0:
+        options = {"seed": values["seed"].value, "overwrite": values.overwrite}
+        result = report.write_folder(file, result, samples, **options)
+        names = f"{report.PAGE}, {result_files.SHAPES_FILE} and contact sheets"
+        written = [f"written    {file.path}: {names}"]
+    return result, [*summary.summary_lines(result), *written]
+
+
+def _run_suite(
+    values: flags.FlagValues, path: str
+) -> tuple[dict[str, Any], dict[str, list[cases.Sample]]]:
+    """Measure the shapes suite; return its result, and the samples by section."""
+    sections, folders, seed = _sections(values), _folders(values), values["seed"].value
+    model = load_starflow2(values, path)
     pixels = _pixels(model)
     if folders:
         suite_cases = cases.read(folders, n=values.n)
@@ -52,24 +82,42 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
     result = {
         "data": {
             "path": values.data or f"generated from seed {seed}",
-            "fingerprints": [describe_data(path)["fingerprint"] for path in folders],
+            "fingerprints": [describe_data(folder)["fingerprint"] for folder in folders],
         },
         "note": values.note or "",
-        "training": training_history(values.model),
+        "training": training_history(path),
         "options": sampling_settings,
         "skills": skills.judge(result["sections"]),
         **result,
         "not_run": {**result["not_run"], **missing_references},
         "samples": {name: [*map(report.sample_row, rows)] for name, rows in samples.items()},
     }
+    return result, samples
+
+
+def compare_results(values: flags.FlagValues, paths: Sequence[str]) -> Output:
+    """Compare two results of the shapes suite, or two models, which are measured first."""
+    if len(paths) != 2:
+        raise ValueError(
+            f"compare: {len(paths)} arguments; expected two: results of `evaluate all` or of "
+            "`evaluate shapes`, or models"
+        )
+    out = epath.Path(values.out) if values.out else None
+    if out:
+        result_files.refuse_existing(out, values.overwrite)
+    results = []
+    for path in paths:
+        stored = compare.read(path)
+        if stored is None:
+            model = result_files.describe_model(path)
+            stored = {"model": model, **_run_suite(values, path)[0]}
+        results.append(stored)
+    result = compare.compare(*results)
     written = []
-    if not with_page:
-        result, written = file.write(result)
-    elif jax.process_index() == 0:
-        sheets = contact_sheets.make(samples, seed)
-        result = report.write_folder(file, result, sheets, overwrite=values.overwrite)
-        written = [f"written    {folder}: report.html, shapes.json, {len(sheets)} sheets"]
-    return result, [*report.summary_lines(result), *written]
+    if out and jax.process_index() == 0:
+        atomic.write_file(out, json.dumps(result, indent=2) + "\n")
+        written = [f"written    {out}"]
+    return result, [*compare.lines(result), *written]
 
 
 def show_examples(values: flags.FlagValues) -> Output:
@@ -103,6 +151,10 @@ def show_examples(values: flags.FlagValues) -> Output:
     return result, showcase.summary_lines(result, str(file.path))
 
 
+def _folders(values: flags.FlagValues) -> list[str]:
+    return values.data.split(",") if values.data else []
+
+
 def _sections(values: flags.FlagValues) -> tuple[str, ...]:
     for name in values.only:
         if name not in suite.SECTIONS:
@@ -115,7 +167,7 @@ def _pixels(model: Model) -> int:
     return model.codec.model.pixels if model.codec else model.cfg["image"]["pixels"] or 64
 
 
-def _sampling_settings(values: flags.FlagValues, model: Model) -> dict:
+def _sampling_settings(values: flags.FlagValues, model: Model) -> dict[str, Any]:
     return {
         "batch_size": values.batch_size or 96,
         "seed": values["seed"].value,

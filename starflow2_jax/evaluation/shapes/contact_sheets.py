@@ -10,18 +10,9 @@ from starflow2_jax.training.logging import image_grid
 # Images on a sheet of generated ones; samples on the other sheets.
 MAX_IMAGES, MAX_SAMPLES = 24, 12
 
-TITLES = {
-    "generation_best": "Generation: the likeliest given their captions",
-    "generation_random": "Generation: random samples",
-    "generation_failed": "Generation: rejected by the detector",
-    "understanding": "Questions",
-    "editing": "Edits: source, generated, reference",
-    "reasoning": "Reasoning: source, generated, reference",
-}
-
 
 def make(samples: Mapping[str, Sequence[Sample]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Return the sheets uint8 [H, W, 3] by name (see `TITLES`), without empty ones."""
+    """Return the sheets uint8 [H, W, 3] by name, without empty ones."""
     generated = list(samples.get("generation", ()))
     likeliest = sorted(generated, key=lambda sample: -(sample.log_likelihood or 0.0))
     failed = [sample for sample in generated if not sample.correct]

@@ -37,7 +37,8 @@ def answer_cases(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> list[Sample]
         verdict = judge(part.image, case)
         images = (case.prompt_images[0], part.image, case.reference_image)
         both, reason = verdict["both"], verdict["reason"]
-        samples.append(Sample(case, images, "", both, reason, part.log_likelihood))
+        measures = {name: verdict[name] for name in MEASURES}
+        samples.append(Sample(case, images, "", both, reason, part.log_likelihood, measures))
     return samples
 
 

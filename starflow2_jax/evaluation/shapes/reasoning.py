@@ -92,7 +92,8 @@ def measure(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> tuple[dict[str, A
             )
         },
     }
-    return figures, [_sample(case, answer) for case, answer in zip(cases, answers)]
+    direct = baselines["direct_answer"]
+    return figures, [_sample(*row) for row in zip(cases, answers, direct)]
 
 
 def _correct_after(
@@ -131,7 +132,7 @@ def _answer_through_images(cases: Sequence[Case], answer_fn: ask.AnswerFn) -> li
     return answers
 
 
-def _sample(case: Case, answer: _Answer) -> Sample:
+def _sample(case: Case, answer: _Answer, direct_is_correct: bool | None = None) -> Sample:
     """Return the sample of a case."""
     reasons = []
     if answer.expected is not None and not answer.correct:
@@ -146,4 +147,5 @@ def _sample(case: Case, answer: _Answer) -> Sample:
         answer.correct,
         "; ".join(reasons),
         answer.part.log_likelihood,
+        {"image": bool(answer.verdict.correct), "direct_answer": direct_is_correct},
     )

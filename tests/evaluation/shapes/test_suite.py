@@ -15,9 +15,11 @@ from starflow2_jax.evaluation.shapes import (
     cases as cases_lib,
     contact_sheets,
     editing,
+    example_cards,
     reasoning,
     report,
     suite,
+    summary,
 )
 from starflow2_jax.inference.prompts import Part
 from starflow2_jax.shapes import generator, holdout, tasks as shapes_tasks
@@ -214,16 +216,34 @@ def test_page_lines_and_sheets_show_the_result(tmp_path, oracle_run):
     assert "generation_failed" in contact_sheets.make({"generation": wrong})
     # Source, generated and reference image, twice a row.
     assert sheets["editing"].shape[1] == 4 + 6 * (2 * PIXELS + 4)
-    report.write(tmp_path / "page.html", result, sheets)
+    report.write(tmp_path / "page.html", result, samples)
     page = (tmp_path / "page.html").read_text()
-    assert page.count("data:image/png;base64") == len(sheets) and "<html" in page
+    # Two examples of every tag and one of those with held-out cases, each with all of its images.
+    selected = example_cards.choose(samples["generation"])
+    assert len(selected) == 2 * len(generator.TAGS) + len(cases_lib.PAIR_TAGS)
+    for name in ("understanding", "editing", "reasoning"):
+        selected += example_cards.choose(samples[name])
+    num_images = sum(len(sample.images) for sample in selected)
+    assert page.count("data:image/png;base64") == num_images and "<html" in page
+    assert page.count("✓ right") == len(selected)
     assert "no &lt;model&gt;" in page and "color attr" in page and "own vision tower" in page
-    lines = "\n".join(report.summary_lines(result))
-    assert re.search(r"reasoning, seen: \+0.000 \(-0.\d+ to \+0.\d+\) more correct with an", lines)
-    assert "more correct with its own image than with that of another case" in lines
     assert "more correct with an image than without" in page
-    assert "generation, seen: 1.000 (" in lines and "not run: likelihood" in lines
-    assert "editing, preserved, held out: 1.000" in lines
+    assert "editing, preserved, held out" in page
+    lines = summary.summary_lines(result)
+    # The head, four capabilities, and what reasoning gains from its image.
+    assert max(map(len, lines[:7])) < 160 and lines[7] == "not run: likelihood: no <model>"
+    assert lines[1].startswith("generation") and lines[1].count("1.000 (") == 2
+    assert re.search(r"shuffled 0\.\d{3}, chance 0\.\d{3}, codec reconstruction 1\.000", lines[1])
+    assert re.search(r"\+0.000 \(-0.\d+ to \+0.\d+\) .* more correct with an image", lines[5])
+    assert "more correct with its own image than with that of another case" in lines[6]
+    assert lines[8].startswith("It can draw what a caption asks for.")
+    verdict = example_cards.example(
+        samples["editing"][0]._replace(
+            correct=False, measures={"changed": True, "preserved": False, "both": False}, reason="<"
+        )
+    )
+    assert "✗ wrong; change made: yes; rest kept: no; &lt;" in verdict
+    assert verdict.index("source") < verdict.index("result") < verdict.index("expected")
     json.dumps([report.sample_row(s) for group in samples.values() for s in group])
 
 

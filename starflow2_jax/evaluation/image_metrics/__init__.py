@@ -1,0 +1,1 @@
+"""Distances between generated and real images, from features of other networks."""
