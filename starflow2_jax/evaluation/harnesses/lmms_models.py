@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from lmms_eval.api.instance import GenerationResult, TokenCounts
-from lmms_eval.api.model import lmms
 
 from starflow2_jax.evaluation.harnesses import questions
 from starflow2_jax.inference import load
@@ -19,7 +17,23 @@ from starflow2_jax.inference.prompts import Part
 from starflow2_jax.inference.resize import UNDERSTANDING_DEFAULT, check_policy
 from starflow2_jax.runtime import cli
 
+try:
+    from lmms_eval.api.instance import GenerationResult, TokenCounts
+    from lmms_eval.api.model import lmms
+except ModuleNotFoundError as error:
+    if error.name != "lmms_eval":
+        raise
+    # Only lmms-eval loads these classes; without it the module can be imported, but not used.
+    GenerationResult = TokenCounts = lmms = object
+
 _IMAGE_MARK = "<image>"  # that some tasks write into the text
+
+
+class LikelihoodResult(GenerationResult):
+    """The pair (NLL, whether greedy), which lmms-eval 0.7.3 would turn into a text as a tuple."""
+
+    def __iter__(self):
+        return iter(self.text)
 
 
 class SimpleSTARFlow2(lmms):
@@ -65,7 +79,7 @@ class SimpleSTARFlow2(lmms):
         rows = [self._simple_question(r, r.args[0], r.args[2]) for r in requests]
         return self._answer(requests, rows, [r.args[1] for r in requests])
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[LikelihoodResult]:
         """Return the NLL in nats of each continuation, and whether greedy decoding gives it.
 
         Its sign is that of the losses that lmms-eval 0.7 takes the smallest of, not of the
@@ -79,7 +93,8 @@ class SimpleSTARFlow2(lmms):
             answers.append(str(continuation))
             visuals = request.args[2] if len(request.args) > 2 else None
             rows.append(self._simple_question(request, context, visuals))
-        return questions.score_answers(self.model, rows, answers, **self.settings)
+        scores = questions.score_answers(self.model, rows, answers, **self.settings)
+        return [LikelihoodResult(score) for score in scores]
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Raise NotImplementedError: questions of several rounds are not answered."""
