@@ -5,12 +5,13 @@
     questions      share of questions answered correctly: every token is the likeliest one
     text_alone     nats per token of records without images, of the trained model and of the initial
                    one, which is the published VLM
+    skip_share, skip_cosine   see `skip_geometry`
 
 All models see the same noise. `run` judges generated images separately. B rows, K target tokens, S
 records of a row.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,13 +28,15 @@ from starflow2_jax.training.losses import interleaved, text
 from starflow2_jax.training.losses.interleaved import LossTerms, Stage
 from starflow2_jax.training.tasks import starflow2
 
+from . import skip_geometry
+
 _STAGE = Stage(True, True)
 _READ = ("ids", "segments", "image", "target", "positions", "flow_positions")
 _LATENTS = ("latent_mean", "latent_logvar")
 
 
 def measure(
-    workdir: str, entries: Iterable[Mapping[str, Any]], *, batch_size: int = 16
+    workdir: str, entries: Sequence[Mapping[str, Any]], *, batch_size: int = 16
 ) -> dict[str, Any]:
     """Return the metrics of a run with its averaged parameters.
 
@@ -60,7 +63,8 @@ def measure(
             else:
                 text_answers += evaluate(entry, model.params, {})
                 initial_answers += evaluate(entry, initial_params(model, device_mesh), {})
-    return summarize(answers, image_sums, text_answers, initial_answers)
+        geometry = skip_geometry.measure(model, next(e for e in entries if not e.get("text")))
+    return {**summarize(answers, image_sums, text_answers, initial_answers), **geometry}
 
 
 def summarize(

@@ -11,21 +11,50 @@ RESULT = "result.json"
 # Two-sided 95% points of Student's t by the number of seeds, with one degree of freedom less.
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
            10: 2.262}  # fmt: skip
-METRICS = {
+LIKELIHOODS = {
     "image_nats": "image nats/dim",
     "text_nats": "text nats/token",
     "questions": "questions right",
     "text_alone_before": "text alone, before",
     "text_alone": "after",
-    "generation": "generation",
+    "skip_share": "share of the VLM skip",
+    "skip_cosine": "its cosine",
 }
+JUDGED_METRICS = {
+    "generation": "generation",
+    "changed": "edits: changed",
+    "preserved": "kept",
+    "edits": "both",
+    "reasoning": "reasoning",
+    "without_image": "without its image",
+    "encoded_again": "its image encoded again",
+}
+METRICS = {**LIKELIHOODS, **JUDGED_METRICS, "cache_speedup": "answer without the cache, times"}
 NOT_RUN = "not run"
 NOTES = (
     "Lower is better for nats, higher for shares. Intervals are over seeds (Student's t); (1) "
-    "marks a single seed, which has none. * trains over 5% more weights than the Pretzel. † its "
-    "images have other latents or noise, so their nats do not compare with those of other rows. "
-    "A metric that was not measured is -."
+    "marks a single seed, which has none. * trains over 5% more or fewer weights than the Pretzel. "
+    "† its images have other latents or noise, so their nats do not compare with those of other "
+    "rows. A metric that was not measured is -. Drawings, edits and answers are judged on kinds of "
+    "cases that training has shown."
 )
+
+
+def judged_metrics(judged: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a result of `evaluate shapes`, without those that were not run."""
+    sections = judged["sections"]
+    editing, reasoning = sections.get("editing", {}), sections.get("reasoning", {})
+    baselines = reasoning.get("baselines", {})
+    tables = {
+        "generation": sections.get("generation", {}).get("score"),
+        "changed": editing.get("changed", {}).get("score"),
+        "preserved": editing.get("preserved", {}).get("score"),
+        "edits": editing.get("both", {}).get("score"),
+        "reasoning": reasoning.get("score"),
+        "without_image": baselines.get("direct_answer"),
+        "encoded_again": baselines.get("encoded_again"),
+    }
+    return {name: t["seen"]["mean"]["correct"] for name, t in tables.items() if t and t["seen"]}
 
 
 def build(results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -79,18 +108,32 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def markdown(table: Sequence[Mapping[str, Any]], budget: str = "") -> str:
-    """Return the table as markdown, in the order of `ROWS`."""
-    head = ["row", "seeds", "trained", *METRICS.values()]
+    """Return two tables as markdown, of likelihoods and of what was judged, rows as in `ROWS`."""
+    parts = [budget] if budget else []
+    parts.append(_table(table, LIKELIHOODS, with_counts=True))
+    if any(metric in row for row in table for metric in JUDGED_METRICS):
+        parts.append(_table(table, JUDGED_METRICS, with_counts=False))
+    return "\n\n".join([*parts, NOTES]) + "\n"
+
+
+def _table(
+    table: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], *, with_counts: bool
+) -> str:
+    """Return a table of some metrics; without counts, rows that have none of them are left out."""
+    head = ["row", *(("seeds", "trained") if with_counts else ()), *metrics.values()]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in table:
         marks = ("" if row["matched"] else "*") + ("" if row["comparable"] else "†")
-        cells = [f"{row['what']}{marks}", f"{len(row['seeds'])} of {row['wanted']}"]
-        if row["seeds"]:
-            cells += [f"{row['trained']:,}", *(_cell(row.get(metric)) for metric in METRICS)]
-        else:
-            cells += [NOT_RUN, *("" for _ in METRICS)]
+        cells = [f"{row['what']}{marks}"]
+        if with_counts:
+            cells += [f"{len(row['seeds'])} of {row['wanted']}"]
+            cells += [f"{row['trained']:,}" if row["seeds"] else NOT_RUN]
+        elif not any(metric in row for metric in metrics):
+            continue
+        empty = not row["seeds"]
+        cells += ["" if empty else _cell(row.get(metric)) for metric in metrics]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*([budget, ""] if budget else []), *lines, "", NOTES]) + "\n"
+    return "\n".join(lines)
 
 
 def _cell(metric: Mapping[str, Any] | None) -> str:

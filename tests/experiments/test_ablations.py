@@ -1,27 +1,17 @@
 """The ablations: rows that build, of equal size; runs that are skipped, cut in shards, told of."""
 
-import dataclasses
 import json
-import os
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 from etils import epath
-from helpers import interleaved_dataset
-from helpers.paths import ROOT
 
-from experiments.ablations import latents, one, rows, run, scores, table
+from experiments.ablations import claims, jobs, rows, run, table, times
 from starflow2_jax import config, params
-from starflow2_jax.data import array_store, records
 from starflow2_jax.models import starflow2
-from starflow2_jax.models.ablations import mot
-from starflow2_jax.shapes import tasks
-from starflow2_jax.training.losses.interleaved import LossTerms
 from starflow2_jax.training.tasks import starflow2 as starflow2_step
 
-CORE = ("pretzel", "mot_frozen", "mot_joint", "no_skips", "skip_vlm", "skip_deep")
+CORE = ("pretzel", "mot_frozen", "mot_joint", "no_skips", "skip_vlm", "skip_deep",
+        "skip_into_width", "stage1_again")  # fmt: skip
 
 # -------------------------------------------------------------------------------------------- rows
 
@@ -59,9 +49,42 @@ def test_a_row_trains_as_many_weights_as_the_pretzel_or_says_so(variant, name):
     differing = config.differences(first, cfg)
     assert all(row.startswith(free) for row in differing)
     assert bool(differing) == (name != "pretzel")
+    if name == "stage1_again":
+        return
     assert [e["path"] for e in cfg["data"]["mixture"]] == [
         e["path"] for e in first["data"]["mixture"]
     ]
+
+
+@pytest.mark.fast
+def test_rows_continue_the_stages_that_their_flow_has():
+    assert [rows.stage_row("no_skips", stage) for stage in (1, 2)] == ["pretzel"] * 2
+    assert [rows.stage_row("mot_joint", stage) for stage in (1, 2)] == ["mot_frozen"] * 2
+    assert [rows.stage_row("adapter_linear", s) for s in (1, 2)] == ["pretzel", "adapter_linear"]
+    assert [rows.stage_row("shallow_3", stage) for stage in (1, 2)] == ["shallow_3"] * 2
+    with_own = [name for name in rows.ROWS if rows.stage_row(name, 1) == name]
+    assert set(with_own) == {
+        "pretzel", "mot_frozen", "pixels", "features", "shallow_1", "shallow_3", "shallow_4",
+        "equal_blocks", "noise_0.1", "noise_0.5", "noisy_context", "released_positions",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", rows.VARIANTS)
+def test_the_stages_of_a_row_have_the_model_of_its_stage_3(variant):
+    for name in rows.ROWS:
+        cfgs = {stage: rows.configuration(variant, name, stage=stage) for stage in (1, 2, 3)}
+        for stage in (1, 2):
+            source = rows.configuration(variant, rows.stage_row(name, stage), stage=stage)
+            config.check(source)
+            assert source.train.steps >= rows.STEPS[variant][stage]
+            same = dict(source.model.flow) == dict(cfgs[3].model.flow)
+            assert same and source.noise == cfgs[3].noise, (name, stage)
+            assert source.data.mixture and not source.data.path
+        assert cfgs[3].train.steps == rows.STEPS[variant][3]
+    # A mixture's stage 2 reads as many images as the Pretzel's, and goes on drawing.
+    cfg = rows.configuration("tiny", "mot_frozen", stage=2)
+    assert cfg.train.steps == 2 * rows.STEPS["tiny"][2] and len(cfg.data.mixture) == 4
+    assert cfg.data.mixture[0]["weight"] == 1 == sum(e["weight"] for e in cfg.data.mixture[1:])
 
 
 @pytest.mark.fast
@@ -91,22 +114,35 @@ def test_an_unknown_row_is_a_key_error():
 
 
 @pytest.mark.fast
-def test_shards_hold_every_run_once_and_first_seeds_first():
-    all_jobs = run.jobs([], "0/1")
-    assert len(all_jobs) == len(set(all_jobs)) == 3 * 6 + len(rows.ROWS) - 6
-    assert [name for name, _ in all_jobs[:6]] == list(CORE)
-    seeds = [seed for _, seed in all_jobs]
+def test_shards_hold_every_run_once_and_stages_come_before_their_rows():
+    all_jobs = jobs.jobs([], "0/1")
+    runs = [job for job in all_jobs if job.stage == 3]
+    assert len(all_jobs) == len(set(all_jobs))
+    assert len(runs) == 3 * len(CORE) + len(rows.ROWS) - len(CORE)
+    assert [job.row for job in runs[: len(CORE)]] == list(CORE)
+    seeds = [job.seed for job in runs]
     assert seeds == sorted(seeds)
-    parts = [run.jobs([], f"{i}/4") for i in range(4)]
-    assert sorted(job for part in parts for job in part) == sorted(all_jobs)
-    assert run.jobs(["pixels", "pretzel"], "0/1") == [
-        ("pretzel", 0), ("pixels", 0), ("pretzel", 1), ("pretzel", 2)
+    for job in runs:
+        before = all_jobs[: all_jobs.index(job)]
+        assert all(stage in before for stage in jobs.needed_stages(job.row)), job
+    parts = [jobs.jobs([], f"{i}/4") for i in range(4)]
+    assert sorted(j for part in parts for j in part if j.stage == 3) == sorted(runs)
+    assert jobs.jobs(["pixels", "no_skips"], "0/1", seeds=1) == [
+        ("pretzel", 0, 1), ("pretzel", 0, 2), ("no_skips", 0, 3),
+        ("pixels", 0, 1), ("pixels", 0, 2), ("pixels", 0, 3),
     ]  # fmt: skip
-    assert run.jobs(["pixels"], "0/1", seeds=2) == [("pixels", 0), ("pixels", 1)]
+    assert [str(job) for job in jobs.jobs(["stage1_again"], "0/1", seeds=1)] == [
+        "pretzel, stage 1", "stage1_again, seed 0"
+    ]  # fmt: skip
+    out = epath.Path("out")
+    assert jobs.source(out, jobs.Job("adapter_linear", 0, 2)) == "out/stages/pretzel/stage1"
+    assert jobs.source(out, jobs.Job("mot_joint", 2)) == "out/stages/mot_frozen/stage2"
+    assert jobs.source(out, jobs.Job("stage1_again", 1)) == "out/stages/pretzel/stage1"
+    assert jobs.source(out, jobs.Job("pretzel", 0, 1)) == ""
     with pytest.raises(ValueError, match="no row 'pixel'; did you mean 'pixels'"):
-        run.jobs(["pixel"], "0/1")
+        jobs.jobs(["pixel"], "0/1")
     with pytest.raises(ValueError, match="expected i/n"):
-        run.jobs([], "4/4")
+        jobs.jobs([], "4/4")
 
 
 def result(folder, name, seed, **figures):
@@ -123,47 +159,65 @@ def result(folder, name, seed, **figures):
     return cfg
 
 
-def test_what_is_done_is_skipped_and_a_failure_stops_nothing_else(tmp_path, capsys):
+def test_what_is_done_is_skipped_and_a_failure_stops_what_needs_it_alone(tmp_path, capsys):
     result(tmp_path, "pretzel", 0)
-    started = []
+    started, tables = [], []
 
-    def start(job):
-        started.append(job)
-        return job != ("mot_frozen", 0)
+    def begin(job):
+        started.append(str(job))
+        return job != ("mot_frozen", 0, 1)
 
     def done(job):
-        cfg = config.to_dict(rows.configuration("tiny", job[0])) | {"seed": job[1]}
-        return run.is_done(epath.Path(tmp_path) / job[0] / str(job[1]), cfg)
+        cfg = config.to_dict(rows.configuration("tiny", job.row, stage=job.stage))
+        return jobs.is_done(jobs.folder(epath.Path(tmp_path), job), cfg | {"seed": job.seed})
 
-    failed = run.sweep(run.jobs(["pretzel", "mot_frozen", "pixels"], "0/1")[:4], done, start)
-    assert started == [("mot_frozen", 0), ("pixels", 0), ("pretzel", 1)]
-    assert failed == [("mot_frozen", 0)]
+    todo = jobs.jobs(["pretzel", "mot_frozen"], "0/1", seeds=1)
+    failed = run.sweep(todo, done, begin, lambda: tables.append(1))
+    assert started == ["pretzel, stage 1", "pretzel, stage 2", "mot_frozen, stage 1"]
+    assert [str(job) for job in failed] == [
+        "mot_frozen, stage 1", "mot_frozen, stage 2", "mot_frozen, seed 0"
+    ]  # fmt: skip
+    assert len(tables) == 2
     output = capsys.readouterr().out
-    assert "pretzel, seed 0: done already" in output and "mot_frozen, seed 0: FAILED" in output
+    assert "pretzel, seed 0: done already" in output and "mot_frozen, stage 1: FAILED" in output
+    assert "mot_frozen, seed 0: FAILED, because mot_frozen, stage 1 has" in output
 
 
 def test_a_result_of_other_settings_is_refused(tmp_path):
     cfg = result(tmp_path, "pretzel", 0)
     folder = epath.Path(tmp_path) / "pretzel" / "0"
     moved = {**cfg, "vlm": {**cfg["vlm"], "path": "/elsewhere"}}
-    assert run.is_done(folder, moved)
-    assert not run.is_done(folder.parent / "1", cfg)
+    assert jobs.is_done(folder, moved)
+    assert not jobs.is_done(folder.parent / "1", cfg)
     other = {**cfg, "train": {**cfg["train"], "steps": 3}}
     with pytest.raises(ValueError, match=r"train\.steps: \d+ -> 3"):
-        run.is_done(folder, other)
+        jobs.is_done(folder, other)
+
+
+def judged(folder, **correct):
+    """Write what the shapes suite says about a run."""
+
+    def figures(value):
+        return {"seen": {"mean": {"correct": value}}, "held_out": None}
+
+    reasoning = {
+        "score": figures(correct["reasoning"]),
+        "baselines": {"direct_answer": figures(0.25), "encoded_again": figures(0.5)},
+    }
+    sections = {"generation": {"score": figures(correct["generation"])}, "reasoning": reasoning}
+    (folder / jobs.JUDGED).write_text(json.dumps({"sections": sections, "seconds": 9.0}))
 
 
 def test_the_table_says_means_intervals_seeds_and_what_was_not_run(tmp_path):
     for seed, nats in enumerate((1.0, 1.2, 1.4)):
         result(tmp_path, "pretzel", seed, image_nats=nats, questions=0.5)
     result(tmp_path, "pixels", 0, image_nats=0.25)
-    judged = {"sections": {"generation": {"score": {"seen": {"mean": {"correct": 0.75}}}}}}
-    (tmp_path / "pixels" / "0" / run.JUDGED).write_text(json.dumps(judged))
-    text = run.write_table(epath.Path(tmp_path), "tiny", 0)
-    results_by_row = {
-        row["row"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]
-    }
+    judged(tmp_path / "pixels" / "0", generation=0.75, reasoning=0.5)
+    text = run.write_table(epath.Path(tmp_path), "tiny")
+    stored_table = json.loads((tmp_path / "table.json").read_text())
+    results_by_row = {row["row"]: row for row in stored_table["rows"]}
     assert set(results_by_row) == set(rows.ROWS) and (tmp_path / "table.md").read_text() == text
+    assert {claim["verdict"] for claim in stored_table["claims"]} == {claims.UNDECIDED}
     stored = results_by_row["pretzel"]["image_nats"]
     # Student's t of two degrees of freedom, by hand: 4.303 x 0.2 / sqrt(3).
     assert stored["mean"] == pytest.approx(1.2) and stored["interval"] == pytest.approx(
@@ -173,116 +227,60 @@ def test_the_table_says_means_intervals_seeds_and_what_was_not_run(tmp_path):
         results_by_row["pretzel"]["seeds"] == [0, 1, 2]
         and results_by_row["pretzel"]["seconds"] == 61.0
     )
-    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
+    likelihoods, judgements = text.split("\n\n")[1:3]
+    lines = {line.split("|")[1].strip(): line for line in likelihoods.splitlines()}
     assert "| 3 of 3 | 1,000 | 1.200 ± 0.497 | - | 0.500 ± 0.000 |" in lines["the Pretzel"]
-    pixels = lines[f"{rows.ROWS['pixels'].what}†"]
-    assert "| 1 of 1 |" in pixels and "0.250 (1)" in pixels and "0.750 (1)" in pixels
+    pixels = f"{rows.ROWS['pixels'].what}†"
+    assert "| 1 of 1 |" in lines[pixels] and "0.250 (1)" in lines[pixels]
     assert "| 0 of 3 | not run |" in lines["mixture of transformers, all trained*"]
-    assert "400 steps" in text
-    assert "but 7 steps" in run.write_table(epath.Path(tmp_path), "tiny", 7)
+    lines = {line.split("|")[1].strip(): line for line in judgements.splitlines()}
+    assert set(lines) == {"row", "---", pixels}
+    assert "| 0.750 (1) | - | - | - | 0.500 (1) | 0.250 (1) | 0.500 (1) |" in lines[pixels]
+    assert "400 of 8 rows" in text
+    assert "but 9, 8, 7 steps" in run.write_table(epath.Path(tmp_path), "tiny", "9, 8, 7")
 
 
-# ----------------------------------------------------------------------------------- latents, a run
+@pytest.mark.fast
+def test_claims_are_decided_by_intervals_over_seeds():
+    def seeds(**metrics):
+        return {k: {name: v[k] for name, v in metrics.items()} for k in range(3)}
+
+    results = {
+        "pretzel": seeds(generation=(0.5, 0.52, 0.54), image_nats=(0.4, 0.41, 0.42),
+                         text_alone=(0.1, 0.1, 0.1), text_alone_before=(0.1, 0.1, 0.1),
+                         skip_share=(0.02, 0.03, 0.02), skip_cosine=(0.0, 0.01, 0.0)),
+        "mot_frozen": seeds(generation=(0.2, 0.22, 0.25), image_nats=(0.5, 0.51, 0.53)),
+        "stage1_again": seeds(generation=(0.4, 0.7, 0.5)),
+        "stage1": {0: {"generation": 0.3}},
+    }  # fmt: skip
+    by_text = {claim["text"].split(",")[0]: claim for claim in claims.evaluate(results)}
+    frozen = by_text["A mixture of transformers with a frozen VLM is too weak at generation"]
+    assert frozen["verdict"] == claims.HOLDS
+    assert frozen["comparisons"][0]["mean"] == pytest.approx(0.2967, abs=1e-3)
+    assert by_text["The VLM skip carries part of the deep input"]["verdict"] == claims.FAILS
+    raised = by_text["Stage 3 raises generation over stage 1"]
+    assert [row["verdict"] for row in raised["comparisons"]] == [claims.HOLDS, claims.UNDECIDED]
+    assert raised["verdict"] == claims.UNDECIDED and raised["comparisons"][0]["seeds"] == 3
+    text = claims.markdown(claims.evaluate(results))
+    assert "| generation: pretzel - stage1 | +0.220 ± 0.050 (3) | > 0 | holds |" in text
+    assert "not run" in text
+    for claim in claims.CLAIMS:
+        for comparison in claim.comparisons:
+            assert {comparison.first, comparison.second} <= {*rows.ROWS, claims.STAGE1, ""}
+            assert comparison.metric in table.METRICS
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Folders of pictures with captions and questions, of text alone, and their tokenizer."""
-    folder = tmp_path_factory.mktemp("world")
-    path, held_out = interleaved_dataset.make(folder, count=24, tasks=("t2i", "question", "text"))
-    words = folder / "text"
-    records.write(words, tasks.make_records(4, 8, 16, tasks=["text"]))
-    return path, str(words), held_out
+def test_the_seconds_of_every_run_are_measured_or_estimated(tmp_path):
+    cfg = result(tmp_path, "pretzel", 0)
+    judged(tmp_path / "pretzel" / "0", generation=0.5, reasoning=0.5)
 
+    def settings(row, seed, stage):
+        return cfg
 
-def test_pixels_are_latents_of_unit_variance(data, tmp_path):
-    path, words, _ = data
-    cfg = {"fae": {"path": ""}, "data": {"mixture": ({"path": path},)}}
-    entries = [
-        {"path": path, "latents": str(tmp_path / "a")},
-        {"path": words, "latents": str(tmp_path / "b")},
-    ]
-    latents.make("pixels", cfg, 2, entries)
-    held_out = records.read(path)
-    stored = array_store.read(str(tmp_path / "a"), held_out.manifest)
-    x = np.concatenate([stored[i][1]["latent_mean"] for i in range(len(held_out))])
-    assert x.shape[1:] == (4, 48)
-    np.testing.assert_allclose(x.mean((0, 1)), 0, atol=1e-4)
-    np.testing.assert_allclose(x.std((0, 1)), 1, atol=1e-4)
-    before = (tmp_path / "a" / "dataset.json").stat().st_mtime_ns
-    latents.make("pixels", cfg, 2, entries)
-    assert (tmp_path / "a" / "dataset.json").stat().st_mtime_ns == before
-
-
-def test_a_record_is_right_where_each_of_its_tokens_is():
-    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 3, 0] + [0] * 6])
-    stored = LossTerms(
-        target_index=np.array([[1, 3, 4, 5, 7, 9]]),
-        token=np.array([[True, True, True, False, True, False]]),
-        nll=np.array([[1.0, 0.5, 0.25, 0.0, 2.0, 0.0]]),
-        correct=np.array([[True, True, False, False, True, False]]),
-    )
-    results_by_row = scores.by_record(stored, segments)
-    np.testing.assert_array_equal(results_by_row["tokens"], [[1, 2, 1]])
-    np.testing.assert_array_equal(results_by_row["wrong"], [[0, 1, 0]])
-    np.testing.assert_array_equal(results_by_row["nll"], [[1.0, 0.75, 2.0]])
-
-
-def small_run(data):
-    """Configuration and held-out data of a very small frozen mixture on pixels."""
-    path, words, tokenizer = data
-    vlm = dataclasses.replace(
-        starflow2.preset("tiny").vlm, width=32, layers=2, heads=2, kv_heads=1, mlp_width=48,
-        sections=(2, 3, 3),
-    )  # fmt: skip
-    sizes = {"side": 2, "channels": 48, "width": 40, "head_dim": 20, "layers": (1, 1, 2)}
-    pretzel = starflow2.PretzelConfig(vlm, starflow2.flow_config(vlm.width, **sizes))
-    cfg = config.default()
-    cfg.task, cfg.train.trainable = "starflow2", ("shallow", "deep")
-    cfg.model.update(starflow2.options(mot.matching(pretzel, 24)))
-    cfg.data.mixture = ({"path": path, "weight": 1.0, "latents": f"{path}_pixels"},)
-    cfg.text.tokenizer, cfg.text.length, cfg.text.images = tokenizer, 128, 2
-    cfg.train.batch_size, cfg.train.steps, cfg.checkpoint.every, cfg.optim.warmup = 4, 2, 2, 1
-    cfg.sample.every = cfg.evaluate.every = 0
-    cfg.train.ema, cfg.optim.lr, cfg.data.threads = 0.0, 1e-2, 1
-    config.check(cfg)
-    held_out = (
-        {"path": path, "latents": f"{path}_pixels"},
-        {"path": words, "latents": f"{words}_pixels", "text": True},
-    )
-    return config.to_dict(cfg), held_out
-
-
-def test_a_run_trains_measures_and_leaves_the_text_of_a_frozen_vlm_alone(data, tmp_path):
-    cfg, held_out = small_run(data)
-    code = (
-        "import json, sys\nfrom experiments.ablations import one\n"
-        "cfg, held = json.load(open(sys.argv[1]))\n"
-        "one.run(cfg, 'pixels', tuple(held), sys.argv[2])\n"
-    )
-    config_file = tmp_path / "given.json"
-    config_file.write_text(json.dumps([cfg, held_out]))
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    command = [sys.executable, "-c", code, str(config_file), str(tmp_path / "run")]
-    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    stored = json.loads((tmp_path / "run" / table.RESULT).read_text())
-    assert np.isfinite(stored["image_nats"]) and stored["text_nats"] > 0
-    assert 0 <= stored["questions"] <= 1 and stored["questions_count"] > 0
-    # There is no image in these rows, so the expert has no part in them.
-    assert stored["text_alone"] == pytest.approx(stored["text_alone_before"], rel=1e-6)
-    assert stored["config"] == cfg and stored["seconds"]["training"] > 0
-
-
-def test_what_was_stopped_half_way_is_not_measured(data, tmp_path, monkeypatch):
-    """A training that is told to stop saves and ends well."""
-    cfg, held_out = small_run(data)
-    monkeypatch.setattr(one.train, "train", lambda cfg, workdir: None)
-    with pytest.raises(RuntimeError, match="stopped at step 0 of"):
-        one.run(cfg, "pixels", tuple(held_out), str(tmp_path / "run"))
-    assert not (tmp_path / "run" / table.RESULT).exists()
+    todo = [jobs.Job("pretzel"), jobs.Job("pretzel", 1)]
+    lines = times.markdown(todo, epath.Path(tmp_path), settings, 16).splitlines()
+    assert lines[2] == "| pretzel, seed 0 | 69 | measured |"
+    seconds = times.estimate(cfg, 3, 16, times.DEFAULT_RATE)
+    assert lines[3] == f"| pretzel, seed 1 | {seconds:,.0f} | estimated |"
+    assert lines[5] == f"| those that are left | {seconds:,.0f} | at 65 GFLOP/s |"
+    assert 100 < seconds < 3000 and times.estimate(cfg, 1, 0, 1e30) == times.COMPILE
