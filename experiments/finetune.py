@@ -6,7 +6,7 @@ one, or the model folder, workdir or step after the colon:
 The model's sizes, VLM, codec, tokenizer, noise and row length are taken from it, but for the noise
 of images that are only read: they have none. Images of other sizes are scaled and cropped. Images
 are encoded during training (`fae.path`), unless --config.data.latents names latents from
-`prepare latents`, which saves a tenth of the time.
+`prepare latents`, which saves that time.
 Data: prepare import of the kinds of records that the model should learn (docs/finetuning.md).
 --config.eval_data.path=FOLDER gives held-out data for the metrics and the sample grids, whose
 prompts come from all over it. 1,200 steps of about 36 captions take half an hour on two cores.

@@ -45,6 +45,7 @@ LOG = "log.txt"
 # Sections of the shapes suite on which runs are judged.
 SECTIONS = "generation,editing,reasoning"
 TEST_DATA = ("t2i", "edit", "reasoning")
+JUDGED_CASES = {"tiny": 16, "small": 0}
 
 
 def define(values: flags.FlagValues) -> None:
@@ -53,8 +54,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("only", [], "names of rows; all of them by default", flag_values=values)
     text("shard", "0/1", "i/n: every n-th run, the i-th first", flag_values=values)
     number("seeds", 0, "seeds of every row; 0: as in rows.py", 0, flag_values=values)
-    number("judge", 16, "cases of each tag that are drawn, edited and reasoned about, and judged; "
-           "0: none", 0, flag_values=values)  # fmt: skip
+    number("judge", None, "cases of each tag that are drawn, edited and reasoned about, and judged "
+           "(16 of tiny; none of small, whose data may be any)", 0, flag_values=values)  # fmt: skip
     text("out", "runs/ablations", "folder of runs and tables", flag_values=values)
     flags.DEFINE_bool("table", False, "write the table and run nothing", flag_values=values)
     flags.DEFINE_bool("times", False, "print the seconds of every run and run nothing",
@@ -141,6 +142,11 @@ def _start(arguments: Sequence[str], log: epath.Path) -> bool:
     return status == 0
 
 
+def num_judged(values: flags.FlagValues) -> int:
+    """Return the number of cases of each tag that are judged."""
+    return JUDGED_CASES[values.variant] if values.judge is None else values.judge
+
+
 def start_job(values: flags.FlagValues, out: epath.Path, job: Job) -> bool:
     """Train and measure a run, and judge it; return whether both have succeeded."""
     workdir = folder(out, job)
@@ -151,11 +157,11 @@ def start_job(values: flags.FlagValues, out: epath.Path, job: Job) -> bool:
         argv += [f"--workdir={workdir}", f"--source={source(out, job)}"]
         if not _start([f"{__package__}.one", *argv], workdir / LOG):
             return False
-    if not values.judge or not is_judged(job) or (workdir / JUDGED).exists():
+    if not num_judged(values) or not is_judged(job) or (workdir / JUDGED).exists():
         return True
     held_out = rows.held_out(values.variant, job.row, data=values.data)
     folders = [e["path"] for e in held_out if any(f"/{n}" in e["path"] for n in TEST_DATA)]
-    argv = [f"--model={workdir}", f"--only={SECTIONS}", f"--n={values.judge}"]
+    argv = [f"--model={workdir}", f"--only={SECTIONS}", f"--n={num_judged(values)}"]
     argv += [f"--data={','.join(folders)}", f"--out={workdir / JUDGED}"]
     argv += [f"--fae={values.fae}"] if values.fae else []
     return _start(["starflow2_jax.evaluate", "shapes", *argv], workdir / LOG)
@@ -172,12 +178,13 @@ def main(argv: list[str]) -> None:
     todo = jobs(values.only, values.shard, values.seeds)
     if values.times:
         settings = functools.partial(rows.settings, values)
-        print(times.markdown(todo, out, settings, values.judge), end="", flush=True)
+        print(times.markdown(todo, out, settings, num_judged(values)), end="", flush=True)
         return
 
     def done(job):
         cfg = rows.settings(values, job.row, job.seed, job.stage)
-        judged = not values.judge or not is_judged(job) or (folder(out, job) / JUDGED).exists()
+        judged = not (num_judged(values) and is_judged(job))
+        judged = judged or (folder(out, job) / JUDGED).exists()
         return is_done(folder(out, job), cfg) and judged
 
     write_now = functools.partial(write_table, out, values.variant, steps.replace("_", ", "))

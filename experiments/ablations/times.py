@@ -60,9 +60,12 @@ def estimate(cfg: Mapping[str, Any], stage: int, cases: int, rate: float) -> flo
 
 def measured_rate(out: epath.Path) -> float | None:
     """Return the median FLOP/s that the runs in a folder have logged, None without any."""
+    # ROW/SEED and stages/ROW/STAGE.
+    patterns = (f"*/*/{run_log.METRICS}", f"*/*/*/{run_log.METRICS}")
     logged = [
         row["flops_per_second"]
-        for path in out.glob(f"**/{run_log.METRICS}")
+        for pattern in patterns
+        for path in out.glob(pattern)
         for row in run_log.read_rows(path.parent)
         if row.get("flops_per_second")
     ]
