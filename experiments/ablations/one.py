@@ -69,8 +69,9 @@ def run(
         **(_measure_cache(workdir, fae) if with_cache else {}),
         "seconds": {
             "latents": round(training_start - start_time, 1),
-            # A run that was resumed took longer than this start of it.
-            "training": round(num_steps * _seconds_per_step(workdir), 1),
+            "training": round(
+                _training_seconds(workdir, num_steps, scoring_start - training_start), 1
+            ),
             "scores": round(time.time() - scoring_start, 1),
         },
         "command": run_log.command_line(),
@@ -85,11 +86,15 @@ def _measure_cache(workdir: str, fae: str) -> dict[str, float]:
     return cache_cost.measure(load.load_starflow2(workdir, fae=fae))
 
 
-def _seconds_per_step(workdir: str) -> float:
-    """Return the mean of the logged seconds of a step."""
+def _training_seconds(workdir: str, num_steps: int, last_start: float) -> float:
+    """Return the seconds of a training by its log, as the last start of several is a part of it.
+
+    Args:
+        last_start: seconds of the last start, the result if no speed was logged.
+    """
     logged = [row["seconds_per_step"] for row in run_log.read_rows(workdir)
               if row.get("seconds_per_step") is not None]  # fmt: skip
-    return sum(logged) / len(logged) if logged else 0.0
+    return num_steps * sum(logged) / len(logged) if logged else last_start
 
 
 def main(argv: list[str]) -> None:
