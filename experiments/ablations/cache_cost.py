@@ -23,15 +23,14 @@ def measure(
         model: a STARFlow2 with a codec.
         images: drawn in front of the question.
     """
-    options = {"images": 0, "max_tokens": max_tokens}
     results = model.generate([PROMPT], images=images, max_tokens=0)
     pixels = [Part("image", "assistant", image=part.image) for part in results[0]]
 
     def from_cache():
-        model.generate([QUESTION], continue_from=results, **options)
+        model.generate([QUESTION], continue_from=results, images=0, max_tokens=max_tokens)
 
     def again():
-        model.generate([[PROMPT, *pixels, QUESTION]], **options)
+        model.generate([[PROMPT, *pixels, QUESTION]], images=0, max_tokens=max_tokens)
 
     return {"cache_speedup": _median_seconds(again, repeats) / _median_seconds(from_cache, repeats)}
 

@@ -244,8 +244,7 @@ def _jpeg(pixels: np.ndarray, stamp: str) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    options = {"quality": JPEG_QUALITY, "subsampling": 0}
-    Image.fromarray(pixels).save(buffer, "JPEG", comment=stamp, **options)
+    Image.fromarray(pixels).save(buffer, "JPEG", comment=stamp, quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
 

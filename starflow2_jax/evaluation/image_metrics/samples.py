@@ -1,4 +1,4 @@
-"""Images of a model for the records of a dataset, and the records' own images beside them."""
+"""Images of a model for the records of a dataset, and the records' own images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -47,8 +47,9 @@ def evaluate_shapes(values: flags.FlagValues, with_page: bool = False) -> Output
     if not with_page:
         result, written = file.write(result)
     elif jax.process_index() == 0:
-        options = {"seed": values["seed"].value, "overwrite": values.overwrite}
-        result = report.write_folder(file, result, samples, **options)
+        result = report.write_folder(
+            file, result, samples, seed=values["seed"].value, overwrite=values.overwrite
+        )
         names = f"{report.PAGE}, {result_files.SHAPES_FILE} and contact sheets"
         written = [f"written    {file.path}: {names}"]
     return result, [*summary.summary_lines(result), *written]
