@@ -1,6 +1,7 @@
 """Real training processes: stopped, killed, resumed, moved to other meshes, and refused."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -180,6 +181,26 @@ def test_one_process_trains_in_a_folder(unbroken):
         pytest.raises(RuntimeError, match=r"run: another process trains here \(process \d+"),
     ):
         train.train(cfg, str(workdir))
+
+
+def test_of_two_processes_that_start_at_once_one_trains(data, tmp_path):
+    long = {"train.steps": 1_000_000, "checkpoint.every": 500_000}
+    cfg = run_config(data, **long, **{"sample.every": 0, "evaluate.every": 0})
+    workdir = tmp_path / "run"
+    processes = [start(cfg, workdir), start(cfg, workdir)]
+    deadline = time.time() + 200
+    while all(process.poll() is None for process in processes):
+        assert time.time() < deadline
+        time.sleep(0.1)
+    processes.sort(key=lambda process: process.poll() is None)
+    refused, trained = processes
+    message = rf"run: another process trains here \(process {trained.pid} on \S+\); end it first"
+    assert re.search(message, finish(refused, expected=1))
+    while not run_log.read_rows(workdir):
+        assert trained.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    trained.send_signal(signal.SIGTERM)
+    assert "stopped by a signal at step" in finish(trained)
 
 
 def test_a_step_that_is_not_finite_stops_with_ids_and_a_dump(data, tmp_path):

@@ -59,11 +59,11 @@ def _patch(mode: str, number: int) -> None:
         def call(*args, **options):
             global _count
             _count += 1
-            is_last = _count == number
-            if is_last and mode == "before":
+            is_next = _count == number
+            if is_next and mode == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
             result = function(*args, **options)
-            if is_last:
+            if is_next:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 

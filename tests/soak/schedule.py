@@ -21,6 +21,9 @@ from soak.outcomes import Outcome, Tally
 SHARES = {"kill": 0.45, "damage": 0.35, "fuzz": 0.2}
 
 
+_REPORT_SECONDS = 60.0
+
+
 class Soak:
     """A soak test in a folder."""
 
@@ -52,9 +55,13 @@ class Soak:
         self.numbers = dict.fromkeys(self.seconds, 0)
 
     def run(self, seconds: float) -> None:
-        """Run trials for some seconds."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        """Run trials for some seconds, and report every minute."""
+        start_time = reported = time.monotonic()
+        while (current := time.monotonic()) < start_time + seconds:
+            if current - reported > _REPORT_SECONDS:
+                minutes, trials = (current - start_time) / 60, sum(self.numbers.values())
+                self.report(f"{minutes:.0f} min: {trials} trials, {self.tally.failures} failures")
+                reported = current
             target = self._next_target()
             name = f"{target.group}/{target.target}"
             self._run_trial(target, self.numbers[name])

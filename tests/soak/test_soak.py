@@ -8,7 +8,7 @@ import runpy
 
 import pytest
 
-from soak import damage_trials, fuzz_trials, kill_trials
+from soak import crash_points, damage_trials, fuzz_trials, kill_trials
 from soak.assets import Assets
 from soak.cases import CASES, Case
 from soak.fork_server import LIGHT, ForkServer, Job
@@ -100,6 +100,20 @@ def test_a_fork_reports_how_it_ended(server, tmp_path, statement, status):
     job = Job("soak.test_soak:run_file", (str(tmp_path / "ends.py"),), str(tmp_path), timeout=60)
     ending = server.run(job)
     assert ending.status == status and not ending.timed_out
+
+
+def test_without_a_compiler_calls_of_python_are_crash_points(tmp_path, monkeypatch):
+    monkeypatch.setattr(crash_points.shutil, "which", lambda name: None)
+    server = ForkServer(tmp_path / "server", "soak.test_soak")
+    (tmp_path / "trial").mkdir()
+    job = Job("soak.test_soak:make_folders", (), str(tmp_path / "trial"), 60, "before", 3)
+    assert server.run(job).status == -9 and len(os.listdir(tmp_path / "trial")) == 2
+    server.close()
+
+
+def make_folders():
+    for name in "abc":
+        os.mkdir(name)
 
 
 def run_file(path):
