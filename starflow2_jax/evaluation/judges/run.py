@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from starflow2_jax.evaluation import stats
+from starflow2_jax.evaluation.benchmarks import items
 from starflow2_jax.evaluation.judges import replies as replies_file
 from starflow2_jax.evaluation.judges.client import Judge
 from starflow2_jax.evaluation.judges.protocol import Item, Protocol, Question, encode
@@ -82,11 +83,13 @@ def score_tree(
         JudgeError: A request has no reply. The replies so far are in `out`.
     """
     protocol = PROTOCOLS[bench]
-    items = protocol.items(prompts)
-    names = [protocol.name(item) for item in items]
-    files = {name: protocol.files(item, tree, sources) for name, item in zip(names, items)}
+    rows = protocol.items(prompts)
+    names = [protocol.name(item) for item in rows]
+    files = {name: protocol.files(item, tree, sources) for name, item in zip(names, rows)}
     if problems := check_files([path for paths in files.values() for path in paths]):
         raise IncompleteTree(tree, problems)
+    stamp = _stamp(tree)
+    _check_prompts(stamp, prompts, tree)
     texts = protocol.prompts(official)
     replies, failed = Replies(out), threading.Event()
 
@@ -104,18 +107,18 @@ def score_tree(
 
     numbers = {}
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(ask_item, item) for item in items]
+        futures = [pool.submit(ask_item, item) for item in rows]
         try:
             for count, (name, future) in enumerate(zip(names, futures), 1):
                 numbers[name] = future.result()
-                on_reply(count, len(items))
+                on_reply(count, len(rows))
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     official_files = {name: official / name for name in protocol.prompt_files}
     return {
         "bench": bench,
-        **summarize(protocol, items, numbers),
+        **summarize(protocol, rows, numbers),
         "judge": {"model": judge.model, "published_with": protocol.judge},
         "protocol": {
             "checked_against": protocol.commit,
@@ -124,7 +127,7 @@ def score_tree(
             "settings": dict(protocol.settings),
             "attempts": protocol.attempts,
         },
-        "tree": {"path": str(tree), "stamp": _stamp(tree)},
+        "tree": {"path": str(tree), "stamp": stamp},
     }
 
 
@@ -162,18 +165,18 @@ def _messages(question: Question) -> list[dict[str, Any]]:
 
 def summarize(
     protocol: Protocol,
-    items: Sequence[Item],
+    rows: Sequence[Item],
     numbers: Mapping[str, Mapping[str, list[float] | None]],
 ) -> dict[str, Any]:
     """Return scores by item and group, the overall ones, and what could not be read.
 
     Args:
         protocol: the benchmark.
-        items: its items.
+        rows: its items.
         numbers: of each item's name, the numbers of each question; None if unparsable.
     """
     scores, groups, unparsable = {}, defaultdict(list), []
-    for item in items:
+    for item in rows:
         name = protocol.name(item)
         missing = [question for question, row in numbers[name].items() if row is None]
         if missing:
@@ -182,13 +185,13 @@ def summarize(
         scores[name] = protocol.score(item, numbers[name])
         for group in protocol.groups(item):
             groups[group].append(scores[name])
-    tables = {group: _means(rows) for group, rows in sorted(groups.items())}
+    tables = {group: _means(values) for group, values in sorted(groups.items())}
     figures = {
         group: {key: row[key] for key in row if key != "count" and not key.endswith("_95")}
         for group, row in tables.items()
     }
     return {
-        "items": len(items),
+        "items": len(rows),
         "scored": len(scores),
         "unparsable": {"count": len(unparsable), "items": unparsable},
         "overall": protocol.summarize(figures) if figures else {},
@@ -229,6 +232,17 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
 def _sha256(path: Path) -> str:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _check_prompts(stamp: Any, prompts: Sequence[Path], tree: Path) -> None:
+    """Raise ValueError if a tree says that it was drawn from other files of prompts."""
+    expected = stamp["prompts"]["sha256"] if isinstance(stamp, dict) and "prompts" in stamp else ""
+    actual = items.sha256([str(path) for path in prompts])
+    if expected and actual != expected:
+        raise ValueError(
+            f"{tree}: the images were drawn from other prompts: expected sha256 {expected}, got "
+            f"{actual}; name the files of --prompts in the same order"
+        )
 
 
 def _stamp(tree: Path) -> Any:

@@ -4,6 +4,7 @@ The files that stand for a benchmark's checkout have the real names and forms, a
 """
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -143,6 +144,21 @@ def test_an_incomplete_tree_is_not_judged(wise):
         score("wise", wise, url)
     assert not requests and len(error.value.problems) == 2
     assert re.search(r"missing: .*2\.png\n.*damaged: .*401\.png", str(error.value))
+
+
+def test_a_tree_of_other_prompts_is_refused(wise):
+    def write_stamp(sha256):
+        settings = {"benchmark": "wise", "prompts": {"sha256": sha256, "count": 6}}
+        (wise / "tree" / "settings.json").write_text(json.dumps(settings))
+
+    with fake_judge.serve(lambda body: (200, "2\n2\n2")) as (url, requests):
+        write_stamp("0" * 64)
+        with pytest.raises(ValueError, match="drawn from other prompts: expected sha256 000"):
+            score("wise", wise, url)
+        assert not requests
+        write_stamp(hashlib.sha256((wise / "items.json").read_bytes()).hexdigest())
+        result = score("wise", wise, url)
+    assert result["tree"]["stamp"]["benchmark"] == "wise" and result["scored"] == 6
 
 
 def test_failures_are_retried_and_final_ones_keep_the_replies(wise):
