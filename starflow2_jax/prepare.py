@@ -230,8 +230,6 @@ def show(values: flags.FlagValues) -> dict[str, Any]:
     out = pathlib.Path(_required(values, "out"))
     if out.suffix != ".png":
         raise DatasetError(f"--out {out}: expected a file name that ends in .png")
-    if out.exists() and not values.overwrite:
-        raise DatasetError(f"{out} exists; choose another --out or give --overwrite")
     dataset = records.read(_required(values, "data"))
     count = min(values.n or 24, len(dataset))
     pixels, captions = [], []
@@ -244,7 +242,11 @@ def show(values: flags.FlagValues) -> dict[str, Any]:
     if not pixels:
         raise DatasetError(f"{values.data}: none of {count} records has an image")
     sheet = image_grid.grid(np.stack(pixels), captions, columns=min(8, len(pixels)))
-    atomic.write_file(out, image_grid.png(sheet))
+    data = image_grid.png(sheet)
+    # An equal file is that of the same command, which was killed after it had written it.
+    if out.exists() and not values.overwrite and out.read_bytes() != data:
+        raise DatasetError(f"{out} exists; choose another --out or give --overwrite")
+    atomic.write_file(out, data)
     height, width, _ = sheet.shape
     return {"out": str(out), "pictures": len(pixels), "pixels": f"{width}x{height}"}
 

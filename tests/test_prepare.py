@@ -74,6 +74,8 @@ def test_shapes_are_imported_checked_and_shown(tmp_path, capsys):
     assert (sheet_pixels[4 : 4 + 128 : 4, 4 : 4 + 128 : 4] == first).all()
     with pytest.raises(DatasetError, match="exists"):
         run(capsys, "show", "--data", out, "--out", sheet)
+    # The same command again: it may have been killed after its last file.
+    assert run(capsys, "show", "--data", out, "--out", sheet, "--n", 10)["pictures"] == 10
     run(capsys, "show", "--data", out, "--out", sheet, "--overwrite")
     with pytest.raises(DatasetError, match=r"ends in \.png"):
         run(capsys, "show", "--data", out, "--out", tmp_path / "sheet.exe")

@@ -53,8 +53,6 @@ class DamageTrials:
         """Damage a file, run the command, and compare."""
         if self.intact is None:
             self._prepare()
-            self._start()  # fills the cache of compiled programs
-            self._prepare()
             ending = self._start()
             if ending.status:
                 message = f"{ending.output}{ending.errors}"

@@ -89,8 +89,6 @@ class KillTrials:
 
     def _run_unbroken(self) -> Unbroken:
         self._prepare()
-        self._start()  # fills the cache of compiled programs
-        self._prepare()
         before = snapshots.take(self.folder, self.case.outputs)
         ending = self._start(mode="before")
         if ending.status:
