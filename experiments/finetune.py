@@ -1,7 +1,7 @@
 """python -m starflow2_jax.train --config experiments/finetune.py --config.data.path=data/mine --workdir runs/mine
 
 Fine-tune STARFlow2 on your own dataset: stage 3 continues from a trained model, which is the shipped
-one, or the model folder, workdir or step after the colon:
+one, or the model folder, workdir, step or address (hf://user/name) after the colon:
     --config experiments/finetune.py:models/starflow2
 The model's sizes, VLM, codec, tokenizer, noise and row length are taken from it, but for the noise
 of images that are only read: they have none. Images of other sizes are scaled and cropped. Images

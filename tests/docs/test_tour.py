@@ -70,8 +70,11 @@ def test_the_cells_run(tmp_path):
         assert old in text, old
         text = text.replace(old, new)
     (tmp_path / "tour.ipynb").write_text(text)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    script = tmp_path / "bin" / "python"
+    script.parent.mkdir()
+    # A link to an interpreter would not be in its virtual environment.
+    script.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    script.chmod(0o755)
     environment = {
         **os.environ,
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
