@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": "convert published weights; export, list and verify checkpoints",
     "train": "run or resume an experiment",
     "generate": "draw images and write text with a trained model",
+    "serve": "answer requests of OpenAI's clients with a trained model",
     "evaluate": "measure a trained model; write the report of a run",
     "plan": "estimate memory, communication and step time on other machines",
     "bench": "time training, sampling, reading and loading on this machine",

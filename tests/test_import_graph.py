@@ -31,6 +31,7 @@ LAYERS = (
         "evaluation/image_metrics",
         "evaluation/harnesses",
     ),
+    ("serving",),
     ("planning",),
     ("benchmarking",),
     ("commands",),

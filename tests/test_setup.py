@@ -40,7 +40,9 @@ def test_model_folders_are_packed_with_all_that_is_in_them(tmp_path):
         (pretrained / folder).mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "model.safetensors", "sha256.json", "chat_template.jinja"):
             (pretrained / folder / name).touch()
-    files = {str(p.relative_to(pretrained.parent)) for p in pretrained.rglob("*") if p.is_file()}
+    folders = (pretrained, pretrained.parent / "serving" / "page")
+    paths = [path for folder in folders for path in folder.rglob("*")]
+    files = {str(p.relative_to(pretrained.parent)) for p in paths if p.is_file()}
     patterns = METADATA["tool"]["setuptools"]["package-data"]
     assert len(files) >= 16 and files | {"py.typed"} == packed(tmp_path, patterns)
     assert packed(tmp_path, {"starflow2_jax": []}) == {"py.typed"}

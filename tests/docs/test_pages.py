@@ -15,7 +15,7 @@ from starflow2_jax import config
 from starflow2_jax.runtime import cli
 
 NAMES = {str(page.relative_to(ROOT)): page for page in PAGES}
-COMMANDS = ("prepare", "convert", "train", "generate", "evaluate", "plan", "bench")
+COMMANDS = ("prepare", "convert", "train", "generate", "serve", "evaluate", "plan", "bench")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 each_page = pytest.mark.parametrize("page", NAMES.values(), ids=NAMES.keys())
 

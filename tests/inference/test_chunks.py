@@ -57,9 +57,9 @@ def test_text_is_shown_once_no_later_token_can_change_it():
     pieces = {1: b"h", 2: b"\xc3", 3: b"\xa9", 4: b"ab", 5: b"c"}
     decode = lambda ids: b"".join(pieces[i] for i in ids).decode("utf-8", "replace")
     tokenizer = dataclasses.replace(TOKENIZER, decode=decode)
-    shown = lambda *ids, stop=(): text_stream.stable_text(tokenizer, ids, stop)
-    assert [shown(), shown(1), shown(1, 2), shown(1, 2, 3)] == ["", "h", "h", "hé"]
-    assert shown(1, 4, stop=("bcd", "x")) == "ha" and shown(1, 4, 5, stop=("abd",)) == "habc"
+    visible = lambda *ids, stop=(): text_stream.stable_text(tokenizer, ids, stop)
+    assert [visible(), visible(1), visible(1, 2), visible(1, 2, 3)] == ["", "h", "h", "hé"]
+    assert visible(1, 4, stop=("bcd", "x")) == "ha" and visible(1, 4, 5, stop=("abd",)) == "habc"
 
 
 def test_rows_with_other_parameters_share_a_batch(x64):

@@ -9,7 +9,7 @@ from absl import flags
 from starflow2_jax.runtime import cli, memory
 
 pytestmark = pytest.mark.fast
-COMMANDS = ("generate", "evaluate", "prepare", "bench")
+COMMANDS = ("generate", "serve", "evaluate", "prepare", "bench")
 
 
 def defined(command):
