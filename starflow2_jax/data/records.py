@@ -114,6 +114,8 @@ def check(record: Record, location: str, pixels: bool = False) -> None:
                 f"{location}: $.segs[{number}].i is {segment.i}, but there are "
                 f"{len(record.imgs)} images"
             )
+        if isinstance(segment, Text) and "\0" in segment.s:
+            raise DatasetError(f"{location}: $.segs[{number}].s has a NUL character")
     if not any(segment.loss for segment in record.segs):
         raise DatasetError(f"{location}: no segment has loss=True, so the record has no target")
     for number, blob in enumerate(record.imgs):

@@ -116,7 +116,7 @@ def make_sources() -> None:
     (folder / "pets").mkdir(parents=True)
     members = []
     for number, caption in enumerate(CAPTIONS):
-        data = images.encode_png(rng.integers(0, 256, (8, 8, 3), np.uint8))
+        data = images.encode_png(rng.integers(0, 256, (16, 16, 3), np.uint8))
         members += [(f"{number}.png", data), (f"{number}.txt", caption.encode())]
         (folder / "pets" / f"{number}.png").write_bytes(data)
         (folder / "pets" / f"{number}.txt").write_text(caption)

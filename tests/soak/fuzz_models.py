@@ -367,13 +367,14 @@ def _flags_problem(values: dict[str, Any]) -> str:
     return f"{infinite} are not finite" if infinite else ""
 
 
+_KEY = r"config|model\."  # an error names the key
 READERS = (
     Reader("torch files", _make_torch, _read_tensors, _torch_problem, 40),
     Reader("flags", _make_flags, _read_flags, _flags_problem, 60, "--"),
     Reader("safetensors", _make_safetensors, _read_tensors, _tensors_problem, 150),
     Reader("model indexes", _make_index, _read_model, _tensors_problem, 60),
-    Reader("configurations", _make_config, _read_config, _config_problem, 100, "config"),
-    Reader("overrides", _make_overrides, _read_overrides, _config_problem, 30, "config"),
+    Reader("configurations", _make_config, _read_config, _config_problem, 100, _KEY),
+    Reader("overrides", _make_overrides, _read_overrides, _config_problem, 30, _KEY),
     Reader("model configs", _make_model_config, _read_model_config, _config_problem, 60),
     Reader("options", _make_options, _read_options, cases=100, mark="options"),
     Reader("run records", _make_run, _read_run, cases=60),
