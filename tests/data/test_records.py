@@ -177,7 +177,7 @@ def test_a_payload_that_is_not_msgpack_is_named(tmp_path):
     [
         ({"segs": [Img(1, True)]}, r"segs\[0\]\.i is 1, but there are 1 images"),
         ({"segs": [Text("a", False), Img(0, False)]}, "no segment has loss=True"),
-        ({"segs": [Text("a\0", True)], "imgs": []}, r"\$\.segs\[0\]\.s has a NUL character"),
+        ({"segs": [Text("a\0", True)]}, r"\$\.segs\[0\]\.s has a NUL character"),
         ({"imgs": [("h", 9)]}, "declared png of 9 x 8 .h x w., the image is png of 8 x 8"),
         ({"imgs": [("fmt", "jpeg")]}, "declared jpeg"),
         ({"imgs": [("sha256", "0" * 64)]}, "sha256"),
