@@ -20,7 +20,7 @@ TAGS = ("jax", "starflow2_jax", "normalizing-flow")
 # Groups of a result that are no figures of the model as such, and those of single tasks.
 _SKIPPED_GROUPS = (
     *("samples", "options", "protocol", "versions", "model", "data", "fit"),
-    *("tags", "by_holdout"),
+    *("tags", "by_holdout", "differences"),
 )
 # Groups whose name says nothing to a reader, and counts of what a figure is the mean of.
 _SILENT_GROUPS = ("sections", "mean", "score", "kinds", "all")
@@ -74,6 +74,11 @@ class Figure:
     value: float
     interval: Sequence[float] | None  # 95%
     count: int | None  # of what was measured
+
+    @property
+    def label(self) -> str:
+        """Return groups and key."""
+        return f"{self.name}: {self.metric}" if self.name else self.metric
 
     def text(self) -> str:
         """Return the value with its interval."""
@@ -215,7 +220,7 @@ def _evaluations(result: Mapping[str, Any], task: str) -> "Iterator[EvalResult]"
             dataset_type=Path(path).name.replace(" ", "-"),
             dataset_name=path,
             metric_type="accuracy" if figure.metric == "correct" else figure.metric,
-            metric_name=f"{figure.name}: {figure.metric}" if figure.name else figure.metric,
+            metric_name=figure.label,
             metric_value=figure.value,
             metric_args={"interval_95": list(figure.interval or ()), "count": figure.count},
         )
@@ -232,8 +237,7 @@ def _figures(results: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         stamp = [str(result["machine"]), str(result["devices"]), packages, str(time)]
         lines += ["| figure | value | of |", "|---|---|---|"]
         lines += [
-            f"| {_cell(f'{row.name} {row.metric}')} | {row.text()} | {row.count or ''} |"
-            for row in figures(result)
+            f"| {_cell(row.label)} | {row.text()} | {row.count or ''} |" for row in figures(result)
         ]
         lines += ["", f"`{Path(path).name}`: {'; '.join(part for part in stamp if part)}.", ""]
         lines += ["```bash", str(result["command"]), "```", ""]

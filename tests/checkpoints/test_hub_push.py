@@ -182,7 +182,7 @@ def test_the_card_has_metadata_commands_and_figures_with_their_stamps(folder, tm
     assert figure.metric_args == {"count": 40, "interval_95": [0.4, 0.6]}
     for text in (
         *("| nats_per_dim | -1.25 (-1.5 to -1) | 64 |", "12 parameters, images of 8 pixels"),
-        "| baselines, gray image correct | 0.25 (0.2 to 0.3) | 40 |",
+        "| baselines, gray image: correct | 0.25 (0.2 to 0.3) | 40 |",
         *("2026-11-30T12:00:00+00:00", "Linux, 2 cores", "jax 0.10.2"),
         "python -m starflow2_jax.evaluate likelihood --model tiny",
         "python -m starflow2_jax.generate --model hf://user/tiny --n 4",
