@@ -1,7 +1,7 @@
 # starflow2_jax in a container, for CPUs or NVIDIA GPUs.
 #
 #   docker build -t starflow2_jax .
-#   docker build -t starflow2_jax:cuda --build-arg EXTRAS=cuda .
+#   docker build -t starflow2_jax:cuda --build-arg EXTRAS=cuda,serve .
 #
 # EXTRAS   extras of the package, joined by commas. cuda brings the CUDA libraries as wheels; the
 #          host needs NVIDIA's driver and container toolkit.
@@ -9,7 +9,7 @@
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim AS build
 
-ARG EXTRAS=""
+ARG EXTRAS="serve"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
