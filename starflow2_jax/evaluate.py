@@ -38,6 +38,7 @@ from starflow2_jax.evaluation.command_flags import (
     open_result,
     require,
 )
+from starflow2_jax.evaluation.harnesses import questions
 from starflow2_jax.evaluation.image_metrics import command as images_command
 from starflow2_jax.evaluation.judges import command as judges_command
 from starflow2_jax.evaluation.report import run_report
@@ -328,13 +329,18 @@ def evaluate_vlm(values: flags.FlagValues) -> Output:
 def _score_with_starflow2(
     values: flags.FlagValues, path: str, blank: bool = False
 ) -> list[vqa.ScoredAnswer]:
+    """Return scored answers; those that are one text at the end of a record are decoded.
+
+    The noise of a decoded record's images is that of its number, as in the plugins of harnesses.
+    """
     model, seed = load_starflow2(values, path), values["seed"].value
     rows = list(itertools.islice(records.read(values.data), values.rows))
     batch_size = min(values.batch_size or 32, len(rows))
     sums, _ = interleaved_likelihood.score_records(
         model, rows, batch_size=batch_size, seed=seed, blank=blank
     )
-    return vqa.from_sums(rows, sums)
+    decoded = questions.decode_records(model, rows, batch_size=batch_size, seed=seed, blank=blank)
+    return vqa.from_sums(rows, sums, decoded)
 
 
 def evaluate_codec(values: flags.FlagValues) -> Output:

@@ -57,20 +57,29 @@ def score_answers(
     return answers
 
 
-def from_sums(rows: Iterable[records.Record], sums: Mapping[str, np.ndarray]) -> list[ScoredAnswer]:
+def from_sums(
+    rows: Iterable[records.Record],
+    sums: Mapping[str, np.ndarray],
+    decoded: Mapping[int, str] | None = None,
+) -> list[ScoredAnswer]:
     """Return the scored answers of records with target text.
 
     Args:
         rows: the records.
         sums: `text/count`, `text/correct` and `text/nll` [records], as from
             `interleaved_likelihood.score_records`.
+        decoded: the texts of answers that were decoded, by the number of their record. They say
+            whether the answer is correct; of other records the sums do.
     """
     answers = []
     for i, record in enumerate(rows):
         nll, tokens = float(sums["text/nll"][i]), round(float(sums["text/count"][i]))
         correct = round(float(sums["text/correct"][i])) == tokens
         if tokens:
-            answers.append(_scored_answer(record, correct, nll, tokens))
+            answer = _scored_answer(record, correct, nll, tokens)
+            if decoded and i in decoded:
+                answer = answer._replace(correct=decoded[i] == answer.text)
+            answers.append(answer)
     return answers
 
 

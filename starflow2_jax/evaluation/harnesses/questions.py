@@ -22,6 +22,8 @@ from starflow2_jax.inference.resize import fit_image
 
 Question = Sequence[str | np.ndarray | Part]
 DEFAULT_MAX_TOKENS = 128
+# Tokens that an answer may have beyond the longest reference text.
+_EXTRA_TOKENS = 4
 
 
 def read_settings(settings: Mapping[str, Any], limit: int) -> GenerateOptions:
@@ -116,6 +118,46 @@ def answer(
         )
         answers |= {i: ask.answer_text(parts[0]) for i, parts in zip(order, samples)}
     return [answers[i] for i in range(len(questions))]
+
+
+def decode_records(
+    model: Model,
+    rows: Sequence[Record],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    blank: bool = False,
+) -> dict[int, str]:
+    """Return the greedy answers to records that end with their only target, a text, by number.
+
+    Args:
+        model: a STARFlow2.
+        rows: the records; the noise of an image depends on the number of its record and the seed.
+        batch_size: upper bound on the questions of a batch.
+        seed: of the noise.
+        blank: replace images by gray.
+    """
+    prompts: dict[int, list[Part]] = {}
+    max_tokens = 1
+    for number, record in enumerate(rows):
+        targets = [segment for segment in record.segs if segment.loss]
+        if targets != record.segs[-1:] or not isinstance(targets[0], Text):
+            continue
+        prompts[number] = [_part(record, segment, blank) for segment in record.segs[:-1]]
+        max_tokens = max(max_tokens, len(model.tokenizer.encode(targets[0].s)) + _EXTRA_TOKENS)
+    options = [make_options({"images": 0, "max_tokens": max_tokens})] * len(prompts)
+    answers = answer(
+        model, list(prompts.values()), options, list(prompts), batch_size=batch_size, seed=seed
+    )
+    return dict(zip(prompts, answers))
+
+
+def _part(record: Record, segment: Text | Img, blank: bool) -> Part:
+    if isinstance(segment, Text):
+        return Part("text", segment.role, segment.s)
+    location = f"{record.id!r}, image {segment.i}"
+    pixels = images.decode(record.imgs[segment.i].data, location)
+    return Part("image", segment.role, image=np.full_like(pixels, 128) if blank else pixels)
 
 
 def _length(model: Model, question: Question) -> int:

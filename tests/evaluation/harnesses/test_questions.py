@@ -1,12 +1,15 @@
 """Questions of harnesses: settings, images and records, without any model."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from starflow2_jax.evaluation import interleaved_likelihood
+from starflow2_jax.data import images, records
+from starflow2_jax.data.records import Text
+from starflow2_jax.evaluation import interleaved_likelihood, vqa
 from starflow2_jax.evaluation.harnesses import lmms_plugin, questions
 from starflow2_jax.inference.prompts import Part
 
@@ -69,6 +72,34 @@ def test_answers_are_scored_after_their_question(monkeypatch):
     assert [s.loss for s in first.segs] == [False, False, True] and len(first.imgs) == 1
     assert [s.role for s in second.segs] == ["system", "user", "assistant"]
     assert questions.score_answers(None, [], [], batch_size=8) == []
+
+
+def test_records_that_end_with_one_answer_are_decoded(monkeypatch):
+    requests = []
+
+    def answer(model, prompts, options, numbers, *, batch_size, seed):
+        requests.extend(zip(numbers, prompts, options))
+        return [f"answer {number}" for number in numbers]
+
+    monkeypatch.setattr(questions, "answer", answer)
+    blob = records.image_blob(images.encode_png(np.zeros((4, 4, 3), np.uint8)), "x")
+    question, end = Text("What?", False, "user"), Text("red one", True, "assistant")
+
+    def record(*segments):
+        return records.Record(1, "r", "", [records.Img(0, False, "user"), *segments], [blob])
+
+    rows = [record(question, end), record(question, end, question, end), record(question, end)]
+    model = SimpleNamespace(tokenizer=SimpleNamespace(encode=str.split))
+    decoded = questions.decode_records(model, rows, batch_size=8, blank=True)
+    assert decoded == {0: "answer 0", 2: "answer 2"}  # a dialog has two answers
+    number, prompt, options = requests[1]
+    assert number == 2 and options.max_tokens == 6 and (prompt[0].image == 128).all()
+    assert [(part.kind, part.role, part.text) for part in prompt] == [
+        ("image", "user", ""), ("text", "user", "What?"),
+    ]  # fmt: skip
+    sums = {"text/nll": np.ones(3), "text/count": np.full(3, 2.0), "text/correct": np.full(3, 2.0)}
+    scored = vqa.from_sums(rows, sums, {**decoded, 2: "red one"})
+    assert [row.correct for row in scored] == [False, True, True]
 
 
 def test_the_plugin_imports_nothing_before_it_is_called():
