@@ -297,9 +297,9 @@ def evaluate_vlm(values: flags.FlagValues) -> Output:
     require(values, "understanding", "model", "data")
     file = open_result(values, "understanding", values.data)
 
-    def score(path, **changes):
+    def score(path, blank=False):
         if open_model(path).task == load.TASK:
-            return _score_with_starflow2(values, path, **changes)
+            return _score_with_starflow2(values, path, blank)
         model = vlm.load(path)
         options = vlm_task.data_options(
             model.cfg,
@@ -307,7 +307,7 @@ def evaluate_vlm(values: flags.FlagValues) -> Output:
             path=values.data,
             mixture=(),
             tokenizer=model.tokenizer_folder,
-            **changes,
+            blank_images=blank,
         )
         return vqa.score_answers(functools.partial(vlm.score, model), options)
 

@@ -305,7 +305,7 @@ def verify(path: str | Path) -> list[str]:
     problems = [f"{name} is not in {DIGEST_FILE}" for name in required if name not in expected]
     for name, problem in digest.mismatches(epath.Path(path), expected).items():
         problems.append(
-            f"{name} is missing"
+            f"{name} is missing (by {DIGEST_FILE})"
             if problem == "missing"
             else f"{name} has {problem} by {DIGEST_FILE}: one of the two is damaged"
         )
@@ -325,7 +325,7 @@ def check(path: str | Path) -> None:
     path = Path(path)
     problems = verify(path) if (path / DIGEST_FILE).exists() else []
     if problems:
-        absent = all(text.endswith("is missing") for text in problems)
+        absent = all(" is missing (by " in text for text in problems)
         kind = FileNotFoundError if absent else ValueError
         raise kind(f"{path} is damaged: {'; '.join(problems)}")
 

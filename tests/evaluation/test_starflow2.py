@@ -247,3 +247,14 @@ def test_sections_that_a_stage_has_not_trained_are_named(model):
     assert suite.unsupported_sections(model) == {}
     reasons = suite.unsupported_sections(dataclasses.replace(model, codec=None))
     assert "codec" in reasons["generation"]
+
+
+def test_understanding_of_a_vlm_compares_with_gray_images(parts, capsys):
+    folder = parts[0] / "vlm"
+    run_verb("understanding", "--model", folder, "--data", parts[0] / "data", "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["baselines"]) == {"blank_image"}
+    counts = [
+        table["all"]["count"] for table in (result["kinds"], result["baselines"]["blank_image"])
+    ]
+    assert counts[0] == counts[1] > 0

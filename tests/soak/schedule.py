@@ -18,7 +18,7 @@ from soak.kill_trials import KillTrials
 from soak.outcomes import Outcome, Tally
 
 # Shares of the time.
-SHARES = {"kill": 0.45, "damage": 0.35, "fuzz": 0.2}
+SHARES = {"kill": 0.5, "damage": 0.4, "fuzz": 0.1}
 
 
 _REPORT_SECONDS = 60.0
