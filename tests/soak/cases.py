@@ -120,6 +120,7 @@ CASES = {
         "shapes_page",
     ),
     "report": _case("evaluate report --workdir run", "run shapes", "run/report.html"),
+    "ablations": _case("soak.small_ablation table", EXPERIMENT, "table"),
     # These are only damaged.
     "resume": _read(_TRAIN, f"shapes {EXPERIMENT} half_run=run", "run", "run shapes"),
     "verify run": _read("convert verify --workdir run --json", "run", "", "run/checkpoints"),

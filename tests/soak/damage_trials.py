@@ -93,8 +93,10 @@ class DamageTrials:
         if "run" in self.case.outputs:
             job = Job("soak.snapshots:print_arrays", ("run",), str(self.folder))
             arrays = self.assets.server.run(job).output
+        # Commands that write files print progress and durations.
+        printed = "" if self.case.outputs else snapshots.normalize(ending.output)
         return (
-            snapshots.normalize(ending.output),
+            printed,
             snapshots.take(self.folder, self.case.outputs),
             arrays,
         )

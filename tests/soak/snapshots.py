@@ -18,8 +18,8 @@ _VOLATILE_KEYS = {
 }
 _SECONDS = re.compile(r"\d+(\.\d+)? ?s\b|\d+:\d+:\d+(\.\d+)?|\b\d+(\.\d+)?(e-?\d+)? (ms|it/s)\b")
 _STEP = re.compile(r"(.*checkpoints/\d+)/.*")
-# Changes with every start of a run; `config.json` has its digest in it.
-_UNCOMPARED = ("run.json",)
+# They change with every start of a run.
+_UNCOMPARED = ("run.json", "log.txt")
 
 
 def take(folder: Path, outputs: tuple[str, ...]) -> dict[str, str]:
@@ -69,7 +69,8 @@ def _status(step: Path) -> str:
 def _digest(file: Path) -> str:
     data = file.read_bytes()
     if file.name in _UNCOMPARED:
-        return "present" if _is_json(data) else "damaged"
+        is_good = file.suffix != ".json" or _is_json(data)
+        return "present" if is_good else "damaged"
     if file.suffix in (".json", ".jsonl"):
         text = data.decode("utf-8", "replace")
         try:
