@@ -141,10 +141,12 @@ def test_microbatches_equal_the_whole_batch(stage3):
 
 
 @pytest.mark.parametrize(
-    "layout, sizes", [("fsdp_tp", "data=2,fsdp=2,tensor=2"), ("fsdp", "data=2,fsdp=2,context=2")]
+    "layout, frozen, sizes",
+    [("fsdp_tp", "tp", "data=2,fsdp=2,tensor=2"), ("fsdp", "", "data=2,fsdp=2,context=2")],
 )
-def test_eight_devices_equal_one(stage3, layout, sizes):
-    losses, state, *_ = run(experiment(layout=layout, mesh=sizes), devices=jax.devices())
+def test_eight_devices_equal_one(stage3, layout, frozen, sizes):
+    cfg = experiment(layout=layout, mesh=sizes, frozen_layout=frozen)
+    losses, state, *_ = run(cfg, devices=jax.devices())
     np.testing.assert_allclose(losses, stage3[0], rtol=1e-5, atol=1e-5)
     up = state.params["deep"]["layers"]["mlp_up"]["weight"]
     assert up.addressable_shards[0].data.size * (4 if "tensor" in sizes else 2) == up.size
