@@ -16,7 +16,7 @@ LIKELIHOODS = {
     "text_nats": "text nats/token",
     "questions": "questions right",
     "text_alone_before": "text alone, before",
-    "text_alone": "after",
+    "text_alone": "text alone, after",
     "skip_share": "share of the VLM skip",
     "skip_cosine": "its cosine",
 }
