@@ -13,16 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from starflow2_jax.mesh import (
-    activation_shards,
-    constrain,
-    constrain_states,
-    gather_weight,
-    platform,
-)
+from starflow2_jax.mesh import activation_shards, constrain, constrain_states, platform
 from starflow2_jax.models import rope
 from starflow2_jax.models.attention import KERNELS, grouped_query_attention
-from starflow2_jax.params import Init, ParamSpec, Tree, fan_in, ones, zeros
+from starflow2_jax.params import Init, ParamSpec, Tree, fan_in, gather_layer, ones, zeros
 
 # The mask [T, S] of attention without a mask.
 ATTEND_ALL = np.ones((1, 1), bool)
@@ -255,8 +249,7 @@ def project_qkv(
         y = y.reshape(*x.shape[:2], -1, cfg.head_dim)
         return constrain(y.swapaxes(1, 2), "batch", "heads", "length")
 
-    x = norm(params["attention_norm"], h, cfg.norm, cfg.norm_eps)
-    x = constrain(x, "batch", "length")
+    x = constrain(norm(params["attention_norm"], h, cfg.norm, cfg.norm_eps), "batch", "length")
     if "query_key_value" in params:
         bounds = np.cumsum([cfg.heads, cfg.kv_heads]) * cfg.head_dim
         projections = jnp.split(linear(params["query_key_value"], x), bounds, -1)
@@ -320,8 +313,8 @@ def add_attention_and_mlp(
     if cfg.post_norm:
         attended = rms_norm(params["attention_post_norm"], attended)
     h = h + attended
-    x = norm(params["mlp_norm"], h, cfg.norm, cfg.norm_eps)
-    y = mlp(params, constrain(x, "batch", "length"), cfg)
+    x = constrain(norm(params["mlp_norm"], h, cfg.norm, cfg.norm_eps), "batch", "length")
+    y = mlp(params, x, cfg)
     if cfg.post_norm:
         y = rms_norm(params["mlp_post_norm"], y)
     return constrain_states(h + y)
@@ -365,16 +358,6 @@ REMAT = {
 }
 
 
-def gather_weights(params: Any, specs: Any, dtype: Any) -> Any:
-    """Return one layer's parameters as `mesh.gather_weight` does; matrices in this dtype."""
-
-    def gather(w, spec):
-        return gather_weight(w.astype(dtype) if w.ndim > 1 else w, spec.axes[1:])
-
-    mesh = jax.sharding.get_abstract_mesh()
-    return params if mesh.empty or mesh.size == 1 else jax.tree.map(gather, params, specs)
-
-
 def run_layers(
     layer: Callable[..., Any],
     carry: Any,
@@ -394,10 +377,9 @@ def run_layers(
         specs: the declarations of the stacked layers, for any number of them.
     """
     if cache is None:
-        dtype = jax.tree.leaves(carry)[0].dtype
 
         def step(carry, layer_params):
-            layer_params = gather_weights(layer_params, specs, dtype)
+            layer_params = gather_layer(layer_params, specs, jax.tree.leaves(carry)[0].dtype)
             return layer(carry, layer_params, None)[0], None
 
         if REMAT[remat] is not None:
