@@ -68,9 +68,13 @@ def test_a_damaged_or_missing_part_is_refused_by_load(exported, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(exported, copy)
     flip(copy / "vlm" / "tokenizer_config.json", 40)
-    with pytest.raises(ValueError, match=r"vlm/tokenizer_config\.json has sha256"):
+    with pytest.raises(ValueError, match=r"vlm is damaged: tokenizer_config\.json has sha256"):
         load.load(str(copy))
     shutil.copy(exported / "vlm" / "tokenizer_config.json", copy / "vlm")
+    flip(copy / "vlm" / "model.safetensors", 9999)
+    with pytest.raises(ValueError, match=r"vlm is damaged: model\.safetensors has sha256"):
+        load.load(str(copy))
+    shutil.copy(exported / "vlm" / "model.safetensors", copy / "vlm")
     shutil.rmtree(copy / "fae")
     missing = r"its codec is missing: there is no folder .*copy/fae"
     with pytest.raises(FileNotFoundError, match=missing):

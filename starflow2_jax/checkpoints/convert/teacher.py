@@ -10,7 +10,12 @@ from jax.sharding import Mesh
 from starflow2_jax import config, params
 from starflow2_jax.checkpoints.convert import dinov2, qwen, qwen_options
 from starflow2_jax.checkpoints.digest import sha256_file
-from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, locate, read_config
+from starflow2_jax.checkpoints.model_folder import (
+    CONFIG_FILE,
+    check,
+    locate,
+    read_config,
+)
 from starflow2_jax.models.fae import teacher as teachers
 from starflow2_jax.models.fae.codec import FAEConfig
 from starflow2_jax.models.fae.teacher import Teacher
@@ -57,9 +62,15 @@ def load(
 
 
 def identity(path: str) -> str:
-    """Return the sha256 of a file, or of config.json and the safetensors in a folder."""
+    """Return the sha256 of a file, or of config.json and the safetensors in a folder.
+
+    Raises:
+        ValueError, FileNotFoundError: Files of a folder differ from its own list of digests.
+    """
     digest = hashlib.sha256()
     root = locate(path)
+    if root.is_dir():
+        check(root)  # names what is damaged, where the sha256 would say that something differs
     for file in sorted(root.iterdir()) if root.is_dir() else [root]:
         if file.name == CONFIG_FILE or file.suffix == ".safetensors":
             inner = sha256_file(file)
