@@ -184,8 +184,13 @@ def decode_chunk(
     cfg: BackboneConfig,
     special: SpecialTokens,
     clean_copies: bool = False,
+    until_row_ends: Any = False,
 ) -> tuple[DecodeState, StepOutput]:
-    """Run at most `max_steps` steps, and at most `CHUNK`; the arrays of `state` are donated."""
+    """Run at most `max_steps` steps, and at most `CHUNK`; the arrays of `state` are donated.
+
+    If `until_row_ends`, a traced bool, is true, the chunk ends with the first row that ends, or
+    that waits for a clean copy.
+    """
     rows = state.token.shape[0]
     dtype = jnp.promote_types(state.u.dtype, jnp.float32)
     output = StepOutput(
@@ -194,9 +199,14 @@ def decode_chunk(
         log_probs=jnp.zeros((rows, CHUNK, 3), dtype),
     )
 
+    def num_active(state):
+        return (state.mode < ENDED).sum()
+
+    enough = jnp.where(until_row_ends, num_active(state), 1)
+
     def not_done(carry):
         i, state, _ = carry
-        return (i < jnp.minimum(max_steps, CHUNK)) & (state.mode < ENDED).any()
+        return (i < jnp.minimum(max_steps, CHUNK)) & (num_active(state) >= jnp.maximum(enough, 1))
 
     def step(carry):
         i, state, output = carry

@@ -153,8 +153,13 @@ class RowPool:
             self._rows[r] = _Row(branch_items.content, start, partner, len(branch_items))
         return rows[0]
 
-    def run_chunk(self, max_steps: int) -> dict[int, list[SampledItem]]:
-        """Run at most `max_steps` steps; return the new items of every conditional row."""
+    def run_chunk(
+        self, max_steps: int, *, until_row_ends: bool = False
+    ) -> dict[int, list[SampledItem]]:
+        """Run at most `max_steps` steps; return the new items of every conditional row.
+
+        The chunk ends with the first row that ends if something waits for a row.
+        """
         state = self._state.replace(
             caches=self._placed_caches(),
             # Derived from the lengths in every step.
@@ -170,6 +175,7 @@ class RowPool:
             cfg=self._cfg,
             special=self.model.special_tokens,
             clean_copies=self.model.has_clean_copies,
+            until_row_ends=np.bool_(until_row_ends),
         )
         self._caches = state.caches
         self._lengths = np.array(state.caches[0].length)

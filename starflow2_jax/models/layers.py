@@ -284,11 +284,9 @@ def self_attention(
         new = new.astype(cached.dtype).reshape(*cached.shape[:-2], *new.shape[-2:])
         if not offset.ndim:
             return jax.lax.dynamic_update_slice_in_dim(cached, new, offset, cached.ndim - 2)
-        # One update for each row, since XLA would turn a batched one into a loop.
-        for b in range(len(new)):
-            start = (*np.asarray((b, 0), offset.dtype), offset[b], np.zeros((), offset.dtype))
-            cached = jax.lax.dynamic_update_slice(cached, new[b : b + 1], start)
-        return cached
+        # Every row writes behind its own last slot; what is beyond the cache is dropped.
+        rows, slots = jnp.arange(len(new))[:, None], offset[:, None] + jnp.arange(new.shape[-2])
+        return cached.at[rows, :, slots].set(new.swapaxes(1, 2))
 
     if layer_cache is not None:
         cached_k, cached_v, offset = layer_cache

@@ -290,7 +290,8 @@ class Engine:
     def _step(self, number: int, pool: RowPool) -> None:
         """Run a chunk of a pool's rows, and end those that are done."""
         start = time.perf_counter()
-        sampled = pool.run_chunk(self.settings.chunk)
+        is_awaited = bool(self._waiting or self._inbox)
+        sampled = pool.run_chunk(self.settings.chunk, until_row_ends=is_awaited)
         self.counts["seconds_sampling"] += time.perf_counter() - start
         self.counts["chunks"] += 1
         for row, items in sampled.items():

@@ -69,8 +69,8 @@ class Driver:
         r = self.pool.admit(items, row, row_options, num_parts, null)
         self.items[r], self.names[r], self.reads[name] = [], name, count
 
-    def step(self, steps=16):
-        for r, items in self.pool.run_chunk(steps).items():
+    def step(self, steps=16, until_row_ends=False):
+        for r, items in self.pool.run_chunk(steps, until_row_ends=until_row_ends).items():
             self.items[r] += items
         for r in list(self.names):
             mode = self.pool.mode(r)
@@ -145,7 +145,7 @@ def test_a_row_is_bit_for_bit_the_same_alone_and_among_others():
     alone.admit("x", PROMPTS[1], **request)
     for number, options in enumerate(VARIANTS[1:4]):
         crowded.admit(number, PROMPTS[number], **options)
-        crowded.step(5 + number)
+        crowded.step(5 + number, until_row_ends=number == 1)
     crowded.admit("x", PROMPTS[1], **request)
     crowded.admit("y", PROMPTS[0])
     expected, actual = alone.run()["x"][0], crowded.run()["x"][0]
@@ -198,6 +198,16 @@ def test_a_pool_needs_one_program():
         programs.append(decode_loop.decode_chunk._cache_size())
     driver.run()
     assert decode_loop.decode_chunk._cache_size() == programs[0]
+
+
+def test_a_chunk_ends_with_a_row_if_something_waits_for_it():
+    driver = Driver(tiny_decode_model.model(), rows=6)
+    for name, tokens in (("short", 2), ("long", 9)):
+        driver.admit(name, "hello", temperature=0.0, max_tokens=tokens, max_images=0)
+    sizes = [len(items) for items in driver.pool.run_chunk(16, until_row_ends=True).values()]
+    assert sizes == [2, 2] and driver.pool.is_active
+    sizes = [len(items) for items in driver.pool.run_chunk(16).values()]
+    assert sizes == [0, 7]
 
 
 @pytest.mark.fast

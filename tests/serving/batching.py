@@ -2,8 +2,9 @@
 
 python tests/serving/batching.py [--model DIR] [--requests 48] [--rows 8]
 
-Requests are images with and without guidance, and texts of 8 to 64 tokens, in a fixed order. Static
-batching admits a batch once all rows of the last one have ended. It prints tables in Markdown.
+Half of the requests are images, with and without guidance, and half are texts of at most 128
+tokens. Static batching admits a batch once all rows of the last one have ended. It prints tables in
+Markdown.
 """
 
 import argparse
@@ -25,23 +26,20 @@ CHUNK = 16
 
 
 def requests_of(count):
-    """Return (prompt, options of its row) of mixed requests."""
+    """Return (prompt, options of its row) of requests."""
     rng, result = np.random.default_rng(0), []
     for i in range(count):
         key = np.asarray(jax.random.key_data(jax.random.key(i)))
         image = {"max_tokens": 0, "max_images": 1, "images_required": 1, "begins_image": True}
-        options = (
-            {**image, "guidance": 2.0},
-            image,
-            {"max_tokens": int(rng.integers(8, 65)), "temperature": 1.5},
-        )[i % 3]
+        text = {"max_tokens": int(2 ** rng.uniform(2, 7)), "temperature": 1.5}
+        options = ({**image, "guidance": 2.0}, text, image, text)[i % 4]
         result.append((PROMPTS[i % len(PROMPTS)], RowOptions(key, **options)))
     return result
 
 
 def run(model, pool, requests, *, is_static):
-    """Answer all requests; return the seconds, those of all cores, sampled items and chunks."""
-    waiting, rows, sampled, chunks, is_closed = list(requests), set(), 0, 0, False
+    """Answer all requests; return the seconds, those of all cores, sampled items and steps."""
+    waiting, rows, sampled, steps, is_closed = list(requests), set(), 0, 0, False
     start, cpu_start = time.perf_counter(), time.process_time()
     while waiting or rows:
         while waiting and not (is_static and is_closed):
@@ -58,13 +56,14 @@ def run(model, pool, requests, *, is_static):
             rows.add(pool.admit(items, pool.read(items)[0], options, 1, null))
             waiting.pop(0)
         is_closed = True
-        sampled += sum(map(len, pool.run_chunk(CHUNK).values()))
-        chunks += 1
+        items = pool.run_chunk(CHUNK, until_row_ends=bool(waiting) and not is_static)
+        steps += max(map(len, items.values()))
+        sampled += sum(map(len, items.values()))
         for row in [row for row in rows if pool.mode(row) >= decode_loop.ENDED]:
             pool.release(row)
             rows.remove(row)
         is_closed = bool(rows)
-    return time.perf_counter() - start, time.process_time() - cpu_start, sampled, chunks
+    return time.perf_counter() - start, time.process_time() - cpu_start, sampled, steps
 
 
 def step_seconds(model, rows, slots, *, per_row, steps=48):
@@ -72,9 +71,10 @@ def step_seconds(model, rows, slots, *, per_row, steps=48):
     params, cfg = model.decode_params, model.model_config
     state = decode_loop.empty_state(params, cfg, rows, slots, has_null_branch=False)
     lengths = np.full(rows, 8, np.int32) if per_row else np.int32(8)
-    caches = decode_loop.map_caches(lambda a: jax.numpy.array(a, copy=True), state.caches)
-    caches = tuple(cache.replace(length=jax.numpy.array(lengths)) for cache in caches)
-    state = state.replace(caches=caches, tokens_left=jax.numpy.full(rows, 1 << 20))
+    caches = tuple(cache.replace(length=lengths) for cache in state.caches)
+    state = state.replace(caches=caches, tokens_left=np.full(rows, 1 << 20, np.int32))
+    # Arrays that are donated must differ.
+    state = jax.tree.map(lambda a: jax.numpy.array(a, copy=True), state)
     keys = jax.random.split(jax.random.key(0), rows)
     sampling = SamplingParams(1.0, 0, 1.0, 1.0, None)
     banned = (*model.special_tokens.turn_ends, model.special_tokens.vision_start)
@@ -102,18 +102,16 @@ def main():
     model = load(args.model)
     length = server_settings.default_lengths(model.model_config.num_patches)[0]
     slots = server_settings.slots(length)
-    pool, requests = RowPool(model, args.rows, slots), requests_of(args.requests)
-    run(model, pool, requests[:6], is_static=False)  # compiles
-    print("| batching | seconds | tokens and patches/s | per second of a core | chunks |")
+    pool = RowPool(model, args.rows, slots)
+    run(model, pool, requests_of(8), is_static=False)  # compiles
+    print("| batching | seconds | items/s | items per second of a core | steps |")
     print("|---|---|---|---|---|")
     for is_static in (True, False):
-        seconds, cpu, sampled, chunks = run(model, pool, requests, is_static=is_static)
-        row = (
-            "static" if is_static else "continuous",
-            f"{seconds:.1f}",
-            f"{sampled / seconds:.0f}",
-        )
-        print(f"| {' | '.join(row)} | {sampled / cpu:.0f} | {chunks} |", flush=True)
+        requests = requests_of(args.requests)
+        seconds, cpu, sampled, steps = run(model, pool, requests, is_static=is_static)
+        name = "static" if is_static else "continuous"
+        rates = f"{sampled / seconds:.0f} | {sampled / cpu:.0f}"
+        print(f"| {name} | {seconds:.1f} | {rates} | {steps} |", flush=True)
     print("\n| rows | slots | core ms/step, shared length | core ms/step, length per row |")
     print("|---|---|---|---|")
     for rows in sorted({2, args.rows}):
