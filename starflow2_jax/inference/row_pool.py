@@ -230,6 +230,13 @@ class RowPool:
             result.append(ReadRow(caches, self._rows[r].content.first(length)))
         return result
 
+    def compile_copies(self) -> None:
+        """Run the programs that copy a row to and from the sizes in which `snapshot` keeps it."""
+        sizes = {row_caches.kept_slots(n, self.num_slots) for n in range(1, self.num_slots + 1)}
+        for slots in sorted(sizes):
+            caches = self._row_caches(0, slots)
+            row_caches.first_items(caches, np.int32(0), slots=self.num_slots)
+
     def row_session(self, row: int) -> tuple[Session, TurnStart]:
         """Return a row as a session of its own, which has a copy of the caches, and its start."""
         notes = self._rows[row]

@@ -109,9 +109,8 @@ def compile_pool(model: Model, pool: RowPool) -> None:
         can_denoise = model.has_clean_copies or model.cfg["sample"]["denoise"]
         view = ImageRow(*pool.row_session(row), sampled, 0) if can_denoise else None
         draw(model, u, view, denoise=view is not None)
-    snapshot, *_ = pool.snapshot(row)
     pool.release(row)
-    pool.read(items, snapshot)
+    pool.compile_copies()
 
 
 def compile_images(model: Model) -> None:

@@ -1,5 +1,6 @@
 """`/metrics`: counters and gauges in the text format of Prometheus."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,4 +47,7 @@ def text(engine: Engine, statuses: Mapping[int, int]) -> str:
         add(key, "gauge", _GAUGES[key], {"": value})
     replies = {f'{{status="{status}"}}': count for status, count in sorted(statuses.items())}
     add("replies_total", "counter", "Replies by their HTTP status", replies)
+    lines.append("# HELP process_cpu_seconds_total Seconds of all cores.")
+    lines.append("# TYPE process_cpu_seconds_total counter")
+    lines.append(f"process_cpu_seconds_total {time.process_time()}")
     return "\n".join(lines) + "\n"
