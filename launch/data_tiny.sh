@@ -45,7 +45,7 @@ shared_flags=(--format shapes --pixels 64 --withheld leave_out)
 lines=
 latents=
 while read -r name tasks n seed test_tasks test_n test_seed; do
-  train= test=
+  train='' test=''
   case $name in
     t2i) train=$t2i test=$t2i_test ;;
     reasoning) train=$reasoning test=$reasoning ;;

@@ -176,7 +176,12 @@ OTHER_WRITERS = {
     "training/logging/run_log.py:dump_batch",
     "training/logging/image_grid.py:png",
     "evaluation/report/html.py:shrink_png",
-    "inference/output.py:save_png",
+    "inference/output.py:encode_png",
+    "checkpoints/hub_push.py:write",
+    "evaluation/benchmarks/tree.py:_jpeg",
+    "evaluation/image_metrics/adm_npz.py:write",
+    "evaluation/judges/protocol.py:encode",
+    "evaluation/judges/replies.py:add",
     "generate.py:_generate_images",
     "experiments/ablations/run.py:_start",
 }

@@ -62,8 +62,9 @@ def open_clip(path: str) -> Clip:
             features = self.model.get_text_features(*args, **kwargs)
             return getattr(features, "pooler_output", features)
 
-    model = Features(CLIPModel.from_pretrained(path, local_files_only=True))
-    processor = CLIPProcessor.from_pretrained(path, local_files_only=True)
+    clip = CLIPModel.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    model = Features(clip)
+    processor = CLIPProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     max_tokens = model.config.text_config.max_position_embeddings
 
     def process(**inputs: Any) -> Any:

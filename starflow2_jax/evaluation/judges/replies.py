@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections import defaultdict
@@ -33,7 +34,7 @@ class Replies:
         data = self._path.read_bytes()
         complete = data[: data.rfind(b"\n") + 1]
         if complete != data:  # the process was killed while it wrote the last line
-            self._path.write_bytes(complete)
+            os.truncate(self._path, len(complete))
         for number, line in enumerate(complete.splitlines(), 1):
             try:
                 row = json.loads(line)
