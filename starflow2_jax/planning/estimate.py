@@ -42,9 +42,8 @@ def default_mesh(layout: str, topology: Topology, model: Mapping[str, Any] | Non
         "dp": "data=-1",
         "fsdp": "fsdp=-1",
         "tp": f"data=-1,tensor={tensor}",
-        # Bytes sent grow with `tensor`; an `fsdp` axis across the whole slice is gathered badly.
-        "fsdp_tp": f"fsdp=-1,tensor={min(tensor, 2)}",
-        "hybrid": f"data={max(slices, 2)},fsdp=-1",
+        "fsdp_tp": f"fsdp=-1,tensor={min(tensor, 4)}",
+        "hybrid": f"data={slices if slices > 1 else 2 if count < 64 else 4},fsdp=-1",
     }[layout]
 
 
@@ -115,13 +114,7 @@ def train_step(
     if "flops" in row:
         module, step_cost = row.pop("_compiled")
         row["unexpected"] = sharding_audit.unexpected_collectives(
-            declared,
-            step_cost,
-            module,
-            device_mesh,
-            cfg["layout"],
-            trained=trained,
-            rows=rows // microbatches // (mesh["data"] * mesh["fsdp"]),
+            declared, step_cost, module, device_mesh, cfg["layout"], trained=trained
         )
         if topology.shape:
             row["unexpected"] += sharding_audit.redundant_allreduces(

@@ -155,7 +155,6 @@ def forward(
     stacks = (params["vlm"]["layers"], expert["layers"])
     cache = caches[0] if caches else None
     pairs = zip(*stacks) if caches else stacks
-    specs = (layers.declare(cfg.vlm.layer, 1), layers.declare(cfg.layer, 1))
-    (g, h), cache = layers.run_layers(layer, (g, h), pairs, cfg.vlm.remat, cache, specs)
+    (g, h), cache = layers.run_layers(layer, (g, h), pairs, cfg.vlm.remat, cache)
     y = qwen.final_norm(params["vlm"], g, cfg.vlm)
     return BackboneOutputs(y, h, caches=None if cache is None else (cache,))
