@@ -7,9 +7,11 @@ delimiter, in training and in generation. An image that is a target and is follo
 may get a clean copy after it (`insert_copies`).
 """
 
+import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,6 +61,8 @@ class Tokenizer:
     pad: int  # id at positions after the last record of a row
     opening: tuple[int, ...]  # ids before the first turn of a conversation without a system turn
     vocab_size: int  # number of ids
+    # `encode` of several texts, on all cores; None if there is no such function
+    encode_batch: Callable[[Sequence[str]], Sequence[Sequence[int]]] | None = None
 
 
 class MessagePart(NamedTuple):
@@ -128,12 +132,21 @@ def open_tokenizer(folder: str | os.PathLike[str], model_vocab_size: int = 0) ->
                 f"{folder}: the tokenizer reads the text {token} of a user as that token; mark it "
                 '"special" in tokenizer.json'
             )
+    backend = getattr(hf_tokenizer, "backend_tokenizer", None)  # None if it is not the fast kind
+
+    def encode_batch(texts: Sequence[str]) -> list[list[int]]:
+        # Without the lists of Python that the wrapper builds. `encode` above switched truncation
+        # and padding off.
+        backend.encode_special_tokens = True
+        return [e.ids for e in backend.encode_batch(list(texts), add_special_tokens=False)]
+
     encode_cached = functools.lru_cache(maxsize=65536)(encode)
     return Tokenizer(
         encode=lambda text: (encode_cached if len(text) <= _CACHED_CHARACTERS else encode)(text),
         decode=lambda ids: hf_tokenizer.decode(list(ids), skip_special_tokens=True),
         opening=_opening_ids(folder, hf_tokenizer),
         vocab_size=vocab_size,
+        encode_batch=encode_batch if backend is not None else None,
         **{field: vocabulary[token] for field, token in _SPECIAL_TOKENS.items()},
     )
 
@@ -218,55 +231,96 @@ def apply_chat_template(
     """
     if null not in NULL_CONDITIONS:
         raise ValueError(f"null={null!r} is not one of {', '.join(NULL_CONDITIONS)}")
-    columns: list[list[int]] = [[] for _ in TokenSequence._fields]
-    ids, image_index, patch_index, is_target, part_index, is_copy = columns
+    spans = list(_spans(_join_texts(parts, null), tokenizer, image_tokens, closed, open_role))
+    lengths = np.asarray([len(span.tokens) for span in spans], np.int64)
+    total, starts = int(lengths.sum()), np.cumsum(lengths) - lengths
+    fields = [(span.image, span.target, span.part, span.copy) for span in spans]
+    columns = np.repeat(np.asarray(fields, np.int32).reshape(-1, 4), lengths, axis=0)
+    image_index, is_target, part_index, is_copy = columns.T
+    offsets = (np.arange(total) - np.repeat(starts, lengths)).astype(np.int32)
+    tokens = itertools.chain.from_iterable(span.tokens for span in spans)
+    return TokenSequence(
+        ids=np.fromiter(tokens, np.int32, total),
+        image_index=image_index,
+        patch_index=np.where(image_index >= 0, offsets, np.int32(-1)),
+        is_target=is_target.astype(bool),
+        part_index=part_index,
+        is_copy=is_copy.astype(bool),
+    )
 
-    def write(
-        tokens: Sequence[int], target: bool, image: int = -1, part: int = -1, copy: bool = False
-    ) -> None:
-        ids.extend(tokens)
-        is_copy.extend([copy] * len(tokens))
-        image_index.extend([image] * len(tokens))
-        patch_index.extend(range(len(tokens)) if image >= 0 else [-1] * len(tokens))
-        is_target.extend([target] * len(tokens))
-        part_index.extend([part] * len(tokens))
 
-    def end_turn(role: str, target: bool) -> None:
+def sequence_sizes(
+    conversations: Sequence[Sequence[MessagePart]], tokenizer: Tokenizer, image_tokens: int
+) -> np.ndarray:
+    """Return the positions and the images of each conversation's sequence: int32 [n, 2].
+
+    They are those of `apply_chat_template`, without its arrays and with all texts encoded at once.
+    """
+    joined = [_join_texts(parts, "none") for parts in conversations]
+    contents = (part.content for parts in joined for part in parts)
+    texts = list(dict.fromkeys(text for text in contents if isinstance(text, str)))
+    encode_batch = tokenizer.encode_batch or (lambda texts: map(tokenizer.encode, texts))
+    encoded = dict(zip(texts, encode_batch(texts)))
+    lookup = dataclasses.replace(
+        tokenizer, encode=lambda text: encoded[text] if text in encoded else tokenizer.encode(text)
+    )
+    sizes = np.zeros((len(joined), 2), np.int32)
+    for number, parts in enumerate(joined):
+        spans = list(_spans(parts, lookup, image_tokens))
+        sizes[number] = sum(len(s.tokens) for s in spans), sum(s.image >= 0 for s in spans)
+    return sizes
+
+
+class _Span(NamedTuple):
+    """Adjacent items of a sequence: their tokens, and what `TokenSequence` says of them all."""
+
+    tokens: Sequence[int]
+    target: bool
+    image: int = -1
+    part: int = -1
+    copy: bool = False
+
+
+def _spans(
+    joined: Sequence[MessagePart],
+    tokenizer: Tokenizer,
+    image_tokens: int,
+    closed: bool = True,
+    open_role: str = "",
+) -> Iterator[_Span]:
+    """Yield the spans of a conversation; arguments are those of `apply_chat_template`."""
+
+    def end_turn(role: str, target: bool) -> Iterator[_Span]:
         if role != "none":
-            write([tokenizer.turn_end], target and role == "assistant")
-            write(tokenizer.encode("\n"), False)
+            yield _Span((tokenizer.turn_end,), target and role == "assistant")
+            yield _Span(tokenizer.encode("\n"), False)
 
-    joined = _join_texts(parts, null)
     if joined and joined[0].role in ("user", "assistant") and not open_role:
-        write(tokenizer.opening, False)
+        yield _Span(tokenizer.opening, False)
     role, ends_in_target, number = open_role or "none", False, 0
     for part in joined:
         if part.role != role:
-            end_turn(role, ends_in_target)
+            yield from end_turn(role, ends_in_target)
             role, ends_in_target = part.role, False
             if role != "none":
-                write([tokenizer.turn_start], False)
-                write(tokenizer.encode(f"{role}\n"), False)
-        slots = [tokenizer.image] * image_tokens
+                yield _Span((tokenizer.turn_start,), False)
+                yield _Span(tokenizer.encode(f"{role}\n"), False)
         if isinstance(part.content, str):
-            write(tokenizer.encode(part.content), part.loss, part=number)
+            yield _Span(tokenizer.encode(part.content), part.loss, part=number)
         elif isinstance(part.content, tuple):
-            write(part.content, part.loss, part=number)
+            yield _Span(part.content, part.loss, part=number)
         else:
-            write([tokenizer.vision_start], part.loss)
+            slots = (tokenizer.image,) * image_tokens
+            yield _Span((tokenizer.vision_start,), part.loss)
             if part.is_copy:
-                write(slots, False, part.content, copy=True)
+                yield _Span(slots, False, part.content, copy=True)
             else:
-                write(slots, part.loss, part.content, number)
-            write([tokenizer.vision_end], False)
+                yield _Span(slots, part.loss, part.content, number)
+            yield _Span((tokenizer.vision_end,), False)
         ends_in_target = part.loss
         number += not part.is_copy
     if closed:
-        end_turn(role, ends_in_target)
-    arrays = TokenSequence(*(np.asarray(column, np.int32) for column in columns))
-    return arrays._replace(
-        is_target=arrays.is_target.astype(bool), is_copy=arrays.is_copy.astype(bool)
-    )
+        yield from end_turn(role, ends_in_target)
 
 
 def _join_texts(parts: Sequence[MessagePart], null: str) -> list[MessagePart]:

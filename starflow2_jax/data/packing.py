@@ -8,9 +8,10 @@ over a shuffled order. The plan is stored next to the manifest, named by a hash 
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from absl import logging
@@ -24,6 +25,7 @@ from starflow2_jax.runtime import atomic
 VERSION = 2  # raise it when equal arguments would give another plan
 # Rows that stay open. More waste less; first fit over them keeps the plan one pass.
 OPEN_ROWS = 256
+_ENCODED_RECORDS = 256  # records whose texts are encoded at once
 _CACHE = "~/.cache/starflow2_jax"
 _ARRAYS = ("lengths", "images", "items", "ends")
 
@@ -73,13 +75,16 @@ class PackingPlan:
         return len(self.lengths) - len(self.items)
 
 
-def record_size(
-    record: Record, tokenizer: Tokenizer, image_tokens: int, clean_copies: bool = False
-) -> tuple[int, int]:
-    """Return the number of positions and of images of a record in the chat layout."""
-    parts, _ = chat_layout.message_parts(record, clean_copies)
-    sequence = chat_layout.apply_chat_template(parts, tokenizer, image_tokens)
-    return len(sequence.ids), len(chat_layout.image_slots(sequence))
+def record_sizes(
+    dataset: Iterable[Record], tokenizer: Tokenizer, image_tokens: int, clean_copies: bool = False
+) -> np.ndarray:
+    """Return the positions and the images of records in the chat layout: int32 [records, 2]."""
+    sizes = [np.zeros((0, 2), np.int32)]
+    # Without the images, of which a few records are in memory.
+    conversations = (chat_layout.message_parts(record, clean_copies)[0] for record in dataset)
+    while chunk := list(itertools.islice(conversations, _ENCODED_RECORDS)):
+        sizes.append(chat_layout.sequence_sizes(chunk, tokenizer, image_tokens))
+    return np.concatenate(sizes)
 
 
 def pack(
@@ -106,24 +111,29 @@ def pack(
                 "leave them out"
             )
     rows: list[list[int]] = []
-    free = np.zeros((0, 2), np.int64)  # positions and images left in each open row
-    open_rows = np.zeros(0, np.int64)  # their numbers
-    for item in np.random.default_rng(seed).permutation(len(sizes)).tolist():
-        if (sizes[item] > capacity).any():
-            continue
-        fits = np.flatnonzero((free >= sizes[item]).all(1))
-        if len(fits):
-            slot = fits[0]
-        else:
-            # The fullest row closes for a new one.
-            full = len(free) == OPEN_ROWS
-            stays_open = np.arange(len(free)) != free[:, 0].argmin() if full else slice(None)
-            free = np.concatenate([free[stays_open], capacity[None]])
-            open_rows = np.append(open_rows[stays_open], len(rows))
-            rows.append([])
-            slot = len(free) - 1
-        rows[open_rows[slot]].append(item)
-        free[slot] -= sizes[item]
+    # Positions and images left in each open row, and its number in `rows`, in order of opening.
+    positions_left, images_left = (np.full(OPEN_ROWS, -1, np.int32) for _ in range(2))
+    open_rows: list[list[int]] = []
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    order = order[(sizes[order] <= capacity).all(1)]
+    for item, (length, count) in zip(order.tolist(), sizes[order].tolist()):
+        fits = (positions_left >= length) & (images_left >= count)
+        slot = int(fits.argmax())
+        if not fits[slot]:
+            slot = len(open_rows)
+            if slot == OPEN_ROWS:
+                # The fullest row closes for a new one.
+                fullest = int(positions_left.argmin())
+                del open_rows[fullest]
+                slot -= 1
+                for left in (positions_left, images_left):
+                    left[fullest:-1] = left[fullest + 1 :]
+            positions_left[slot], images_left[slot] = capacity
+            open_rows.append([])
+            rows.append(open_rows[slot])
+        open_rows[slot].append(item)
+        positions_left[slot] -= length
+        images_left[slot] -= count
     items = np.asarray([item for row in rows for item in row], np.int32)
     ends = np.cumsum([len(row) for row in rows])
     return PackingPlan(sizes[:, 0], sizes[:, 1], items, ends, spec)
@@ -173,9 +183,7 @@ def load_or_make_plan(
             _check_left_out(dataset, plan.lengths, plan.images, spec, skip_long)
             return file, plan
     opened = chat_layout.open_tokenizer(tokenizer)
-    sizes = np.asarray(
-        [record_size(r, opened, spec.image_tokens, spec.clean_copies) for r in dataset]
-    )
+    sizes = record_sizes(dataset, opened, spec.image_tokens, spec.clean_copies)
     _check_left_out(dataset, *sizes.T, spec, skip_long)
     plan = pack(*sizes.T, spec, seed, leave_out=bool(skip_long))
     for file in files:

@@ -225,7 +225,7 @@ class Dataset:
         return decode(self._payloads[index], self._payloads.location(index))
 
     def __iter__(self) -> Iterator[Record]:
-        return (self[i] for i in range(len(self)))
+        return (decode(data, self.location(i)) for i, data in enumerate(self._payloads))
 
     def location(self, index: int) -> str:
         """Return shard and index of a record, for error messages."""

@@ -6,10 +6,12 @@ renamed. An existing dataset is replaced only with `overwrite`, and stays until 
 complete.
 """
 
+import bisect
 import dataclasses
+import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -21,6 +23,8 @@ from starflow2_jax.runtime import atomic
 # Groups of one record give random access; images are compressed already.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 SHARD_BYTES = 256 << 20
+# Of a pass over a dataset: payloads that are read at once, and about how many bytes they have.
+_READ_PAYLOADS, _READ_BYTES = 256, 8 << 20
 
 
 def write(
@@ -82,6 +86,8 @@ class Payloads:
         self.path = os.fspath(path)
         self.manifest = dataset_manifest
         shards = [shard for shard in self.manifest.shards if shard.records]
+        self._names = [shard.path for shard in shards]
+        self._ends = list(itertools.accumulate(shard.records for shard in shards))
         # With counts in its instructions, the data source need not open every file at the start.
         import grain  # heavy, and a tokenizer alone does not need it
 
@@ -100,14 +106,25 @@ class Payloads:
         except Exception as error:
             raise DatasetError(f"{self.location(index)}: cannot be read: {error}") from error
 
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield all payloads in order, with several in memory at a time."""
+        mean_bytes = max(1, self.manifest.bytes // max(1, len(self)))
+        count = min(_READ_PAYLOADS, max(1, _READ_BYTES // mean_bytes))
+        for start in range(0, len(self), count):
+            indices = range(start, min(start + count, len(self)))
+            try:
+                payloads = self._source.__getitems__(indices)
+            except Exception:  # by one record, which reading it alone names
+                payloads = (self[index] for index in indices)
+            yield from payloads
+
     def location(self, index: int) -> str:
         """Return `SHARD record K` for error messages, with K counted from 0 in the shard."""
-        in_shard = index
-        for shard in self.manifest.shards:
-            if in_shard < shard.records:
-                return f"{os.path.join(self.path, shard.path)} record {in_shard}"
-            in_shard -= shard.records
-        return f"{self.path} record {index}"
+        number = bisect.bisect_right(self._ends, index)
+        if number == len(self._ends):
+            return f"{self.path} record {index}"
+        in_shard = index - (self._ends[number - 1] if number else 0)
+        return f"{os.path.join(self.path, self._names[number])} record {in_shard}"
 
 
 class NoRecordsError(DatasetError):

@@ -1,6 +1,7 @@
 """Packing: nothing lost or split, every row fits, equal on every host, written once."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
@@ -71,7 +72,25 @@ def test_a_record_larger_than_a_row_is_named():
         packing.pack([3, 4, 5], [0, 1, 3], PackingSpec(10, 4, 2))
 
 
-def test_record_size_matches_the_chat_layout(folders):
+def test_a_plan_is_that_of_earlier_versions():
+    rng = np.random.default_rng(7)
+    lengths, images = rng.integers(1, 900, 20_000), rng.integers(0, 3, 20_000)
+    digests = {
+        PackingSpec(1000, 16, 2): "b85090edda5c170e",
+        PackingSpec(850, 16): "9376337e43214a01",
+        PackingSpec(5000, 16, 3): "29fdc0c649d91a01",
+    }
+    for spec, digest in digests.items():
+        plan = packing.pack(lengths, images, spec, 3, leave_out=True)
+        stored = plan.items.tobytes() + plan.ends.astype(np.int64).tobytes()
+        assert hashlib.sha256(stored).hexdigest().startswith(digest)
+
+
+def record_size(record, tokenizer, image_tokens, clean_copies=False):
+    return tuple(packing.record_sizes([record], tokenizer, image_tokens, clean_copies)[0].tolist())
+
+
+def test_record_sizes_match_the_chat_layout(folders):
     tokenizer = chat_layout.open_tokenizer(folders[1])
     segments = [
         Text("a red", False, "user"),
@@ -82,16 +101,25 @@ def test_record_size_matches_the_chat_layout(folders):
     markup = sum(3 + count(role) for role in ("user", "assistant")) + 2 * count("\n")
     length = count("a red") + (16 + 2) + count("ring") + markup
     # Each turn: start, role, line end; end, line end.
-    assert packing.record_size(Record(1, "x", "", segments), tokenizer, 16) == (length, 1)
+    assert record_size(Record(1, "x", "", segments), tokenizer, 16) == (length, 1)
     # A target image that text follows is read again; the last one is not.
-    assert packing.record_size(Record(1, "x", "", segments), tokenizer, 16, True) == (length, 1)
+    assert record_size(Record(1, "x", "", segments), tokenizer, 16, True) == (length, 1)
     segments[1:2] = [Img(0, True, "user"), Img(0, True, "user")]
     record = Record(1, "x", "", segments)
-    assert packing.record_size(record, tokenizer, 16) == (length + 18, 2)
-    assert packing.record_size(record, tokenizer, 16, True) == (length + 3 * 18, 4)
+    assert record_size(record, tokenizer, 16) == (length + 18, 2)
+    assert record_size(record, tokenizer, 16, True) == (length + 3 * 18, 4)
     record = Record(1, "x", "", segments[:-1])
-    without, with_copies = (packing.record_size(record, tokenizer, 16, c) for c in (False, True))
+    without, with_copies = (record_size(record, tokenizer, 16, c) for c in (False, True))
     assert with_copies == (without[0] + 18, 3)
+    # One by one, encoded together, and by a tokenizer that encodes only one by one.
+    dataset = list(records.read(folders[0]))
+    single = [record_size(r, tokenizer, 16, True) for r in dataset]
+    slow = dataclasses.replace(tokenizer, encode_batch=None)
+    for opened in (tokenizer, slow):
+        np.testing.assert_array_equal(packing.record_sizes(dataset, opened, 16, True), single)
+    parts = [chat_layout.message_parts(record, True)[0] for record in dataset]
+    sequences = [chat_layout.apply_chat_template(p, tokenizer, 16) for p in parts]
+    assert single == [(len(s.ids), len(chat_layout.image_slots(s))) for s in sequences]
 
 
 def test_the_plan_is_written_once_and_then_read(folders, capsys):
@@ -146,7 +174,7 @@ def test_hosts_share_the_rows_of_a_plan(folders):
 def test_records_longer_than_a_row_have_a_budget(folders, tmp_path):
     folder = shutil.copytree(folders[0], tmp_path / "data", ignore=lambda *_: ["index-*.npz"])
     dataset, opened = records.read(folder), chat_layout.open_tokenizer(folders[1])
-    lengths = np.sort([packing.record_size(record, opened, 32)[0] for record in dataset])
+    lengths = np.sort([record_size(record, opened, 32)[0] for record in dataset])
     spec = PackingSpec(int(lengths[-4]), 32)
     too_long = int((lengths > spec.seq_len).sum())
     assert 0 < too_long < len(dataset)
@@ -164,7 +192,7 @@ def test_records_longer_than_a_row_have_a_budget(folders, tmp_path):
         skip_long=too_long, resize="center_crop", packing_over="mixture", threads=0,
     )  # fmt: skip
     assert packed_batches.describe(options)["records_too_long"] == too_long
-    long = {r.id for r in dataset if packing.record_size(r, opened, 32)[0] > spec.seq_len}
+    long = {r.id for r in dataset if record_size(r, opened, 32)[0] > spec.seq_len}
     for over in ("mixture", "dataset"):
         batches = packed_batches.batches(
             dataclasses.replace(options, packing_over=over), batch_size=8
