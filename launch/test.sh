@@ -37,6 +37,12 @@ while [ $# -gt 0 ]; do
 done
 
 prepare_environment "${extras[@]}"
+# The torchvision that it requires does not fit a CPU build of torch from another index; the tests
+# need none.
+if [[ " ${extras[*]} " == *" parity "* && $install_seconds != 0 ]]; then
+  "$venv_python" -m pip install --quiet --no-deps 'torch-fidelity>=0.4,<0.5' \
+    || die "pip could not install torch-fidelity into $venv"
+fi
 [ "$install_seconds" = 0 ] || printf 'installed in %d s\n' "$install_seconds"
 
 # Only Python: some releases of ruff also format code inside Markdown, others do not.

@@ -3,8 +3,8 @@
 `run.py --base-url URL/v1 --model NAME --data SET` posts them to `URL/v1/chat/completions`
 (`vlmeval/api/lmdeploy.py` and `openai_sdk.py`, read at commit e8e78f0): images first, as JPEG data
 URLs whose short side is at least 100 pixels, then the text; `n=1`, temperature 0 and 32,768 tokens.
-It reads `choices[0].message.content`, which must be a text. The files in golden/vlmevalkit/ hold
-such bodies, which a server must answer with status 200.
+It reads `choices[0].message.content`, which must be a text, or the deltas of a stream (`--stream`),
+and asks again if the answer is empty. The files in golden/vlmevalkit/ hold such bodies.
 """
 
 import base64
@@ -48,6 +48,30 @@ def multiple_choice(question: str, options: dict[str, str]) -> str:
     lines = "".join(f"{letter}. {option}\n" for letter, option in options.items())
     end = "Please select the correct answer from the options above. \n"
     return f"Question: {question}\nOptions:\n{lines}{end}"
+
+
+def read_reply(status: int, reply: bytes, *, is_streamed: bool) -> str:
+    """Return the answer that VLMEvalKit takes from the bytes of a reply.
+
+    Raises:
+        ValueError: It would ask again: a status of failure, no text, or an empty one.
+    """
+    if not 200 <= status < 300:
+        raise ValueError(f"status {status}: {reply[:300]!r}")
+    if is_streamed:
+        deltas = []
+        for line in reply.decode().splitlines():
+            data = line.strip().removeprefix("data:").strip()
+            if data == "[DONE]":
+                break
+            choices = json.loads(data).get("choices") if line.startswith("data:") else None
+            deltas.append((choices[0].get("delta", {}).get("content") or "") if choices else "")
+        answer = "".join(deltas).strip()
+    else:
+        answer = json.loads(reply)["choices"][0]["message"]["content"].strip()
+    if not answer:
+        raise ValueError("an empty answer")
+    return answer
 
 
 def _jpeg(pixels: np.ndarray) -> str:

@@ -9,13 +9,14 @@ import json
 
 import numpy as np
 import pytest
-from helpers import live_server
+from helpers import live_server, vlmevalkit
 from helpers.live_server import send, wait_until
 from helpers.starflow2_folders import PIXELS
 from PIL import Image
 
-from starflow2_jax.inference import load
+from starflow2_jax.inference import load, resize
 from starflow2_jax.latents import codec
+from starflow2_jax.serving import settings as server_settings
 from starflow2_jax.serving.settings import Settings
 
 pytest.importorskip("uvicorn", reason="needs the extra [serve]")
@@ -192,6 +193,56 @@ def test_scores_are_those_of_the_sampled_answer(client, server, model):
     expected = [part["log_likelihood"] for part in answer.parts]
     actual = [part["log_likelihood"] for part in score["parts"][1:]]
     assert len(actual) == len(expected) and actual == pytest.approx(expected, rel=1e-3, abs=1e-2)
+
+
+# ---------------------------------------------------------------------------------------- harnesses
+
+
+def post(port, body):
+    """Return status and bytes of a reply to VLMEvalKit."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer sk-123456"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    response = connection.getresponse()
+    reply = response.status, response.read()
+    connection.close()
+    return reply
+
+
+def test_requests_of_vlmevalkit_are_answered(server, model):
+    port, _ = server
+    answers, replies = {}, {}
+    for name in vlmevalkit.NAMES:
+        # `--extra-body` of its command line adds the field; without, this model may draw instead.
+        body = {**vlmevalkit.read(name), "modalities": ["text"]}
+        status, reply = post(port, body)
+        is_streamed = body.get("stream", False)
+        answers[name] = vlmevalkit.read_reply(status, reply, is_streamed=is_streamed)
+        if not is_streamed:
+            replies[name] = json.loads(reply)
+            (choice,) = replies[name]["choices"]
+            assert choice["finish_reason"] in ("length", "stop") and not choice["message"]["images"]
+    assert answers["streamed"] == answers["open_question"]
+    # The 32,768 tokens are clamped to the room in a row.
+    room = server_settings.slots(SETTINGS.lengths[0])
+    assert all(reply["usage"]["total_tokens"] < room for reply in replies.values())
+    # A JPEG of 100 pixels is read as its pixels at the model's size.
+    body = {**vlmevalkit.read("open_question"), "modalities": ["text"]}
+    image, question = body["messages"][0]["content"]
+    jpeg = base64.b64decode(image["image_url"]["url"].removeprefix("data:image/jpeg;base64,"))
+    with Image.open(io.BytesIO(jpeg)) as opened:
+        pixels, _ = resize.fit_image(np.asarray(opened.convert("RGB")), PIXELS, "pad")
+    image["image_url"]["url"] = data_url(pixels)
+    assert vlmevalkit.read_reply(*post(port, body), is_streamed=False) == answers["open_question"]
+    body["messages"][0]["content"] = [question]
+    prompt = json.loads(post(port, body)[1])["usage"]["prompt_tokens"]
+    size = model.model_config.num_patches + 2
+    assert replies["open_question"]["usage"]["prompt_tokens"] == prompt + size
+    # As it comes without `--extra-body`.
+    status, reply = post(port, vlmevalkit.read("working"))
+    assert status == 200 and isinstance(
+        json.loads(reply)["choices"][0]["message"]["content"], str
+    ), reply
 
 
 # ------------------------------------------------------------------------------------------ limits

@@ -3,11 +3,14 @@
 Requires the extra `metrics`. Nothing is downloaded.
 """
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from starflow2_jax.checkpoints import tensor_files
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,16 +28,39 @@ def open_inception(path: str) -> "nn.Module":
 
     Args:
         path: weights in the format of torch-fidelity (`weights-inception-2015-12-05-*.pth`).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds other weights or more than tensors, or a package is missing.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"--inception {path}: there is no such file of weights")
     try:
+        import torch
+        import torch_fidelity  # noqa: F401 - torchmetrics would hide why it cannot be imported
         from torchmetrics.image.fid import NoTrainInceptionV3
-
-        # Without antialiasing images are scaled as in the original implementation.
-        return NoTrainInceptionV3("inception-v3-compat", ["2048"], path, antialias=False)
     except ImportError as error:
         raise ValueError(MISSING.format("torchmetrics or torch-fidelity")) from error
+    except RuntimeError as error:  # of torchvision
+        raise ValueError(
+            f"torch-fidelity cannot be imported ({error}): install the torchvision that belongs to "
+            "this torch, such as both from one index of PyTorch's"
+        ) from error
+    # torch-fidelity would run code that a file holds: it gets a copy of the tensors alone.
+    tensors = tensor_files.open_source(path)
+    state = {name: torch.from_numpy(np.array(tensor.read())) for name, tensor in tensors.items()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    try:
+        # Without antialiasing images are scaled as in the original implementation.
+        return NoTrainInceptionV3("inception-v3-compat", ["2048"], buffer, antialias=False)
+    except RuntimeError as error:  # names or shapes of tensors
+        lines = [line.strip()[:200] for line in str(error).splitlines()[1:4]]
+        raise ValueError(
+            f"--inception {path}: not the Inception v3 of the original FID; expected "
+            f"torch-fidelity's weights-inception-2015-12-05-6726825d.pth: {' '.join(lines)}"
+        ) from error
 
 
 def open_clip(path: str) -> Clip:
