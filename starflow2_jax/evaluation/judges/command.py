@@ -22,7 +22,7 @@ def define(values: flags.FlagValues) -> None:
     text("tree", None, "judge: folder of the benchmark's images")
     text("prompts", None, "judge: the benchmark's files of prompts, separated by commas")
     text("official", None, "judge: a checkout of the benchmark, for the judge's prompts")
-    text("sources", None, "judge: folder of the benchmark's source images (imgedit, rise)")
+    text("sources", None, "judge: folder of the benchmark's source images (imgedit, kris, rise)")
     text("judge", None, "judge: address, such as http://HOST:PORT/v1; the key, if it needs one, in "
          f"the variable {client.KEY_VARIABLE}")  # fmt: skip
     text("judge_model", None, "judge: name of the model (the one of the published scores)")

@@ -27,9 +27,12 @@ class Picture:
 
     path: Path
     jpeg: bool = False  #: encoded again, as JPEG; otherwise the bytes of the file
+    quality: int = 75  #: of that JPEG
+    media_type: str = "image/png"  #: that the benchmark names for the bytes of the file
     size_of: Path | None = None  #: scaled to the size of this image
     max_side: int = 0  #: scaled down to this side
     detail: str = ""  #: value of the field of that name
+    label: str = ""  #: text before the picture
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Question:
     name: str
     messages: tuple[tuple[str, str], ...]  #: (role, text); the last one is followed by the pictures
     pictures: tuple[Picture, ...]
+    parse: Callable[[str], Scores] | None = None  #: where it differs from the protocol's
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def encode(picture: Picture) -> tuple[str, bytes]:
     """Return the media type and the bytes of a picture as the benchmark sends it."""
     data = picture.path.read_bytes()
     if not picture.jpeg:
-        return "image/png", data
+        return picture.media_type, data
     with Image.open(io.BytesIO(data)) as opened:
         image = opened.convert("RGB")
     if picture.size_of is not None:
@@ -99,5 +103,5 @@ def encode(picture: Picture) -> tuple[str, bytes]:
     if picture.max_side:
         image.thumbnail((picture.max_side, picture.max_side))
     out = io.BytesIO()
-    image.save(out, "JPEG")
+    image.save(out, "JPEG", quality=picture.quality)
     return "image/jpeg", out.getvalue()

@@ -144,7 +144,7 @@ def _ask(
         else:
             reply = judge.ask(messages, protocol.settings)
             replies.add(request, name, question.name, reply)
-        numbers = protocol.parse(reply)
+        numbers = (question.parse or protocol.parse)(reply)
         if numbers:
             return numbers
     return None
@@ -159,6 +159,8 @@ def _messages(question: Question) -> list[dict[str, Any]]:
         media_type, data = encode(picture)
         url = {"url": f"data:{media_type};base64,{base64.b64encode(data).decode()}"}
         url |= {"detail": picture.detail} if picture.detail else {}
+        if picture.label:
+            messages[-1]["content"].append({"type": "text", "text": picture.label})
         messages[-1]["content"].append({"type": "image_url", "image_url": url})
     return messages
 
@@ -230,7 +232,8 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _sha256(path: Path) -> str:
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    patterns = ("*.parquet", "*/annotation.json")
+    files = sorted(f for p in patterns for f in path.glob(p)) if path.is_dir() else [path]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -3,24 +3,21 @@
 The files that stand for a benchmark's checkout have the real names and forms, and texts of ours.
 """
 
-import base64
 import hashlib
-import io
 import json
 import math
 import re
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from absl import flags
 from helpers import fake_judge
-from PIL import Image
+from helpers.fake_judge import pictures, save, score, texts
 from pyarrow import parquet
 
 from starflow2_jax import evaluate
 from starflow2_jax.evaluation.judges import official, rise, run
-from starflow2_jax.evaluation.judges.client import KEY_VARIABLE, Judge, JudgeError
+from starflow2_jax.evaluation.judges.client import KEY_VARIABLE, JudgeError
 from starflow2_jax.evaluation.judges.protocols import PROTOCOLS
 
 pytestmark = pytest.mark.fast
@@ -41,22 +38,6 @@ EXPLANATION: "{prompt_data['Explanation']}"
 '''
 
 
-def save(path, shade=0, size=(8, 8)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((*size[::-1], 3), shade, np.uint8)).save(path)
-
-
-def texts(body):
-    return [part["text"] for m in body["messages"] for part in m["content"] if "text" in part]
-
-
-def pictures(body):
-    """Return the media type and image of every picture of a request."""
-    urls = [p["image_url"]["url"] for p in body["messages"][-1]["content"] if "image_url" in p]
-    rows = [re.fullmatch(r"data:(image/\w+);base64,(.*)", url).groups() for url in urls]
-    return [(kind, Image.open(io.BytesIO(base64.b64decode(data)))) for kind, data in rows]
-
-
 @pytest.fixture
 def wise(tmp_path):
     """Six prompts of WISE, their images, and a checkout."""
@@ -71,20 +52,6 @@ def wise(tmp_path):
         (tmp_path / "official" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "official" / name).write_text(WISE_SOURCE)
     return tmp_path
-
-
-def score(bench, folder, url, out="out", **options):
-    return run.score_tree(
-        bench,
-        folder / "tree",
-        Judge(url, "fake", pause=0.01, retries=2),
-        prompts=[folder / "items.json"],
-        official=folder / "official",
-        sources=folder / "sources",
-        out=folder / out,
-        workers=2,
-        **options,
-    )
 
 
 def test_wise_is_scored_by_category_and_replies_are_kept(wise, monkeypatch):
