@@ -27,7 +27,8 @@ RENAMED = {
 # Keys that configurations of earlier versions lack: with its default, a run is what it was before
 # the key existed.
 ADDED = (
-    "data.packing", "data.skip_long", "eval_data.packing", "eval_data.skip_long",
+    "data.packing", "data.processes", "data.skip_long",
+    "eval_data.packing", "eval_data.processes", "eval_data.skip_long",
     "fae.gradient", "noise.context_sigma", "sample.spread", "teacher.tower", "text.vlm_positions",
 )  # fmt: skip
 

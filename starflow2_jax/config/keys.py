@@ -34,6 +34,9 @@ _DATA = {
     "features": text("", "dataset folder of text features parallel to `path`"),
     "shuffle": flag(True, "draw a new global order for every epoch"),
     "threads": positive(4, "decoding threads", checks.MAX_THREADS),
+    "processes": count(
+        0, "processes that read training data, each with its threads; 0: none", checks.MAX_THREADS
+    ),
     "blank_images": flag(False, "replace the images of interleaved rows with gray ones"),
     "packing": choice(
         "dataset",

@@ -42,7 +42,7 @@ def parse_options(cfg_data: Mapping[str, Any]) -> ImageBatchOptions:
             raise ValueError(f"data.{key} is {getattr(options, key)!r}, expected one of {allowed}")
     if options.text == "bytes" and not options.text_length:
         raise ValueError("data.text_length must be given with data.text='bytes'")
-    for key in ("threads", "skip_bad"):
+    for key in ("threads", "processes", "skip_bad"):
         if getattr(options, key) < 0:
             raise ValueError(f"data.{key} is {getattr(options, key)}, expected 0 or more")
     return options
@@ -58,13 +58,16 @@ def batches(
     """Yield training batches without end; see `sampler.training_batches`."""
     options = parse_options(cfg_data)
     return sampler.training_batches(
-        _open_sources(options),
-        functools.partial(_read_example, options),
+        functools.partial(_open_training, options),
         options,
         batch_size=batch_size,
         start_step=start_step,
         rows=rows,
     )
+
+
+def _open_training(options: ImageBatchOptions) -> tuple[Sequence[Source], sampler.ReadExample]:
+    return _open_sources(options), functools.partial(_read_example, options)
 
 
 def eval_batches(

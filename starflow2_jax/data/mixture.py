@@ -29,8 +29,10 @@ class MixtureOptions:
     shuffle: bool = True  # globally, in another order every epoch; or keep the folder's order
     seed: int = 0  # seed of the shuffle, below 2**32
     threads: int = 4  # reading threads, each making whole batches; 0 reads in the caller's thread
+    # Processes that read the training data, each with `threads`; 0 reads in this process.
+    processes: int = 0
     skip_long: int = 0  # records of a folder longer than a row that are left out of all rows
-    skip_bad: int = 0  # different bad examples that each host may replace by their neighbors
+    skip_bad: int = 0  # different bad examples that each process may replace by their neighbors
 
 
 @dataclasses.dataclass(frozen=True)

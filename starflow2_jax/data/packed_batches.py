@@ -98,19 +98,24 @@ def batches(
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield training batches without end; see `sampler.training_batches`."""
-    sources: Sequence[Source | _MixedRows] = _open_sources(options)
-    if options.packing_over == "mixture":
-        # These rows have an order of their own.
-        sources = [_MixedRows(sources, _mix(sources, options), _packed_records(sources))]
-        options = dataclasses.replace(options, shuffle=False)
+    is_mixed = options.packing_over == "mixture"
     return sampler.training_batches(
-        sources,
-        functools.partial(_read_row, options, open_tokenizer(options)),
-        options,
+        functools.partial(_open_training, options),
+        # Mixed rows have an order of their own.
+        dataclasses.replace(options, shuffle=False) if is_mixed else options,
         batch_size=batch_size,
         start_step=start_step,
         rows=rows,
     )
+
+
+def _open_training(
+    options: PackedBatchOptions,
+) -> tuple[Sequence[Source | _MixedRows], sampler.ReadExample]:
+    sources: Sequence[Source | _MixedRows] = _open_sources(options)
+    if options.packing_over == "mixture":
+        sources = [_MixedRows(sources, _mix(sources, options), _packed_records(sources))]
+    return sources, functools.partial(_read_row, options, open_tokenizer(options))
 
 
 def eval_batches(
@@ -234,6 +239,7 @@ def _mix(sources: Sequence[Source], options: PackedBatchOptions) -> MixtureRows:
         options.packing,
         seed=options.seed,
         shuffle=options.shuffle,
+        folder=options.mixture[0]["path"] if options.mixture else options.path,
     )
 
 

@@ -7,26 +7,22 @@ over a shuffled order. The plan is stored next to the manifest, named by a hash 
 
 import dataclasses
 import hashlib
-import io
 import itertools
-import json
 import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from absl import logging
 
-from starflow2_jax.data import chat_layout, records
+from starflow2_jax.data import chat_layout, plan_files, records
 from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.data.manifest import DatasetError, fingerprint, sha256_file
 from starflow2_jax.data.records import Record
-from starflow2_jax.runtime import atomic
 
 VERSION = 2  # raise it when equal arguments would give another plan
 # Rows that stay open. More waste less; first fit over them keeps the plan one pass.
 OPEN_ROWS = 256
 _ENCODED_RECORDS = 256  # records whose texts are encoded at once
-_CACHE = "~/.cache/starflow2_jax"
 _ARRAYS = ("lengths", "images", "items", "ends")
 
 
@@ -173,10 +169,8 @@ def load_or_make_plan(
     }
     if spec.clean_copies:
         inputs["clean_copies"] = True
-    inputs_json = json.dumps(inputs, sort_keys=True)
-    name = hashlib.sha256(inputs_json.encode()).hexdigest()[:16]
-    places = [path, os.path.join(os.path.expanduser(_CACHE), "plans")]
-    files = [os.path.join(place, f"index-{name}.npz") for place in places]
+    inputs_json = plan_files.to_json(inputs)
+    files = plan_files.places(path, "index", inputs_json)
     for file in files:
         if os.path.exists(file):
             plan = _load(file, inputs_json, len(dataset), spec)
@@ -186,20 +180,8 @@ def load_or_make_plan(
     sizes = record_sizes(dataset, opened, spec.image_tokens, spec.clean_copies)
     _check_left_out(dataset, *sizes.T, spec, skip_long)
     plan = pack(*sizes.T, spec, seed, leave_out=bool(skip_long))
-    for file in files:
-        try:
-            _store(file, plan, inputs_json)
-        except OSError as error:
-            logging.warning("%s: the packing plan is not stored there: %s", file, error)
-        else:
-            return file, plan
-    return "", plan
-
-
-def _store(file: str, plan: PackingPlan, inputs_json: str) -> None:
-    data = io.BytesIO()
-    np.savez(data, about=inputs_json, **{name: getattr(plan, name) for name in _ARRAYS})
-    atomic.write_file(file, data.getbuffer())
+    arrays = {name: getattr(plan, name) for name in _ARRAYS}
+    return plan_files.store(files, inputs_json, arrays), plan
 
 
 def _too_large(lengths: Sequence[int], images: Sequence[int], spec: PackingSpec) -> np.ndarray:
@@ -235,9 +217,8 @@ def _check_left_out(
 
 def _load(file: str, inputs_json: str, count: int, spec: PackingSpec) -> PackingPlan:
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            plan = PackingPlan(*(stored[name] for name in _ARRAYS), spec)
-            same_inputs = str(stored["about"]) == inputs_json
+        about, arrays = plan_files.load(file, _ARRAYS)
+        plan, same_inputs = PackingPlan(*arrays, spec), about == inputs_json
     except Exception as error:  # of many kinds, whatever bytes are damaged
         message = f"{file}: damaged packing plan ({error}); remove it, and it is made again"
         raise DatasetError(message) from error

@@ -6,6 +6,7 @@ state is ever saved. Each source is shuffled globally with its own seed for each
 then mixed by weight. A host reads only the rows that it contributes to each global batch.
 """
 
+import dataclasses
 import functools
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.mixture import MixtureOptions, Source
@@ -23,13 +24,14 @@ Example = dict[str, Any]
 # (step, row of the global batch) of an example in training; None in evaluation.
 Position = tuple[int, int] | None
 ReadExample = Callable[[Source, int, Position], Example]
+# Opens the sources, and returns them with the function that reads their examples.
+OpenReader = Callable[[], tuple[Sequence[Source], ReadExample]]
 # (source number, index in the source, position) -> (example, whether it is the requested one).
 _Read = Callable[[int, int, Position], tuple[Example, bool]]
 
 
 def training_batches(
-    sources: Sequence[Source],
-    read_example: ReadExample,
+    open_reader: OpenReader,
     options: MixtureOptions,
     *,
     batch_size: int,
@@ -38,13 +40,54 @@ def training_batches(
 ) -> Iterator[Example]:
     """Yield training batches without end, starting with that of `start_step`.
 
+    With `options.processes`, grain starts these processes and takes a batch from each in turn. Each
+    of them opens the sources for itself.
+
     Args:
-        read_example: reads one example of a source; DatasetError marks a bad one.
+        open_reader: returns the sources, and the function that reads one example of a source and
+            raises DatasetError for a bad one. It can be pickled.
         batch_size: examples in the global batch.
         rows: rows of each global batch that this host makes, in order (`mesh.host_rows`); None for
             all of them.
     """
     host_rows = _check_rows(rows, batch_size)
+    make_batch = _TrainingBatch(open_reader, options, batch_size, host_rows)
+    make_batch.open()  # also with processes: what cannot be opened is reported here
+    return _iterate(make_batch, start_step, sys.maxsize, options)
+
+
+class _TrainingBatch:
+    """The batch of a step. A copy in another process opens the sources when it is first called."""
+
+    def __init__(
+        self,
+        open_reader: OpenReader,
+        options: MixtureOptions,
+        batch_size: int,
+        host_rows: Sequence[int],
+    ):
+        self._arguments = open_reader, options, batch_size, host_rows
+        self._lock = threading.Lock()
+        self._make_batch: Callable[[int], Example] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _TrainingBatch, self._arguments
+
+    def __call__(self, step: int) -> Example:
+        return self.open()(step)
+
+    def open(self) -> Callable[[int], Example]:
+        """Return the function from a step to its batch."""
+        with self._lock:
+            if self._make_batch is None:
+                self._make_batch = _batch_function(*self._arguments)
+            return self._make_batch
+
+
+def _batch_function(
+    open_reader: OpenReader, options: MixtureOptions, batch_size: int, host_rows: Sequence[int]
+) -> Callable[[int], Example]:
+    sources, read_example = open_reader()
     read = _with_skip_budget(sources, read_example, options.skip_bad)
     order = _example_order(sources, options)
 
@@ -52,7 +95,7 @@ def training_batches(
         first = step * batch_size
         return _stack([read(*order[first + row], (step, row))[0] for row in host_rows])
 
-    return _iterate(make_batch, start_step, sys.maxsize, options.threads)
+    return make_batch
 
 
 def eval_batches(
@@ -67,7 +110,11 @@ def eval_batches(
 
     Adds `row` int32 [b], the position of each row in the pass, and `mask` float32 [b], which is 0
     for the rows that fill the last batch (id "") and for bad examples within the `skip_bad`
-    budget. Arguments are those of `training_batches`; shuffle and weights have no effect.
+    budget. Shuffle and weights have no effect, and one process reads.
+
+    Args:
+        read_example: reads one example of a source; DatasetError marks a bad one.
+        batch_size, rows: as in `training_batches`.
     """
     host_rows = _check_rows(rows, batch_size)
     read = _with_skip_budget(sources, read_example, options.skip_bad)
@@ -88,7 +135,8 @@ def eval_batches(
         row, mask = np.asarray(positions, np.int32), np.asarray(mask, np.float32)
         return {**_stack(examples), "row": row, "mask": mask}
 
-    return _iterate(make_batch, 0, -(-total // batch_size), options.threads)
+    options = dataclasses.replace(options, processes=0)
+    return _iterate(make_batch, 0, -(-total // batch_size), options)
 
 
 def _example_order(sources: Sequence[Source], options: MixtureOptions) -> grain.MapDataset:
@@ -161,9 +209,17 @@ def _stack(examples: list[Example]) -> Example:
 
 
 def _iterate(
-    make_batch: Callable[[int], Example], start: int, stop: int, threads: int
+    make_batch: Callable[[int], Example], start: int, stop: int, options: MixtureOptions
 ) -> Iterator[Example]:
-    # MapDataset.range counts steps, so that threads work on whole batches.
+    # MapDataset.range counts steps, so that threads and processes work on whole batches.
     steps = grain.MapDataset.range(start, stop).map(make_batch)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
-    return iter(steps.to_iter_dataset(options))
+    threads = options.threads
+    read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
+    dataset = steps.to_iter_dataset(read_options)
+    if options.processes:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # a program without absl flags: grain reads its own
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=options.processes, per_worker_buffer_size=2)
+        )
+    return iter(dataset)

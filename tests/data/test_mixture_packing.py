@@ -50,6 +50,41 @@ def test_best_fit_fills_rows_and_keeps_every_item():
     assert mixture_packing.best_fit([50, 60, 40], [0, 3, 1], SPEC) == [[0, 2], [1]]
 
 
+def test_rows_are_counted_as_best_fit_makes_them():
+    rng = np.random.default_rng(1)
+    for trial in range(150):
+        top, most = int(rng.integers(1, 101)), int(rng.integers(0, 4))
+        lengths = rng.integers(trial % 2, top + 1, 200)  # 0 for an empty record
+        images = rng.integers(0, most + 1, 200)
+        if trial % 3:
+            order = np.argsort(-lengths, kind="stable")
+            lengths, images = lengths[order], images[order]
+        expected = len(mixture_packing.best_fit(lengths.tolist(), images.tolist(), SPEC))
+        assert mixture_packing.count_rows(lengths, images, SPEC) == expected
+
+
+def test_a_run_resumes_from_stored_counts(block, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(mixture_packing, "_COUNTED_BLOCKS", 4)
+    datasets, rows = mixture()
+    row = 3 * mixture_packing.BLOCK_RECORDS
+    expected = rows[row]
+    opened = lambda: MixtureRows(datasets, [2.0, 1.0, 1.0], SPEC, folder=str(tmp_path))
+    np.testing.assert_array_equal(opened()[row], expected)
+    (file,) = tmp_path.glob("index-rows-*.npz")
+    packed, pack = [], mixture_packing.best_fit
+    with monkeypatch.context() as patch:
+        patch.setattr(mixture_packing, "best_fit", lambda *a: packed.append(1) or pack(*a))
+        patch.setattr(mixture_packing, "count_rows", None)
+        np.testing.assert_array_equal(opened()[row], expected)
+    assert len(rows._ends) > 5 >= len(packed)  # not the blocks before the row
+    # Of another seed, of other records, damaged: counted again.
+    other = MixtureRows(datasets, [2.0, 1.0, 1.0], SPEC, seed=1, folder=str(tmp_path))
+    np.testing.assert_array_equal(other[row], mixture(seed=1)[1][row])
+    file.write_bytes(file.read_bytes()[:-40])
+    np.testing.assert_array_equal(opened()[row], expected)
+    assert "damaged, the rows are counted again" in caplog.text
+
+
 def test_rows_fit_weights_are_shares_of_records_and_epochs_are_whole(block):
     datasets, rows = mixture()
     taken = take(rows, 400)
@@ -142,6 +177,19 @@ def test_batches_mix_datasets_resume_and_do_not_depend_on_hosts(opts):
     assert {True, False} in origin
     description = packed_batches.describe(opts)
     assert 0 < description["training_waste"] < 0.5 and description["records_per_row"] > 1
+
+
+def test_processes_make_the_same_batches(opts):
+    unbroken = itertools.islice(packed_batches.batches(opts, batch_size=4, start_step=2), 5)
+    options = dataclasses.replace(opts, processes=2, threads=1)
+    stream = packed_batches.batches(options, batch_size=4, start_step=2)
+    for batch, expected in zip(stream, unbroken):
+        assert batch["id"] == expected["id"] and batch.keys() == expected.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], expected[name])
+    stream.close()
+    with pytest.raises(DatasetError, match="does not exist"):
+        packed_batches.batches(dataclasses.replace(options, path="none", mixture=()), batch_size=4)
 
 
 def test_evaluation_is_that_of_rows_of_one_dataset(opts):

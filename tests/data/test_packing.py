@@ -13,7 +13,7 @@ from absl import flags
 from helpers import interleaved_dataset
 
 from starflow2_jax import prepare
-from starflow2_jax.data import chat_layout, packed_batches, packing, records
+from starflow2_jax.data import chat_layout, packed_batches, packing, plan_files, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.packing import PackingSpec
 from starflow2_jax.data.records import Img, Record, Text
@@ -210,15 +210,15 @@ def test_the_plan_of_a_read_only_folder_is_in_the_cache(folders, tmp_path, monke
     folder = shutil.copytree(folders[0], tmp_path / "data")
     for file in folder.glob("index-*.npz"):
         file.unlink()
-    store = packing._store
+    write_file = plan_files.atomic.write_file
 
     def refuse(file, *args):
         if not any(str(place) in file for place in writable):
             raise PermissionError(13, "Permission denied", file)
-        store(file, *args)
+        write_file(file, *args)
 
-    monkeypatch.setattr(packing, "_store", refuse)
-    monkeypatch.setattr(packing, "_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(plan_files.atomic, "write_file", refuse)
+    monkeypatch.setattr(plan_files, "_CACHE", str(tmp_path / "cache"))
     load = lambda: packing.load_or_make_plan(str(folder), folders[1], PackingSpec(150, 32))
     writable = []
     for place in ("", "cache/plans", "cache/plans"):
