@@ -14,6 +14,7 @@ A *slice* is a set of devices with fast links: a TPU slice, elsewhere the device
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,6 +38,8 @@ LAYOUTS: dict[str, dict[str, str]] = {
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("context",),
+    # Positions of the states between the products of layers, which `tensor` would replicate.
+    "states": ("context", "tensor"),
     "heads": ("tensor",),
     "mlp": ("tensor",),
 }
@@ -126,6 +129,11 @@ def check_layout(layout: str, device_mesh: Mesh) -> None:
                 f"layout 'hybrid': mesh axis fsdp={device_mesh.shape['fsdp']} crosses slices (of "
                 f"TPUs, else processes): put their number, {len(np.unique(slices))}, on data"
             )
+
+
+def frozen_layout(cfg: Mapping[str, Any]) -> str:
+    """Return the layout of an experiment's frozen parameters: `frozen_layout`, or else `layout`."""
+    return cfg.get("frozen_layout") or cfg["layout"]
 
 
 def weight_spec(
@@ -231,3 +239,62 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return x
     spec = PartitionSpec(*(None if name is None else ACTIVATIONS[name] for name in names))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def constrain_states(x: jax.Array) -> jax.Array:
+    """Pin the sharding of states [B, T, C] between the products of a layer.
+
+    Positions are sharded over `context` and `tensor` if these divide T, otherwise over `context`.
+    """
+    shards = activation_shards()["states"]
+    return constrain(x, "batch", "length" if x.shape[1] % shards else "states")
+
+
+def gather_weight(w: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Return a weight as a product reads it: whole, or in one part per device of `tensor`.
+
+    Without this, the partitioner may gather a weight in many pieces between small products. The
+    gradient is reduced and sharded over `fsdp` at once.
+
+    Args:
+        w: the weight in the dtype of the product, so that no more bytes than that are sent.
+        axes: the logical axis of each dimension.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    if all(size == 1 for size in shape.values()):
+        return w
+    tensor = _matching_axes(_TENSOR, w.shape, axes, shape)
+    remaining = [None if axis else logical for axis, logical in zip(tensor, axes)]
+    fsdp = _matching_axes(_FSDP, w.shape, remaining, shape)
+    gradient = (t or f or PartitionSpec.UNCONSTRAINED for t, f in zip(tensor, fsdp))
+    return _gather(w, PartitionSpec(*tensor), PartitionSpec(*gradient))
+
+
+def _matching_axes(rules, sizes, axes, mesh_shape):
+    """Return the mesh axis of each dimension by the first rule for one of them, if it divides."""
+    first = next((logical for logical in rules if logical in axes), None)
+    shards = [mesh_shape.get(rules.get(logical), 1) for logical in axes]
+    return [
+        rules[first] if logical == first and parts > 1 and size % parts == 0 else None
+        for size, logical, parts in zip(sizes, axes, shards)
+    ]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(w, spec, gradient_spec):
+    return jax.lax.with_sharding_constraint(w, spec)
+
+
+def _gather_forward(w, spec, gradient_spec):
+    return jax.lax.with_sharding_constraint(w, spec), None
+
+
+def _gather_backward(spec, gradient_spec, _, gradient):
+    if any(spec):
+        # The compiler turns a sum that is then cut into a reduce-scatter. With `tensor` it would
+        # split a product whose result is to be cut into many small ones.
+        gradient = jax.lax.with_sharding_constraint(gradient, spec)
+    return (jax.lax.with_sharding_constraint(gradient, gradient_spec),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

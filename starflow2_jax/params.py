@@ -113,6 +113,22 @@ def draw(
     return jitted(jax.random.key(seed))
 
 
+def gather_layer(layer: Any, specs: Any, dtype: Any) -> Any:
+    """Return one layer's parameters as `mesh.gather_weight` does; matrices in this dtype.
+
+    Args:
+        layer: arrays of one layer, without the leading layers axis.
+        specs: the declarations of stacked layers.
+    """
+
+    def gather(w, spec):
+        return mesh.gather_weight(w.astype(dtype) if w.ndim > 1 else w, spec.axes[1:])
+
+    device_mesh = jax.sharding.get_abstract_mesh()
+    is_single = device_mesh.empty or device_mesh.size == 1
+    return layer if is_single else jax.tree.map(gather, layer, specs)
+
+
 def count(tree: Tree) -> int:
     """Count the parameters in a tree of ParamSpecs, arrays or ShapeDtypeStructs."""
     return sum(math.prod(leaf.shape) for leaf in flatten(tree).values())

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.paths import EXPERIMENTS
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from starflow2_jax import config, params
 from starflow2_jax.mesh import (
     batch_sharding,
     check_batch,
     constrain,
+    constrain_states,
+    gather_weight,
     make_mesh,
     parse_mesh,
     replicated,
@@ -98,6 +100,40 @@ def test_constrain():
     assert {shard.data.shape for shard in y.addressable_shards} == {(2, 2, 6)}
     with jax.set_mesh(make_mesh({"data": 1}, jax.devices()[:1])):
         assert constrain(x, "batch") is x
+
+
+@pytest.mark.fast
+def test_states_are_cut_by_position_where_tensor_divides_them():
+    with jax.set_mesh(make_mesh("data=2,context=2,tensor=2")):
+        cut = jax.jit(constrain_states)
+        assert {s.data.shape for s in cut(jnp.zeros((2, 8, 6))).addressable_shards} == {(1, 2, 6)}
+        assert {s.data.shape for s in cut(jnp.zeros((2, 6, 6))).addressable_shards} == {(1, 3, 6)}
+
+
+@pytest.mark.fast
+def test_a_weight_is_gathered_at_once_and_its_gradient_scattered():
+    mesh = make_mesh("fsdp=4,tensor=2")
+    axes = ("embed", "mlp")
+    w = np.arange(16 * 6.0, dtype=np.float32).reshape(16, 6)
+    x = np.linspace(-1, 1, 8 * 16, dtype=np.float32).reshape(8, 16)
+
+    def loss(w, x):
+        return jnp.square(x @ gather_weight(w, axes)).sum()
+
+    expected = jax.grad(loss)(w, x)  # without a mesh, nothing is gathered
+    shard = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    w, x = jax.device_put(w, shard), jax.device_put(x, batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss)).lower(w, x).compile()
+        gathered = jax.jit(lambda w: gather_weight(w, axes))(w)
+        odd = jax.jit(lambda w: gather_weight(w, axes))(np.zeros((16, 5), np.float32))
+    gradient = compiled(w, x)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+    assert gradient.sharding.is_equivalent_to(shard, 2)
+    assert {s.data.shape for s in gathered.addressable_shards} == {(16, 3)}
+    assert {s.data.shape for s in odd.addressable_shards} == {(16, 5)}
+    text = compiled.as_text()
+    assert text.count(" all-gather(") == 1 and " collective-permute(" not in text
 
 
 # -------------------------------------------------------------------- the released 3B model

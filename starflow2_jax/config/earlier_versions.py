@@ -29,14 +29,15 @@ RENAMED = {
 ADDED = (
     "data.packing", "data.processes", "data.skip_long",
     "eval_data.packing", "eval_data.processes", "eval_data.skip_long",
-    "fae.gradient", "noise.context_sigma", "sample.spread", "teacher.tower", "text.vlm_positions",
+    "fae.gradient", "frozen_layout", "noise.context_sigma", "sample.spread", "teacher.tower",
+    "text.vlm_positions",
 )  # fmt: skip
 
 
 def upgrade(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a stored nested configuration with `RENAMED` keys under their new names.
 
-    Groups that exist get the defaults of missing `ADDED` keys.
+    An experiment, and groups that exist in any mapping, get the defaults of missing `ADDED` keys.
     """
     result = {k: dict(v) if isinstance(v, Mapping) else v for k, v in cfg.items()}
     for old, new in RENAMED.items():
@@ -49,6 +50,7 @@ def upgrade(cfg: Mapping[str, Any]) -> dict[str, Any]:
                 del result[group]
     for added in ADDED:
         group, _, name = added.rpartition(".")
-        if isinstance(result.get(group), dict):
-            result[group].setdefault(name, KEYS[added].default)
+        target = result.get(group) if group else result
+        if isinstance(target, dict) and (group or "layout" in result):
+            target.setdefault(name, KEYS[added].default)
     return result

@@ -60,6 +60,7 @@ KEYS: dict[str, Key] = {
         *("auto", "plain", "splash", "cudnn"),
     ),
     "layout": text("dp", "sharding of the parameters: a name in mesh.LAYOUTS"),
+    "frozen_layout": text("", "layout of the frozen parameters; empty: that of the others"),
     "mesh": text("data=-1", "devices along each mesh axis; -1 takes the rest"),
     "image.pixels": count(0, "height = width of the images; 0 if latents are read"),
     "image.patch": positive(1, "pixels along the side of a token"),

@@ -73,7 +73,9 @@ def load_flow(path: str, device_mesh: Mesh | None = None, layout: str = "dp") ->
     else:
         trainable = tuple(cfg["train"]["trainable"])
         params = saved.read_params(declared, device_mesh, layout, subtrees=trainable)
-        params |= flow.init_frozen({**cfg, "layout": layout}, declared, device_mesh)
+        params |= flow.init_frozen(
+            {**cfg, "layout": layout, "frozen_layout": ""}, declared, device_mesh
+        )
         source = json.dumps({"workdir": saved.path, "step": saved.step})
     return FlowModel(
         cfg=cfg,

@@ -69,7 +69,8 @@ def load_starflow2(
     replaced = [name for name, folder in (("vlm", vlm), ("fae", fae)) if folder]
     _check_parts(saved, cfg, replaced)
     vlm, fae = vlm or cfg["vlm"]["path"], fae or cfg["fae"]["path"]
-    cfg["vlm"]["path"], cfg["fae"]["path"], cfg["layout"] = vlm, fae, layout
+    cfg["vlm"]["path"], cfg["fae"]["path"] = vlm, fae
+    cfg["layout"], cfg["frozen_layout"] = layout, ""
     for name, folder in (("VLM", vlm), ("codec", fae)):
         if folder and not model_folder.locate(folder).is_dir():
             raise FileNotFoundError(f"{path}: its {name} is missing: there is no folder {folder}")

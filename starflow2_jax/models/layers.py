@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from starflow2_jax.mesh import constrain, platform
+from starflow2_jax.mesh import activation_shards, constrain, constrain_states, platform
 from starflow2_jax.models import rope
 from starflow2_jax.models.attention import KERNELS, grouped_query_attention
-from starflow2_jax.params import Init, ParamSpec, Tree, fan_in, ones, zeros
+from starflow2_jax.params import Init, ParamSpec, Tree, fan_in, gather_layer, ones, zeros
 
 # The mask [T, S] of attention without a mask.
 ATTEND_ALL = np.ones((1, 1), bool)
@@ -150,8 +150,17 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def linear(params: Tree, x: jax.Array) -> jax.Array:
-    """Return x @ weight (+ bias) in x's dtype, [..., in] to [..., out]."""
+def linear(
+    params: Tree, x: jax.Array, pin: Callable[[jax.Array], jax.Array] = lambda y: y
+) -> jax.Array:
+    """Return pin(x @ weight) (+ bias) in x's dtype, [..., in] to [..., out].
+
+    `pin` fixes the sharding of the product where devices hold parts of its sum.
+    """
+    if activation_shards()["states"] > 1 and "panels" not in params:
+        # Not flattened: sharded positions would not remain sharded.
+        y = pin(x @ params["weight"].astype(x.dtype))
+        return y + params["bias"].astype(x.dtype) if "bias" in params else y
     # Flattened, because on a CPU the backward pass of [B, T, in] takes up to twice as long.
     flat = x.reshape(-1, x.shape[-1])
     if "panels" in params:
@@ -225,7 +234,7 @@ def mlp(params: Tree, x: jax.Array, cfg: LayerConfig) -> jax.Array:
     act = _ACTIVATIONS[cfg.activation]
     up = constrain(linear(params["mlp_up"], x), "batch", "length", "mlp")
     hidden = act(linear(params["mlp_gate"], x)) * up if cfg.gated else act(up)
-    return linear(params["mlp_down"], hidden)
+    return linear(params["mlp_down"], hidden, constrain_states)
 
 
 def project_qkv(
@@ -240,7 +249,7 @@ def project_qkv(
         y = y.reshape(*x.shape[:2], -1, cfg.head_dim)
         return constrain(y.swapaxes(1, 2), "batch", "heads", "length")
 
-    x = norm(params["attention_norm"], h, cfg.norm, cfg.norm_eps)
+    x = constrain(norm(params["attention_norm"], h, cfg.norm, cfg.norm_eps), "batch", "length")
     if "query_key_value" in params:
         bounds = np.cumsum([cfg.heads, cfg.kv_heads]) * cfg.head_dim
         projections = jnp.split(linear(params["query_key_value"], x), bounds, -1)
@@ -298,14 +307,15 @@ def add_attention_and_mlp(
     params: Tree, h: jax.Array, attended: jax.Array, cfg: LayerConfig
 ) -> jax.Array:
     """Return h [B, T, C] plus the projected attention output, plus the MLP of that sum."""
-    attended = linear(params["out"], attended)
+    attended = linear(params["out"], attended, constrain_states)
     if cfg.post_norm:
         attended = rms_norm(params["attention_post_norm"], attended)
     h = h + attended
-    y = mlp(params, norm(params["mlp_norm"], h, cfg.norm, cfg.norm_eps), cfg)
+    x = constrain(norm(params["mlp_norm"], h, cfg.norm, cfg.norm_eps), "batch", "length")
+    y = mlp(params, x, cfg)
     if cfg.post_norm:
         y = rms_norm(params["mlp_post_norm"], y)
-    return constrain(h + y, "batch", "length")
+    return constrain_states(h + y)
 
 
 def decoder_layer(
@@ -332,7 +342,7 @@ def decoder_layer(
     Returns:
         h [B, T, C], and the layer's keys and values with the new ones in place.
     """
-    h = constrain(h, "batch", "length")
+    h = constrain_states(h)
     qkv = project_qkv(params, h, cfg, tables)
     attended, keys_values = self_attention(qkv, cfg, mask, temperature, layer_cache, segments)
     return add_attention_and_mlp(params, h, attended, cfg), keys_values
@@ -347,7 +357,12 @@ REMAT = {
 
 
 def run_layers(
-    layer: Callable[..., Any], carry: Any, params: Any, remat: str, cache: KVCache | None
+    layer: Callable[..., Any],
+    carry: Any,
+    params: Any,
+    remat: str,
+    cache: KVCache | None,
+    specs: Any,
 ) -> tuple[Any, KVCache | None]:
     """Return the carry after all layers, and the extended cache, None without one.
 
@@ -357,10 +372,12 @@ def run_layers(
         params: the stacked layers; with a cache one tree per layer (see `unstack`), since a scan
             would copy the stacked cache at every step.
         remat: a name in `REMAT`, without a cache.
+        specs: the declarations of the stacked layers, for any number of them.
     """
     if cache is None:
 
         def step(carry, layer_params):
+            layer_params = gather_layer(layer_params, specs, jax.tree.leaves(carry)[0].dtype)
             return layer(carry, layer_params, None)[0], None
 
         if REMAT[remat] is not None:
@@ -399,7 +416,7 @@ def apply_layers(
     def layer(h, layer_params, layer_cache):
         return decoder_layer(layer_params, h, cfg, tables, mask, temperature, layer_cache, segments)
 
-    return run_layers(layer, h, params, remat, cache)
+    return run_layers(layer, h, params, remat, cache, declare(cfg, 1))
 
 
 def unstack(params: Tree) -> tuple[Tree, ...]:

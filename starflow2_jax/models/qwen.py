@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax.mesh import gather_weight
 from starflow2_jax.models import layers, qwen_vision, rope
 from starflow2_jax.models.layers import KVCache, LayerConfig, at_least_float32
 from starflow2_jax.models.qwen_vision import VisionConfig, VisionPlan
@@ -315,6 +316,12 @@ def empty_cache(cfg: QwenConfig, batch_size: int, size: int, dtype: Any) -> KVCa
 def final_norm(params: Tree, h: jax.Array, cfg: QwenConfig) -> jax.Array:
     """Apply the norm before the head."""
     return layers.rms_norm(params["final_norm"], h, cfg.norm_eps, offset=False)
+
+
+def gather_head(params: Tree, cfg: QwenConfig) -> Tree:
+    """Return params with the head's weight as `mesh.gather_weight` does, for many `logits`."""
+    name, axes = ("embed", ("vocab", "embed")) if cfg.tied else ("head", ("embed", "vocab"))
+    return {**params, name: {**params[name], "weight": gather_weight(params[name]["weight"], axes)}}
 
 
 def logits(params: Tree, states: jax.Array, cfg: QwenConfig) -> jax.Array:

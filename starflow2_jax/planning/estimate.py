@@ -42,8 +42,9 @@ def default_mesh(layout: str, topology: Topology, model: Mapping[str, Any] | Non
         "dp": "data=-1",
         "fsdp": "fsdp=-1",
         "tp": f"data=-1,tensor={tensor}",
-        "fsdp_tp": f"fsdp=-1,tensor={min(tensor, 4)}",
-        "hybrid": f"data={slices if slices > 1 else 2 if count < 64 else 4},fsdp=-1",
+        # Bytes sent grow with `tensor`; an `fsdp` axis across the whole slice is gathered badly.
+        "fsdp_tp": f"fsdp=-1,tensor={min(tensor, 2)}",
+        "hybrid": f"data={max(slices, 2)},fsdp=-1",
     }[layout]
 
 
@@ -114,7 +115,13 @@ def train_step(
     if "flops" in row:
         module, step_cost = row.pop("_compiled")
         row["unexpected"] = sharding_audit.unexpected_collectives(
-            declared, step_cost, module, device_mesh, cfg["layout"], trained=trained
+            declared,
+            step_cost,
+            module,
+            device_mesh,
+            cfg["layout"],
+            trained=trained,
+            rows=rows // microbatches // (mesh["data"] * mesh["fsdp"]),
         )
         if topology.shape:
             row["unexpected"] += sharding_audit.redundant_allreduces(

@@ -22,22 +22,36 @@ def unexpected_collectives(
     layout: str,
     large: int = MIB,
     trained: Collection[str] | None = None,
+    rows: int = 1,
 ) -> list[str]:
     """Return a line for each all-gather and each replicated weight that a layout does not intend.
 
     A layout intends to gather single weights: those of one layer, over `fsdp`, in the part that
-    `tensor` leaves to a device; and over `context` the keys and values. Reported are therefore
-    activations that cross devices because their sharding is lost on the way, and weights of which
-    all layers are gathered at once. A large weight must be sharded if the layout has mesh axes
-    for it. Nothing is reported below `large` bytes. Subtrees that are not in `trained` need not be
-    read by the step.
+    `tensor` leaves to a device; over `context` the keys and values; and over `tensor` the states
+    before a product (see `mesh.constrain_states`). Reported are therefore activations that cross
+    devices because their sharding is lost on the way, and weights of which all layers are gathered
+    at once. A large weight must be sharded if the layout has mesh axes for it. Nothing is reported
+    below `large` bytes. Subtrees that are not in `trained` need not be read by the step. `rows` are
+    those of one device in a microbatch.
     """
     lines = []
     layer_sizes = _layer_sizes(declared, device_mesh, layout)
+    widths = {
+        size
+        for weight in params.flatten(declared).values()
+        for size, axis in zip(weight.shape, weight.axes)
+        if axis == "embed"
+    }
+
+    def is_states(num_elements):
+        return any(num_elements % (rows * width) == 0 for width in widths)
+
     for collective in cost.collectives:
         if collective.kind != "all-gather" or collective.axes == "context":
             continue
         if collective.bytes < large:
+            continue
+        if collective.axes == "tensor" and all(map(is_states, collective.sizes)):
             continue
         is_weight = all(n in layer_sizes or 4 * n < large for n in collective.sizes)
         if not is_weight or collective.axes != "fsdp":
@@ -53,8 +67,8 @@ def redundant_allreduces(
 ) -> list[str]:
     """Return a line about weights that are all-reduced over `fsdp` instead of gathered.
 
-    The TPU compiler gathers by an all-reduce of zeros and one shard, which sends twice as much, if
-    shards are not whole tiles of memory (of 16 rows of bfloat16).
+    If `fsdp` spans the slice, the TPU compiler gathers by an all-reduce of zeros and one shard,
+    which sends twice as much.
     """
     layer_sizes = _layer_sizes(declared, device_mesh, layout)
     wire = sum(
@@ -68,8 +82,8 @@ def redundant_allreduces(
         return []
     return [
         f"all-reduce over fsdp of weights, {wire / 1e9:,.3g} GB sent: twice what gathering or "
-        f"scattering sends, because shards at fsdp={device_mesh.shape['fsdp']} are not whole "
-        "tiles; try a smaller fsdp axis and a data axis for the remaining devices"
+        f"scattering sends, because fsdp={device_mesh.shape['fsdp']} spans the whole slice; "
+        "leave another axis of 2, such as data=2"
     ]
 
 

@@ -18,7 +18,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from starflow2_jax.mesh import batch_sharding, check_batch, place_rows, replicated
+from starflow2_jax.mesh import batch_sharding, check_batch, frozen_layout, place_rows, replicated
 from starflow2_jax.params import (
     Tree,
     abstract as abstract_params,
@@ -84,6 +84,7 @@ class Program:
 def build_program(cfg: Mapping[str, Any], device_mesh: Mesh, task: Task) -> Program:
     """Build a task's program for a mesh."""
     layout, seed, settings = cfg["layout"], cfg["seed"], run_config(cfg)
+    layout_of_frozen = frozen_layout(cfg)
     rows = settings.train.batch_size
     check_memory(cfg, task, memory.NO_MACHINE)
     check_batch(rows, device_mesh)
@@ -102,7 +103,7 @@ def build_program(cfg: Mapping[str, Any], device_mesh: Mesh, task: Task) -> Prog
             device_mesh,
         ),
     )
-    frozen_shardings = param_shardings(frozen_specs, device_mesh, layout)
+    frozen_shardings = param_shardings(frozen_specs, device_mesh, layout_of_frozen)
     init = partial(init_state, specs=state_specs, task=task)
     jitted_init = jax.jit(init, out_shardings=state_shardings)
 
@@ -130,7 +131,9 @@ def build_program(cfg: Mapping[str, Any], device_mesh: Mesh, task: Task) -> Prog
         evaluate=jax.jit(partial(evaluate, seed=seed, task=task), out_shardings=everywhere),
         reconstruct=jax.jit(partial(reconstruct, seed=seed, task=task), out_shardings=everywhere),
         abstract_state=jax.tree.map(place, abstract_state, state_shardings),
-        abstract_frozen=abstract_params(frozen_specs, device_mesh, layout, task.frozen_dtype),
+        abstract_frozen=abstract_params(
+            frozen_specs, device_mesh, layout_of_frozen, task.frozen_dtype
+        ),
         abstract_batch={name: place(a, batch_rows) for name, a in task.abstract_batch.items()},
     )
 

@@ -17,7 +17,8 @@ from starflow2_jax.training.run_data import RunData, fingerprints
 # Keys that may change when a run is resumed: they affect placement and logging, not the result. The
 # contents of frozen models are compared instead of their paths.
 RESUMABLE_KEYS = (
-    *("layout", "mesh", "attention", "log.", "checkpoint.", "data.threads", "eval_data.threads"),
+    *("layout", "frozen_layout", "mesh", "attention", "log.", "checkpoint."),
+    *("data.threads", "eval_data.threads"),
     *("distributed.", "teacher.path", "init.fae", "fae.path", "fae.lpips", "vlm.path"),
 )
 # These may change as well if the data are the same.

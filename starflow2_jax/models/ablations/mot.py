@@ -155,6 +155,7 @@ def forward(
     stacks = (params["vlm"]["layers"], expert["layers"])
     cache = caches[0] if caches else None
     pairs = zip(*stacks) if caches else stacks
-    (g, h), cache = layers.run_layers(layer, (g, h), pairs, cfg.vlm.remat, cache)
+    specs = (layers.declare(cfg.vlm.layer, 1), layers.declare(cfg.layer, 1))
+    (g, h), cache = layers.run_layers(layer, (g, h), pairs, cfg.vlm.remat, cache, specs)
     y = qwen.final_norm(params["vlm"], g, cfg.vlm)
     return BackboneOutputs(y, h, caches=None if cache is None else (cache,))

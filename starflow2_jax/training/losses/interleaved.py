@@ -24,7 +24,7 @@ from flax import struct
 
 from starflow2_jax import config
 from starflow2_jax.mesh import constrain
-from starflow2_jax.models import starflow2
+from starflow2_jax.models import qwen, starflow2
 from starflow2_jax.models.backbone import BackboneConfig, BackboneInputs
 from starflow2_jax.models.layers import at_least_float32
 from starflow2_jax.params import Tree
@@ -276,6 +276,8 @@ def _text_terms(params, states, ids, token, cfg, text_into_flow, text_targets, t
 def _cross_entropy(params, states, targets, cfg, chunk):
     """Return the nats of target tokens [B, K], and whether they are the likeliest [B, K]."""
     batch_size, length = targets.shape
+    # Gathered once and not for each chunk.
+    params = {**params, "vlm": qwen.gather_head(params["vlm"], cfg.vlm)}
     chunk = min(chunk, length)
     num_chunks = -(-length // chunk)
 

@@ -12,6 +12,7 @@ from starflow2_jax.checkpoints.convert import lpips, teacher as teacher_weights
 from starflow2_jax.data.options import image_batch_options
 from starflow2_jax.latents import codec as latent_codec
 from starflow2_jax.latents.codec import Codec
+from starflow2_jax.mesh import frozen_layout
 from starflow2_jax.models.fae.config import model_config
 from starflow2_jax.models.patches import to_pixels
 from starflow2_jax.params import (
@@ -140,19 +141,20 @@ def _load_subtrees(
     cfg: Mapping[str, Any], specs: Tree, teacher: Any, codec: Codec | None, device_mesh: Any
 ) -> dict[str, Tree]:
     """Load subtrees from the codec and from files, and draw the others."""
-    shardings = param_shardings(specs, device_mesh, cfg["layout"])
+    layout = frozen_layout(cfg)
+    shardings = param_shardings(specs, device_mesh, layout)
     stored = codec.params if codec else {}
     loaded = {}
     for name, tree in specs.items():
         if name in stored:
             loaded[name] = jax.device_put(stored[name], shardings[name])
         elif name == "teacher":
-            loaded[name] = teacher_weights.load(cfg, teacher, device_mesh, cfg["layout"])
+            loaded[name] = teacher_weights.load(cfg, teacher, device_mesh, layout)
         elif name == "lpips":
             source = model_folder.locate(cfg["fae"]["lpips"])
             loaded[name] = jax.device_put(lpips.load(source)[1], shardings[name])
         else:
-            loaded |= draw_params(cfg["seed"], {name: tree}, device_mesh, cfg["layout"])
+            loaded |= draw_params(cfg["seed"], {name: tree}, device_mesh, layout)
     return loaded
 
 

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from starflow2_jax import config
 from starflow2_jax.data.options import image_batch_options
+from starflow2_jax.mesh import frozen_layout
 from starflow2_jax.models import flops, flow
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.params import ParamSpec, draw as draw_params, normal, split as split_params
@@ -47,7 +48,7 @@ def init_frozen(
 ) -> dict[str, Any]:
     """Draw the subtrees outside of `train.trainable`, as the run drew them from its seed."""
     frozen = split_params(declared, tuple(cfg["train"]["trainable"]))[1]
-    return draw_params(cfg["seed"], frozen, device_mesh, cfg["layout"]) if frozen else {}
+    return draw_params(cfg["seed"], frozen, device_mesh, frozen_layout(cfg)) if frozen else {}
 
 
 def make_task(cfg: Mapping[str, Any], *, null_text: Any = None) -> Task:

@@ -23,6 +23,7 @@ from starflow2_jax.checkpoints.convert import (
 from starflow2_jax.checkpoints.model_folder import CONFIG_FILE, read_config
 from starflow2_jax.config.checks import display, is_list
 from starflow2_jax.data.options import packed_batch_options
+from starflow2_jax.mesh import frozen_layout
 from starflow2_jax.models import flops, qwen, starflow2
 from starflow2_jax.models.ablations.crossings import CrossingsConfig
 from starflow2_jax.models.ablations.mot import MoTConfig
@@ -151,12 +152,12 @@ def load_frozen_vlm(
     cfg: Mapping[str, Any], model: BackboneConfig, device_mesh: Mesh, dtype: Any
 ) -> Tree:
     """Load the VLM without its tower, sharded, from `vlm.path`, or else draw it from the seed."""
-    tree = {"vlm": qwen.declare(model.vlm)}
+    tree, layout = {"vlm": qwen.declare(model.vlm)}, frozen_layout(cfg)
     if cfg["vlm"]["path"]:
         folder = model_folder.locate(cfg["vlm"]["path"])
         names = tuple(tree["vlm"])
-        return {"vlm": qwen_weights.load(folder, device_mesh, cfg["layout"], dtype, only=names)[1]}
-    return draw_params(cfg["seed"], tree, device_mesh, cfg["layout"], dtype)
+        return {"vlm": qwen_weights.load(folder, device_mesh, layout, dtype, only=names)[1]}
+    return draw_params(cfg["seed"], tree, device_mesh, layout, dtype)
 
 
 def make_task(cfg: Mapping[str, Any]) -> Task:
