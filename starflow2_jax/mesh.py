@@ -14,6 +14,7 @@ A *slice* is a set of devices with fast links: a TPU slice, elsewhere the device
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -166,6 +167,39 @@ def batch_sharding(device_mesh: Mesh) -> NamedSharding:
 def replicated(device_mesh: Mesh) -> NamedSharding:
     """Return the sharding that puts the whole value on every device."""
     return NamedSharding(device_mesh, PartitionSpec())
+
+
+def cache_sharding(shape: Sequence[int], device_mesh: Mesh) -> NamedSharding:
+    """Return the sharding of the keys or values [B, K, S, D] or [K, S, D] of a cache.
+
+    Rows are sharded over `data` and `fsdp`, heads over `tensor`, if these divide them.
+    """
+    heads = "tensor" if shape[-3] % device_mesh.shape["tensor"] == 0 else None
+    if len(shape) == 3:
+        return NamedSharding(device_mesh, PartitionSpec(heads))
+    rows = None if shape[0] % _batch_shards(device_mesh) else ACTIVATIONS["batch"]
+    return NamedSharding(device_mesh, PartitionSpec(rows, heads))
+
+
+def constrain_cache(a: jax.Array) -> jax.Array:
+    """Pin the sharding of keys or values, as in `cache_sharding`, on the mesh of `jax.set_mesh`."""
+    abstract_mesh = jax.sharding.get_abstract_mesh()
+    if abstract_mesh.empty or abstract_mesh.size == 1:
+        return a
+    return jax.lax.with_sharding_constraint(a, cache_sharding(a.shape, abstract_mesh).spec)
+
+
+def decoding_mesh(params: Any, rows: int) -> AbstractContextManager:
+    """Return `jax.set_mesh` of the mesh that parameters are on, for a decoding of so many rows.
+
+    It changes nothing if the mesh does not divide the rows: every device then has all of them.
+    """
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return nullcontext()
+    device_mesh = sharding.mesh
+    is_whole = device_mesh.shape["context"] > 1 or rows % _batch_shards(device_mesh)
+    return nullcontext() if is_whole else jax.set_mesh(device_mesh)
 
 
 def to_host(a: jax.Array) -> np.ndarray:

@@ -124,8 +124,8 @@ def test_bad_input_names_the_flag(verb, words, message, monkeypatch):
         bench.main(verb, [], values(*words))
 
 
-# The bench on a machine with little more than jax: anything else that is imported is an error.
-BARE = """
+# A machine with little more than jax: anything else that is imported is an error.
+BLOCKED = """
 import sys
 
 class Blocked:
@@ -134,6 +134,10 @@ class Blocked:
             raise ImportError(name + " is not on this machine")
 
 sys.meta_path.insert(0, Blocked())
+"""
+BARE = (
+    BLOCKED
+    + """
 import dataclasses
 from absl import flags
 from starflow2_jax import bench
@@ -153,21 +157,68 @@ bench.define(values)
 values("bench --preset stage3 --size tiny --batch 2 --repeats 1 --json".split())
 bench.main("VERB", [], values)
 """
+)
+# The steps of the stages at paper size, lowered for GPUs. jax asks for the version of cuDNN and for
+# the GPU while it traces; everything else of the lowering needs neither.
+CUDA = (
+    BLOCKED
+    + """
+import jax
+from jax._src.cudnn import fused_attention_stablehlo as fused
+from starflow2_jax.benchmarking import stages
+from starflow2_jax.mesh import make_mesh
+from starflow2_jax.training.tasks import registry
+
+fused.check_cudnn_version = lambda: 91300
+fused.check_compute_capability = lambda capability: True
+fused.is_cuda_compute_capability_equal = lambda capability: False
+jax.config.update("jax_num_cpu_devices", 4)
+for stage, trainable, sizes in (
+    ("stage1", None, "data=1"),
+    ("stage3", ("adapter",), "data=1"),  # stage 2
+    ("stage3", None, "fsdp=2,tensor=2"),
+):
+    cfg = stages.experiment(stage, "paper", 4, "bfloat16")
+    cfg |= {"layout": "fsdp_tp", "frozen_layout": "tp", "attention": "cudnn"}
+    cfg["train"]["trainable"] = trainable or cfg["train"]["trainable"]
+    device_mesh = make_mesh(sizes, None if "," in sizes else jax.devices()[:1])
+    program = registry.build(cfg, device_mesh)
+    with jax.set_mesh(device_mesh):
+        traced = program.step.trace(
+            program.abstract_state, program.abstract_frozen, program.abstract_batch
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    partitioned = text.count("@CustomSPMDPartitioning")
+    print(text.count("__cudnn$fmha"), text.count("SoftmaxBackward"), partitioned)
+"""
+)
 MISSING = (
     *("grain", "ml_collections", "msgspec", "array_record", "transformers", "tokenizers"),
     *("tensorflow_datasets", "PIL", "pyarrow", "safetensors", "matplotlib", "jinja2", "torch"),
 )
 
 
-def timed_where_little_more_than_jax_is(verb):
+def run_where_little_more_than_jax_is(code):
     done = subprocess.run(
-        [sys.executable, "-c", BARE.replace("MISSING", repr(MISSING)).replace("VERB", verb)],
+        [sys.executable, "-c", code.replace("MISSING", repr(MISSING))],
         cwd=ROOT, capture_output=True, text=True,
         # It is compiling that takes time.
         env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return done.stdout
+
+
+def timed_where_little_more_than_jax_is(verb):
+    return json.loads(run_where_little_more_than_jax_is(BARE.replace("VERB", verb)))
+
+
+def test_the_steps_of_all_stages_lower_for_gpus_where_little_more_than_jax_is():
+    """With cuDNN's attention in every stack, also sharded over four devices."""
+    lines = run_where_little_more_than_jax_is(CUDA).splitlines()
+    # Forward passes, with those of rematerialization; backward passes; partitioned ones. The two
+    # shallow blocks and the deep block train in stage 1, the VLM conducts gradients in the others.
+    assert lines == ["10 3 0", "5 1 0", "0 0 12"]
 
 
 def test_a_stages_decoding_is_timed_where_little_more_than_jax_is():

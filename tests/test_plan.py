@@ -35,7 +35,7 @@ needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installe
     [
         ("v5p:4x4x7", "does not exist; similar ones are v5p:4x4x4, v5p:4x4x8, v5p:4x8x8"),
         ("v5e:16x17", "v5e:16x16"),
-        ("v5e", "does not exist; similar ones are v5e:2x2"),
+        ("v5e", "does not exist; similar ones are v5e:1x1"),
         ("v5q:4x4", r"unknown machine 'v5q'; did you mean 'v5[ep]'\? \(there are v5e, v6e, v5p"),
         ("v5e:4x4*0", "expected at least one slice"),
         ("tpu v5e 4x4", "unknown machine"),
@@ -306,6 +306,16 @@ def test_splash_compiles_for_a_tpu_and_arguments_are_exact():
     more = scores * (2 + 3.5 - 4 * 5 / 8)
     assert 4 * row["flops"] == pytest.approx(expected + more, rel=0.05)
     assert 4 * row["kernel_flops"] == pytest.approx(5.5 * scores)
+
+
+@needs_libtpu
+def test_a_single_row_is_generated_with_the_same_products():
+    """TPU programs multiply a vector by a matrix without a matrix product."""
+    cfg = experiment(**{"sample.guidance": 0.0})
+    (row,) = plan.plan(cfg, "v5e:1x1", ["dp"], program="generate")
+    matrices = sum(flops.matrix_parameters(model_config(cfg), 0))
+    assert row["devices"] == row["batch"] == 1
+    assert row["flops"] == pytest.approx(64 * (2 * matrices + 2 * 4 * 64 * 256), rel=0.01)
 
 
 @needs_libtpu

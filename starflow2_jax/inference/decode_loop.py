@@ -28,6 +28,7 @@ from starflow2_jax.inference.sampling import (
     sample_patch,
     sample_token,
 )
+from starflow2_jax.mesh import constrain_cache
 from starflow2_jax.models import backbone, flow, qwen, starflow2
 from starflow2_jax.models.backbone import BackboneConfig, BackboneInputs
 from starflow2_jax.models.layers import KVCache, at_least_float32
@@ -169,7 +170,8 @@ def forward_cached(
         mask = valid[:, None, :] & (slots <= first + jnp.arange(count)[:, None])
     inputs = inputs.replace(adapter_input=inputs.latents, mask=mask)
     states = cfg.forward(params, inputs, caches=caches)
-    caches = tuple(cache.replace(length=length) for cache in states.caches)
+    caches = map_caches(constrain_cache, states.caches)
+    caches = tuple(cache.replace(length=length) for cache in caches)
     return states.vlm_states, states.flow_states, caches, valid
 
 

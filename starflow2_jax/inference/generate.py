@@ -37,7 +37,7 @@ from starflow2_jax.inference.session import (
     new_session,
 )
 from starflow2_jax.inference.turn import SampledItem, TurnStart, truncate_rows, turn_start
-from starflow2_jax.mesh import replicated
+from starflow2_jax.mesh import decoding_mesh, replicated
 from starflow2_jax.runtime import memory
 
 # Steps between two searches for stop texts, or calls of `on_chunk`. A row may run past a stop text
@@ -315,16 +315,17 @@ def _decode_chunk(
 ) -> DecodeState:
     """Run one chunk, append its items to those of every row, and return the new state."""
     slot = session.cache_length
-    state, output = decode_loop.decode_chunk(
-        session.params,
-        _replicate(session.state),
-        session.keys,
-        _sampling_params(session, options),
-        jnp.int32(chunk_size),
-        cfg=model.model_config,
-        special=model.special_tokens,
-        clean_copies=model.has_clean_copies,
-    )
+    with decoding_mesh(session.params, session.batch_size):
+        state, output = decode_loop.decode_chunk(
+            session.params,
+            _replicate(session.state),
+            session.keys,
+            _sampling_params(session, options),
+            jnp.int32(chunk_size),
+            cfg=model.model_config,
+            special=model.special_tokens,
+            clean_copies=model.has_clean_copies,
+        )
     token, u, log_probs = map(np.asarray, (output.token, output.u, output.log_probs))
     for b, row in enumerate(items):
         count = int((token[b] != decode_loop.EMPTY).sum())

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from starflow2_jax.inference import decode_loop
 from starflow2_jax.inference.decode_loop import DecodeState
 from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.prompts import Part, to_messages
+from starflow2_jax.mesh import cache_sharding, decoding_mesh
 from starflow2_jax.models.backbone import BackboneInputs
 from starflow2_jax.params import Tree
 
@@ -72,6 +74,16 @@ def new_session(
 ) -> Session:
     """Return a session whose rows have read nothing; see the fields of `Session`."""
     params, batch_size = model.decode_params, len(keys)
+    state = decode_loop.empty_state(
+        params, model.model_config, batch_size, cache_size, has_null_branch=bool(null)
+    )
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if isinstance(sharding, NamedSharding):
+
+        def place(a):
+            return jax.device_put(a, cache_sharding(a.shape, sharding.mesh))
+
+        state = state.replace(caches=decode_loop.map_caches(place, state.caches))
     return Session(
         params=params,
         keys=keys,
@@ -80,9 +92,7 @@ def new_session(
         part_counts=(0,) * batch_size,
         has_fixed_cache=has_fixed_cache,
         copies=(None,) * batch_size,
-        state=decode_loop.empty_state(
-            params, model.model_config, batch_size, cache_size, has_null_branch=bool(null)
-        ),
+        state=state,
     )
 
 
@@ -217,9 +227,10 @@ def _read_messages(model, session, messages, tables, reserved) -> Session:
     caches, valid = session.state.caches, session.state.valid
     if longest:
         inputs, is_real = _pad_sequences(sequences, padded, state.u)
-        caches, valid = decode_loop.prefill(
-            session.params, caches, valid, inputs, is_real, cfg=model.model_config
-        )
+        with decoding_mesh(session.params, session.batch_size):
+            caches, valid = decode_loop.prefill(
+                session.params, caches, valid, inputs, is_real, cfg=model.model_config
+            )
     else:  # A copy, because the next steps donate the arrays.
         caches, valid = jax.tree.map(jnp.copy, (caches, valid))
     conditional = sequences[: session.batch_size]

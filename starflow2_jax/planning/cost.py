@@ -104,6 +104,9 @@ def instruction_flops(module: Module, computation: Computation, instruction: Ins
             for name in instruction.called("calls")
             for inner in module.computations[name].instructions
         )
+    if instruction.opcode == "reduce" and _is_product(instruction):
+        (operand, *_) = (computation.by_name[n] for n in instruction.operands)
+        return 2.0 * math.prod(operand.shapes[0].dims)
     if instruction.opcode not in ("dot", "convolution", "custom-call"):
         return 0.0
     shapes = [
@@ -118,6 +121,12 @@ def instruction_flops(module: Module, computation: Computation, instruction: Ins
     if instruction.opcode == "dot":
         return 2 * out * _contracted(operands[0], instruction.attribute("lhs_contracting_dims"))
     return _convolution_flops(instruction, operands)
+
+
+def _is_product(instruction):
+    """Return whether a sum is that of a matrix-vector product, as TPU programs express it."""
+    source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return source is not None and source[1].endswith("dot_general")
 
 
 def _contracted(lhs, dimensions):

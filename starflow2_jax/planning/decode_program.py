@@ -16,7 +16,7 @@ from starflow2_jax.inference import decode_loop, session
 from starflow2_jax.inference.guidance import Guidance
 from starflow2_jax.inference.inverse import inverse
 from starflow2_jax.inference.sampling import SamplingParams, SpecialTokens
-from starflow2_jax.mesh import ACTIVATIONS, batch_sharding, check_batch
+from starflow2_jax.mesh import batch_sharding, cache_sharding, check_batch, replicated
 from starflow2_jax.models import flow
 from starflow2_jax.models.flow import Conditioning
 from starflow2_jax.params import abstract as abstract_params
@@ -66,8 +66,7 @@ def _lower_flow(cfg, device_mesh, rows):
         conditioning = conditioning.replace(text=text)
     if model.classes:
         conditioning = conditioning.replace(labels=rows_of((), jnp.int32))
-    replicated = NamedSharding(device_mesh, PartitionSpec())
-    weight = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
+    weight = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(device_mesh))
 
     def sample(params, z, conditioning, weight):
         guidance = None
@@ -111,13 +110,20 @@ def _lower_starflow2(cfg, device_mesh, rows):
             ),
             prepared,
         )
-        state = jax.tree.map(lambda a: _shard(a, device_mesh), state)
+
+        def place(a):
+            sharding = cache_sharding(a.shape, device_mesh)
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+        caches = decode_loop.map_caches(place, state.caches)
+        state = jax.tree.map(lambda a: _shard(a, device_mesh), state.replace(caches=None))
+        steps = _shard(jax.ShapeDtypeStruct((), jnp.int32), device_mesh)
+        state = state.replace(caches=tuple(c.replace(length=steps) for c in caches))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
         keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=batch_sharding(device_mesh))
         special = SpecialTokens(
             model.vlm.vision_start_token, model.vlm.vision_end_token, (), (), model.vlm.vocab
         )
-        steps = _shard(jax.ShapeDtypeStruct((), jnp.int32), device_mesh)
         lowered = decode_loop.decode_chunk.lower(
             prepared, state, keys, sampling, steps, cfg=model, special=special
         )
@@ -142,9 +148,6 @@ def _unstack_layers(params):
 
 
 def _shard(a, device_mesh):
-    """Shard rows over the batch axes, and the heads of a cache over tensor if it divides them."""
-    spec = [ACTIVATIONS["batch"]] if a.shape else []
-    if len(a.shape) == 4 and a.shape[1] % device_mesh.shape["tensor"] == 0:
-        spec.append("tensor")
-    sharding = NamedSharding(device_mesh, PartitionSpec(*spec))
+    """Shard rows over the batch axes."""
+    sharding = batch_sharding(device_mesh) if a.shape else replicated(device_mesh)
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)

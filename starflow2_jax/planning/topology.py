@@ -52,8 +52,8 @@ GPUS = {
     "B200": Chip(0, 0, 7700e9, 900e9, 50e9),
     "A100": Chip(0, 0, 2039e9, 300e9, 25e9),
 }
-_PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",
+_PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBE = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",
          "8x16x16", "16x16x16", "16x16x24")  # fmt: skip
 SLICES = {"v5e": _PLANE, "v6e": _PLANE, "v5p": _CUBE, "tpu7x": _CUBE}
 LOCAL = ("cpu", "gpu")
@@ -140,9 +140,11 @@ def find(name: str) -> Topology:
     # has read them after its devices exist, so they can be removed.
     jax.devices()
     os.environ.pop("XLA_FLAGS", None)
+    # libtpu describes whole hosts; a single chip is the first of one.
+    host_shape = SLICES[kind][1] if set(shape) == {"1", "x"} else shape
     try:
         described = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{kind}:{shape}", num_slices=slices
+            platform="tpu", topology_name=f"{kind}:{host_shape}", num_slices=slices
         )
     except RuntimeError as error:
         raise RuntimeError(
@@ -151,7 +153,12 @@ def find(name: str) -> Topology:
         ) from error
     dims = tuple(int(n) for n in shape.split("x"))
     dims += (1,) * (3 - len(dims))
-    return Topology(name, kind, tuple(described.devices), TPUS[kind], slices, dims)
+    devices = tuple(described.devices)
+    if host_shape != shape:
+        if slices > 1:
+            raise ValueError(f"topology: {name!r}: slices of one chip are not supported")
+        devices = devices[: 2 if kind == "tpu7x" else 1]
+    return Topology(name, kind, devices, TPUS[kind], slices, dims)
 
 
 def _local(name, platform, count):
