@@ -67,7 +67,8 @@ def _shipped(cfg):
 
 def _large(cfg):
     cfg.compute_dtype, cfg.frozen_dtype = "bfloat16", "bfloat16"
-    cfg.layout, cfg.mesh = "fsdp", "fsdp=-1"
+    # Every device stores the frozen VLM; docs/planning.md compares the layouts.
+    cfg.layout, cfg.mesh, cfg.frozen_layout = "fsdp", "fsdp=-1", "dp"
     cfg.model.flow.remat = cfg.model.vlm.remat = "full"
     cfg.data.path, cfg.data.latents = "data_cache/t2i", "data_cache/t2i_latents"
     cfg.eval_data.path = "data_cache/t2i_test"
@@ -87,6 +88,8 @@ def _small(cfg):
 
 def _paper(cfg):
     _large(cfg)
+    # On TPUs, an fsdp axis across the whole slice would be gathered at twice the bytes.
+    cfg.mesh = "data=2,fsdp=-1"
     # No sample grids: one device would have to hold all 30 GB of weights twice.
     # 800 M pairs, four per row: a batch of 1,024 images.
     cfg.train.batch_size, cfg.train.steps, cfg.optim.warmup = 256, 780_000, 5000

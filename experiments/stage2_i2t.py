@@ -55,7 +55,8 @@ def _shipped(cfg):
 
 def _large(cfg):
     cfg.compute_dtype, cfg.frozen_dtype = "bfloat16", "bfloat16"
-    cfg.layout, cfg.mesh = "fsdp", "fsdp=-1"
+    # Every device stores the frozen VLM; docs/planning.md compares the layouts.
+    cfg.layout, cfg.mesh, cfg.frozen_layout = "fsdp", "fsdp=-1", "dp"
     cfg.model.flow.remat = cfg.model.vlm.remat = "full"
     cfg.data.path, cfg.data.latents = "data_cache/i2t", "data_cache/i2t_latents"
     cfg.eval_data.path = "data_cache/i2t_test"
@@ -74,6 +75,8 @@ def _small(cfg):
 
 def _paper(cfg):
     _large(cfg)
+    # On TPUs, an fsdp axis across the whole slice would be gathered at twice the bytes.
+    cfg.mesh = "data=2,fsdp=-1"
     # No sample grids: one device would have to hold all 30 GB of weights twice.
     # 200 M pairs, about four per row.
     cfg.train.batch_size, cfg.train.steps = 256, 195_000

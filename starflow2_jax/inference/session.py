@@ -78,7 +78,7 @@ def new_session(
         params, model.model_config, batch_size, cache_size, has_null_branch=bool(null)
     )
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    if isinstance(sharding, NamedSharding):
+    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
 
         def place(a):
             return jax.device_put(a, cache_sharding(a.shape, sharding.mesh))

@@ -10,7 +10,7 @@ MAX_UNEXPECTED = 3
 Row = dict[str, Any]
 _SHORT = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "scatter",
           "all-to-all": "to-all", "collective-permute": "permute"}  # fmt: skip
-_HEADER = ("layout", "mesh", "batch", "remat", "GiB/chip", "of which state", "fits", "TFLOP/chip",
+_HEADER = ("layout", "mesh", "batch", "remat", "GiB/chip", "state (cache)", "fits", "TFLOP/chip",
            "GB moved", "collectives, GB sent", "step", "tokens/s", "MFU at most",
            "compile")  # fmt: skip
 _PARTS = (
@@ -62,7 +62,9 @@ def _cells(row):
         return cells + ["-"] * 10
     memory = row["memory"]
     state = sum(memory["declared"].values()) / GIB
-    cells += [f"{memory['peak'] / GIB:,.2f}", f"{state:,.2f}"]
+    cache = memory["declared"].get("cache")
+    cells.append(f"{memory['peak'] / GIB:,.2f}")
+    cells.append(f"{state:,.2f}" if cache is None else f"{state:,.2f} ({cache / GIB:,.2f})")
     cells.append("yes" if row["fits"] else f"no, +{memory['over'] / GIB:,.2f}")
     if "flops" not in row:
         return [*cells, *["-"] * 6, f"{row['compile_s']:.0f} s"]
