@@ -327,7 +327,8 @@ def test_two_slices_exchange_gradients_alone():
     across = [c for c in row["collectives"] if c["axes"] not in ("fsdp", "")]
     assert {(c["kind"], c["axes"]) for c in across} == {("all-reduce", "slices")}
     trained = 4 * row["parameters"]["trained"]
-    assert sum(c["bytes"] for c in across) == pytest.approx(trained / 4, rel=0.1)
+    # No gradient is missing. Those of small weights are padded to tiles of 8 x 128.
+    assert 1 <= sum(c["bytes"] for c in across) / (trained / 4) < 1.25
     with pytest.raises(ValueError, match="layout 'hybrid': mesh axis fsdp=8 crosses slices"):
         plan.plan(cfg, "v5e:2x2*2", ["hybrid"], mesh="fsdp=8")
 

@@ -289,8 +289,10 @@ def _find_collectives(module, computation, instruction):
 
 
 def _is_new(counted, body, instruction):
-    # TPU programs spread one collective over several fusions with the same channel.
-    channel = instruction.attribute("channel_id")
+    # TPU programs spread one collective over several fusions with the same channel. Transfers
+    # between slices go through the hosts, whose channels have numbers of their own.
+    is_transfer = instruction.opcode == "send"
+    channel = None if is_transfer else instruction.attribute("channel_id")
     key = (body.name, channel or instruction.name)
     if key in counted:
         return False

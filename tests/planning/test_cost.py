@@ -112,6 +112,24 @@ def test_weights_that_are_added_up_over_fsdp_are_told():
     assert warnings_about(other, gathered, dataclasses.replace(one, axes="data")) == []
 
 
+def test_transfers_between_slices_have_channels_of_their_own():
+    """A host transfer and a collective may have the same number; both count."""
+    text = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (a: f32[1024]) -> f32[4096] {
+  %a = f32[1024]{0} parameter(0)
+  %after-all = token[] after-all()
+  %send = (f32[1024]{0}, u32[], token[]) send(%a, %after-all), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  ROOT %gather = f32[4096]{0} all-gather(%a), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+}
+"""  # noqa: E501
+    mesh_shape = {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+    collectives = cost.analyze(hlo.parse(text), mesh_shape, 2).collectives
+    kinds = {(c.kind, c.axes, c.bytes) for c in collectives}
+    assert kinds == {("all-reduce", "slices", 4096), ("all-gather", "fsdp", 16384)}
+
+
 def test_context_cuts_positions_and_gathers_keys():
     cfg = experiment("fsdp", "fsdp=4,context=2")
     program, _, module, step_cost = compiled(cfg)
