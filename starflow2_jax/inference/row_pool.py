@@ -217,8 +217,8 @@ class RowPool:
             self._caches = row_caches.put_rows(caches, state.caches, rows)
         self._lengths[rows] = np.asarray(state.caches[0].length)
         sampled = state.replace(caches=None, valid=None)
-        for whole, part in zip(jax.tree.leaves(self._state), jax.tree.leaves(sampled)):
-            whole[rows] = part
+        for array, values in zip(jax.tree.leaves(self._state), jax.tree.leaves(sampled)):
+            array[rows] = values
         return output
 
     def compile_batches(self) -> None:

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--edit", default="make the circle green")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--width", type=int, default=760)
-    parser.add_argument("--height", type=int, default=960)
+    parser.add_argument("--height", type=int, default=1080)
     args = parser.parse_args()
     if chat_page.CHROMIUM is None:
         parser.error(chat_page.MISSING)
