@@ -5,7 +5,7 @@
 #                       [--lmms] [-- PYTEST ARGUMENTS]
 #
 #   --fast     only the tests marked fast: a few of every folder, in about two minutes
-#   --slow     also the tests marked slow (installs Playwright; the chat page needs Chromium)
+#   --slow     also the tests marked slow
 #   --parity   also tests against PyTorch and diffusers (installs both, CPU builds if pip has them)
 #   --plan     also tests that compile for TPUs (installs libtpu; no TPU is needed)
 #   --release  also tests of the release archives, and pyright (installs build, twine and pyright)
@@ -21,10 +21,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --parity | --plan | --release | --docs) extras+=("${1#--}") ;;
     --fast) options+=(-m "fast and not slow") ;;
-    --slow)
-      extras+=(browser)
-      options+=(-m "not lmms")
-      ;;
+    --slow) options+=(-m "not lmms") ;;
     --lmms) options+=(-m lmms tests/evaluation/harnesses) ;;
     --)
       shift

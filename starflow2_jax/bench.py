@@ -4,6 +4,7 @@ python -m starflow2_jax.bench machine --json
 python -m starflow2_jax.bench train --preset peer_starflow
 python -m starflow2_jax.bench sample --preset peer_starflow --batch 8 --guidance 2.5
 python -m starflow2_jax.bench train --preset stage3 --batch 4 --json
+python -m starflow2_jax.bench train --config experiments/stage3_joint.py:tiny --breakdown
 
 The peer presets repeat the work of two published PyTorch programs at a small size: random weights
 (proj_out of standard deviation 0.005), Gaussian input, the same batch at every step. A training
@@ -11,7 +12,8 @@ step is forward, loss without regularizer, backward and AdamW; sampling runs eve
 cache. `stage1` and `stage3` are the stages of STARFlow2 in bfloat16, with `--size paper` by
 default: training runs the step of `train` on rows full of images; sampling draws an image and text
 after a prompt. Presets need only jax, flax, optax, numpy and absl. `train --config` times the step
-of an experiment.
+of an experiment. `train --breakdown` also times its parts, which add up to the step within 5%
+(`benchmarking.breakdown`); of an experiment it reads the data, too.
 
 Times are medians of --repeats after three warm-up runs. `cores_elsewhere` is the number of cores
 that other processes used; if it is not near 0, take the minimum or measure again. A comparison
@@ -30,7 +32,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from starflow2_jax.benchmarking import stages
+from starflow2_jax.benchmarking import breakdown, stages
 from starflow2_jax.benchmarking.timing import (
     Result,
     compile_timed,
@@ -90,6 +92,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("data", None, "data: dataset folder", flag_values=values)
     flags.DEFINE_string("model", None, "load: workdir, step or model folder", flag_values=values)
     cli.define_integer("repeats", 9, "timed runs", 1, 1_000_000, flag_values=values)
+    flags.DEFINE_boolean("breakdown", False, "train: the parts of the step in ms, and their sum",
+                         flag_values=values)  # fmt: skip
     flags.DEFINE_boolean("json", False, "print the result as JSON", flag_values=values)
     try:
         from ml_collections import config_flags
@@ -127,16 +131,29 @@ def preset_inputs(cfg: FlowConfig, rows: int) -> tuple[jax.Array, Conditioning]:
     return x, Conditioning(text=text, labels=labels)
 
 
-def train_preset(name: str, rows: int | None, dtype: str, repeats: int, rates: Result) -> Result:
-    """Time a training step of a preset; `rates` are those of `machine_rates`."""
+def train_preset(
+    name: str,
+    rows: int | None,
+    dtype: str,
+    repeats: int,
+    rates: Result,
+    *,
+    with_parts: bool = False,
+) -> Result:
+    """Time a training step of a preset; `rates` are those of `machine_rates`.
+
+    `with_parts` adds the entries of `breakdown.loss_parts`.
+    """
     cfg, params = preset(name, dtype)
     rows = rows or TRAIN_ROWS[name]
     x, conditioning = preset_inputs(cfg, rows)
     adamw = optax.adamw(1e-4, b1=0.9, b2=0.95, weight_decay=1e-4)
 
+    def mean_loss(params, x, conditioning):
+        return flow_loss(params, x, cfg, conditioning)[0].sum() / x.size
+
     def step(params, moments, x, conditioning):
-        loss = lambda params: flow_loss(params, x, cfg, conditioning)[0].sum() / x.size
-        value, grads = jax.value_and_grad(loss)(params)
+        value, grads = jax.value_and_grad(mean_loss)(params, x, conditioning)
         updates, moments = adamw.update(grads, moments, params)
         return optax.apply_updates(params, updates), moments, value
 
@@ -151,6 +168,9 @@ def train_preset(name: str, rows: int | None, dtype: str, repeats: int, rates: R
     row = {"row": f"train {name}", "batch": rows, "dtype": dtype, "compile_s": seconds}
     row |= measure(run, repeats)
     row["tokens_per_s"] = 1000 * rows * cfg.tokens / row["ms"]
+    if with_parts:
+        inputs = (x, conditioning)
+        row |= breakdown.loss_parts(mean_loss, adamw, executable, state[0], inputs, repeats)
     return row | utilization(
         row["ms"], rates, flops.train_step(cfg, rows, cfg.tokens, cfg.text_length)
     )
@@ -318,6 +338,9 @@ def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> 
     stage = values.preset in stages.STAGES and verb in ("train", "sample")
     if verb == "machine":
         row = machine_rates(repeats)
+    elif verb == "train" and experiment is not None and values.breakdown:
+        row = breakdown.experiment(experiment, repeats)
+        row |= utilization(row["step_ms"], machine_rates(), row.pop("flops"))
     elif verb == "train" and experiment is not None and not values.preset:
         row = train_experiment(experiment, repeats, machine_rates())
     elif verb in ("train", "sample") and not values.preset:
@@ -326,7 +349,9 @@ def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> 
     elif stage:
         row = _time_stage(verb, values)
     elif verb == "train":
-        row = train_preset(values.preset, values.batch, dtype, repeats, machine_rates())
+        rates, name = machine_rates(), values.preset
+        with_parts = values.breakdown
+        row = train_preset(name, values.batch, dtype, repeats, rates, with_parts=with_parts)
     elif verb == "sample":
         row = sample_preset(
             values.preset,
@@ -350,7 +375,7 @@ def _time_stage(verb: str, values: flags.FlagValues) -> Result:
     name, size = values.preset, values.size
     if verb == "train":
         rows = values.batch or 4 * jax.device_count()
-        return stages.train(name, size, rows, dtype, values.repeats)
+        return stages.train(name, size, rows, dtype, values.repeats, values.breakdown)
     if values.guidance or values.jacobi:
         raise ValueError("bench sample: --guidance and --jacobi apply to the peer presets only")
     return stages.sample(name, size, values.batch or 1, dtype, values.repeats, machine_rates())

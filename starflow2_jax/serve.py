@@ -40,13 +40,6 @@ def define(values: flags.FlagValues) -> None:
         "max_batch", 8, "rows that are sampled together; one with guidance counts twice", 2, 1024
     )
     flags.DEFINE_list(
-        "batch_sizes",
-        [],
-        "smaller numbers of rows that a step may sample, each a program of its own (default: "
-        "powers of two on CPUs, none on accelerators)",
-        flag_values=values,
-    )
-    flags.DEFINE_list(
         "lengths",
         [],
         "numbers of tokens and patches that rows have room for, each a program of its own "
@@ -119,21 +112,12 @@ def _settings(values: flags.FlagValues):
 
     names = ("max_batch", "queue", "sessions", "max_tokens", "max_images", "max_samples")
     names += ("max_input_images", "max_pixels", "max_bytes", "timeout", "resize")
-    lists = {
-        "lengths": _whole_numbers(values, "lengths", 1, 1 << 20),
-        "batch_sizes": _whole_numbers(values, "batch_sizes", 2, values.max_batch),
-    }
-    return Settings(**lists, **{name: values[name].value for name in names})
-
-
-def _whole_numbers(
-    values: flags.FlagValues, name: str, smallest: int, largest: int
-) -> tuple[int, ...]:
-    """Return the whole numbers of a flag with a list."""
-    for text in values[name].value:
-        if not (text.isascii() and text.isdigit() and smallest <= int(text) <= largest):
-            raise ValueError(f"--{name}: {text!r} is no whole number from {smallest} to {largest}")
-    return tuple(map(int, values[name].value))
+    lengths = []
+    for text in values.lengths:
+        if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1 << 20):
+            raise ValueError(f"--lengths: {text!r} is no whole number from 1 to {1 << 20}")
+        lengths.append(int(text))
+    return Settings(lengths=tuple(lengths), **{name: values[name].value for name in names})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from absl import flags
 from helpers.paths import ROOT
 
 from starflow2_jax import bench, mesh
-from starflow2_jax.benchmarking import stages, timing
+from starflow2_jax.benchmarking import breakdown, stages, timing
 from starflow2_jax.inference.inverse import Jacobi
 from starflow2_jax.models import flow
 from starflow2_jax.runtime import allocator
@@ -306,3 +306,39 @@ def test_freed_memory_is_not_asked_for_again():
 def test_an_accelerators_host_is_left_alone(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
     assert allocator.keep_freed_memory() is False
+
+
+@pytest.mark.fast
+def test_a_busy_machines_rate_is_corrected_by_the_run():
+    row = timing.utilization(1.0, RATES, flops=0.2e9)
+    assert row["share_of_matmul_rate"] == 1.0 and row["machine_gflops"] == pytest.approx(200)
+    assert timing.utilization(4.0, RATES, flops=0.2e9)["machine_gflops"] == 100.0
+
+
+@pytest.mark.fast
+def test_parts_add_up_to_the_step_within_five_percent():
+    parts = breakdown.differences({"forward": 10.0, "backward": 30.0}) | {"optimizer": 6.0}
+    assert parts == {"forward": 10.0, "backward": 20.0, "optimizer": 6.0}
+    row = breakdown.table(parts, 37.0)
+    assert row["backward_ms"] == 20.0 and row["sum_ms"] == 36.0 and row["adds_up"]
+    assert not breakdown.table(parts, 34.0)["adds_up"]
+
+
+def test_breakdown_of_a_preset(tiny):
+    row = bench.train_preset("peer_starflow", 2, "float32", 1, RATES, with_parts=True)
+    names = ("forward", "backward", "optimizer")
+    assert sum(row[f"{name}_ms"] for name in names) == pytest.approx(row["sum_ms"])
+    assert row["forward_ms"] > 0 and row["optimizer_ms"] > 0 and row["step_ms"] > 0
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage3"])
+def test_the_forward_parts_of_a_stage_end_in_its_loss(name):
+    """Trace only; compiling them takes too long."""
+    cfg = stages.experiment(name, "tiny", 2, "float32")
+    program = registry.build(cfg, mesh.make_mesh("fsdp=-1", jax.devices()[:1]))
+    functions = breakdown.forward_functions(program)
+    assert list(functions) == ["shallow_forward", "vlm_forward", "deep_forward_and_loss"]
+    inputs = (program.abstract_state, program.abstract_frozen, program.abstract_batch)
+    with jax.set_mesh(program.mesh):
+        shapes = [jax.eval_shape(run, *inputs) for run in functions.values()]
+    assert shapes[1][0].shape == (2, 256, 128) and "count" in shapes[2]

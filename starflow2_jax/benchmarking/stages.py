@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax import config
+from starflow2_jax.benchmarking import breakdown
 from starflow2_jax.benchmarking.timing import Result, measure, utilization
 from starflow2_jax.inference import decode_loop, session
 from starflow2_jax.inference.sampling import SamplingParams, SpecialTokens
@@ -97,11 +98,14 @@ def rows_of_images(cfg: dict[str, Any], model: PretzelConfig, count: int) -> dic
     return batch | {"latent_logvar": np.full(shape, -5.0, np.float32)}
 
 
-def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
+def train(
+    stage: str, size: str, rows: int, dtype: str, repeats: int, with_parts: bool = False
+) -> Result:
     """Time the training step of a stage on the default devices, in layout `fsdp`.
 
     The row has the entries of `timing.measure`, `tokens_per_s`, `mfu` of the devices' bfloat16
-    peak, and `needs_gib`, the memory of the compiled step per device.
+    peak, and `needs_gib`, the memory of the compiled step per device; `with_parts` also those of
+    `breakdown.parts`.
     """
     peak = throughput.peak_flops()
     device_mesh = make_mesh("fsdp=-1")
@@ -125,10 +129,13 @@ def train(stage: str, size: str, rows: int, dtype: str, repeats: int) -> Result:
         row = {"row": f"train {stage} {size}", "batch": rows, "dtype": dtype}
         row |= {"compile_s": seconds, "needs_gib": needs / GIB, **measure(run, repeats)}
         row["loss"] = float(run()["loss"])
+        if with_parts:
+            row |= breakdown.parts(program, current[0], frozen, batch, repeats)
     work = program.task.step_cost()
     row["tokens_per_s"] = 1000 * work["tokens"] / row["ms"]
     row["model_tflop"] = work["flops"] / 1e12
-    return row | {"mfu": 1000 * work["flops"] / row["ms"] / peak}
+    rate = 1000 * work["flops"] / row["ms"]
+    return row | {"mfu": rate / throughput.attained_peak(peak, rate)}
 
 
 def _device_bytes(executable: Any) -> float:

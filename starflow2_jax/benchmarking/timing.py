@@ -141,12 +141,14 @@ def utilization(ms: float, rates: Result, flops: float, num_bytes: float = 0.0) 
     """Return the rates of a run of `ms` as shares of those of `machine_rates`.
 
     Returns:
-        `gflop`, `gflops` (per second) and its share of the float32 matmul rate. With `num_bytes`
-        also `bound_ms`, the time to read them at the best bandwidth, and its share of `ms`.
+        `gflop`, `gflops` (per second) and its share of the float32 matmul rate, or of the run's own
+        rate if that is higher: the machine was busy when it was measured. With `num_bytes` also
+        `bound_ms`, the time to read them at the best bandwidth, and its share of `ms`.
     """
     gflops = flops / ms / 1e6
     row = {"gflop": flops / 1e9, "gflops": gflops}
-    row["share_of_matmul_rate"] = gflops / rates["matmul_float32_gflops"]
+    best_gflops = max(rates["matmul_float32_gflops"], gflops)
+    row |= {"machine_gflops": best_gflops, "share_of_matmul_rate": gflops / best_gflops}
     if num_bytes:
         best = max(rate for name, rate in rates.items() if name.endswith("gb_per_s"))
         bound_ms = num_bytes / best / 1e6

@@ -53,18 +53,6 @@ def write_row(caches: Caches, row_caches: Caches, row: Any) -> Caches:
     return tuple(jax.tree.map(lambda a, b: a.at[row].set(b), *pair) for pair in pairs)
 
 
-@jax.jit
-def take_rows(caches: Caches, rows: Any) -> Caches:
-    """Return copies of rows [B] of the pool."""
-    return jax.tree.map(lambda a: a[rows], caches)
-
-
-@partial(jax.jit, donate_argnames="caches")
-def put_rows(caches: Caches, rows_caches: Caches, rows: Any) -> Caches:
-    """Copy rows [B] back to the pool."""
-    return jax.tree.map(lambda a, b: a.at[rows].set(b), caches, rows_caches)
-
-
 @partial(jax.jit, static_argnames="slots")
 def read_row(caches: Caches, row: Any, *, slots: int) -> Caches:
     """Return a copy of the first slots of a row of the pool."""

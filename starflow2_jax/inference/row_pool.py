@@ -2,11 +2,9 @@
 
 A pool has a fixed number of rows and slots, so one program serves every mixture of requests, and
 what a row samples does not depend on its neighbors. A row with guidance takes a second row for its
-unconditional branch, which reads the same items after another prompt. A pool may have programs for
-smaller batches, which few rows are copied to; then a row may depend on the number of its neighbors
-by rounding, where a product of matrices sums in another order for another number of rows.
+unconditional branch, which reads the same items after another prompt.
 
-Shapes: R rows, B rows of a batch, S slots of a cache, T new items, D latent channels.
+Shapes: R rows, S slots of a cache, T new items, D latent channels.
 """
 
 import dataclasses
@@ -62,22 +60,11 @@ class RowPool:
     """R rows that are admitted, sampled and released independently.
 
     Only one thread may use a pool. `snapshot` returns arrays that other threads may read.
-
-    Args:
-        model: the model.
-        num_rows: number of rows.
-        num_slots: number of slots of each row.
-        batch_sizes: numbers of rows, below `num_rows`, that a step may sample as well.
     """
 
-    def __init__(
-        self, model: Model, num_rows: int, num_slots: int, batch_sizes: Sequence[int] = ()
-    ):
+    def __init__(self, model: Model, num_rows: int, num_slots: int):
         if num_rows < 2:
             raise ValueError(f"a pool of {num_rows} rows: expected at least 2")
-        if not all(2 <= size <= num_rows for size in batch_sizes):
-            raise ValueError(f"batch sizes {[*batch_sizes]}: expected 2 to {num_rows} rows")
-        self.batch_sizes = sorted({*batch_sizes, num_rows})
         self.model, self.num_rows, self.num_slots = model, num_rows, num_slots
         self.params, self._cfg = model.decode_params, model.model_config
         state = decode_loop.empty_state(
@@ -173,58 +160,28 @@ class RowPool:
 
         The chunk ends with the first row that ends if something waits for a row.
         """
-        rows = self._batch_rows()
+        state = self._state.replace(
+            caches=self._placed_caches(),
+            # Derived from the lengths in every step.
+            valid=np.zeros((self.num_rows, self.num_slots), bool),
+        )
         is_admitted = [r for r in self._rows if self._source[r] == r]
-        output = self._decode(rows, max_steps, until_row_ends)
-        token, u, log_probs = map(np.asarray, (output.token, output.u, output.log_probs))
-        place = {r: i for i, r in enumerate(rows.tolist())}
-        return {
-            r: self._append(r, token[i], u[i], log_probs[i])
-            for r, i in ((r, place[r]) for r in is_admitted)
-        }
-
-    def _batch_rows(self) -> np.ndarray:
-        """Return the rows of a chunk [B]: those in use, and free ones up to a size of a batch."""
-        size = next(size for size in self.batch_sizes if size >= len(self._used))
-        rows = sorted(range(self.num_rows), key=lambda r: (r not in self._used, r))
-        return np.sort(np.array(rows[:size], np.int32))
-
-    def _decode(
-        self, rows: np.ndarray, max_steps: int, until_row_ends: bool
-    ) -> decode_loop.StepOutput:
-        """Run a chunk of some rows [B], and return what they sample."""
-        is_whole = len(rows) == self.num_rows
-        caches = self._placed_caches()
-        state = jax.tree.map(lambda a: a[rows], self._state)
         state, output = decode_loop.decode_chunk(
             self.params,
-            state.replace(
-                caches=caches if is_whole else row_caches.take_rows(caches, rows),
-                # Derived from the lengths in every step.
-                valid=np.zeros((len(rows), self.num_slots), bool),
-            ),
-            jax.random.wrap_key_data(jnp.asarray(self._keys[rows])),
-            self._sampling_params(rows),
+            state,
+            jax.random.wrap_key_data(jnp.asarray(self._keys)),
+            self._sampling_params(),
             np.int32(max_steps),
             cfg=self._cfg,
             special=self.model.special_tokens,
             clean_copies=self.model.has_clean_copies,
             until_row_ends=np.bool_(until_row_ends),
         )
-        if is_whole:
-            self._caches = state.caches
-        else:
-            self._caches = row_caches.put_rows(caches, state.caches, rows)
-        self._lengths[rows] = np.asarray(state.caches[0].length)
-        sampled = state.replace(caches=None, valid=None)
-        for array, values in zip(jax.tree.leaves(self._state), jax.tree.leaves(sampled)):
-            array[rows] = values
-        return output
-
-    def compile_batches(self) -> None:
-        """Compile the programs of all batch sizes; no row samples anything."""
-        for size in self.batch_sizes:
-            self._decode(np.arange(size, dtype=np.int32), 0, False)
+        self._caches = state.caches
+        self._lengths = np.array(state.caches[0].length)
+        self._state = jax.tree.map(np.array, state.replace(caches=None, valid=None))
+        token, u, log_probs = map(np.asarray, (output.token, output.u, output.log_probs))
+        return {r: self._append(r, token[r], u[r], log_probs[r]) for r in is_admitted}
 
     def _append(self, row, token, u, log_probs) -> list[SampledItem]:
         """Note the items that a row and its unconditional branch have sampled."""
@@ -380,17 +337,15 @@ class RowPool:
         for name in numbers:
             numbers[name][r] = getattr(options, name)
 
-    def _sampling_params(self, rows: np.ndarray) -> SamplingParams:
-        """Return the numbers of some rows, and their branches by their places among these rows."""
-        numbers = {name: value[rows] for name, value in self._numbers.items()}
-        guidance = numbers.pop("guidance")
-        place = np.zeros(self.num_rows, np.int32)
-        place[rows] = np.arange(len(rows))
+    def _sampling_params(self) -> SamplingParams:
+        numbers = {name: value for name, value in self._numbers.items() if name != "guidance"}
         rule = self.model.cfg["sample"]["guidance_rule"]
         return SamplingParams(
             **numbers,
-            guidance=Guidance(guidance, rule=rule),
-            branches=Branches(source=place[self._source[rows]], null=place[self._null[rows]]),
+            guidance=Guidance(self._numbers["guidance"], rule=rule),
+            branches=Branches(
+                source=self._source.astype(np.int32), null=self._null.astype(np.int32)
+            ),
         )
 
 

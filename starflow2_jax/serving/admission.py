@@ -92,7 +92,6 @@ def plan_request(
 
 def compile_pool(model: Model, pool: RowPool) -> None:
     """Run every program of a pool once."""
-    pool.compile_batches()
     num_patches = model.model_config.num_patches
     size = max(min(sum(PREFILL_SIZES), pool.capacity - num_patches - 40), 1)
     prompt = [Part("text", "user", tokens=(model.tokenizer.encode("\n") * size)[:size])]

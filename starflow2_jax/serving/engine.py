@@ -52,12 +52,9 @@ class Engine:
         lengths = settings.lengths or server_settings.default_lengths(
             model.model_config.num_patches
         )
-        rows = max(settings.max_batch, 2)
-        sizes = settings.batch_sizes or server_settings.default_batch_sizes(
-            rows, jax.default_backend()
-        )
         self._make_pools: Callable[[], list[RowPool]] = lambda: [
-            RowPool(model, rows, server_settings.slots(length), sizes) for length in sorted(lengths)
+            RowPool(model, max(settings.max_batch, 2), server_settings.slots(length))
+            for length in sorted(lengths)
         ]
         self._pools = self._make_pools()
         self._sessions = SessionCache(settings.sessions)

@@ -13,7 +13,6 @@ class Settings:
     """Capacity of the server, and caps on requests."""
 
     max_batch: int = 8  #: rows that are sampled together; a row with guidance counts twice
-    batch_sizes: tuple[int, ...] = ()  #: smaller batches for few rows; each is a program
     lengths: tuple[int, ...] = ()  #: items of a row, prompt and answer; each is a program
     queue: int = 64  #: requests that may wait; one more is answered with 429
     sessions: int = 16  #: conversations whose caches are kept
@@ -27,17 +26,6 @@ class Settings:
     max_bytes: int = 32 << 20  #: cap on the bytes of a request
     timeout: float = 300.0  #: seconds until a request ends, time in the queue included
     resize: str = "pad"  #: what happens to images of another size, a policy of `inference.resize`
-
-
-def default_batch_sizes(max_batch: int, backend: str) -> tuple[int, ...]:
-    """Return the batch sizes below `max_batch` on a backend of jax.
-
-    On a CPU the time of a step grows with its rows: powers of two. Accelerators wait for the
-    weights, however few rows there are, and have kernels that differ by rounding: none.
-    """
-    if backend != "cpu":
-        return ()
-    return tuple(1 << i for i in range(1, max_batch.bit_length()) if 1 << i < max_batch)
 
 
 def default_lengths(num_patches: int) -> tuple[int, ...]:

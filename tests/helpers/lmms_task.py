@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import venv
@@ -24,7 +23,6 @@ PACKAGES = (
     "pydantic", "aiohttp", "dill", "requests", "tqdm", "packaging", "pillow", "numpy",
     "pytablewriter", "filelock>=3.16,<4",  # 4 has no _api, which lmms-eval 0.7.3 patches
 )  # fmt: skip
-SOURCES = ("starflow2_jax", "experiments", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 QUESTIONS, CHOICES = "starflow2_shapes_questions", "starflow2_shapes_choices"
 _UTILS = """
 def doc_to_visual(doc):
@@ -69,11 +67,7 @@ def install(folder: Path) -> str:
     pip = [python, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, *PACKAGES], check=True)
     subprocess.run([*pip, "--no-deps", "lmms-eval==0.7.3"], check=True)
-    # A copy, since a build leaves its folder next to the sources.
-    source = folder.parent / "source"
-    for name in SOURCES:
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
-    subprocess.run([*pip, str(source)], check=True)
+    subprocess.run([*pip, str(ROOT)], check=True)
     return python
 
 

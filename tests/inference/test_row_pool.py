@@ -48,8 +48,8 @@ def lay_out(model, prompt, null=""):
 class Driver:
     """A pool whose rows are run to their ends."""
 
-    def __init__(self, model, rows=8, slots=160, batch_sizes=()):
-        self.model, self.pool = model, RowPool(model, rows, slots, batch_sizes)
+    def __init__(self, model, rows=8, slots=160):
+        self.model, self.pool = model, RowPool(model, rows, slots)
         self.items, self.names, self.answers, self.reads = {}, {}, {}, {}
 
     def admit(self, name, prompt, cached=None, **options):
@@ -119,14 +119,11 @@ def assert_equals_generate(model, builder, prompt, options, tolerance):
         np.testing.assert_allclose(x, latent, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("context_sigma", "batch_sizes"), ((None, ()), (0.05, (2, 4))), ids=("one", "sizes")
-)
-def test_rows_of_a_pool_sample_what_generate_samples(x64, context_sigma, batch_sizes):
+@pytest.mark.parametrize("context_sigma", (None, 0.05))
+def test_rows_of_a_pool_sample_what_generate_samples(x64, context_sigma):
     """Check rows with other options, which are admitted while others are being sampled."""
     model = tiny_decode_model.model(context_sigma=context_sigma)
-    driver = Driver(model, batch_sizes=batch_sizes)
-    requests = list(enumerate(zip(PROMPTS, VARIANTS)))
+    driver, requests = Driver(model), list(enumerate(zip(PROMPTS, VARIANTS)))
     for number, (prompt, options) in requests:
         while driver.pool.num_free < 2:
             driver.step(5)
@@ -140,12 +137,11 @@ def test_rows_of_a_pool_sample_what_generate_samples(x64, context_sigma, batch_s
         assert_equals_generate(model, builder, prompt, {**options, "number": number}, 1e-9)
 
 
-@pytest.mark.parametrize("batch_sizes", ((), (2, 4)))
-def test_a_row_is_bit_for_bit_the_same_alone_and_among_others(batch_sizes):
-    """Check float32, whatever the neighbors, the row's number, the batches and the chunks are."""
+def test_a_row_is_bit_for_bit_the_same_alone_and_among_others():
+    """Check float32, whatever the neighbors, the row's number and the chunks are."""
     model = tiny_decode_model.model()
     request = {"images": 1, "guidance": 1.2, "number": 4}
-    alone, crowded = (Driver(model, batch_sizes=batch_sizes) for _ in range(2))
+    alone, crowded = Driver(model), Driver(model)
     alone.admit("x", PROMPTS[1], **request)
     for number, options in enumerate(VARIANTS[1:4]):
         crowded.admit(number, PROMPTS[number], **options)
@@ -202,29 +198,6 @@ def test_a_pool_needs_one_program():
         programs.append(decode_loop.decode_chunk._cache_size())
     driver.run()
     assert decode_loop.decode_chunk._cache_size() == programs[0]
-
-
-def test_few_rows_are_sampled_in_a_small_batch(monkeypatch):
-    model, sizes = tiny_decode_model.model(), []
-    driver = Driver(model, rows=6, batch_sizes=(2, 4))
-    driver.pool.compile_batches()
-    programs = decode_loop.decode_chunk._cache_size()
-    decode = decode_loop.decode_chunk
-
-    def count(params, state, *args, **options):
-        sizes.append(len(state.token))
-        return decode(params, state, *args, **options)
-
-    monkeypatch.setattr(decode_loop, "decode_chunk", count)
-    for number, tokens in enumerate((2, 2, 9, 9, 24)):
-        driver.admit(number, "hello", temperature=0.0, max_tokens=tokens, max_images=0)
-    while driver.names:
-        driver.step(4)
-    # The last row is the fifth of the pool.
-    assert sizes == sorted(sizes, reverse=True) and set(sizes) == {6, 4, 2}
-    assert decode._cache_size() == programs
-    with pytest.raises(ValueError, match=r"batch sizes \[2, 9\]: expected 2 to 6 rows"):
-        RowPool(model, 6, 160, [2, 9])
 
 
 def test_a_chunk_ends_with_a_row_if_something_waits_for_it():

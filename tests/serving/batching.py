@@ -1,4 +1,4 @@
-"""Compare continuous with static batching, batch sizes, and lengths by row with shared ones.
+"""Compare continuous with static batching, and caches with a length for each row with shared ones.
 
 python tests/serving/batching.py [--model DIR] [--requests 48] [--rows 8]
 
@@ -92,19 +92,8 @@ def step_seconds(model, rows, slots, *, per_row, steps=48):
     return best
 
 
-def lone_request(model, rows, slots, batch_size):
-    """Return the seconds of a core for a step of one image alone, in a batch of this size."""
-    pool = RowPool(model, rows, slots, (batch_size,))
-    request = requests_of(3)[2:]  # without guidance
-    best = float("inf")
-    for _ in range(5):  # the first one compiles
-        _, cpu, _, steps = run(model, pool, request, is_static=False)
-        best = min(best, cpu / steps)
-    return best
-
-
 def main():
-    """Print the tables."""
+    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="pretrained/starflow2_tiny")
     parser.add_argument("--requests", type=int, default=48)
@@ -123,9 +112,6 @@ def main():
         name = "static" if is_static else "continuous"
         rates = f"{sampled / seconds:.0f} | {sampled / cpu:.0f}"
         print(f"| {name} | {seconds:.1f} | {rates} | {steps} |", flush=True)
-    print("\n| batch of a lone image | core ms/step |\n|---|---|")
-    for size in sorted({2, 4, args.rows}):
-        print(f"| {size} | {1000 * lone_request(model, args.rows, slots, size):.2f} |", flush=True)
     print("\n| rows | slots | core ms/step, shared length | core ms/step, length per row |")
     print("|---|---|---|---|")
     for rows in sorted({2, args.rows}):

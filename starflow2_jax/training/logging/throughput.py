@@ -35,6 +35,7 @@ class Clock:
     first: tuple[int, float] | None = None  # (step, time) of the start
     last: tuple[int, float] | None = None  # (step, time) of the last call of `rates`
     paused: float = 0.0  # seconds of pauses since `last`
+    peak: float = 0.0  # FLOP/s of all devices, if a step exceeded the rate measured first
 
 
 def start(clock: Clock, step: int) -> None:
@@ -65,7 +66,7 @@ def rates(
 
     Args:
         tokens, flops: of one step over the global batch; flops is 0 if they are not counted.
-        peak: FLOP/s of all devices together.
+        peak: FLOP/s of all devices together, as `peak_flops` returns it.
     """
     if clock.last is None:
         start(clock, step)
@@ -78,7 +79,8 @@ def rates(
     if flops:
         speed["flops_per_second"] = flops / seconds
     if flops and peak:
-        speed["mfu"] = flops / seconds / peak
+        clock.peak = attained_peak(max(peak, clock.peak), flops / seconds)
+        speed["mfu"] = flops / seconds / clock.peak
     return speed
 
 
@@ -98,6 +100,14 @@ def peak_flops() -> float:
     # Several CPU devices of a process share its cores.
     count = jax.process_count() if device.platform == "cpu" else jax.device_count()
     return count * _matmul_rate()
+
+
+def attained_peak(peak: float, rate: float) -> float:
+    """Return the FLOP/s to compare a run's `rate` with: on a CPU at least `rate` itself.
+
+    Other programs may have used the cores when `peak_flops` measured them.
+    """
+    return max(peak, rate) if jax.devices()[0].platform == "cpu" else peak
 
 
 def _matmul_rate(size: int = 1024, repeats: int = 8) -> float:

@@ -175,26 +175,11 @@ def loss_terms(
         vlm_positions: positions of a row to which a stage without text applies the VLM, 0 for T.
             The loss does not depend on it (see `starflow2.vlm_states_at`).
     """
-    is_image = batch["image"] >= 0
-    outputs, log_dets = starflow2.shallow_forward(params, x.reshape(-1, *x.shape[2:]), cfg)
-    u = starflow2.latents_at_positions(outputs[-1].reshape(x.shape), batch["image"])
-    inputs = BackboneInputs(
-        ids=batch["ids"],
-        latents=u,
-        # The flow gets no gradient through the VLM.
-        adapter_input=jax.lax.stop_gradient(u) if stage.text else None,
-        is_image=is_image,
-        positions=batch["positions"],
-        next_positions=batch["flow_positions"],
-        # Segments rather than a mask: accelerator kernels read segments.
-        segments=batch["segments"],
-    )
+    inputs, outputs, log_dets = backbone_inputs(params, batch, x, cfg, stage)
+    is_image, u = inputs.is_image, inputs.latents
     forward = partial(cfg.forward, params, inputs, with_flow=stage.images, with_skips=stage.text)
     if reads_fewer_vlm_states(cfg, stage, vlm_positions):
-        is_read = is_read_by_images(batch)
-        states = forward(
-            vlm_states=starflow2.vlm_states_at(params, inputs, cfg, is_read, vlm_positions)
-        )
+        states = forward(vlm_states=fewer_vlm_states(params, inputs, batch, cfg, vlm_positions))
     else:
         states = forward()
     terms = LossTerms()
@@ -223,6 +208,34 @@ def loss_terms(
         )
         terms = terms.replace(**text_terms)
     return terms
+
+
+def backbone_inputs(
+    params: Tree, batch: Batch, x: jax.Array, cfg: BackboneConfig, stage: Stage
+) -> tuple[BackboneInputs, list[jax.Array], list[jax.Array]]:
+    """Return the backbone's inputs for latents x [B, M, N, D], and `shallow_forward`'s results."""
+    outputs, log_dets = starflow2.shallow_forward(params, x.reshape(-1, *x.shape[2:]), cfg)
+    u = starflow2.latents_at_positions(outputs[-1].reshape(x.shape), batch["image"])
+    inputs = BackboneInputs(
+        ids=batch["ids"],
+        latents=u,
+        # The flow gets no gradient through the VLM.
+        adapter_input=jax.lax.stop_gradient(u) if stage.text else None,
+        is_image=batch["image"] >= 0,
+        positions=batch["positions"],
+        next_positions=batch["flow_positions"],
+        # Segments rather than a mask: accelerator kernels read segments.
+        segments=batch["segments"],
+    )
+    return inputs, outputs, log_dets
+
+
+def fewer_vlm_states(
+    params: Tree, inputs: BackboneInputs, batch: Batch, cfg: BackboneConfig, vlm_positions: int
+) -> jax.Array:
+    """Return the VLM's states [B, T, V] that images read, from `vlm_positions` of each row."""
+    is_read = is_read_by_images(batch)
+    return starflow2.vlm_states_at(params, inputs, cfg, is_read, vlm_positions)
 
 
 def _deep_terms(params, h, u, patch, image, num_images, cfg):

@@ -294,9 +294,14 @@ def test_rates_leave_out_pauses(monkeypatch):
     assert speed == {**expected, "mfu": 0.25}
     clock_time[0] += 3
     assert throughput.rates(clock, 4, tokens=64)["seconds_per_step"] == 3
-    assert throughput.rates(clock, 4, tokens=64) == {}
-    # What is left will have pauses too: 57 s for 3 steps.
-    assert throughput.seconds_left(clock, 4, 10) == pytest.approx(6 * 19)
+    clock_time[0] += 1
+    # On a CPU, a step faster than the rate measured at the start shows that it was too low.
+    assert throughput.rates(clock, 5, tokens=64, flops=4e9, peak=2e9)["mfu"] == 1
+    clock_time[0] += 2
+    assert throughput.rates(clock, 6, tokens=64, flops=4e9, peak=2e9)["mfu"] == 0.5
+    assert throughput.rates(clock, 6, tokens=64) == {}
+    # What is left will have pauses too: 60 s for 5 steps.
+    assert throughput.seconds_left(clock, 6, 10) == pytest.approx(4 * 12)
 
 
 def test_peak_of_this_machine_is_measured():
