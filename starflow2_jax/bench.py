@@ -43,7 +43,7 @@ from starflow2_jax.benchmarking.timing import (
     utilization,
 )
 from starflow2_jax.inference.guidance import Guidance
-from starflow2_jax.inference.inverse import Jacobi, inverse, is_guided
+from starflow2_jax.inference.inverse import Jacobi, inverse, is_guided, prepare_params
 from starflow2_jax.models import flops, flow, starflow2
 from starflow2_jax.models.flow import Conditioning, FlowConfig
 from starflow2_jax.params import init as init_params
@@ -193,6 +193,8 @@ def sample_preset(
     if guidance:
         rule, on = ("linear_log_scale", "unconditional") if tarflow else ("product", "all")
         guided = Guidance(guidance, rule=rule, temperature_on=on)
+
+    params = prepare_params(params)
 
     def draw(params, z, conditioning, guided):
         return inverse(params, z, cfg, conditioning, jacobi=jacobi, guidance=guided)

@@ -4,6 +4,7 @@ Shapes: B images, T tokens, D channels.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from starflow2_jax.checkpoints import hub
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.inference import denoise
 from starflow2_jax.inference.guidance import Guidance
-from starflow2_jax.inference.inverse import Jacobi, inverse
+from starflow2_jax.inference.inverse import Jacobi, inverse, prepare_params
 from starflow2_jax.mesh import to_host
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import to_pixels, unpatchify
@@ -44,6 +45,11 @@ class FlowModel:
     null_text: Any = None  # text features [n, E] of the empty prompt; zeros if None
     # sha256 of every frozen model that the flow was trained with, by name (`fae`)
     frozen: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def sampling_params(self) -> Mapping[str, Any]:
+        """The flow's parameters laid out for sampling, a copy made on first use."""
+        return prepare_params(self.params["flow"])
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ def _generate_batch(model, batch, rows, sampling, guidance) -> np.ndarray:
     z = jax.vmap(lambda key: jax.random.normal(key, (cfg.tokens, cfg.channels)))(keys)
     conditioning = preprocess.conditions(model.params, batch, keys, 0.0)
     x, _ = inverse(
-        model.params["flow"],
+        model.sampling_params,
         z,
         cfg,
         conditioning,

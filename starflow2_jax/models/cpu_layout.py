@@ -1,8 +1,10 @@
 """Weights of a layer as XLA multiplies them fastest on a CPU; the results are the same.
 
-Shapes: C width, H query heads, K key/value heads, D channels of a head.
+Shapes: C width, H query heads, K key/value heads, D channels of a head, R rows, P panels of a
+weight.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,20 +13,24 @@ import jax.numpy as jnp
 
 from starflow2_jax.params import Tree
 
-# Number of columns in one panel of a tall weight in a decode step.
-PANEL = 64
+# Number of columns in one panel of a weight in a decode step, and of the rows up to which a product
+# with panels takes less time than one with a matrix.
+PANEL, PANEL_ROWS = 64, 32
 QKV = ("query", "key", "value")
+LINEARS = ("query_key_value", "out", "mlp_gate", "mlp_up", "mlp_down")
 
 
 def decode_layer(layer: Tree) -> Tree:
     """Return a layer's parameters for a few rows at a time.
 
-    Query, key and value become one linear, and a down-projection with more inputs than outputs
-    becomes `panels`, consecutive blocks of PANEL columns.
+    Query, key and value become one linear, and float32 weights become `panels` [P, in, PANEL],
+    consecutive blocks of columns, if XLA hands products with panels to its library.
     """
-    rest = {name: tree for name, tree in layer.items() if name not in QKV}
-    rest["mlp_down"] = _as_panels(rest["mlp_down"])
-    return {"query_key_value": join_qkv(layer), **rest}
+    layer = {
+        "query_key_value": join_qkv(layer),
+        **{name: tree for name, tree in layer.items() if name not in QKV},
+    }
+    return {name: _as_panels(tree) if name in LINEARS else tree for name, tree in layer.items()}
 
 
 def join_qkv(layer: Tree) -> dict[str, jax.Array]:
@@ -34,10 +40,36 @@ def join_qkv(layer: Tree) -> dict[str, jax.Array]:
 
 def _as_panels(tree: Tree) -> Tree:
     inputs, outputs = tree["weight"].shape
-    if inputs <= outputs or outputs % PANEL:
+    is_float32 = tree["weight"].dtype == jnp.float32
+    if outputs % PANEL or not is_float32 or not reads_panels():
         return tree
     rest = {name: leaf for name, leaf in tree.items() if name != "weight"}
     return {"panels": tree["weight"].reshape(inputs, -1, PANEL).swapaxes(0, 1), **rest}
+
+
+def multiply_panels(x: jax.Array, panels: jax.Array) -> jax.Array:
+    """Multiply x [R, in] with the weight of panels [P, in, PANEL]; return [R, P PANEL]."""
+    if x.dtype != panels.dtype or len(x) > PANEL_ROWS:
+        return x @ panels.astype(x.dtype).swapaxes(0, 1).reshape(x.shape[1], -1)
+    # XLA hands this sum to its CPU library as a product that reads every panel in place, in all
+    # threads. It packs the weight of a plain matrix product again at every call, multiplies a
+    # single row in one thread, and does not recognize this sum with one row: so that one is there
+    # twice. The barrier keeps them, and keeps what comes before out of the sum.
+    rows = jnp.broadcast_to(x, (2, x.shape[1])) if len(x) == 1 else x
+    y = _sum_products(jax.lax.optimization_barrier(rows), panels)
+    return y[:, : len(x)].swapaxes(0, 1).reshape(len(x), -1)
+
+
+def _sum_products(x, panels):
+    return (x[None, :, :, None] * panels[:, None]).sum(2)
+
+
+@functools.cache
+def reads_panels() -> bool:
+    """Return whether XLA hands `_sum_products` to its library; else it takes ten times as long."""
+    shapes = (2, PANEL), (2, PANEL, PANEL)
+    arrays = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    return "__ynn_fusion" in jax.jit(_sum_products).lower(*arrays).compile().as_text()
 
 
 def with_half_pairs(layer: Tree, head_dim: int) -> dict[str, Any]:

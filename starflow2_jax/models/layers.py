@@ -162,9 +162,7 @@ def linear(
     # Flattened, because on a CPU the backward pass of [B, T, in] takes up to twice as long.
     flat = x.reshape(-1, x.shape[-1])
     if "panels" in params:
-        panels = params["panels"].astype(x.dtype)
-        inputs = jnp.broadcast_to(flat, (len(panels), *flat.shape))
-        y = jnp.einsum("pri,pio->pro", inputs, panels).swapaxes(0, 1).reshape(len(flat), -1)
+        y = cpu_layout.multiply_panels(flat, params["panels"])
     else:
         y = flat @ params["weight"].astype(x.dtype)
     if "bias" in params:
