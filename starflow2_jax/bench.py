@@ -5,6 +5,7 @@ python -m starflow2_jax.bench train --preset peer_starflow
 python -m starflow2_jax.bench sample --preset peer_starflow --batch 8 --guidance 2.5
 python -m starflow2_jax.bench train --preset stage3 --batch 4 --json
 python -m starflow2_jax.bench train --config experiments/stage3_joint.py:tiny --breakdown
+python -m starflow2_jax.bench data --step_ms 306 --hosts 32
 
 The peer presets repeat the work of two published PyTorch programs at a small size: random weights
 (proj_out of standard deviation 0.005), Gaussian input, the same batch at every step. A training
@@ -13,7 +14,9 @@ cache. `stage1` and `stage3` are the stages of STARFlow2 in bfloat16, with `--si
 default: training runs the step of `train` on rows full of images; sampling draws an image and text
 after a prompt. Presets need only jax, flax, optax, numpy and absl. `train --config` times the step
 of an experiment. `train --breakdown` also times its parts, which add up to the step within 5%
-(`benchmarking.breakdown`); of an experiment it reads the data, too.
+(`benchmarking.breakdown`); of an experiment it reads the data, too. `data` writes captioned JPEGs
+and reads them as rows of stage 1 at paper size; the step of a plan says how many cores of a host
+that takes. `growth` plots costs by sizes.
 
 Times are medians of --repeats after three warm-up runs. `cores_elsewhere` is the number of cores
 that other processes used; if it is not near 0, take the minimum or measure again. A comparison
@@ -23,7 +26,7 @@ with PyTorch on the same machine is in tests/peer/side_by_side.py.
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,7 +57,8 @@ VERBS = {
     "machine": "matmul rates and memory bandwidth",
     "train": "a training step (--preset or --config)",
     "sample": "a batch of samples (--preset --batch --guidance --jacobi)",
-    "data": "images/s of a dataset folder through the pipeline (--data)",
+    "data": "images/s of interleaved rows, or of a dataset folder's images (--data)",
+    "growth": "cost by sizes of rows, batches, data sets and checkpoints (--only --records --out)",
     "load": "time and memory to read a trained model (--model)",
 }
 PRESETS = {
@@ -90,6 +94,15 @@ def define(values: flags.FlagValues) -> None:
                       "the default is bfloat16 for stages, else float32",
                       flag_values=values)  # fmt: skip
     flags.DEFINE_string("data", None, "data: dataset folder", flag_values=values)
+    cli.define_number("step_ms", 306.0, "data: step of 256 rows, by a plan", flag_values=values)
+    cli.define_integer("hosts", 32, "data: hosts that share these rows", 1, 1_000_000,
+                       flag_values=values)  # fmt: skip
+    flags.DEFINE_list("only", ["train", "sample", "checkpoints"], "growth: parts, of train, "
+                      "sample, checkpoints, data", flag_values=values)  # fmt: skip
+    cli.define_integer("records", 100_000, "growth: records of the largest data set", 10_000,
+                       100_000_000, flag_values=values)  # fmt: skip
+    flags.DEFINE_string("out", None, "growth: folder of growth.json and growth.png",
+                        flag_values=values)  # fmt: skip
     flags.DEFINE_string("model", None, "load: workdir, step or model folder", flag_values=values)
     cli.define_integer("repeats", 9, "timed runs", 1, 1_000_000, flag_values=values)
     flags.DEFINE_boolean("breakdown", False, "train: the parts of the step in ms, and their sum",
@@ -291,6 +304,31 @@ def read_data(folder: str, rows: int, repeats: int) -> Result:
     return row
 
 
+def read_rows(step_ms: float, hosts: int, repeats: int) -> Result:
+    """Time the reading of interleaved rows, in one and two threads and processes."""
+    from starflow2_jax.benchmarking import data_rows
+
+    loaders = ((0, 0), (0, 1), (0, 2), (1, 1), (2, 1))
+    target = data_rows.Slice(step_ms=step_ms, hosts=hosts)
+    return {"row": "data rows", **data_rows.measure_rows(2000, 5 * repeats, loaders, target)}
+
+
+def measure_growth(parts: Sequence[str], out: str, repeats: int, records: int) -> Result:
+    """Measure parts of `benchmarking.growth`, and return the exponent of each cost."""
+    from starflow2_jax.benchmarking import growth
+
+    if unknown := [part for part in parts if part not in growth.PARTS]:
+        raise ValueError(f"--only: {unknown[0]!r} is not one of {', '.join(growth.PARTS)}")
+    row: Result = {"row": "growth", "out": out}
+    for part in parts:
+        rows = []
+        for result in growth.measure(part, repeats, records):
+            print(json.dumps(result), flush=True)
+            rows.append(result)
+        row |= growth.write(out, part, rows)
+    return row
+
+
 def read_model(path: str, repeats: int) -> Result:
     """Time the reading of a workdir, a step or a model folder, including its digests."""
     from starflow2_jax.checkpoints import hub
@@ -364,8 +402,12 @@ def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> 
             repeats,
             machine_rates(),
         )
+    elif verb == "growth":
+        row = measure_growth(values.only, required(values, "out"), repeats, values.records)
+    elif verb == "data" and values.data:
+        row = read_data(values.data, values.batch or 64, repeats)
     elif verb == "data":
-        row = read_data(required(values, "data"), values.batch or 64, repeats)
+        row = read_rows(values.step_ms, values.hosts, repeats)
     else:
         row = read_model(required(values, "model"), repeats)
     row = {**describe_machine(), **row}

@@ -14,7 +14,7 @@ from absl import flags
 from helpers.paths import ROOT
 
 from starflow2_jax import bench, mesh
-from starflow2_jax.benchmarking import breakdown, stages, timing
+from starflow2_jax.benchmarking import breakdown, data_rows, growth, stages, timing
 from starflow2_jax.inference.inverse import Jacobi
 from starflow2_jax.models import flow
 from starflow2_jax.runtime import allocator
@@ -113,7 +113,8 @@ def test_command_prints_json_and_lines(tiny, capsys, monkeypatch):
     [
         ("train", (), "--preset is needed"),
         ("sample", ("--preset=stage3", "--guidance=2"), "apply to the peer presets only"),
-        ("data", (), "--data is needed"),
+        ("growth", (), "--out is needed"),
+        ("growth", ("--only=all", "--out=x"), "'all' is not one of train, sample"),
         ("load", (), "--model is needed"),
         ("sample", ("--preset=peer_tarflow", "--jacobi=16"), "expected BLOCK,THRESHOLD"),
     ],
@@ -122,6 +123,34 @@ def test_bad_input_names_the_flag(verb, words, message, monkeypatch):
     monkeypatch.setattr(bench, "machine_rates", lambda repeats=1: RATES)
     with pytest.raises(ValueError, match=message):
         bench.main(verb, [], values(*words))
+
+
+def test_rows_are_read_from_synthetic_records():
+    target = data_rows.Slice(step_ms=500.0, rows=64, hosts=4)
+    row = data_rows.measure_rows(60, 1, ((0, 0), (0, 2)), target)
+    assert row["images_per_row"] > 2 and row["images_per_s_0_processes_2_threads"] > 0
+    assert row["images_per_s_host"] == pytest.approx(32 * row["images_per_row"])
+    work = [row[f"us_{name}"] for name in ("read", "decode", "resize", "tokenize", "pack")]
+    assert row["images_per_s_core"] == pytest.approx(1e6 / sum(work))
+    assert row["cores_per_host"] == row["images_per_s_host"] / row["images_per_s_core"]
+
+
+def test_growth_is_measured_plotted_and_has_exponents(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(growth, "CHECKPOINT_MB", (1, 2))
+    monkeypatch.setattr(growth, "RESUMED_STEP", 20)
+    words = ("--only", "checkpoints", "--repeats", "1", "--out", str(tmp_path), "--json")
+    bench.main("growth", [], values(*words))
+    assert '"save_s by MB of a checkpoint"' in capsys.readouterr().out
+    sizes = []
+    for count in (40, 80):
+        (tmp_path / str(count)).mkdir()
+        sizes.append(growth._data_costs(tmp_path / str(count), count))
+    assert all(row["import_s"] > 0 and row["resume_s"] > 0 for row in sizes)
+    quadratic = [{**row, "plan_s": row["size"] ** 2} for row in sizes]
+    assert growth.write(str(tmp_path), "data", quadratic)["plan_s by records"] == 2
+    stored = json.loads((tmp_path / "growth.json").read_text())
+    assert [row["part"] for row in stored] == ["checkpoints"] * 2 + ["data"] * 2
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 # A machine with little more than jax: anything else that is imported is an error.

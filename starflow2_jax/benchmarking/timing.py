@@ -28,7 +28,7 @@ def measure(run: Callable[[], Any], repeats: int, warm_up: int = WARM_UP) -> Res
     """
     for _ in range(warm_up):
         jax.block_until_ready(run())
-    _reset_peak()
+    reset_peak()
     times_ms: list[float] = []
     start_time, busy_before, cpu_before = time.perf_counter(), _busy_seconds(), time.process_time()
     for _ in range(repeats):
@@ -59,14 +59,14 @@ def _busy_seconds() -> float | None:
     return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Reset the kernel's record of this process's peak memory, if there is one."""
     if os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_mb() -> float | None:
-    """Return the peak memory of the device, or on a CPU of the process since `_reset_peak`."""
+    """Return the peak memory of the device, or on a CPU of the process since `reset_peak`."""
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     return status_mb("VmHWM") if peak is None else peak / 2**20

@@ -4,6 +4,7 @@ Each importer is a generator of text-to-image records in a fixed order, with one
 at a time. `dataset.json` records the sha256 of the source files.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -80,15 +81,19 @@ def folder(root: str | os.PathLike[str], tally: Tally) -> Iterator[Record]:
         # File systems differ in the Unicode form of names: captions are matched in any.
         files.setdefault(unicodedata.normalize("NFC", key) if is_caption else key, []).append(file)
 
+    list_names = functools.cache(_names_by_stem)
+
     def rows() -> Iterator[tuple[str, ExampleFiles]]:
         for key, files in pictures.items():
             texts = captions.pop(unicodedata.normalize("NFC", key), [])
-            # Only an image without a caption is rare enough to look around for it.
-            other_names = [] if texts else _other_names(files[0])
+            # Only for an image without a caption its folder is looked at.
+            names = [] if texts else list_names(files[0].parent)[files[0].stem.lower()]
+            other_names = sorted(name for name in names if name != files[0].name)
             if len(texts) > 1:
                 texts = [file for file in texts if file == files[0].with_suffix(CAPTION_SUFFIX)]
-            names = {str(file): file for file in files}
-            yield key, ExampleFiles(str(files[0]), names, texts[0] if texts else None, other_names)
+            image_files = {str(file): file for file in files}
+            caption = texts[0] if texts else None
+            yield key, ExampleFiles(str(files[0]), image_files, caption, other_names)
 
     def parse(key: str, files: ExampleFiles) -> list[Record]:
         return parse_example(files, f"{root.name}/{key}", root.name, tally)
@@ -98,13 +103,12 @@ def folder(root: str | os.PathLike[str], tally: Tally) -> Iterator[Record]:
         tally.pass_over("captions without an image", str(files[0]))
 
 
-def _other_names(file: pathlib.Path) -> list[str]:
-    """Return the names of the other files with the stem of this one, in any case."""
-    return sorted(
-        other.name
-        for other in file.parent.iterdir()
-        if other.stem.lower() == file.stem.lower() and other.name != file.name
-    )
+def _names_by_stem(folder: pathlib.Path) -> dict[str, list[str]]:
+    """Return the names of the files of a folder by their stems in lower case."""
+    names: dict[str, list[str]] = {}
+    for file in folder.iterdir():
+        names.setdefault(file.stem.lower(), []).append(file.name)
+    return names
 
 
 def examples(
