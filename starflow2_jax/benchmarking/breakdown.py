@@ -1,4 +1,4 @@
-"""Where a training step goes: its parts in milliseconds, measured one by one, and their sum.
+"""The parts of a training step in milliseconds, measured one by one, and their sum.
 
 `steps` times the loop (data, encoding, transfer, step, the rest of the host), `parts` the programs
 inside a step: forward passes of increasing length, the gradient, and the optimizer. Every program
