@@ -130,8 +130,8 @@ def test_rows_are_read_from_synthetic_records():
     row = data_rows.measure_rows(60, 1, ((0, 0), (0, 2)), target)
     assert row["images_per_row"] > 2 and row["images_per_s_0_processes_2_threads"] > 0
     assert row["images_per_s_host"] == pytest.approx(32 * row["images_per_row"])
-    work = [row[f"us_{name}"] for name in ("read", "decode", "resize", "tokenize", "pack")]
-    assert row["images_per_s_core"] == pytest.approx(1e6 / sum(work))
+    assert all(row[f"us_{name}"] > 0 for name in ("read", "decode", "resize", "tokenize", "pack"))
+    assert row["images_per_s_core"] == row["images_per_s_0_processes_0_threads"]
     assert row["cores_per_host"] == row["images_per_s_host"] / row["images_per_s_core"]
 
 
