@@ -183,6 +183,7 @@ OTHER_WRITERS = {
     "checkpoints/hub_push.py:write",
     "evaluation/benchmarks/tree.py:_jpeg",
     "evaluation/image_metrics/adm_npz.py:write",
+    "evaluation/image_metrics/networks.py:open_inception",
     "evaluation/judges/protocol.py:encode",
     "evaluation/judges/replies.py:add",
     "generate.py:_generate_images",
