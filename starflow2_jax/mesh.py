@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -174,11 +174,15 @@ def cache_sharding(shape: Sequence[int], device_mesh: Mesh) -> NamedSharding:
 
     Rows are sharded over `data` and `fsdp`, heads over `tensor`, if these divide them.
     """
+    return NamedSharding(device_mesh, _cache_spec(shape, device_mesh))
+
+
+def _cache_spec(shape: Sequence[int], device_mesh: Mesh | AbstractMesh) -> PartitionSpec:
     heads = "tensor" if shape[-3] % device_mesh.shape["tensor"] == 0 else None
     if len(shape) == 3:
-        return NamedSharding(device_mesh, PartitionSpec(heads))
+        return PartitionSpec(heads)
     rows = None if shape[0] % _batch_shards(device_mesh) else ACTIVATIONS["batch"]
-    return NamedSharding(device_mesh, PartitionSpec(rows, heads))
+    return PartitionSpec(rows, heads)
 
 
 def constrain_cache(a: jax.Array) -> jax.Array:
@@ -186,7 +190,7 @@ def constrain_cache(a: jax.Array) -> jax.Array:
     abstract_mesh = jax.sharding.get_abstract_mesh()
     if abstract_mesh.empty or abstract_mesh.size == 1:
         return a
-    return jax.lax.with_sharding_constraint(a, cache_sharding(a.shape, abstract_mesh).spec)
+    return jax.lax.with_sharding_constraint(a, _cache_spec(a.shape, abstract_mesh))
 
 
 def decoding_mesh(params: Any, rows: int) -> AbstractContextManager:
@@ -211,7 +215,7 @@ def to_host(a: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(a, tiled=True)
 
 
-def _batch_shards(device_mesh: Mesh) -> int:
+def _batch_shards(device_mesh: Mesh | AbstractMesh) -> int:
     return int(np.prod([device_mesh.shape[axis] for axis in ACTIVATIONS["batch"]]))
 
 

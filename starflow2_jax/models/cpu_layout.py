@@ -23,8 +23,8 @@ LINEARS = ("query_key_value", "out", "mlp_gate", "mlp_up", "mlp_down")
 def decode_layer(layer: Tree) -> Tree:
     """Return a layer's parameters for a few rows at a time.
 
-    Query, key and value become one linear, and float32 weights become `panels` [P, in, PANEL],
-    consecutive blocks of columns, if XLA hands products with panels to its library.
+    Query, key and value become one linear. On one device float32 weights become `panels`
+    [P, in, PANEL], consecutive blocks of columns, if XLA hands products with panels to its library.
     """
     layer = {
         "query_key_value": join_qkv(layer),
@@ -41,7 +41,9 @@ def join_qkv(layer: Tree) -> dict[str, jax.Array]:
 def _as_panels(tree: Tree) -> Tree:
     inputs, outputs = tree["weight"].shape
     is_float32 = tree["weight"].dtype == jnp.float32
-    if outputs % PANEL or not is_float32 or not reads_panels():
+    # A mesh shards the columns of a weight, not its panels.
+    is_sharded = jax.sharding.get_abstract_mesh().size > 1
+    if outputs % PANEL or not is_float32 or is_sharded or not reads_panels():
         return tree
     rest = {name: leaf for name, leaf in tree.items() if name != "weight"}
     return {"panels": tree["weight"].reshape(inputs, -1, PANEL).swapaxes(0, 1), **rest}
