@@ -202,6 +202,8 @@ def decoding_mesh(params: Any, rows: int) -> AbstractContextManager:
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return nullcontext()
     device_mesh = sharding.mesh
+    if not isinstance(device_mesh, Mesh):  # of an array that is being traced
+        return nullcontext()
     is_whole = device_mesh.shape["context"] > 1 or rows % _batch_shards(device_mesh)
     return nullcontext() if is_whole else jax.set_mesh(device_mesh)
 
