@@ -8,7 +8,7 @@ Variants:
     tiny    64x64 images of any content, 16 channels for each of 8x8 tokens. CPU.
             Data: launch/data_wide.sh (procedural images, shapes, emoji, photographs)
     longer  the same from runs/fae, with more objects in the shapes (launch/data_tiny.sh)
-    ordered the same from runs/fae3, with latents of which the first announce the others
+    ordered the same from runs/fae2, with latents of which the first announce the others
 """
 
 import dataclasses
@@ -91,7 +91,7 @@ def _longer(cfg):
 
 def _ordered(cfg):
     _longer(cfg)
-    cfg.init.fae, cfg.seed = "runs/fae3", 3
+    cfg.init.fae, cfg.seed = "runs/fae2", 2
     # Otherwise the latents of empty ground do not depend on the objects elsewhere, and a flow that
     # draws them one after another learns only slowly that something has to come.
     cfg.fae.suffix_dropout = 0.5
