@@ -8,7 +8,6 @@ Variants:
     tiny    64x64 images of any content, 16 channels for each of 8x8 tokens. CPU.
             Data: launch/data_wide.sh (procedural images, shapes, emoji, photographs)
     longer  the same from runs/fae, with more objects in the shapes (launch/data_tiny.sh)
-    ordered the same from runs/fae2, with latents of which the first announce the others
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ def get_config(variant: str = "tiny"):
     """Return the configuration of a variant."""
     cfg = config.default()
     cfg.name, cfg.task = f"fae_end_to_end_{variant}", "fae_end_to_end"
-    {"tiny": _tiny, "longer": _longer, "ordered": _ordered}[variant](cfg)
+    {"tiny": _tiny, "longer": _longer}[variant](cfg)
     return cfg
 
 
@@ -87,11 +86,3 @@ def _longer(cfg):
     )
     cfg.train.steps = 2400
     cfg.optim.lr, cfg.optim.muon_lr = 1e-3, 6e-3
-
-
-def _ordered(cfg):
-    _longer(cfg)
-    cfg.init.fae, cfg.seed = "runs/fae2", 2
-    # Otherwise the latents of empty ground do not depend on the objects elsewhere, and a flow that
-    # draws them one after another learns only slowly that something has to come.
-    cfg.fae.suffix_dropout = 0.5

@@ -29,8 +29,8 @@ RENAMED = {
 ADDED = (
     "data.packing", "data.processes", "data.skip_long",
     "eval_data.packing", "eval_data.processes", "eval_data.skip_long",
-    "fae.gradient", "fae.suffix_dropout", "frozen_layout", "noise.context_sigma", "sample.spread",
-    "teacher.tower", "text.vlm_positions",
+    "fae.gradient", "frozen_layout", "noise.context_sigma", "sample.spread", "teacher.tower",
+    "text.vlm_positions",
 )  # fmt: skip
 
 

@@ -128,11 +128,6 @@ KEYS: dict[str, Key] = {
     "fae.gradient": number(
         0.0, "end to end: weight of the error of neighboring pixels' difference"
     ),
-    "fae.suffix_dropout": number(
-        0.0,
-        "end to end: share of rows that are decoded from their first latents alone",
-        high=1.0,
-    ),
     "fae.perceptual": number(1.0, "weight of the perceptual distance"),
     "fae.lpips": text("", "safetensors of LPIPS or VGG16; empty: distance of tower features"),
     "fae.gan": number(0.1, "weight of the adversarial loss"),

@@ -53,27 +53,6 @@ def add_noise(keys: jax.Array, x: jax.Array, sigma: float | jax.Array) -> jax.Ar
     return x + jnp.reshape(jnp.asarray(sigma, x.dtype), (-1, *(1,) * (x.ndim - 1))) * noise
 
 
-def drop_suffix(keys: jax.Array, latents: jax.Array, probability: float) -> jax.Array:
-    """Return latents [B, T, D] with zeros after the first n of T positions of some rows.
-
-    A row is cut with the given probability, and log n is uniform on [0, log T]. A decoder that sees
-    what is left has to guess the rest of the image, so the encoder learns to announce in its first
-    latents what comes later. An autoregressive flow then decides early what it will draw.
-
-    Args:
-        keys: one per row [B].
-    """
-    num_patches = latents.shape[1]
-
-    def count_kept(key):
-        cut_key, length_key = jax.random.split(key)
-        length = jnp.floor(num_patches ** jax.random.uniform(length_key)).astype(jnp.int32)
-        return jnp.where(jax.random.bernoulli(cut_key, probability), length, num_patches)
-
-    is_left = jnp.arange(num_patches) < jax.vmap(count_kept)(keys)[:, None]
-    return jnp.where(is_left[..., None], latents, 0)
-
-
 def feature_loss(
     params: Tree,
     features: jax.Array,

@@ -190,7 +190,6 @@ def end_to_end(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Ob
     The noise has standard deviation `fae.latent_noise` sqrt(u), u ~ U[0, 1], so that its mean
     variance is half the square of the option, on latents of zero mean and unit variance over the
     microbatch. These statistics have a gradient; otherwise larger latents would drown the noise.
-    `fae.suffix_dropout` is the share of rows that are decoded from their first latents alone.
     `train.trainable` chooses whether the tower is trained.
     """
     options = cfg["fae"]
@@ -225,9 +224,6 @@ def end_to_end(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Ob
             latents = codec.normalize(normalized, latents)
             sigma = options["latent_noise"] * jnp.sqrt(jax.vmap(jax.random.uniform)(sigma_keys))
             latents = losses.add_noise(noise_keys, latents, sigma)
-            if options["suffix_dropout"]:
-                suffix_keys = preprocess.split_keys(noise_keys, 2)[1]
-                latents = losses.drop_suffix(suffix_keys, latents, options["suffix_dropout"])
         row_losses, decoded, sums = losses.pixel_loss(
             params,
             codec.decode_features(normalized, latents, model),

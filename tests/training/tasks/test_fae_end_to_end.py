@@ -126,25 +126,3 @@ def test_the_experiment_is_complete():
     task = registry.make_task(cfg)
     size = sum(params.count(task.declared[name]) for name in task.declared)
     assert 2 * size <= 25_000_000
-
-
-def test_a_dropped_suffix_leaves_the_first_latents():
-    """log n is uniform: half of the cut rows keep at most the square root of all positions."""
-    latents = jax.random.normal(jax.random.key(0), (4000, 64, 2))
-    keys = jax.random.split(jax.random.key(1), 4000)
-    dropped = np.asarray(losses.drop_suffix(keys, latents, 0.5))
-    is_left = (dropped != 0).all(-1)
-    lengths = is_left.sum(1)
-    assert (is_left == (np.arange(64) < lengths[:, None])).all() and lengths.min() == 1
-    np.testing.assert_array_equal(dropped[is_left], np.asarray(latents)[is_left])
-    assert abs((lengths < 64).mean() - 0.5) < 0.03
-    assert abs((lengths[lengths < 64] < 8).mean() - 0.5) < 0.04
-
-
-def test_suffix_dropout_costs_the_training_pixels():
-    """With every row cut the loss is higher; without the option it is what it was."""
-    plain, cut = (
-        run(end_to_end_experiment(**{"fae.suffix_dropout": share}), steps=1)[0][0]
-        for share in (0.0, 1.0)
-    )
-    assert plain != cut
