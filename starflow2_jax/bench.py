@@ -389,9 +389,14 @@ def main(verb: str, argv: list[str], values: flags.FlagValues = flags.FLAGS) -> 
     elif stage:
         row = _time_stage(verb, values)
     elif verb == "train":
-        rates, name = machine_rates(), values.preset
-        with_parts = values.breakdown
-        row = train_preset(name, values.batch, dtype, repeats, rates, with_parts=with_parts)
+        row = train_preset(
+            values.preset,
+            values.batch,
+            dtype,
+            repeats,
+            machine_rates(),
+            with_parts=values.breakdown,
+        )
     elif verb == "sample":
         row = sample_preset(
             values.preset,

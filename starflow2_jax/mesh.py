@@ -193,16 +193,21 @@ def constrain_cache(a: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(a, _cache_spec(a.shape, abstract_mesh))
 
 
+def params_mesh(params: Any) -> Mesh | None:
+    """Return the mesh that parameters are spread over, None on one device or while traced."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        return None
+    return sharding.mesh if sharding.mesh.size > 1 else None
+
+
 def decoding_mesh(params: Any, rows: int) -> AbstractContextManager:
     """Return `jax.set_mesh` of the mesh that parameters are on, for a decoding of so many rows.
 
     It changes nothing if the mesh does not divide the rows: every device then has all of them.
     """
-    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
-        return nullcontext()
-    device_mesh = sharding.mesh
-    if not isinstance(device_mesh, Mesh):  # of an array that is being traced
+    device_mesh = params_mesh(params)
+    if device_mesh is None:
         return nullcontext()
     is_whole = device_mesh.shape["context"] > 1 or rows % _batch_shards(device_mesh)
     return nullcontext() if is_whole else jax.set_mesh(device_mesh)

@@ -8,7 +8,7 @@ rows of a block are shuffled. C is `BLOCK_RECORDS`.
 A block is a pure function of the datasets, weights, row size, seed and b, so the rows are the same
 for any number of hosts and a run resumes at any row. The number of rows differs between blocks: to
 find a row, the rows of all blocks before it are counted, 0.4 to 2 s per million records. The counts
-are stored beside the first dataset, so that a resumed run reads them. The memory is 4 bytes per
+are stored next to the first dataset, so that a resumed run reads them. The memory is 4 bytes per
 record of the datasets, for the order of the current epoch, besides the sizes of the records.
 """
 
@@ -134,7 +134,7 @@ class MixtureRows:
             sizes: int [records, 2] of each dataset, the positions and images of its records.
             weights: of each dataset, in proportion to its share of the records.
             shuffle: False takes the records of each dataset in their order, evenly interleaved.
-            folder: the dataset beside which the rows of each block are counted; empty for none.
+            folder: the dataset that stores the number of rows of each block; empty for none.
         """
         for number, size in enumerate(sizes):
             too_large = np.flatnonzero((size > [spec.seq_len, spec.image_slots]).any(1))
@@ -164,10 +164,11 @@ class MixtureRows:
                 self._load_counts()
             while not self._ends or self._ends[-1] <= row:
                 end = self._ends[-1] if self._ends else 0
-                # A block whose rows are not needed is only counted.
-                rows_of = self._block if row - end < BLOCK_RECORDS else self._count
-                count = rows_of(len(self._ends))
-                self._ends.append(end + (count if isinstance(count, int) else len(count)))
+                number, is_near = len(self._ends), row - end < BLOCK_RECORDS
+                # A block that cannot hold the row is only counted.
+                self._ends.append(
+                    end + (len(self._block(number)) if is_near else self._count(number))
+                )
             if len(self._ends) - self._num_stored >= _COUNTED_BLOCKS:
                 self._store_counts()
             number = int(np.searchsorted(self._ends, row, side="right"))
@@ -200,7 +201,7 @@ class MixtureRows:
             "shuffle": self._shuffle,
         }
         self._inputs_json = plan_files.to_json(inputs)
-        self._files = plan_files.places(self._folder, "index-rows", self._inputs_json)
+        self._files = plan_files.candidate_paths(self._folder, "index-rows", self._inputs_json)
         for file in filter(os.path.exists, self._files):
             try:
                 about, (counts,) = plan_files.load(file, ("counts",))

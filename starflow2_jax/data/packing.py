@@ -170,7 +170,7 @@ def load_or_make_plan(
     if spec.clean_copies:
         inputs["clean_copies"] = True
     inputs_json = plan_files.to_json(inputs)
-    files = plan_files.places(path, "index", inputs_json)
+    files = plan_files.candidate_paths(path, "index", inputs_json)
     for file in files:
         if os.path.exists(file):
             plan = _load(file, inputs_json, len(dataset), spec)

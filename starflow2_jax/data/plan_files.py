@@ -18,11 +18,11 @@ from starflow2_jax.runtime import atomic
 _CACHE = "~/.cache/starflow2_jax"
 
 
-def places(folder: str, kind: str, inputs_json: str) -> list[str]:
+def candidate_paths(folder: str, kind: str, inputs_json: str) -> list[str]:
     """Return the files that may hold the arrays of `inputs_json`, the preferred one first."""
     name = f"{kind}-{hashlib.sha256(inputs_json.encode()).hexdigest()[:16]}.npz"
     cache = os.path.join(os.path.expanduser(_CACHE), "plans")
-    return [os.path.join(place, name) for place in (folder, cache)]
+    return [os.path.join(parent, name) for parent in (folder, cache)]
 
 
 def store(files: Sequence[str], inputs_json: str, arrays: Mapping[str, np.ndarray]) -> str:
@@ -33,7 +33,7 @@ def store(files: Sequence[str], inputs_json: str, arrays: Mapping[str, np.ndarra
         try:
             atomic.write_file(file, data.getbuffer())
         except OSError as error:
-            logging.warning("%s: the packing plan is not stored there: %s", file, error)
+            logging.warning("%s: cannot be written, so it is not stored there: %s", file, error)
         else:
             return file
     return ""

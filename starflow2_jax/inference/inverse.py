@@ -62,9 +62,9 @@ class _Chain:
 
 @jax.jit
 def prepare_params(params: Tree) -> dict[str, Any]:
-    """Return a flow's parameters laid out for `inverse`, which takes them faster than the others.
+    """Return a flow's parameters with one tree per layer, laid out for the decode steps.
 
-    `inverse` would otherwise lay out the weights itself, in every call.
+    `inverse` lays out the parameters of a training itself, again in every call.
     """
     blocks = {
         i: {**block, "layers": layers.unstack(block["layers"])}

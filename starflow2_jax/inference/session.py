@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from starflow2_jax.inference import decode_loop
 from starflow2_jax.inference.decode_loop import DecodeState
 from starflow2_jax.inference.model import Model
 from starflow2_jax.inference.prompts import Part, to_messages
-from starflow2_jax.mesh import cache_sharding, decoding_mesh
+from starflow2_jax.mesh import cache_sharding, decoding_mesh, params_mesh
 from starflow2_jax.models.backbone import BackboneInputs
 from starflow2_jax.params import Tree
 
@@ -77,11 +76,10 @@ def new_session(
     state = decode_loop.empty_state(
         params, model.model_config, batch_size, cache_size, has_null_branch=bool(null)
     )
-    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+    if (device_mesh := params_mesh(params)) is not None:
 
         def place(a):
-            return jax.device_put(a, cache_sharding(a.shape, sharding.mesh))
+            return jax.device_put(a, cache_sharding(a.shape, device_mesh))
 
         state = state.replace(caches=decode_loop.map_caches(place, state.caches))
     return Session(
