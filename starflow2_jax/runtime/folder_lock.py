@@ -9,6 +9,7 @@ over once it is not renewed. Clocks of different hosts are never compared.
 import contextlib
 import errno
 import json
+import math
 import os
 import secrets
 import socket
@@ -150,14 +151,15 @@ def _wait_for_lease(file: epath.Path, owner: dict[str, Any], purpose: str) -> No
     if stored and not _has_ended(stored, owner):
         logging.warning("%s: waiting up to %.0f s for a lease of %s on %s to be renewed or to end",
                         file, EXPIRY, stored.get("pid"), stored.get("host"))  # fmt: skip
-        deadline = time.monotonic() + EXPIRY
-        while (current := _read(file)) == stored:
-            if time.monotonic() > deadline:
+        interval = min(1.0, RENEWAL / 4)
+        # Readings are counted, not the clock: a machine that was suspended, with the owner on it,
+        # would find that all of the time has passed before the owner can renew its lease.
+        for _ in range(math.ceil(EXPIRY / interval)):
+            if (current := _read(file)) != stored:
+                if current:
+                    raise _error(file, purpose)
                 break
-            time.sleep(min(1.0, RENEWAL / 4))
-        else:
-            if current:
-                raise _error(file, purpose)
+            time.sleep(interval)
     atomic.write_file(file, json.dumps({**owner, "count": 0}) + "\n")
     # Of two processes that wrote at the same time, the last one has it.
     time.sleep(min(2.0, RENEWAL / 4))

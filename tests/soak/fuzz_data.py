@@ -13,7 +13,15 @@ from PIL import Image
 
 from soak.fuzz_trials import NAME, Reader
 from soak.mutations import change_bytes, change_value, changed_json, to_json
-from starflow2_jax.data import array_store, images, manifest, packing, records, untrusted
+from starflow2_jax.data import (
+    array_store,
+    images,
+    manifest,
+    packing,
+    plan_files,
+    records,
+    untrusted,
+)
 from starflow2_jax.evaluation.benchmarks import layouts
 from starflow2_jax.evaluation.benchmarks.items import Item
 from starflow2_jax.importers import captioned, huggingface, interleaved, tars
@@ -116,7 +124,8 @@ def _make_index(rng: random.Random, folder: Path) -> tuple[Path, str]:
     spec = packing.PackingSpec(64, 4)
     plan = packing.pack([10, 20, 30, 40], [1, 0, 1, 0], spec)
     file = folder / f"{NAME}.npz"
-    packing._store(str(file), plan, "{}")
+    arrays = {name: getattr(plan, name) for name in packing._ARRAYS}
+    plan_files.store([str(file)], "{}", arrays)
     file.write_bytes(change_bytes(file.read_bytes(), rng))
     return file, "{}"
 
