@@ -71,7 +71,11 @@ class Files(fsspec.AbstractFileSystem):
 
     def __init__(self, *args, **kwargs):
         super().__init__()
-        self.store = Store(os.environ["OBJECT_STORE"])
+
+    @property
+    def store(self):
+        # Read each time: etils keeps one file system for all tests of a process.
+        return Store(os.environ["OBJECT_STORE"])
 
     def ls(self, path, detail=True, **kwargs):
         path = self._strip_protocol(path).rstrip("/")
