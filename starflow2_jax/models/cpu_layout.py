@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from starflow2_jax.params import Tree
 
@@ -55,9 +56,11 @@ def multiply_panels(x: jax.Array, panels: jax.Array) -> jax.Array:
         return x @ panels.astype(x.dtype).swapaxes(0, 1).reshape(x.shape[1], -1)
     # XLA hands this sum to its CPU library as a product that reads every panel in place, in all
     # threads. It packs the weight of a plain matrix product again at every call, multiplies a
-    # single row in one thread, and does not recognize this sum with one row: so that one is there
-    # twice. The barrier keeps them, and keeps what comes before out of the sum.
-    rows = jnp.broadcast_to(x, (2, x.shape[1])) if len(x) == 1 else x
+    # single row in one thread, and does not recognize this sum with one row: so zeros follow it.
+    # They are padding because jax 0.10 hands a row that is there twice to the library as a
+    # broadcast, and the library multiplies that wrongly. The barrier keeps what comes before out
+    # of the sum.
+    rows = jnp.pad(x, ((0, 1), (0, 0))) if len(x) == 1 else x
     y = _sum_products(jax.lax.optimization_barrier(rows), panels)
     return y[:, : len(x)].swapaxes(0, 1).reshape(len(x), -1)
 
@@ -68,10 +71,21 @@ def _sum_products(x, panels):
 
 @functools.cache
 def reads_panels() -> bool:
-    """Return whether XLA hands `_sum_products` to its library; else it takes ten times as long."""
-    shapes = (2, PANEL), (2, PANEL, PANEL)
-    arrays = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    return "__ynn_fusion" in jax.jit(_sum_products).lower(*arrays).compile().as_text()
+    """Return whether XLA hands products with panels to its library, which must multiply correctly.
+
+    Without the library they take ten times as long as products with matrices.
+    """
+    inputs = 3 * PANEL
+    panels = np.sin(np.arange(2 * inputs * PANEL, dtype=np.float32)).reshape(2, inputs, PANEL)
+    for rows in (1, 2):
+        x = np.cos(np.arange(rows * inputs, dtype=np.float32)).reshape(rows, inputs)
+        product = jax.jit(multiply_panels).lower(x, panels).compile()
+        if "__ynn_fusion" not in product.as_text():
+            return False
+        expected = np.einsum("ri,pio->rpo", x, panels).reshape(rows, -1)
+        if not np.allclose(product(x, panels), expected, atol=1e-3):
+            return False
+    return True
 
 
 def with_half_pairs(layer: Tree, head_dim: int) -> dict[str, Any]:

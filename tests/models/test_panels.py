@@ -16,7 +16,7 @@ from starflow2_jax.models.flow import Conditioning, FlowConfig
 CFG = FlowConfig(
     side=4,
     channels=3,
-    width=cpu_layout.PANEL,
+    width=3 * cpu_layout.PANEL,
     layers=(1, 2),
     head_dim=32,
     gated_mlp=True,
@@ -59,6 +59,34 @@ def test_panels_multiply_as_the_weight_does(rows, dtype):
     )
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("inputs", [192, 512, 768])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_panels_multiply_rows_of_usual_widths(rows, inputs):
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((rows, inputs)), rng.standard_normal((inputs, 192))
+    panels = jnp.asarray(weight.reshape(inputs, 3, 64).swapaxes(0, 1), jnp.float32)
+
+    @jax.jit
+    def steps(x, panels):  # As in a decode loop, the row is the result of another operation.
+        step = lambda x, _: (jnp.tanh(x), cpu_layout.multiply_panels(jnp.tanh(x), panels))
+        return jax.lax.scan(step, x, None, length=2)[1]
+
+    x = jnp.asarray(x, jnp.float32)
+    first = jax.jit(cpu_layout.multiply_panels)(x, panels)
+    np.testing.assert_allclose(first, x @ weight, atol=1e-3)
+    expected = np.tanh(np.tanh(np.asarray(x, np.float64))) @ weight
+    np.testing.assert_allclose(steps(x, panels)[1], expected, atol=1e-3)
+
+
+@pytest.mark.fast
+def test_a_library_that_multiplies_wrongly_gets_no_panels(monkeypatch):
+    right, check = cpu_layout.multiply_panels, cpu_layout.reads_panels.__wrapped__
+    assert check() == cpu_layout.reads_panels()
+    monkeypatch.setattr(cpu_layout, "multiply_panels", lambda x, panels: right(x, panels) * 1.01)
+    assert not check()
+
+
 def test_panels_are_read_by_the_library_of_xla():
     # Anywhere else this sum takes ten times as long as a matrix product.
     for rows in (1, 8):
@@ -72,7 +100,7 @@ def test_a_machine_without_that_library_has_no_panels(monkeypatch):
     monkeypatch.setattr(cpu_layout, "reads_panels", lambda: False)
     tree, _, _ = model()
     (layer,) = layers.unstack(tree["blocks"]["0"]["layers"])
-    assert layer["query_key_value"]["weight"].shape == (64, 192)
+    assert layer["query_key_value"]["weight"].shape == (192, 576)
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance": Guidance(1.5)}, {"jacobi": Jacobi(4, 0.0)}])
@@ -85,6 +113,15 @@ def test_prepared_parameters_sample_the_same_as_trained_ones(options):
     if "guidance" not in options:
         back, _ = flow.forward(tree, x, CFG, Conditioning(text=text))
         np.testing.assert_allclose(back, z, atol=2e-4)
+
+
+def test_a_row_alone_is_sampled_as_in_a_batch():
+    tree, z, text = model()
+    prepared = inverse.prepare_params(tree)
+    batch, _ = inverse.inverse(prepared, z, CFG, Conditioning(text=text))
+    for row in (slice(0, 1), slice(1, 2)):
+        alone, _ = inverse.inverse(prepared, z[row], CFG, Conditioning(text=text[row]))
+        np.testing.assert_allclose(alone, batch[row], atol=2e-5)
 
 
 def test_a_cache_that_grows_changes_nothing(monkeypatch):
