@@ -24,7 +24,7 @@ from starflow2_jax.benchmarking import stages, timing
 from starflow2_jax.benchmarking.timing import Result
 from starflow2_jax.checkpoints import orbax
 from starflow2_jax.mesh import make_mesh
-from starflow2_jax.runtime import atomic
+from starflow2_jax.runtime import atomic, json_text
 from starflow2_jax.training.program import to_device
 from starflow2_jax.training.tasks import registry
 
@@ -183,7 +183,7 @@ def write(out: str, part: str, rows: Sequence[Result]) -> dict[str, float]:
     """Replace the rows of a part in `growth.json`, draw `growth.png`, and return the exponents."""
     folder = pathlib.Path(out)
     file = folder / "growth.json"
-    stored = json.loads(file.read_text()) if file.exists() else []
+    stored = json_text.decode(file.read_bytes(), str(file)) if file.exists() else []
     joined = [row for row in stored if row["part"] != part] + list(rows)
     atomic.write_file(file, json.dumps(joined, indent=1) + "\n")
     atomic.write_file(folder / "growth.png", plot(joined))

@@ -9,7 +9,7 @@ import errno
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from starflow2_jax.params import (
     split as split_params,
     unflatten,
 )
-from starflow2_jax.runtime import atomic
+from starflow2_jax.runtime import atomic, json_text
 
 CONFIG_FILE = "config.json"
 # The entry of a Hugging Face config.json that holds the configuration of the experiment.
@@ -263,6 +263,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     file = Path(path) / CONFIG_FILE
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; is {path} a model folder?")
+    if (Path(path) / DIGEST_FILE).exists():
+        check(path, lambda name: name == CONFIG_FILE)  # before it is used
     from starflow2_jax.data import untrusted  # needs msgspec, which sampling alone does not
 
     config = upgrade(untrusted.read_json(file, dict[str, Any]))
@@ -277,7 +279,8 @@ def read_digests(path: str | Path) -> dict[str, str]:
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; is {path} a model folder?")
     try:
-        digests = {str(k): str(v) for k, v in json.loads(file.read_text("utf-8")).items()}
+        stored = json_text.decode(file.read_bytes(), str(file))
+        digests = {str(name): str(value) for name, value in stored.items()}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a list of digests: {error}") from error
     outside = [n for n in digests if Path(n).is_absolute() or ".." in Path(n).parts]
@@ -286,8 +289,12 @@ def read_digests(path: str | Path) -> dict[str, str]:
     return digests
 
 
-def verify(path: str | Path) -> list[str]:
+def verify(path: str | Path, needs_check: Callable[[str], bool] = lambda name: True) -> list[str]:
     """Compare the files of a model folder, and of folders in it, with the lists of their digests.
+
+    Args:
+        path: the folder.
+        needs_check: which files to compare, by their names in the folder; by default all.
 
     Returns:
         Every problem. Folders that were exported before version 2 of the list, which names only the
@@ -296,6 +303,8 @@ def verify(path: str | Path) -> list[str]:
     path, expected = Path(path), read_digests(path)
     listed = {name.split("/")[0] for name in expected if "/" in name}
     names = [name for name in digest.files(epath.Path(path)) if name != DIGEST_FILE]
+    expected = {name: value for name, value in expected.items() if needs_check(name)}
+    names = [name for name in names if needs_check(name)]
     required = [
         name
         for name in names
@@ -315,15 +324,19 @@ def verify(path: str | Path) -> list[str]:
     return problems
 
 
-def check(path: str | Path) -> None:
+def check(path: str | Path, needs_check: Callable[[str], bool] = lambda name: True) -> None:
     """Raise an error that names every damaged file of a model folder with a list of digests.
+
+    Args:
+        path: the folder.
+        needs_check: which files to compare, by their names in the folder; by default all.
 
     Raises:
         FileNotFoundError: Files are missing.
         ValueError: Files are damaged.
     """
     path = Path(path)
-    problems = verify(path) if (path / DIGEST_FILE).exists() else []
+    problems = verify(path, needs_check) if (path / DIGEST_FILE).exists() else []
     if problems:
         absent = all(" is missing (by " in text for text in problems)
         kind = FileNotFoundError if absent else ValueError

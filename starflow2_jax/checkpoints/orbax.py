@@ -229,9 +229,12 @@ def _read_metadata(entry: StepFolder) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{entry.path} cannot be read: {_reason(error)}") from error
     unreadable = [name for name, tree in stored.metadata.items() if tree is None]
     if unreadable:
-        files = ", ".join(str(entry.path / name / "_METADATA") for name in unreadable)
+        parts = ", ".join(str(entry.path / name) for name in unreadable)
         reason = steps.pattern_problem(entry.path)
-        raise ValueError(f"{files} cannot be read" + (f": {reason}" if reason else ""))
+        raise ValueError(
+            f"{parts}: the description of the arrays (_METADATA and d/) cannot be read"
+            + (f": {reason}" if reason else "")
+        )
     meta = dict(stored.custom_metadata or {})
     if "config" in meta:
         meta["config"] = upgrade(meta["config"])

@@ -4,6 +4,7 @@ A folder is a committed checkpoint once Orbax has written `commit_success.txt` i
 once its digests exist as well. Nothing here opens an array.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ COMMIT_FILE = "commit_success.txt"
 FOLDER = "checkpoints"
 
 
+# Files with the values of a part's arrays.
+_VALUES = re.compile(r"[^/]+/ocdbt\.process_[^/]+/d/.*", re.DOTALL)
 # Orbax finds the files of a checkpoint by patterns, and takes its folder for a part of them.
 _PATTERN_CHARACTERS = "[]*?"
 
@@ -177,14 +180,15 @@ def damaged_files(path: epath.Path, parts: Sequence[str] | None) -> dict[str, st
     if expected is None:
         return None
     if parts is not None:
-        # Orbax reads the descriptions of all parts that are there, and names no file if one is
+        # Orbax reads the descriptions of all parts that are there (those of the arrays are in the
+        # part's own `d/`, their values in that of each process), and names no file if one is
         # damaged. A copy may lack a part that is not read, such as the optimizer's.
         expected = {
             name: value
             for name, value in expected.items()
             if "/" not in name
             or name.split("/")[0] in parts
-            or ("/d/" not in name and (path / name.split("/")[0]).exists())
+            or (not _VALUES.fullmatch(name) and (path / name.split("/")[0]).exists())
         }
     names = sorted(expected)
     share = names[jax.process_index() :: jax.process_count()]

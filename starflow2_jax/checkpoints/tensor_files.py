@@ -5,7 +5,6 @@ file), and PyTorch's `.pth`/`.pt`/`.bin` through `torch.load(weights_only=True)`
 from the file. Nothing else is opened.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from starflow2_jax.runtime import json_text
 
 INDEX_FILE = "model.safetensors.index.json"
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
@@ -172,7 +173,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     del handle
     with path.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
+        header = json_text.decode(stream.read(size), str(path))
     header.pop("__metadata__", None)
 
     def stored(name: str, kind: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
@@ -255,7 +256,8 @@ def read_index(path: Path) -> dict[str, str]:
         return dict(pairs)
 
     try:
-        files = dict(json.loads(path.read_text(), object_pairs_hook=unique)["weight_map"])
+        index = json_text.decode(path.read_bytes(), str(path), object_pairs_hook=unique)
+        files = dict(index["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a safetensors index: {error!r}") from error
     for name, file in files.items():

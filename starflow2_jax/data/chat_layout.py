@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from starflow2_jax.data import chat_template, untrusted
+from starflow2_jax.data import chat_template, tokenizer as tokenizer_files, untrusted
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record, Text
 
@@ -100,6 +100,7 @@ def open_tokenizer(folder: str | os.PathLike[str], model_vocab_size: int = 0) ->
     """
     import transformers  # heavy
 
+    tokenizer_files.check(folder)
     try:
         hf_tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -107,6 +108,7 @@ def open_tokenizer(folder: str | os.PathLike[str], model_vocab_size: int = 0) ->
         vocabulary = hf_tokenizer.get_vocab()
     except Exception as error:  # of many kinds, whatever is wrong in the files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = tokenizer_files.find_damage(folder) or reason
         raise DatasetError(f"{folder}: no tokenizer in this folder: {reason}") from error
     missing = [token for token in _SPECIAL_TOKENS.values() if token not in vocabulary]
     if missing:

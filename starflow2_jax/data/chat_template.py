@@ -16,6 +16,7 @@ from typing import Any
 from starflow2_jax.data import untrusted
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.tokenizer import TEMPLATE
+from starflow2_jax.runtime import json_text
 
 _MAX_BYTES = 1 << 20  # of a template's file
 _MAX_CHARACTERS = 1 << 16  # of the rendered text
@@ -107,7 +108,8 @@ def opening(folder: str | os.PathLike[str], template: str, special: Mapping[str,
 def render(folder: str, template: str, special: str) -> str:
     """Return a template's text for one turn of the user; `special` is a JSON object of names."""
     messages = [{"role": "user", "content": "."}]
-    variables = {**json.loads(special), "messages": messages, "add_generation_prompt": False}
+    names = json_text.decode(special, folder)
+    variables = {**names, "messages": messages, "add_generation_prompt": False}
     job = json.dumps({"template": template, "variables": variables})
     problem = f"{folder}: the chat template cannot be rendered"
     try:
@@ -123,7 +125,7 @@ def render(folder: str, template: str, special: str) -> str:
     if done.returncode:
         limit = f"{_SECONDS} s of processor time and {_MEMORY >> 30} GiB"
         raise DatasetError(f"{problem}: it ended with status {done.returncode} (limit: {limit})")
-    result = json.loads(done.stdout)
+    result = json_text.decode(done.stdout, problem)
     if "error" in result:
         raise DatasetError(f"{problem}: {' '.join(result['error'].split())}")
     if len(result["text"]) > _MAX_CHARACTERS:

@@ -64,6 +64,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     left_out: dict[str, int] = {}
 
 
+class _Stored(Manifest, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A manifest as its file has it: folders of earlier versions have no `sha256`."""
+
+    sha256: Sha256 | None = None  # `fingerprint` of the other fields
+
+
 def make(
     kind: Literal["records", "arrays"],
     shards: list[Shard],
@@ -90,14 +96,38 @@ def make(
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Return the bytes of `dataset.json`: fields as declared, dicts sorted, a final newline."""
-    compact = msgspec.json.encode(manifest, order="deterministic")
-    return msgspec.json.format(compact, indent=2) + b"\n"
+    """Return the bytes of `dataset.json`: fields as declared, dicts sorted, a final newline.
+
+    The last field is the fingerprint, so that damage to the file is noticed.
+    """
+    return _format(_Stored(**msgspec.structs.asdict(manifest), sha256=fingerprint(manifest)))
 
 
 def fingerprint(manifest: Manifest) -> str:
     """Return the sha256 of a manifest, equal only for equal shards, classes and sources."""
-    return hashlib.sha256(encode(manifest)).hexdigest()
+    return hashlib.sha256(_format(manifest)).hexdigest()
+
+
+def _format(manifest: Manifest) -> bytes:
+    compact = msgspec.json.encode(manifest, order="deterministic")
+    return msgspec.json.format(compact, indent=2) + b"\n"
+
+
+def _decode(file: epath.Path) -> Manifest:
+    """Return the manifest in a file, compared with its own sha256."""
+    try:
+        stored = msgspec.json.decode(file.read_bytes(), type=_Stored)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{file}: not a valid manifest: {error}") from error
+    fields = msgspec.structs.asdict(stored)
+    expected = fields.pop("sha256")
+    manifest = Manifest(**fields)
+    if expected and fingerprint(manifest) != expected:
+        raise DatasetError(
+            f"{file} is damaged: it does not match its own sha256; copy it again, or make the "
+            "dataset again"
+        )
+    return manifest
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -122,10 +152,7 @@ def load(path: str | os.PathLike[str], kind: Literal["records", "arrays"] = "rec
         raise DatasetError(
             f"{folder} {problem}; expected a dataset folder made by `prepare {maker}`"
         )
-    try:
-        manifest = msgspec.json.decode(file.read_bytes(), type=Manifest)
-    except msgspec.MsgspecError as error:
-        raise DatasetError(f"{file}: not a valid manifest: {error}") from error
+    manifest = _decode(file)
     if manifest.kind != kind:
         raise DatasetError(f"{file}: a dataset of {manifest.kind}, expected one of {kind}")
     for name in ("records", "bytes"):
@@ -148,7 +175,7 @@ def verify(path: str | os.PathLike[str], manifest: Manifest) -> Iterator[str]:
             yield problem
         elif (digest := sha256_file(folder / shard.path)) != shard.sha256:
             yield (
-                f"{folder / shard.path}: sha256 is {digest}, the manifest says {shard.sha256}: "
+                f"{folder / shard.path}: sha256 is {digest}, {FILE_NAME} says {shard.sha256}: "
                 "the file changed after it was written"
             )
 
@@ -160,7 +187,7 @@ def _size_problem(folder: epath.Path, shard: Shard) -> str | None:
     size = file.stat().length
     if size != shard.bytes:
         return (
-            f"{file}: the shard has {size} bytes, the manifest says {shard.bytes} "
+            f"{file}: the shard has {size} bytes, {FILE_NAME} says {shard.bytes} "
             f"({shard.records} records): it was truncated or replaced"
         )
     return None

@@ -4,14 +4,15 @@ Small models use it in place of a published checkpoint's tokenizer. Its folder h
 so no other code needs to tell the two apart.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from starflow2_jax.data import records
-from starflow2_jax.data.manifest import DatasetError
-from starflow2_jax.runtime import atomic
+from starflow2_jax.data import records, untrusted
+from starflow2_jax.data.manifest import DatasetError, sha256_file
+from starflow2_jax.runtime import atomic, json_text
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -22,6 +23,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+# The name that model folders use as well.
+DIGEST_FILE = "sha256.json"
 # Contractions, words with the space before them, single digits, marks, line ends, spaces.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -70,7 +73,7 @@ def train(data: str | os.PathLike[str], size: int) -> str:
 def write(
     text: str, folder: str | os.PathLike[str], *, patch: int, merge: int, frames: int
 ) -> None:
-    """Write a folder with the tokenizer, the chat template and an image processor.
+    """Write a folder with tokenizer, chat template, image processor, and the digests of the files.
 
     A folder with just these files is left as it is; any other one is an error.
 
@@ -96,7 +99,7 @@ def write(
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
     files = {
-        "tokenizer.json": json.loads(text),
+        "tokenizer.json": json_text.decode(text, "the tokenizer"),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -110,15 +113,64 @@ def write(
         name: (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
         for name, content in files.items()
     }
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in texts.items()}
+    texts[DIGEST_FILE] = (json.dumps(digests, indent=2) + "\n").encode()
     if folder.exists():
         # The same tokenizer is complete, though its process may have been killed after that.
         stored = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-        if stored != texts:
+        # Folders of earlier versions have no digests.
+        if {DIGEST_FILE: texts[DIGEST_FILE], **stored} != texts:
             raise FileExistsError(f"{folder} exists; choose another --out")
         return
     with atomic.folder(folder) as temporary:
         for name, data in texts.items():
             (temporary / name).write_bytes(data)
+
+
+def check(folder: str | os.PathLike[str]) -> None:
+    """Compare the files of a tokenizer's folder with its list of digests, if it has one.
+
+    Weights in the folder are left to those who read them.
+
+    Raises:
+        DatasetError: A file is damaged or missing; names it.
+    """
+    file = Path(folder) / DIGEST_FILE
+    if not file.exists():
+        return
+    for name, expected in untrusted.read_json(file, dict[str, str]).items():
+        path = file.parent / name
+        if Path(name).name != name or path.suffix == ".safetensors":
+            continue
+        if not path.exists():
+            raise DatasetError(f"{path} is missing (by {DIGEST_FILE})")
+        if (actual := sha256_file(path)) != expected:
+            raise DatasetError(
+                f"{folder} is damaged: {name} has sha256 {actual}, expected {expected} by "
+                f"{DIGEST_FILE}: one of the two is damaged"
+            )
+
+
+def find_damage(folder: str | os.PathLike[str]) -> str:
+    """Return which file of a folder that has no readable tokenizer is at fault, and why.
+
+    It is empty if every file alone can be read.
+    """
+    import tokenizers  # heavy
+
+    try:
+        for path in sorted(Path(folder).glob("*.json")):
+            content = untrusted.read_json(path)
+            if path.name == "tokenizer_config.json" and not isinstance(content, dict):
+                return f"{path}: expected a JSON object"
+            if path.name == "tokenizer.json":
+                try:
+                    tokenizers.Tokenizer.from_file(str(path))
+                except Exception as error:  # tokenizers raises no other class
+                    return f"{path}: no tokenizer: {error}"
+    except DatasetError as error:
+        return str(error)
+    return ""
 
 
 def _texts(dataset: Iterable[records.Record]) -> Iterator[str]:

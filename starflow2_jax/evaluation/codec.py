@@ -5,7 +5,6 @@ Shapes: N images, H x W pixels, T patches in raster order, D latent channels, F 
 
 import functools
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ import numpy as np
 import optax
 
 from starflow2_jax.data import images as image_io, records
+from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.evaluation import stats
 from starflow2_jax.latents import codec as latent_codec
 from starflow2_jax.latents.codec import Codec
 from starflow2_jax.models.fae import losses
+from starflow2_jax.runtime import json_text
 from starflow2_jax.shapes import generator, holdout
 from starflow2_jax.shapes.generator import Object, Scene
 from starflow2_jax.training import preprocess
@@ -47,22 +48,32 @@ def read_images(data: str, side: int, resize: str = "none") -> Iterator[SceneIma
     dataset = records.read(data)
     for index, record in enumerate(dataset):
         location = f"{dataset.location(index)} (id {record.id!r})"
-        scenes = parse_scenes(record.meta)
+        scenes = parse_scenes(record.meta, location)
         for k, blob in enumerate(record.imgs):
             pixels = image_io.decode(blob.data, f"{location}: $.imgs[{k}]")
             pixels = image_io.square(pixels, side, resize, location)
             yield SceneImage(pixels, scenes[k] if k < len(scenes) else None)
 
 
-def parse_scenes(meta: Mapping[str, Any]) -> list[Scene]:
-    """Return the scenes of a record's images, in order, from its metadata."""
-    rows = [json.loads(meta["scene"])] if "scene" in meta else []
-    if "scenes" in meta:
-        rows = json.loads(meta["scenes"])
-    return [
-        Scene(row["background"], row["ramp"], tuple(Object(**item) for item in row["objects"]))
-        for row in rows
-    ]
+def parse_scenes(meta: Mapping[str, Any], location: str) -> list[Scene]:
+    """Return the scenes of a record's images, in order, from its metadata.
+
+    Raises:
+        DatasetError: They are not scenes of the shapes benchmark; names `location`.
+    """
+    name = "scenes" if "scenes" in meta else "scene"
+    if name not in meta:
+        return []
+    try:
+        stored = json_text.decode(str(meta[name]), "JSON")
+        return [
+            Scene(row["background"], row["ramp"], tuple(Object(**item) for item in row["objects"]))
+            for row in (stored if name == "scenes" else [stored])
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{location}: meta.{name} is no scene of the shapes benchmark: {error}"
+        ) from error
 
 
 def _batches(images: Iterator[SceneImage], limit: int | None) -> Iterator[list[SceneImage]]:

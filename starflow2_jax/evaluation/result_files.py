@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from starflow2_jax.checkpoints import digest, hub, model_folder, steps
-from starflow2_jax.runtime import atomic
+from starflow2_jax.runtime import atomic, json_text
 from starflow2_jax.training.logging import run_log
 
 COMMAND = "starflow2_jax.evaluate"
@@ -83,7 +83,7 @@ def open_result(
 
 def _read_result(file: epath.Path) -> dict[str, Any]:
     try:
-        result = json.loads(file.read_text())
+        result = json_text.decode(file.read_bytes(), str(file))
     except (ValueError, OSError):
         return {}
     return result if isinstance(result, dict) else {}

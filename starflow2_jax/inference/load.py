@@ -68,6 +68,9 @@ def load_starflow2(
     saved, cfg = _open_starflow2(path)
     replaced = [name for name, folder in (("vlm", vlm), ("fae", fae)) if folder]
     _check_parts(saved, cfg, replaced)
+    if saved.is_folder:
+        # First, as damage to one file may look as if another one did not fit.
+        model_folder.check(saved.path, lambda name: name.split("/")[0] not in replaced)
     vlm, fae = vlm or cfg["vlm"]["path"], fae or cfg["fae"]["path"]
     cfg["vlm"]["path"], cfg["fae"]["path"] = vlm, fae
     cfg["layout"], cfg["frozen_layout"] = layout, ""

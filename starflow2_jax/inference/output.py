@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from starflow2_jax.inference.prompts import Part
-from starflow2_jax.runtime import atomic
+from starflow2_jax.runtime import atomic, json_text
 
 # Key of the metadata in a PNG's text chunk.
 PNG_KEY = "starflow2_jax"
@@ -40,7 +40,7 @@ def start_job(out: epath.Path, job: Mapping[str, Any], *, overwrite: bool) -> di
     """
     atomic.remove_leftovers(out)
     stored = read_job(out) if (out / JOB_FILE).exists() else {}
-    is_same = stored.get("job") == json.loads(json.dumps(job))
+    is_same = stored.get("job") == json_text.decode(json.dumps(job), "the job")
     if is_same and not overwrite and stored.get("result") is not None:
         return stored["result"]
     # A job that ended in an error before its first image leaves only its description.
@@ -60,7 +60,7 @@ def end_job(out: epath.Path, job: Mapping[str, Any], result: Mapping[str, Any]) 
 def read_job(out: epath.Path) -> dict[str, Any]:
     """Return `job` and `result` of an output folder, or an empty dict if they are unreadable."""
     try:
-        stored = json.loads((out / JOB_FILE).read_text())
+        stored = json_text.decode((out / JOB_FILE).read_bytes(), str(out / JOB_FILE))
     except ValueError:
         return {}
     return stored if isinstance(stored, dict) else {}

@@ -3,7 +3,6 @@
 Shapes: B rows, S records of a row.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from starflow2_jax.checkpoints.convert import qwen
 from starflow2_jax.checkpoints.model_folder import EXPERIMENT_KEY, locate
 from starflow2_jax.checkpoints.open_model import open_model
 from starflow2_jax.models.qwen import QwenConfig
+from starflow2_jax.runtime import json_text
 from starflow2_jax.training.losses import text, vlm as vlm_loss
 from starflow2_jax.training.tasks import vlm
 
@@ -52,7 +52,8 @@ def load(path: str) -> VLM:
 
 def export(model: VLM, path: str, *, dtype: Any = "float32", overwrite: bool = False) -> None:
     """Write a Hugging Face folder with weights, tokenizer, chat template and image processor."""
-    tokenizer = json.loads((Path(model.tokenizer_folder) / "tokenizer.json").read_text("utf-8"))
+    tokenizer_file = Path(model.tokenizer_folder) / "tokenizer.json"
+    tokenizer = json_text.decode(tokenizer_file.read_bytes(), str(tokenizer_file))
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     qwen.export(
         jax.tree.map(lambda a: np.asarray(a, jnp.dtype(dtype)), model.params),

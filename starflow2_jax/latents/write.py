@@ -94,7 +94,7 @@ def begin(folder: pathlib.Path, parent: Manifest, encoder: Mapping[str, Any]) ->
             raise DatasetError(f"{folder} holds other things than latents; choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_file(file, text)
-    _check_same(folder, untrusted.read_json(file, dict[str, Any]), parent, encoder)
+    _check_same(file, untrusted.read_json(file, dict[str, Any]), parent, encoder)
 
 
 def make_shard(
@@ -179,8 +179,9 @@ def remove_stale(
         Whether the folder was removed.
     """
     folder = pathlib.Path(os.path.abspath(out))
-    if (folder / JOB_FILE).exists():
-        features = untrusted.read_json(folder / JOB_FILE, dict[str, Any])
+    file = folder / JOB_FILE
+    if file.exists():
+        features = untrusted.read_json(file, dict[str, Any])
     elif (folder / manifest_lib.FILE_NAME).exists():
         features = manifest_lib.load(folder, kind="arrays").features or {}
     else:
@@ -188,7 +189,7 @@ def remove_stale(
     if "fae" not in features:
         return False
     try:
-        _check_same(folder, features, records.read(data).manifest, encoder)
+        _check_same(file, features, records.read(data).manifest, encoder)
     except DatasetError:
         atomic.remove_folder(folder)
         return True
@@ -219,9 +220,10 @@ def shard_name(number: int, count: int) -> str:
 
 def complete(folder: pathlib.Path, parent: Manifest, encoder: Mapping[str, Any]) -> bool:
     """Return True if the folder is finished, after checking its encoder and dataset."""
-    if not (folder / manifest_lib.FILE_NAME).exists():
+    file = folder / manifest_lib.FILE_NAME
+    if not file.exists():
         return False
-    _check_same(folder, manifest_lib.load(folder, kind="arrays").features or {}, parent, encoder)
+    _check_same(file, manifest_lib.load(folder, kind="arrays").features or {}, parent, encoder)
     _clear(folder)
     return True
 
@@ -236,11 +238,15 @@ def _clear(folder: pathlib.Path) -> None:
 
 
 def _check_same(
-    folder: pathlib.Path, features: Mapping[str, Any], parent: Manifest, encoder: Mapping[str, Any]
+    file: pathlib.Path, features: Mapping[str, Any], parent: Manifest, encoder: Mapping[str, Any]
 ) -> None:
-    check_encoder(features, encoder["sha256"], str(folder))
-    if features.get("dataset") != manifest_lib.fingerprint(parent):
-        raise DatasetError(f"{folder}: latents of another dataset; choose another --out")
+    check_encoder(features, encoder["sha256"], str(file))
+    stored, expected = str(features.get("dataset")), manifest_lib.fingerprint(parent)
+    if stored != expected:
+        raise DatasetError(
+            f"{file}: latents of another dataset ({stored[:12]}, expected {expected[:12]}); choose "
+            "another --out"
+        )
 
 
 def _rows(

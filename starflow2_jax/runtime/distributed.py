@@ -44,7 +44,7 @@ from typing import Any
 
 import jax
 
-from starflow2_jax.runtime import rendezvous
+from starflow2_jax.runtime import json_text, rendezvous
 from starflow2_jax.runtime.rendezvous import ProcessInfo
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -228,7 +228,8 @@ def _all_gather(session: _Session, name: str, value: Any) -> list[Any]:
     folder = f"{_PREFIX}/{next(session.exchange_ids)}_{name}/"
     client.key_value_set(f"{folder}{info.process}", json.dumps(value))
     client.wait_at_barrier(folder, session.timeouts["initialization"] * 1000)
-    rows = {int(k.rpartition("/")[2]): json.loads(v) for k, v in client.key_value_dir_get(folder)}
+    stored = client.key_value_dir_get(folder)
+    rows = {int(key.rpartition("/")[2]): json_text.decode(text, key) for key, text in stored}
     return [rows[i] for i in range(info.num_processes)]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from starflow2_jax.runtime import atomic
+from starflow2_jax.runtime import atomic, json_text
 
 FILE = ".lock"
 # Seconds between two renewals of a lease, and without one after which it is taken over.
@@ -103,7 +103,7 @@ def _read(file: epath.PathLike) -> dict[str, Any]:
     file = epath.Path(file)
     try:
         # An object store may have an error of its own for what is absent.
-        owner = json.loads(file.read_bytes()) if file.exists() else {}
+        owner = json_text.decode(file.read_bytes(), str(file)) if file.exists() else {}
     except FileNotFoundError:
         return {}
     except ValueError:

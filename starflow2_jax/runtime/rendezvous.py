@@ -20,6 +20,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from starflow2_jax.runtime import json_text
+
 TOKEN = "STARFLOW2_JOB_TOKEN"
 _MAX_LINE_BYTES = 1 << 14
 _MAX_TEXT = 1000  # characters of a message's text
@@ -148,8 +150,8 @@ def _read(connection: Connection) -> bool:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        message = json.loads(line)
-    except (ValueError, RecursionError):
+        message = json_text.decode(line, "a message")
+    except ValueError:
         return None
     if not isinstance(message, dict):
         return None

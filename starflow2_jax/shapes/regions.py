@@ -6,7 +6,6 @@ object-like features. The records' `meta.scene` or `meta.scenes` describe the im
 """
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 from starflow2_jax.data.chat_layout import Tokenizer
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record
+from starflow2_jax.runtime import json_text
 from starflow2_jax.shapes import generator
 from starflow2_jax.shapes.generator import Object
 
@@ -63,7 +63,8 @@ def find_regions(record: Record, image: int, location: str) -> list[Region]:
     """
     meta = record.meta
     try:
-        scenes = json.loads(str(meta["scenes"] if "scenes" in meta else f"[{meta['scene']}]"))
+        text = str(meta["scenes"] if "scenes" in meta else f"[{meta['scene']}]")
+        scenes = json_text.decode(text, location)
         if image >= len(scenes):
             return []
         objects = [Object(**item) for item in scenes[image]["objects"]]

@@ -218,11 +218,16 @@ def test_a_damaged_config_or_digest_list_is_refused(tmp_path):
     model_folder.write_folder(path, random_params(), CONFIG)
     flip(path / "config.json", 0)
     assert model_folder.verify(path)[0].startswith("config.json has sha256")
+    with pytest.raises(ValueError, match=r"config\.json has sha256 .* one of the two is damaged"):
+        model_folder.read_config(path)
+    digests = (path / "sha256.json").read_text()
+    (path / "sha256.json").unlink()  # as a model of another package
     with pytest.raises(ValueError, match=r"config\.json: not JSON"):
         model_folder.read_config(path)
     (path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="Expected `object`, got `array`"):
         model_folder.read_config(path)
+    (path / "sha256.json").write_text(digests)
     save_file({"a": np.zeros(2)}, path / "other.safetensors")
     assert "other.safetensors is not in sha256.json" in model_folder.verify(path)
     (path / "sha256.json").write_text("{")

@@ -181,6 +181,26 @@ def test_flipped_bits_at_many_positions_are_noticed(workdir):
 
 
 @pytest.mark.fast
+def test_a_damaged_description_of_the_arrays_is_named(workdir, capfd):
+    """Orbax would name `_METADATA`, or no file, with the tracebacks of its own threads."""
+    for part in ("params", "opt_state"):
+        (file,) = (workdir / "checkpoints" / "3" / part / "d").iterdir()
+        intact = file.read_bytes()
+        for number in range(4):
+            flip(file, 8 * len(intact) * number // 4 + 5)
+            reads = (
+                lambda: orbax.show(workdir),
+                lambda: orbax.read_meta(workdir),
+                lambda: orbax.restore(workdir, None, {"ema": {}}, only=("ema",)),
+            )
+            for read in reads:
+                with pytest.raises(ValueError, match=f"{file.name}: sha256.*newest good step: 2"):
+                    read()
+            file.write_bytes(intact)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.fast
 def test_newest_good_step_skips_damaged_ones(workdir):
     flip(workdir / "checkpoints" / "3" / "params" / "_METADATA", 100)
     flip(workdir / "checkpoints" / "2" / digest.SIDECAR, 100)

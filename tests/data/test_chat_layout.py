@@ -1,6 +1,7 @@
 """The chat layout: it equals the template's, with targets, null conditions and positions."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -147,6 +148,45 @@ def test_a_tokenizer_depends_on_its_data_alone(folders, qwen_tokenizer, tmp_path
         tokenizer.train(folders[0], 100)
     with pytest.raises(FileExistsError, match="exists; choose another"):
         tokenizer.write("{}", tmp_path, patch=8, merge=1, frames=2)
+
+
+def test_a_damaged_file_of_a_tokenizer_is_named(folders, tmp_path):
+    for name, position, size in (
+        ("tokenizer.json", 0, 1),
+        ("tokenizer.json", 9000, 1),
+        ("tokenizer.json", 9000, -1),
+        ("tokenizer_config.json", 200, -1),
+        ("tokenizer_config.json", 0, 1),
+    ):
+        folder = tmp_path / "copy"
+        shutil.copytree(folders[1], folder)
+        data = bytearray((folder / name).read_bytes())
+        if size < 0:
+            del data[position:]
+        else:
+            data[position] ^= 0x40
+        (folder / name).write_bytes(data)
+        with pytest.raises(DatasetError, match=f"{name} has sha256 .*, expected"):
+            chat_layout.open_tokenizer(folder)
+        # One of another package has no digests.
+        (folder / "sha256.json").unlink()
+        if position != 9000 or size < 0:
+            with pytest.raises(DatasetError, match=f"no tokenizer in this folder: .*{name}: "):
+                chat_layout.open_tokenizer(folder)
+        shutil.rmtree(folder)
+    shutil.copytree(folders[1], tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer.json").unlink()
+    with pytest.raises(DatasetError, match=r"tokenizer\.json is missing"):
+        chat_layout.open_tokenizer(tmp_path / "copy")
+
+
+def test_a_tokenizer_of_an_earlier_version_is_not_written_again(folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "copy")
+    (tmp_path / "copy" / "sha256.json").unlink()
+    text = (tmp_path / "copy" / "tokenizer.json").read_text()
+    tokenizer.write(text, tmp_path / "copy", patch=8, merge=1, frames=2)
+    with pytest.raises(FileExistsError, match="exists; choose another"):
+        tokenizer.write(text, tmp_path / "copy", patch=16, merge=1, frames=2)
 
 
 def test_a_folder_without_delimiters_is_refused(folders, tmp_path):

@@ -265,10 +265,37 @@ def test_every_flipped_bit_is_detected(dataset):
 def test_a_wrong_manifest_is_named(dataset, change, message):
     file = dataset / "dataset.json"
     raw = json.loads(file.read_text())
+    del raw["sha256"]  # as in a folder of an earlier version
     change(raw)
     file.write_text(json.dumps(raw))
     with pytest.raises(DatasetError, match=r"dataset\.json.*" + message):
         records.read(dataset)
+
+
+def test_a_flipped_bit_of_a_manifest_is_named(dataset):
+    file = dataset / "dataset.json"
+    intact, expected = file.read_bytes(), manifest.load(dataset)
+    rng = np.random.default_rng(0)
+    for position in range(len(intact)):
+        data = bytearray(intact)
+        data[position] ^= 1 << int(rng.integers(8))
+        file.write_bytes(data)
+        try:
+            assert manifest.load(dataset) == expected  # of a space between two fields
+        except DatasetError as error:
+            assert "dataset.json" in str(error)
+    file.write_bytes(b'{"features":' * 100_000)
+    with pytest.raises(DatasetError, match=r"dataset\.json: not a valid manifest"):
+        manifest.load(dataset)
+
+
+def test_a_manifest_of_an_earlier_version_is_read(dataset):
+    file = dataset / "dataset.json"
+    expected = manifest.load(dataset)
+    raw = json.loads(file.read_text())
+    assert raw.pop("sha256") == manifest.fingerprint(expected)
+    file.write_text(json.dumps(raw))
+    assert manifest.load(dataset) == expected
 
 
 def test_a_missing_dataset_is_named(tmp_path):

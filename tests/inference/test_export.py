@@ -12,7 +12,7 @@ from helpers.checkpoint_states import flip
 from helpers.kills import contents
 
 from starflow2_jax import convert, params
-from starflow2_jax.checkpoints import digest, model_folder
+from starflow2_jax.checkpoints import digest, model_folder, open_model
 from starflow2_jax.inference import load
 from starflow2_jax.latents import codec
 from starflow2_jax.models import starflow2
@@ -64,15 +64,27 @@ def test_every_file_has_a_digest_and_damage_of_any_is_named(exported, tmp_path, 
     assert "added.txt" in capsys.readouterr().out
 
 
+def test_a_damaged_record_of_a_frozen_model_is_not_blamed_on_that_model(exported, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(exported, copy)
+    text = (copy / "config.json").read_text()
+    stored = json.loads(text)["frozen"]["fae"]
+    damaged = stored.replace(stored[7], "f" if stored[7] != "f" else "e", 1)
+    (copy / "config.json").write_text(text.replace(stored, damaged))
+    for read in (load.load, load.read_config, open_model.open_model):
+        with pytest.raises(ValueError, match=r"copy is damaged: config\.json has sha256"):
+            read(str(copy))
+
+
 def test_a_damaged_or_missing_part_is_refused_by_load(exported, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(exported, copy)
     flip(copy / "vlm" / "tokenizer_config.json", 40)
-    with pytest.raises(ValueError, match=r"vlm is damaged: tokenizer_config\.json has sha256"):
+    with pytest.raises(ValueError, match=r"is damaged: vlm/tokenizer_config\.json has sha256"):
         load.load(str(copy))
     shutil.copy(exported / "vlm" / "tokenizer_config.json", copy / "vlm")
     flip(copy / "vlm" / "model.safetensors", 9999)
-    with pytest.raises(ValueError, match=r"vlm is damaged: model\.safetensors has sha256"):
+    with pytest.raises(ValueError, match=r"is damaged: vlm/model\.safetensors has sha256"):
         load.load(str(copy))
     shutil.copy(exported / "vlm" / "model.safetensors", copy / "vlm")
     shutil.rmtree(copy / "fae")
@@ -85,6 +97,9 @@ def test_a_damaged_or_missing_part_is_refused_by_load(exported, tmp_path):
     cfg = json.loads((copy / "config.json").read_text())
     del cfg["parts"]
     (copy / "config.json").write_text(json.dumps(cfg, indent=2, sort_keys=True) + "\n")
+    sums = json.loads((copy / "sha256.json").read_text())
+    sums["config.json"] = digest.sha256_file(copy / "config.json")
+    (copy / "sha256.json").write_text(json.dumps(sums))
     with pytest.raises(FileNotFoundError, match=missing):
         load.load(str(copy))
     shutil.copytree(exported / "fae", copy / "fae")

@@ -108,13 +108,14 @@ def _merge_arguments(arguments: Any) -> dict[str, Any]:
 def _parse(source: str | Path) -> dict[str, Any]:
     from starflow2_jax.data import untrusted  # needs msgspec
 
-    text = str(source)
+    text, location = str(source), "options"
     is_text = isinstance(source, str) and ("=" in text or "\n" in text)
     if not is_text or ("\n" not in text and Path(text).is_file()):
         path = Path(text)
         if not path.is_file():
             raise FileNotFoundError(f"options: no file {path} (or write key=value)")
-        text = untrusted.decode_text(untrusted.read_file(path, _MAX_BYTES), f"options: {path}")
+        location = f"options: {path}"
+        text = untrusted.decode_text(untrusted.read_file(path, _MAX_BYTES), location)
     if re.match(r"\s*[A-Za-z_]\w*\s*=", text):
         ends = r"(?=[\s,;]+[A-Za-z_]\w*\s*=|\s*$)"
         pairs = re.findall(rf"([A-Za-z_]\w*)\s*=\s*(.*?){ends}", text, re.S)
@@ -123,11 +124,11 @@ def _parse(source: str | Path) -> dict[str, Any]:
 
     try:
         parsed = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"options: neither key=value nor YAML: {reason}") from error
+        raise ValueError(f"{location}: neither key=value nor YAML: {reason}") from error
     if not isinstance(parsed, Mapping):
-        raise ValueError(f"options: expected names and values, got {type(parsed).__name__}")
+        raise ValueError(f"{location}: expected names and values, got {type(parsed).__name__}")
     return dict(parsed)
 
 

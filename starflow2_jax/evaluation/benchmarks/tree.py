@@ -21,7 +21,7 @@ from starflow2_jax.evaluation.benchmarks import layouts
 from starflow2_jax.evaluation.benchmarks.items import Item, Source, sha256
 from starflow2_jax.evaluation.benchmarks.layouts import JPEG_QUALITY, File, Layout
 from starflow2_jax.inference import output, prompts
-from starflow2_jax.runtime import atomic
+from starflow2_jax.runtime import atomic, json_text
 
 SETTINGS = "settings.json"
 # The last bytes of a complete file.
@@ -128,9 +128,9 @@ def read_settings(out: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json_text.decode(path.read_bytes(), str(path))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}; --overwrite replaces it") from error
+        raise ValueError(f"{error}; --overwrite replaces it") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected a JSON object; --overwrite replaces it")
     return settings
@@ -155,8 +155,9 @@ def start(out: epath.Path, settings: Mapping[str, Any], *, overwrite: bool) -> s
     """
     text = settings_text(settings)
     stored = None if overwrite else read_settings(out)
-    if stored is not None and stored != json.loads(text):
-        lines = "; ".join(_differences(stored, json.loads(text)))
+    expected = json_text.decode(text, "the settings")
+    if stored is not None and stored != expected:
+        lines = "; ".join(_differences(stored, expected))
         raise ValueError(
             f"--out: {out} was written with other settings: {lines}. Use another folder; "
             "--overwrite draws it again"
@@ -292,7 +293,7 @@ def _reason(path: epath.Path, file: File, stamp: str) -> str:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
             image.load()
             comment = image.info.get("comment", b"")
-            note = json.loads(image.info.get(output.PNG_KEY) or "{}")
+            note = json_text.decode(image.info.get(output.PNG_KEY) or "{}", str(path))
     except (OSError, ValueError, SyntaxError):
         return "truncated"
     # The decoder is content with a file that lacks its last bytes.

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from starflow2_jax.runtime import json_text
+
 # The variable that holds the key of the address, so that no command line or result contains it.
 KEY_VARIABLE = "JUDGE_API_KEY"
 _MAX_REPLY_BYTES = 16 << 20
@@ -70,7 +72,7 @@ class Judge:
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
             data = response.read(_MAX_REPLY_BYTES)
         try:
-            text = json.loads(data)["choices"][0]["message"]["content"]
+            text = json_text.decode(data, self.endpoint)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError) as error:
             start = data[:200].decode(errors="replace")
             raise JudgeError(f"{self.endpoint}: not a chat completion: {start}") from error

@@ -1,6 +1,5 @@
 """GEdit-Bench: the VIEScore of edits, semantics (SC) and quality (PQ), 0 to 10."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from starflow2_jax.evaluation.judges.protocol import (
     mean_of_groups,
 )
 from starflow2_jax.importers import tables as reader
+from starflow2_jax.runtime import json_text
 
 _COLUMNS = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
 PROMPTS = "GEdit-Bench/viescore/vie_prompts.py"
@@ -53,7 +53,7 @@ def _parse_viescore(reply: str) -> Scores:
     match = re.search(r"\{.*\}", reply, re.DOTALL)
     text = match[0] if match else reply.strip()
     try:
-        value = json.loads(text.replace("\n", " "))
+        value = json_text.decode(text.replace("\n", " "), "the reply")
     except ValueError:
         match = re.search(r"score\W*\[([\d.,\s]+)\]", text)
         if not match:

@@ -7,7 +7,6 @@ edited image as "the original image" when its quality is judged.
 """
 
 import functools
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from starflow2_jax.data import untrusted
 from starflow2_jax.evaluation.judges import official
 from starflow2_jax.evaluation.judges.protocol import Item, Picture, Protocol, Question, Scores
+from starflow2_jax.runtime import json_text
 
 PROMPTS = "eval/gen/kris/prompts.py"
 PROMPT_NAMES = (
@@ -163,7 +163,7 @@ def _parse(names: Sequence[str], reply: str) -> Scores:
     """
     for block in re.findall(r"\{[^{}]*\}", reply):
         try:
-            fields = json.loads(block)
+            fields = json_text.decode(block, "the reply")
         except ValueError:
             continue
         numbers = [fields.get(name) for name in names]

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from starflow2_jax.runtime import json_text
+
 FILE = "replies.jsonl"
 
 
@@ -37,7 +39,7 @@ class Replies:
             os.truncate(self._path, len(complete))
         for number, line in enumerate(complete.splitlines(), 1):
             try:
-                row = json.loads(line)
+                row = json_text.decode(line, str(self._path))
                 self._texts[row["request"]].append(row["reply"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{self._path}:{number}: not a reply of a judge") from error

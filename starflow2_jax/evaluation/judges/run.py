@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from starflow2_jax.evaluation.judges.client import Judge
 from starflow2_jax.evaluation.judges.protocol import Item, Protocol, Question, encode
 from starflow2_jax.evaluation.judges.protocols import PROTOCOLS
 from starflow2_jax.evaluation.judges.replies import Replies
+from starflow2_jax.runtime import json_text
 
 SCORES_FILE = "scores.json"
 # File of a tree that says how it was generated.
@@ -251,4 +251,4 @@ def _check_prompts(stamp: Any, prompts: Sequence[Path], tree: Path) -> None:
 def _stamp(tree: Path) -> Any:
     """Return how a tree was generated, None if it does not say."""
     path = tree / STAMP_FILE
-    return json.loads(path.read_text()) if path.exists() else None
+    return json_text.decode(path.read_bytes(), str(path)) if path.exists() else None

@@ -5,7 +5,6 @@ the assistant should answer, and the facts that a generated image is checked aga
 """
 
 import dataclasses
-import json
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from starflow2_jax.data import images, records
 from starflow2_jax.data.manifest import DatasetError
 from starflow2_jax.data.records import Record, Text
 from starflow2_jax.evaluation import codec
+from starflow2_jax.runtime import json_text
 from starflow2_jax.shapes import generator, holdout, tasks as shapes_tasks
 from starflow2_jax.shapes.generator import Scene
 
@@ -100,10 +100,10 @@ def from_record(record: Record, location: str, id_suffix: str = "") -> Case | No
             reference_texts.append(segment.s)
         else:
             reference_image = decode(segment.i)
-    scenes = tuple(codec.parse_scenes(meta))
+    scenes = tuple(codec.parse_scenes(meta, f"record {record.id!r}"))
     facts = None
     if "geneval" in meta and reference_image is not None:
-        facts = json.loads(str(meta["geneval"]))
+        facts = json_text.decode(str(meta["geneval"]), f"record {record.id!r}: meta.geneval")
     kind = str(meta.get("withheld", "none"))
     if task == "t2i" and "withheld" not in meta:
         kind = _caption_holdout(scenes[0], tag) if scenes else "none"

@@ -38,7 +38,7 @@ from etils import epath
 
 from starflow2_jax import config
 from starflow2_jax.data import untrusted
-from starflow2_jax.runtime import atomic
+from starflow2_jax.runtime import atomic, json_text
 from starflow2_jax.training.logging import image_grid, throughput
 from starflow2_jax.training.logging.trackers import Tracker, open_trackers
 
@@ -187,7 +187,7 @@ def read_rows(workdir: epath.PathLike) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            values = json.loads(line)
+            values = json_text.decode(line, str(path))
             values["step"] = int(values["step"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(
