@@ -125,7 +125,9 @@ def open_tokenizer(folder: str | os.PathLike[str], model_vocab_size: int = 0) ->
             encoding = hf_tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         except (TypeError, UnicodeError) as error:
             untrusted.clean_text(text, f"text {text[:40]!r}")
-            raise DatasetError(f"text {text[:40]!r}: cannot be tokenized: {error}") from error
+            raise DatasetError(
+                f"{folder}: the text {text[:40]!r} cannot be tokenized: {error}"
+            ) from error
         return tuple(encoding["input_ids"])
 
     for token in _SPECIAL_TOKENS.values():

@@ -51,14 +51,31 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def normalize(text: str) -> str:
-    """Return printed text without durations, and JSON without volatile keys."""
-    lines = []
-    for line in text.splitlines():
+    """Return printed text without durations, and JSON (of one or many lines) without volatile keys.
+
+    Lines before the value of `--json` are progress.
+    """
+    lines = text.splitlines()
+    starts = [number for number, line in enumerate(lines) if line == "{"]
+    for start in starts[:1]:
         try:
-            lines.append(json.dumps(_strip(json.loads(line)), sort_keys=True))
+            value = json.loads("\n".join(lines[start:]))
         except ValueError:
-            lines.append(_SECONDS.sub("#", line))
-    return "\n".join(lines)
+            break
+        lines[start:] = [json.dumps(value)]
+    return "\n".join(map(_normalize_line, lines))
+
+
+def without_digest_lists(contents: dict[str, str]) -> dict[str, str]:
+    """Return the contents of `take` without the lists of digests in folders of models."""
+    return {name: text for name, text in contents.items() if Path(name).name != "sha256.json"}
+
+
+def _normalize_line(line: str) -> str:
+    try:
+        return json.dumps(_strip(json.loads(line)), sort_keys=True)
+    except ValueError:
+        return _SECONDS.sub("#", line)
 
 
 def _status(step: Path) -> str:

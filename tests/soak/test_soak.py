@@ -8,7 +8,7 @@ import runpy
 
 import pytest
 
-from soak import crash_points, damage_trials, fuzz_trials, kill_trials
+from soak import crash_points, damage_trials, fuzz_trials, kill_trials, snapshots
 from soak.assets import Assets
 from soak.cases import CASES, Case
 from soak.fork_server import LIGHT, ForkServer, Job
@@ -118,6 +118,14 @@ def make_folders():
 
 def run_file(path):
     runpy.run_path(path)
+
+
+@pytest.mark.fast
+def test_results_that_differ_in_their_duration_alone_are_equal():
+    lines = "4 rows in 2.5 s\n{}\n"
+    results = [{"correct": 0.5, "seconds": 6.9}, {"correct": 0.5, "seconds": 4.3}, {"correct": 0.4}]
+    texts = [snapshots.normalize(lines.format(json.dumps(r, indent=2))) for r in results]
+    assert texts[0] == texts[1] != texts[2]
 
 
 @pytest.mark.fast
