@@ -95,6 +95,7 @@ def _train(cfg: dict[str, Any], workdir: epath.Path) -> None:
         print(run_data.summary(data), flush=True)
     newest_step = check_workdir(workdir, cfg, data)
     if newest_step == cfg["train"]["steps"]:
+        orbax.seal(workdir, newest_step)
         if not (workdir / run_report.FILE).exists():
             run_report.write(workdir)  # the run was killed after its last step
         print(f"{workdir} is finished: step {newest_step} of {newest_step}", flush=True)
@@ -183,6 +184,7 @@ def init_or_restore(
         del state  # its memory is needed
         state, meta = orbax.restore(workdir, newest_step, program.abstract_state)
         orbax.check_frozen(workdir, meta, identity)
+        orbax.seal(workdir, newest_step, is_restored=True)
         print(f"resumed {workdir} at step {newest_step}", flush=True)
     elif init["from"]:
         state = init_from_checkpoint(

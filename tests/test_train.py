@@ -15,7 +15,7 @@ from helpers.paths import EXPERIMENTS
 from helpers.training_runs import environment, finish, rows_of, run_config, start, state_of
 
 from starflow2_jax import train
-from starflow2_jax.checkpoints import steps
+from starflow2_jax.checkpoints import digest, steps
 from starflow2_jax.data import records
 from starflow2_jax.evaluation.report import run_report
 from starflow2_jax.runtime import folder_lock
@@ -109,10 +109,14 @@ def test_sigterm_saves_and_the_same_command_resumes(data, tmp_path):
     assert stopped[1] > stopped[0] > 0
 
 
-def test_finished_workdir_says_so(unbroken, capsys):
+def test_finished_workdir_says_so(unbroken, tmp_path, capsys):
     cfg, workdir = unbroken
-    train.train(cfg, str(workdir))
+    shutil.copytree(workdir, tmp_path / "run")
+    # Killed between the commit of its last step and the digests of it.
+    (tmp_path / "run" / "checkpoints" / "6" / digest.SIDECAR).unlink()
+    train.train(cfg, str(tmp_path / "run"))
     assert "is finished: step 6 of 6" in capsys.readouterr().out
+    assert {entry.status for entry in steps.steps(tmp_path / "run")} == {"sealed"}
 
 
 def test_another_configuration_is_refused_with_the_differing_keys(unbroken):

@@ -382,6 +382,27 @@ def verify(
     return reports
 
 
+def seal(workdir: epath.PathLike, step: int, *, is_restored: bool = False) -> None:
+    """Write the digests of a step whose process was killed between the commit and the digests.
+
+    Args:
+        workdir: the run.
+        step: number of the step; nothing is done if it has digests.
+        is_restored: all its arrays were just restored. Otherwise they are read through first, and
+            with several processes, which would have to agree on it, nothing is done.
+
+    Raises:
+        ValueError: An array cannot be read.
+    """
+    entry = steps.find(workdir, step)
+    if entry.status != "unsealed" or not (is_restored or jax.process_count() == 1):
+        return
+    if not is_restored:
+        _read_through(entry)
+    if jax.process_index() == 0:
+        digest.write(entry.path)
+
+
 def _read_through(entry: StepFolder) -> None:
     """Raise a ValueError if an array of a step cannot be read."""
     for name, tree in _read_metadata(entry)[0].items():

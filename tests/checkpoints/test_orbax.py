@@ -306,6 +306,18 @@ def test_unsealed_step_restores_with_a_warning_and_can_be_sealed(workdir, caplog
     assert not any(report.problems for report in orbax.verify(workdir))
 
 
+def test_a_step_that_lacks_its_digests_alone_is_sealed(workdir):
+    sidecar = workdir / "checkpoints" / "3" / digest.SIDECAR
+    before = sidecar.read_text()
+    for is_restored in (False, True):
+        sidecar.unlink()
+        orbax.seal(workdir, 3, is_restored=is_restored)
+        assert sidecar.read_text() == before and statuses(workdir)[3] == "sealed"
+    flip(workdir / "checkpoints" / "3" / "step" / "_METADATA", 9)
+    orbax.seal(workdir, 3)  # of the damaged file, it does not write another digest
+    assert sidecar.read_text() == before
+
+
 def test_sealing_reads_every_array(workdir):
     folder = workdir / "checkpoints" / "3"
     (folder / digest.SIDECAR).unlink()
@@ -313,6 +325,9 @@ def test_sealing_reads_every_array(workdir):
     os.truncate(data, data.stat().st_size // 2)
     report = orbax.verify(workdir, 3, seal=True)[0]
     assert "cannot be read" in report.problems[0] and report.status == "unsealed"
+    with pytest.raises(ValueError, match="cannot be read"):
+        orbax.seal(workdir, 3)
+    assert statuses(workdir)[3] == "unsealed"
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no coreutils")

@@ -415,6 +415,10 @@ def test_a_file_of_options_that_is_no_text_is_named(tmp_path):
     (tmp_path / "options.yaml").write_bytes(b"rope: \xff")
     with pytest.raises(ValueError, match=r"options: .*options\.yaml: not UTF-8"):
         starflow_options.read_options(tmp_path / "options.yaml")
+    for text in ("[" * 3000, "a: [1\nb", "- 1"):
+        (tmp_path / "options.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"options: .*options\.yaml: (neither|expected)"):
+            starflow_options.read_options(tmp_path / "options.yaml")
 
 
 def test_export_lists_every_difference():
