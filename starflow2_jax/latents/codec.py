@@ -179,12 +179,18 @@ def describe(codec: Codec) -> dict[str, Any]:
 def _digest_text(model: fae.FAEConfig, teacher: Teacher) -> str:
     """Return the sizes of a codec as they enter its sha256, which must never change.
 
-    The class names are those of the first release, whatever the classes are called today.
+    The class names are those of the first release, whatever the classes are called today. Fields
+    that came later enter only where they differ from their default.
     """
+    later = ("frequency_gain", "gain_frequencies")
 
     def fields(value: Any) -> str:
-        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return ", ".join(f"{name}={value!r}" for name, value in pairs)
+        pairs = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return ", ".join(
+            f"{field.name}={value!r}"
+            for field, value in pairs
+            if field.name not in later or value != field.default
+        )
 
     tower_class = {"dinov2": "Config", "qwen": "VisionConfig"}[teacher.kind]
     tower = f"{tower_class}({fields(teacher.tower)})"

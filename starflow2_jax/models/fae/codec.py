@@ -4,7 +4,8 @@
 
 The codec does not depend on the teacher: it encodes features [B, T, C]. Latents outside this file
 are normalized: every channel has zero mean and unit variance over a dataset, by the statistics in
-the subtree `latent` (zeros and ones until they are measured).
+the subtree `latent` (zeros and ones until they are measured). Their slowest spatial frequencies may
+be amplified, see `amplify`.
 
 Shapes: B batch, T patches in raster order, C feature channels, D latent channels, H x W pixels.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from starflow2_jax.mesh import constrain
 from starflow2_jax.models import layers, rope
@@ -50,6 +52,9 @@ class FAEConfig:
     # Standard deviation of the noise on the features from which the pixel decoder learns, for
     # DINOv2; other teachers scale it by the norm of their features
     noise: float = 0.4
+    # Factor of the `gain_frequencies` slowest frequencies per axis of normalized latents
+    frequency_gain: float = 1.0
+    gain_frequencies: int = 1  # 1 is the mean over all tokens
     compute_dtype: str | None = None  # dtype of matmuls; None is that of the parameters
     remat: str = "none"  # a name in `layers.REMAT`
 
@@ -67,6 +72,12 @@ class FAEConfig:
             raise ValueError(
                 f"fae: decoder_head_dim={self.decoder_head_dim} is not a multiple of 4, so rows "
                 "and columns cannot share its RoPE pairs"
+            )
+        if not self.frequency_gain > 0:
+            raise ValueError(f"fae: frequency_gain={self.frequency_gain} is not above zero")
+        if not 1 <= self.gain_frequencies <= self.side:
+            raise ValueError(
+                f"fae: gain_frequencies={self.gain_frequencies} is not from 1 to side={self.side}"
             )
 
     @property
@@ -224,9 +235,14 @@ def posterior(params: Tree, features: jax.Array, cfg: FAEConfig) -> tuple[jax.Ar
 
 
 def encode(params: Tree, features: jax.Array, cfg: FAEConfig) -> tuple[jax.Array, jax.Array]:
-    """Return mean and log-variance [B, T, D] of the normalized latents of features [B, T, C]."""
+    """Return mean and log-variance [B, T, D] of the normalized latents of features [B, T, C].
+
+    The mean's slowest frequencies are amplified. The log-variance leaves that out: it is the
+    variance per token of noise that is added to the amplified mean.
+    """
     mean, log_variance = posterior(params, features, cfg)
-    return normalize(params, mean), log_variance - 2 * jnp.log(params["latent"]["std"])
+    mean = amplify(normalize(params, mean), cfg)
+    return mean, log_variance - 2 * jnp.log(params["latent"]["std"])
 
 
 def sample(keys: jax.Array, mean: jax.Array, log_variance: jax.Array) -> jax.Array:
@@ -243,6 +259,36 @@ def normalize(params: Tree, latents: jax.Array) -> jax.Array:
 def denormalize(params: Tree, latents: jax.Array) -> jax.Array:
     """Invert `normalize`."""
     return latents * params["latent"]["std"] + params["latent"]["mean"]
+
+
+def amplify(latents: jax.Array, cfg: FAEConfig) -> jax.Array:
+    """Scale the slowest spatial frequencies of normalized latents [B, T, D] by `frequency_gain`.
+
+    With P the projection on the products of the n = `gain_frequencies` slowest cosines per axis
+    (DCT-II) and g the gain, z becomes z + (g - 1) P z. A flow draws tokens one after another, each
+    from a Gaussian. If the latents of empty ground do not depend on the objects elsewhere, that
+    an object begins is an event of two outcomes, which no Gaussian draws. The amplified
+    frequencies tell every token roughly what the image holds and where. The noise that is added to
+    latents stays as it is, so that `attenuate` loses nothing.
+    """
+    return _scale_frequencies(latents, cfg, cfg.frequency_gain)
+
+
+def attenuate(latents: jax.Array, cfg: FAEConfig) -> jax.Array:
+    """Invert `amplify`."""
+    return _scale_frequencies(latents, cfg, 1 / cfg.frequency_gain)
+
+
+def _scale_frequencies(latents: jax.Array, cfg: FAEConfig, gain: float) -> jax.Array:
+    if gain == 1:
+        return latents
+    cosines = np.cos(
+        np.pi / cfg.side * np.outer(np.arange(cfg.gain_frequencies), np.arange(cfg.side) + 0.5)
+    )
+    cosines /= np.linalg.norm(cosines, axis=1, keepdims=True)
+    waves = jnp.asarray(np.kron(cosines, cosines), latents.dtype)  # [n^2, T], orthonormal rows
+    amplitudes = jnp.einsum("kt,btd->bkd", waves, latents, precision="highest")
+    return latents + (gain - 1) * jnp.einsum("kt,bkd->btd", waves, amplitudes, precision="highest")
 
 
 def moments(mean: jax.Array, log_variance: jax.Array) -> dict[str, jax.Array]:
@@ -262,7 +308,7 @@ def _embed(params: Tree, x: jax.Array, cfg: FAEConfig) -> jax.Array:
 def decode_features(params: Tree, latents: jax.Array, cfg: FAEConfig) -> jax.Array:
     """Decode normalized latents [B, T, D] to features [B, T, C] in at least float32."""
     decoder = params["feature_decoder"]
-    h = _embed(decoder, denormalize(params, latents), cfg)
+    h = _embed(decoder, denormalize(params, attenuate(latents, cfg)), cfg)
     plane = rope.plane((cfg.side, cfg.side), cfg.side)
     angles = rope.angles(plane, cfg.decoder_head_dim)
     tables = rope.tables(angles, jnp.promote_types(h.dtype, jnp.float32))
