@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
@@ -270,7 +271,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
     config = upgrade(untrusted.read_json(file, dict[str, Any]))
     if EXPERIMENT_KEY in config:
         config[EXPERIMENT_KEY] = upgrade(config[EXPERIMENT_KEY])
+        if not (Path(path) / DIGEST_FILE).exists():
+            _warn_of_missing_digests(Path(path))
     return config
+
+
+@functools.cache  # one warning, however often a command reads the configuration
+def _warn_of_missing_digests(path: Path) -> None:
+    message = "%s has no %s, which every exported folder has: its files are used unchecked"
+    logging.warning(message, path, DIGEST_FILE)
 
 
 def read_digests(path: str | Path) -> dict[str, str]:

@@ -238,6 +238,16 @@ def test_a_damaged_config_or_digest_list_is_refused(tmp_path):
         model_folder.read_folder(path, TREE)
 
 
+def test_a_missing_list_of_digests_is_named(tmp_path, caplog):
+    config = {**CONFIG, model_folder.EXPERIMENT_KEY: {"task": "vlm"}}
+    model_folder.write_folder(tmp_path / "m", random_params(), config)
+    model_folder.read_config(tmp_path / "m")
+    assert not caplog.records
+    (tmp_path / "m" / "sha256.json").unlink()
+    model_folder.read_config(tmp_path / "m")
+    assert "m has no sha256.json" in caplog.text
+
+
 def test_another_model_is_refused(tmp_path):
     params = random_params()
     block = dict(params["blocks"]["0"], extra=np.zeros(3, np.float32))

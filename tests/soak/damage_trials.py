@@ -113,20 +113,9 @@ class DamageTrials:
             return Outcome("good")
         if ending.status:
             return Outcome("unnamed", ending.errors[-500:])
-        if self._is_intact(self._results(ending), file):
+        if self._results(ending) == self.intact:
             return Outcome("harmless")
         return Outcome("silent", f"the output differs, and no word of it: {ending.output[-300:]}")
-
-    def _is_intact(self, results: tuple[str, dict[str, str], str], file: Path) -> bool:
-        if file.name == "sha256.json" and not file.exists():
-            # A folder without it is that of another package. It is read, and copied without it.
-            return all(
-                snapshots.without_digest_lists(a) == snapshots.without_digest_lists(b)
-                if isinstance(a, dict)
-                else a == b
-                for a, b in zip(results, self.intact)
-            )
-        return results == self.intact
 
     def _names_folder_of(self, file: Path, text: str) -> bool:
         """Return True if a removed file's empty place is named by the path of its folder."""

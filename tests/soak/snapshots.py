@@ -66,11 +66,6 @@ def normalize(text: str) -> str:
     return "\n".join(map(_normalize_line, lines))
 
 
-def without_digest_lists(contents: dict[str, str]) -> dict[str, str]:
-    """Return the contents of `take` without the lists of digests in folders of models."""
-    return {name: text for name, text in contents.items() if Path(name).name != "sha256.json"}
-
-
 def _normalize_line(line: str) -> str:
     try:
         return json.dumps(_strip(json.loads(line)), sort_keys=True)
