@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scipy.fft import dctn
 
 from starflow2_jax.checkpoints.convert import lpips
 from starflow2_jax.mesh import LAYOUTS, batch_sharding, make_mesh
@@ -89,33 +88,6 @@ def test_paper_lowers_under_every_layout(layout):
         out = jax.jit(round_trip).lower(params, abstract_features).out_info
     assert [o.shape for o in out] == [(8, 256, 32), (8, 256, 1536), (8, 256, 256, 3)]
     assert {o.dtype for o in out} == {jnp.dtype(jnp.float32)}
-
-
-@pytest.mark.parametrize("frequencies", [1, 2, 3])
-def test_slow_frequencies_are_amplified_and_attenuated(params, features, frequencies):
-    """Their amplitudes are g times as large, those of all others are as before."""
-    cfg = dataclasses.replace(TOY, frequency_gain=5.0, gain_frequencies=frequencies)
-    plain, log_variance = codec.encode(params, features, TOY)
-    amplified, same_log_variance = codec.encode(params, features, cfg)
-    np.testing.assert_array_equal(log_variance, same_log_variance)
-    grid = (len(plain), cfg.side, cfg.side, cfg.latent)
-    before, after = (dctn(np.reshape(x, grid), axes=(1, 2)) for x in (plain, amplified))
-    slow = np.s_[:, :frequencies, :frequencies]
-    before[slow] *= 5
-    np.testing.assert_allclose(after, before, atol=1e-3)
-    np.testing.assert_allclose(codec.attenuate(amplified, cfg), plain, atol=1e-5)
-    np.testing.assert_allclose(
-        codec.decode_features(params, amplified, cfg),
-        codec.decode_features(params, plain, TOY),
-        atol=1e-4,
-    )
-
-
-def test_bad_gains_are_refused():
-    with pytest.raises(ValueError, match="frequency_gain=0 is not above zero"):
-        codec.preset("tiny", frequency_gain=0)
-    with pytest.raises(ValueError, match="gain_frequencies=9 is not from 1 to side=8"):
-        codec.preset("tiny", gain_frequencies=9)
 
 
 def test_layouts_give_the_numbers_of_one_device(params, features):
