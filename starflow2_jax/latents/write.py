@@ -201,7 +201,7 @@ def check_encoder(features: Mapping[str, Any] | None, sha256: str, name: str) ->
     stored = ((features or {}).get("fae") or {}).get("sha256")
     if stored != sha256:
         raise DatasetError(
-            f"{name}: latents of the encoder {str(stored)[:12]}, expected those of {sha256[:12]}"
+            f"{name}: latents of the encoder with sha256 {stored}, expected those of {sha256}"
         )
 
 
@@ -244,7 +244,7 @@ def _check_same(
     stored, expected = str(features.get("dataset")), manifest_lib.fingerprint(parent)
     if stored != expected:
         raise DatasetError(
-            f"{file}: latents of another dataset ({stored[:12]}, expected {expected[:12]}); choose "
+            f"{file}: latents of another dataset (sha256 {stored}, expected {expected}); choose "
             "another --out"
         )
 

@@ -1,5 +1,6 @@
 """Latents encoded offline equal online ones, survive kills, and come from one encoder only."""
 
+import json
 import os
 import pathlib
 import signal
@@ -149,9 +150,16 @@ def test_another_encoder_is_refused(parts, complete, tmp_path):
     write.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(0, 2))
     with pytest.raises(DatasetError, match="latents of the encoder"):
         write.write(out, parts[1], *other, shard=(1, 2))
+    note = out / write.JOB_FILE
+    fingerprint = json.loads(note.read_text())["dataset"]
+    note.write_text(note.read_text().replace(fingerprint, "0" * 64))
+    with pytest.raises(
+        DatasetError, match=f"{note.name}: latents of another dataset .sha256 0{{64}}"
+    ):
+        write.write(out, parts[1], *codec.open_encoder(parts[0]), shard=(1, 2))
     assert contents(complete) == before
     records.write(tmp_path / "data", generator.make_records(9, 4, 16, tags=("single_object",)))
-    with pytest.raises(DatasetError, match="latents of another dataset"):
+    with pytest.raises(DatasetError, match=r"/dataset\.json: latents of another dataset"):
         write.write(complete, tmp_path / "data", *codec.open_encoder(parts[0]))
     with pytest.raises(DatasetError, match="a dataset of records, expected one of arrays"):
         write.write(parts[1], parts[1], *other)
