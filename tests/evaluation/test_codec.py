@@ -102,6 +102,25 @@ def test_every_image_of_a_record_counts_and_has_its_scene(codec, tmp_path):
         )
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"scene": "[" * 100_000},
+        {"scene": "{"},
+        {"scene": "3"},
+        {"scenes": '{"a": 1}'},
+        {"scenes": '[{"background": "red", "ramp": 1}]'},
+        {"scenes": '[{"background": "red", "ramp": 1, "objects": [{"a": 1}]}]'},
+    ],
+)
+def test_a_scene_that_is_none_is_named(meta):
+    (name,) = meta
+    with pytest.raises(DatasetError, match=f"record 7: meta.{name} is no scene of the shapes"):
+        codec_evaluation.parse_scenes(meta, "record 7")
+    assert codec_evaluation.parse_scenes({"label": 1}, "record 7") == []
+
+
 def test_photographs_are_scaled_only_on_request(codec, tmp_path):
     rng = np.random.default_rng(0)
     rows = []
