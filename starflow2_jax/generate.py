@@ -83,13 +83,8 @@ def define(values: flags.FlagValues) -> None:
     integer("seed", 0, "seed of the noise", 0, 2**63 - 1)
     number("guidance", None, "guidance weight (default: the run's)")
     text("rule", None, "guidance rule (default: the run's)")
-    flags.DEFINE_enum(
-        "null",
-        "text",
-        ("text", "all"),
-        "unconditional input of guidance: omit the user's text, or the images as well",
-        flag_values=values,
-    )
+    flags.DEFINE_enum("null", "text", ("text", "all"), "unconditional input of guidance: omit the "
+                      "user's text, or the images as well", flag_values=values)  # fmt: skip
     number(
         "temperature",
         None,
@@ -108,6 +103,7 @@ def define(values: flags.FlagValues) -> None:
     integer("cache", None, "positions of the cache (default: as many as needed)")
     integer("jacobi", 0, "tokens of a Jacobi chunk; 0 samples sequentially", 0)
     number("threshold", 1e-3, "residual at which a Jacobi chunk has converged")
+    number("tolerance", None, "largest change of a final token, with chunks that slide by rows")
     switch("denoise", None, "apply a score step after sampling (default: the run's)")
     text("layout", "dp", "name of the sharding layout of the weights")
     text("mesh", None, "device mesh such as fsdp=8 (default: one device)")
@@ -300,7 +296,10 @@ def _answer_options(
 def _jacobi(values: flags.FlagValues) -> Any:
     from starflow2_jax.inference.inverse import Jacobi
 
-    return Jacobi(values.jacobi, values.threshold) if values.jacobi else None
+    if values.tolerance is not None and not values.jacobi:
+        raise ValueError("--tolerance needs --jacobi, the number of tokens of a sliding chunk")
+    limits = {"threshold": values.threshold, "tolerance": values.tolerance}
+    return Jacobi(values.jacobi, **limits) if values.jacobi else None
 
 
 def _print_row(row: list[dict[str, Any]], title: str, printed: str) -> None:
@@ -406,6 +405,7 @@ def _generate_images(
             "temperature": sampling.temperature,
             "jacobi": values.jacobi,
             "threshold": values.threshold,
+            "tolerance": values.tolerance,
             "denoise": sampling.denoise,
         }
         paths = [out / f"{i:05d}.png" for i in range(len(images))]

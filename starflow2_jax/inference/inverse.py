@@ -37,11 +37,17 @@ class Jacobi:
     A chunk of `block` tokens starts from the noise and is predicted again, in parallel, until
     mean((new - old)^2) / mean(new^2) < threshold over the batch, or for `max_iterations`. It is
     exact after `block` iterations: threshold 0 with enough of them equals sequential sampling.
+
+    With a `tolerance` the chunk slides instead (`_slide`), in each row by itself: a token is final
+    once a pass has changed no earlier one by more than the tolerance. Every pass makes at least one
+    token final, so there are at most as many passes as sequential sampling has steps, and a row
+    does not depend on the batch. Tolerance 0 equals sequential sampling.
     """
 
     block: int = 16
     threshold: float = 1e-3
     max_iterations: int = 32
+    tolerance: float | None = None
 
     def __post_init__(self):
         checks.check_fields(Jacobi, vars(self), "jacobi")
@@ -92,8 +98,9 @@ def inverse(
 
     Returns:
         x [B, T, D], and a dictionary: `passes` int32 [blocks], forward passes through each block's
-        layers, without the prefix; `residual` [blocks], each block's last Jacobi residual, 0 if
-        sequential; `tokens`, arrays [B, T, D] after each block, from z to x.
+        layers, without the prefix; `residual` [blocks], each block's last Jacobi residual (with a
+        tolerance the largest change of a token that was final), 0 if sequential; `tokens`, arrays
+        [B, T, D] after each block, from z to x.
     """
     conditioning = flow.check_inputs(cfg, z.shape, conditioning)
     if guidance is not None:
@@ -105,12 +112,19 @@ def inverse(
         z,
         conditioning,
         guidance,
-        (jacobi.threshold, jacobi.max_iterations) if jacobi else None,
+        _limits(jacobi) if jacobi else None,
         temperature,
         cfg=cfg,
         jacobi_block=jacobi.block if jacobi else None,
     )
     return x, {"passes": passes, "residual": residual, "tokens": tokens}
+
+
+def _limits(jacobi: Jacobi) -> dict[str, float]:
+    """Return the traced settings of `_slide` or `_jacobi`."""
+    if jacobi.tolerance is not None:
+        return {"tolerance": jacobi.tolerance}
+    return {"threshold": jacobi.threshold, "max_iterations": jacobi.max_iterations}
 
 
 @partial(jax.jit, static_argnames=("cfg", "jacobi_block"))
@@ -132,8 +146,9 @@ def _inverse(params, z, conditioning, guidance, jacobi_limits, temperature, *, c
             if jacobi_block is None:
                 x, count = _sequential(chain, first, cache, noise)
             else:
-                x, count, residual = _jacobi(
-                    chain, first, cache, noise, jacobi_block, *jacobi_limits
+                solve = _slide if "tolerance" in jacobi_limits else _jacobi
+                x, count, residual = solve(
+                    chain, first, cache, noise, jacobi_block, **jacobi_limits
                 )
             x = x[:, ::-1] if block.reverse else x
         tokens.append(x)
@@ -211,21 +226,30 @@ def _append_null(guidance, block, batch, labels, text):
 
 
 def _layers(chain, h, cache, start):
-    """Apply the block's layers to new positions h [R, n, C], which begin at position `start`."""
-    count = h.shape[1]
+    """Apply the block's layers to new positions h [R, n, C], which begin at `start`, [] or [R]."""
+    start, count = jnp.asarray(start), h.shape[1]
     size = cache.keys[0].shape[-2]
-    mask = (start + jnp.arange(count))[:, None] >= jnp.arange(size)[None, :]
+    mask = (start[..., None] + jnp.arange(count))[..., None] >= jnp.arange(size)
     return layers.apply_layers(
         chain.params["layers"],
         h,
         chain.block.layer,
-        jax.tree.map(
-            lambda t: jax.lax.dynamic_slice_in_dim(t, start, count, -2), chain.rope_tables
-        ),
+        jax.tree.map(lambda t: _slice(t, start, count), chain.rope_tables),
         mask,
         cache=cache,
         temperature=chain.temperature,
     )
+
+
+def _slice(a, start, count):
+    """Return `count` positions of a [..., positions, channels] from `start`, [] or [R].
+
+    With a start for each row, a is [positions, channels] or has a leading axis of R or one rows.
+    """
+    if not start.ndim:
+        return jax.lax.dynamic_slice_in_dim(a, start, count, a.ndim - 2)
+    index = start[:, None] + jnp.arange(count)
+    return a[index] if a.ndim == 2 else jnp.take_along_axis(a, index[..., None], 1)
 
 
 def _gaussian(chain, h, fraction):
@@ -237,15 +261,20 @@ def _gaussian(chain, h, fraction):
 
 
 def _predict(chain, y, cache, p, predictions):
-    """Return (scale, mean) [B, n, D] of the items after the inputs p ... p + n - 1, y [B, n, D]."""
+    """Return (scale, mean) [B, n, D] of the items after the inputs p ... p + n - 1, y [B, n, D].
+
+    p is one number, or [B].
+    """
+    p = jnp.asarray(p)
+    fraction = (p[..., None, None] + 1 + jnp.arange(y.shape[1])[:, None]) / predictions
     if chain.guidance is not None:
         y = jnp.concatenate([y, y])
+        p = jnp.tile(p, 2) if p.ndim else p
     offset = chain.embedding_offset
     if not isinstance(offset, float) and offset.shape[-2] > 1:
-        offset = jax.lax.dynamic_slice_in_dim(offset, p, y.shape[1], offset.ndim - 2)
+        offset = _slice(offset, p, y.shape[1])
     h = flow.embed_tokens(chain.params, y, chain.block) + offset
     h, cache = _layers(chain, h, cache, chain.prefix_len + p)
-    fraction = (p + 1 + jnp.arange(y.shape[1])[None, :, None]) / predictions
     return *_gaussian(chain, h, fraction), cache
 
 
@@ -337,4 +366,45 @@ def _jacobi(chain, first, cache, noise, block_size, threshold, max_iterations):
     if rest:
         carry = solve_chunk(full_chunks * block_size, carry, rest)
     y, _, passes, residual = carry
+    return _data_tokens(chain, y[:, :1], y[:, 1:]), passes, residual
+
+
+def _slide(chain, first, cache, noise, block_size, tolerance):
+    noise = _predicted_noise(chain, noise)
+    rows, count, _ = noise.shape
+    size = min(block_size, count)
+    # The cache of a single row has no batch axis, and one length.
+    one_row = cache.keys[0].ndim == 3
+
+    def not_done(state):
+        return state[1].min() < count
+
+    def iterate(state):
+        passes, done, y, cache, residual = state  # y_0 ... y_done of each row are final
+        start = jnp.minimum(done, count - size)
+        p = start[0] if one_row else start
+        branch_starts = start if chain.guidance is None else jnp.tile(start, 2)
+        length = chain.prefix_len + (p if one_row else branch_starts)
+        cache = cache.replace(length=length.astype(jnp.int32))
+        scale, mean, cache = _predict(chain, _slice(y, start, size), cache, p, count)
+        old, place = _slice(y, start + 1, size), start[:, None] + 1 + jnp.arange(size)
+        is_final = place <= done[:, None]
+        new = jnp.where(is_final[..., None], old, mean + scale * _slice(noise, start, size))
+        change = jnp.abs(new - old).max(-1)
+        # The item after those that have not changed was predicted from final ones.
+        settled = jnp.cumprod(change <= tolerance, 1)
+        done = start + jnp.minimum(settled.sum(1, dtype=jnp.int32) + 1, size)
+        residual = jnp.maximum(residual, jnp.where(settled, change, 0).max())
+        y = y.at[jnp.arange(rows)[:, None], place].set(new)
+        return passes + 1, done, y, cache, residual
+
+    length = jnp.zeros((), jnp.int32) if one_row else jnp.zeros(cache.keys[0].shape[0], jnp.int32)
+    state = (
+        jnp.zeros((), jnp.int32),
+        jnp.zeros(rows, jnp.int32),
+        jnp.concatenate([first, noise], 1),
+        cache.replace(length=length),
+        jnp.zeros((), noise.dtype),
+    )
+    passes, _, y, _, residual = jax.lax.while_loop(not_done, iterate, state)
     return _data_tokens(chain, y[:, :1], y[:, 1:]), passes, residual

@@ -329,8 +329,9 @@ def test_fixed_free_and_forced_images():
     opened = [p for row in chosen for p in row if p.kind == "image"]
     assert opened and all(p.delimiters < 0 for p in opened)
     slow = model.generate(["a"], images=1, max_tokens=0)[0][0].latent
-    fast = model.generate(["a"], images=1, max_tokens=0, jacobi=Jacobi(4, 0.0, 4))[0][0].latent
-    np.testing.assert_allclose(fast, slow, atol=1e-5)
+    for jacobi in (Jacobi(4, 0.0, 4), Jacobi(4, tolerance=0.0)):
+        fast = model.generate(["a"], images=1, max_tokens=0, jacobi=jacobi)[0][0].latent
+        np.testing.assert_allclose(fast, slow, atol=1e-5)
 
 
 @pytest.mark.fast

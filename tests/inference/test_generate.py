@@ -174,6 +174,13 @@ def test_the_command_draws_and_answers(parts, tmp_path, capsys):
     )
     names = sorted(path.name for path in out.glob("*.png"))
     assert names == ["00000_00_0.png", "00000_01_0.png"]
+    sliding = ("--jacobi", 2, "--tolerance", 0, "--out", tmp_path / "sliding")
+    run_command(capsys, "--model", run, "--prompt", "a red circle", "--n", 2, "--guidance", 2,
+                *sliding)  # fmt: skip
+    images = [np.asarray(Image.open(p / names[0]), int) for p in (out, tmp_path / "sliding")]
+    assert np.abs(images[0] - images[1]).max() <= 1
+    with pytest.raises(ValueError, match="--tolerance needs --jacobi"):
+        run_command(capsys, "--model", run, "--prompt", "a", "--tolerance", 1e-3)
     note = json.loads(Image.open(out / names[1]).text[output.PNG_KEY])
     assert note["guidance"] == 2.0 and note["prompt"] == "a red circle" and note["model"] == run
     assert np.isfinite(note["log_likelihood"]) and note["row"] == "00000_01"

@@ -150,6 +150,9 @@ def test_log_det_is_that_of_the_jacobian_and_the_inverse_inverts(x64, case):
     by_jacobi, info = call(params, z, jacobi=Jacobi(tokens, threshold=0.0, max_iterations=tokens))
     assert error(by_jacobi, back) < 1e-12
     assert info["passes"].tolist() == [tokens if depth else 0 for depth in cfg.layers]
+    sliding, info = call(params, z, jacobi=Jacobi(3, tolerance=0.0))
+    assert error(sliding, back) < 1e-10
+    assert (info["passes"] <= tokens).all() and info["residual"].max() == 0
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
@@ -272,6 +275,34 @@ def test_guided_jacobi_equals_guided_sequential(x64, conditioned):
     assert error(loose, exact) < 1
     with pytest.raises(ValueError, match="must be a whole number from 1"):
         draw(jacobi=Jacobi(0))
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(1.5)])
+@pytest.mark.parametrize("block", [1, 3, 8, 100])
+def test_sliding_jacobi_does_not_depend_on_the_batch(x64, conditioned, guidance, block):
+    cfg, grid = conditioned
+    params = random_params(cfg)
+    z, conditioning = inputs_of(cfg, grid)
+
+    def draw(rows, jacobi):
+        text, labels = (
+            None if a is None else a[rows] for a in (conditioning.text, conditioning.labels)
+        )
+        inputs = conditioning.replace(text=text, labels=labels)
+        return inverse(params, z[rows], cfg, inputs, guidance=guidance, jacobi=jacobi)
+
+    every = np.arange(len(z))
+    exact, steps = draw(every, None)
+    for tolerance, limit in ((0.0, 1e-12), (1e-6, 1e-4), (1e-2, 1.0)):
+        x, info = draw(every, Jacobi(block, tolerance=tolerance))
+        assert error(x, exact) < limit
+        assert (info["passes"] <= steps["passes"]).all() and info["residual"].max() <= tolerance
+        alone = [draw(every[i : i + 1], Jacobi(block, tolerance=tolerance)) for i in every]
+        assert error(np.concatenate([row for row, _ in alone]), x) < 1e-12
+        passes = np.stack([row_info["passes"] for _, row_info in alone])
+        np.testing.assert_array_equal(passes.max(0), info["passes"])
+    if block == 100:
+        assert info["passes"].sum() < steps["passes"].sum()
 
 
 def test_temperature_divides_the_attention_logits(x64, conditioned):
