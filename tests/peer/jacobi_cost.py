@@ -49,8 +49,8 @@ def draw(path, temperature):
 
     model = load.load(path)
     settings = options.GenerateOptions(images=1, max_tokens=0, image_temperature=temperature)
-    drawn = generate.generate(model, PROMPTS, options=settings)
-    x = np.stack([row[-1].latent for row in drawn.rows])
+    results = generate.generate(model, PROMPTS, options=settings)
+    x = np.stack([row[-1].latent for row in results.rows])
     u, _ = image_latents.shallow_forward(model.params, x, model.model_config)
     rows = [prompts.parse_prompt(prompt, "prompt") for prompt in PROMPTS]
     start = generate._start_session(model, len(rows), settings)
@@ -133,10 +133,10 @@ def deep(path, temperature):
                 scale, mean = predict(start.params, y)
                 new = np.asarray(mean + scale * noise)
                 for b in np.flatnonzero(done < cfg.num_patches):
-                    chunk, after = slice(done[b], done[b] + size), slice(done[b] + size, None)
+                    chunk, later = slice(done[b], done[b] + size), slice(done[b] + size, None)
                     change = np.abs(new[b, chunk] - y[b, chunk]).max(-1)
                     y[b, chunk] = new[b, chunk]
-                    y[b, after] = y[b, chunk][-1]  # later patches start as the last one
+                    y[b, later] = y[b, chunk][-1]  # later patches start as the last one
                     done[b] += min(np.cumprod(change <= tolerance).sum() + 1, len(change))
                     passes[b] += 1
             print(
