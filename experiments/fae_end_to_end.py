@@ -84,5 +84,7 @@ def _longer(cfg):
         {"path": "data_cache/emoji64", "weight": 0.2},
         {"path": "data_cache/cifar64", "weight": 0.1},
     )
+    # The latents are local; these tell every token what the image holds and where.
+    cfg.model.frequency_gain, cfg.model.gain_frequencies = 5.0, 2
     cfg.train.steps = 2400
     cfg.optim.lr, cfg.optim.muon_lr = 1e-3, 6e-3
