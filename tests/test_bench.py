@@ -196,8 +196,10 @@ import jax
 from jax._src.cudnn import fused_attention_stablehlo as fused
 from starflow2_jax.benchmarking import stages
 from starflow2_jax.mesh import make_mesh
+from starflow2_jax.models import layers
 from starflow2_jax.training.tasks import registry
 
+layers.CPU_UNROLL = 1  # as on a GPU
 fused.check_cudnn_version = lambda: 91300
 fused.check_compute_capability = lambda capability: True
 fused.is_cuda_compute_capability_equal = lambda capability: False

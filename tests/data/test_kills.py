@@ -15,9 +15,9 @@ def prepare():
 def write():
     tokenizer.write('{"model": {}}', target, patch=4, merge=2, frames=2)
 def check_killed():
-    assert not target.exists() or len(contents(target)) == 3, contents(target).keys()
+    assert not target.exists() or len(contents(target)) == 4, contents(target).keys()
 def check_finished():
-    assert len(contents(target)) == 3 and os.listdir(target.parent) == ["out"]
+    assert len(contents(target)) == 4 and os.listdir(target.parent) == ["out"]
 """
 DATASET = """
 from helpers.kills import contents
