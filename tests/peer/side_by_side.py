@@ -6,6 +6,7 @@
 Every turn is a process of its own; a round runs each program once. Small machines drift by tens of
 per cent within minutes: ratios come from the two medians over all rounds, and the lowest and the
 highest ratio of a single round stand beside them. Needs the `parity` extra and a quiet machine.
+`--torch_python` names the interpreter of the torch programs if this one has no torch.
 """
 
 import argparse
@@ -29,12 +30,12 @@ ROWS = (
 )
 
 
-def commands(row: str, repeats: int) -> tuple[list[str], list[str]]:
+def commands(row: str, repeats: int, torch_python: str) -> tuple[list[str], list[str]]:
     """Return the command lines of a row: of this package and of torch."""
     name, *options = row.split()
     verb, family = name.split("_")
     shared = [*options, "--repeats", str(repeats)]
-    torch_command = [sys.executable, str(HERE / "torch_flow.py"), "--row", name, *shared]
+    torch_command = [torch_python, str(HERE / "torch_flow.py"), "--row", name, *shared]
     jax_command = [sys.executable, "-m", "starflow2_jax.bench", verb, "--preset", f"peer_{family}"]
     jacobi = {"--jacobi": "--jacobi=16,1e-3"}
     return [*jax_command, *(jacobi.get(word, word) for word in shared), "--json"], torch_command
@@ -49,9 +50,9 @@ def run(command: list[str]) -> dict:
     return json.loads(done.stdout[done.stdout.index("{") :])
 
 
-def compare(row: str, rounds: int, repeats: int) -> dict:
+def compare(row: str, rounds: int, repeats: int, torch_python: str = sys.executable) -> dict:
     """Return the medians in ms, and the time of torch over that of this package."""
-    jax_command, torch_command = commands(row, repeats)
+    jax_command, torch_command = commands(row, repeats, torch_python)
     results = [(run(jax_command), run(torch_command)) for _ in range(rounds)]
     pairs = [(jax["ms"], torch["median_ms"]) for jax, torch in results]
     median = [statistics.median(times) for times in zip(*pairs)]
@@ -71,9 +72,11 @@ def main():
     parser.add_argument("--only", help=f"one row; all are: {'; '.join(ROWS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--torch_python", default=sys.executable)
     args = parser.parse_args()
     for row in [args.only] if args.only else ROWS:
-        print(json.dumps(compare(row, args.rounds, args.repeats)), flush=True)
+        result = compare(row, args.rounds, args.repeats, args.torch_python)
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
