@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -165,6 +166,22 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: {error.__cause__ or error}")
 
 
+def hide_late_callbacks() -> None:
+    """Let no traceback be printed for reads and writes that end after their event loop has closed.
+
+    When Orbax gives up a step, TensorStore still reports the other arrays to a loop that Orbax has
+    closed. The command's own error says what went wrong.
+    """
+    default_hook = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            default_hook(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def run(main: Callable[..., None], verbs: Mapping[str, str] | None = None) -> None:
     """Run a command: `main(argv)`, or `main(verb, argv)` if it has verbs.
 
@@ -182,6 +199,7 @@ def run(main: Callable[..., None], verbs: Mapping[str, str] | None = None) -> No
         if _TRACEBACK.value:
             run_main()
             return
+        hide_late_callbacks()
         try:
             run_main()
         except KeyboardInterrupt as error:

@@ -2,6 +2,8 @@
 
 import importlib
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
@@ -72,3 +74,13 @@ def test_memory_is_refused_with_its_parts():
         memory.check("a", {"b": 2**30, "c": 2**29, "d": 0}, 2**30)
     assert "(b 1.0 GiB, c 512.0 MiB), more than there is (1.0 GiB)" in str(error.value)
     assert 0 < memory.capacity() <= memory.host_capacity() < math.inf
+
+
+def test_reports_to_a_closed_event_loop_are_hidden_and_no_other_errors(monkeypatch):
+    errors = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda value: errors.append(value.exc_value))
+    cli.hide_late_callbacks()
+    failure = RuntimeError("Event loop failed")
+    for error in (RuntimeError("Event loop is closed"), failure):
+        sys.unraisablehook(SimpleNamespace(exc_value=error))
+    assert errors == [failure]
