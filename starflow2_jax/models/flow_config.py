@@ -96,8 +96,10 @@ class FlowConfig:
         deep = index == len(self.layers) - 1
         text = bool(self.text_channels) and (deep or self.text_blocks == "all")
         width = self.deep_width or self.width if deep else self.width
-        heads = width // self.head_dim if self.heads is None else self.heads
-        norm_kind = "layer_norm" if self.norm == "layer_norm" else "rms_norm_offset"
+        try:
+            layer = self._layer(width)
+        except ValueError as error:
+            raise ValueError(f"model.layers, block {index} of width {width}: {error}") from error
         return BlockConfig(
             flow=self,
             depth=self.layers[index],
@@ -105,24 +107,28 @@ class FlowConfig:
             reverse=bool(index % 2) if self.order == "R2L" else index % 2 == 0,
             text=text,
             start="token" if self.start == "prefix" and not text else self.start,
-            layer=LayerConfig(
-                width=width,
-                heads=heads,
-                kv_heads=self.kv_heads or heads,
-                head_dim=self.head_dim,
-                mlp_width=self.mlp_ratio * width,
-                norm=norm_kind,
-                norm_eps=1e-5 if self.norm == "layer_norm" else 1e-6,
-                activation="gelu_tanh" if self.gated_mlp else "gelu",
-                gated=self.gated_mlp,
-                qkv_bias=self.bias,
-                out_bias=self.bias,
-                mlp_bias=self.bias,
-                qk_norm=self.qk_norm,
-                post_norm=self.post_norm,
-                rope_pairs=self.rope_pairs,
-                attention=self.attention,
-            ),
+            layer=layer,
+        )
+
+    def _layer(self, width: int) -> LayerConfig:
+        heads = width // self.head_dim if self.heads is None else self.heads
+        return LayerConfig(
+            width=width,
+            heads=heads,
+            kv_heads=self.kv_heads or heads,
+            head_dim=self.head_dim,
+            mlp_width=self.mlp_ratio * width,
+            norm="layer_norm" if self.norm == "layer_norm" else "rms_norm_offset",
+            norm_eps=1e-5 if self.norm == "layer_norm" else 1e-6,
+            activation="gelu_tanh" if self.gated_mlp else "gelu",
+            gated=self.gated_mlp,
+            qkv_bias=self.bias,
+            out_bias=self.bias,
+            mlp_bias=self.bias,
+            qk_norm=self.qk_norm,
+            post_norm=self.post_norm,
+            rope_pairs=self.rope_pairs,
+            attention=self.attention,
         )
 
 

@@ -404,3 +404,17 @@ def test_inputs_that_do_not_fit_are_named(conditioned):
             flow.forward(params, tokens, other, conditioning.replace(**changes))
         with pytest.raises(ValueError, match=words):
             inverse(params, tokens, other, conditioning.replace(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"width": 8, "head_dim": 16}, "block 0 of width 8: heads=0 must be at least 1"),
+        ({"deep_width": 8, "head_dim": 16}, "block 1 of width 8: heads=0 must be at least 1"),
+        ({"kv_heads": 3}, "block 0 of width 32: heads=2 is not a multiple of kv_heads=3"),
+    ],
+)
+def test_blocks_without_whole_heads_are_named(changes, words):
+    values = {"width": 32, "head_dim": 16, "side": 2, "channels": 4, "layers": (1, 1), **changes}
+    with pytest.raises(ValueError, match=f"model.layers, {words}"):
+        flow.declare(flow.FlowConfig(**values))
