@@ -264,8 +264,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     file = Path(path) / CONFIG_FILE
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file; is {path} a model folder?")
-    if (Path(path) / DIGEST_FILE).exists():
-        check(path, lambda name: name == CONFIG_FILE)  # before it is used
+    check(path, lambda name: name == CONFIG_FILE)  # before it is used
     from starflow2_jax.data import untrusted  # needs msgspec, which sampling alone does not
 
     config = upgrade(untrusted.read_json(file, dict[str, Any]))

@@ -5,7 +5,7 @@
 The codec does not depend on the teacher: it encodes features [B, T, C]. Latents outside this file
 are normalized: every channel has zero mean and unit variance over a dataset, by the statistics in
 the subtree `latent` (zeros and ones until they are measured). Their slowest spatial frequencies may
-be amplified, see `amplify`.
+be amplified, see `normalize`.
 
 Shapes: B batch, T patches in raster order, C feature channels, D latent channels, H x W pixels.
 """
@@ -241,8 +241,7 @@ def encode(params: Tree, features: jax.Array, cfg: FAEConfig) -> tuple[jax.Array
     variance per token of noise that is added to the amplified mean.
     """
     mean, log_variance = posterior(params, features, cfg)
-    mean = amplify(normalize(params, mean), cfg)
-    return mean, log_variance - 2 * jnp.log(params["latent"]["std"])
+    return normalize(params, mean, cfg), log_variance - 2 * jnp.log(params["latent"]["std"])
 
 
 def sample(keys: jax.Array, mean: jax.Array, log_variance: jax.Array) -> jax.Array:
@@ -251,32 +250,25 @@ def sample(keys: jax.Array, mean: jax.Array, log_variance: jax.Array) -> jax.Arr
     return mean + jnp.exp(0.5 * log_variance) * noise
 
 
-def normalize(params: Tree, latents: jax.Array) -> jax.Array:
-    """Scale raw latents [..., D] to zero mean and unit variance."""
-    return (latents - params["latent"]["mean"]) / params["latent"]["std"]
+def normalize(params: Tree, latents: jax.Array, cfg: FAEConfig) -> jax.Array:
+    """Scale raw latents [B, T, D] to zero mean and unit variance per channel.
 
-
-def denormalize(params: Tree, latents: jax.Array) -> jax.Array:
-    """Invert `normalize`."""
-    return latents * params["latent"]["std"] + params["latent"]["mean"]
-
-
-def amplify(latents: jax.Array, cfg: FAEConfig) -> jax.Array:
-    """Scale the slowest spatial frequencies of normalized latents [B, T, D] by `frequency_gain`.
-
-    With P the projection on the products of the n = `gain_frequencies` slowest cosines per axis
-    (DCT-II) and g the gain, z becomes z + (g - 1) P z. A flow draws tokens one after another, each
-    from a Gaussian. If the latents of empty ground do not depend on the objects elsewhere, that
-    an object begins is an event of two outcomes, which no Gaussian draws. The amplified
-    frequencies tell every token roughly what the image holds and where. The noise that is added to
-    latents stays as it is, so that `attenuate` loses nothing.
+    Then scale their slowest spatial frequencies by `frequency_gain`: with P the projection on the
+    products of the n = `gain_frequencies` slowest cosines per axis (DCT-II) and g the gain, z
+    becomes z + (g - 1) P z. A flow draws tokens one after another, each from a Gaussian. If the
+    latents of empty ground do not depend on the objects elsewhere, that an object begins is an
+    event of two outcomes, which no Gaussian draws. The amplified frequencies tell every token
+    roughly what the image holds and where. The noise that is added to latents stays as it is, so
+    that `denormalize` loses nothing.
     """
+    latents = (latents - params["latent"]["mean"]) / params["latent"]["std"]
     return _scale_frequencies(latents, cfg, cfg.frequency_gain)
 
 
-def attenuate(latents: jax.Array, cfg: FAEConfig) -> jax.Array:
-    """Invert `amplify`."""
-    return _scale_frequencies(latents, cfg, 1 / cfg.frequency_gain)
+def denormalize(params: Tree, latents: jax.Array, cfg: FAEConfig) -> jax.Array:
+    """Invert `normalize`."""
+    latents = _scale_frequencies(latents, cfg, 1 / cfg.frequency_gain)
+    return latents * params["latent"]["std"] + params["latent"]["mean"]
 
 
 def _scale_frequencies(latents: jax.Array, cfg: FAEConfig, gain: float) -> jax.Array:
@@ -308,7 +300,7 @@ def _embed(params: Tree, x: jax.Array, cfg: FAEConfig) -> jax.Array:
 def decode_features(params: Tree, latents: jax.Array, cfg: FAEConfig) -> jax.Array:
     """Decode normalized latents [B, T, D] to features [B, T, C] in at least float32."""
     decoder = params["feature_decoder"]
-    h = _embed(decoder, denormalize(params, attenuate(latents, cfg)), cfg)
+    h = _embed(decoder, denormalize(params, latents, cfg), cfg)
     plane = rope.plane((cfg.side, cfg.side), cfg.side)
     angles = rope.angles(plane, cfg.decoder_head_dim)
     tables = rope.tables(angles, jnp.promote_types(h.dtype, jnp.float32))

@@ -74,8 +74,7 @@ def feature_loss(
     """
     mean, log_variance = codec.posterior(params, features, cfg)
     key_pairs = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
-    latents = codec.normalize(params, codec.sample(key_pairs[:, 0], mean, log_variance))
-    latents = codec.amplify(latents, cfg)
+    latents = codec.normalize(params, codec.sample(key_pairs[:, 0], mean, log_variance), cfg)
     if sigma:
         latents = add_noise(key_pairs[:, 1], latents, sigma)
     square = mean_square(codec.decode_features(params, latents, cfg), features)

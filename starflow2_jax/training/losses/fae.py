@@ -217,11 +217,11 @@ def end_to_end(cfg: Mapping[str, Any], model: FAEConfig, teacher: Teacher) -> Ob
         posterior_keys, noise_keys, sigma_keys = preprocess.split_keys(keys, 3)
         mean, log_variance = codec.posterior(params, tower_features(params, inputs), model)
         if step is None:
-            normalized, latents = params, codec.amplify(codec.normalize(params, mean), model)
+            normalized, latents = params, codec.normalize(params, mean, model)
         else:
             normalized = {**params, "latent": batch_statistics(mean)}
             latents = codec.sample(posterior_keys, mean, log_variance)
-            latents = codec.amplify(codec.normalize(normalized, latents), model)
+            latents = codec.normalize(normalized, latents, model)
             sigma = options["latent_noise"] * jnp.sqrt(jax.vmap(jax.random.uniform)(sigma_keys))
             latents = losses.add_noise(noise_keys, latents, sigma)
         row_losses, decoded, sums = losses.pixel_loss(

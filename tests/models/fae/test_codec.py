@@ -181,7 +181,7 @@ def test_statistics_normalize_latents(params, features):
     sums = codec.moments(unit, narrow)
     np.testing.assert_allclose(sums["sum"] / sums["count"], 0, atol=1e-5)
     np.testing.assert_allclose(sums["square"] / sums["count"], 1, rtol=1e-5)
-    np.testing.assert_allclose(codec.denormalize(measured, unit), mean, atol=1e-5)
+    np.testing.assert_allclose(codec.denormalize(measured, unit, TOY), mean, atol=1e-5)
     expected = codec.decode_features(params, codec.encode(params, features, TOY)[0], TOY)
     np.testing.assert_allclose(codec.decode_features(measured, unit, TOY), expected, atol=1e-4)
 
